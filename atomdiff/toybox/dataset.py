@@ -1,0 +1,66 @@
+"""Pictures of the base world in bulk, rendered by several processes, each picture seeded by its own number."""
+
+from __future__ import annotations
+
+import os
+from concurrent.futures import ProcessPoolExecutor
+from functools import partial
+
+import numpy as np
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from atomdiff.toybox.scenes import CLASSES, SCENES, Caption, base_individual, draw, random_caption
+from atomdiff.toybox.subjects import random_individual, views
+
+
+def caption_of(index: int, seed: int, held_out: bool = False) -> tuple[Caption, np.random.Generator]:
+    """The full caption of picture number `index` of the world `seed`, and the randomness its drawing goes on with."""
+    rng = np.random.default_rng([seed, index, int(held_out)])
+    return random_caption(rng, held_out), rng
+
+
+def render_one(index: int, seed: int, held_out: bool = False) -> NDArray[np.uint8]:
+    """Picture number `index` of the world `seed`: (64, 64, 3)."""
+    caption, rng = caption_of(index, seed, held_out)
+    assert caption.scene is not None
+    return np.asarray(draw(base_individual(caption, rng), caption.scene, rng))
+
+
+def render_world(count: int, seed: int, held_out: bool = False) -> tuple[NDArray[np.uint8], list[Caption]]:
+    """Render `count` pictures of the base world.
+
+    Args:
+        count: number of pictures.
+        seed: the same seed gives the same pictures, however many processes draw them.
+        held_out: draw only the combinations of words that pretraining never sees, instead of only the others.
+
+    Returns:
+        Pictures (count, 64, 64, 3) and their captions.
+    """
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        work = pool.map(partial(render_one, seed=seed, held_out=held_out), range(count), chunksize=100)
+        pictures = list(tqdm(work, total=count, desc="drawing the world", disable=count < 1000, mininterval=5))
+    return np.stack(pictures), [caption_of(index, seed, held_out)[0] for index in range(count)]
+
+
+def render_individual(number: int, seed: int, count: int) -> tuple[NDArray[np.uint8], int]:
+    """Individual `number` of a world: `count` pictures (count, 64, 64, 3) in random scenes, and its class index."""
+    rng = np.random.default_rng([seed, number])
+    class_index = number % len(CLASSES)
+    individual = random_individual(rng, CLASSES[class_index])
+    scenes = tuple(str(scene) for scene in rng.permutation(SCENES))
+    return np.stack([np.asarray(v) for v in views(individual, count, int(rng.integers(2**31)), scenes)]), class_index
+
+
+def render_individuals(number: int, count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
+    """Pictures of `number` random individuals, `count` of each.
+
+    Returns:
+        Pictures (number, count, 64, 64, 3) and (class index, identity) of each individual (number, 2), by class.
+    """
+    with ProcessPoolExecutor(os.cpu_count()) as pool:
+        work = pool.map(partial(render_individual, seed=seed, count=count), range(number), chunksize=50)
+        drawn = list(tqdm(work, total=number, desc="drawing individuals", disable=number < 1000))
+    order = sorted(range(number), key=lambda i: drawn[i][1])
+    return np.stack([drawn[i][0] for i in order]), np.array([(drawn[i][1], i) for i in order])

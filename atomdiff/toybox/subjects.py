@@ -1,0 +1,59 @@
+"""Individuals that the base has never seen and has no words for: unseen patterns in unseen colours."""
+
+from __future__ import annotations
+
+import itertools
+
+import numpy as np
+from PIL import Image
+
+from atomdiff.toybox.scenes import CLASSES, SCENES, Individual, draw
+from atomdiff.toybox.shapes import PATTERNS, RGB, SUBJECT_PATTERNS
+
+# None of these is near a colour of the base world, and the tokenizer knows no word for them.
+SUBJECT_COLOURS: dict[str, RGB] = {
+    "turquoise": (20, 200, 190),
+    "magenta": (225, 20, 150),
+    "lime": (165, 235, 45),
+    "indigo": (45, 30, 120),
+    "salmon": (250, 150, 120),
+    "olive": (120, 125, 35),
+    "lavender": (190, 165, 250),
+    "mint": (160, 245, 205),
+    "maroon": (115, 15, 50),
+    "cyan": (70, 210, 250),
+}
+
+
+def _subject(class_name: str, pattern: str, first: str, second: str) -> Individual:
+    return Individual(class_name, pattern, SUBJECT_COLOURS[first], SUBJECT_COLOURS[second])
+
+
+SUBJECTS: dict[str, Individual] = {
+    "mug": _subject("mug", "zigzag", "turquoise", "magenta"),
+    "robot": _subject("robot", "rings", "lime", "indigo"),
+    "cat": _subject("cat", "bands", "lavender", "maroon"),
+    "car": _subject("car", "waves", "magenta", "mint"),
+    "teapot": _subject("teapot", "diamonds", "indigo", "cyan"),
+    "bird": _subject("bird", "halves", "salmon", "olive"),
+    "mushroom": _subject("mushroom", "crosses", "olive", "lavender"),
+    "boat": _subject("boat", "triangles", "maroon", "lime"),
+}
+_TAKEN = {(subject.class_name, subject.pattern) for subject in SUBJECTS.values()}
+
+
+def random_individual(rng: np.random.Generator, class_name: str | None = None) -> Individual:
+    """An individual of any pattern and any two clearly different colours, but never one like a shipped subject."""
+    while True:
+        kind = class_name or str(rng.choice(CLASSES))
+        pattern = str(rng.choice([*PATTERNS, *SUBJECT_PATTERNS]))
+        first, second = rng.integers(20, 250, (2, 3))
+        if (kind, pattern) not in _TAKEN and np.abs(first - second).sum() > 180:
+            colours = [(int(r), int(g), int(b)) for r, g, b in (first, second)]
+            return Individual(kind, pattern, colours[0], colours[1], (rng.random(), rng.random()))
+
+
+def views(individual: Individual, count: int, seed: int, scenes: tuple[str, ...] = SCENES) -> list[Image.Image]:
+    """Pictures of one individual in the given scenes in turn, deterministic from the seed."""
+    rng = np.random.default_rng(seed)
+    return [draw(individual, scene, rng) for scene in itertools.islice(itertools.cycle(scenes), count)]

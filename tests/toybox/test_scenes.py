@@ -1,0 +1,91 @@
+import numpy as np
+import pytest
+
+from atomdiff.toybox.dataset import caption_of, render_individuals, render_one, render_world
+from atomdiff.toybox.scenes import CLASSES, COLOURS, SCENES, Caption, base_individual, draw, random_caption, shorten
+from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
+from atomdiff.toybox.subjects import SUBJECT_COLOURS, SUBJECTS, random_individual, views
+
+
+def test_the_world_is_as_large_as_promised():
+    assert len(CLASSES) >= 12 and len(SCENES) >= 8 and len(COLOURS) >= 10 and len(PATTERNS) >= 4
+    assert len(SUBJECTS) >= 6
+
+
+def test_a_picture_follows_from_its_seed_alone():
+    first, again, other = render_one(3, seed=1), render_one(3, seed=1), render_one(4, seed=1)
+    assert first.shape == (64, 64, 3) and np.array_equal(first, again)
+    assert not np.array_equal(first, other)
+
+
+def test_bulk_drawing_gives_the_same_pictures_as_drawing_one():
+    pictures, captions = render_world(3, seed=5)
+    assert np.array_equal(pictures[2], render_one(2, seed=5))
+    assert captions[2] == caption_of(2, seed=5)[0]
+
+
+def test_pretraining_and_evaluation_share_no_combination_of_words():
+    rng = np.random.default_rng(0)
+    seen = {random_caption(rng) for _ in range(500)}
+    unseen = {random_caption(rng, held_out=True) for _ in range(200)}
+    assert len(unseen) > 100 and not seen & unseen
+
+
+@pytest.mark.parametrize(
+    "caption, text",
+    [
+        (Caption("mug", "beach", "red", "striped"), "a photo of a red striped mug on the beach"),
+        (Caption("car", None, "orange", None), "a photo of an orange car"),
+        (Caption("umbrella", "sea"), "a photo of an umbrella under the sea"),
+    ],
+)
+def test_captions_read_as_english(caption, text):
+    assert str(caption) == text
+
+
+def test_shortened_captions_only_lose_words():
+    rng = np.random.default_rng(1)
+    full = Caption("mug", "beach", "red", "striped")
+    short = {shorten(full, rng, keep=0.5) for _ in range(100)}
+    assert len(short) == 8 and all(caption.class_name == "mug" for caption in short)
+
+
+@pytest.mark.parametrize("class_name", CLASSES)
+def test_every_class_shows_its_colour_and_its_pattern(class_name):
+    def picture(colour, pattern):
+        rng = np.random.default_rng(7)
+        individual = base_individual(Caption(class_name, "snow", colour, pattern), np.random.default_rng(1))
+        return np.asarray(draw(individual, "snow", rng), dtype=float)
+
+    plain = picture("red", "plain")
+    assert np.abs(plain - picture("blue", "plain")).mean() > 4
+    for pattern in ("striped", "dotted", "checked"):
+        assert np.abs(plain - picture("red", pattern)).mean() > 1
+
+
+def test_subjects_are_unlike_anything_in_the_base_world():
+    assert not PATTERNS.keys() & SUBJECT_PATTERNS.keys()
+    for subject in SUBJECTS.values():
+        assert subject.pattern in SUBJECT_PATTERNS
+    for name, rgb in SUBJECT_COLOURS.items():
+        assert min(np.abs(np.subtract(rgb, known)).sum() for known in COLOURS.values()) > 50, name
+
+
+def test_the_judges_individuals_are_never_a_shipped_subject():
+    rng = np.random.default_rng(0)
+    taken = {(subject.class_name, subject.pattern) for subject in SUBJECTS.values()}
+    drawn = [random_individual(rng, "mug") for _ in range(200)]
+    assert not taken & {(individual.class_name, individual.pattern) for individual in drawn}
+
+
+def test_views_show_one_individual_in_the_scenes_asked_for():
+    pictures = views(SUBJECTS["mug"], 3, seed=0, scenes=("snow", "space"))
+    assert [picture.size for picture in pictures] == [(64, 64)] * 3
+    brightness = [np.asarray(picture).mean() for picture in pictures]
+    assert brightness[1] < brightness[0] and brightness[1] < brightness[2]
+
+
+def test_individuals_are_sorted_by_class_and_keep_their_identity():
+    pictures, identities = render_individuals(13, 2, seed=3)
+    assert pictures.shape == (13, 2, 64, 64, 3)
+    assert list(identities[:, 0]) == sorted(identities[:, 0]) and len(set(identities[:, 1])) == 13
