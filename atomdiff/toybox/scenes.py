@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import zlib
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from PIL import Image, ImageDraw
@@ -75,8 +75,10 @@ def random_caption(rng: np.random.Generator, held_out: bool = False) -> Caption:
 
 def shorten(caption: Caption, rng: np.random.Generator, keep: float = 0.8) -> Caption:
     """The caption with each of scene, colour and pattern kept with probability `keep`."""
-    dropped = [name for name in ("scene", "colour", "pattern") if rng.random() > keep]
-    return replace(caption, **dict.fromkeys(dropped, None))
+    scene, colour, pattern = (
+        word if rng.random() <= keep else None for word in (caption.scene, caption.colour, caption.pattern)
+    )
+    return Caption(caption.class_name, scene, colour, pattern)
 
 
 def _contrast(colour: RGB) -> RGB:

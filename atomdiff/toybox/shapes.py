@@ -159,6 +159,14 @@ def _zigzag(u: Grid) -> Grid:
     return np.abs((u / 0.26) % 2 - 1) * 0.22
 
 
+def _diamond(a: Grid, b: Grid) -> NDArray[np.bool_]:
+    return a + b < 0.12
+
+
+def _cross(a: Grid, b: Grid) -> NDArray[np.bool_]:
+    return ((a < 0.04) & (b < 0.11)) | ((b < 0.04) & (a < 0.11))
+
+
 Pattern = Callable[[Grid, Grid], NDArray[np.bool_]]
 
 # True where the second colour shows, for coordinates u (right) and v (down) in the unit square of the object.
@@ -172,8 +180,8 @@ PATTERNS: dict[str, Pattern] = {
 SUBJECT_PATTERNS: dict[str, Pattern] = {
     "zigzag": lambda u, v: (v + _zigzag(u)) % 0.30 < 0.15,
     "rings": lambda u, v: np.hypot(u - 0.5, v - 0.6) % 0.24 < 0.12,
-    "diamonds": lambda u, v: np.add(*_lattice(u, v, 0.30)) < 0.12,
-    "crosses": lambda u, v: (lambda a, b: ((a < 0.04) & (b < 0.11)) | ((b < 0.04) & (a < 0.11)))(*_lattice(u, v, 0.28)),
+    "diamonds": lambda u, v: _diamond(*_lattice(u, v, 0.30)),
+    "crosses": lambda u, v: _cross(*_lattice(u, v, 0.28)),
     "bands": lambda u, v: (v % 0.5 < 0.12) | ((v + 0.2) % 0.5 < 0.05),
     "halves": lambda u, v: u > 0.5,
     "waves": lambda u, v: (v + 0.06 * np.sin(u * 20)) % 0.26 < 0.13,

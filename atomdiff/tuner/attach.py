@@ -1,0 +1,219 @@
+"""Put adapters of any PEFT method into a model, merge them, and take them out with every bit of the base as it was."""
+
+from __future__ import annotations
+
+import copy
+import re
+import warnings
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import ExitStack, contextmanager
+from typing import Any
+
+from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import Tensor, nn
+
+from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.layer import TENSOR_KINDS, AtomLayer
+from atomdiff.tuner.model import find_atom_layer, supported_modules
+
+_PEFT_PREFIX = "base_model.model."
+_KEPT = "kept_base_"  # what an adapter layer sets aside while it is merged: `kept_base_weight`, `kept_base_bias`
+
+
+def adapter_layers(model: nn.Module, name: str | None = None) -> list[Any]:
+    """The adapter layers of a model, or those with one adapter, outer ones before those that they wrap."""
+    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    return [layer for layer in layers if name is None or name in layer._all_available_adapter_names()]
+
+
+def adapter_configs(model: nn.Module) -> dict[str, Any]:
+    """The adapters of a model with their settings (a `PeftConfig` each), in the order they came."""
+    return dict(getattr(model, "peft_config", {}))
+
+
+def base_weights(model: nn.Module) -> dict[str, Tensor]:
+    """Module path -> weight of every layer that atoms can adapt, as it is without any adapter, merged or not."""
+    weights: dict[str, Tensor] = {}
+    for path, module in supported_modules(model).items():
+        weights[path] = module.weight.detach()
+        for layer in reversed(_merge_order(model.get_submodule(path))):
+            kept = getattr(layer, f"{_KEPT}weight", None)
+            weights[path] = weights[path] if kept is None else kept
+    return weights
+
+
+def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
+    """Module path -> deltas and fitted atoms of an atom adapter, by kind."""
+    found: dict[str, dict[str, Tensor]] = {}
+    persistent = model.state_dict()
+    for path, layer in model.named_modules():
+        if isinstance(layer, AtomLayer) and name in layer.scaling:
+            module = path.replace(".base_layer", "")
+            for kind in TENSOR_KINDS:
+                if f"{path}.{kind}.{name}" in persistent:
+                    found.setdefault(module, {})[kind] = persistent[f"{path}.{kind}.{name}"]
+    return found
+
+
+def peft_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
+    """The tensors of an adapter of any PEFT method, under the keys that PEFT saves them with."""
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {_PEFT_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+
+
+@contextmanager
+def undone_on_error(models: Iterable[nn.Module], name: str) -> Iterator[None]:
+    """Take an adapter out of the models again if adding it fails, so that they are as they were before.
+
+    What is trainable stays so in any case.
+    """
+    models = list(models)
+    active = [(layer, list(layer.active_adapters)) for model in models for layer in adapter_layers(model)]
+    with ExitStack() as stack:
+        for model in models:
+            stack.enter_context(_kept_requires_grad(model))
+        try:
+            yield
+        except BaseException:
+            for model in models:
+                detach(model, name)
+            for layer, names in active:
+                layer.set_adapter(names)
+            raise
+
+
+def attach_atoms(model: Any, config: AtomConfig, layers: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
+    """Add an atom adapter with given deltas and atoms to exactly these layers.
+
+    Args:
+        model: the model.
+        config: settings of the adapter.
+        layers: module path -> tensors by kind, that fit the model.
+        name: the adapter's name.
+    """
+    exactly = "|".join(re.escape(module) for module in layers)
+    _inject(model, _changed(config, target_modules=exactly, exclude_modules=None, init_weights=False), name)
+    for module, tensors in layers.items():
+        layer = find_atom_layer(model.get_submodule(module))
+        for kind, tensor in tensors.items():
+            getattr(layer, kind)[name].data.copy_(tensor)
+    model.peft_config[name] = _changed(config)
+
+
+def attach_peft(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> None:
+    """Add an adapter of any PEFT method with given tensors.
+
+    Args:
+        model: the model.
+        config: settings of the adapter.
+        tensors: as `peft_tensors` gives them.
+        name: the adapter's name.
+
+    Raises:
+        ValueError: the tensors are not those of this method on this model.
+    """
+    _inject(model, _changed(config), name)
+    expected = {key: tensor.shape for key, tensor in peft_tensors(model, name).items()}
+    found = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    shapes = {key: tensor.shape for key, tensor in found.items()}
+    wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
+    if wrong:
+        raise ValueError(f"its tensors do not fit this model: {', '.join(wrong[:3])} ({len(wrong)} in all)")
+    set_peft_model_state_dict(model, found, adapter_name=name)
+
+
+def detach(model: Any, name: str) -> None:
+    """Take an adapter out; a layer that is left without adapters becomes the bare base layer again."""
+    with _kept_requires_grad(model):
+        paths = {layer: path for path, layer in model.named_modules()}
+        for layer in adapter_layers(model, name):
+            layer.set_adapter([active for active in layer.active_adapters if active != name])
+            layer.delete_adapter(name)
+            if not layer._all_available_adapter_names():
+                parent, _, child = paths[layer].rpartition(".")
+                setattr(model.get_submodule(parent), child, layer.base_layer)
+    configs = adapter_configs(model)
+    configs.pop(name, None)
+    if configs:
+        model.peft_config = configs
+    elif hasattr(model, "peft_config"):
+        del model.peft_config
+        model.__dict__.pop("_hf_peft_config_loaded", None)
+
+
+def activate(model: nn.Module, names: list[str]) -> None:
+    """Make exactly these adapters the active ones in every layer, and enable adapters."""
+    with _kept_requires_grad(model):
+        for layer in adapter_layers(model):
+            layer.set_adapter(names)
+            layer.enable_adapters(True)
+
+
+def merge(model: nn.Module) -> None:
+    """Write the active adapters of enabled layers into the weights; what was merged before is restored first.
+
+    The untouched tensors are kept: while merged, the adapted layers take twice their memory.
+    """
+    restore(model)
+    for layer in _merge_order(model):
+        if layer.disable_adapters or not set(layer.active_adapters) & set(layer._all_available_adapter_names()):
+            continue
+        if not isinstance(layer, AtomLayer):  # others work in place, or add and later subtract: they get a copy
+            for key, parameter in layer.get_base_layer().named_parameters(recurse=False):
+                layer.register_buffer(_KEPT + key, parameter.data, persistent=False)
+                parameter.data = parameter.data.clone()
+        layer.merge()
+
+
+def restore(model: nn.Module) -> None:
+    """Undo `merge`: every weight has the bits it had, and the adapters act unmerged again."""
+    for layer in reversed(_merge_order(model)):
+        if isinstance(layer, AtomLayer):
+            layer.unmerge()
+            continue
+        kept = {name: buffer for name, buffer in layer.named_buffers(recurse=False) if name.startswith(_KEPT)}
+        for name, buffer in kept.items():
+            getattr(layer.get_base_layer(), name.removeprefix(_KEPT)).data = buffer
+            delattr(layer, name)
+        if kept:
+            layer.merged_adapters.clear()
+        elif layer.merged:
+            layer.unmerge()  # merged by others, without a copy: as exact as its method can
+
+
+def _merge_order(model: nn.Module) -> list[Any]:
+    """Atoms change the base weight and come first; of other layers on one module, inner ones before outer ones."""
+    return sorted(reversed(adapter_layers(model)), key=lambda layer: not isinstance(layer, AtomLayer))
+
+
+def _inject(model: Any, config: PeftConfig, name: str) -> None:
+    merged = [(layer, layer.merged_adapters) for layer in adapter_layers(model)]
+    for layer, _ in merged:
+        layer.merged_adapters = []  # PEFT would unmerge these layers, in its own inexact way
+    try:
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
+            inject_adapter_in_model(config, model, name)
+    finally:
+        for layer, names in merged:
+            layer.merged_adapters = names
+    model._hf_peft_config_loaded = True  # what diffusers and transformers look at
+
+
+def _changed(config: Any, **changes: Any) -> Any:
+    changed = copy.deepcopy(config)
+    for key, value in {"inference_mode": True, **changes}.items():
+        setattr(changed, key, value)
+    return changed
+
+
+@contextmanager
+def _kept_requires_grad(model: nn.Module) -> Iterator[None]:
+    """PEFT freezes and unfreezes parameters as it switches adapters; those there now stay as they are."""
+    flags = [(parameter, parameter.requires_grad) for parameter in model.parameters()]
+    try:
+        yield
+    finally:
+        for parameter, flag in flags:
+            parameter.requires_grad_(flag)

@@ -1,0 +1,199 @@
+"""Several adapters on one layer, what is targeted, and refusals."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from atomdiff.atoms import adapt_weight
+from atomdiff.tuner import AtomConfig, AtomLayer
+from atomdiff.tuner.layer import delta_shapes
+from atomdiff.tuner.model import preset_targets, supported_modules
+
+
+def make_layer(*configs: AtomConfig, seed: int = 0) -> AtomLayer:
+    """A convolution with adapters named a, b, ... with random deltas, all active."""
+    torch.manual_seed(seed)
+    layer = AtomLayer(nn.Conv2d(8, 8, 3, padding=1))
+    for name, config in zip("abcd", configs, strict=False):
+        layer.update_layer(name, config, "conv")
+        for deltas in (layer.atom_delta, layer.channel_delta):
+            if name in deltas:
+                nn.init.normal_(deltas[name], std=0.1)
+    layer.set_adapter(list("abcd"[: len(configs)]))
+    return layer
+
+
+def matrix(layer: AtomLayer, kind: str, name: str) -> torch.Tensor:
+    basis, delta = getattr(layer, f"{kind}_basis")[name], getattr(layer, f"{kind}_delta")[name]
+    return layer.scaling[name] * basis.T @ delta
+
+
+def test_adapters_add_up_before_they_touch_the_weight():
+    layer = make_layer(AtomConfig(channel_block=4), AtomConfig(channel_block=4, basis="dct"))
+    layer.set_scale("b", -0.5)
+    spatial = matrix(layer, "atom", "a") + matrix(layer, "atom", "b")
+    channel = matrix(layer, "channel", "a") + matrix(layer, "channel", "b")
+    expected = adapt_weight(layer.weight, spatial, channel, (4, 4))
+    torch.testing.assert_close(layer.adapted_weight(["a", "b"]), expected, atol=1e-6, rtol=0)
+
+
+def test_adapters_with_blocks_of_different_sizes_work_together():
+    layer = make_layer(AtomConfig(), AtomConfig(channel_block=2), AtomConfig(channel_block=8))
+    x = torch.randn(1, 8, 5, 5)
+    y = layer(x)
+    layer.merge()
+    torch.testing.assert_close(layer(x), y, atol=1e-6, rtol=0)
+    layer.unmerge()
+    torch.testing.assert_close(layer(x), y, atol=0, rtol=0)
+
+
+def test_merging_one_after_the_other_is_merging_both():
+    layer, other = (make_layer(AtomConfig(), AtomConfig(channel_block=4)) for _ in range(2))
+    layer.merge(adapter_names=["a"])
+    with pytest.warns(UserWarning, match="additionally merging b"):
+        layer.merge(adapter_names=["b"])
+    other.merge()
+    assert torch.equal(layer.weight, other.weight) and layer.merged_adapters == ["a", "b"]
+
+
+def test_a_merged_adapter_can_be_deleted():
+    layer, other = (make_layer(AtomConfig(), AtomConfig(channel_block=4)) for _ in range(2))
+    before = layer.weight.clone()
+    layer.merge()
+    layer.delete_adapter("a")
+    other.merge(adapter_names=["b"])
+    assert torch.equal(layer.weight, other.weight)
+    layer.delete_adapter("b")
+    assert torch.equal(layer.weight, before) and not layer.merged and not layer.r
+
+
+def test_an_adapter_added_while_merged_is_fitted_to_the_base():
+    layer, other = make_layer(AtomConfig()), make_layer(AtomConfig())
+    layer.merge()
+    for each in (layer, other):
+        each.update_layer("late", AtomConfig(), "conv")
+    assert torch.equal(layer.atom_basis["late"], other.atom_basis["late"])
+
+
+def test_disabling_a_merged_layer_gives_the_base():
+    layer, x = make_layer(AtomConfig(channel_block=4)), torch.randn(1, 8, 5, 5)
+    layer.merge()
+    layer.enable_adapters(False)
+    assert torch.equal(layer(x), layer.base_layer(x)) and not layer.merged
+
+
+def test_safe_merge_refuses_what_is_not_finite_and_changes_nothing():
+    layer = make_layer(AtomConfig())
+    before = layer.weight.clone()
+    nn.init.constant_(layer.atom_delta["a"], float("inf"))
+    with pytest.raises(ValueError, match="not finite"):
+        layer.merge(safe_merge=True)
+    assert torch.equal(layer.weight, before) and not layer.merged
+
+
+def test_a_merged_layer_moves_with_its_untouched_weight():
+    layer = make_layer(AtomConfig())
+    expected = layer.weight.detach().half()
+    layer.merge()
+    layer.half().unmerge()
+    assert torch.equal(layer.weight, expected)
+
+
+def test_autocast_does_not_blur_the_weight():
+    layer = make_layer(AtomConfig(channel_block=4), AtomConfig(channel_block=2))
+    plain = layer.adapted_weight(["a", "b"])
+    with torch.autocast("cpu", torch.bfloat16):
+        assert torch.equal(layer.adapted_weight(["a", "b"]), plain)
+        assert layer(torch.randn(1, 8, 5, 5)).dtype == torch.bfloat16
+
+
+def test_two_convolutions_are_never_run(monkeypatch):
+    calls = []
+    convolve = torch.nn.functional.conv2d
+    monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *args: calls.append(1) or convolve(*args))
+    make_layer(AtomConfig(channel_block=4), AtomConfig())(torch.randn(1, 8, 5, 5))
+    assert len(calls) == 1
+
+
+class Attention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.to_q, self.to_out = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8), nn.Identity()])
+        self.proj_in, self.ff, self.norm = nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.conv1, self.conv = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, (1, 3))
+
+
+@pytest.mark.parametrize(
+    ("preset", "names"),
+    [
+        ("conv", {"0.conv1", "0.conv"}),
+        ("attention", {"0.to_q", "0.to_out.0"}),
+        ("all", {"0.conv1", "0.conv", "0.to_q", "0.to_out.0"}),
+    ],
+)
+def test_presets_mean_the_same_with_adapters_there(preset, names):
+    model = nn.Sequential(Attention())
+    assert preset_targets(model, preset) == names
+    wrapped = get_peft_model(model, LoraConfig(target_modules=["to_q", "conv1"])).base_model.model
+    assert preset_targets(wrapped, preset) == names
+    tuner = get_peft_model(nn.Sequential(Attention()), AtomConfig(target_modules=preset)).base_model
+    assert set(tuner.targeted_module_names) == names
+
+
+def test_presets_honour_exclusions_and_lists_are_names():
+    tuner = get_peft_model(nn.Sequential(Attention()), AtomConfig(exclude_modules=["to_q", "conv1"])).base_model
+    assert set(tuner.targeted_module_names) == {"0.to_out.0", "0.conv"}
+    tuner = get_peft_model(nn.Sequential(Attention()), AtomConfig(target_modules=["conv", "ff", "proj_in"])).base_model
+    assert set(tuner.targeted_module_names) == {"0.conv", "0.ff", "0.proj_in"}
+
+
+@pytest.mark.filterwarnings("ignore::UserWarning")
+def test_a_second_adapter_joins_the_layer_also_below_other_methods():
+    model = nn.Sequential(Attention())
+    model = get_peft_model(model, AtomConfig(target_modules=["to_q"])).base_model.model
+    model = get_peft_model(model, LoraConfig(target_modules=["to_q"]), adapter_name="low_rank").base_model.model
+    model = get_peft_model(model, AtomConfig(target_modules=["to_q"]), adapter_name="second").base_model.model
+    layers = [module for module in model.modules() if isinstance(module, AtomLayer)]
+    assert [list(layer.r) for layer in layers] == [["default", "second"]]
+    assert set(supported_modules(model)) == set(supported_modules(nn.Sequential(Attention())))
+
+
+@pytest.mark.parametrize(
+    ("config", "shape", "expected"),
+    [
+        (AtomConfig(), (8, 8, 3, 3), {"atom": (9, 9)}),
+        (AtomConfig(num_atoms=4), (8, 8, 3, 3), {"atom": (4, 9)}),
+        (AtomConfig(channel_block=4), (8, 3, 3, 1), {"atom": (3, 3), "channel": (4, 4)}),
+        (AtomConfig(channel_block=4), (8, 8), {"channel": (16, 16)}),
+        (AtomConfig(channel_block=4, num_atoms=9), (8, 8, 1, 1), {"channel": (16, 16)}),
+        (AtomConfig(), (8, 8), {"atom": (1, 1)}),
+    ],
+)
+def test_shapes_of_the_deltas(config, shape, expected):
+    assert delta_shapes(config, "layer", shape) == expected
+
+
+def test_more_atoms_than_the_kernel_has_numbers_are_refused():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    with pytest.raises(ValueError, match="num_atoms=10, but the kernel of 0 has only 9.*None"):
+        get_peft_model(model, AtomConfig(num_atoms=10))
+
+
+def test_other_modules_are_refused_by_name():
+    with pytest.raises(TypeError, match="0.norm is a LayerNorm; atoms adapt Conv2d and Linear"):
+        get_peft_model(nn.Sequential(Attention()), AtomConfig(target_modules=["norm"]))
+    model = nn.Sequential(nn.Linear(4, 4))
+    model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)
+    with pytest.raises(TypeError, match="weight of 0 is torch.int8"):
+        get_peft_model(model, AtomConfig(target_modules=["0"]))
+
+
+def test_the_layer_passes_for_its_base():
+    layer = make_layer(AtomConfig())
+    assert (layer.groups, layer.kernel_size, layer.in_channels) == (1, (3, 3), 8)
+    assert copy.deepcopy(layer).stride == (1, 1)
+    with pytest.raises(AttributeError):
+        layer.no_such_thing  # noqa: B018
