@@ -1,0 +1,110 @@
+"""Does a concept fit a base, and how far is that base from the one it was made on?"""
+
+from __future__ import annotations
+
+import math
+import warnings
+from collections.abc import Mapping
+
+import torch
+from torch import Tensor, nn
+
+from atomdiff.atoms import singular_values
+from atomdiff.blocks import channel_rows, fit_block, kernel_rows
+from atomdiff.delta_file import DeltaFile, some
+from atomdiff.errors import UserError
+from atomdiff.tuner.attach import base_weights
+from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.layer import delta_shapes
+
+# Distances measured on the toybox: the base rounded to bfloat16 0.00004; every weight changed at random by a tenth of
+# its size 0.006; the base as it was earlier in its pretraining 0.11; an untrained model 0.23.
+SAME_BASE = 0.002
+DERIVED_BASE = 0.15
+
+
+def check_base(delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False) -> float:
+    """Check that a concept fits these models, and give the distance between its base and them.
+
+    Args:
+        delta: the concept.
+        models: component -> model.
+        allow_mismatch: accept any distance.
+
+    Warns:
+        UserWarning: the models look like a derived base.
+
+    Raises:
+        UserError: shapes differ, or the distance is that of wholly different weights.
+    """
+    weights = {}
+    for component in {module.partition(".")[0] for module in delta.layers} & models.keys():
+        weights.update({f"{component}.{module}": w for module, w in base_weights(models[component]).items()})
+    check_layers(delta, weights)
+    distance = base_distance(delta, weights)
+    base = f" {delta.base_model!r}" if delta.base_model else ""
+    found = f"this base is at distance {distance:.3g} from the one that the concept was made on{base}"
+    if distance > DERIVED_BASE and not allow_mismatch:
+        raise UserError(
+            f"{found} (a fine-tuned copy stays below {DERIVED_BASE}): load it into that one, "
+            "or pass allow_base_mismatch=True"
+        )
+    if distance > SAME_BASE:
+        warnings.warn(f"{found} (0: the same): the concept may look different here", stacklevel=3)
+    return distance
+
+
+def fingerprint(weight: Tensor, config: AtomConfig, module: str) -> list[float]:
+    """Singular values, to 6 digits, of a base weight's rows: of kernels where there are any, else of channel blocks.
+
+    Args:
+        weight: (out, in/groups, k, l) or (out, in).
+        config: settings whose channel block shapes the rows.
+        module: path of the module within its model.
+    """
+    has_kernel = math.prod(weight.shape[2:]) > 1
+    block = fit_block(weight.shape, config.block_of(module))
+    rows = kernel_rows(weight) if has_kernel else channel_rows(weight, block)
+    return [float(f"{value:.6g}") for value in singular_values(rows.detach()).tolist()]
+
+
+def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
+    """Check that every layer of a concept fits the layer of that name in the base.
+
+    Args:
+        delta: the concept.
+        weights: module -> base weight, for all layers that could be adapted.
+
+    Raises:
+        UserError: layers are missing in the base, or have other shapes, or lack tensors.
+    """
+    missing = [module for module in delta.layers if module not in weights]
+    if missing:
+        raise UserError(f"this base has no {some(missing)}: the concept was made for another architecture")
+    wrong = []
+    for module, tensors in delta.layers.items():
+        shapes = delta_shapes(delta.config, module.partition(".")[2], weights[module].shape)
+        parts = ("delta", "basis") if delta.config.basis == "svd" else ("delta",)
+        expected: dict[str, tuple[int, ...]] = {f"{kind}_{part}": shapes[kind] for kind in shapes for part in parts}
+        expected["fingerprint"] = next(iter(shapes.values()))[1:]
+        found: dict[str, tuple[int, ...]] = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
+        found["fingerprint"] = (len(delta.fingerprint[module]),)
+        if found != expected:
+            wrong.append(f"{module} (found {found}, this base takes {expected})")
+    if wrong:
+        raise UserError(f"the concept does not fit this base: {some(wrong)}")
+
+
+def base_distance(delta: DeltaFile, weights: Mapping[str, Tensor]) -> float:
+    """How far a base is from the one that a concept was made on: 0 the same, around 1 nothing in common.
+
+    Mean over the layers of |s - s'| / max(|s|, |s'|), s and s' being the singular values in the file and of the base.
+    """
+    distances = []
+    for module, stored in delta.fingerprint.items():
+        old = torch.tensor(stored, dtype=torch.float64)
+        found = fingerprint(weights[module], delta.config, module.partition(".")[2])
+        new = torch.tensor(found, dtype=torch.float64)
+        size = max(float(old.norm()), float(new.norm()))
+        distances.append(float((old - new).norm()) / size if size > 0 else 0.0)
+    return math.fsum(distances) / len(distances) if distances else 0.0

@@ -1,0 +1,89 @@
+"""What a concept file holds, as text."""
+
+from __future__ import annotations
+
+import json
+import os
+import warnings
+from collections import Counter
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor
+
+from atomdiff.base_check import check_base
+from atomdiff.delta_file import DeltaFile, read_delta_file
+from atomdiff.pipeline import pipeline_models
+
+
+def describe(path: str | os.PathLike[str], base: Any = None) -> str:
+    """Describe a delta file as a readable table.
+
+    Args:
+        path: the file.
+        base: a diffusers pipeline to measure the distance to, or the folder of one; None: no distance.
+
+    Raises:
+        UserError: the file is damaged, or does not fit the base.
+    """
+    delta = read_delta_file(path)
+    trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind.endswith("_delta")]
+    vectors = [vector for of in delta.tokens.values() for vector in of.values()]
+    spec = delta.modelspec
+    rows = {
+        "concept": spec.get("title") or Path(path).name,
+        "trigger phrase": delta.trigger_phrase or "-",
+        "trigger words": ", ".join(delta.tokens) or "-",
+        "base": delta.base_model or "-",
+        "made for": ", ".join(filter(None, map(spec.get, ("architecture", "resolution", "prediction_type")))) or "-",
+        "written": f"{spec.get('date', '-')} by atomdiff {delta.atomdiff_version or '-'}",
+        "method": _method(delta),
+        "numbers": f"{_count(trained) + _count(vectors):,} trained ({_count(vectors):,} in trigger words)",
+        "bytes": f"{Path(path).stat().st_size:,}",
+        "training": _training(delta) or "-",
+    }
+    if base is not None:
+        rows["distance"] = f"{_distance(delta, base):.3g} (0: made on this base)"
+    width = max(map(len, rows))
+    lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
+    return "\n".join([*lines, "", *_layer_table(delta)])
+
+
+def _method(delta: DeltaFile) -> str:
+    config = delta.config
+    atoms = "all atoms" if config.num_atoms is None else f"{config.num_atoms} atoms"
+    return f"{atoms}, basis {config.basis}, channel blocks of {config.channel_block}, layers {config.target_modules}"
+
+
+def _layer_table(delta: DeltaFile) -> list[str]:
+    """One line for all layers of one component with the same tensors."""
+    groups = Counter(
+        (module.partition(".")[0], kind.removesuffix("_delta"), tuple(tensor.shape))
+        for module, kinds in delta.layers.items()
+        for kind, tensor in kinds.items()
+        if kind.endswith("_delta")
+    )
+    lines = [f"{'component':<16}{'mixes':<10}{'atoms':>10}{'layers':>8}{'numbers':>10}"]
+    for (component, kind, (m, d)), layers in sorted(groups.items()):
+        what = {"atom": "kernel", "channel": "channels"}[kind]
+        lines.append(f"{component:<16}{what:<10}{f'{m} x {d}':>10}{layers:>8}{layers * m * d:>10,}")
+    return lines
+
+
+def _training(delta: DeltaFile) -> str:
+    plain = {key: value for key, value in delta.training.items() if not isinstance(value, (dict, list))}
+    return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in plain.items())
+
+
+def _count(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _distance(delta: DeltaFile, base: Any) -> float:
+    if isinstance(base, (str, os.PathLike)):
+        from diffusers import DiffusionPipeline
+
+        base = DiffusionPipeline.from_pretrained(base)  # type: ignore[no-untyped-call]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return check_base(delta, pipeline_models(base), allow_mismatch=True)

@@ -1,0 +1,57 @@
+"""The modelspec fields that other programs read to know what a concept file is for."""
+
+from __future__ import annotations
+
+from datetime import datetime, timezone
+from importlib.metadata import PackageNotFoundError, version
+from typing import Any
+
+
+def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str]:
+    """Fields of the Stability model metadata standard 1.0.1 for a concept made on this pipeline, without their prefix.
+
+    Only `date` changes between two calls.
+    """
+    fields = {
+        "sai_model_spec": "1.0.1",
+        "architecture": f"{_architecture(pipe)}/atoms",
+        "implementation": "diffusers",
+        "title": title,
+        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "trigger_phrase": trigger_phrase,
+        "prediction_type": _prediction_type(pipe),
+        "resolution": _resolution(pipe),
+    }
+    return {key: value for key, value in fields.items() if value}
+
+
+def atomdiff_version() -> str:
+    """Version of the installed atomdiff; empty where it is not installed."""
+    try:
+        return version("atomdiff")
+    except PackageNotFoundError:
+        return ""
+
+
+def _architecture(pipe: Any) -> str:
+    if "XL" in type(pipe).__name__:
+        return "stable-diffusion-xl-v1-base"
+    unet = pipe.components.get("unet")
+    width = getattr(getattr(unet, "config", None), "cross_attention_dim", 0)
+    known = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
+    return known.get(width, "stable-diffusion") if type(pipe).__name__.startswith("StableDiffusion") else "other"
+
+
+def _prediction_type(pipe: Any) -> str:
+    scheduler = pipe.components.get("scheduler")
+    found = getattr(getattr(scheduler, "config", None), "prediction_type", "")
+    return "v" if found == "v_prediction" else str(found or "")
+
+
+def _resolution(pipe: Any) -> str:
+    denoiser = pipe.components.get("unet") or pipe.components.get("transformer")
+    size = getattr(getattr(denoiser, "config", None), "sample_size", None)
+    if not isinstance(size, int):
+        return ""
+    pixels = size * int(getattr(pipe, "vae_scale_factor", 8))
+    return f"{pixels}x{pixels}"

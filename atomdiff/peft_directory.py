@@ -1,0 +1,104 @@
+"""Concepts of any PEFT method in directories as PEFT writes them, with their trigger words beside."""
+
+from __future__ import annotations
+
+import copy
+import re
+from collections.abc import Iterable
+from pathlib import Path
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save_file
+from torch import Tensor
+
+from atomdiff.delta_file import read_tensors, some, split_token_key, token_key
+from atomdiff.errors import UserError
+
+LEARNED_EMBEDS_NAME = "learned_embeds.safetensors"
+
+_REWRITING = re.compile("pissa.*|olora|corda|loftq|lora_ga")  # initialisations that change the base weights
+
+Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
+Tokens = dict[str, dict[str, Tensor]]
+
+
+def write(path: Path, adapters: Adapters, tokens: Tokens, denoiser: str) -> None:
+    """Write a concept, the same bytes for the same input.
+
+    Args:
+        path: the directory, made if it is missing.
+        adapters: component -> settings and tensors; other components than the denoiser get a subfolder each.
+        tokens: trigger word -> text encoder -> embedding (hidden,).
+        denoiser: the component whose adapter lies in `path` itself.
+    """
+    path.mkdir(parents=True, exist_ok=True)
+    for component, (config, tensors) in adapters.items():
+        folder = _folder(path, component, denoiser)
+        stored = copy.deepcopy(config)
+        stored.inference_mode = True
+        for key, value in vars(config).items():
+            if isinstance(value, set):
+                setattr(stored, key, sorted(value))
+        stored.save_pretrained(str(folder))
+        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+    if tokens:
+        vectors = {token_key(word, encoder): vector for word, of in tokens.items() for encoder, vector in of.items()}
+        vectors = {key: vector.detach().cpu().contiguous() for key, vector in vectors.items()}
+        save_file(vectors, path / LEARNED_EMBEDS_NAME, metadata={"format": "pt"})
+
+
+def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters, Tokens]:
+    """Read a concept written by `write`, or an adapter of the denoiser saved by PEFT itself.
+
+    Args:
+        path: the directory.
+        components: those that may have an adapter.
+        denoiser: the component whose adapter lies in `path` itself.
+
+    Returns:
+        The adapters by component, and the trigger words.
+
+    Raises:
+        UserError: the directory holds neither an adapter nor a word, or one that cannot be read.
+    """
+    adapters: Adapters = {}
+    components = list(components)
+    encoders = [folder.parent.name for folder in path.glob(f"text_encoder*/{CONFIG_NAME}")]
+    if missing := sorted(set(encoders) - set(components)):
+        raise UserError(f"{path} has adapters for {some(missing)}, which this pipeline does not have")
+    for component in components:
+        folder = _folder(path, component, denoiser)
+        if (folder / CONFIG_NAME).is_file():
+            adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)[0])
+    tokens: Tokens = {}
+    if (path / LEARNED_EMBEDS_NAME).is_file():
+        for key, vector in read_tensors(path / LEARNED_EMBEDS_NAME)[0].items():
+            if not key.startswith("token."):
+                raise UserError(f"{path / LEARNED_EMBEDS_NAME} holds {key!r}, not only words under 'token.<word>'")
+            word, encoder = split_token_key(key)
+            tokens.setdefault(word, {})[encoder] = vector
+    if not adapters and not tokens:
+        raise UserError(f"{path} holds no concept: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} in it")
+    return adapters, tokens
+
+
+def _folder(path: Path, component: str, denoiser: str) -> Path:
+    return path if component == denoiser else path / component
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    try:
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"cannot read {folder / CONFIG_NAME}: {error}") from error
+    replaced = getattr(config, "modules_to_save", None)
+    if replaced:
+        raise UserError(f"{folder} replaces whole modules ({some(replaced)}), which atomdiff does not load")
+    start = getattr(config, "init_lora_weights", True)
+    if isinstance(start, str) and _REWRITING.fullmatch(start):
+        raise UserError(
+            f"{folder} was trained with init_lora_weights={start!r}, which rewrites the base weights: "
+            "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
+        )
+    return config

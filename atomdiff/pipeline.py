@@ -1,0 +1,311 @@
+"""Concepts in a diffusers pipeline: load, save, list, merge and take out again."""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from atomdiff import peft_directory
+from atomdiff.base_check import check_base, fingerprint
+from atomdiff.delta_file import DeltaFile, read_delta_file, write_delta_file
+from atomdiff.errors import UserError
+from atomdiff.model_spec import atomdiff_version, model_spec
+from atomdiff.trigger_words import (
+    add_trigger_word,
+    check_free,
+    check_vectors,
+    remove_trigger_word,
+    set_trigger_embedding,
+    token_id,
+    trigger_words,
+)
+from atomdiff.tuner import attach
+from atomdiff.tuner.config import AtomConfig
+
+__all__ = [
+    "LoadedConcept",
+    "add_trigger_word",
+    "list_atoms",
+    "load_atoms",
+    "merge",
+    "pipeline_models",
+    "remove_trigger_word",
+    "restore",
+    "save_atoms",
+    "set_trigger_embedding",
+    "token_id",
+    "trigger_words",
+    "unload_atoms",
+]
+
+
+@dataclass(frozen=True)
+class LoadedConcept:
+    """One concept in a pipeline."""
+
+    name: str
+    """Name of its adapter."""
+    method: str
+    """PEFT method, such as ATOMS or LORA; empty where it is only a word."""
+    layers: dict[str, int]
+    """Component -> number of adapted layers."""
+    active: bool
+    """Whether its adapter acts on pictures."""
+    merged: bool
+    """Whether it is written into the weights."""
+    trigger_words: tuple[str, ...]
+    """Words that it brought."""
+
+
+def load_atoms(
+    pipe: Any,
+    path: str | os.PathLike[str],
+    adapter_name: str | None = None,
+    *,
+    allow_base_mismatch: bool = False,
+    trigger_word: str | None = None,
+) -> str:
+    """Load a concept and make it the active one; a merged pipeline is restored.
+
+    The file is checked before anything changes, and a load that fails leaves the pipeline as it was.
+
+    Args:
+        pipe: a diffusers pipeline.
+        path: a delta file, or a directory written by PEFT, of any method, with or without a trained word.
+        adapter_name: name for `pipe.set_adapters`; None: the file's name up to its first dot.
+        allow_base_mismatch: load even if the concept was made on a wholly different base of the same shapes.
+        trigger_word: word to use in prompts instead of the file's.
+
+    Returns:
+        The adapter's name.
+
+    Warns:
+        UserWarning: the base differs somewhat from the one that the concept was made on; the distance is stated.
+
+    Raises:
+        UserError: the file is damaged or does not fit the pipeline, or a name or word is taken.
+    """
+    path = Path(path)
+    if not path.exists():
+        raise UserError(f"there is no file or directory {str(path)!r}: check the path")
+    name = _free_name(pipe, adapter_name or re.sub(r"\W", "_", path.name.partition(".")[0]))
+    models = pipeline_models(pipe)
+    delta: DeltaFile | None = None
+    foreign: dict[str, tuple[PeftConfig, dict[str, Tensor]]] = {}
+    if path.is_dir():
+        foreign, tokens = peft_directory.read(path, models, _denoiser(models))
+    else:
+        delta = read_delta_file(path)
+        check_base(delta, models, allow_base_mismatch)
+        tokens = delta.tokens
+    tokens = _renamed(tokens, trigger_word)
+    for word, vectors in tokens.items():
+        check_free(pipe, word)
+        check_vectors(pipe, word, vectors)
+    try:
+        with attach.undone_on_error(models.values(), name):
+            for component, model in models.items():
+                if delta is not None and (layers := _under(component, delta.layers)):
+                    attach.attach_atoms(model, delta.config, layers, name)
+                elif component in foreign:
+                    attach.attach_peft(model, *foreign[component], name)
+            for word, vectors in tokens.items():
+                add_trigger_word(pipe, word, owner=name)
+                set_trigger_embedding(pipe, word, vectors)
+    except BaseException as error:
+        _remove_words(pipe, name)
+        if isinstance(error, (ValueError, RuntimeError, TypeError)):
+            raise UserError(f"cannot load {path}: {error}") from error
+        raise
+    restore(pipe)
+    for model in models.values():
+        attach.activate(model, [name])
+    return name
+
+
+def save_atoms(
+    pipe: Any,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    trigger_phrase: str = "",
+    training: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Save a concept: its adapter in all components, and the embeddings of its trigger words and those added by hand.
+
+    Args:
+        pipe: the pipeline.
+        path: the file to write, by custom `<concept>.atoms.safetensors`; for other methods than atoms the directory.
+        adapter_name: the adapter to save.
+        trigger_phrase: what to write in a prompt to get the concept.
+        training: JSON-ready facts about the run.
+        base_model: name or path of the base; None: as the pipeline was loaded.
+        dtype: of the stored numbers; float32 keeps every bit of them. (Other methods keep their own.)
+
+    Returns:
+        `path`.
+
+    Raises:
+        UserError: there is no such adapter or word, its settings differ between components, or a value is not finite.
+    """
+    path = Path(path)
+    models = pipeline_models(pipe)
+    configs = {part: attach.adapter_configs(m)[adapter_name] for part, m in models.items() if _has(m, adapter_name)}
+    tokens = {
+        word: entry.vectors
+        for word, entry in trigger_words(pipe).items()
+        if entry.vectors and entry.owner in (None, adapter_name)
+    }
+    if not configs and not tokens:
+        raise UserError(f"there is no concept {adapter_name!r} to save; there are: {_names(pipe)}")
+    if any(not isinstance(config, AtomConfig) for config in configs.values()):
+        adapters = {part: (config, attach.peft_tensors(models[part], adapter_name)) for part, config in configs.items()}
+        peft_directory.write(path, adapters, tokens, _denoiser(models))
+        return path
+    config = next(iter(configs.values()), AtomConfig())
+    if any(other.shaping() != config.shaping() for other in configs.values()):
+        raise UserError(
+            f"{adapter_name!r} has other atoms in {' than in '.join(configs)}, but a file holds one AtomConfig: "
+            "add the adapter to all of them with the same num_atoms, basis and channel blocks"
+        )
+    layers = {
+        f"{part}.{module}": tensors
+        for part in configs
+        for module, tensors in attach.atom_tensors(models[part], adapter_name).items()
+    }
+    weights = {f"{part}.{module}": w for part in configs for module, w in attach.base_weights(models[part]).items()}
+    delta = DeltaFile(
+        config=config,
+        layers=layers,
+        fingerprint={module: fingerprint(weights[module], config, module.partition(".")[2]) for module in layers},
+        tokens=tokens,
+        base_model=str(getattr(pipe.config, "_name_or_path", "") or "") if base_model is None else base_model,
+        trigger_phrase=trigger_phrase,
+        training=dict(training or {}),
+        modelspec=model_spec(pipe, title=path.name.partition(".")[0], trigger_phrase=trigger_phrase),
+        atomdiff_version=atomdiff_version(),
+    )
+    write_delta_file(path, delta, dtype)
+    return path
+
+
+def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
+    """Take a concept out, or all of them with None: weights, tokenizers and embedding tables are as before, to the bit.
+
+    A merged pipeline is restored; the other concepts stay loaded.
+
+    Raises:
+        UserError: there is no such concept.
+    """
+    if adapter_name is not None and adapter_name not in _concept_names(pipe):
+        raise UserError(f"there is no concept {adapter_name!r} to unload; there are: {_names(pipe)}")
+    restore(pipe)
+    for name in _concept_names(pipe) if adapter_name is None else [adapter_name]:
+        for model in pipeline_models(pipe).values():
+            if _has(model, name):
+                attach.detach(model, name)
+        _remove_words(pipe, name)
+    if adapter_name is None:
+        for word in trigger_words(pipe):
+            remove_trigger_word(pipe, word)
+
+
+def merge(pipe: Any) -> None:
+    """Write the active concepts with their weights into the base weights: pictures then cost what the base's cost.
+
+    Untouched weights are kept aside, so that `restore` is exact: adapted layers take twice their memory meanwhile.
+    Later changes of weights or of active concepts have no effect until the next `merge` or `restore`.
+    """
+    for model in pipeline_models(pipe).values():
+        attach.merge(model)
+
+
+def restore(pipe: Any) -> None:
+    """Undo `merge`: every weight has the bits it had before; concepts stay loaded, and act unmerged."""
+    for model in pipeline_models(pipe).values():
+        attach.restore(model)
+
+
+def list_atoms(pipe: Any) -> list[LoadedConcept]:
+    """The concepts in a pipeline, of any PEFT method, in the order they came."""
+    return [_concept(pipe, name) for name in _concept_names(pipe)]
+
+
+def pipeline_models(pipe: Any) -> dict[str, nn.Module]:
+    """Component name -> model, for all parts of a pipeline that are models."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+
+
+def _under(component: str, layers: Mapping[str, Any]) -> dict[str, Any]:
+    """The layers of one component, by path within it."""
+    prefix = f"{component}."
+    return {module.removeprefix(prefix): value for module, value in layers.items() if module.startswith(prefix)}
+
+
+def _concept_names(pipe: Any) -> list[str]:
+    adapters = [name for model in pipeline_models(pipe).values() for name in attach.adapter_configs(model)]
+    owners = [word.owner for word in trigger_words(pipe).values() if word.owner is not None]
+    return list(dict.fromkeys(adapters + owners))
+
+
+def _concept(pipe: Any, name: str) -> LoadedConcept:
+    models = {component: model for component, model in pipeline_models(pipe).items() if _has(model, name)}
+    methods = [attach.adapter_configs(model)[name].peft_type.value for model in models.values()]
+    layers = {component: attach.adapter_layers(model, name) for component, model in models.items()}
+    everywhere = [layer for found in layers.values() for layer in found]
+    return LoadedConcept(
+        name=name,
+        method=methods[0] if methods else "",
+        layers={component: len(found) for component, found in layers.items()},
+        active=any(name in layer.active_adapters and not layer.disable_adapters for layer in everywhere),
+        merged=any(name in layer.merged_adapters for layer in everywhere),
+        trigger_words=tuple(word for word, entry in trigger_words(pipe).items() if entry.owner == name),
+    )
+
+
+def _denoiser(models: Mapping[str, nn.Module]) -> str:
+    return "transformer" if "transformer" in models else "unet"
+
+
+def _has(model: nn.Module, name: str) -> bool:
+    return name in attach.adapter_configs(model)
+
+
+def _names(pipe: Any) -> str:
+    return ", ".join(map(repr, _concept_names(pipe))) or "none"
+
+
+def _free_name(pipe: Any, name: str) -> str:
+    # PEFT keeps adapters as attributes, and finds their tensors by ".name." in a path.
+    parts = {part for m in pipeline_models(pipe).values() for path, _ in m.named_modules() for part in path.split(".")}
+    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict(), name) or name in parts:
+        raise UserError(
+            f"{name!r} cannot be an adapter name: use letters, digits, '_' and '-', and no name that a layer has"
+        )
+    if name in _concept_names(pipe):
+        raise UserError(f"a concept {name!r} is loaded already: choose another adapter_name, or unload it first")
+    return name
+
+
+def _renamed(tokens: dict[str, dict[str, Tensor]], word: str | None) -> dict[str, dict[str, Tensor]]:
+    if word is None:
+        return tokens
+    if len(tokens) != 1:
+        raise UserError(f"trigger_word={word!r} renames one word, but the concept has {len(tokens)}: leave it out")
+    return {word: next(iter(tokens.values()))}
+
+
+def _remove_words(pipe: Any, owner: str) -> None:
+    for word, entry in trigger_words(pipe).items():
+        if entry.owner == owner:
+            remove_trigger_word(pipe, word)

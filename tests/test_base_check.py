@@ -1,0 +1,76 @@
+"""A concept is compared with the base before it is loaded."""
+
+import pytest
+import torch
+
+from atomdiff.atoms import dct_atoms
+from atomdiff.base_check import DERIVED_BASE, SAME_BASE, base_distance, check_layers, fingerprint
+from atomdiff.delta_file import DeltaFile
+from atomdiff.errors import UserError
+from atomdiff.tuner import AtomConfig
+
+CONFIG = AtomConfig(channel_block=2)
+
+
+def base_weights(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "unet.down.conv1": torch.randn(8, 4, 3, 3, generator=generator),
+        "unet.mid.to_q": torch.randn(6, 4, generator=generator) * 3,
+    }
+
+
+def make_delta(**fields):
+    conv = {"atom_delta": torch.ones(9, 9), "atom_basis": dct_atoms((3, 3), 9)}
+    channels = {"channel_delta": torch.ones(4, 4), "channel_basis": dct_atoms((2, 2), 4)}
+    prints = {m: fingerprint(w, CONFIG, m.partition(".")[2]) for m, w in base_weights().items()}
+    layers = {"unet.down.conv1": conv | channels, "unet.mid.to_q": dict(channels)}
+    return DeltaFile(**{"config": CONFIG, "layers": layers, "fingerprint": prints, **fields})
+
+
+def test_a_fitting_base_passes():
+    delta = make_delta()
+    check_layers(delta, base_weights())
+    assert base_distance(delta, base_weights()) == 0
+
+
+def changed(name, **tensors):
+    delta = make_delta()
+    layers = {module: {**kinds, **(tensors if module == name else {})} for module, kinds in delta.layers.items()}
+    return make_delta(layers={m: {k: t for k, t in kinds.items() if t is not None} for m, kinds in layers.items()})
+
+
+def test_layers_that_do_not_fit_are_named():
+    weights = base_weights()
+    with pytest.raises(UserError, match=r"no unet.mid.to_q: .*another architecture"):
+        check_layers(make_delta(), {"unet.down.conv1": weights["unet.down.conv1"]})
+    with pytest.raises(UserError, match=r"unet.down.conv1 \(found .*takes .*\(5, 5\)"):
+        check_layers(make_delta(), weights | {"unet.down.conv1": torch.zeros(8, 4, 1, 5)})
+    for tensors in ({"channel_delta": torch.zeros(4, 3)}, {"channel_basis": None}, {"atom_delta": torch.zeros(1, 1)}):
+        with pytest.raises(UserError, match=r"does not fit this base: unet.mid.to_q"):
+            check_layers(changed("unet.mid.to_q", **tensors), weights)
+    prints = {module: values[:1] for module, values in make_delta().fingerprint.items()}
+    with pytest.raises(UserError, match=r"does not fit"):
+        check_layers(make_delta(fingerprint=prints), weights)
+
+
+def test_only_some_of_many_wrong_layers_are_named():
+    delta = make_delta()
+    many = {f"unet.{i}.to_q": delta.layers["unet.mid.to_q"] for i in range(9)}
+    with pytest.raises(UserError, match=r"no unet.0.to_q, unet.1.to_q, unet.2.to_q and 6 more"):
+        check_layers(make_delta(layers=many), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_base_is_recognised_in_any_dtype(dtype):
+    rounded = {module: weight.to(dtype) for module, weight in base_weights().items()}
+    assert base_distance(make_delta(), rounded) < SAME_BASE
+
+
+def test_distance_grows_from_derived_to_other_bases():
+    weights, noise = base_weights(), base_weights(seed=5)
+    derived = {m: w + 0.1 * noise[m] for m, w in weights.items()}
+    other = {m: 2 * noise[m] for m in weights}
+    distances = [base_distance(make_delta(), base) for base in (weights, derived, other)]
+    assert 0 == distances[0] < SAME_BASE < distances[1] < DERIVED_BASE < distances[2] <= 1
+    assert base_distance(make_delta(), {m: torch.zeros_like(w) for m, w in weights.items()}) == 1

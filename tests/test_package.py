@@ -1,0 +1,20 @@
+"""The package itself."""
+
+import subprocess
+import sys
+
+import pytest
+
+import atomdiff
+
+
+def test_importing_it_is_cheap_and_loads_no_library():
+    code = "import atomdiff, sys; assert not {'torch', 'peft', 'diffusers'} & set(sys.modules)"
+    subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
+
+
+def test_the_public_names_are_there():
+    assert dir(atomdiff) == sorted(atomdiff.__all__) == atomdiff.__all__
+    assert all(callable(getattr(atomdiff, name)) for name in atomdiff.__all__)
+    with pytest.raises(AttributeError, match="no attribute 'nothing'"):
+        atomdiff.nothing  # noqa: B018
