@@ -1,0 +1,321 @@
+"""How the toybox's base model learns: the autoencoder first, then text encoder and UNet on its latents."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL, StableDiffusionPipeline, UNet2DConditionModel
+from diffusers.models.attention_processor import AttnProcessor
+from diffusers.optimization import get_cosine_schedule_with_warmup
+from einops import rearrange
+from numpy.typing import NDArray
+from torch import Tensor, nn
+from torch.nn import functional as F
+from tqdm import tqdm
+from transformers import CLIPTextModel, CLIPTokenizer
+
+from atomdiff.toybox.base import (
+    DOWNSAMPLING,
+    LATENT_CHANNELS,
+    assemble,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+)
+from atomdiff.toybox.dataset import caption_of
+from atomdiff.toybox.judge import LABELS, Judge, individual_loss
+from atomdiff.toybox.scenes import Caption, shorten
+
+CHECKPOINT_STEPS = 500
+
+
+@dataclass(frozen=True)
+class Stage:
+    """How long and how fast one network trains."""
+
+    steps: int
+    batch_size: int
+    learning_rate: float
+    seed: int = 0
+
+
+def as_signal(pictures: Tensor) -> Tensor:
+    """Pictures (n, h, w, 3) of bytes as (n, 3, h, w) in [-1, 1], channels last in memory."""
+    return rearrange(pictures, "n h w c -> n c h w").float() / 127.5 - 1
+
+
+def run_stage(
+    name: str,
+    stage: Stage,
+    model: nn.Module,
+    loss_of: Callable[[int], Tensor],
+    folder: Path,
+    checkpoint_steps: int = CHECKPOINT_STEPS,
+) -> list[float]:
+    """Train `model` on `loss_of(step)` with AdamW and a cosine schedule, resuming from the folder's checkpoint.
+
+    Returns:
+        The loss of every step.
+    """
+    optimizer = torch.optim.AdamW(model.parameters(), stage.learning_rate, betas=(0.9, 0.99), weight_decay=1e-2)
+    schedule = get_cosine_schedule_with_warmup(optimizer, stage.steps // 40, stage.steps)
+    path = folder / f"{name}.pt"
+    losses: list[float] = []
+    if path.exists():
+        state = torch.load(path, weights_only=True)
+        model.load_state_dict(state["model"])
+        optimizer.load_state_dict(state["optimizer"])
+        schedule.load_state_dict(state["schedule"])
+        losses = state["losses"]
+    model.train()
+    bar = tqdm(range(len(losses), stage.steps), initial=len(losses), total=stage.steps, desc=name, mininterval=10)
+    for step in bar:
+        torch.manual_seed(stage.seed * 1_000_003 + step)
+        loss = loss_of(step)
+        if not torch.isfinite(loss):
+            raise FloatingPointError(f"{name}: the loss is {loss.item()} at step {step}; lower the learning rate")
+        loss.backward()
+        nn.utils.clip_grad_norm_(model.parameters(), 1.0)
+        optimizer.step()
+        schedule.step()
+        optimizer.zero_grad()
+        losses.append(loss.item())
+        if (step + 1) % 50 == 0:
+            bar.set_postfix(loss=f"{np.mean(losses[-200:]):.4f}", refresh=False)
+        if (step + 1) % checkpoint_steps == 0 or step + 1 == stage.steps:
+            state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
+            torch.save({**state, "schedule": schedule.state_dict()}, path.with_suffix(".tmp"))
+            path.with_suffix(".tmp").rename(path)
+    model.eval()
+    return losses
+
+
+def patch_basis(pictures: Tensor) -> Tensor:
+    """The leading principal directions (8, 48) of all 4x4 patches of the pictures (n, 64, 64, 3)."""
+    patches = rearrange(as_signal(pictures), "n c (h p) (w q) -> (n h w) (c p q)", p=DOWNSAMPLING, q=DOWNSAMPLING)
+    vectors = torch.linalg.eigh(patches.T.double() @ patches.double())[1]
+    return vectors[:, -LATENT_CHANNELS:].flip(1).T.float()
+
+
+def train_vae(vae: AutoencoderKL, pictures: Tensor, stage: Stage, folder: Path, device: torch.device) -> list[float]:
+    """Train the autoencoder on absolute error, a little KL, and a pull of its latents towards principal components.
+
+    The pull gives the latents a natural scale, coarse colour large and detail small, which the diffusion then learns
+    in that order. The first three quarters of the steps see 32x32 crops: four times cheaper, the same kernels.
+    """
+    basis = patch_basis(pictures[:2000]).to(device)
+    kernel = rearrange(basis, "o (c p q) -> o c p q", c=3, p=DOWNSAMPLING)
+
+    def loss_of(step: int) -> Tensor:
+        crop = 32 if step < 0.75 * stage.steps else pictures.shape[1]
+        batch = stage.batch_size * (2 if crop == 32 else 1)
+        index = torch.randint(len(pictures), (batch,))
+        top, left = (4 * int(torch.randint((pictures.shape[1] - crop) // 4 + 1, ())) for _ in range(2))
+        x = as_signal(pictures[index, top : top + crop, left : left + crop]).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            posterior = vae.encode(x).latent_dist
+            restored = vae.decode(posterior.sample()).sample
+        anchor = F.conv2d(x, kernel, stride=DOWNSAMPLING)
+        error = (restored.float() - x).abs().mean() + (restored.float() - x).square().mean()
+        return error + 1e-6 * posterior.kl().mean() + 0.02 * (posterior.mean.float() - anchor).square().mean()
+
+    return run_stage("vae", stage, vae, loss_of, folder)
+
+
+@torch.no_grad()
+def encode(vae: AutoencoderKL, pictures: Tensor, device: torch.device, batch: int = 128) -> Tensor:
+    """Mean latents (n, 8, 16, 16) of pictures (n, 64, 64, 3), not yet scaled."""
+    means = []
+    for chunk in tqdm(pictures.split(batch), desc="encoding", mininterval=10):
+        with torch.autocast(device.type, torch.bfloat16):
+            means.append(vae.encode(as_signal(chunk).to(device)).latent_dist.mean.float().cpu())
+    return torch.cat(means)
+
+
+class Denoiser(nn.Module):
+    """Text encoder and UNet, trained together."""
+
+    def __init__(self, text_encoder: CLIPTextModel, unet: UNet2DConditionModel) -> None:
+        super().__init__()
+        self.text_encoder = text_encoder
+        self.unet = unet
+
+    def forward(self, noisy: Tensor, timesteps: Tensor, input_ids: Tensor) -> Tensor:
+        """The prediction (n, 8, 16, 16) for noisy latents of that shape, timesteps (n,) and token ids (n, tokens)."""
+        states = self.text_encoder(input_ids).last_hidden_state
+        prediction: Tensor = self.unet(noisy, timesteps, states).sample
+        return prediction
+
+
+def train_denoiser(
+    denoiser: Denoiser,
+    tokenizer: CLIPTokenizer,
+    latents: Tensor,
+    captions: list[Caption],
+    stage: Stage,
+    folder: Path,
+    device: torch.device,
+    ema_decay: float = 0.999,
+) -> tuple[Denoiser, list[float]]:
+    """Train on v-prediction and give back the moving average of the weights, and the losses.
+
+    The error of the clean latents weighs min(SNR + 1, 5), which for v is min(SNR + 1, 5) / (SNR + 1): min-SNR (Hang et
+    al., arXiv 2303.09556) shifted by one, so that the noisiest steps still teach under zero terminal SNR. One caption
+    in ten is empty, for classifier-free guidance.
+    """
+    scheduler = build_scheduler()
+    alphas = scheduler.alphas_cumprod
+    weights = (1 / (1 - alphas).clamp(min=1e-8)).clamp(max=5) * (1 - alphas)
+    average = copy.deepcopy(denoiser).requires_grad_(False)
+    average_path = folder / "average.pt"
+    if average_path.exists():
+        average.load_state_dict(torch.load(average_path, weights_only=True))
+
+    def loss_of(step: int) -> Tensor:
+        if step:
+            decay = min(ema_decay, (1 + step) / (10 + step))
+            with torch.no_grad():
+                torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()), 1 - decay)
+        if step % CHECKPOINT_STEPS == 0:
+            torch.save(average.state_dict(), average_path)
+        rng = np.random.default_rng([stage.seed, step])
+        index = torch.randint(len(latents), (stage.batch_size,))
+        texts = ["" if rng.random() < 0.1 else str(shorten(captions[i], rng)) for i in index.tolist()]
+        ids = tokenizer(texts, padding="max_length", truncation=True, return_tensors="pt").input_ids.to(device)
+        clean = latents[index].to(device)
+        noise = torch.randn_like(clean)
+        timesteps = torch.randint(len(alphas), (stage.batch_size,), device=device)
+        noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
+        with torch.autocast(device.type, torch.bfloat16):
+            prediction = denoiser(noisy, timesteps, ids)
+        target = scheduler.get_velocity(clean, noise, timesteps)
+        errors = (prediction.float() - target).square().mean((1, 2, 3))
+        return (errors * weights.to(device)[timesteps]).mean()
+
+    losses = run_stage("denoiser", stage, denoiser, loss_of, folder)
+    return average.eval(), losses
+
+
+def train_judge(
+    judge: Judge,
+    pictures: Tensor,
+    captions: list[Caption],
+    individuals: Tensor,
+    identities: Tensor,
+    stage: Stage,
+    folder: Path,
+    device: torch.device,
+) -> list[float]:
+    """Train the judge's words on the base world and its embedding on individuals.
+
+    Args:
+        judge: the network.
+        pictures: (n, 64, 64, 3) bytes with `captions`.
+        captions: n full captions.
+        individuals: (k, views, 64, 64, 3) bytes, all views of a row the same individual, rows sorted by class.
+        identities: (k, 2) class and scene-independent number of each individual.
+        stage: length and speed; a batch is `batch_size` captioned pictures and as many of individuals.
+        folder: where checkpoints go.
+        device: where to train.
+
+    Pictures are blurred and noised at random, so that softness of a generated picture does not pass for content.
+    """
+    words = {name: torch.tensor([LABELS[name].index(word_of(c, name)) for c in captions]) for name in LABELS}
+
+    def loss_of(step: int) -> Tensor:
+        index = torch.randint(len(pictures), (stage.batch_size,))
+        neighbours = stage.batch_size // 8  # individuals next to each other share a class: the hard negatives
+        start = torch.randint(len(individuals) - neighbours, (4,))
+        chosen = torch.cat([torch.arange(s, s + neighbours) for s in start.tolist()]).unique()
+        pair = torch.rand(len(chosen), individuals.shape[1]).topk(2).indices
+        seen = torch.cat([individuals[chosen, pair[:, 0]], individuals[chosen, pair[:, 1]]])
+        x = _degrade(as_signal(torch.cat([pictures[index], seen]))).to(device)
+        with torch.autocast(device.type, torch.bfloat16):
+            logits, vectors = judge(x)
+        count = len(index)
+        loss = individual_loss(vectors[count:].float(), identities[chosen, 1].repeat(2).to(device))
+        loss = loss + F.cross_entropy(logits["class"][count:].float(), identities[chosen, 0].repeat(2).to(device))
+        for name, targets in words.items():
+            loss = loss + F.cross_entropy(logits[name][:count].float(), targets[index].to(device))
+        return loss
+
+    return run_stage("judge", stage, judge, loss_of, folder)
+
+
+def word_of(caption: Caption, kind: str) -> str:
+    """The caption's word of a kind of the judge (`class`, `scene`, `colour`, `pattern`)."""
+    return str(getattr(caption, {"class": "class_name"}.get(kind, kind)))
+
+
+def _degrade(x: Tensor) -> Tensor:
+    """Blur and noise each picture of (n, 3, 64, 64) by its own random amount."""
+    blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
+    mix, noise = torch.rand(2, len(x), 1, 1, 1)
+    degraded: Tensor = x.lerp(blurred, mix) + 0.1 * noise * torch.randn_like(x)
+    return degraded.contiguous(memory_format=torch.channels_last)
+
+
+def cached_world(
+    folder: Path, count: int, seed: int, render: Callable[[int, int], tuple[NDArray[np.uint8], list[Caption]]]
+) -> tuple[Tensor, list[Caption]]:
+    """Pictures (n, 64, 64, 3) of the base world and their captions, drawn once and kept in the folder."""
+    path = folder / f"world-{seed}-{count}.npy"
+    if not path.exists():
+        np.save(path, render(count, seed)[0])
+    return torch.from_numpy(np.load(path)), [caption_of(index, seed)[0] for index in range(count)]
+
+
+def make_base(
+    folder: Path,
+    output: Path,
+    world: tuple[Tensor, list[Caption]],
+    vae_stage: Stage,
+    stage: Stage,
+    device: torch.device,
+    start_from: Path | None = None,
+) -> dict[str, list[float]]:
+    """Train autoencoder, text encoder and UNet and save them as a pipeline in half precision.
+
+    Args:
+        folder: where checkpoints go.
+        output: folder of the pipeline.
+        world: pictures (n, 64, 64, 3) of bytes and their captions.
+        vae_stage: length and speed of the autoencoder's training.
+        stage: the same for text encoder and UNet.
+        device: where to train.
+        start_from: a pipeline folder whose autoencoder is kept and whose text encoder and UNet are trained on.
+
+    Returns:
+        The losses of each stage.
+    """
+    pictures, captions = world
+    torch.manual_seed(stage.seed)
+    losses: dict[str, list[float]] = {}
+    if start_from is None:
+        vae, tokenizer = build_vae(), build_tokenizer()
+        text_encoder, unet = build_text_encoder(tokenizer), build_unet()
+        vae.to(device, memory_format=torch.channels_last)
+        losses["vae"] = train_vae(vae, pictures, vae_stage, folder, device)
+        latents = encode(vae, pictures, device)
+        vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
+    else:
+        start = StableDiffusionPipeline.from_pretrained(start_from)
+        vae, tokenizer, text_encoder, unet = start.vae, start.tokenizer, start.text_encoder, start.unet
+        unet.set_attn_processor(AttnProcessor())
+        latents = encode(vae.to(device, memory_format=torch.channels_last), pictures, device)
+    denoiser = Denoiser(text_encoder, unet).to(device)
+    denoiser.unet.to(memory_format=torch.channels_last)
+    scaled = latents * vae.config.scaling_factor
+    average, losses["denoiser"] = train_denoiser(denoiser, tokenizer, scaled, captions, stage, folder, device)
+    pipe = assemble(vae, tokenizer, average.text_encoder, average.unet)
+    pipe.to("cpu", memory_format=torch.contiguous_format)
+    pipe.vae.half(), pipe.unet.half()  # transformers would load a half text encoder in half, diffusers loads in float32
+    pipe.save_pretrained(output)
+    return losses

@@ -1,0 +1,64 @@
+import torch
+from diffusers import StableDiffusionPipeline
+from torch import nn
+
+from atomdiff.toybox.base import (
+    MAX_TOKENS,
+    RARE_WORDS,
+    assemble,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+)
+from atomdiff.toybox.pretrain import Stage, as_signal, encode, patch_basis, run_stage
+from atomdiff.toybox.scenes import CLASSES, COLOURS
+from atomdiff.toybox.shapes import PATTERNS
+
+
+def test_every_word_of_the_world_is_one_token_and_others_fall_into_letters():
+    tokenizer = build_tokenizer()
+    for word in (*CLASSES, *COLOURS, *PATTERNS, *RARE_WORDS):
+        assert len(tokenizer.tokenize(word)) == 1, word
+    assert len(tokenizer.tokenize("zebra")) > 1
+    assert tokenizer.unk_token_id not in tokenizer("zebra é 42", add_special_tokens=False).input_ids
+    assert tokenizer.model_max_length == MAX_TOKENS
+
+
+def test_the_assembled_pipeline_draws_after_saving_and_loading(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    assemble(build_vae(), tokenizer, build_text_encoder(tokenizer), build_unet()).save_pretrained(tmp_path)
+    pipe = StableDiffusionPipeline.from_pretrained(tmp_path)
+    pipe.set_progress_bar_config(disable=True)
+    assert pipe.tokenizer("a red mug").input_ids == tokenizer("a red mug").input_ids
+    assert pipe("a photo of a red mug", num_inference_steps=2).images[0].size == (64, 64)
+
+
+def test_patch_basis_is_orthonormal_and_latents_have_the_documented_shape():
+    pictures = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    basis = patch_basis(pictures)
+    torch.testing.assert_close(basis @ basis.T, torch.eye(8), atol=1e-5, rtol=0)
+    assert as_signal(pictures).shape == (4, 3, 64, 64)
+    assert encode(build_vae().eval(), pictures, torch.device("cpu")).shape == (4, 8, 16, 16)
+
+
+def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(tmp_path):
+    def trained(folder, stops):
+        folder.mkdir()
+        for stop in stops:
+            torch.manual_seed(0)
+            model = nn.Linear(4, 4)
+
+            def loss_of(step, model=model, stop=stop):
+                if step == stop:
+                    raise KeyboardInterrupt
+                return model(torch.randn(8, 4)).square().mean()
+
+            try:
+                run_stage("stage", Stage(7, 8, 1e-2), model, loss_of, folder, checkpoint_steps=2)
+            except KeyboardInterrupt:
+                pass
+        return model.weight
+
+    assert torch.equal(trained(tmp_path / "a", [None]), trained(tmp_path / "b", [5, None]))

@@ -1,0 +1,55 @@
+import json
+
+import pytest
+import torch
+from PIL import Image
+
+from atomdiff.toybox.dataset import render_world
+from atomdiff.toybox.judge import JUDGE_FOLDER, Judge, individual_loss, load_judge, save_judge
+from atomdiff.toybox.report import accuracy
+from atomdiff.toybox.subjects import SUBJECTS, views
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
+
+
+def test_the_committed_judge_names_what_fresh_pictures_show(judge):
+    pictures, captions = render_world(64, seed=99, held_out=True)
+    shares = accuracy(judge, [Image.fromarray(picture) for picture in pictures], captions)
+    assert min(shares.values()) > 0.9, shares
+
+
+def test_views_of_one_subject_are_nearer_than_views_of_two(judge):
+    first, second = (judge.embed(views(SUBJECTS[name], 6, seed=3)) for name in ("mug", "cat"))
+    torch.testing.assert_close(first.norm(dim=1), torch.ones(6))
+    assert (first @ first.T).min() > (first @ second.T).max()
+
+
+def test_a_judge_survives_saving_and_loading(tmp_path):
+    torch.manual_seed(0)
+    before = Judge().eval()
+    save_judge(before, tmp_path)
+    after = load_judge(tmp_path)
+    pictures = views(SUBJECTS["robot"], 2, seed=1)
+    torch.testing.assert_close(before.embed(pictures), after.embed(pictures), atol=5e-3, rtol=0)
+
+
+def test_a_judge_of_another_world_is_refused(tmp_path):
+    save_judge(Judge(), tmp_path)
+    labels = json.loads((tmp_path / "labels.json").read_text())
+    (tmp_path / "labels.json").write_text(json.dumps(labels | {"class": ["mug"]}))
+    with pytest.raises(ValueError, match="other words"):
+        load_judge(tmp_path)
+
+
+def test_contrastive_loss_prefers_views_of_one_individual_together():
+    near = torch.eye(4)[[0, 0, 1, 1]]
+    far = torch.eye(4)[[0, 1, 0, 1]]
+    individuals = torch.tensor([0, 0, 1, 1])
+    assert individual_loss(near, individuals) < individual_loss(far, individuals)
+
+
+def test_the_judges_folder_is_small():
+    assert sum(file.stat().st_size for file in JUDGE_FOLDER.iterdir()) < 5e6

@@ -1,0 +1,82 @@
+"""Pretrain the toybox: the pipeline into `samples/toybox-sd`, the judge into `samples/toybox-judge`.
+
+    python train_scripts/pretrain_toybox.py --work_dir out/pretrain
+
+Runs on a GPU where there is one and on the CPU otherwise, continues from the work folder when it was stopped.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from atomdiff._quiet import quiet_libraries
+from atomdiff.command_line import parse_config
+from atomdiff.toybox.dataset import render_individuals, render_world
+
+
+@dataclass(frozen=True)
+class PretrainConfig:
+    """Everything the pretraining takes."""
+
+    work_dir: Path = Path("out/pretrain")
+    """Folder of the drawn pictures and the checkpoints."""
+    output_dir: Path = Path("samples")
+    """Folder that receives `toybox-sd` and `toybox-judge`."""
+    pictures: int = 48_000
+    """Number of pictures of the base world."""
+    individuals: int = 3_000
+    """Number of individuals, six pictures each, that the judge learns to tell apart."""
+    vae_steps: int = 7_400
+    """Steps of the autoencoder, on 8 pictures or 16 crops each."""
+    denoiser_steps: int = 6_200
+    """Steps of text encoder and UNet, on 24 pictures each."""
+    denoiser_learning_rate: float = 1.5e-3
+    """Highest learning rate of text encoder and UNet."""
+    judge_steps: int = 1_300
+    """Steps of the judge, on 64 captioned pictures and up to 64 of individuals each."""
+    start_from: Path | None = None
+    """A pipeline folder to train on from: its autoencoder is kept; give `denoiser_learning_rate` a lower value."""
+    seed: int = 1
+    """Every random choice follows from it."""
+    parts: tuple[str, ...] = ("base", "judge")
+    """What to train: `base` (autoencoder, then text encoder and UNet), `judge` or both."""
+
+
+def main(config: PretrainConfig) -> None:
+    """Draw the world, train the parts, save them."""
+    quiet_libraries()
+    from atomdiff.toybox import judge as j
+    from atomdiff.toybox import pretrain as p
+
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    config.work_dir.mkdir(parents=True, exist_ok=True)
+    world = p.cached_world(config.work_dir, config.pictures, config.seed, render_world)
+    losses = {}
+    if "base" in config.parts:
+        vae = p.Stage(config.vae_steps, 8, 2e-3, config.seed)
+        denoiser = p.Stage(config.denoiser_steps, 24, config.denoiser_learning_rate, config.seed)
+        output, start = config.output_dir / "toybox-sd", config.start_from
+        losses |= p.make_base(config.work_dir, output, world, vae, denoiser, device, start)
+    if "judge" in config.parts:
+        views, identities = render_individuals(config.individuals, 6, config.seed)
+        stage = p.Stage(config.judge_steps, 64, 2e-3, config.seed)
+        torch.manual_seed(config.seed)
+        judge = j.Judge().to(device, memory_format=torch.channels_last)
+        data = (*world, torch.from_numpy(views), torch.from_numpy(identities))
+        losses["judge"] = p.train_judge(judge, *data, stage, config.work_dir, device)
+        j.save_judge(judge.cpu(), config.output_dir / "toybox-judge")
+    final = {name: float(np.mean(values[-200:])) for name, values in losses.items()}
+    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
+    report = {"config": asdict(config), "final_losses": final, "torch": torch.__version__, "hardware": hardware}
+    (config.work_dir / "pretrain.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print(json.dumps(report, indent=1, default=str))
+
+
+if __name__ == "__main__":
+    main(parse_config(PretrainConfig))
