@@ -1,0 +1,59 @@
+"""A frozen dataclass as a command line: one `--option` a field, help from the field docstrings, YAML by `--config`."""
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+
+from docstring_parser import parse_from_object
+from jsonargparse import ArgumentParser
+
+Config = TypeVar("Config")
+
+
+def parse_config(
+    config_class: type[Config],
+    args: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    positional: str | None = None,
+) -> Config:
+    """Build a config from the command line and from the YAML files named by `--config`; what comes later wins.
+
+    Fields of type `tuple[X, ...]` take one or more values: `--seeds 0 1 2`. Options and YAML keys that are no fields,
+    values of a wrong type and missing fields end the program with a usage message and exit status 2.
+
+    Args:
+        config_class: a dataclass whose fields have docstrings.
+        args: the command line without the program's name; by default that of this process.
+        prog: the program's name in the messages.
+        positional: a field that is given without its name.
+
+    Raises:
+        UserError: from the config's own checks.
+    """
+    parser = _parser(config_class, prog, positional)
+    values = vars(parser.parse_args(None if args is None else list(args)))
+    hints = get_type_hints(config_class)
+    fields = {field.name: values[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**{k: tuple(v) if get_origin(hints[k]) is tuple else v for k, v in fields.items()})
+
+
+def _parser(config_class: type[Any], prog: str | None, positional: str | None) -> ArgumentParser:
+    docstring = parse_from_object(config_class)
+    helps = {entry.arg_name: entry.description for entry in docstring.params}
+    hints = get_type_hints(config_class)
+    parser = ArgumentParser(prog=prog, description=docstring.short_description)
+    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
+    for field in dataclasses.fields(config_class):
+        options: dict[str, Any] = {"type": hints[field.name], "help": helps[field.name]}
+        if get_origin(hints[field.name]) is tuple:
+            options |= {"type": get_args(hints[field.name])[0], "nargs": "+"}
+        if field.name == positional:
+            parser.add_argument(field.name, **options)
+            continue
+        if field.default is dataclasses.MISSING:
+            options["required"] = True
+        else:
+            options["default"] = list(field.default) if "nargs" in options else field.default
+        parser.add_argument(f"--{field.name}", **options)
+    return parser

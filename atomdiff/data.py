@@ -1,0 +1,258 @@
+"""Photos and captions from folders, their latents, and which of them a training step sees."""
+
+import hashlib
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from diffusers import AutoencoderKL
+from PIL import Image, ImageCms, ImageOps
+from torch import Tensor
+from tqdm import tqdm
+
+from atomdiff.errors import UserError
+
+Picture = Image.Image
+
+# Suffixes that promise a picture although Pillow may not read it: such a file is reported, not passed over.
+_UNREAD = {".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw"}
+_GENERATED = re.compile(r"class-\d{5}\.png")
+
+
+@dataclass(frozen=True)
+class Photo:
+    """One picture of a folder: its file name, its pixels in RGB, upright, and the text of the .txt file beside it."""
+
+    name: str
+    picture: Picture
+    caption: str | None
+
+
+def read_photos(folder: str | Path, minimum_side: int, limit: int | None = None) -> list[Photo]:
+    """Read the pictures of `folder` (not of its subfolders) in the order of their names.
+
+    Every mode that Pillow reads becomes RGB: 16-bit and float pictures are scaled to 8 bits, transparent ones are laid
+    on white. EXIF orientation is applied.
+
+    Args:
+        folder: The folder.
+        minimum_side: Pixels that the shorter side must have.
+        limit: Read only the first so many pictures.
+
+    Raises:
+        UserError: No such folder, no picture in it, or a message that names the unreadable and the tiny files.
+    """
+    folder = Path(folder)
+    if not folder.is_dir():
+        raise UserError(f"{folder}: no such folder; expected a folder of pictures")
+    files = picture_files(folder)[:limit]
+    if not files:
+        raise UserError(f"{folder}: no picture in it; expected files such as photo.jpg or photo.png")
+    photos, unreadable, tiny = [], [], []
+    for file in files:
+        try:
+            picture = read_picture(file)
+        except Exception:  # Pillow's plugins raise whatever their parsers raise
+            unreadable.append(file.name)
+            continue
+        if min(picture.size) < minimum_side:
+            tiny.append(f"{file.name} ({picture.width}x{picture.height})")
+        caption = file.with_suffix(".txt")
+        text = caption.read_text(encoding="utf-8-sig", errors="replace").strip() if caption.is_file() else ""
+        photos.append(Photo(file.name, picture, text or None))
+    if unreadable or tiny:
+        complaints = [f"cannot be read: {', '.join(unreadable)}"] if unreadable else []
+        complaints += [f"shorter side under {minimum_side} pixels: {', '.join(tiny)}"] if tiny else []
+        raise UserError(f"{folder}: {'; '.join(complaints)}. Replace or remove them")
+    return photos
+
+
+def picture_files(folder: Path) -> list[Path]:
+    """List the files of `folder` whose suffix promises a picture, sorted by name; hidden files are passed over."""
+    suffixes = _UNREAD | {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
+    return sorted(
+        file
+        for file in folder.iterdir()
+        if file.is_file() and file.suffix.lower() in suffixes and not file.name.startswith(".")
+    )
+
+
+def read_picture(file: Path) -> Picture:
+    """Read one picture of any mode as upright RGB; raises whatever Pillow raises."""
+    with Image.open(file) as opened:
+        opened.load()
+        return to_rgb(ImageOps.exif_transpose(opened))
+
+
+def to_rgb(picture: Picture) -> Picture:
+    """Convert any mode to RGB: wide integers and floats scaled to 8 bits, transparency laid on white."""
+    if picture.mode == "F" or picture.mode.startswith("I"):
+        return _scaled(picture).convert("RGB")
+    if picture.mode == "LAB":
+        lab, rgb = ImageCms.createProfile("LAB"), ImageCms.createProfile("sRGB")
+        converted = ImageCms.profileToProfile(picture, lab, rgb, outputMode="RGB")
+        assert converted is not None  # None only when done in place
+        return converted
+    if picture.mode == "La":
+        picture = picture.convert("LA")
+    if picture.has_transparency_data:
+        picture = picture.convert("RGBA")
+        white = Image.new("RGBA", picture.size, "white")
+        picture = Image.alpha_composite(white, picture)
+    return picture.convert("RGB")
+
+
+def _scaled(picture: Picture) -> Picture:
+    """Scale 16-bit, 32-bit or float values to 8 bits, by the smallest of the usual ranges that holds them."""
+    values = np.nan_to_num(np.asarray(picture).astype(np.float64)).clip(min=0)
+    full_scale = 65535 if picture.mode.startswith("I;16") else 255
+    if picture.mode == "F" and values.max() <= 1:
+        full_scale = 1
+    while values.max() > full_scale:
+        full_scale = (full_scale + 1) ** 2 - 1
+    return Image.fromarray((values / full_scale * 255).round().astype(np.uint8))
+
+
+def views(picture: Picture, resolution: int, center_crop: bool, random_flip: bool = False) -> list[Picture]:
+    """Cut squares of `resolution` pixels from a picture whose shorter side is first resized to that.
+
+    Args:
+        picture: An RGB picture.
+        resolution: Side of the squares in pixels.
+        center_crop: Only the middle; else also both ends of the longer side, if they differ.
+        random_flip: Mirror images too.
+    """
+    scale = resolution / min(picture.size)
+    width, height = (max(resolution, round(side * scale)) for side in picture.size)
+    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
+    spare = max(width, height) - resolution
+    offsets = [spare // 2] if center_crop else sorted({0, spare // 2, spare})
+    corners = [(offset, 0) if width > height else (0, offset) for offset in offsets]
+    cut = [resized.crop((x, y, x + resolution, y + resolution)) for x, y in corners]
+    return cut + [ImageOps.mirror(view) for view in cut] if random_flip else cut
+
+
+@dataclass(frozen=True)
+class LatentCache:
+    """What the VAE says of every view of a set of pictures; a step draws a view and then latents from it.
+
+    `mean` and `std` have shape (views, c, h, w), in the scale that the UNet works in; the views of picture `i` are the
+    rows from `starts[i]` to `starts[i + 1]`.
+    """
+
+    mean: Tensor
+    std: Tensor
+    starts: tuple[int, ...]
+
+    def __len__(self) -> int:
+        return len(self.starts) - 1
+
+    def draw(self, pictures: Sequence[int], generator: torch.Generator) -> Tensor:
+        """Draw latents (batch, c, h, w) on the CPU of a random view of each of `pictures`."""
+        share = torch.rand(len(pictures), generator=generator).tolist()
+        rows = [
+            self.starts[i] + int(part * (self.starts[i + 1] - self.starts[i]))
+            for i, part in zip(pictures, share, strict=True)
+        ]
+        mean = self.mean[rows]
+        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
+
+
+@torch.no_grad()
+def encode_pictures(vae: AutoencoderKL, pictures: Iterable[Sequence[Picture]], batch_size: int) -> LatentCache:
+    """Encode the views of every picture, `batch_size` at a time, on the VAE's device and in its dtype.
+
+    Args:
+        vae: The autoencoder.
+        pictures: For every picture its views, RGB and all of one size.
+        batch_size: Views encoded together.
+    """
+    flat: list[Picture] = []
+    starts = [0]
+    for of_one in pictures:
+        flat += of_one
+        starts.append(len(flat))
+    means, stds = [], []
+    for first in range(0, len(flat), batch_size):
+        pixels = np.stack([np.asarray(view) for view in flat[first : first + batch_size]])  # (batch, h, w, 3)
+        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1  # (batch, 3, h, w)
+        latents = vae.encode(images).latent_dist
+        means.append(latents.mean.float().cpu())
+        stds.append(latents.std.float().cpu())
+    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
+    return LatentCache((torch.cat(means) - shift) * scale, torch.cat(stds) * scale, tuple(starts))
+
+
+def ensure_class_pictures(
+    folder: Path,
+    count: int,
+    batch_size: int,
+    recipe: dict[str, object],
+    generate: Callable[[list[int]], list[Picture]],
+    share: tuple[int, int] = (0, 1),
+) -> None:
+    """Fill `folder` up to `count` pictures, unless they are there already.
+
+    Pictures that somebody else put there count. Those made here are named by their seed and always made in the same
+    batches, so that a stopped call goes on to the same files. What they were made with stands beside them.
+
+    Args:
+        folder: The cache; made if missing.
+        count: Pictures wanted.
+        batch_size: Pictures generated together.
+        recipe: What the pictures depend on (prompt, base model, ...), as JSON.
+        generate: Makes one picture for each seed it is given.
+        share: This process's number and the number of processes; each makes its share of the batches.
+
+    Raises:
+        UserError: The folder holds pictures made from another recipe.
+    """
+    folder.mkdir(parents=True, exist_ok=True)
+    record = folder / "class_images.json"
+    found = json.loads(record.read_text()) if record.is_file() else recipe
+    if found != recipe:
+        differing = [key for key, value in recipe.items() if found.get(key) != value]
+        changes = "; ".join(f"{key} {found.get(key)!r}, now {recipe[key]!r}" for key in differing)
+        raise UserError(
+            f"{folder}: its class pictures were made with other settings ({changes}). "
+            "Name another --class_data_dir, or remove this one"
+        )
+    rank, processes = share
+    if rank == 0:
+        unfinished = record.with_suffix(".unfinished")
+        unfinished.write_text(json.dumps(recipe, indent=2) + "\n")
+        unfinished.replace(record)
+    foreign = sum(not _GENERATED.fullmatch(file.name) for file in picture_files(folder))
+    seeds = range(max(0, count - foreign))
+    batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
+    named = [{folder / f"class-{seed:05d}.png": seed for seed in batch} for batch in batches[rank::processes]]
+    missing = [batch for batch in named if not all(file.is_file() for file in batch)]
+    for batch in tqdm(missing, "class pictures", unit="batch", disable=not missing or rank > 0):
+        for file, picture in zip(batch, generate(list(batch.values())), strict=True):
+            unfinished = file.with_suffix(".unfinished")
+            picture.save(unfinished, format="png")
+            unfinished.replace(file)
+
+
+def sample_order(count: int, position: int, batch_size: int, seed: int) -> list[int]:
+    """Return which of `count` samples stand at `position`, `position + 1`, ... of an endless shuffled reading.
+
+    Every `count` positions hold each sample once. A pure function of its arguments, so that nothing has to be saved to
+    go on where a run stopped.
+    """
+    order: list[int] = []
+    for epoch in range(position // count, (position + batch_size - 1) // count + 1):
+        shuffle = torch.Generator().manual_seed(derive_seed(seed, "epoch", epoch))
+        order += torch.randperm(count, generator=shuffle).tolist()
+    first = position % count
+    return order[first : first + batch_size]
+
+
+def derive_seed(seed: int, *path: str | int) -> int:
+    """Return a seed (63 bits) for one use of randomness, from the run's seed and what the use is called."""
+    digest = hashlib.sha256(repr((seed, *path)).encode()).digest()
+    return int.from_bytes(digest[:8], "big") >> 1

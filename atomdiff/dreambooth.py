@@ -1,0 +1,273 @@
+"""The training run: photos of a subject in, a concept out.
+
+Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", arXiv 2208.12242;
+the trigger word's vector: Gal et al., "An Image is Worth One Word: Personalizing Text-to-Image Generation using Textual
+Inversion", arXiv 2208.01618.
+"""
+
+import math
+import time
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from diffusers import DDPMScheduler, StableDiffusionPipeline
+from peft import PeftConfig
+from torch import Tensor, nn
+
+from atomdiff.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
+from atomdiff.concept import Concept, build_concept
+from atomdiff.data import derive_seed, sample_order
+from atomdiff.errors import UserError
+from atomdiff.method import describe_adapter, place_for, read_adapter, save_trained
+from atomdiff.objective import add_noise, min_snr_weights, prior_preservation_loss, sample_losses, training_target
+from atomdiff.optimizer import build_optimizer
+from atomdiff.prepare import (
+    Material,
+    draw_pictures,
+    load_base,
+    prepare_material,
+    start_accelerator,
+    start_trackers,
+    whole,
+)
+from atomdiff.progress import RunLog, StopSignals, extend_contact_sheet
+from atomdiff.train_config import TrainConfig, load_config
+from atomdiff.trigger_words import set_trigger_embedding
+
+__all__ = ["TrainConfig", "load_config", "train"]
+
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_LOSS_SHARE = 0.02  # of a step's loss in the average loss after it
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that every step needs."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    material: Material
+    concept: Concept
+    model: nn.Module
+    """The concept as accelerate wrapped it."""
+    trained: dict[str, nn.Parameter]
+    """The concept's trained parameters."""
+    optimizer: torch.optim.Optimizer
+    noising: DDPMScheduler
+    """The base's noise schedule: how much noise at which timestep, and what the base predicts."""
+
+
+def train(config: TrainConfig) -> Path:
+    """Train a concept and write it to `config.output_dir`, with checkpoints, logs and a contact sheet.
+
+    On a CPU the same config gives the same bytes, even if the run is stopped and resumed on the way.
+
+    Returns:
+        The concept's file; for other methods than atoms the folder of a PEFT adapter or, for full tuning, a pipeline.
+
+    Raises:
+        UserError: Something in the config, the folders or the base does not fit, or the loss is not finite any more.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved, and the message says how to go on.
+    """
+    output_dir = Path(config.output_dir)
+    accelerator = start_accelerator(config)
+    adapter = read_adapter(config.adapter)
+    precision = accelerator.mixed_precision
+    recipe = {**config.recipe(), "mixed_precision": precision, "adapter": describe_adapter(adapter)}
+    checkpoint = choose_checkpoint(config.resume_from_checkpoint, output_dir)
+    state = checkpoint.load(recipe) if checkpoint else None
+
+    pipe = load_base(config)
+    material = prepare_material(config, pipe, accelerator)
+    concept = build_concept(config, pipe, adapter, material.prompts, _DTYPES.get(precision, torch.float32))
+    optimizer, rate_factor = build_optimizer(config, concept)
+    model, optimizer = accelerator.prepare(concept, optimizer)
+    noising = DDPMScheduler.from_config(pipe.scheduler.config)
+    run = Run(config, accelerator, material, concept, model, concept.trained(), optimizer, noising)
+    done, average_loss = (state["step"], state["average_loss"]) if state else (0, math.nan)
+    if state:
+        load_state(run, state)
+
+    start_trackers(config, accelerator)
+    if config.validation_steps and not done:
+        validate(config, pipe, accelerator, 0)
+    log_file, samples = output_dir / "training_log.jsonl", samples_per_step(run)
+    log = RunLog(accelerator, log_file, done, config.max_train_steps, config.logging_steps, samples)
+    with closing(log), StopSignals() as stop:
+        for step in range(done + 1, config.max_train_steps + 1):
+            started = time.perf_counter()
+            for group in optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * rate_factor(step - 1)
+            loss = train_step(run, step)
+            average_loss = loss if math.isnan(average_loss) else average_loss + (loss - average_loss) * _LOSS_SHARE
+            log.step(step, loss, average_loss, optimizer.param_groups[0]["lr"], time.perf_counter() - started)
+
+            last = step == config.max_train_steps
+            stopped = on_any_process(accelerator, stop.requested) and not last
+            if stopped or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
+                if accelerator.is_main_process:
+                    state = {"step": step, "average_loss": average_loss, **state_of(run)}
+                    save_checkpoint(output_dir, step, state, recipe, config.checkpoints_total_limit)
+            if stopped:
+                how = "go on with the same command and --resume_from_checkpoint latest"
+                raise KeyboardInterrupt(f"stopped; {output_dir / f'checkpoint-{step}'} is saved: {how}")
+            if config.validation_steps and (last or step % config.validation_steps == 0):
+                validate(config, pipe, accelerator, step)
+
+    place = place_for(adapter, output_dir / Path(config.instance_data_dir).resolve().name)
+    if accelerator.is_main_process:
+        save_concept(run, pipe, adapter, place, average_loss)
+    accelerator.wait_for_everyone()
+    accelerator.end_training()
+    return place
+
+
+def train_step(run: Run, step: int) -> float:
+    """Move the parameters once; return the mean loss of the step's batches on all processes.
+
+    Raises:
+        UserError: The loss or a gradient is not finite; the parameters have not moved.
+    """
+    config, accelerator = run.config, run.accelerator
+    losses = []
+    for part in range(config.gradient_accumulation_steps):
+        batch = draw_batch(run, (step - 1) * config.gradient_accumulation_steps + part)
+        with accelerator.accumulate(run.model):
+            loss = batch_loss(run, batch)
+            losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
+            refuse_unless_finite(run, step, "loss", losses[-1])
+            accelerator.backward(loss)
+            if accelerator.sync_gradients:
+                norm = accelerator.clip_grad_norm_(run.trained.values(), config.max_grad_norm or math.inf)
+                if accelerator.scaler is None:  # which would skip such a step
+                    refuse_unless_finite(run, step, "gradient's norm", float(norm))
+            run.optimizer.step()
+            run.optimizer.zero_grad()
+    return sum(losses) / len(losses)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """The samples of one forward pass: photos first, then class pictures."""
+
+    latents: Tensor
+    """Clean latents (batch, c, h, w)."""
+    noise: Tensor
+    """Of the same shape."""
+    timesteps: Tensor
+    """Noise levels (batch,)."""
+    prompts: list[int]
+    """Number of each sample's prompt."""
+
+
+def draw_batch(run: Run, number: int) -> Batch:
+    """Draw the batch of this number: a pure function of it, the seed and the process.
+
+    The network's own random numbers (dropout) follow too, as the seed is set for all.
+    """
+    config, accelerator = run.config, run.accelerator
+    generator = torch.manual_seed(derive_seed(config.seed, "batch", number, accelerator.process_index))
+    position = (number * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
+    drawn, prompts = [], []
+    for name, pictures in (("photos", run.material.photos), ("class pictures", run.material.class_pictures)):
+        if pictures is not None:
+            shuffle = derive_seed(config.seed, name)
+            chosen = sample_order(len(pictures.prompts), position, config.train_batch_size, shuffle)
+            drawn.append(pictures.latents.draw(chosen, generator))
+            prompts += [pictures.prompts[picture] for picture in chosen]
+    latents = torch.cat(drawn)
+    noise = torch.randn(latents.shape, generator=generator)
+    timesteps = torch.randint(len(run.noising), (len(latents),), generator=generator)
+    device = accelerator.device
+    return Batch(latents.to(device), noise.to(device), timesteps.to(device), prompts)
+
+
+def batch_loss(run: Run, batch: Batch) -> Tensor:
+    """Return the DreamBooth loss of a batch, a scalar with a gradient."""
+    config, predicts = run.config, run.noising.config.prediction_type
+    alpha_bar = run.noising.alphas_cumprod.to(batch.timesteps.device)[batch.timesteps]
+    noisy = add_noise(batch.latents, batch.noise, alpha_bar)
+    prediction = run.model(noisy, batch.timesteps, batch.prompts)
+    losses = sample_losses(prediction, training_target(batch.latents, batch.noise, alpha_bar, predicts))
+    if config.snr_gamma is not None:
+        losses = losses * min_snr_weights(alpha_bar, config.snr_gamma, predicts)
+    return prior_preservation_loss(losses, config.train_batch_size, config.prior_loss_weight)
+
+
+def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:
+    """Raise a UserError that names the checkpoint to go back to, if `value` is not finite."""
+    if math.isfinite(value):
+        return
+    found = find_checkpoints(Path(run.config.output_dir))
+    back = f"go on from {found[-1].folder} (--resume_from_checkpoint latest)" if found else "start again"
+    raise UserError(
+        f"step {step}: the {name} is {value}; {back} with a learning_rate below {run.config.learning_rate}"
+        + (f" and a token_learning_rate below {run.config.token_learning_rate}" if run.config.train_token else "")
+    )
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Return the tensors that a later process needs to go on; all random draws follow from seed and step."""
+    scaler = run.accelerator.scaler
+    return {
+        "trained": {name: parameter.detach().cpu() for name, parameter in run.trained.items()},
+        "optimizer": run.optimizer.state_dict()["state"],
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+
+
+def load_state(run: Run, state: dict[str, Any]) -> None:
+    """Put back what `state_of` returned; learning rates stay those of the config."""
+    for name, parameter in run.trained.items():
+        parameter.data.copy_(state["trained"][name])
+    groups = run.optimizer.state_dict()["param_groups"]
+    run.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+    if run.accelerator.scaler:
+        run.accelerator.scaler.load_state_dict(state["scaler"])
+
+
+def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
+    """Tell whether the flag is set on any process."""
+    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+
+
+def validate(config: TrainConfig, pipe: StableDiffusionPipeline, accelerator: Accelerator, step: int) -> None:
+    """Draw the validation prompts, each from a seed of its own, as a row of the contact sheet."""
+    if accelerator.is_main_process:
+        prompts = [config.fill(prompt) for prompt in config.validation_prompts]
+        seeds = [derive_seed(0, "validation", number) for number in range(len(prompts))]
+        pipe.unet.eval()
+        with whole(config, pipe), accelerator.autocast():
+            pictures = draw_pictures(config, pipe, prompts, seeds)
+        pipe.unet.train()
+        extend_contact_sheet(Path(config.output_dir), step, pictures, prompts)
+
+
+def samples_per_step(run: Run) -> int:
+    """Return how many samples a step sees, on all processes."""
+    batch = run.config.train_batch_size * (2 if run.material.class_pictures else 1)
+    return batch * run.config.gradient_accumulation_steps * run.accelerator.num_processes
+
+
+def save_concept(
+    run: Run, pipe: StableDiffusionPipeline, adapter: PeftConfig | None, place: Path, final_loss: float
+) -> None:
+    """Write what was trained, the trigger word included, and the facts of the run."""
+    config, vector = run.config, run.concept.token_vector
+    if vector is not None:
+        set_trigger_embedding(pipe, config.trigger_word, {"text_encoder": vector})
+    facts = {
+        "config": config.recipe(),
+        "steps": config.max_train_steps,
+        "seed": config.seed,
+        "image_count": len(run.material.photos.prompts),
+        "final_loss": final_loss,
+    }
+    phrase = config.fill("{trigger_word} {class_name}").strip()
+    base = config.pretrained_model_name_or_path
+    with whole(config, pipe):
+        save_trained(pipe, adapter, place, trigger_phrase=phrase, training=facts, base_model=base)

@@ -1,0 +1,109 @@
+"""The one place that asks which method is trained: it reads the adapter's config, adds and saves the adapter."""
+
+import copy
+import dataclasses
+import json
+from pathlib import Path
+from typing import Any
+
+import torch
+from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+
+from atomdiff.data import derive_seed
+from atomdiff.errors import UserError
+from atomdiff.pipeline import save_atoms
+from atomdiff.tuner import AtomConfig
+
+FULL = "FULL"
+ADAPTER_NAME = "default"
+
+
+def read_adapter(adapter: str) -> PeftConfig | None:
+    """Read what is to be trained: the config of a PEFT method, or None for the whole UNet.
+
+    Args:
+        adapter: "atoms", "full", or a JSON file with `peft_type` and any fields of that method's config; the
+            `peft_type` "FULL" stands for the whole UNet.
+
+    Raises:
+        UserError: No such file, no such method, or a field that the method does not know or refuses.
+    """
+    if adapter == "atoms":
+        return AtomConfig()
+    fields = {"peft_type": FULL} if adapter == "full" else _read_json(Path(adapter))
+    peft_type = fields.get("peft_type")
+    if peft_type == FULL:
+        return None
+    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
+        known = ", ".join([FULL, *sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)])
+        raise UserError(f"{adapter}: peft_type={peft_type!r}; expected one of {known}")
+    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
+    unknown = fields.keys() - {field.name for field in dataclasses.fields(kind)}
+    if unknown:
+        raise UserError(
+            f"{adapter}: {kind.__name__} has no field {', '.join(sorted(unknown))}; see PEFT's documentation"
+        )
+    try:
+        return kind(**fields)
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{adapter}: {error}") from error
+
+
+def describe_adapter(adapter: PeftConfig | None) -> dict[str, Any]:
+    """Return what `read_adapter` read as plain JSON values, the same for equal configs."""
+    fields = {"peft_type": FULL} if adapter is None else adapter.to_dict()
+    described: dict[str, Any] = json.loads(json.dumps(fields, default=sorted, sort_keys=True))
+    return described
+
+
+def make_trainable(unet: UNet2DConditionModel, adapter: PeftConfig | None, seed: int) -> None:
+    """Add the adapter, so that its parameters alone are trained, or without one train all; in float32.
+
+    Raises:
+        UserError: The adapter does not fit the UNet.
+    """
+    unet.requires_grad_(adapter is None)
+    if adapter is not None:
+        with torch.random.fork_rng():  # some methods start from random numbers
+            torch.manual_seed(derive_seed(seed, "adapter"))
+            try:
+                unet.add_adapter(copy.deepcopy(adapter), ADAPTER_NAME)
+            except ValueError as error:
+                raise UserError(f"the adapter does not fit the base: {error}") from error
+    for parameter in unet.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.float()
+
+
+def place_for(adapter: PeftConfig | None, path: Path) -> Path:
+    """Return where `save_trained` writes to: `path`, with the suffix of a concept file if it will be one."""
+    return path.with_name(f"{path.name}.atoms.safetensors") if isinstance(adapter, AtomConfig) else path
+
+
+def save_trained(pipe: StableDiffusionPipeline, adapter: PeftConfig | None, path: Path, **facts: Any) -> None:
+    """Save a trained pipeline's adapter, or all of the pipeline if the method is full tuning.
+
+    Args:
+        pipe: The pipeline, complete, with the trigger word's vector set.
+        adapter: The method.
+        path: From `place_for`.
+        **facts: For `atomdiff.save_atoms`: trigger_phrase, training, base_model.
+    """
+    if adapter is None:
+        pipe.save_pretrained(path)
+    else:
+        save_atoms(pipe, path, adapter_name=ADAPTER_NAME, **facts)
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    if not file.is_file():
+        raise UserError(f'adapter={str(file)!r}: no such file; expected a JSON file, "atoms" or "full"')
+    try:
+        fields = json.loads(file.read_text())
+    except ValueError as error:
+        raise UserError(f"{file}: not JSON ({error})") from error
+    if not isinstance(fields, dict):
+        raise UserError(f"{file}: expected a JSON object with peft_type and the method's fields")
+    return fields

@@ -1,0 +1,122 @@
+"""What a training run shows while it goes on: a bar, log lines, a contact sheet; and how it is asked to stop."""
+
+import json
+import signal
+import threading
+from collections.abc import Sequence
+from pathlib import Path
+from types import FrameType, TracebackType
+from typing import Any
+
+from accelerate import Accelerator
+from PIL import Image
+from tqdm import tqdm
+
+from atomdiff.grid import grid
+
+
+class RunLog:
+    """The bar, the JSON lines and the tracker of a run, fed once a step; silent but on the main process.
+
+    Args:
+        accelerator: Its trackers get every line too.
+        file: The JSON lines file; lines after `step`, of a run that was stopped, are removed from it.
+        step: Steps done already.
+        steps: Steps in all.
+        every: Steps between lines; the last step gets one in any case.
+        samples: Samples in a step, on all processes.
+    """
+
+    def __init__(self, accelerator: Accelerator, file: Path, step: int, steps: int, every: int, samples: int) -> None:
+        self._accelerator, self._file = accelerator, file
+        self._steps, self._every, self._samples = steps, every, samples
+        self._losses: list[float] = []
+        self._seconds = 0.0
+        if accelerator.is_main_process:
+            lines = file.read_text().splitlines(keepends=True) if step and file.is_file() else []
+            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+        self._bar = tqdm(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
+
+    def step(self, step: int, loss: float, average_loss: float, lr: float, seconds: float) -> None:
+        """Note a finished step.
+
+        Args:
+            step: Its number, from 1.
+            loss: Its loss.
+            average_loss: What the bar shows.
+            lr: The adapter's learning rate.
+            seconds: Time it took.
+        """
+        self._losses.append(loss)
+        self._seconds += seconds
+        self._bar.set_postfix(loss=f"{average_loss:.4f}", refresh=False)
+        self._bar.update()
+        if step % self._every and step < self._steps:
+            return
+        values = {
+            "loss": sum(self._losses) / len(self._losses),
+            "lr": lr,
+            "samples_per_second": self._samples * len(self._losses) / self._seconds,
+        }
+        self._losses, self._seconds = [], 0.0
+        self._accelerator.log(values, step=step)
+        if self._accelerator.is_main_process:
+            with self._file.open("a") as lines:
+                lines.write(json.dumps({"step": step, **values}) + "\n")
+
+    def close(self) -> None:
+        """Leave the bar as it stands."""
+        self._bar.close()
+
+
+def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> None:
+    """Add a row to `contact_sheet.png`, one picture a prompt; the pictures themselves go to `validation/`.
+
+    Rows of this step and of later ones, left by a run that was stopped or by an earlier one, are replaced.
+    """
+    folder = output_dir / "validation"
+    folder.mkdir(parents=True, exist_ok=True)
+    rows: dict[int, list[Path]] = {}
+    for file in sorted(folder.glob("step-*.png")):
+        number = int(file.stem.split("-")[1])
+        if number >= step:
+            file.unlink()
+        else:
+            rows.setdefault(number, []).append(file)
+    for column, picture in enumerate(pictures):
+        file = folder / f"step-{step:06d}-{column:02d}.png"
+        picture.save(file)
+        rows.setdefault(step, []).append(file)
+    sheet = grid(
+        [[Image.open(file) for file in files] for files in rows.values()],
+        [f"step {number}" for number in rows],
+        prompts,
+    )
+    unfinished = output_dir / "contact_sheet.unfinished"
+    sheet.save(unfinished, format="png")
+    unfinished.replace(output_dir / "contact_sheet.png")
+
+
+class StopSignals:
+    """A `with` block in which the first Ctrl-C or SIGTERM only sets `requested`; the second one acts as usual."""
+
+    def __init__(self) -> None:
+        self.requested = False
+        self._before: dict[signal.Signals, Any] = {}
+
+    def __enter__(self) -> "StopSignals":
+        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
+            for number in (signal.SIGINT, signal.SIGTERM):
+                self._before[number] = signal.signal(number, self._note)
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
+    ) -> None:
+        for number, handler in self._before.items():
+            signal.signal(number, handler)
+        self._before.clear()
+
+    def _note(self, number: int, frame: FrameType | None) -> None:
+        self.requested = True
+        self.__exit__(None, None, None)

@@ -1,0 +1,240 @@
+import itertools
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from PIL import Image
+
+from atomdiff.data import (
+    derive_seed,
+    encode_pictures,
+    ensure_class_pictures,
+    read_photos,
+    sample_order,
+    to_rgb,
+    views,
+)
+from atomdiff.errors import UserError
+
+
+def ramp(width=40, height=32):
+    """A grey ramp from 0 to 255, left to right."""
+    return Image.fromarray(np.tile(np.linspace(0, 255, width).astype(np.uint8), (height, 1)))
+
+
+def assert_close(picture, expected, tolerance=2):
+    difference = np.asarray(picture, dtype=float) - np.asarray(expected, dtype=float)
+    assert np.abs(difference).max() <= tolerance
+
+
+@pytest.mark.parametrize(
+    "mode", ["1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA"]
+)
+def test_every_mode_becomes_rgb(mode):
+    colours = Image.merge("RGB", [ramp(), ramp().rotate(180), Image.new("L", (40, 32), 90)])
+    if mode == "LAB":
+        picture = Image.new("LAB", (40, 32), (255, 128, 128))  # L = 100, a = b = 0
+        expected = Image.new("RGB", (40, 32), "white")
+    elif mode in ("La", "PA"):
+        picture = ramp().convert("LA").convert(mode)
+        expected = ramp().convert("RGB")
+    else:
+        picture = colours.convert(mode)
+        expected = picture.convert("RGB")
+    assert to_rgb(picture).mode == "RGB"
+    assert_close(to_rgb(picture), expected)
+
+
+@pytest.mark.parametrize(
+    ("dtype", "top"),
+    [("<u2", 65535), (">u2", 65535), ("int32", 255), ("int32", 65535), ("float32", 1.0), ("float32", 255)],
+)
+def test_wide_values_are_scaled_not_clipped(dtype, top):
+    values = np.tile(np.linspace(0, top, 40), (32, 1)).astype(dtype)
+    if dtype == ">u2":
+        picture = Image.frombytes("I;16B", (40, 32), values.tobytes())
+    else:
+        picture = Image.fromarray(values)
+    assert_close(to_rgb(picture), ramp().convert("RGB"))
+
+
+def test_transparency_is_laid_on_white():
+    clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
+    palette = Image.new("P", (4, 4), 0)
+    palette.info["transparency"] = 0
+    for picture in (clear, clear.convert("LA"), palette):
+        assert to_rgb(picture).getpixel((1, 1)) == (255, 255, 255)
+
+
+def test_photos_come_upright_by_name_with_their_captions(tmp_path):
+    exif = Image.Exif()
+    exif[0x0112] = 6  # the camera was turned: rows are columns
+    ramp().save(tmp_path / "b.JPG", format="jpeg", exif=exif, quality=100)
+    ramp().save(tmp_path / "a.png")
+    (tmp_path / "a.txt").write_text("\ufeffa photo of sks mug in a café \n", encoding="utf-8")
+    (tmp_path / "notes.txt").write_text("not a caption")
+    (tmp_path / ".hidden.png").write_text("no picture")
+    (tmp_path / "folder.png").mkdir()
+    first, second = read_photos(tmp_path, minimum_side=32)
+    assert (first.name, first.caption) == ("a.png", "a photo of sks mug in a café")
+    assert (second.name, second.caption) == ("b.JPG", None)
+    assert_close(second.picture, ramp().rotate(-90, expand=True).convert("RGB"), tolerance=4)
+
+
+def test_one_error_names_every_bad_file(tmp_path):
+    ramp().save(tmp_path / "good.png")
+    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "phone.HEIC").write_text("what Pillow does not read")
+    (tmp_path / "empty.png").touch()
+    whole = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    ramp(9, 50).save(tmp_path / "small.png")
+    with pytest.raises(UserError) as error:
+        read_photos(tmp_path, minimum_side=32)
+    assert str(error.value) == (
+        f"{tmp_path}: cannot be read: cut.png, empty.png, phone.HEIC, text.jpg; "
+        "shorter side under 32 pixels: small.png (9x50). Replace or remove them"
+    )
+
+
+def test_missing_and_empty_folders(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such folder"):
+        read_photos(tmp_path / "nowhere", minimum_side=1)
+    (tmp_path / "readme.txt").write_text("no picture")
+    with pytest.raises(UserError, match="no picture in it"):
+        read_photos(tmp_path, minimum_side=1)
+
+
+def test_views_cut_squares_along_the_longer_side():
+    wide = ramp(96, 32).convert("RGB")
+    assert [view.size for view in views(wide, 16, center_crop=True, random_flip=False)] == [(16, 16)]
+    left, middle, right = views(wide, 16, center_crop=False, random_flip=False)
+    levels = [np.asarray(view).mean() for view in (left, middle, right)]
+    np.testing.assert_allclose(levels, [255 / 6, 255 / 2, 255 * 5 / 6], atol=3)
+    upper, *_, lower = views(wide.rotate(-90, expand=True), 16, center_crop=False, random_flip=False)
+    assert np.asarray(upper).mean() < 50 < 200 < np.asarray(lower).mean()
+
+
+def test_square_pictures_have_one_view_and_its_mirror_image():
+    square = ramp(31, 31).convert("RGB")
+    view, mirrored = views(square, 16, center_crop=False, random_flip=True)
+    assert_close(np.asarray(view)[:, ::-1], mirrored, tolerance=0)
+
+
+@settings(deadline=None)
+@given(width=st.integers(8, 60), height=st.integers(8, 60), resolution=st.integers(4, 40), center=st.booleans())
+def test_views_always_have_the_resolution(width, height, resolution, center):
+    for view in views(ramp(width, height).convert("RGB"), resolution, center, random_flip=True):
+        assert view.size == (resolution, resolution)
+
+
+def test_cached_latents_are_those_of_the_vae(tiny_pipe):
+    vae = tiny_pipe.vae
+    pictures = [ramp(32, 32).convert("RGB"), Image.new("RGB", (32, 32), "teal"), Image.new("RGB", (32, 32), "white")]
+    cache = encode_pictures(vae, [pictures[:2], pictures[2:]], batch_size=2)
+    assert (len(cache), cache.starts) == (2, (0, 2, 3))
+    for row, picture in enumerate(pictures):
+        image = tiny_pipe.image_processor.preprocess(picture)
+        with torch.no_grad():
+            expected = vae.encode(image).latent_dist
+        torch.testing.assert_close(cache.mean[row], expected.mean[0] * vae.config.scaling_factor, atol=1e-5, rtol=1e-4)
+        torch.testing.assert_close(cache.std[row], expected.std[0] * vae.config.scaling_factor, atol=1e-5, rtol=1e-4)
+
+
+def test_draws_vary_over_views_and_noise_and_follow_the_generator(tiny_pipe):
+    pictures = [[Image.new("RGB", (32, 32), "black"), Image.new("RGB", (32, 32), "white")]]
+    cache = encode_pictures(tiny_pipe.vae, pictures, batch_size=4)
+    drawn = cache.draw([0] * 64, torch.Generator().manual_seed(0))
+    assert torch.equal(drawn, cache.draw([0] * 64, torch.Generator().manual_seed(0)))
+    distance = (drawn[:, None] - cache.mean).flatten(2).norm(dim=2)  # (64, 2)
+    share = (distance[:, 0] < distance[:, 1]).float().mean()
+    assert 0.2 < share < 0.8
+    noise = (drawn - cache.mean[distance.argmin(dim=1)]) / cache.std[distance.argmin(dim=1)]
+    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
+
+
+def fake_pictures(seeds, made=None):
+    if made is not None:
+        made.append(list(seeds))
+    return [Image.new("RGB", (8, 8), (seed, len(seeds), 0)) for seed in seeds]
+
+
+def contents(folder: Path):
+    return {file.name: file.read_bytes() for file in sorted(folder.iterdir())}
+
+
+def test_class_pictures_are_made_once(tmp_path):
+    made = []
+    for _ in range(2):
+        ensure_class_pictures(tmp_path, 5, 2, {"prompt": "a mug"}, lambda seeds: fake_pictures(seeds, made))
+    assert made == [[0, 1], [2, 3], [4]]
+    assert len(list(tmp_path.glob("*.png"))) == 5
+
+
+def test_an_interrupted_set_is_completed_with_the_same_pictures(tmp_path):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    ensure_class_pictures(whole, 5, 2, {"prompt": "a mug"}, fake_pictures)
+
+    def stop(seeds):
+        if seeds[0] == 2:
+            raise KeyboardInterrupt
+        return fake_pictures(seeds)
+
+    with pytest.raises(KeyboardInterrupt):
+        ensure_class_pictures(stopped, 5, 2, {"prompt": "a mug"}, stop)
+    (stopped / "class-00001.png").unlink()
+    ensure_class_pictures(stopped, 5, 2, {"prompt": "a mug"}, fake_pictures)
+    assert contents(whole) == contents(stopped)
+
+
+def test_processes_share_the_work(tmp_path):
+    for rank in range(3):
+        ensure_class_pictures(tmp_path, 7, 2, {}, fake_pictures, share=(rank, 3))
+        assert len(list(tmp_path.glob("*.png"))) == [3, 5, 7][rank]
+
+
+def test_class_pictures_of_another_prompt_are_refused(tmp_path):
+    ensure_class_pictures(tmp_path, 1, 2, {"prompt": "a mug"}, fake_pictures)
+    with pytest.raises(UserError, match="prompt 'a mug', now 'a cat'"):
+        ensure_class_pictures(tmp_path, 1, 2, {"prompt": "a cat"}, fake_pictures)
+
+
+def test_pictures_that_lie_there_already_count(tmp_path):
+    made = []
+    for name in ("one.png", "two.jpg"):
+        ramp().save(tmp_path / name)
+    ensure_class_pictures(tmp_path, 3, 2, {}, lambda seeds: fake_pictures(seeds, made))
+    assert made == [[0]]
+
+
+@settings(deadline=None)
+@given(count=st.integers(1, 9), sizes=st.lists(st.integers(1, 7), min_size=1, max_size=8), seed=st.integers(0, 3))
+def test_the_order_holds_each_sample_once_in_every_round(count, sizes, seed):
+    ends = list(itertools.accumulate(sizes))
+    stream = [
+        sample for size, end in zip(sizes, ends, strict=True) for sample in sample_order(count, end - size, size, seed)
+    ]
+    assert stream == sample_order(count, 0, len(stream), seed)
+    for first in range(0, len(stream) - count + 1, count):
+        assert sorted(stream[first : first + count]) == list(range(count))
+
+
+def test_rounds_are_shuffled_differently():
+    rounds = {tuple(sample_order(8, 8 * number, 8, seed)) for number in range(4) for seed in range(2)}
+    assert len(rounds) == 8
+
+
+def test_seeds_differ_by_path_and_stay_what_they_are():
+    seeds = {
+        derive_seed(0),
+        derive_seed(1),
+        derive_seed(0, "batch", 1),
+        derive_seed(0, "batch", 2),
+        derive_seed(0, "b", 1),
+    }
+    assert len(seeds) == 5
+    assert all(0 <= seed < 2**63 for seed in seeds)
+    assert derive_seed(0, "batch", 1) == derive_seed(0, "batch", 1)

@@ -1,0 +1,403 @@
+import dataclasses
+import itertools
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atomdiff import dreambooth, prepare
+from atomdiff.concept import build_concept
+from atomdiff.delta_file import read_delta_file
+from atomdiff.dreambooth import TrainConfig, train
+from atomdiff.errors import UserError
+from atomdiff.pipeline import load_atoms
+
+ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
+METHODS = {
+    "atoms": {"peft_type": "ATOMS", "channel_block": 2},
+    "lora": {"peft_type": "LORA", "r": 2, "lora_dropout": 0.2, "target_modules": ATTENTION},
+    "oft": {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ATTENTION},
+    "full": {"peft_type": "FULL"},
+}
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "teapot"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(3):
+        pixels = random.integers(0, 255, (32, 32 + 8 * number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, photos, tiny_pipe_folder):
+    return TrainConfig(
+        pretrained_model_name_or_path=str(tiny_pipe_folder),
+        instance_data_dir=str(photos),
+        output_dir=str(tmp_path / "out"),
+        class_name="teapot",
+        train_batch_size=2,
+        max_train_steps=4,
+        num_inference_steps=2,
+        logging_steps=1,
+        report_to=None,
+    )
+
+
+def adapter_file(tmp_path, method):
+    file = tmp_path / f"{method}.json"
+    file.write_text(json.dumps(METHODS[method]))
+    return str(file)
+
+
+def contents(path):
+    """The bytes of a concept, be it a file or a folder, but for the date."""
+    files = sorted(path.rglob("*")) if path.is_dir() else [path]
+    dated = re.compile(rb'"modelspec.date":"[^"]*"')
+    return {file.name: dated.sub(b"", file.read_bytes()) for file in files if file.is_file()}
+
+
+def log_of(config):
+    return [json.loads(line) for line in (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()]
+
+
+def picture(pipe, prompt):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np").images[0]
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_goes_through_and_its_concept_loads(config, method, tmp_path, tiny_pipe):
+    config = dataclasses.replace(config, adapter=adapter_file(tmp_path, method), learning_rate=0.05)
+    written = train(config)
+    assert [line["step"] for line in log_of(config)] == [1, 2, 3, 4]
+    base = picture(tiny_pipe, "a photo of a mug")
+    if method == "full":
+        tuned = type(tiny_pipe).from_pretrained(written)
+        tuned.set_progress_bar_config(disable=True)
+        rows = tuned.text_encoder.get_input_embeddings().weight
+        moved = (rows - tiny_pipe.text_encoder.get_input_embeddings().weight).abs().sum(dim=1) > 0
+        assert moved.sum() == 1
+        tiny_pipe = tuned
+    else:
+        load_atoms(tiny_pipe, written)
+    assert np.abs(picture(tiny_pipe, "a photo of a mug") - base).max() > 1e-3
+
+
+def test_the_loss_goes_down(config):
+    config = dataclasses.replace(config, max_train_steps=40, learning_rate=0.05, train_batch_size=4)
+    train(config)
+    losses = [line["loss"] for line in log_of(config)]
+    assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
+
+
+def test_the_file_tells_what_was_done(config):
+    concept = read_delta_file(train(config))
+    assert concept.trigger_phrase == "sks teapot"
+    assert list(concept.tokens) == ["sks"] and concept.layers
+    assert concept.training["steps"] == 4 and concept.training["seed"] == 0 and concept.training["image_count"] == 3
+    assert concept.training["config"] == json.loads(json.dumps(config.recipe()))
+    losses = [line["loss"] for line in log_of(config)]
+    assert min(losses) <= concept.training["final_loss"] <= max(losses)
+    assert str(Path(config.output_dir).parent) not in json.dumps(concept.training)
+
+
+def test_the_token_starts_as_the_class_word_and_alone_moves(config, tiny_pipe):
+    still = dataclasses.replace(config, token_learning_rate=0.0, class_name="red mug")
+    words = tiny_pipe.tokenizer("red mug", add_special_tokens=False).input_ids
+    expected = tiny_pipe.text_encoder.get_input_embeddings().weight[words].mean(dim=0)
+    vector = read_delta_file(train(still)).tokens["sks"]["text_encoder"]
+    torch.testing.assert_close(vector, expected, atol=1e-3, rtol=1e-3)
+    vector = read_delta_file(train(dataclasses.replace(config, token_learning_rate=0.1))).tokens["sks"]["text_encoder"]
+    assert (vector - expected).abs().max() > 0.1
+
+
+def test_what_is_not_needed_leaves_memory(config, monkeypatch):
+    seen = []
+
+    def look(config, pipe, *rest):
+        concept = build_concept(config, pipe, *rest)
+        seen.append((pipe.vae is None, pipe.text_encoder is None, concept.text_encoder is None))
+        return concept
+
+    monkeypatch.setattr(dreambooth, "build_concept", look)
+    train(config)
+    concept = read_delta_file(train(dataclasses.replace(config, train_token=False)))
+    assert seen == [(True, False, False), (True, True, True)]
+    assert not concept.tokens and concept.layers
+
+
+def numbers(path):
+    """All trained numbers of a concept file, in one row."""
+    concept = read_delta_file(path)
+    deltas = [tensors[kind] for tensors in concept.layers.values() for kind in tensors if kind.endswith("_delta")]
+    return torch.cat([tensor.flatten() for tensor in [*deltas, *concept.tokens.get("sks", {}).values()]])
+
+
+def test_same_config_same_bytes(config):
+    assert contents(train(config)) == contents(train(config))
+
+
+KNOBS = {
+    "seed": 1,
+    "center_crop": True,
+    "random_flip": True,
+    "prior_loss_weight": 0.5,
+    "snr_gamma": 5.0,
+    "max_grad_norm": 0.01,
+    "learning_rate": 0.02,
+    "adam_beta1": 0.5,
+    "adam_beta2": 0.9,
+    "adam_weight_decay": 0.5,
+    "adam_epsilon": 0.1,
+    "lr_scheduler": "linear",
+    "lr_warmup_steps": 2,
+    "train_batch_size": 1,
+    "token_learning_rate": 0.1,
+    "initializer_token": "red",
+    "guidance_scale": 1.0,
+}
+
+
+def test_every_knob_turns_something(config, tmp_path):
+    config = dataclasses.replace(
+        config,
+        with_prior_preservation=True,
+        num_class_images=2,
+        class_data_dir=None,
+        lr_scheduler="constant_with_warmup",
+    )
+    found = {
+        name: numbers(train(dataclasses.replace(config, output_dir=str(tmp_path / "out")))) for name in ("as it is",)
+    }
+    for name, value in KNOBS.items():
+        folder = str(tmp_path / ("guided" if name == "guidance_scale" else "out"))
+        found[name] = numbers(train(dataclasses.replace(config, output_dir=folder, **{name: value})))
+    same = [(one, two) for one, two in itertools.combinations(found, 2) if torch.equal(found[one], found[two])]
+    assert not same
+
+
+@pytest.mark.parametrize("method", ["atoms", "lora"])
+def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(config, method, tmp_path, monkeypatch, capsys):
+    config = dataclasses.replace(
+        config, adapter=adapter_file(tmp_path, method), lr_scheduler="cosine", gradient_accumulation_steps=2
+    )
+    expected = contents(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
+
+    def interrupt(self, step, *values):
+        if step == 2:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dreambooth.RunLog, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="checkpoint-2 is saved: .*--resume_from_checkpoint latest"):
+            train(config)
+    assert contents(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == expected
+    assert [line["step"] for line in log_of(config)] == [3, 4]
+
+
+KILLED = """
+import os, signal, sys
+from atomdiff import dreambooth
+
+def die(self, step, *values):
+    if step == 5:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+dreambooth.RunLog.step = die
+dreambooth.train(dreambooth.load_config(["--config", sys.argv[1]]))
+"""
+
+
+def test_a_killed_run_ends_with_the_same_bytes(config, tmp_path):
+    config = dataclasses.replace(
+        config,
+        max_train_steps=7,
+        checkpointing_steps=2,
+        with_prior_preservation=True,
+        num_class_images=3,
+        class_data_dir=str(tmp_path / "class"),
+        mixed_precision="bf16",
+    )
+    fields = {**dataclasses.asdict(config), "validation_prompts": list(config.validation_prompts)}
+    (tmp_path / "run.yaml").write_text(json.dumps(fields))
+    root, threads = Path(__file__).parents[1], str(torch.get_num_threads())
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": threads}
+    killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml")], env=environment)
+    assert killed.returncode == -signal.SIGKILL
+    assert sorted(file.name for file in Path(config.output_dir).iterdir() if file.name != "training_log.jsonl") == [
+        "checkpoint-2",
+        "checkpoint-4",
+    ]
+    resumed = contents(train(dataclasses.replace(config, resume_from_checkpoint="latest")))
+    assert contents(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))) == resumed
+
+
+def test_a_checkpoint_becomes_a_concept_by_stopping_there(config, tmp_path):
+    config = dataclasses.replace(config, checkpointing_steps=2)
+    train(config)
+    there = dataclasses.replace(config, resume_from_checkpoint="checkpoint-2", max_train_steps=2)
+    short = dataclasses.replace(config, output_dir=str(tmp_path / "short"), max_train_steps=2)
+    assert contents(train(there)) == contents(train(short))
+
+
+@pytest.mark.parametrize("where", ["loss", "gradient's norm"])
+def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config, where, monkeypatch):
+    config = dataclasses.replace(config, checkpointing_steps=1, checkpoints_total_limit=1)
+    usual, calls = dreambooth.batch_loss, []
+
+    def spoilt(run, batch):
+        calls.append(1)
+        loss = usual(run, batch)
+        if len(calls) < 3:
+            return loss
+        if where == "loss":
+            return loss * float("nan")
+        loss.register_hook(lambda gradient: gradient * float("inf"))
+        return loss
+
+    monkeypatch.setattr(dreambooth, "batch_loss", spoilt)
+    with pytest.raises(UserError, match=f"step 3: the {where} is (nan|inf); go on from .*checkpoint-2"):
+        train(config)
+    assert [folder.name for folder in Path(config.output_dir).glob("checkpoint-*")] == ["checkpoint-2"]
+    monkeypatch.undo()
+    train(dataclasses.replace(config, resume_from_checkpoint="latest", learning_rate=1e-4))
+
+
+def test_accumulated_batches_count_as_one(config, monkeypatch):
+    usual = dreambooth.draw_batch
+    config = dataclasses.replace(config, max_train_steps=2)
+    monkeypatch.setattr(dreambooth, "draw_batch", lambda run, number: usual(run, 0))
+    one = read_delta_file(train(config))
+    two = read_delta_file(train(dataclasses.replace(config, gradient_accumulation_steps=2)))
+    for module, tensors in one.layers.items():
+        for kind, tensor in tensors.items():
+            torch.testing.assert_close(tensor, two.layers[module][kind], atol=1e-4, rtol=1e-3)
+
+
+def test_gradient_checkpointing_changes_nothing_but_memory(config):
+    plain = read_delta_file(train(config))
+    saving = read_delta_file(train(dataclasses.replace(config, gradient_checkpointing=True)))
+    for module, tensors in plain.layers.items():
+        for kind, tensor in tensors.items():
+            torch.testing.assert_close(tensor, saving.layers[module][kind], atol=1e-4, rtol=1e-3)
+
+
+def test_learning_rates_follow_the_schedule(config):
+    train(dataclasses.replace(config, lr_scheduler="linear", lr_warmup_steps=2, learning_rate=0.01))
+    np.testing.assert_allclose([line["lr"] for line in log_of(config)], [0, 0.005, 0.01, 0.005])
+
+
+def test_class_pictures_are_generated_once_and_trained_on(config, monkeypatch):
+    config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=3)
+    drawn, batches = [], []
+    draw, loss = prepare.draw_pictures, dreambooth.batch_loss
+
+    def note(config, pipe, prompts, seeds):
+        drawn.append((prompts, list(seeds)))
+        return draw(config, pipe, prompts, seeds)
+
+    monkeypatch.setattr(prepare, "draw_pictures", note)
+    monkeypatch.setattr(dreambooth, "batch_loss", lambda run, batch: batches.append((run, batch)) or loss(run, batch))
+    for _ in range(2):
+        train(config)
+    ((prompts, seeds),) = drawn
+    assert prompts == ["a photo of a teapot"] * 3 and len(set(seeds)) == 3
+    run, batch = batches[0]
+    assert len(list((Path(config.output_dir) / "class_images").glob("*.png"))) == 3
+    assert batch.latents.shape == batch.noise.shape == (4, 4, 8, 8) and batch.timesteps.shape == (4,)
+    prompts = [run.material.prompts[number] for number in batch.prompts]
+    assert prompts == ["a photo of sks teapot"] * 2 + ["a photo of a teapot"] * 2
+
+
+def test_captions_are_the_photos_prompts(config, photos, monkeypatch):
+    (photos / "1.txt").write_text("a picture of sks on the beach")
+    prompts = {}
+    usual = dreambooth.prepare_material
+
+    def note(*arguments):
+        material = usual(*arguments)
+        prompts.update({number: material.prompts[prompt] for number, prompt in enumerate(material.photos.prompts)})
+        return material
+
+    monkeypatch.setattr(dreambooth, "prepare_material", note)
+    train(config)
+    assert prompts == {0: "a photo of sks teapot", 1: "a picture of sks on the beach", 2: "a photo of sks teapot"}
+
+
+def test_the_contact_sheet_has_a_row_every_few_steps(config):
+    train(dataclasses.replace(config, validation_steps=3, validation_prompts=("{trigger_word}", "a {class_name}")))
+    files = sorted(file.name for file in (Path(config.output_dir) / "validation").iterdir())
+    assert files == [f"step-{step:06d}-{column:02d}.png" for step in (0, 3, 4) for column in (0, 1)]
+    sheet = Image.open(Path(config.output_dir) / "contact_sheet.png")
+    assert sheet.height > 3 * 32
+
+
+def test_validation_does_not_touch_the_training(config):
+    plain = contents(train(config))
+    assert contents(train(dataclasses.replace(config, validation_steps=1))) == plain
+
+
+def test_tensorboard(config):
+    train(dataclasses.replace(config, report_to="tensorboard"))
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(Path(config.output_dir) / "logs" / "atomdiff"))
+    events.Reload()
+    assert [event.step for event in events.Scalars("loss")] == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"instance_data_dir": "nowhere"}, "nowhere: no such folder"),
+        ({"resolution": 30}, "resolution=30: this base needs a multiple of 8"),
+        ({"resolution": 128}, "shorter side under 64 pixels: 0.png"),
+        ({"adapter": "nowhere.json"}, "adapter='nowhere.json': no such file"),
+        ({"pretrained_model_name_or_path": "no/such/folder"}, "'no/such/folder': neither a folder"),
+        ({"instance_prompt": "a photo of a teapot"}, "trigger_word='sks': no prompt names it"),
+        ({"resume_from_checkpoint": "checkpoint-9"}, "'checkpoint-9': no such checkpoint"),
+        ({"report_to": "telegraph"}, "accelerate cannot start: .*telegraph"),
+    ],
+)
+def test_mistakes_are_user_errors(config, fields, message):
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(config, **fields))
+
+
+def test_class_pictures_have_a_folder_for_every_class(config, tmp_path):
+    config = dataclasses.replace(
+        config,
+        with_prior_preservation=True,
+        num_class_images=1,
+        class_data_dir=str(tmp_path / "class" / "{class_name}"),
+        max_train_steps=1,
+    )
+    for name in ("mug", "cat"):
+        train(dataclasses.replace(config, class_name=name))
+    assert sorted(folder.name for folder in (tmp_path / "class").iterdir()) == ["cat", "mug"]
+
+
+def test_every_batch_is_drawn_anew_and_every_photo_in_turn(config, photos, monkeypatch):
+    for number in range(3):
+        (photos / f"{number}.txt").write_text(f"sks {number}")
+    batches, draw = [], dreambooth.draw_batch
+    monkeypatch.setattr(dreambooth, "draw_batch", lambda run, number: batches.append(draw(run, number)) or batches[-1])
+    train(dataclasses.replace(config, max_train_steps=3, gradient_accumulation_steps=2))
+    assert len(batches) == 6
+    noise = torch.cat([batch.noise for batch in batches])
+    assert len(noise.flatten(1).unique(dim=0)) == 12 and abs(noise.mean()) < 0.1
+    assert len(torch.cat([batch.timesteps for batch in batches]).unique()) > 6
+    prompts = [number for batch in batches for number in batch.prompts]
+    assert all(sorted(prompts[first : first + 3]) == [0, 1, 2] for first in range(0, 12, 3))

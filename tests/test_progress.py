@@ -1,0 +1,88 @@
+import json
+import os
+import signal
+import threading
+
+import pytest
+from accelerate import Accelerator
+from PIL import Image
+
+from atomdiff.progress import RunLog, StopSignals, extend_contact_sheet
+
+
+def feed(log, steps):
+    for step in steps:
+        log.step(step, loss=float(step), average_loss=0.5, lr=0.1, seconds=0.25)
+    log.close()
+
+
+def lines(file):
+    return [json.loads(line) for line in file.read_text().splitlines()]
+
+
+def test_lines_hold_means_since_the_last_line(tmp_path, capsys):
+    file = tmp_path / "log.jsonl"
+    feed(RunLog(Accelerator(), file, step=0, steps=5, every=2, samples=8), range(1, 6))
+    assert lines(file) == [
+        {"step": 2, "loss": 1.5, "lr": 0.1, "samples_per_second": 32.0},
+        {"step": 4, "loss": 3.5, "lr": 0.1, "samples_per_second": 32.0},
+        {"step": 5, "loss": 5.0, "lr": 0.1, "samples_per_second": 32.0},
+    ]
+    assert "loss=0.5" in capsys.readouterr().err
+
+
+def test_going_on_drops_the_lines_after_the_checkpoint(tmp_path):
+    file = tmp_path / "log.jsonl"
+    feed(RunLog(Accelerator(), file, step=0, steps=6, every=2, samples=8), range(1, 7))
+    feed(RunLog(Accelerator(), file, step=4, steps=8, every=2, samples=8), range(5, 9))
+    assert [line["step"] for line in lines(file)] == [2, 4, 6, 8]
+    feed(RunLog(Accelerator(), file, step=0, steps=2, every=2, samples=8), range(1, 3))
+    assert [line["step"] for line in lines(file)] == [2]
+
+
+def test_the_sheet_grows_and_forgets_rows_of_a_run_that_was_stopped(tmp_path):
+    def add(step, colour):
+        extend_contact_sheet(tmp_path, step, [Image.new("RGB", (32, 32), colour)] * 2, ["one", "two"])
+        return Image.open(tmp_path / "contact_sheet.png")
+
+    def shows(sheet, colour):
+        return any(pixel == colour for _, pixel in sheet.convert("RGB").getcolors(1 << 24))
+
+    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
+    first = add(0, red)
+    second = add(10, green)
+    assert second.height > first.height and shows(second, red) and shows(second, green)
+    third = add(20, blue)
+    again = add(10, blue)
+    assert again.size == second.size != third.size
+    assert shows(again, red) and shows(again, blue) and not shows(again, green)
+    assert len(list((tmp_path / "validation").iterdir())) == 4
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_the_first_signal_asks_and_the_second_acts(number):
+    def handler(*_):
+        raise RuntimeError("acted")
+
+    before = signal.signal(number, handler)
+    try:
+        with StopSignals() as stop:
+            assert not stop.requested
+            os.kill(os.getpid(), number)
+            assert stop.requested
+            with pytest.raises(RuntimeError, match="acted"):
+                os.kill(os.getpid(), number)
+        assert signal.getsignal(number) is handler
+        with StopSignals():
+            pass
+        assert signal.getsignal(number) is handler
+    finally:
+        signal.signal(number, before)
+
+
+def test_other_threads_train_without_signals():
+    seen = []
+    thread = threading.Thread(target=lambda: seen.append(StopSignals().__enter__().requested))
+    thread.start()
+    thread.join()
+    assert seen == [False]

@@ -1,0 +1,48 @@
+import os
+import runpy
+import subprocess
+import sys
+import warnings
+from pathlib import Path
+
+import pytest
+from PIL import Image
+
+ROOT = Path(__file__).parents[2]
+SCRIPT = ROOT / "train_scripts" / "train_dreambooth.py"
+
+
+@pytest.fixture
+def command(tmp_path, tiny_pipe_folder):
+    (tmp_path / "photos").mkdir()
+    Image.radial_gradient("L").save(tmp_path / "photos" / "one.png")
+    fields = {
+        "pretrained_model_name_or_path": tiny_pipe_folder,
+        "instance_data_dir": tmp_path / "photos",
+        "output_dir": tmp_path / "out",
+        "class_name": "mug",
+        "max_train_steps": 1,
+    }
+    return [word for name, value in fields.items() for word in (f"--{name}", str(value))]
+
+
+def test_the_script_trains(command, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
+    monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
+    with pytest.raises(SystemExit, match="0"):
+        runpy.run_path(str(SCRIPT), run_name="__main__")
+    concept = tmp_path / "out" / "photos.atoms.safetensors"
+    assert concept.is_file()
+    assert capsys.readouterr().out == f"saved {concept}\n"
+
+
+def test_a_mistake_is_one_line_without_a_traceback(command, tmp_path):
+    (tmp_path / "photos" / "two.png").write_text("no picture")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    run = subprocess.run([sys.executable, str(SCRIPT), *command], capture_output=True, text=True, env=environment)
+    assert (run.returncode, run.stdout) == (2, "")
+    assert run.stderr == f"error: {tmp_path / 'photos'}: cannot be read: two.png. Replace or remove them\n"
+
+
+def test_the_script_is_short():
+    assert len(SCRIPT.read_text().splitlines()) < 80
