@@ -19,7 +19,7 @@ def parse_config(
 ) -> Config:
     """Build a config from the command line and from the YAML files named by `--config`; what comes later wins.
 
-    Fields of type `tuple[X, ...]` take one or more values: `--seeds 0 1 2`. Options and YAML keys that are no fields,
+    Fields of type `tuple[X, ...]` take one or more values: `--seeds 0 1 2`; a truth value alone means true. Options and YAML keys that are no fields,
     values of a wrong type and missing fields end the program with a usage message and exit status 2.
 
     Args:
@@ -48,12 +48,14 @@ def _parser(config_class: type[Any], prog: str | None, positional: str | None) -
         options: dict[str, Any] = {"type": hints[field.name], "help": helps[field.name]}
         if get_origin(hints[field.name]) is tuple:
             options |= {"type": get_args(hints[field.name])[0], "nargs": "+"}
+        if hints[field.name] is bool:
+            options |= {"nargs": "?", "const": True}
         if field.name == positional:
             parser.add_argument(field.name, **options)
             continue
         if field.default is dataclasses.MISSING:
             options["required"] = True
         else:
-            options["default"] = list(field.default) if "nargs" in options else field.default
+            options["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
         parser.add_argument(f"--{field.name}", **options)
     return parser

@@ -1,14 +1,14 @@
 """Fixtures shared by all tests: a complete Stable Diffusion pipeline, random and tiny, built without the hub."""
 
 import copy
-import json
 import string
+from collections import Counter
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from tokenizers import Tokenizer, models, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
@@ -19,23 +19,27 @@ WORDS = "a an the photo picture of on in at with red blue green mug teapot robot
 SYMBOLS = list(string.ascii_lowercase + string.digits + string.punctuation)
 
 
+def learn_merges(words: list[str]) -> list[tuple[str, str]]:
+    """Byte-pair encoding of the words, until each is one piece; ties are broken by the alphabet."""
+    merges = []
+    pieces = [[*word[:-1], word[-1] + "</w>"] for word in words]
+    while pairs := Counter(pair for word in pieces for pair in pairwise(word)):
+        left, right = max(pairs, key=lambda pair: (pairs[pair], pair))
+        merges.append((left, right))
+        for word in pieces:
+            for start in reversed(range(len(word) - 1)):
+                if word[start : start + 2] == [left, right]:
+                    word[start : start + 2] = [left + right]
+    return merges
+
+
 def make_tokenizer() -> CLIPTokenizer:
-    """Build a real CLIPTokenizer with 77 positions whose merges a BPE trainer learnt from `WORDS`."""
-    learner = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    learner.pre_tokenizer = pre_tokenizers.WhitespaceSplit()
-    trainer = trainers.BpeTrainer(
-        vocab_size=1000,
-        special_tokens=["<|startoftext|>", "<|endoftext|>"],
-        initial_alphabet=SYMBOLS,
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    learner.train_from_iterator([WORDS, WORDS], trainer)
-    learnt = json.loads(learner.to_str())["model"]
-    vocabulary: dict[str, int] = learnt["vocab"]
-    for symbol in SYMBOLS:
-        vocabulary.setdefault(symbol + "</w>", len(vocabulary))
-    return CLIPTokenizer(vocab=vocabulary, merges=[tuple(pair) for pair in learnt["merges"]], model_max_length=77)
+    """Build a real CLIPTokenizer with 77 positions whose merges were learnt from `WORDS`."""
+    merges = learn_merges(WORDS.split())
+    tokens = ["<|startoftext|>", "<|endoftext|>", *SYMBOLS, *(symbol + "</w>" for symbol in SYMBOLS)]
+    tokens += [left + right for left, right in merges]
+    vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
+    return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
 def make_pipe() -> StableDiffusionPipeline:

@@ -70,3 +70,17 @@ def test_one_field_may_go_without_its_name(capsys):
     assert parse_config(Config, ["x", "--rate", "1"], positional="path") == Config("x", rate=1.0)
     with pytest.raises(SystemExit):
         parse_config(Config, [], positional="path")
+
+
+@pytest.mark.parametrize(
+    "given, expected", [([], False), (["--flag"], True), (["--flag", "true"], True), (["--flag", "false"], False)]
+)
+def test_a_truth_value_alone_means_true(given, expected):
+    @dataclass(frozen=True)
+    class Flagged:
+        """A config with a switch."""
+
+        flag: bool = False
+        """The switch."""
+
+    assert parse_config(Flagged, given).flag is expected

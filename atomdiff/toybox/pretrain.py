@@ -130,6 +130,16 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, stage: Stage, folder: Path, 
 
 
 @torch.no_grad()
+def narrow_posterior(vae: AutoencoderKL) -> None:
+    """Give the encoder's distribution no width: the diffusion learns its means, and so should whoever trains on it.
+
+    Without this, channels that the decoder came to ignore would be drawn with unit noise, which the UNet has never seen.
+    """
+    vae.quant_conv.weight[LATENT_CHANNELS:] = 0  # the second half of the channels is the log variance
+    vae.quant_conv.bias[LATENT_CHANNELS:] = -20
+
+
+@torch.no_grad()
 def encode(vae: AutoencoderKL, pictures: Tensor, device: torch.device, batch: int = 128) -> Tensor:
     """Mean latents (n, 8, 16, 16) of pictures (n, 64, 64, 3), not yet scaled."""
     means = []
@@ -303,6 +313,7 @@ def make_base(
         text_encoder, unet = build_text_encoder(tokenizer), build_unet()
         vae.to(device, memory_format=torch.channels_last)
         losses["vae"] = train_vae(vae, pictures, vae_stage, folder, device)
+        narrow_posterior(vae)
         latents = encode(vae, pictures, device)
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     else:

@@ -1,3 +1,5 @@
+from pathlib import Path
+
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
@@ -10,6 +12,7 @@ from atomdiff.toybox.base import (
     build_tokenizer,
     build_unet,
     build_vae,
+    load_toybox,
 )
 from atomdiff.toybox.pretrain import Stage, as_signal, encode, patch_basis, run_stage
 from atomdiff.toybox.scenes import CLASSES, COLOURS
@@ -62,3 +65,10 @@ def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(tmp_path):
         return model.weight
 
     assert torch.equal(trained(tmp_path / "a", [None]), trained(tmp_path / "b", [5, None]))
+
+
+def test_the_committed_base_draws_its_latents_from_where_it_was_trained():
+    vae = load_toybox(Path(__file__).parents[2] / "samples" / "toybox-sd").vae
+    with torch.no_grad():
+        posterior = vae.encode(torch.rand(2, 3, 64, 64) * 2 - 1).latent_dist
+    assert posterior.std.max() < 1e-3 < posterior.mean.std()

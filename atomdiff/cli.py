@@ -1,0 +1,120 @@
+"""The command line: `atomdiff <verb>`, one thin function a verb."""
+
+import sys
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from atomdiff._quiet import quiet_libraries
+from atomdiff.command_line import parse_config
+from atomdiff.errors import UserError
+
+
+def train(args: Sequence[str]) -> None:
+    """Train a concept from photos."""
+    from atomdiff.train_config import load_config
+
+    config = load_config(args, prog="atomdiff train")
+    quiet_libraries()
+    from atomdiff import dreambooth
+
+    print(f"saved {dreambooth.train(config)}")
+
+
+def sample(args: Sequence[str]) -> None:
+    """Draw prompts, with any number of concepts."""
+    from atomdiff.sample import SampleConfig, save_samples
+
+    config = parse_config(SampleConfig, args, prog="atomdiff sample")
+    quiet_libraries()
+    try:
+        folder = save_samples(config)
+    except KeyboardInterrupt:
+        raise KeyboardInterrupt("stopped; the same command draws what is missing") from None
+    from accelerate import PartialState
+
+    PartialState().print(f"the pictures, grid.png and manifest.json are in {folder}")
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what a concept file holds."""
+
+    file: str
+    """The concept file."""
+    pretrained_model_name_or_path: str | None = None
+    """A base to measure the concept's distance to: a folder or a Hub id."""
+
+
+def inspect(args: Sequence[str]) -> None:
+    """Show what a concept file holds."""
+    config = parse_config(InspectConfig, args, prog="atomdiff inspect", positional="file")
+    quiet_libraries()
+    from atomdiff.inspect_file import describe
+
+    print(describe(config.file, config.pretrained_model_name_or_path))
+
+
+def demo(args: Sequence[str]) -> None:
+    """Train on a folder of photos, draw, measure: the whole path on the embedded model."""
+    from atomdiff.demo import DemoConfig, run_demo
+
+    config = parse_config(DemoConfig, args, prog="atomdiff demo")
+    quiet_libraries()
+    report = run_demo(config)
+    from atomdiff.delta_file import read_delta_file
+
+    concept = Path(report["concept"])
+    print(f"{concept} ({report['file_bytes']:,} bytes)")
+    for name in ("before_after.png", "training_curve.png", "report.json"):
+        print(concept.parent / name)
+    if concept.is_file():
+        print("\nIn Python, with the base as `pipe`:")
+        print(f'    atomdiff.load_atoms(pipe, "{concept}")')
+        print(f'    image = pipe("a photo of {read_delta_file(concept).trigger_phrase}").images[0]')
+
+
+VERBS = {verb.__name__: verb for verb in (train, sample, inspect, demo)}
+
+
+def main(args: Sequence[str] | None = None) -> int:
+    """Run one verb.
+
+    Args:
+        args: the command line without the program's name; by default that of this process.
+
+    Returns:
+        The exit status: 0; 2 for a mistake in what was asked, told in one line; 130 if stopped.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    if not args or args[0] not in VERBS:
+        asked = args[:1] in (["-h"], ["--help"])
+        print(_usage(), file=sys.stdout if asked else sys.stderr)
+        return 0 if asked else 2
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # what libraries tell their developers
+        warnings.filterwarnings("default", module="atomdiff")
+        warnings.showwarning = _show_warning
+        try:
+            VERBS[args[0]](args[1:])
+        except (UserError, OSError) as error:
+            print(f"atomdiff {args[0]}: error: {error}", file=sys.stderr)
+            return 2
+        except KeyboardInterrupt as stop:
+            print(str(stop) or "stopped", file=sys.stderr)
+            return 130
+    return 0
+
+
+def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
+    print(f"warning: {message}", file=sys.stderr)
+
+
+def _usage() -> str:
+    verbs = "\n".join(f"  {name:<9}{verb.__doc__}" for name, verb in VERBS.items())
+    return f"usage: atomdiff VERB [OPTIONS]\n\n{verbs}\n\natomdiff VERB --help lists the options."
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,1 @@
+"""What a concept is worth: one metric a file, each a pure function."""

@@ -1,0 +1,28 @@
+"""Drift: how much a concept changes pictures that have nothing to do with it."""
+
+from collections.abc import Sequence
+
+import numpy as np
+from PIL import Image
+
+
+def drift(base: Sequence[Image.Image], adapted: Sequence[Image.Image]) -> float:
+    """Return the mean over pictures of the root mean square pixel difference, from 0 (none) to 1 (black to white).
+
+    Args:
+        base: pictures by the bare base, for prompts that do not name the concept.
+        adapted: pictures with the concept, from the same prompts and seeds in the same order.
+
+    Raises:
+        ValueError: there are no pictures, or their numbers or sizes differ.
+    """
+    if not base or len(base) != len(adapted):
+        raise ValueError(f"found {len(base)} pictures by the base and {len(adapted)} adapted ones; give pairs")
+    return float(np.mean([_rmse(*pair) for pair in zip(base, adapted, strict=True)]))
+
+
+def _rmse(first: Image.Image, second: Image.Image) -> float:
+    if first.size != second.size:
+        raise ValueError(f"found pictures of {first.size} and {second.size} pixels; draw both in one size")
+    difference = (np.asarray(image.convert("RGB"), dtype=np.float64) / 255 for image in (first, second))
+    return float(np.sqrt(np.mean((next(difference) - next(difference)) ** 2)))

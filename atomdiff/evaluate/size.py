@@ -1,0 +1,46 @@
+"""Size: what a concept costs to keep."""
+
+import math
+import os
+from pathlib import Path
+
+from safetensors import safe_open
+
+
+def stored_bytes(path: str | os.PathLike[str]) -> int:
+    """Return the bytes of a file, or of all files in a folder and its subfolders.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
+    return sum(file.stat().st_size for file in _files(Path(path)))
+
+
+def trained_numbers(path: str | os.PathLike[str]) -> int:
+    """Return how many numbers of a stored concept were trained, trigger words included.
+
+    Bases, which delta files carry beside the deltas, were not. Of a fully tuned pipeline the denoiser counts, and no
+    trigger word.
+
+    Args:
+        path: a delta file, a directory written by PEFT, or a pipeline folder.
+
+    Raises:
+        FileNotFoundError: there is nothing at `path`.
+    """
+    path = Path(path)
+    if (path / "model_index.json").is_file():
+        path = next(folder for folder in (path / "unet", path / "transformer") if folder.is_dir())
+    count = 0
+    for file in _files(path):
+        if file == path or file.suffix == ".safetensors":
+            with safe_open(file, "pt") as tensors:
+                shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys() if not key.endswith("_basis")]
+                count += sum(math.prod(shape) for shape in shapes)
+    return count
+
+
+def _files(path: Path) -> list[Path]:
+    if not path.exists():
+        raise FileNotFoundError(f"found nothing at {path}: check the path")
+    return [file for file in path.rglob("*") if file.is_file()] if path.is_dir() else [path]

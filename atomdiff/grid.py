@@ -1,0 +1,92 @@
+"""Pictures side by side on one sheet, with words beside the rows and above the columns."""
+
+import math
+from collections.abc import Sequence
+
+from PIL import Image, ImageDraw, ImageFont
+
+Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
+
+SHEET_PIXELS = 40_000_000  # for all pictures together; so many that they need more are enlarged less
+_COMFORTABLE_SIDE = 192  # pixels; smaller pictures are enlarged to about this
+_LABEL_WIDTH = 160  # pixels; what a label beside a row may take at least
+_INK, _PAPER = (40, 40, 40), (255, 255, 255)
+
+
+def grid(
+    rows: Sequence[Sequence[Image.Image | None]],
+    row_labels: Sequence[str] = (),
+    column_labels: Sequence[str] = (),
+    *,
+    scale: int | None = None,
+) -> Image.Image:
+    """Draw rows of pictures on a white sheet with word-wrapped labels.
+
+    Rows may differ in length, None leaves a place empty, and pictures smaller than the largest are centred in theirs.
+
+    Args:
+        rows: the pictures, of any mode.
+        row_labels: one a row, or none at all.
+        column_labels: one a column, or none at all.
+        scale: whole factor by which every picture is enlarged; by default what brings small ones to about 192 pixels.
+
+    Returns:
+        An RGB picture.
+
+    Raises:
+        ValueError: there is no picture at all, or the number of labels is wrong.
+    """
+    pictures = [picture for row in rows for picture in row if picture is not None]
+    columns = max(map(len, rows), default=0)
+    if not pictures:
+        raise ValueError("found no picture to put on the sheet; give at least one")
+    for name, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
+        if labels and len(labels) != count:
+            raise ValueError(f"found {len(labels)} {name} labels for {count} {name}s; give one each, or none")
+
+    side = min(_COMFORTABLE_SIDE, math.isqrt(SHEET_PIXELS // len(pictures)))
+    scale = scale or max(1, round(side / max(max(picture.size) for picture in pictures)))
+    width = scale * max(picture.width for picture in pictures)
+    height = scale * max(picture.height for picture in pictures)
+    gap, size = max(width // 32, 4), min(max(width // 12, 12), 28)
+    font = ImageFont.load_default(size)
+    line = round(1.3 * size)
+    beside = [_wrap(label, font, max(width, _LABEL_WIDTH), height // line) for label in row_labels]
+    above = [_wrap(label, font, width) for label in column_labels]
+    left = 2 * gap + round(max((font.getlength(text) + 2 * gap for lines in beside for text in lines), default=0))
+    top = 2 * gap + max((len(lines) * line + gap for lines in above if lines), default=0)
+
+    sheet = Image.new("RGB", (left + columns * (width + gap) + gap, top + len(rows) * (height + gap) + gap), _PAPER)
+    pen = ImageDraw.Draw(sheet)
+    for column, lines in enumerate(above):
+        for number, text in enumerate(lines):
+            x, y = left + column * (width + gap) + width / 2, top - gap - (len(lines) - number - 0.5) * line
+            pen.text((x, y), text, _INK, font, anchor="mm")
+    for row, lines in enumerate(beside):
+        for number, text in enumerate(lines):
+            y = top + row * (height + gap) + height / 2 - (len(lines) / 2 - number - 0.5) * line
+            pen.text((2 * gap, y), text, _INK, font, anchor="lm")
+    for row, contents in enumerate(rows):
+        for column, picture in enumerate(contents):
+            if picture is not None:
+                large = picture.convert("RGB").resize([scale * side for side in picture.size], Image.Resampling.LANCZOS)
+                x, y = left + column * (width + gap), top + row * (height + gap)
+                sheet.paste(large, (x + (width - large.width) // 2, y + (height - large.height) // 2))
+    return sheet
+
+
+def _wrap(text: str, font: Font, width: int, most: int | None = None) -> list[str]:
+    """Break text at spaces, and within words longer than a line, into at most `most` lines of `width` pixels."""
+    lines: list[str] = []
+    for word in text.split():
+        if lines and font.getlength(f"{lines[-1]} {word}") <= width:
+            lines[-1] += f" {word}"
+            continue
+        lines.append("")
+        for letter in word:
+            if lines[-1] and font.getlength(lines[-1] + letter) > width:
+                lines.append("")
+            lines[-1] += letter
+    if most is None or len(lines) <= most:
+        return lines
+    return [*lines[: max(most, 1) - 1], lines[max(most, 1) - 1][:-1] + "…"]

@@ -1,0 +1,102 @@
+"""The files of a sampling job: PNGs that know how they were made, their grid and their manifest."""
+
+import hashlib
+import json
+import math
+import re
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, PngImagePlugin
+
+from atomdiff.grid import SHEET_PIXELS, grid
+
+
+@dataclass(frozen=True)
+class PictureFile:
+    """One PNG of a job; its file name depends on prompt and seed alone."""
+
+    folder: Path
+    """Where it belongs."""
+    prompt: str
+    """What it shows."""
+    seed: int
+    """Where its noise comes from."""
+    settings: dict[str, str]
+    """What else it depends on."""
+
+    @property
+    def path(self) -> Path:
+        """Where the picture is, or will be."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60]
+        digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:6]
+        return self.folder / f"{slug}-{digest}-seed{self.seed}.png"
+
+    @property
+    def facts(self) -> dict[str, str]:
+        """The text in the PNG."""
+        return {"prompt": self.prompt, "seed": str(self.seed), **self.settings}
+
+    def is_saved(self) -> bool:
+        """Tell whether the picture is there, whole, and made with these very settings."""
+        try:
+            with Image.open(self.path) as image:
+                image.load()
+                return all(image.info.get(key) == value for key, value in self.facts.items())
+        except (OSError, SyntaxError):  # what Pillow raises for damaged files
+            return False
+
+    def save(self, image: Image.Image) -> None:
+        """Write the picture; it gets its name once it is whole."""
+        text = PngImagePlugin.PngInfo()
+        for key, value in self.facts.items():
+            text.add_text(key, value)
+        unfinished = self.path.with_suffix(".unfinished")
+        image.save(unfinished, format="png", pnginfo=text)
+        unfinished.replace(self.path)
+
+
+def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
+    """Write grid.png, prompts down and seeds across, and manifest.json.
+
+    Args:
+        folder: where the pictures are.
+        pictures: of one job, saved: for each prompt one from each seed.
+    """
+    prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
+    seeds = list(dict.fromkeys(picture.seed for picture in pictures))
+    side = max(32, math.isqrt(SHEET_PIXELS // len(pictures)))
+    small = iter([_thumbnail(picture.path, side) for picture in pictures])
+    sheet = grid([[next(small) for _ in seeds] for _ in prompts], prompts, [f"seed {seed}" for seed in seeds])
+    unfinished = folder / "overview.unfinished"
+    sheet.save(unfinished, format="png")
+    unfinished.replace(folder / "grid.png")
+    images = [{"file": picture.path.name, "prompt": picture.prompt, "seed": picture.seed} for picture in pictures]
+    manifest = {"settings": pictures[0].settings, "images": images}
+    unfinished.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    unfinished.replace(folder / "manifest.json")
+
+
+def content_hash(path: Path) -> str:
+    """Return a SHA-256 of a file, or of the names and contents of a folder's files."""
+    digest = hashlib.sha256()
+    for file in _files(path):
+        digest.update(file.name.encode() + file.read_bytes())
+    return digest.hexdigest()
+
+
+def listing_hash(folder: Path) -> str:
+    """Return a SHA-256 of names, sizes and times: the gigabytes of a base are not worth reading twice."""
+    stats = [(str(file.relative_to(folder)), file.stat()) for file in _files(folder)]
+    return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()).hexdigest()
+
+
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+
+
+def _thumbnail(file: Path, side: int) -> Image.Image:
+    with Image.open(file) as image:
+        image.thumbnail((side, side))
+        return image.convert("RGB")

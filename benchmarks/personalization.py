@@ -1,0 +1,116 @@
+"""Methods side by side on the shipped subjects: similarity, scenes, drift and size, each method at its best rate.
+
+    python benchmarks/personalization.py --methods atoms/default lora/attention_r16 --trials 3
+
+Every method goes through the same training run (configs/demo.yaml) with the same token, seed and number of
+learning-rate trials: its own rate from overrides.yaml times 1/2, 1 and 2. A trial is judged by the median over the
+subjects of the similarity gain, among the trials that keep scene accuracy at 90 % of the base's.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+from atomdiff._quiet import quiet_libraries
+from atomdiff.command_line import parse_config
+
+ROOT = Path(__file__).parents[1]
+FACTORS = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 1.0, 2.0)}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to compare."""
+
+    methods: tuple[str, ...] = ("atoms/default", "lora/attention_r16")
+    """Folders under configs/experiments."""
+    subjects: tuple[str, ...] = ("mug", "robot", "cat", "car", "teapot", "bird", "mushroom", "boat")
+    """Folders under samples/subjects."""
+    trials: int = 3
+    """Learning rates a method, 1 to 3."""
+    work_dir: str = "out/personalization"
+    """Folder of the runs; finished runs are not repeated."""
+    output: str = "benchmarks/results/personalization.json"
+    """The result file."""
+
+
+def run_trial(method: str, subject: str, factor: float, work_dir: Path) -> dict[str, Any]:
+    """Train and measure one subject, or read what an earlier call measured."""
+    import yaml
+
+    from atomdiff.demo import DemoConfig, run_demo
+
+    folder = work_dir / method.replace("/", "-") / f"x{factor:g}" / subject
+    if (folder / "report.json").is_file():
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        return report
+    home = ROOT / "configs" / "experiments" / method
+    rate = yaml.safe_load((home / "overrides.yaml").read_text())["learning_rate"] * factor
+    photos = ROOT / "samples" / "subjects" / subject
+    return run_demo(
+        DemoConfig(
+            instance_data_dir=str(photos),
+            adapter=str(home / "adapter.json"),
+            learning_rate=rate,
+            output_dir=str(folder),
+        )
+    )
+
+
+def summary(reports: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over subjects."""
+
+    def median(pick: Any) -> float:
+        return round(statistics.median(pick(report) for report in reports), 4)
+
+    return {
+        "similarity_base": median(lambda r: r["similarity"]["base"]),
+        "similarity": median(lambda r: r["similarity"]["concept"]),
+        "similarity_real": median(lambda r: r["similarity"]["real"]),
+        "gain": median(lambda r: r["similarity"]["gain"]),
+        "scene_accuracy_base": median(lambda r: r["scene_accuracy"]["base"]),
+        "scene_accuracy": median(lambda r: r["scene_accuracy"]["concept"]),
+        "drift": median(lambda r: r["drift"]),
+        "trained_numbers": median(lambda r: r["trained_numbers"]),
+        "file_bytes": median(lambda r: r["file_bytes"]),
+        "train_seconds": median(lambda r: r["train_seconds"]),
+        "total_seconds": median(lambda r: r["total_seconds"]),
+    }
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Run all trials and write the result file."""
+    quiet_libraries()
+    from atomdiff.demo import versions
+
+    figures: dict[str, float] = {}
+    trials: dict[str, Any] = {}
+    for method in config.methods:
+        candidates = {}
+        for factor in FACTORS[config.trials]:
+            reports = [run_trial(method, subject, factor, Path(config.work_dir)) for subject in config.subjects]
+            candidates[factor] = summary(reports)
+            shown = {r["subject"]: {k: r[k] for k in ("similarity", "scene_accuracy", "drift")} for r in reports}
+            trials[f"{method} x{factor:g}"] = {"median": candidates[factor], "subjects": shown}
+            print(method, factor, candidates[factor], flush=True)
+        obeying = [c for c in candidates.values() if c["scene_accuracy"] >= 0.9 * c["scene_accuracy_base"]]
+        best = max(obeying or candidates.values(), key=lambda c: c["gain"])
+        figures |= {f"{method}:{name}": value for name, value in best.items()}
+    result = {
+        "machine": versions()["machine"],
+        "versions": versions(),
+        "date": date.today().isoformat(),
+        "command": "python benchmarks/personalization.py --methods " + " ".join(config.methods),
+        "figures": figures,
+        "trials": trials,
+    }
+    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main(parse_config(BenchmarkConfig))

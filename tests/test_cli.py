@@ -1,0 +1,122 @@
+"""`atomdiff <verb>`: what is printed, exit statuses, and the verbs from end to end."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+import atomdiff
+from atomdiff import cli, dreambooth, sample
+from atomdiff.cli import main
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_without_a_verb_the_verbs_are_listed(capsys):
+    assert main([]) == 2
+    assert "  train " in capsys.readouterr().err
+    assert main(["--help"]) == 0
+    shown = capsys.readouterr().out
+    assert all(f"  {verb} " in shown for verb in ("train", "sample", "inspect", "demo"))
+    assert main(["paint"]) == 2
+
+
+@pytest.mark.parametrize("verb", ["train", "sample", "inspect", "demo"])
+def test_every_verb_explains_itself(verb, capsys):
+    with pytest.raises(SystemExit) as ended:
+        main([verb, "--help"])
+    assert ended.value.code == 0
+    assert f"usage: atomdiff {verb}" in capsys.readouterr().out
+
+
+def test_sample_draws_and_says_where(tiny_pipe_folder, tmp_path, capfd):
+    options = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--output_dir", str(tmp_path / "out")]
+    options += ["--prompts", "a red mug", "a cat", "--seeds", "0", "1", "--num_inference_steps", "1"]
+    assert main(["sample", *options]) == 0
+    shown = capfd.readouterr()
+    assert shown.out == f"the pictures, grid.png and manifest.json are in {tmp_path / 'out'}\n"
+    assert all("pictures:" in line for line in shown.err.split("\r") if line.strip())  # the progress bar
+    assert len(list((tmp_path / "out").glob("*-seed*.png"))) == 4
+
+
+def test_inspect_shows_a_file(tiny_pipe, tiny_pipe_folder, tmp_path, capsys):
+    tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv1"]))
+    path = str(atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", trigger_phrase="sks mug"))
+    assert main(["inspect", path, "--pretrained_model_name_or_path", str(tiny_pipe_folder)]) == 0
+    shown = capsys.readouterr().out
+    assert "sks mug" in shown and "distance" in shown
+
+
+def test_train_hands_its_config_over(monkeypatch, capsys):
+    seen = []
+    monkeypatch.setattr(dreambooth, "train", lambda config: seen.append(config) or Path("out/mug.atoms.safetensors"))
+    options = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "photos", "--class_name", "mug"]
+    assert main(["train", *options, "--max_train_steps", "7"]) == 0
+    assert (seen[0].class_name, seen[0].max_train_steps) == ("mug", 7)
+    assert capsys.readouterr().out == "saved out/mug.atoms.safetensors\n"
+
+
+def test_demo_says_where_things_are_and_how_to_use_them(tiny_pipe, monkeypatch, tmp_path, capsys):
+    tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv1"]))
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", trigger_phrase="sks mug")
+    report = {"concept": str(path), "file_bytes": 12345}
+    monkeypatch.setattr("atomdiff.demo.run_demo", lambda config: report)
+    assert main(["demo", "--instance_data_dir", str(tmp_path), "--class_name", "mug"]) == 0
+    shown = capsys.readouterr().out
+    assert f"{path} (12,345 bytes)" in shown and "before_after.png" in shown
+    code = [line.strip() for line in shown.splitlines() if line.startswith("    ")]
+    assert len(code) == 2
+    exec(
+        "\n".join(code).replace(").images", ", num_inference_steps=1).images"),
+        {"atomdiff": atomdiff, "pipe": tiny_pipe},
+    )
+
+
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["sample", "--pretrained_model_name_or_path", "x", "--prompts", "a", "--concepts", "none.safetensors"],
+        ["sample", "--pretrained_model_name_or_path", "x", "--output_dir", "{folder}/out"],
+        ["inspect", "none.safetensors"],
+        ["demo", "--instance_data_dir", "none"],
+    ],
+)
+def test_mistakes_are_one_line_on_stderr(args, capsys, tmp_path):
+    assert main([arg.format(folder=tmp_path) for arg in args]) == 2
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    assert shown.err.startswith(f"atomdiff {args[0]}: error: ") and shown.err.count("\n") == 1
+
+
+def test_ctrl_c_says_how_to_go_on(monkeypatch, tiny_pipe_folder, tmp_path, capsys):
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(sample, "draw_each", stop)
+    options = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--output_dir", str(tmp_path)]
+    assert main(["sample", *options, "--prompts", "a mug"]) == 130
+    assert "the same command draws what is missing" in capsys.readouterr().err
+    monkeypatch.setitem(cli.VERBS, "train", stop)
+    assert main(["train"]) == 130
+    assert capsys.readouterr().err == "stopped\n"
+
+
+def test_warnings_are_short_and_only_ours(monkeypatch, tiny_pipe_folder, tmp_path, capsys):
+    options = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--output_dir", str(tmp_path)]
+    assert main(["sample", *options, "--prompts", "mug " * 90, "--num_inference_steps", "1"]) == 0
+    warned = [line for line in capsys.readouterr().err.splitlines() if "arning" in line]
+    assert len(warned) == 1 and warned[0].startswith("warning: the base reads 77 of the 92 tokens of 'mug mug")
+
+
+def test_the_script_splits_a_job_over_processes(tiny_pipe_folder, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    script = str(ROOT / "train_scripts" / "generate_samples.py")
+    options = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--output_dir", str(tmp_path / "out")]
+    options += ["--prompts", "a red mug", "a cat", "a robot", "--num_inference_steps", "1"]
+    done = subprocess.run([*launch, script, *options], capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.count("are in") == 1
+    assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["images"]) == 3
+    assert "2/2" in done.stderr and "3/3" not in done.stderr  # the main process drew two of three

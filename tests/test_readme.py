@@ -1,0 +1,84 @@
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+from atomdiff.command_line import parse_config
+from atomdiff.demo import DemoConfig
+from atomdiff.dreambooth import load_config
+from atomdiff.inspect_file import describe
+from atomdiff.sample import SampleConfig
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text()
+CONCEPT = "out/demo/mug.atoms.safetensors"
+
+
+def blocks(language):
+    return re.findall(rf"```{language}\n(.*?)```", README, re.DOTALL)
+
+
+def commands():
+    text = "\n".join(blocks("sh")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
+
+
+@pytest.fixture
+def concept(tmp_path, monkeypatch):
+    """A concept file of the real base where the README's demo leaves its own."""
+    import atomdiff
+    from atomdiff.pipeline import add_trigger_word, set_trigger_embedding
+    from atomdiff.toybox.base import load_toybox
+
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "samples").symlink_to(ROOT / "samples")
+    (tmp_path / "configs").symlink_to(ROOT / "configs")
+    pipe = load_toybox()
+    add_trigger_word(pipe, "sks")
+    set_trigger_embedding(pipe, "sks", {"text_encoder": pipe.text_encoder.get_input_embeddings().weight[5].detach()})
+    pipe.unet.add_adapter(atomdiff.AtomConfig(channel_block=4), "default")
+    Path(CONCEPT).parent.mkdir(parents=True)
+    atomdiff.save_atoms(pipe, CONCEPT, "default", trigger_phrase="sks mug", base_model="samples/toybox-sd")
+    return CONCEPT
+
+
+def test_make_commands_exist():
+    targets = re.findall(r"^(\w+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = [command[1] for command in commands() if command[0] == "make"]
+    assert {"demo", "test"} <= set(named) <= set(targets)
+
+
+def test_every_command_is_accepted(concept, tmp_path):
+    (tmp_path / "my-photos").mkdir()
+    seen = set()
+    for words in commands():
+        if words[0] == "make":
+            continue
+        verb = "train" if words[0] == "accelerate" else words[1]
+        options = words[3:] if words[0] == "accelerate" else words[2:]
+        seen.add(verb)
+        if verb == "train":
+            assert (ROOT / words[2]).is_file()
+            load_config(options)
+        elif verb == "sample":
+            parse_config(SampleConfig, options)
+        elif verb == "demo":
+            parse_config(DemoConfig, options)
+        else:
+            assert verb == "inspect" and "sks mug" in describe(*options)
+    assert seen == {"train", "sample", "demo", "inspect"}
+
+
+def test_the_python_of_the_readme_runs(concept):
+    (code,) = blocks("python")
+    code = code.replace(").images", ", num_inference_steps=1).images")
+    names = {}
+    exec(code, names)
+    assert names["images"][0].size == (64, 64)
+    assert not names["atomdiff"].list_atoms(names["pipe"])
+
+
+def test_files_the_readme_names_are_there():
+    for path in re.findall(r"(?:samples|configs|benchmarks|train_scripts)/[\w./-]+\w", README):
+        assert (ROOT / path).exists(), path
