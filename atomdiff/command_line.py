@@ -19,8 +19,9 @@ def parse_config(
 ) -> Config:
     """Build a config from the command line and from the YAML files named by `--config`; what comes later wins.
 
-    Fields of type `tuple[X, ...]` take one or more values: `--seeds 0 1 2`; a truth value alone means true. Options and YAML keys that are no fields,
-    values of a wrong type and missing fields end the program with a usage message and exit status 2.
+    Fields of type `tuple[X, ...]` take one or more values, as in `--seeds 0 1 2`; a truth value's option alone means
+    true. Options and YAML keys that are no fields, values of a wrong type and missing fields end the program with a
+    usage message and exit status 2.
 
     Args:
         config_class: a dataclass whose fields have docstrings.

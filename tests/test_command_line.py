@@ -28,6 +28,8 @@ def test_defaults_and_options():
     assert parse_config(Config, ["--path", "x"]) == Config("x")
     given = ["--path", "x", "--words", "a: b, c", "[d]", "--rate", "2", "--kind", "b", "--flag", "true"]
     assert parse_config(Config, given) == Config("x", ("a: b, c", "[d]"), 2.0, "b", True)
+    assert parse_config(Config, ["--flag", "--path", "x"]) == Config("x", flag=True)
+    assert parse_config(Config, ["--path", "x", "--flag", "false"]) == Config("x")
 
 
 def test_later_wins_over_earlier_in_file_and_options(tmp_path):

@@ -131,9 +131,9 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, stage: Stage, folder: Path, 
 
 @torch.no_grad()
 def narrow_posterior(vae: AutoencoderKL) -> None:
-    """Give the encoder's distribution no width: the diffusion learns its means, and so should whoever trains on it.
+    """Give the encoder no width: the diffusion learns its means, and so should whoever trains on it.
 
-    Without this, channels that the decoder came to ignore would be drawn with unit noise, which the UNet has never seen.
+    Otherwise channels that the decoder came to ignore would be drawn with unit noise, which the UNet has never seen.
     """
     vae.quant_conv.weight[LATENT_CHANNELS:] = 0  # the second half of the channels is the log variance
     vae.quant_conv.bias[LATENT_CHANNELS:] = -20
