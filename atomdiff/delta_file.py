@@ -93,6 +93,8 @@ def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
     Raises:
         UserError: the file is damaged, of another format or version, or holds values that are not finite.
     """
+    if Path(path).is_dir():
+        raise UserError(f"{path} is a folder; expected a concept file such as mug.atoms.safetensors")
     tensors, metadata = read_tensors(path)
     if metadata.get("format") != FORMAT:
         raise UserError(f"{path} is not an atomdiff file: its format is {metadata.get('format')!r}, not {FORMAT!r}")

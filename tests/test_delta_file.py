@@ -183,3 +183,8 @@ def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory
     else:
         tensors = [tensor for kinds in [*delta.layers.values(), *delta.tokens.values()] for tensor in kinds.values()]
         assert all(torch.isfinite(tensor).all() for tensor in tensors)
+
+
+def test_a_folder_is_refused_with_what_is_expected(tmp_path):
+    with pytest.raises(UserError, match="is a folder; expected a concept file"):
+        read_delta_file(tmp_path)
