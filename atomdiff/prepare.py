@@ -67,6 +67,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     try:
         accelerator = Accelerator(
             mixed_precision=config.mixed_precision,
+            cpu=not torch.accelerator.is_available(),  # unasked, accelerate takes CPU processes for unrelated ones
             gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
             log_with=config.report_to,
             project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),

@@ -44,5 +44,14 @@ def test_a_mistake_is_one_line_without_a_traceback(command, tmp_path):
     assert run.stderr == f"error: {tmp_path / 'photos'}: cannot be read: two.png. Replace or remove them\n"
 
 
+def test_two_processes_share_one_run(command, tmp_path):
+    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2", str(SCRIPT)]
+    options = ["--logging_steps", "1", "--mixed_precision", "no", "--report_to", "null"]
+    run = subprocess.run([*launch, *command, *options], capture_output=True, text=True, timeout=300)
+    assert run.returncode == 0, run.stderr
+    assert run.stdout.count("saved") == 1
+    assert len((tmp_path / "out" / "training_log.jsonl").read_text().splitlines()) == 1
+
+
 def test_the_script_is_short():
     assert len(SCRIPT.read_text().splitlines()) < 80
