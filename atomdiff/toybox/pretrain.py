@@ -327,6 +327,7 @@ def make_base(
     average, losses["denoiser"] = train_denoiser(denoiser, tokenizer, scaled, captions, stage, folder, device)
     pipe = assemble(vae, tokenizer, average.text_encoder, average.unet)
     pipe.to("cpu", memory_format=torch.contiguous_format)
-    pipe.vae.half(), pipe.unet.half()  # transformers would load a half text encoder in half, diffusers loads in float32
+    for part in (pipe.vae, pipe.unet):  # not the text encoder: it would be loaded in half, the others in float32
+        part.half()
     pipe.save_pretrained(output)
     return losses
