@@ -17,9 +17,12 @@ def train(args: Sequence[str]) -> None:
 
     config = load_config(args, prog="atomdiff train")
     quiet_libraries()
+    from accelerate import PartialState
+
     from atomdiff import dreambooth
 
-    print(f"saved {dreambooth.train(config)}")
+    written = dreambooth.train(config)
+    PartialState().print(f"saved {written}")
 
 
 def sample(args: Sequence[str]) -> None:

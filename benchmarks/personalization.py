@@ -105,7 +105,8 @@ def main(config: BenchmarkConfig) -> None:
         "machine": versions()["machine"],
         "versions": versions(),
         "date": date.today().isoformat(),
-        "command": "python benchmarks/personalization.py --methods " + " ".join(config.methods),
+        "command": f"python benchmarks/personalization.py --methods {' '.join(config.methods)} "
+        f"--subjects {' '.join(config.subjects)} --trials {config.trials}",
         "figures": figures,
         "trials": trials,
     }
