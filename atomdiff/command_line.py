@@ -2,7 +2,7 @@
 
 import dataclasses
 from collections.abc import Sequence
-from typing import Any, TypeVar, get_args, get_origin, get_type_hints
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 from docstring_parser import parse_from_object
 from jsonargparse import ArgumentParser
@@ -20,8 +20,8 @@ def parse_config(
     """Build a config from the command line and from the YAML files named by `--config`; what comes later wins.
 
     Fields of type `tuple[X, ...]` take one or more values, as in `--seeds 0 1 2`; a truth value's option alone means
-    true. Options and YAML keys that are no fields, values of a wrong type and missing fields end the program with a
-    usage message and exit status 2.
+    true. Options and YAML keys that are no fields, values of a wrong type and missing fields end the program with one
+    line that says so and exit status 2.
 
     Args:
         config_class: a dataclass whose fields have docstrings.
@@ -39,11 +39,20 @@ def parse_config(
     return config_class(**{k: tuple(v) if get_origin(hints[k]) is tuple else v for k, v in fields.items()})
 
 
+class _Parser(ArgumentParser):
+    """An argument parser that reports a mistake without the usage of every option before it."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program with the message on one line."""
+        said = " ".join(message.split()).rstrip(".")
+        self.exit(2, f"{self.prog}: error: {said}. --help lists the options\n")
+
+
 def _parser(config_class: type[Any], prog: str | None, positional: str | None) -> ArgumentParser:
     docstring = parse_from_object(config_class)
     helps = {entry.arg_name: entry.description for entry in docstring.params}
     hints = get_type_hints(config_class)
-    parser = ArgumentParser(prog=prog, description=docstring.short_description)
+    parser = _Parser(prog=prog, description=docstring.short_description)
     parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     for field in dataclasses.fields(config_class):
         options: dict[str, Any] = {"type": hints[field.name], "help": helps[field.name]}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import os
+import time
 from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
@@ -10,14 +12,14 @@ from typing import Any
 def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str]:
     """Fields of the Stability model metadata standard 1.0.1 for a concept made on this pipeline, without their prefix.
 
-    Only `date` changes between two calls.
+    Only `date` changes between two calls, and not even that where SOURCE_DATE_EPOCH gives it.
     """
     fields = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{_architecture(pipe)}/atoms",
         "implementation": "diffusers",
         "title": title,
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "date": _date(),
         "trigger_phrase": trigger_phrase,
         "prediction_type": _prediction_type(pipe),
         "resolution": _resolution(pipe),
@@ -31,6 +33,12 @@ def atomdiff_version() -> str:
         return version("atomdiff")
     except PackageNotFoundError:
         return ""
+
+
+def _date() -> str:
+    """Now, or what SOURCE_DATE_EPOCH says (reproducible-builds.org), in UTC to the second."""
+    seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+    return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
 
 
 def _architecture(pipe: Any) -> str:

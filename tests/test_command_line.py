@@ -57,7 +57,9 @@ def test_mistakes_end_the_program_and_are_named(wrong, named, tmp_path, capsys):
     with pytest.raises(SystemExit) as ended:
         parse_config(Config, [word.format(folder=tmp_path) for word in wrong], prog="atomdiff verb")
     assert ended.value.code == 2
-    assert named in capsys.readouterr().err
+    (said,) = capsys.readouterr().err.splitlines()
+    assert said.startswith("atomdiff verb: error: ")
+    assert named in said
 
 
 def test_help_reads_the_field_docstrings(capsys):

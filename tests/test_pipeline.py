@@ -16,6 +16,7 @@ from safetensors.torch import load_file, save_file
 import atomdiff
 from atomdiff.delta_file import read_delta_file
 from atomdiff.errors import UserError
+from atomdiff.model_spec import model_spec
 from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding, trigger_words
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.attach import adapter_layers
@@ -185,6 +186,11 @@ def test_the_file_says_what_it_is(tiny_pipe, concepts):
     assert {module.partition(".")[0] for module in delta.layers} == {"unet", "text_encoder"}
     assert delta.modelspec["architecture"] == "stable-diffusion/atoms" and delta.modelspec["resolution"] == "32x32"
     assert delta.modelspec["prediction_type"] == "v" and delta.modelspec["title"] == "atoms"
+
+
+def test_the_date_can_be_given_so_that_files_are_the_same_bytes(tiny_pipe, monkeypatch):
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
+    assert model_spec(tiny_pipe, "mug")["date"] == "2023-11-14T22:13:20+00:00"
 
 
 def test_diffusers_own_calls_work(tiny_pipe, concepts):

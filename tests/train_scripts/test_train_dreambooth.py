@@ -2,7 +2,6 @@ import os
 import runpy
 import subprocess
 import sys
-import warnings
 from pathlib import Path
 
 import pytest
@@ -27,7 +26,6 @@ def command(tmp_path, tiny_pipe_folder):
 
 
 def test_the_script_trains(command, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(warnings, "formatwarning", warnings.formatwarning)
     monkeypatch.setattr(sys, "argv", [str(SCRIPT), *command])
     with pytest.raises(SystemExit, match="0"):
         runpy.run_path(str(SCRIPT), run_name="__main__")
