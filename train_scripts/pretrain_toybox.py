@@ -17,7 +17,7 @@ import torch
 
 from atomdiff._quiet import quiet_libraries
 from atomdiff.command_line import parse_config
-from atomdiff.toybox.dataset import render_individuals, render_world
+from atomdiff.toybox.dataset import render_world
 
 
 @dataclass(frozen=True)
@@ -34,8 +34,10 @@ class PretrainConfig:
     """Number of individuals, six pictures each, that the judge learns to tell apart."""
     vae_steps: int = 7_400
     """Steps of the autoencoder, on 8 pictures or 16 crops each."""
-    denoiser_steps: int = 6_200
-    """Steps of text encoder and UNet, on 24 pictures each."""
+    denoiser_steps: int = 8_000
+    """Steps of text encoder and UNet."""
+    denoiser_batch_size: int = 24
+    """Pictures in each of those steps."""
     denoiser_learning_rate: float = 1.5e-3
     """Highest learning rate of text encoder and UNet."""
     judge_steps: int = 1_300
@@ -51,8 +53,8 @@ class PretrainConfig:
 def main(config: PretrainConfig) -> None:
     """Draw the world, train the parts, save them."""
     quiet_libraries()
-    from atomdiff.toybox import judge as j
     from atomdiff.toybox import pretrain as p
+    from atomdiff.toybox.pretrain_judge import make_judge
 
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     config.work_dir.mkdir(parents=True, exist_ok=True)
@@ -60,17 +62,15 @@ def main(config: PretrainConfig) -> None:
     losses = {}
     if "base" in config.parts:
         vae = p.Stage(config.vae_steps, 8, 2e-3, config.seed)
-        denoiser = p.Stage(config.denoiser_steps, 24, config.denoiser_learning_rate, config.seed)
+        denoiser = p.Stage(
+            config.denoiser_steps, config.denoiser_batch_size, config.denoiser_learning_rate, config.seed
+        )
         output, start = config.output_dir / "toybox-sd", config.start_from
         losses |= p.make_base(config.work_dir, output, world, vae, denoiser, device, start)
     if "judge" in config.parts:
-        views, identities = render_individuals(config.individuals, 6, config.seed)
         stage = p.Stage(config.judge_steps, 64, 2e-3, config.seed)
-        torch.manual_seed(config.seed)
-        judge = j.Judge().to(device, memory_format=torch.channels_last)
-        data = (*world, torch.from_numpy(views), torch.from_numpy(identities))
-        losses["judge"] = p.train_judge(judge, *data, stage, config.work_dir, device)
-        j.save_judge(judge.cpu(), config.output_dir / "toybox-judge")
+        output = config.output_dir / "toybox-judge"
+        losses |= make_judge(config.work_dir, output, world, config.individuals, stage, device)
     final = {name: float(np.mean(values[-200:])) for name, values in losses.items()}
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
     report = {"config": asdict(config), "final_losses": final, "torch": torch.__version__, "hardware": hardware}

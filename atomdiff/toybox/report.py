@@ -12,7 +12,8 @@ from PIL import Image
 from atomdiff.sample import generate
 from atomdiff.toybox.dataset import render_world
 from atomdiff.toybox.judge import LABELS, Judge
-from atomdiff.toybox.pretrain import as_signal, word_of
+from atomdiff.toybox.pretrain import as_signal
+from atomdiff.toybox.pretrain_judge import word_of
 from atomdiff.toybox.scenes import Caption
 
 

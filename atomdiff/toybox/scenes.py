@@ -90,12 +90,15 @@ def _contrast(colour: RGB) -> RGB:
 
 
 def base_individual(caption: Caption, rng: np.random.Generator) -> Individual:
-    """A random individual that the words of the caption describe; open words are drawn."""
+    """A random individual that the words of the caption describe; open words are drawn.
+
+    Its pattern has no phase of its own, so that the words say where on the object the pattern lies: with a phase drawn
+    for each, all patterns would look the same on average, and the loss would hardly tell their words apart.
+    """
     pattern = caption.pattern or str(rng.choice(list(PATTERNS)))
     base = COLOURS[caption.colour or str(rng.choice(list(COLOURS)))]
     red, green, blue = (int(c) for c in np.clip(np.add(base, rng.integers(-8, 9, 3)), 0, 255))
-    u, v = rng.random(2)
-    return Individual(caption.class_name, pattern, (red, green, blue), _contrast((red, green, blue)), (u, v))
+    return Individual(caption.class_name, pattern, (red, green, blue), _contrast((red, green, blue)))
 
 
 def _paint_object(individual: Individual) -> Image.Image:

@@ -1,5 +1,6 @@
 from pathlib import Path
 
+import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
@@ -14,8 +15,8 @@ from atomdiff.toybox.base import (
     build_vae,
     load_toybox,
 )
-from atomdiff.toybox.pretrain import Stage, as_signal, encode, patch_basis, run_stage
-from atomdiff.toybox.scenes import CLASSES, COLOURS
+from atomdiff.toybox.pretrain import Denoiser, Stage, as_signal, encode, patch_basis, run_stage, train_denoiser
+from atomdiff.toybox.scenes import CLASSES, COLOURS, random_caption
 from atomdiff.toybox.shapes import PATTERNS
 
 
@@ -65,6 +66,20 @@ def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(tmp_path):
         return model.weight
 
     assert torch.equal(trained(tmp_path / "a", [None]), trained(tmp_path / "b", [5, None]))
+
+
+def test_text_encoder_and_unet_both_learn(tmp_path):
+    torch.manual_seed(0)
+    tokenizer = build_tokenizer()
+    denoiser = Denoiser(build_text_encoder(tokenizer), build_unet())
+    before = {name: value.detach().clone() for name, value in denoiser.named_parameters()}
+    captions = [random_caption(np.random.default_rng(n)) for n in range(8)]
+    latents, cpu = torch.randn(8, 8, 16, 16), torch.device("cpu")
+    train_denoiser(denoiser, tokenizer, latents, captions, Stage(2, 8, 1e-3), tmp_path, cpu)
+    for name, value in denoiser.named_parameters():
+        old, new = before[name].double().flatten(), value.detach().double().flatten()
+        shrunk = old * (old @ new / (old @ old)).nan_to_num()  # all that weight decay alone could do
+        assert (new - shrunk).abs().max() > 1e-4, name
 
 
 def test_the_committed_base_draws_its_latents_from_where_it_was_trained():
