@@ -8,11 +8,16 @@ from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
+from atomdiff.errors import UserError
+
 
 def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str]:
     """Fields of the Stability model metadata standard 1.0.1 for a concept made on this pipeline, without their prefix.
 
     Only `date` changes between two calls, and not even that where SOURCE_DATE_EPOCH gives it.
+
+    Raises:
+        UserError: SOURCE_DATE_EPOCH is no whole number.
     """
     fields = {
         "sai_model_spec": "1.0.1",
@@ -37,7 +42,10 @@ def atomdiff_version() -> str:
 
 def _date() -> str:
     """Now, or what SOURCE_DATE_EPOCH says (reproducible-builds.org), in UTC to the second."""
-    seconds = float(os.environ.get("SOURCE_DATE_EPOCH") or time.time())
+    given = os.environ.get("SOURCE_DATE_EPOCH")
+    if given and not given.isdecimal():
+        raise UserError(f"SOURCE_DATE_EPOCH={given!r}: expected whole seconds since 1970, such as 1700000000")
+    seconds = int(given) if given else time.time()
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
 
 

@@ -191,6 +191,9 @@ def test_the_file_says_what_it_is(tiny_pipe, concepts):
 def test_the_date_can_be_given_so_that_files_are_the_same_bytes(tiny_pipe, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     assert model_spec(tiny_pipe, "mug")["date"] == "2023-11-14T22:13:20+00:00"
+    monkeypatch.setenv("SOURCE_DATE_EPOCH", "yesterday")
+    with pytest.raises(UserError, match="'yesterday': expected whole seconds"):
+        model_spec(tiny_pipe, "mug")
 
 
 def test_diffusers_own_calls_work(tiny_pipe, concepts):

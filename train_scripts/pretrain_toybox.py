@@ -43,7 +43,7 @@ class PretrainConfig:
     judge_steps: int = 1_300
     """Steps of the judge, on 64 captioned pictures and up to 64 of individuals each."""
     start_from: Path | None = None
-    """A pipeline folder to train on from: its autoencoder is kept; give `denoiser_learning_rate` a lower value."""
+    """A pipeline folder to train on from. Its encoder is kept, its decoder too with `--vae_steps 0`."""
     seed: int = 1
     """Every random choice follows from it."""
     parts: tuple[str, ...] = ("base", "judge")
@@ -62,9 +62,8 @@ def main(config: PretrainConfig) -> None:
     losses = {}
     if "base" in config.parts:
         vae = p.Stage(config.vae_steps, 8, 2e-3, config.seed)
-        denoiser = p.Stage(
-            config.denoiser_steps, config.denoiser_batch_size, config.denoiser_learning_rate, config.seed
-        )
+        speed = config.denoiser_batch_size, config.denoiser_learning_rate
+        denoiser = p.Stage(config.denoiser_steps, *speed, config.seed)
         output, start = config.output_dir / "toybox-sd", config.start_from
         losses |= p.make_base(config.work_dir, output, world, vae, denoiser, device, start)
     if "judge" in config.parts:
@@ -74,8 +73,9 @@ def main(config: PretrainConfig) -> None:
     final = {name: float(np.mean(values[-200:])) for name, values in losses.items()}
     hardware = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
     report = {"config": asdict(config), "final_losses": final, "torch": torch.__version__, "hardware": hardware}
-    (config.work_dir / "pretrain.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
-    print(json.dumps(report, indent=1, default=str))
+    text = json.dumps(report, indent=1, default=str)
+    (config.work_dir / "pretrain.json").write_text(text + "\n")
+    print(text)
 
 
 if __name__ == "__main__":

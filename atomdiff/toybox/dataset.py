@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 from concurrent.futures import ProcessPoolExecutor
+from dataclasses import replace
 from functools import partial
 
 import numpy as np
@@ -15,9 +16,14 @@ from atomdiff.toybox.subjects import random_individual, views
 
 
 def caption_of(index: int, seed: int, held_out: bool = False) -> tuple[Caption, np.random.Generator]:
-    """The full caption of picture number `index` of the world `seed`, and the randomness its drawing goes on with."""
+    """The caption of picture number `index` of the world `seed`, and the randomness its drawing goes on with.
+
+    Every third picture that is not held out has colours without a name, so that the base can paint more than it has
+    words for. All other captions are full.
+    """
     rng = np.random.default_rng([seed, index, int(held_out)])
-    return random_caption(rng, held_out), rng
+    caption = random_caption(rng, held_out)
+    return (caption if held_out or index % 3 else replace(caption, colour=None)), rng
 
 
 def render_one(index: int, seed: int, held_out: bool = False) -> NDArray[np.uint8]:

@@ -218,9 +218,13 @@ def train_denoiser(
 def cached_world(
     folder: Path, count: int, seed: int, render: Callable[[int, int], tuple[NDArray[np.uint8], list[Caption]]]
 ) -> tuple[Tensor, list[Caption]]:
-    """Pictures (n, 64, 64, 3) of the base world and their captions, drawn once and kept in the folder."""
+    """Pictures (n, 64, 64, 3) of the base world and their captions, drawn once and kept in the folder.
+
+    They are drawn anew where the first ones are not what the renderer draws today.
+    """
     path = folder / f"world-{seed}-{count}.npy"
-    if not path.exists():
+    first = render(min(count, 32), seed)[0]
+    if not path.exists() or not np.array_equal(np.load(path, mmap_mode="r")[: len(first)], first):
         np.save(path, render(count, seed)[0])
     return torch.from_numpy(np.load(path)), [caption_of(index, seed)[0] for index in range(count)]
 
@@ -243,7 +247,7 @@ def make_base(
         vae_stage: length and speed of the autoencoder's training.
         stage: the same for text encoder and UNet.
         device: where to train.
-        start_from: a pipeline folder whose autoencoder is kept and whose text encoder and UNet are trained on.
+        start_from: a pipeline folder whose encoder is kept and whose decoder, text encoder and UNet are trained on.
 
     Returns:
         The losses of each stage.
@@ -263,7 +267,12 @@ def make_base(
         start = StableDiffusionPipeline.from_pretrained(start_from)
         vae, tokenizer, text_encoder, unet = start.vae, start.tokenizer, start.text_encoder, start.unet
         unet.set_attn_processor(AttnProcessor())
-        latents = encode(vae.to(device, memory_format=torch.channels_last), pictures, device)
+        vae.to(device, memory_format=torch.channels_last)
+        if vae_stage.steps:
+            vae.encoder.requires_grad_(False)
+            vae.quant_conv.requires_grad_(False)
+            losses["vae"] = train_vae(vae, pictures, vae_stage, folder, device)
+        latents = encode(vae, pictures, device)
     denoiser = Denoiser(text_encoder, unet).to(device)
     denoiser.unet.to(memory_format=torch.channels_last)
     scaled = latents * vae.config.scaling_factor

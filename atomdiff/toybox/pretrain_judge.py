@@ -14,6 +14,7 @@ from atomdiff.toybox.pretrain import Stage, as_signal, run_stage
 from atomdiff.toybox.scenes import Caption
 
 VIEWS = 6
+_UNNAMED = -100
 
 
 def make_judge(
@@ -60,8 +61,7 @@ def train_judge(
 
     Args:
         judge: the network.
-        pictures: (n, 64, 64, 3) bytes with `captions`.
-        captions: n full captions.
+        pictures: (n, 64, 64, 3) bytes with `captions`; a word that a caption leaves open is not learnt from it.
         individuals: (k, views, 64, 64, 3) bytes, all views of a row the same individual, rows sorted by class.
         identities: (k, 2) class and scene-independent number of each individual.
         stage: length and speed; a batch is `batch_size` captioned pictures and as many of individuals.
@@ -70,7 +70,7 @@ def train_judge(
 
     Pictures are blurred and noised at random, so that softness of a generated picture does not pass for content.
     """
-    words = {name: torch.tensor([LABELS[name].index(word_of(c, name)) for c in captions]) for name in LABELS}
+    words = {name: torch.tensor([_label(c, name) for c in captions]) for name in LABELS}
 
     def loss_of(step: int) -> Tensor:
         index = torch.randint(len(pictures), (stage.batch_size,))
@@ -86,15 +86,23 @@ def train_judge(
         loss = individual_loss(vectors[count:].float(), identities[chosen, 1].repeat(2).to(device))
         loss = loss + F.cross_entropy(logits["class"][count:].float(), identities[chosen, 0].repeat(2).to(device))
         for name, targets in words.items():
-            loss = loss + F.cross_entropy(logits[name][:count].float(), targets[index].to(device))
+            loss = loss + F.cross_entropy(
+                logits[name][:count].float(), targets[index].to(device), ignore_index=_UNNAMED
+            )
         return loss
 
     return run_stage("judge", stage, judge, loss_of, folder)
 
 
-def word_of(caption: Caption, kind: str) -> str:
-    """The caption's word of a kind of the judge (`class`, `scene`, `colour`, `pattern`)."""
-    return str(getattr(caption, {"class": "class_name"}.get(kind, kind)))
+def word_of(caption: Caption, kind: str) -> str | None:
+    """The caption's word of a kind of the judge (`class`, `scene`, `colour`, `pattern`), None where it is open."""
+    word: str | None = getattr(caption, {"class": "class_name"}.get(kind, kind))
+    return word
+
+
+def _label(caption: Caption, kind: str) -> int:
+    word = word_of(caption, kind)
+    return _UNNAMED if word is None else LABELS[kind].index(word)
 
 
 def _degrade(x: Tensor) -> Tensor:

@@ -9,7 +9,7 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from atomdiff.toybox.places import PLACES, Brush
-from atomdiff.toybox.shapes import OBJECTS, PATTERNS, RGB, SUBJECT_PATTERNS, draw_part
+from atomdiff.toybox.shapes import OBJECTS, PATTERNS, RGB, SUBJECT_COLOURS, SUBJECT_PATTERNS, draw_part
 
 COLOURS: dict[str, RGB] = {
     "red": (215, 35, 40),
@@ -89,15 +89,37 @@ def _contrast(colour: RGB) -> RGB:
     return red, green, blue
 
 
+def distance(one: RGB, other: RGB) -> int:
+    """How far apart two colours are: the sum over channels, 0 to 765."""
+    return sum(abs(a - b) for a, b in zip(one, other, strict=True))
+
+
+def random_palette(rng: np.random.Generator) -> tuple[RGB, RGB]:
+    """Two colours out of the whole cube, but for its darkest and lightest shell."""
+    first, second = ((int(r), int(g), int(b)) for r, g, b in rng.integers(20, 250, (2, 3)))
+    return first, second
+
+
+def _open_palette(rng: np.random.Generator) -> tuple[RGB, RGB]:
+    """Two clearly different colours, neither near one of the shipped subjects'."""
+    while True:
+        first, second = random_palette(rng)
+        taken = min(distance(colour, other) for colour in (first, second) for other in SUBJECT_COLOURS.values())
+        if distance(first, second) > 180 and taken > 75:
+            return first, second
+
+
 def base_individual(caption: Caption, rng: np.random.Generator) -> Individual:
     """A random individual that the words of the caption describe; open words are drawn.
 
-    Its pattern has no phase of its own, so that the words say where on the object the pattern lies: with a phase drawn
-    for each, all patterns would look the same on average, and the loss would hardly tell their words apart.
+    Where no colour is named, both colours are free. Its pattern has no phase of its own, so that the words say where on
+    the object the pattern lies: with a phase drawn for each, all patterns would look the same on average, and the loss
+    would hardly tell their words apart.
     """
     pattern = caption.pattern or str(rng.choice(list(PATTERNS)))
-    base = COLOURS[caption.colour or str(rng.choice(list(COLOURS)))]
-    red, green, blue = (int(c) for c in np.clip(np.add(base, rng.integers(-8, 9, 3)), 0, 255))
+    if caption.colour is None:
+        return Individual(caption.class_name, pattern, *_open_palette(rng))
+    red, green, blue = (int(c) for c in np.clip(np.add(COLOURS[caption.colour], rng.integers(-8, 9, 3)), 0, 255))
     return Individual(caption.class_name, pattern, (red, green, blue), _contrast((red, green, blue)))
 
 

@@ -174,7 +174,7 @@ PATTERNS: dict[str, Pattern] = {
     "plain": lambda u, v: np.zeros_like(u, dtype=bool),
     "striped": lambda u, v: u % 0.28 < 0.14,
     "dotted": lambda u, v: np.hypot(*_lattice(u, v, 0.25)) < 0.08,
-    "checked": lambda u, v: (np.floor(u / 0.17) + np.floor(v / 0.17)) % 2 == 1,
+    "checked": lambda u, v: (np.floor((u - 0.5) / 0.2 + 0.5) + np.floor(v / 0.2)) % 2 == 1,
 }
 
 SUBJECT_PATTERNS: dict[str, Pattern] = {
@@ -186,4 +186,18 @@ SUBJECT_PATTERNS: dict[str, Pattern] = {
     "halves": lambda u, v: u > 0.5,
     "waves": lambda u, v: (v + 0.06 * np.sin(u * 20)) % 0.26 < 0.13,
     "triangles": lambda u, v: (u % 0.26) / 0.26 + (v % 0.26) / 0.26 < 0.9,
+}
+
+# None of these is near a colour of the base world, and the tokenizer knows no word for them.
+SUBJECT_COLOURS: dict[str, RGB] = {
+    "turquoise": (20, 200, 190),
+    "magenta": (225, 20, 150),
+    "lime": (165, 235, 45),
+    "indigo": (45, 30, 120),
+    "salmon": (250, 150, 120),
+    "olive": (120, 125, 35),
+    "lavender": (190, 165, 250),
+    "mint": (160, 245, 205),
+    "maroon": (115, 15, 50),
+    "cyan": (70, 210, 250),
 }

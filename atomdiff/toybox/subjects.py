@@ -7,22 +7,8 @@ import itertools
 import numpy as np
 from PIL import Image
 
-from atomdiff.toybox.scenes import CLASSES, SCENES, Individual, draw
-from atomdiff.toybox.shapes import PATTERNS, RGB, SUBJECT_PATTERNS
-
-# None of these is near a colour of the base world, and the tokenizer knows no word for them.
-SUBJECT_COLOURS: dict[str, RGB] = {
-    "turquoise": (20, 200, 190),
-    "magenta": (225, 20, 150),
-    "lime": (165, 235, 45),
-    "indigo": (45, 30, 120),
-    "salmon": (250, 150, 120),
-    "olive": (120, 125, 35),
-    "lavender": (190, 165, 250),
-    "mint": (160, 245, 205),
-    "maroon": (115, 15, 50),
-    "cyan": (70, 210, 250),
-}
+from atomdiff.toybox.scenes import CLASSES, SCENES, Individual, distance, draw, random_palette
+from atomdiff.toybox.shapes import PATTERNS, SUBJECT_COLOURS, SUBJECT_PATTERNS
 
 
 def _subject(class_name: str, pattern: str, first: str, second: str) -> Individual:
@@ -47,10 +33,9 @@ def random_individual(rng: np.random.Generator, class_name: str | None = None) -
     while True:
         kind = class_name or str(rng.choice(CLASSES))
         pattern = str(rng.choice([*PATTERNS, *SUBJECT_PATTERNS]))
-        first, second = rng.integers(20, 250, (2, 3))
-        if (kind, pattern) not in _TAKEN and np.abs(first - second).sum() > 180:
-            colours = [(int(r), int(g), int(b)) for r, g, b in (first, second)]
-            return Individual(kind, pattern, colours[0], colours[1], (rng.random(), rng.random()))
+        first, second = random_palette(rng)
+        if (kind, pattern) not in _TAKEN and distance(first, second) > 180:
+            return Individual(kind, pattern, first, second, (rng.random(), rng.random()))
 
 
 def views(individual: Individual, count: int, seed: int, scenes: tuple[str, ...] = SCENES) -> list[Image.Image]:

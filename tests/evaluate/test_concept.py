@@ -6,7 +6,8 @@ from atomdiff.evaluate.concept import Answers, Exam, score, subject_photos, unse
 from atomdiff.toybox.judge import load_judge
 from atomdiff.toybox.places import PLACES
 from atomdiff.toybox.scenes import SCENES, Individual
-from atomdiff.toybox.subjects import SUBJECT_COLOURS, SUBJECTS, views
+from atomdiff.toybox.shapes import SUBJECT_COLOURS
+from atomdiff.toybox.subjects import SUBJECTS, views
 
 SUBJECT_FOLDERS = sorted((Path(__file__).parents[2] / "samples" / "subjects").iterdir())
 EXAM = Exam("mug", "sks", ("snow", "city"), num_inference_steps=2, guidance_scale=1, seeds_per_scene=2)

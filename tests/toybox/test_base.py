@@ -1,3 +1,4 @@
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,16 @@ from atomdiff.toybox.base import (
     build_vae,
     load_toybox,
 )
-from atomdiff.toybox.pretrain import Denoiser, Stage, as_signal, encode, patch_basis, run_stage, train_denoiser
+from atomdiff.toybox.pretrain import (
+    Denoiser,
+    Stage,
+    as_signal,
+    cached_world,
+    encode,
+    patch_basis,
+    run_stage,
+    train_denoiser,
+)
 from atomdiff.toybox.scenes import CLASSES, COLOURS, random_caption
 from atomdiff.toybox.shapes import PATTERNS
 
@@ -66,6 +76,19 @@ def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(tmp_path):
         return model.weight
 
     assert torch.equal(trained(tmp_path / "a", [None]), trained(tmp_path / "b", [5, None]))
+
+
+def test_a_drawn_world_is_kept_until_the_renderer_draws_otherwise(tmp_path):
+    drawn = []
+
+    def render(count, seed, light=0):
+        drawn.append(count)
+        return np.full((count, 64, 64, 3), seed + light, dtype=np.uint8), []
+
+    for light, times in ((0, 1), (0, 1), (9, 2)):
+        pictures, captions = cached_world(tmp_path, 40, 1, partial(render, light=light))
+        assert pictures.shape == (40, 64, 64, 3) and int(pictures[0, 0, 0, 0]) == 1 + light and len(captions) == 40
+        assert drawn.count(40) == times
 
 
 def test_text_encoder_and_unet_both_learn(tmp_path):

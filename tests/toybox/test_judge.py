@@ -5,8 +5,11 @@ import torch
 from PIL import Image
 
 from atomdiff.toybox.dataset import render_world
-from atomdiff.toybox.judge import JUDGE_FOLDER, Judge, individual_loss, load_judge, save_judge
+from atomdiff.toybox.judge import JUDGE_FOLDER, LABELS, Judge, individual_loss, load_judge, save_judge
+from atomdiff.toybox.pretrain import Stage
+from atomdiff.toybox.pretrain_judge import train_judge
 from atomdiff.toybox.report import accuracy
+from atomdiff.toybox.scenes import Caption
 from atomdiff.toybox.subjects import SUBJECTS, views
 
 
@@ -42,6 +45,21 @@ def test_a_judge_of_another_world_is_refused(tmp_path):
     (tmp_path / "labels.json").write_text(json.dumps(labels | {"class": ["mug"]}))
     with pytest.raises(ValueError, match="other words"):
         load_judge(tmp_path)
+
+
+def test_what_a_caption_leaves_open_is_not_learnt_from_it(tmp_path):
+    torch.manual_seed(0)
+    captions = [Caption("mug", "beach", colour, "dotted") for colour in (None, "red")] * 4
+    pictures = torch.zeros(8, 64, 64, 3, dtype=torch.uint8)
+    views_of_eight = pictures[:, None].expand(-1, 2, -1, -1, -1)
+    identities = torch.stack([torch.zeros(8, dtype=torch.int64), torch.arange(8)], dim=1)
+    judge = Judge()
+    before = judge.heads["colour"].bias.detach().clone()
+    train_judge(
+        judge, pictures, captions, views_of_eight, identities, Stage(3, 16, 1e-2), tmp_path, torch.device("cpu")
+    )
+    rising = (judge.heads["colour"].bias > before).nonzero().flatten().tolist()
+    assert [LABELS["colour"][index] for index in rising] == ["red"]
 
 
 def test_contrastive_loss_prefers_views_of_one_individual_together():

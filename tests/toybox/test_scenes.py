@@ -2,9 +2,19 @@ import numpy as np
 import pytest
 
 from atomdiff.toybox.dataset import caption_of, render_individuals, render_one, render_world
-from atomdiff.toybox.scenes import CLASSES, COLOURS, SCENES, Caption, base_individual, draw, random_caption, shorten
-from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
-from atomdiff.toybox.subjects import SUBJECT_COLOURS, SUBJECTS, random_individual, views
+from atomdiff.toybox.scenes import (
+    CLASSES,
+    COLOURS,
+    SCENES,
+    Caption,
+    base_individual,
+    distance,
+    draw,
+    random_caption,
+    shorten,
+)
+from atomdiff.toybox.shapes import PATTERNS, SUBJECT_COLOURS, SUBJECT_PATTERNS
+from atomdiff.toybox.subjects import SUBJECTS, random_individual, views
 
 
 def test_the_world_is_as_large_as_promised():
@@ -68,7 +78,28 @@ def test_subjects_are_unlike_anything_in_the_base_world():
     for subject in SUBJECTS.values():
         assert subject.pattern in SUBJECT_PATTERNS
     for name, rgb in SUBJECT_COLOURS.items():
-        assert min(np.abs(np.subtract(rgb, known)).sum() for known in COLOURS.values()) > 50, name
+        assert min(distance(rgb, known) for known in COLOURS.values()) > 50, name
+
+
+def test_some_pictures_to_learn_from_have_colours_without_a_name_and_never_a_subjects():
+    captions = [caption_of(index, seed=1) for index in range(300)]
+    unnamed = [base_individual(caption, rng) for caption, rng in captions if caption.colour is None]
+    assert len(unnamed) == 100
+    near = [
+        distance(colour, taken)
+        for individual in unnamed
+        for colour in (individual.first, individual.second)
+        for taken in SUBJECT_COLOURS.values()
+    ]
+    assert min(near) > 75 and min(distance(i.first, i.second) for i in unnamed) > 180
+    assert all(caption_of(index, seed=1, held_out=True)[0].colour for index in range(30))
+
+
+@pytest.mark.parametrize("pattern", ["striped", "dotted", "checked"])
+def test_a_mirrored_pattern_is_nearly_the_same_so_that_its_word_says_where_it_lies(pattern):
+    v, u = np.mgrid[0:1:100j, 0:1:100j]
+    shown = PATTERNS[pattern](u, v)
+    assert (shown == shown[:, ::-1]).mean() > 0.8
 
 
 def test_the_judges_individuals_are_never_a_shipped_subject():
