@@ -428,8 +428,8 @@ def test_the_base_is_recognised(tiny_pipe, concepts):
 
 
 def test_components_with_different_atoms_are_not_saved_in_one_file(tiny_pipe, tmp_path):
-    tiny_pipe.unet.add_adapter(AtomConfig(channel_block=4))
-    tiny_pipe.text_encoder.add_adapter(AtomConfig(channel_block=2))
+    tiny_pipe.unet.add_adapter(AtomConfig(channel_block=4, target_modules="attention"))
+    tiny_pipe.text_encoder.add_adapter(AtomConfig(channel_block=2, target_modules=["q_proj"]))
     with pytest.raises(UserError, match="other atoms in text_encoder than in unet|other atoms in unet than in text"):
         atomdiff.save_atoms(tiny_pipe, tmp_path / "x")
     assert not list(tmp_path.iterdir())

@@ -37,7 +37,7 @@ def concept(tmp_path, monkeypatch):
     pipe = load_toybox()
     add_trigger_word(pipe, "sks")
     set_trigger_embedding(pipe, "sks", {"text_encoder": pipe.text_encoder.get_input_embeddings().weight[5].detach()})
-    pipe.unet.add_adapter(atomdiff.AtomConfig(channel_block=4), "default")
+    pipe.unet.add_adapter(atomdiff.AtomConfig(), "default")
     Path(CONCEPT).parent.mkdir(parents=True)
     atomdiff.save_atoms(pipe, CONCEPT, "default", trigger_phrase="sks mug", base_model="samples/toybox-sd")
     return CONCEPT

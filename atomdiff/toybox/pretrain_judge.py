@@ -61,7 +61,8 @@ def train_judge(
 
     Args:
         judge: the network.
-        pictures: (n, 64, 64, 3) bytes with `captions`; a word that a caption leaves open is not learnt from it.
+        pictures: (n, 64, 64, 3) bytes.
+        captions: of the pictures; what a caption leaves open is not learnt from its picture.
         individuals: (k, views, 64, 64, 3) bytes, all views of a row the same individual, rows sorted by class.
         identities: (k, 2) class and scene-independent number of each individual.
         stage: length and speed; a batch is `batch_size` captioned pictures and as many of individuals.

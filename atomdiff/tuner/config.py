@@ -28,7 +28,7 @@ class AtomConfig(PeftConfig):
         metadata={"help": "Atoms per kernel, 1 to k*l; None: all. Has no effect on layers without a kernel."},
     )
     channel_block: int = field(
-        default=1,
+        default=4,
         metadata={
             "help": "Side of the channel blocks that are mixed besides the kernel, in channels; 1: none. "
             "Where it does not divide a channel count, that side's block is 1."
@@ -44,8 +44,8 @@ class AtomConfig(PeftConfig):
     target_modules: str | list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to adapt: 'conv' (kernels larger than 1x1), 'attention' (its Linear projections), 'all' "
-            "(both; the default), a list of names or endings, or a regular expression of the whole name."
+            "help": "Layers to adapt: 'conv' (kernels larger than 1x1; the default), 'attention' (its Linear "
+            "projections), 'all' (both), a list of names or endings, or a regular expression of the whole name."
         },
     )
     exclude_modules: str | list[str] | None = field(
@@ -77,7 +77,7 @@ class AtomConfig(PeftConfig):
         if self.basis not in BASES:
             raise ValueError(f"basis={self.basis!r}: expected one of {', '.join(BASES)}")
         if self.target_modules is None:
-            self.target_modules = "all"
+            self.target_modules = "conv"
         elif not isinstance(self.target_modules, str):
             self.target_modules = sorted(self.target_modules)
         if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):

@@ -41,7 +41,7 @@ def test_adapters_add_up_before_they_touch_the_weight():
 
 
 def test_adapters_with_blocks_of_different_sizes_work_together():
-    layer = make_layer(AtomConfig(), AtomConfig(channel_block=2), AtomConfig(channel_block=8))
+    layer = make_layer(AtomConfig(channel_block=1), AtomConfig(channel_block=2), AtomConfig(channel_block=8))
     x = torch.randn(1, 8, 5, 5)
     y = layer(x)
     layer.merge()
@@ -51,7 +51,7 @@ def test_adapters_with_blocks_of_different_sizes_work_together():
 
 
 def test_merging_one_after_the_other_is_merging_both():
-    layer, other = (make_layer(AtomConfig(), AtomConfig(channel_block=4)) for _ in range(2))
+    layer, other = (make_layer(AtomConfig(channel_block=1), AtomConfig()) for _ in range(2))
     layer.merge(adapter_names=["a"])
     with pytest.warns(UserWarning, match="additionally merging b"):
         layer.merge(adapter_names=["b"])
@@ -60,7 +60,7 @@ def test_merging_one_after_the_other_is_merging_both():
 
 
 def test_a_merged_adapter_can_be_deleted():
-    layer, other = (make_layer(AtomConfig(), AtomConfig(channel_block=4)) for _ in range(2))
+    layer, other = (make_layer(AtomConfig(channel_block=1), AtomConfig()) for _ in range(2))
     before = layer.weight.clone()
     layer.merge()
     layer.delete_adapter("a")
@@ -114,7 +114,7 @@ def test_two_convolutions_are_never_run(monkeypatch):
     calls = []
     convolve = torch.nn.functional.conv2d
     monkeypatch.setattr(torch.nn.functional, "conv2d", lambda *args: calls.append(1) or convolve(*args))
-    make_layer(AtomConfig(channel_block=4), AtomConfig())(torch.randn(1, 8, 5, 5))
+    make_layer(AtomConfig(), AtomConfig(channel_block=1))(torch.randn(1, 8, 5, 5))
     assert len(calls) == 1
 
 
@@ -144,9 +144,12 @@ def test_presets_mean_the_same_with_adapters_there(preset, names):
 
 
 def test_presets_honour_exclusions_and_lists_are_names():
-    tuner = get_peft_model(nn.Sequential(Attention()), AtomConfig(exclude_modules=["to_q", "conv1"])).base_model
+    tuner = get_peft_model(
+        nn.Sequential(Attention()), AtomConfig(target_modules="all", exclude_modules=["to_q", "conv1"])
+    ).base_model
     assert set(tuner.targeted_module_names) == {"0.to_out.0", "0.conv"}
-    tuner = get_peft_model(nn.Sequential(Attention()), AtomConfig(target_modules=["conv", "ff", "proj_in"])).base_model
+    named = AtomConfig(target_modules=["conv", "ff", "proj_in"])
+    tuner = get_peft_model(nn.Sequential(Attention()), named).base_model
     assert set(tuner.targeted_module_names) == {"0.conv", "0.ff", "0.proj_in"}
 
 
@@ -164,12 +167,12 @@ def test_a_second_adapter_joins_the_layer_also_below_other_methods():
 @pytest.mark.parametrize(
     ("config", "shape", "expected"),
     [
-        (AtomConfig(), (8, 8, 3, 3), {"atom": (9, 9)}),
-        (AtomConfig(num_atoms=4), (8, 8, 3, 3), {"atom": (4, 9)}),
-        (AtomConfig(channel_block=4), (8, 3, 3, 1), {"atom": (3, 3), "channel": (4, 4)}),
-        (AtomConfig(channel_block=4), (8, 8), {"channel": (16, 16)}),
-        (AtomConfig(channel_block=4, num_atoms=9), (8, 8, 1, 1), {"channel": (16, 16)}),
-        (AtomConfig(), (8, 8), {"atom": (1, 1)}),
+        (AtomConfig(channel_block=1), (8, 8, 3, 3), {"atom": (9, 9)}),
+        (AtomConfig(num_atoms=4), (8, 8, 3, 3), {"atom": (4, 9), "channel": (16, 16)}),
+        (AtomConfig(), (8, 3, 3, 1), {"atom": (3, 3), "channel": (4, 4)}),
+        (AtomConfig(), (8, 8), {"channel": (16, 16)}),
+        (AtomConfig(num_atoms=9), (8, 8, 1, 1), {"channel": (16, 16)}),
+        (AtomConfig(channel_block=1), (8, 8), {"atom": (1, 1)}),
     ],
 )
 def test_shapes_of_the_deltas(config, shape, expected):

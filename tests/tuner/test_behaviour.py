@@ -34,12 +34,14 @@ class Toy(nn.Module):
 
 
 METHODS: dict[str, Callable[[], PeftConfig]] = {
-    "spatial": lambda: AtomConfig(target_modules="conv"),
-    "few atoms": lambda: AtomConfig(num_atoms=2, target_modules="conv"),
-    "blocks": lambda: AtomConfig(channel_block=4),
+    "spatial": lambda: AtomConfig(channel_block=1),
+    "few atoms": lambda: AtomConfig(channel_block=1, num_atoms=2),
+    "blocks": lambda: AtomConfig(target_modules="all"),
     "blocks of attention": lambda: AtomConfig(channel_block=2, target_modules="attention"),
-    "blocks, dct": lambda: AtomConfig(channel_block=4, basis="dct"),
-    "own blocks": lambda: AtomConfig(channel_block_pattern={"to_q": 5, "wide": 4}, target_modules=r"to_q|wide|point"),
+    "blocks, dct": lambda: AtomConfig(basis="dct", target_modules="all"),
+    "own blocks": lambda: AtomConfig(
+        channel_block=1, channel_block_pattern={"to_q": 5, "wide": 4}, target_modules=r"to_q|wide|point"
+    ),
     "lora": lambda: LoraConfig(r=2, target_modules=["plain", "wide", "to_q"]),
     "oft": lambda: OFTConfig(r=2, oft_block_size=0, target_modules=["to_q"]),  # its merged convolutions differ
 }
