@@ -40,6 +40,8 @@ class BenchmarkConfig:
     """Folder of the runs; finished runs are not repeated."""
     output: str = "benchmarks/results/personalization.json"
     """The result file."""
+    sheet: str = "samples/results/subjects.png"
+    """A picture of every subject by the first method, at its best rate, seed 0."""
 
 
 def own_rate(method: str) -> float:
@@ -90,6 +92,47 @@ def summary(reports: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
+    """Draw a photo of every subject, the base's idea of its class and the first method's concept in other places."""
+    from diffusers import StableDiffusionPipeline
+    from PIL import Image
+
+    from atomdiff.demo import open_concept
+    from atomdiff.dreambooth import load_config
+    from atomdiff.grid import grid
+    from atomdiff.sample import generate
+
+    places = ("in the snow", "in the city", "under the sea")
+    columns = []
+    for subject in config.subjects:
+        base = [
+            "--instance_data_dir",
+            subject,
+            "--class_name",
+            subject,
+            "--config",
+            str(ROOT / "configs" / "demo.yaml"),
+        ]
+        run = load_config(base)
+        home = Path(config.work_dir) / config.methods[0].replace("/", "-") / f"{rate:g}" / subject
+        pipe = StableDiffusionPipeline.from_pretrained(run.pretrained_model_name_or_path)
+        pipe.set_progress_bar_config(disable=True)
+        settings: dict[str, Any] = {
+            "num_inference_steps": run.num_inference_steps,
+            "guidance_scale": run.guidance_scale,
+            "progress": False,
+        }
+        before = generate(pipe, [f"a photo of a {subject} {places[0]}"], seeds=[0], **settings)
+        pipe = open_concept(pipe, home / f"{subject}.atoms.safetensors")
+        prompts = [f"a photo of {run.trigger_word} {subject} {place}" for place in places]
+        after = generate(pipe, prompts, seeds=[0] * len(places), **settings)
+        photo = Image.open(ROOT / "samples" / "subjects" / subject / "01.png")
+        columns.append([photo, *before, *after])
+    labels = ["one of five photos", f"the base, {places[0]}", *(f"the concept, {place}" for place in places)]
+    Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
+    grid(list(zip(*columns, strict=True)), labels, config.subjects, scale=2).save(config.sheet)
+
+
 def main(config: BenchmarkConfig) -> None:
     """Run all trials and write the result file."""
     quiet_libraries()
@@ -124,6 +167,7 @@ def main(config: BenchmarkConfig) -> None:
         "trials": trials,
     }
     Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    draw_sheet(config, figures[f"{config.methods[0]}:learning_rate"])
 
 
 if __name__ == "__main__":
