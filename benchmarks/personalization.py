@@ -100,20 +100,15 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
     from atomdiff.demo import open_concept
     from atomdiff.dreambooth import load_config
     from atomdiff.grid import grid
+    from atomdiff.method import place_for, read_adapter
     from atomdiff.sample import generate
 
+    adapter = read_adapter(str(ROOT / "configs" / "experiments" / config.methods[0] / "adapter.json"))
+    demo = str(ROOT / "configs" / "demo.yaml")
     places = ("in the snow", "in the city", "under the sea")
     columns = []
     for subject in config.subjects:
-        base = [
-            "--instance_data_dir",
-            subject,
-            "--class_name",
-            subject,
-            "--config",
-            str(ROOT / "configs" / "demo.yaml"),
-        ]
-        run = load_config(base)
+        run = load_config(["--config", demo, "--instance_data_dir", subject, "--class_name", subject])
         home = Path(config.work_dir) / config.methods[0].replace("/", "-") / f"{rate:g}" / subject
         pipe = StableDiffusionPipeline.from_pretrained(run.pretrained_model_name_or_path)
         pipe.set_progress_bar_config(disable=True)
@@ -123,7 +118,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
             "progress": False,
         }
         before = generate(pipe, [f"a photo of a {subject} {places[0]}"], seeds=[0], **settings)
-        pipe = open_concept(pipe, home / f"{subject}.atoms.safetensors")
+        pipe = open_concept(pipe, place_for(adapter, home / subject))
         prompts = [f"a photo of {run.trigger_word} {subject} {place}" for place in places]
         after = generate(pipe, prompts, seeds=[0] * len(places), **settings)
         photo = Image.open(ROOT / "samples" / "subjects" / subject / "01.png")
@@ -145,8 +140,9 @@ def main(config: BenchmarkConfig) -> None:
         reports = [run_trial(method, subject, rate, Path(config.work_dir)) for subject in subjects]
         shown = {r["subject"]: {k: r[k] for k in ("similarity", "scene_accuracy", "drift")} for r in reports}
         trials[f"{method} {rate:g}"] = shown
-        print(method, rate, subjects, summary(reports), flush=True)
-        return summary(reports)
+        medians = summary(reports)
+        print(method, rate, subjects, medians, flush=True)
+        return medians
 
     for method in config.methods:
         rates = [own_rate(method) * factor for factor in FACTORS[config.trials]]
