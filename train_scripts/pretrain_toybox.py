@@ -2,13 +2,12 @@
 
     python train_scripts/pretrain_toybox.py --work_dir out/pretrain
 
-Runs on a GPU where there is one and on the CPU otherwise, continues from the work folder when it was stopped.
+On a GPU where there is one, else on the CPU; continues from the work folder when it was stopped.
 """
 
 from __future__ import annotations
 
 import json
-import platform
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
@@ -53,29 +52,26 @@ class PretrainConfig:
 def main(config: PretrainConfig) -> None:
     """Draw the world, train the parts, save them."""
     quiet_libraries()
+    from atomdiff.demo import versions
     from atomdiff.toybox import pretrain as p
     from atomdiff.toybox.pretrain_judge import make_judge
 
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device, output = torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.output_dir
     config.work_dir.mkdir(parents=True, exist_ok=True)
     world = p.cached_world(config.work_dir, config.pictures, config.seed, render_world)
     losses = {}
     if "base" in config.parts:
         vae = p.Stage(config.vae_steps, 8, 2e-3, config.seed)
-        speed = config.denoiser_batch_size, config.denoiser_learning_rate
-        denoiser = p.Stage(config.denoiser_steps, *speed, config.seed)
-        output, start = config.output_dir / "toybox-sd", config.start_from
-        losses |= p.make_base(config.work_dir, output, world, vae, denoiser, device, start)
+        size, rate = config.denoiser_batch_size, config.denoiser_learning_rate
+        denoiser = p.Stage(config.denoiser_steps, size, rate, config.seed)
+        losses |= p.make_base(config.work_dir, output / "toybox-sd", world, vae, denoiser, device, config.start_from)
     if "judge" in config.parts:
         stage = p.Stage(config.judge_steps, 64, 2e-3, config.seed)
-        output = config.output_dir / "toybox-judge"
-        losses |= make_judge(config.work_dir, output, world, config.individuals, stage, device)
+        losses |= make_judge(config.work_dir, output / "toybox-judge", world, config.individuals, stage, device)
     final = {name: float(np.mean(values[-200:])) for name, values in losses.items()}
-    hardware = f"{platform.machine()}, {torch.get_num_threads()} threads, {device}"
-    report = {"config": asdict(config), "final_losses": final, "torch": torch.__version__, "hardware": hardware}
-    text = json.dumps(report, indent=1, default=str)
-    (config.work_dir / "pretrain.json").write_text(text + "\n")
-    print(text)
+    report = {"config": asdict(config), "final_losses": final, "versions": versions(), "device": str(device)}
+    (config.work_dir / "pretrain.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+    print(*(f"{name}: final loss {loss:.4f}" for name, loss in final.items()), sep="\n")
 
 
 if __name__ == "__main__":
