@@ -3,24 +3,27 @@
 Chen, Miao, Qiu, "Large Convolutional Model Tuning via Filter Subspace", arXiv 2403.00269.
 
 A weight seen as rows X (blocks, d) is X = A @ D + residual with m atoms D (m, d). Training changes the atoms only:
-X' = X + A @ dD. The atoms here are orthonormal, so A = X @ D.T and
+X' = X + A @ dD. Orthonormal atoms have A = X @ D.T, so
 
     X' = X + X @ D.T @ dD = X @ (I + S)        S = D.T @ dD  (d, d)
 
-which needs no coefficients at all. With separable channel blocks each block, a matrix B (p * q, k * l), becomes
-(I + C).T @ B @ (I + S). Concepts that are worn together add their S and their C before a weight is touched.
+needs no coefficients at all; those of a sparse code are kept. A row is a kernel, a whole block of p x q kernels
+(joint), or the p x q channels of a block at one kernel position. Kernels and channels together are the separable form:
+a block, a matrix B (p * q, k * l), becomes (I + C).T @ B @ (I + S). With recursion each input channel i has a dD_i of
+its own, and so an S_i.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from einops import einsum, rearrange
+from einops import einsum
 from torch import Tensor
 
-from atomdiff.blocks import Block, as_kernels
+from atomdiff.blocks import View, as_kernels
 
 _ROWS_AT_ONCE = 1 << 16  # so that a large weight is never there in float64 as a whole
 
@@ -73,84 +76,74 @@ def dct_atoms(axes: Sequence[int], num_atoms: int) -> Tensor:
     return atoms[:num_atoms].to(torch.float32).contiguous()
 
 
-def update_matrix(atoms: Tensor, delta: Tensor, scale: float = 1.0) -> Tensor:
-    """S = scale * D.T @ dD: atoms (m, d), delta (m, d) -> (d, d), in at least float32."""
+def update_matrix(atoms: Tensor, delta: Tensor) -> Tensor:
+    """S = D.T @ dD: atoms (m, d), delta (m, d) or (in, m, d) -> (d, d) or (in, d, d), in at least float32."""
     wide = torch.promote_types(delta.dtype, torch.float32)
-    return scale * (atoms.to(wide).T @ delta.to(wide))
+    return atoms.to(wide).T @ delta.to(wide)
 
 
-def sum_channel_matrices(matrices: Iterable[tuple[Block, Tensor]]) -> tuple[Block, Tensor]:
-    """Add channel matrices C (p * q, p * q) of possibly different blocks.
-
-    A matrix on small blocks acts on a larger block as one copy on each small block inside, so all are written on the
-    smallest common block first.
-
-    Returns:
-        The common block (p, q) and the sum (p * q, p * q).
-    """
-    pairs = list(matrices)
-    common = (math.lcm(*(block[0] for block, _ in pairs)), math.lcm(*(block[1] for block, _ in pairs)))
-    lifted = [_lift(matrix, block, common) for block, matrix in pairs]
-    return common, torch.stack(lifted).sum(dim=0) if len(lifted) > 1 else lifted[0]
+def recursive_delta(mix: Tensor, delta: Tensor) -> Tensor:
+    """dD_i[m] = sum over j of beta[i, m, j] * dD1[m, j]: mix (in, m, m1), delta (m, m1, d) -> (in, m, d)."""
+    return einsum(mix, delta, "i m j, m j d -> i m d")
 
 
-def adapt_weight(
-    weight: Tensor, spatial: Tensor | None = None, channel: Tensor | None = None, block: Block = (1, 1)
-) -> Tensor:
-    """The adapted weight: every block B (p * q, k * l) becomes (I + C).T @ B @ (I + S).
+@dataclass(frozen=True)
+class Change:
+    """A change of a weight that is linear in the rows X of a view: X + X @ matrix, or X + A @ matrix with codes A."""
 
-    The two factors commute. The sums run in float32 at least, and the result is rounded once, to the weight's dtype;
-    zero matrices give back the very same values.
+    view: View
+    """How the weight is seen as rows."""
+    matrix: Tensor
+    """(d, d), or (m, d) with codes; with a leading axis one for each input channel."""
+    codes: Tensor | None = None
+    """Coefficients A as `View.code_columns` arranges them, or None: the rows themselves."""
+
+
+def adapt_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
+    """The adapted weight: all changes of channels are added to it first, to that all changes of kernels and blocks.
+
+    For one change of each, without codes, that is (I + C).T @ B @ (I + S) for every block B (p * q, k * l). Matrices of
+    the same view are added before the weight is touched. The sums run in float32 at least, and the result is rounded
+    once, to the weight's dtype; zero matrices give back the very same values.
 
     Args:
-        weight: (out, in/groups, k, l), or (out, in) of a Linear. Never changed.
-        spatial: S (k * l, k * l), or None for zero.
-        channel: C (p * q, p * q), or None for zero.
-        block: (p, q), the channel block that C acts on.
+        weight: (out, in/groups, ...), or (out, in) of a Linear. Never changed.
+        changes: in any order.
 
     Returns:
         A tensor like `weight`, with the same strides.
     """
     wide = as_kernels(weight).to(torch.promote_types(weight.dtype, torch.float32))
-    if spatial is not None:
-        wide = _mix_kernel(wide, spatial)
-    if channel is not None:
-        wide = _mix_channels(wide, channel, block)
+    for whole in (False, True):
+        wide = _change_rows(wide, [change for change in changes if change.view.whole is whole])
     adapted = wide.reshape(weight.shape)
     if adapted.dtype == weight.dtype and adapted.stride() == weight.stride():
         return adapted
     return torch.empty_like(weight, requires_grad=False).copy_(adapted)
 
 
-def _mix_kernel(weight: Tensor, spatial: Tensor) -> Tensor:
-    """X + X @ S on the kernel axes; transposed, so that the small matrix multiplies long rows (10x faster on CPU)."""
-    columns = rearrange(weight, "o i k l -> o (k l) i")
-    mixed = torch.baddbmm(columns, _repeat(spatial.T, columns), columns)
-    return rearrange(mixed, "o (k l) i -> o i k l", k=weight.shape[2])
+def _change_rows(weight: Tensor, changes: Sequence[Change]) -> Tensor:
+    """Add changes to a weight (out, in/groups, n); each acts on the weight as it is before all of them."""
+    changed = weight
+    for change in _sum_by_view(changes):
+        view, by_input = change.view, change.matrix.ndim == 3
+        columns = view.columns(changed, by_input)
+        source = change.codes
+        if source is None:
+            source = columns if changed is weight else view.columns(weight, by_input)
+        matrix = change.matrix.mT.to(columns.dtype).expand(len(columns), -1, -1)
+        mixed = torch.baddbmm(columns, matrix, source.to(columns.dtype))
+        changed = view.from_columns(mixed, weight.shape[2], by_input)
+    return changed
 
 
-def _mix_channels(weight: Tensor, channel: Tensor, block: Block) -> Tensor:
-    """B + C.T @ B on the channel axes of each block."""
-    axes = {"p": block[0], "q": block[1], "k": weight.shape[2], "l": weight.shape[3]}
-    columns = rearrange(weight, "(o p) (i q) k l -> o (p q) (k l i)", **axes)
-    mixed = torch.baddbmm(columns, _repeat(channel.T, columns), columns)
-    return rearrange(mixed, "o (p q) (k l i) -> (o p) (i q) k l", **axes)
-
-
-def _repeat(matrix: Tensor, columns: Tensor) -> Tensor:
-    """The matrix, once for each of the columns (n, d, width), in their dtype: (d, d) -> (n, d, d) without a copy."""
-    return matrix.to(columns.dtype).expand(len(columns), -1, -1)
-
-
-def _lift(matrix: Tensor, block: Block, common: Block) -> Tensor:
-    if block == common:
-        return matrix
-    p, q = block
-    copies_p = torch.eye(common[0] // p, dtype=matrix.dtype, device=matrix.device)
-    copies_q = torch.eye(common[1] // q, dtype=matrix.dtype, device=matrix.device)
-    small = rearrange(matrix, "(p q) (r s) -> p q r s", p=p, r=p)
-    lifted = einsum(copies_p, copies_q, small, "a c, b d, p q r s -> a p b q c r d s")
-    return rearrange(lifted, "a p b q c r d s -> (a p b q) (c r d s)")
+def _sum_by_view(changes: Sequence[Change]) -> list[Change]:
+    sums: dict[View, Tensor] = {}
+    for change in changes:
+        if change.codes is None:
+            before = sums.get(change.view)
+            sums[change.view] = change.matrix if before is None else before + change.matrix
+    return [Change(view, matrix) for view, matrix in sums.items()] + [c for c in changes if c.codes is not None]
 
 
 def _decompose(rows: Tensor) -> tuple[Tensor, Tensor]:

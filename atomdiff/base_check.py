@@ -10,12 +10,11 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.atoms import singular_values
-from atomdiff.blocks import channel_rows, fit_block, kernel_rows
 from atomdiff.delta_file import DeltaFile, some
 from atomdiff.errors import UserError
 from atomdiff.tuner.attach import base_weights
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.layer import delta_shapes
+from atomdiff.tuner.factor import factors_of
 
 # Distances measured on the toybox: the base rounded to bfloat16 0.00004; every weight changed at random by a tenth of
 # its size 0.006; the base as it was earlier in its pretraining 0.11; an untrained model 0.23.
@@ -55,16 +54,14 @@ def check_base(delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch
 
 
 def fingerprint(weight: Tensor, config: AtomConfig, module: str) -> list[float]:
-    """Singular values, to 6 digits, of a base weight's rows: of kernels where there are any, else of channel blocks.
+    """Singular values, to 6 digits, of a base weight's rows: those of the first factor (kernels where there are any).
 
     Args:
-        weight: (out, in/groups, k, l) or (out, in).
-        config: settings whose channel block shapes the rows.
+        weight: (out, in/groups, ...) or (out, in).
+        config: settings that shape the rows.
         module: path of the module within its model.
     """
-    has_kernel = math.prod(weight.shape[2:]) > 1
-    block = fit_block(weight.shape, config.block_of(module))
-    rows = kernel_rows(weight) if has_kernel else channel_rows(weight, block)
+    rows = factors_of(config, module, weight.shape)[0].view.rows(weight)
     return [float(f"{value:.6g}") for value in singular_values(rows.detach()).tolist()]
 
 
@@ -83,10 +80,9 @@ def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
         raise UserError(f"this base has no {some(missing)}: the concept was made for another architecture")
     wrong = []
     for module, tensors in delta.layers.items():
-        shapes = delta_shapes(delta.config, module.partition(".")[2], weights[module].shape)
-        parts = ("delta", "basis") if delta.config.basis == "svd" else ("delta",)
-        expected: dict[str, tuple[int, ...]] = {f"{kind}_{part}": shapes[kind] for kind in shapes for part in parts}
-        expected["fingerprint"] = next(iter(shapes.values()))[1:]
+        factors = factors_of(delta.config, module.partition(".")[2], weights[module].shape)
+        expected = {kind: shape for factor in factors for kind, shape in factor.stored(delta.config).items()}
+        expected["fingerprint"] = (factors[0].size,)
         found: dict[str, tuple[int, ...]] = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
         found["fingerprint"] = (len(delta.fingerprint[module]),)
         if found != expected:

@@ -42,21 +42,37 @@ def sample(args: Sequence[str]) -> None:
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show what a concept file holds."""
+    """Show what a concept file holds, or what an adapter would take on a base."""
 
-    file: str
+    file: str | None = None
     """The concept file."""
-    pretrained_model_name_or_path: str | None = None
-    """A base to measure the concept's distance to: a folder or a Hub id."""
+    base: str | None = None
+    """With a file, a base to measure its distance to: a folder or a Hub id. With --config, the architecture: sd-1.5,
+    sd-2.1, sdxl, resnet-50, convnext-base, or a folder or Hub id; its weights are not needed."""
+    config: str | None = None
+    """What to count numbers and bytes of: a JSON file with the settings of any PEFT method, or atoms, or full."""
+
+    def __post_init__(self) -> None:
+        """Refuse what names neither or both."""
+        if (self.file is None) == (self.config is None):
+            raise UserError("give a concept file, or --base and --config to count what an adapter takes")
+        if self.config is not None and self.base is None:
+            raise UserError(f"--config {self.config} needs --base: what it is to be counted on, such as sd-1.5")
 
 
 def inspect(args: Sequence[str]) -> None:
-    """Show what a concept file holds."""
+    """Show what a concept file holds, or what an adapter would take on a base."""
     config = parse_config(InspectConfig, args, prog="atomdiff inspect", positional="file")
     quiet_libraries()
-    from atomdiff.inspect_file import describe
+    if config.file is not None:
+        from atomdiff.inspect_file import describe
 
-    print(describe(config.file, config.pretrained_model_name_or_path))
+        print(describe(config.file, config.base))
+    elif config.config is not None and config.base is not None:
+        from atomdiff.accounting import count_numbers, describe_count
+        from atomdiff.method import read_adapter
+
+        print(describe_count(count_numbers(config.base, read_adapter(config.config))))
 
 
 def demo(args: Sequence[str]) -> None:

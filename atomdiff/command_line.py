@@ -53,19 +53,19 @@ def _parser(config_class: type[Any], prog: str | None, positional: str | None) -
     helps = {entry.arg_name: entry.description for entry in docstring.params}
     hints = get_type_hints(config_class)
     parser = _Parser(prog=prog, description=docstring.short_description)
-    parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
+    if "config" not in hints:  # a field of that name is something else
+        parser.add_argument("--config", action="config", help="A YAML file with any of the options below.")
     for field in dataclasses.fields(config_class):
         options: dict[str, Any] = {"type": hints[field.name], "help": helps[field.name]}
         if get_origin(hints[field.name]) is tuple:
             options |= {"type": get_args(hints[field.name])[0], "nargs": "+"}
         if hints[field.name] is bool:
             options |= {"nargs": "?", "const": True}
-        if field.name == positional:
-            parser.add_argument(field.name, **options)
-            continue
-        if field.default is dataclasses.MISSING:
-            options["required"] = True
-        else:
+        required = field.default is dataclasses.MISSING
+        if not required:
             options["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
-        parser.add_argument(f"--{field.name}", **options)
+        if field.name != positional:
+            parser.add_argument(f"--{field.name}", required=required, **options)
+        else:
+            parser.add_argument(field.name, **options | ({} if required else {"nargs": "?"}))
     return parser

@@ -26,7 +26,8 @@ FORMAT_VERSION = "1"
 _NAMED_SHOWN = 3
 
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)}
-_CONFIG_FIELDS = {f.name for f in dataclasses.fields(AtomConfig)} - _PEFT_FIELDS - {"init_weights"} | {"peft_type"}
+_NOT_STORED = _PEFT_FIELDS - {"peft_type"} | {"init_weights", "modules_to_save"}
+_CONFIG_FIELDS = {f.name for f in dataclasses.fields(AtomConfig)} - _NOT_STORED
 
 
 @dataclass(frozen=True)

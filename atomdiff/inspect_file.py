@@ -11,9 +11,11 @@ from typing import Any
 
 from torch import Tensor
 
+from atomdiff.accounting import group_table
 from atomdiff.base_check import check_base
 from atomdiff.delta_file import DeltaFile, read_delta_file
 from atomdiff.pipeline import pipeline_models
+from atomdiff.tuner.layer import TRAINED_KINDS
 
 
 def describe(path: str | os.PathLike[str], base: Any = None) -> str:
@@ -27,7 +29,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         UserError: the file is damaged, or does not fit the base.
     """
     delta = read_delta_file(path)
-    trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind.endswith("_delta")]
+    trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind in TRAINED_KINDS]
     vectors = [vector for of in delta.tokens.values() for vector in of.values()]
     spec = delta.modelspec
     rows = {
@@ -52,22 +54,20 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
 def _method(delta: DeltaFile) -> str:
     config = delta.config
     atoms = "all atoms" if config.num_atoms is None else f"{config.num_atoms} atoms"
-    return f"{atoms}, basis {config.basis}, channel blocks of {config.channel_block}, layers {config.target_modules}"
+    form = " taken whole" if config.joint else "" if config.recursion is None else f", recursion {config.recursion}"
+    return (
+        f"{atoms}, basis {config.basis}, channel blocks of {config.channel_block}{form}, layers {config.target_modules}"
+    )
 
 
 def _layer_table(delta: DeltaFile) -> list[str]:
-    """One line for all layers of one component with the same tensors."""
     groups = Counter(
-        (module.partition(".")[0], kind.removesuffix("_delta"), tuple(tensor.shape))
+        (f"{module.partition('.')[0]} {kind}", tuple(tensor.shape))
         for module, kinds in delta.layers.items()
         for kind, tensor in kinds.items()
-        if kind.endswith("_delta")
+        if kind in TRAINED_KINDS
     )
-    lines = [f"{'component':<16}{'mixes':<10}{'atoms':>10}{'layers':>8}{'numbers':>10}"]
-    for (component, kind, (m, d)), layers in sorted(groups.items()):
-        what = {"atom": "kernel", "channel": "channels"}[kind]
-        lines.append(f"{component:<16}{what:<10}{f'{m} x {d}':>10}{layers:>8}{layers * m * d:>10,}")
-    return lines
+    return group_table(dict(groups))
 
 
 def _training(delta: DeltaFile) -> str:

@@ -178,6 +178,11 @@ def save_atoms(
             f"{adapter_name!r} has other atoms in {' than in '.join(configs)}, but a file holds one AtomConfig: "
             "add the adapter to all of them with the same num_atoms, basis and channel blocks"
         )
+    if any(other.modules_to_save for other in configs.values()):
+        raise UserError(
+            f"{adapter_name!r} trains whole modules ({config.modules_to_save}), and a concept file holds atoms and "
+            "words only: save it with PEFT's save_pretrained, or leave modules_to_save out"
+        )
     layers = {
         f"{part}.{module}": tensors
         for part in configs

@@ -1,6 +1,7 @@
 """Fixtures shared by all tests: a complete Stable Diffusion pipeline, random and tiny, built without the hub."""
 
 import copy
+import os
 import string
 from collections import Counter
 from itertools import pairwise
@@ -13,6 +14,10 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
+
+# The tensors are small: threads only wait for each other, and on a busy machine much longer than they work.
+torch.set_num_threads(1)
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 
 # Each of these words is one token of the tiny tokenizer; all other text falls apart into letters.
 WORDS = "a an the photo picture of on in at with red blue green mug teapot robot cat beach forest city table sks"

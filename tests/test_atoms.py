@@ -1,6 +1,5 @@
-"""The mathematics against plain loops and the paper's own form."""
+"""The mathematics: atoms, and what their changes do to a weight; every variant in full is in `test_oracle.py`."""
 
-import itertools
 import math
 
 import pytest
@@ -8,70 +7,26 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomdiff.atoms import (
-    adapt_weight,
-    dct_atoms,
-    gram,
-    singular_values,
-    sum_channel_matrices,
-    svd_atoms,
-    update_matrix,
-)
-from atomdiff.blocks import as_kernels, kernel_rows
+from atomdiff.atoms import Change, adapt_weight, dct_atoms, gram, singular_values, svd_atoms, update_matrix
+from atomdiff.blocks import View
 
 
 def random(*shape, seed=0, dtype=torch.float64):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(seed), dtype=dtype)
 
 
-def block_by_block(weight, spatial, channel, block):
-    """(I + C).T @ B @ (I + S) for each block B (p * q, k * l), one after the other."""
-    (p, q), kernels = block, as_kernels(weight)
-    out, width, k, el = kernels.shape
-    changed = torch.empty_like(kernels)
-    left = (torch.eye(p * q, dtype=weight.dtype) + channel).T
-    right = torch.eye(k * el, dtype=weight.dtype) + spatial
-    for o, i in itertools.product(range(0, out, p), range(0, width, q)):
-        matrix = kernels[o : o + p, i : i + q].reshape(p * q, k * el)
-        changed[o : o + p, i : i + q] = (left @ matrix @ right).reshape(p, q, k, el)
-    return changed.reshape(weight.shape)
-
-
-SHAPES = [
-    ((4, 6, 3, 3), (2, 3)),
-    ((6, 4, 3, 1), (3, 2)),
-    ((8, 1, 5, 5), (4, 1)),
-    ((4, 4, 1, 1), (2, 2)),
-    ((6, 9), (2, 3)),
-]
-
-
-@pytest.mark.parametrize(("shape", "block"), SHAPES)
-@pytest.mark.parametrize("channels_last", [False, True])
-def test_adapted_weight_is_the_separable_formula(shape, block, channels_last):
-    weight = random(*shape)
-    if channels_last and len(shape) == 4:
-        weight = weight.to(memory_format=torch.channels_last)
-    size, kernel = math.prod(block), math.prod(shape[2:])
-    spatial, channel = random(kernel, kernel, seed=1), random(size, size, seed=2)
-    adapted = adapt_weight(weight, spatial, channel, block)
-    torch.testing.assert_close(adapted, block_by_block(weight, spatial, channel, block), rtol=1e-12, atol=1e-12)
-    assert adapted.stride() == weight.stride()
+def adapt_separably(weight, spatial, channel, block):
+    return adapt_weight(weight, [Change(View(), spatial), Change(View(block, whole=False), channel)])
 
 
 def test_update_matrix_is_the_papers_update():
     weight = random(5, 4, 3, 3)
-    rows, delta = kernel_rows(weight), random(6, 9, seed=1)
+    rows, delta = View().rows(weight), random(6, 9, seed=1)
     atoms = svd_atoms(rows, 6).double()
     coefficients = rows @ atoms.T  # A = X @ D.T
     papers = rows + coefficients @ delta  # X' = X + A @ dD
-    ours = kernel_rows(adapt_weight(weight, update_matrix(atoms, delta)))
+    ours = View().rows(adapt_weight(weight, [Change(View(), update_matrix(atoms, delta))]))
     torch.testing.assert_close(ours, papers, rtol=1e-12, atol=1e-12)
-
-
-def test_update_matrix_times_its_scale():
-    atoms, delta = dct_atoms((3, 3), 9), random(9, 9, dtype=torch.float32)
-    torch.testing.assert_close(update_matrix(atoms, delta, 0.5), 0.5 * atoms.T @ delta)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -80,36 +35,37 @@ def test_zero_matrices_change_no_bit(dtype, channels_last):
     weight = random(8, 4, 3, 3).to(dtype)
     if channels_last:
         weight = weight.to(memory_format=torch.channels_last)
-    adapted = adapt_weight(weight, torch.zeros(9, 9), torch.zeros(16, 16), (4, 4))
-    assert torch.equal(adapted, weight) and adapted.dtype == dtype
+    adapted = adapt_separably(weight, torch.zeros(9, 9), torch.zeros(16, 16), (4, 4))
+    assert torch.equal(adapted, weight) and adapted.dtype == dtype and adapted.stride() == weight.stride()
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_half_precision_weights_are_rounded_once(dtype):
     weight, spatial = random(8, 4, 3, 3).to(dtype), random(9, 9, seed=1).float() / 10
-    exact = block_by_block(weight.double(), spatial.double(), torch.zeros(1, 1, dtype=torch.float64), (1, 1))
-    adapted = adapt_weight(weight, spatial).double()
+    exact = View().rows(weight.double()) @ (torch.eye(9) + spatial).double()
+    adapted = View().rows(adapt_weight(weight, [Change(View(), spatial)])).double()
     unit = torch.finfo(dtype).eps / 2
     assert ((adapted - exact).abs() <= 1.01 * unit * exact.abs() + 1e-6).all()
 
 
-def test_gradients_are_right():
-    weight = random(4, 4, 2, 2)
-    spatial, channel = random(4, 4, seed=1).requires_grad_(), random(4, 4, seed=2).requires_grad_()
-    assert torch.autograd.gradcheck(lambda s, c: adapt_weight(weight, s, c, (2, 2)), (spatial, channel))
+@pytest.mark.parametrize("block", [(2, 2), (1, 1)])
+def test_concepts_of_one_view_add_up_before_they_touch_the_weight(block):
+    weight, one, other = random(4, 4, 2, 2), random(16, 16, seed=1), random(16, 16, seed=2)
+    one, other = (matrix[: 4 * math.prod(block), : 4 * math.prod(block)] for matrix in (one, other))
+    together = adapt_weight(weight, [Change(View(block), one), Change(View(block), other)])
+    torch.testing.assert_close(together, adapt_weight(weight, [Change(View(block), one + other)]))
 
 
-@given(st.sampled_from([(2, 2), (1, 2), (4, 2)]), st.sampled_from([(2, 2), (2, 1), (4, 4), (1, 1)]))
-@settings(max_examples=12, deadline=None)
-def test_channel_matrices_of_several_blocks_add_up_as_updates(first, second):
+@given(st.sampled_from([(2, 2), (1, 2), (4, 2)]), st.sampled_from([(2, 2), (2, 1), (4, 4), (1, 1)]), st.booleans())
+@settings(max_examples=16, deadline=None)
+def test_concepts_of_several_views_add_up_as_updates(first, second, whole):
     weight = random(8, 8, 3, 1)
-    one, other = (
-        random(math.prod(first), math.prod(first), seed=1),
-        random(math.prod(second), math.prod(second), seed=2),
-    )
-    block, total = sum_channel_matrices([(first, one), (second, other)])
-    together = adapt_weight(weight, channel=total, block=block)
-    apart = adapt_weight(weight, channel=one, block=first) + adapt_weight(weight, channel=other, block=second) - weight
+    positions = 3 if whole else 1
+    sizes = math.prod(first) * positions, math.prod(second) * positions
+    one = Change(View(first, whole), random(sizes[0], sizes[0], seed=1))
+    other = Change(View(second, whole), random(sizes[1], sizes[1], seed=2))
+    together = adapt_weight(weight, [one, other])
+    apart = adapt_weight(weight, [one]) + adapt_weight(weight, [other]) - weight
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
 
 

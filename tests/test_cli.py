@@ -44,9 +44,18 @@ def test_sample_draws_and_says_where(tiny_pipe_folder, tmp_path, capfd):
 def test_inspect_shows_a_file(tiny_pipe, tiny_pipe_folder, tmp_path, capsys):
     tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv1"]))
     path = str(atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", trigger_phrase="sks mug"))
-    assert main(["inspect", path, "--pretrained_model_name_or_path", str(tiny_pipe_folder)]) == 0
+    assert main(["inspect", path, "--base", str(tiny_pipe_folder)]) == 0
     shown = capsys.readouterr().out
     assert "sks mug" in shown and "distance" in shown
+
+
+def test_inspect_counts_an_adapter_on_an_architecture(tmp_path, capsys):
+    (tmp_path / "adapter.json").write_text('{"peft_type": "ATOMS", "channel_block": 1}')
+    assert main(["inspect", "--base", "resnet-50", "--config", str(tmp_path / "adapter.json")]) == 0
+    shown = capsys.readouterr().out
+    assert "25,557,032" in shown and "3,697 numbers (0.0145 %" in shown
+    assert main(["inspect"]) == 2 and main(["inspect", "--config", "atoms"]) == 2
+    assert "such as sd-1.5" in capsys.readouterr().err
 
 
 def test_train_hands_its_config_over(monkeypatch, capsys):

@@ -85,9 +85,15 @@ def test_keys_and_metadata_are_the_documented_ones(tmp_path):
         "num_atoms": None,
         "channel_block": 2,
         "channel_block_pattern": {},
+        "joint": False,
+        "recursion": None,
         "basis": "svd",
+        "sparsity": 0.001,
+        "seed": 0,
         "target_modules": ["a", "b"],
         "exclude_modules": None,
+        "layers_to_transform": None,
+        "layers_pattern": None,
     }
     assert json.loads(metadata["training"])["steps"] == 3 and metadata["modelspec.title"] == "mug"
 
@@ -123,7 +129,7 @@ def test_what_the_file_cannot_hold_is_not_written(tmp_path, value):
         ({"adapter_config": "[]"}, "not a JSON object"),
         ({"adapter_config": "[" * 100_000}, "no valid adapter_config"),
         ({"adapter_config": '{"peft_type": "LORA"}'}, "settings that this atomdiff does not know"),
-        ({"adapter_config": '{"peft_type": "ATOMS", "recursion": 2}'}, "does not know .recursion"),
+        ({"adapter_config": '{"peft_type": "ATOMS", "rank": 2}'}, "does not know .rank"),
         ({"adapter_config": '{"peft_type": "ATOMS", "basis": "x"}'}, "settings are not valid: basis='x'"),
         ({"base_fingerprint": None}, "no valid base_fingerprint"),
         ({"base_fingerprint": "{}"}, "not one list of numbers for each layer"),
@@ -141,7 +147,7 @@ def test_wrong_metadata_is_named(tmp_path, metadata, message):
     [
         ({"unet.mid.to_q.channel_delta": torch.full((4, 4), float("nan"))}, "channel_delta holds values.*not finite"),
         ({"unet.mid.to_q.channel_delta": torch.zeros(4, 4, dtype=torch.int8)}, "int8"),
-        ({"unet.mid.to_q.recursion_mix": torch.zeros(4, 4)}, "holds 'unet.mid.to_q.recursion_mix'.*update"),
+        ({"unet.mid.to_q.lora_down": torch.zeros(4, 4)}, "holds 'unet.mid.to_q.lora_down'.*update"),
         (
             {"unet.mid.to_q.channel_delta": None, "unet.mid.to_q.channel_basis": None},
             "not one list of numbers for each",

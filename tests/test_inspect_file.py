@@ -30,8 +30,8 @@ def test_a_file_is_described(tiny_pipe, tmp_path):
         r"numbers +2,417 trained \(32 in trigger words\)",
         f"bytes +{path.stat().st_size:,}",
         "training +max_train_steps 300, optimizer adamw$",
-        "unet +kernel +9 x 9 +1 +81",
-        r"unet +channels +16 x 16 +\d+ +\d",
+        "unet atom_delta +9 x 9 +1 +81",
+        r"unet channel_delta +16 x 16 +\d+ +\d",
     ):
         assert re.search(f"^{expected}", text, re.MULTILINE), expected
     assert "distance" not in text

@@ -24,6 +24,9 @@ from atomdiff.tuner.attach import adapter_layers
 METHODS = {
     "atoms": lambda: AtomConfig(channel_block=4),
     "dct atoms": lambda: AtomConfig(channel_block=2, basis="dct", target_modules="attention"),
+    "joint atoms": lambda: AtomConfig(channel_block=2, joint=True, num_atoms=4),
+    "recursive atoms": lambda: AtomConfig(recursion=2, basis="dct", target_modules=["conv1", "to_v"]),
+    "sparse atoms": lambda: AtomConfig(basis="sparse", channel_block=1, num_atoms=12, target_modules=["conv_in"]),
     "lora": lambda: LoraConfig(r=2, target_modules=["to_q", "to_v", "conv1"]),
     "loha": lambda: LoHaConfig(r=2, target_modules=["to_k", "conv2"]),
     "oft": lambda: OFTConfig(r=2, oft_block_size=0, target_modules=["to_q", "to_v"]),
@@ -123,7 +126,8 @@ def test_saved_is_loaded_is_merged(tiny_pipe, tmp_path):
 
 @pytest.mark.parametrize("method", METHODS)
 def test_every_method_is_saved_and_loaded_with_its_word(tiny_pipe, tmp_path, method):
-    train(tiny_pipe, method, name="made", word="ohwx", parts=("unet", "text_encoder"))
+    parts = ("unet",) if method == "recursive atoms" else ("unet", "text_encoder")  # recursion takes kernels
+    train(tiny_pipe, method, name="made", word="ohwx", parts=parts)
     trained = picture(tiny_pipe, "a photo of ohwx mug")
     atomdiff.save_atoms(tiny_pipe, tmp_path / "concept", "made", dtype=torch.float32)
     atomdiff.unload_atoms(tiny_pipe)
@@ -131,7 +135,7 @@ def test_every_method_is_saved_and_loaded_with_its_word(tiny_pipe, tmp_path, met
     torch.testing.assert_close(picture(tiny_pipe, "a photo of ohwx mug"), trained, atol=1e-6, rtol=0)
     listed = atomdiff.list_atoms(tiny_pipe)
     assert [(c.name, c.active, c.merged, c.trigger_words) for c in listed] == [("again", True, False, ("ohwx",))]
-    assert set(listed[0].layers) == {"unet", "text_encoder"} and listed[0].method == METHODS[method]().peft_type
+    assert set(listed[0].layers) == set(parts) and listed[0].method == METHODS[method]().peft_type
 
 
 @pytest.mark.parametrize("method", METHODS)

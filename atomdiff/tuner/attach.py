@@ -7,8 +7,9 @@ import re
 import warnings
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
-from typing import Any
+from typing import Any, cast
 
+import torch
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
@@ -93,11 +94,15 @@ def attach_atoms(model: Any, config: AtomConfig, layers: Mapping[str, Mapping[st
         name: the adapter's name.
     """
     exactly = "|".join(re.escape(module) for module in layers)
-    _inject(model, _changed(config, target_modules=exactly, exclude_modules=None, init_weights=False), name)
+    chosen = {"target_modules": exactly, "exclude_modules": None, "layers_to_transform": None}
+    _inject(model, _changed(config, **chosen, init_weights=False), name)
     for module, tensors in layers.items():
-        layer = find_atom_layer(model.get_submodule(module))
-        for kind, tensor in tensors.items():
-            getattr(layer, kind)[name].data.copy_(tensor)
+        layer = cast(AtomLayer, find_atom_layer(model.get_submodule(module)))
+        with torch.no_grad():
+            for kind, tensor in tensors.items():
+                getattr(layer, kind)[name].copy_(tensor)
+        for factor in layer.factors[name]:
+            layer.codes(name, factor)  # what takes long is done while loading
     model.peft_config[name] = _changed(config)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, field
 from typing import Any, Literal
@@ -9,8 +10,8 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
-PRESETS = ("conv", "attention", "all")
-BASES = ("svd", "dct")
+PRESETS = ("conv", "conv+proj", "attention", "cross_attention", "all")
+BASES = ("svd", "dct", "sparse")
 
 
 @dataclass
@@ -20,12 +21,15 @@ class AtomConfig(PeftConfig):
     Chen, Miao, Qiu, "Large Convolutional Model Tuning via Filter Subspace", arXiv 2403.00269.
 
     Raises:
-        ValueError: a field has a value it may not have.
+        ValueError: a field has a value it may not have, or two fields contradict each other.
     """
 
     num_atoms: int | None = field(
         default=None,
-        metadata={"help": "Atoms per kernel, 1 to k*l; None: all. Has no effect on layers without a kernel."},
+        metadata={
+            "help": "Atoms per kernel (of each block with joint=True); None: as many as it has numbers. More than that "
+            "takes basis='sparse'. Has no effect on layers without a kernel."
+        },
     )
     channel_block: int = field(
         default=4,
@@ -38,18 +42,55 @@ class AtomConfig(PeftConfig):
         default_factory=dict,
         metadata={"help": "Exceptions to channel_block: regular expression on the end of a module name -> side."},
     )
-    basis: Literal["svd", "dct"] = field(
-        default="svd", metadata={"help": "Atoms: 'svd' fitted to each weight, or 'dct', the same for all (not stored)."}
+    joint: bool = field(
+        default=False,
+        metadata={
+            "help": "Take a block of channels with its kernels as one row of p*q*k*l numbers, instead of mixing kernel "
+            "positions and channels separately."
+        },
+    )
+    recursion: int | None = field(
+        default=None,
+        metadata={
+            "help": "m1: each input channel gets atoms of its own, combinations of m1 trained ones (the paper's D = "
+            "beta x D1); None: all input channels share their atoms. Acts on kernels larger than 1x1."
+        },
+    )
+    basis: Literal["svd", "dct", "sparse"] = field(
+        default="svd",
+        metadata={
+            "help": "Atoms: 'svd' fitted to each weight, 'dct' the same for all (not stored), or the paper's 'sparse', "
+            "learnt so that few of them make up a row; keeps coefficients as large as the weights."
+        },
+    )
+    sparsity: float = field(
+        default=1e-3, metadata={"help": "Weight of the L1 norm of the coefficients with basis='sparse'."}
+    )
+    seed: int = field(
+        default=0, metadata={"help": "Of the random start of the recursion's combinations and of sparse atoms."}
     )
     target_modules: str | list[str] | None = field(
         default=None,
         metadata={
-            "help": "Layers to adapt: 'conv' (kernels larger than 1x1; the default), 'attention' (its Linear "
-            "projections), 'all' (both), a list of names or endings, or a regular expression of the whole name."
+            "help": "Layers to adapt: 'conv' (kernels larger than 1x1; the default), 'conv+proj' (1x1 convolutions "
+            "and Linear proj_in and proj_out, too), 'attention' (its Linear projections), 'cross_attention' (those "
+            "of attention to another sequence), 'all' (every layer that atoms can adapt), a list of names or endings, "
+            "or a regular expression of the whole name."
         },
     )
     exclude_modules: str | list[str] | None = field(
         default=None, metadata={"help": "Layers to leave out: a list of names or endings, or a regular expression."}
+    )
+    layers_to_transform: list[int] | int | None = field(
+        default=None,
+        metadata={"help": "Adapt only layers of these indexes, as PEFT counts them: see layers_pattern."},
+    )
+    layers_pattern: list[str] | str | None = field(
+        default=None, metadata={"help": "Name of the module list that layers_to_transform counts in, such as 'layers'."}
+    )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained and saved whole beside the atoms, such as a new head."},
     )
     init_weights: bool = field(
         default=True,
@@ -62,12 +103,41 @@ class AtomConfig(PeftConfig):
         from atomdiff.tuner.register import register
 
         self.peft_type = register()
-        counts = {"channel_block": self.channel_block}
+        if self.target_modules is None:
+            self.target_modules = "conv"
+        elif not isinstance(self.target_modules, str):
+            self.target_modules = sorted(self.target_modules)
+        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
+            self.exclude_modules = sorted(self.exclude_modules)
+        self._check_values()
+        self._check_combinations()
+
+    def block_of(self, module_name: str) -> int:
+        """The channel block asked for at the module of this name."""
+        key = get_pattern_key(list(self.channel_block_pattern), module_name)
+        return self.channel_block_pattern.get(key, self.channel_block)
+
+    @property
+    def stores_basis(self) -> bool:
+        """Whether files carry the atoms beside their deltas: all but the DCT's depend on the weight."""
+        return self.basis != "dct"
+
+    def shaping(self) -> tuple[Any, ...]:
+        """The settings that the shapes and the meaning of deltas follow from."""
+        blocks = self.channel_block, self.channel_block_pattern, self.joint
+        return self.num_atoms, *blocks, self.recursion, self.basis, self.sparsity
+
+    def to_dict(self) -> dict[str, Any]:
+        """The fields as JSON-ready values, the same for every run."""
+        values: dict[str, Any] = super().to_dict()
+        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+
+    def _check_values(self) -> None:
+        counts = {"channel_block": self.channel_block, "num_atoms": self.num_atoms, "recursion": self.recursion}
+        counts = {name: count for name, count in counts.items() if count is not None or name == "channel_block"}
         counts |= {f"channel_block_pattern[{name!r}]": block for name, block in self.channel_block_pattern.items()}
-        if self.num_atoms is not None:
-            counts["num_atoms"] = self.num_atoms
         for name, count in counts.items():
-            if not isinstance(count, int) or count < 1:
+            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name}={count!r}: expected a whole number of at least 1")
         for pattern in self.channel_block_pattern:
             try:
@@ -76,23 +146,23 @@ class AtomConfig(PeftConfig):
                 raise ValueError(f"channel_block_pattern: {pattern!r} is no regular expression: {error}") from error
         if self.basis not in BASES:
             raise ValueError(f"basis={self.basis!r}: expected one of {', '.join(BASES)}")
-        if self.target_modules is None:
-            self.target_modules = "conv"
-        elif not isinstance(self.target_modules, str):
-            self.target_modules = sorted(self.target_modules)
-        if self.exclude_modules is not None and not isinstance(self.exclude_modules, str):
-            self.exclude_modules = sorted(self.exclude_modules)
+        if not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < math.inf:
+            raise ValueError(f"sparsity={self.sparsity!r}: expected a number above 0, such as 1e-3")
+        if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 32:
+            raise ValueError(f"seed={self.seed!r}: expected a whole number from 0 to 2**32 - 1")
 
-    def block_of(self, module_name: str) -> int:
-        """The channel block asked for at the module of this name."""
-        key = get_pattern_key(list(self.channel_block_pattern), module_name)
-        return self.channel_block_pattern.get(key, self.channel_block)
-
-    def shaping(self) -> tuple[Any, ...]:
-        """The settings that the shapes and the meaning of deltas follow from."""
-        return self.num_atoms, self.channel_block, self.channel_block_pattern, self.basis
-
-    def to_dict(self) -> dict[str, Any]:
-        """The fields as JSON-ready values, the same for every run."""
-        values: dict[str, Any] = super().to_dict()
-        return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
+    def _check_combinations(self) -> None:
+        if self.joint and self.recursion is not None:
+            raise ValueError(
+                f"joint=True with recursion={self.recursion}: recursion decomposes the atoms of single kernels, joint "
+                "takes blocks of them as one; choose one of the two"
+            )
+        if self.joint and max(self.channel_block, *self.channel_block_pattern.values(), 1) == 1:
+            raise ValueError("joint=True with channel_block=1: there are no blocks to take whole; use 2 or more")
+        if self.layers_to_transform is not None and not (
+            isinstance(self.target_modules, list) or self.target_modules in PRESETS
+        ):
+            raise ValueError(
+                f"layers_to_transform with target_modules={self.target_modules!r}: a regular expression says itself "
+                "which layers it means; use a list of names or one of the presets " + ", ".join(PRESETS)
+            )

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import zlib
 from collections.abc import Sequence
 from typing import Any, cast
 
@@ -12,20 +12,33 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import functional_call
 
-from atomdiff.atoms import adapt_weight, dct_atoms, sum_channel_matrices, svd_atoms, update_matrix
-from atomdiff.blocks import Block, as_kernels, channel_rows, fit_block, kernel_rows
+from atomdiff.atoms import Change, adapt_weight, dct_atoms, recursive_delta, svd_atoms, update_matrix
+from atomdiff.sparse import sparse_atoms, sparse_codes
 from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.factor import Factor, factors_of
 
-SUPPORTED = (nn.Conv2d, nn.Linear)
-TENSOR_KINDS = ("atom_delta", "atom_basis", "channel_delta", "channel_basis")
+SUPPORTED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+TRAINED_KINDS = ("atom_delta", "channel_delta", "recursion_delta", "recursion_mix")
+BASIS_KINDS = ("atom_basis", "channel_basis")
+TENSOR_KINDS = TRAINED_KINDS + BASIS_KINDS
 
 
 class AtomLayer(nn.Module, BaseTunerLayer):
-    """A module whose weight W is adapted: each block B (p * q, k * l) of it becomes (I + C).T @ B @ (I + S).
+    """A module whose weight W is adapted (arXiv 2403.00269): each block B of it becomes (I + C).T @ B @ (I + S).
 
-    S = D.T @ dD mixes kernel positions, C = Dc.T @ dDc mixes channels within a block (arXiv 2403.00269). Several
-    active adapters add their S and their C, each times its weight, before W is touched. The forward pass is the base
-    module's own with the adapted weight, so stride, padding, dilation and groups are the base's.
+    S = D.T @ dD mixes kernel positions, or whole blocks with `joint`, or those of each input channel in its own way
+    with `recursion`; C = Dc.T @ dDc mixes channels within a block. With the basis `sparse`, A @ dD is added to the rows
+    of W instead, A being their code. Several active adapters add their S and their C, each times its weight, before W
+    is touched. The forward pass is the base module's own with the adapted weight, so stride, padding, dilation and
+    groups are the base's.
 
     Merging keeps the base weight beside the merged one (the memory of one more weight) and unmerging puts it back.
 
@@ -33,8 +46,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         base_layer: the module to adapt, possibly wrapped by layers of other PEFT methods already.
     """
 
-    adapter_layer_names = ("atom_delta", "channel_delta")
-    other_param_names = ("atom_basis", "channel_basis", "channel_block", "scaling")
+    adapter_layer_names = TRAINED_KINDS
+    other_param_names = (*BASIS_KINDS, "settings", "factors", "scaling")
     base_layer: nn.Module
     kept_base_weight: Tensor | None
 
@@ -42,13 +55,15 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         super().__init__()
         self.register_buffer("kept_base_weight", None, persistent=False)  # the untouched weight while merged
         self.base_layer = base_layer
-        self.atom_delta = nn.ParameterDict()  # (m, d)
-        self.channel_delta = nn.ParameterDict()  # (mc, p * q)
-        self.atom_basis = BufferDict()
-        self.channel_basis = BufferDict()
-        self.channel_block: dict[str, Block] = {}
+        for kind in TRAINED_KINDS:
+            setattr(self, kind, nn.ParameterDict())  # shapes: `Factor.trained`
+        for kind in BASIS_KINDS:
+            setattr(self, kind, BufferDict())  # (m, d)
+        self.settings: dict[str, AtomConfig] = {}
+        self.factors: dict[str, tuple[Factor, ...]] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
+        self._codes: dict[tuple[str, str], tuple[Tensor, int, Tensor]] = {}
 
     def __getattr__(self, name: str) -> Any:
         """Give what the layer itself lacks from the base module: other layers and models ask for `groups`, `stride`."""
@@ -68,27 +83,24 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """Add an adapter: zero deltas in float32, and atoms fitted to the unmerged base weight.
 
         Raises:
-            ValueError: `config.num_atoms` exceeds the kernel, or the base weight is not finite.
+            ValueError: `config.num_atoms` exceeds the numbers in a row, or the base weight is not finite.
         """
         weight = self.unmerged_weight().detach()
-        block = fit_block(weight.shape, config.block_of(module_name))
-        shapes = delta_shapes(config, module_name, weight.shape)
-        for kind, (num_atoms, size) in shapes.items():
-            delta = nn.Parameter(torch.zeros(num_atoms, size, device=weight.device))
-            getattr(self, f"{kind}_delta")[adapter_name] = delta
-            axes = as_kernels(weight).shape[2:] if kind == "atom" else block
-            if config.basis == "dct":
-                basis = dct_atoms(axes, num_atoms)
-            elif config.init_weights:
-                rows = kernel_rows(weight) if kind == "atom" else channel_rows(weight, block)
-                basis = svd_atoms(rows, num_atoms)
-            else:
-                basis = torch.zeros(num_atoms, size)
+        factors = factors_of(config, module_name, weight.shape)
+        seed = config.seed << 32 | zlib.crc32(module_name.encode())
+        for factor in factors:
+            for kind, shape in factor.trained().items():
+                start = torch.zeros(shape)
+                if kind == "recursion_mix":
+                    generator = torch.Generator().manual_seed(seed)
+                    start = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+                getattr(self, kind)[adapter_name] = nn.Parameter(start.to(weight.device))
+            basis = _first_atoms(factor, config, weight, seed)
             # Fitted atoms are saved with the deltas: their signs and order are not the same everywhere.
-            persistent = config.basis == "svd"
-            holder = getattr(self, f"{kind}_basis")
-            holder.register_buffer(adapter_name, basis.to(weight.device), persistent=persistent)
-        self.channel_block[adapter_name] = block
+            holder = getattr(self, f"{factor.kind}_basis")
+            holder.register_buffer(adapter_name, basis.to(weight.device), persistent=config.stores_basis)
+        self.settings[adapter_name] = config
+        self.factors[adapter_name] = factors
         self.scaling[adapter_name] = 1.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -101,15 +113,25 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         weight = self.unmerged_weight()
         names = [name for name in adapter_names if self.scaling[name]]
         with torch.autocast(weight.device.type, enabled=False):  # bfloat16 would blur the small matrices
-            spatial = [self._matrix("atom", name) for name in names if name in self.atom_delta]
-            spatial_sum = torch.stack(spatial).sum(dim=0) if spatial else None
-            channel = [
-                (self.channel_block[name], self._matrix("channel", name))
-                for name in names
-                if name in self.channel_delta
-            ]
-            block, channel_sum = sum_channel_matrices(channel) if channel else ((1, 1), None)
-            return adapt_weight(weight, spatial_sum, channel_sum, block)
+            return adapt_weight(weight, [self._change(name, f) for name in names for f in self.factors[name]])
+
+    def codes(self, adapter_name: str, factor: Factor) -> Tensor | None:
+        """The sparse code of the base weight in an adapter's atoms, as `Change` takes it; None for other bases.
+
+        It is worked out when it is first needed, and again when atoms are loaded or moved.
+        """
+        config = self.settings[adapter_name]
+        if config.basis != "sparse":
+            return None
+        basis: Tensor = getattr(self, f"{factor.kind}_basis")[adapter_name]
+        known, version, codes = self._codes.get((adapter_name, factor.kind), (None, 0, None))
+        if known is basis and version == basis._version and codes is not None:
+            return codes
+        weight = self.unmerged_weight().detach()
+        codes = sparse_codes(factor.view.rows(weight), basis, config.sparsity).to(weight.dtype)
+        codes = factor.view.code_columns(codes, weight.shape, by_input=factor.recursion is not None)
+        self._codes[adapter_name, factor.kind] = basis, basis._version, codes
+        return codes
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the adapted weight where adapters are active."""
@@ -158,6 +180,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             self.unmerge()
             if others:
                 self.merge(adapter_names=others)
+        self._codes = {key: value for key, value in self._codes.items() if key[0] != adapter_name}
         super().delete_adapter(adapter_name)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -177,9 +200,14 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             if name in self.scaling:
                 self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
-    def _matrix(self, kind: str, name: str) -> Tensor:
-        basis, delta = getattr(self, f"{kind}_basis")[name], getattr(self, f"{kind}_delta")[name]
-        return update_matrix(basis, delta, self.scaling[name])
+    def _change(self, name: str, factor: Factor) -> Change:
+        if factor.recursion is None:
+            delta = getattr(self, f"{factor.kind}_delta")[name]
+        else:
+            delta = recursive_delta(self.recursion_mix[name], self.recursion_delta[name])
+        codes = self.codes(name, factor)
+        matrix = update_matrix(getattr(self, f"{factor.kind}_basis")[name], delta) if codes is None else delta
+        return Change(factor.view, self.scaling[name] * matrix, codes)
 
     def _weight_path(self) -> str:
         """Path of the weight below `base_layer`, through the layers of other methods."""
@@ -197,25 +225,13 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 tensor.data = tensor.data.to(device, torch.float32)
 
 
-def delta_shapes(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) -> dict[str, tuple[int, int]]:
-    """Shapes (atoms, d) of the deltas of one layer: "atom" for its kernel, "channel" for its channel blocks.
-
-    A layer without a kernel has only the latter; if it has no blocks either, one number that scales its weight.
-
-    Raises:
-        ValueError: `config.num_atoms` exceeds the kernel.
-    """
-    p, q = fit_block(weight_shape, config.block_of(module_name))
-    kernel = math.prod(weight_shape[2:])
-    shapes = {}
-    if kernel > 1:
-        num_atoms = config.num_atoms or kernel
-        if num_atoms > kernel:
-            raise ValueError(
-                f"num_atoms={num_atoms}, but the kernel of {module_name} has only {kernel} numbers: "
-                f"use at most {kernel}, or None for all"
-            )
-        shapes["atom"] = (num_atoms, kernel)
-    if p * q > 1:
-        shapes["channel"] = (p * q, p * q)
-    return shapes or {"atom": (1, 1)}
+def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int) -> Tensor:
+    """The atoms (m, d) that a layer starts with; zeros where a loader fills them in."""
+    if config.basis == "dct":
+        return dct_atoms(factor.axes, factor.num_atoms)
+    if not config.init_weights:
+        return torch.zeros(factor.num_atoms, factor.size)
+    rows = factor.view.rows(weight)
+    if config.basis == "svd":
+        return svd_atoms(rows, factor.num_atoms)
+    return sparse_atoms(rows, factor.num_atoms, config.sparsity, seed)

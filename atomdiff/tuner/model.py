@@ -2,19 +2,29 @@
 
 from __future__ import annotations
 
+import copy
+import math
 import re
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
+from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from atomdiff.tuner.config import PRESETS
+from atomdiff.tuner.config import PRESETS, AtomConfig
+from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.layer import SUPPORTED, AtomLayer
 from atomdiff.tuner.register import PREFIX
 
 ATTENTION_PROJECTIONS = re.compile(
-    r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|query|key|value)"
+    r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|query|key|value|attention\.output\.dense)"
 )
+CROSS_ATTENTION = re.compile(
+    r"(.*\.)?(attn2|cross_?attn|cross_?attention|encoder_attn|multihead_attn|EncDecAttention)\..*", re.IGNORECASE
+)
+_NAMED_SHOWN = 8
 
 
 class AtomModel(BaseTuner):
@@ -25,14 +35,12 @@ class AtomModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        preset = peft_config.target_modules
-        self._preset_targets = preset_targets(model, preset) if preset in PRESETS else None
+        """Refuse what cannot work before anything in the model changes."""
+        self._targets = find_targets(model, peft_config)
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        found = check_target_module_exists(peft_config, key)
-        if self._preset_targets is None or isinstance(found, _ExcludedModule):
-            return found
-        return key in self._preset_targets
+        found = _matches(peft_config, key)
+        return found if isinstance(found, _ExcludedModule) else key in self._targets
 
     def _create_and_replace(
         self,
@@ -55,30 +63,38 @@ class AtomModel(BaseTuner):
         self._replace_module(parent, target_name, layer, target)
 
 
-def supported_modules(model: nn.Module) -> dict[str, nn.Conv2d | nn.Linear]:
+def find_targets(model: nn.Module, config: AtomConfig) -> dict[str, nn.Module]:
+    """The layers that an adapter of this config gets in a model, by module path.
+
+    Raises:
+        ValueError: no layer matches, a setting has nothing to act on, or `num_atoms` exceeds a row.
+        TypeError: a module matches that atoms cannot adapt.
+    """
+    if config.target_modules == DUMMY_TARGET_MODULES:
+        return {}
+    modules = dict(_base_modules(model))
+    supported = supported_modules(model)
+    preset = preset_targets(model, config.target_modules) if config.target_modules in PRESETS else modules.keys()
+    matching = [name for name in modules if name in preset and _matches(config, name) is True]
+    for name in matching:
+        if name not in supported:
+            _refuse(modules[name], name)
+    targets = {name: supported[name] for name in matching}
+    if not targets:
+        raise ValueError(_nothing_matches(model, config))
+    shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
+    _check_settings(config, shapes)
+    return dict(targets)
+
+
+def supported_modules(model: nn.Module) -> dict[str, Any]:
     """All layers that atoms can adapt, by module path, as they are below adapters that are there already."""
-    modules: dict[str, nn.Conv2d | nn.Linear] = {}
-    inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
-        if inside and name.startswith(inside):
-            continue
-        if isinstance(module, BaseTunerLayer):
-            inside += (f"{name}.",)
-            module = module.get_base_layer()
-        if isinstance(module, SUPPORTED):
-            modules[name] = module
-    return modules
+    return {name: module for name, module in _base_modules(model) if _is_supported(module)}
 
 
 def preset_targets(model: nn.Module, preset: str) -> set[str]:
-    """Names of the layers that a preset ("conv", "attention" or "all") means in this model."""
-    targets = set()
-    for name, module in supported_modules(model).items():
-        has_kernel = module.weight.ndim > 2 and module.weight.shape[2:].numel() > 1
-        projects = isinstance(module, nn.Linear) and ATTENTION_PROJECTIONS.fullmatch(name) is not None
-        if (has_kernel and preset != "attention") or (projects and preset != "conv"):
-            targets.add(name)
-    return targets
+    """Names of the layers that a preset (one of `PRESETS`) means in this model."""
+    return {name for name, module in supported_modules(model).items() if preset in _presets_of(name, module)}
 
 
 def find_atom_layer(module: nn.Module) -> AtomLayer | None:
@@ -87,11 +103,94 @@ def find_atom_layer(module: nn.Module) -> AtomLayer | None:
     return next((layer for layer in inside if isinstance(layer, AtomLayer)), None)
 
 
+def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+    """The model's modules by path; of adapted ones the base, and nothing inside."""
+    inside: tuple[str, ...] = ()
+    for name, module in model.named_modules():
+        if not name or (inside and name.startswith(inside)):
+            continue
+        if isinstance(module, BaseTunerLayer):
+            inside += (f"{name}.",)
+            module = module.get_base_layer()
+        yield name, module
+
+
+def _is_supported(module: nn.Module) -> bool:
+    """Whether the module's own forward reads a floating-point parameter `weight`, which a call can replace."""
+    is_read = isinstance(module, SUPPORTED) and not isinstance(module, NonDynamicallyQuantizableLinear)
+    weight = module._parameters.get("weight")
+    return is_read and weight is not None and weight.is_floating_point()
+
+
+def _refuse(module: nn.Module, name: str) -> None:
+    kind = type(module).__name__
+    if not isinstance(module, SUPPORTED):
+        names = ", ".join(supported.__name__ for supported in SUPPORTED)
+        raise TypeError(f"{name} is a {kind}; atoms adapt {names}: leave it out of target_modules")
+    weight = module._parameters.get("weight")
+    if isinstance(module, NonDynamicallyQuantizableLinear) or weight is None:
+        how = "another module's forward" if weight is not None else "a parametrization"
+        raise TypeError(f"the weight of {name} ({kind}) is used by {how}, where atoms cannot act: leave it out")
+    raise TypeError(f"the weight of {name} is {weight.dtype}; atoms adapt floating-point weights only")
+
+
+def _presets_of(name: str, module: Any) -> set[str]:
+    presets = {"all"}
+    if isinstance(module, nn.Linear):
+        if name.rpartition(".")[2] in ("proj_in", "proj_out"):
+            presets.add("conv+proj")
+        if ATTENTION_PROJECTIONS.fullmatch(name):
+            presets.add("attention")
+            if CROSS_ATTENTION.fullmatch(name):
+                presets.add("cross_attention")
+    else:
+        presets.add("conv+proj")
+        if math.prod(module.weight.shape[2:]) > 1:
+            presets.add("conv")
+    return presets
+
+
+def _matches(config: AtomConfig, name: str) -> Any:
+    """PEFT's own answer to lists, regular expressions, exclusions, indexes; a preset is a list of endings to it."""
+    if config.target_modules in PRESETS:
+        config = copy.copy(config)
+        config.target_modules = [name.rpartition(".")[2]]
+        if "." not in name and config.layers_to_transform is not None:
+            return False
+    found = check_target_module_exists(config, name)
+    return found if isinstance(found, _ExcludedModule) else bool(found)
+
+
+def _nothing_matches(model: nn.Module, config: AtomConfig) -> str:
+    supported = supported_modules(model)
+    counts = {preset: len(preset_targets(model, preset)) for preset in PRESETS}
+    found = ", ".join(f"{preset!r} ({count} layers)" for preset, count in counts.items() if count)
+    names = ", ".join(list(supported)[:_NAMED_SHOWN]) + (", ..." if len(supported) > _NAMED_SHOWN else "")
+    asked = {key: getattr(config, key) for key in ("target_modules", "exclude_modules", "layers_to_transform")}
+    what = ", ".join(f"{key}={value!r}" for key, value in asked.items() if value is not None)
+    there = f"there are {found}; layers by name: {names}" if supported else "it has no layer that atoms can adapt"
+    return f"{what} matches no layer of this {type(model).__name__}: {there}"
+
+
+def _check_settings(config: AtomConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
+    factors = {name: factors_of(config, name, shape) for name, shape in shapes.items()}
+    if config.recursion is not None and not any(f.recursion for of in factors.values() for f in of):
+        raise ValueError(
+            f"recursion={config.recursion} decomposes kernels larger than 1x1, and none of the {len(shapes)} matching "
+            "layers has one: leave it out, or adapt convolutions"
+        )
+    wanted = {name: config.block_of(name) for name in shapes}
+    blocks = {factor.view.block for of in factors.values() for factor in of}
+    if max(wanted.values()) > 1 and blocks == {(1, 1)}:
+        name, shape = next(iter(shapes.items()))
+        raise ValueError(
+            f"channel_block={wanted[name]} divides no channel count of the {len(shapes)} matching layers "
+            f"({name} has {shape[0]} and {shape[1]}): use a divisor, or 1 for no blocks"
+        )
+
+
 def _new_layer(target: Any, name: str) -> AtomLayer:
     base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not isinstance(base, SUPPORTED):
-        names = " and ".join(supported.__name__ for supported in SUPPORTED)
-        raise TypeError(f"{name} is a {type(base).__name__}; atoms adapt {names}: leave it out of target_modules")
-    if not base.weight.is_floating_point():
-        raise TypeError(f"the weight of {name} is {base.weight.dtype}; atoms adapt floating-point weights only")
+    if not _is_supported(base):
+        _refuse(base, name)
     return AtomLayer(target)

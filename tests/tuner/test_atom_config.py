@@ -18,7 +18,13 @@ from atomdiff.tuner.register import register
         ({"channel_block_pattern": {"conv1": -1}}, r"channel_block_pattern\['conv1'\]=-1"),
         ({"channel_block_pattern": {"conv[": 2}}, r"'conv\[' is no regular expression"),
         ({"num_atoms": 2.5}, "num_atoms=2.5"),
-        ({"basis": "fourier"}, "basis='fourier': expected one of svd, dct"),
+        ({"basis": "fourier"}, "basis='fourier': expected one of svd, dct, sparse"),
+        ({"recursion": 0}, "recursion=0"),
+        ({"sparsity": 0.0}, "sparsity=0.0: expected a number above 0"),
+        ({"seed": -1}, "seed=-1"),
+        ({"joint": True, "recursion": 2}, "joint=True with recursion=2"),
+        ({"joint": True, "channel_block": 1}, "joint=True with channel_block=1"),
+        ({"layers_to_transform": [1], "target_modules": ".*conv"}, "layers_to_transform with target_modules='.*conv'"),
     ],
 )
 def test_wrong_fields_are_named_with_their_value(fields, message):

@@ -7,9 +7,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from atomdiff.atoms import adapt_weight
+from atomdiff.atoms import Change, adapt_weight
+from atomdiff.blocks import View
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.layer import delta_shapes
+from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.model import preset_targets, supported_modules
 
 
@@ -36,7 +37,8 @@ def test_adapters_add_up_before_they_touch_the_weight():
     layer.set_scale("b", -0.5)
     spatial = matrix(layer, "atom", "a") + matrix(layer, "atom", "b")
     channel = matrix(layer, "channel", "a") + matrix(layer, "channel", "b")
-    expected = adapt_weight(layer.weight, spatial, channel, (4, 4))
+    changes = [Change(View(), spatial), Change(View((4, 4), whole=False), channel)]
+    expected = adapt_weight(layer.weight, changes)
     torch.testing.assert_close(layer.adapted_weight(["a", "b"]), expected, atol=1e-6, rtol=0)
 
 
@@ -123,6 +125,7 @@ class Attention(nn.Module):
         super().__init__()
         self.to_q, self.to_out = nn.Linear(8, 8), nn.ModuleList([nn.Linear(8, 8), nn.Identity()])
         self.proj_in, self.ff, self.norm = nn.Conv2d(8, 8, 1), nn.Linear(8, 8), nn.LayerNorm(8)
+        self.attn2, self.proj_out = nn.ModuleDict({"to_k": nn.Linear(8, 8)}), nn.Linear(8, 8)
         self.conv1, self.conv = nn.Conv2d(8, 8, 3), nn.Conv2d(8, 8, (1, 3))
 
 
@@ -130,8 +133,13 @@ class Attention(nn.Module):
     ("preset", "names"),
     [
         ("conv", {"0.conv1", "0.conv"}),
-        ("attention", {"0.to_q", "0.to_out.0"}),
-        ("all", {"0.conv1", "0.conv", "0.to_q", "0.to_out.0"}),
+        ("conv+proj", {"0.conv1", "0.conv", "0.proj_in", "0.proj_out"}),
+        ("attention", {"0.to_q", "0.to_out.0", "0.attn2.to_k"}),
+        ("cross_attention", {"0.attn2.to_k"}),
+        (
+            "all",
+            {"0.conv1", "0.conv", "0.to_q", "0.to_out.0", "0.proj_in", "0.proj_out", "0.ff", "0.attn2.to_k"},
+        ),
     ],
 )
 def test_presets_mean_the_same_with_adapters_there(preset, names):
@@ -143,14 +151,69 @@ def test_presets_mean_the_same_with_adapters_there(preset, names):
     assert set(tuner.targeted_module_names) == names
 
 
+def targeted(model: nn.Module, config: AtomConfig) -> set[str]:
+    return set(get_peft_model(model, config).base_model.targeted_module_names)
+
+
 def test_presets_honour_exclusions_and_lists_are_names():
-    tuner = get_peft_model(
-        nn.Sequential(Attention()), AtomConfig(target_modules="all", exclude_modules=["to_q", "conv1"])
-    ).base_model
-    assert set(tuner.targeted_module_names) == {"0.to_out.0", "0.conv"}
-    named = AtomConfig(target_modules=["conv", "ff", "proj_in"])
-    tuner = get_peft_model(nn.Sequential(Attention()), named).base_model
-    assert set(tuner.targeted_module_names) == {"0.conv", "0.ff", "0.proj_in"}
+    config = AtomConfig(target_modules="attention", exclude_modules=["to_q", "to_k"])
+    assert targeted(nn.Sequential(Attention()), config) == {"0.to_out.0"}
+    config = AtomConfig(target_modules=["conv", "ff", "proj_in"])
+    assert targeted(nn.Sequential(Attention()), config) == {"0.conv", "0.ff", "0.proj_in"}
+
+
+def test_layers_can_be_chosen_by_their_index():
+    def blocks() -> nn.Module:
+        return nn.ModuleDict({"down": nn.ModuleList([Attention() for _ in range(3)]), "mid": Attention()})
+
+    for target in ("conv", ["conv1", "conv"]):
+        config = AtomConfig(target_modules=target, layers_to_transform=[0, 2], layers_pattern="down")
+        assert targeted(blocks(), config) == {"down.0.conv1", "down.0.conv", "down.2.conv1", "down.2.conv"}
+    config = AtomConfig(target_modules="cross_attention", layers_to_transform=1, layers_pattern="down")
+    assert targeted(blocks(), config) == {"down.1.attn2.to_k"}
+
+
+def test_modules_to_save_are_left_to_peft():
+    config = AtomConfig(target_modules="all", modules_to_save=["ff"])
+    assert "0.ff" not in targeted(nn.Sequential(Attention()), config)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        (
+            {"target_modules": ["conv3"]},
+            r"\['conv3'\] matches no layer of this Sequential: there are 'conv' \(2 layers",
+        ),
+        ({"target_modules": "conv", "exclude_modules": ".*"}, "exclude_modules='.*' matches no layer.*by name: 0.to_q"),
+        ({"recursion": 2, "target_modules": "attention"}, "recursion=2 decomposes kernels larger than 1x1, and none"),
+        ({"channel_block": 3}, r"channel_block=3 divides no .* \(0.conv1 has 8 and 8\): use a divisor, or 1"),
+        ({"num_atoms": 10}, "num_atoms=10, but the kernel of 0.conv1 has only 9.*None.*sparse"),
+        ({"num_atoms": 145, "joint": True}, "num_atoms=145, but a block of 4 x 4 kernels of 0.conv1 has only 144"),
+    ],
+)
+def test_settings_with_nothing_to_act_on_are_refused_before_anything_changes(fields, message):
+    model = nn.Sequential(Attention())
+    with pytest.raises(ValueError, match=message):
+        get_peft_model(model, AtomConfig(**fields))
+    assert not any(isinstance(module, AtomLayer) for module in model.modules())
+
+
+def test_presets_that_match_nothing_say_what_there_is():
+    with pytest.raises(ValueError, match=r"'attention' matches no layer.*'conv' \(1 layers\), 'conv\+proj' \(1"):
+        get_peft_model(nn.Sequential(nn.Conv2d(4, 4, 3), nn.Linear(4, 4)), AtomConfig(target_modules="attention"))
+    with pytest.raises(ValueError, match="'conv' matches no layer of this ReLU: it has no layer that atoms can adapt"):
+        get_peft_model(nn.ReLU(), AtomConfig())
+
+
+def test_weights_that_another_module_reads_are_left_alone():
+    block = nn.TransformerEncoderLayer(8, 2, 16)
+    assert preset_targets(block, "all") == {"linear1", "linear2"}  # not self_attn.out_proj, whose forward is never run
+    with pytest.raises(TypeError, match=r"self_attn.out_proj .* another module's forward.*leave it out"):
+        get_peft_model(block, AtomConfig(target_modules=["out_proj"]))
+    normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
+    with pytest.raises(TypeError, match=r"weight of 0 .* a parametrization"):
+        get_peft_model(normed, AtomConfig(target_modules=["0"]))
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")
@@ -167,26 +230,31 @@ def test_a_second_adapter_joins_the_layer_also_below_other_methods():
 @pytest.mark.parametrize(
     ("config", "shape", "expected"),
     [
-        (AtomConfig(channel_block=1), (8, 8, 3, 3), {"atom": (9, 9)}),
-        (AtomConfig(num_atoms=4), (8, 8, 3, 3), {"atom": (4, 9), "channel": (16, 16)}),
-        (AtomConfig(), (8, 3, 3, 1), {"atom": (3, 3), "channel": (4, 4)}),
-        (AtomConfig(), (8, 8), {"channel": (16, 16)}),
-        (AtomConfig(num_atoms=9), (8, 8, 1, 1), {"channel": (16, 16)}),
-        (AtomConfig(channel_block=1), (8, 8), {"atom": (1, 1)}),
+        (AtomConfig(channel_block=1), (8, 8, 3, 3), {"atom_delta": (9, 9)}),
+        (AtomConfig(num_atoms=4), (8, 8, 3, 3), {"atom_delta": (4, 9), "channel_delta": (16, 16)}),
+        (AtomConfig(), (8, 3, 3, 1), {"atom_delta": (3, 3), "channel_delta": (4, 4)}),
+        (AtomConfig(), (8, 8), {"channel_delta": (16, 16)}),
+        (AtomConfig(num_atoms=9), (8, 8, 1, 1), {"channel_delta": (16, 16)}),
+        (AtomConfig(channel_block=1), (8, 8), {"atom_delta": (1, 1)}),
+        (AtomConfig(joint=True), (8, 8, 3, 3), {"atom_delta": (144, 144)}),
+        (AtomConfig(joint=True, num_atoms=20), (8, 3, 3, 3), {"atom_delta": (20, 36)}),
+        (AtomConfig(joint=True, num_atoms=20), (8, 8), {"channel_delta": (16, 16)}),
+        (
+            AtomConfig(channel_block=1, recursion=2),
+            (8, 320, 3, 3),
+            {"recursion_delta": (9, 2, 9), "recursion_mix": (320, 9, 2)},
+        ),
+        (AtomConfig(channel_block=1, basis="sparse", num_atoms=15), (8, 8, 3, 3), {"atom_delta": (15, 9)}),
     ],
 )
-def test_shapes_of_the_deltas(config, shape, expected):
-    assert delta_shapes(config, "layer", shape) == expected
-
-
-def test_more_atoms_than_the_kernel_has_numbers_are_refused():
-    model = nn.Sequential(nn.Conv2d(4, 4, 3))
-    with pytest.raises(ValueError, match="num_atoms=10, but the kernel of 0 has only 9.*None"):
-        get_peft_model(model, AtomConfig(num_atoms=10))
+def test_shapes_of_what_is_trained(config, shape, expected):
+    assert {
+        kind: s for factor in factors_of(config, "layer", shape) for kind, s in factor.trained().items()
+    } == expected
 
 
 def test_other_modules_are_refused_by_name():
-    with pytest.raises(TypeError, match="0.norm is a LayerNorm; atoms adapt Conv2d and Linear"):
+    with pytest.raises(TypeError, match="0.norm is a LayerNorm; atoms adapt Conv1d, Conv2d, .*Linear"):
         get_peft_model(nn.Sequential(Attention()), AtomConfig(target_modules=["norm"]))
     model = nn.Sequential(nn.Linear(4, 4))
     model[0].weight = nn.Parameter(torch.zeros(4, 4, dtype=torch.int8), requires_grad=False)

@@ -25,12 +25,14 @@ class Toy(nn.Module):
         self.depthwise = nn.Conv2d(8, 8, 5, groups=8, padding="same", dilation=(1, 2), padding_mode="replicate")
         self.wide = nn.Conv2d(8, 12, (2, 7), padding=(1, 3), bias=False)
         self.point = nn.Conv2d(12, 12, 1)
+        self.transposed = nn.ConvTranspose2d(12, 12, (3, 2), stride=2, groups=3, output_padding=1)
+        self.line = nn.Conv1d(12, 12, 3, padding=1)
         self.to_q = nn.Linear(12, 10)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        for layer in (self.plain, self.strided, self.grouped, self.depthwise, self.wide, self.point):
+        for layer in (self.plain, self.strided, self.grouped, self.depthwise, self.wide, self.point, self.transposed):
             x = torch.tanh(layer(x))
-        return self.to_q(x.mean((2, 3)))
+        return self.to_q(torch.tanh(self.line(x.flatten(2))).mean(2))
 
 
 METHODS: dict[str, Callable[[], PeftConfig]] = {
@@ -42,6 +44,17 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
     "own blocks": lambda: AtomConfig(
         channel_block=1, channel_block_pattern={"to_q": 5, "wide": 4}, target_modules=r"to_q|wide|point"
     ),
+    "joint": lambda: AtomConfig(joint=True, channel_block=2, num_atoms=3, target_modules="all"),
+    "recursion": lambda: AtomConfig(recursion=2, channel_block=1),
+    "recursion, blocks, dct": lambda: AtomConfig(recursion=2, basis="dct", target_modules="all"),
+    "sparse": lambda: AtomConfig(basis="sparse", target_modules=["wide", "depthwise", "to_q"]),
+    "sparse, overcomplete": lambda: AtomConfig(
+        basis="sparse", channel_block=1, num_atoms=20, target_modules=["plain", "line"]
+    ),
+    "sparse, joint": lambda: AtomConfig(
+        basis="sparse", channel_block=2, joint=True, num_atoms=5, target_modules=["plain", "transposed"]
+    ),
+    "sparse, recursion": lambda: AtomConfig(basis="sparse", recursion=2, target_modules=["line", "to_q"]),
     "lora": lambda: LoraConfig(r=2, target_modules=["plain", "wide", "to_q"]),
     "oft": lambda: OFTConfig(r=2, oft_block_size=0, target_modules=["to_q"]),  # its merged convolutions differ
 }
@@ -154,8 +167,9 @@ def test_every_delta_learns(base, x, method):
     model = get_peft_model(copy.deepcopy(base), METHODS[method]())
     model(x).square().sum().backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
-    assert gradients and all(g is not None and g.abs().max() > 0 for g in gradients.values())
-    assert all("_delta." in key for key in gradients)
+    deltas = {key: gradient for key, gradient in gradients.items() if "_delta." in key}
+    assert deltas and all(gradient.abs().max() > 0 for gradient in deltas.values())
+    assert all(".recursion_mix." in key for key in gradients.keys() - deltas.keys())
 
 
 @pytest.mark.parametrize("method", ATOMS)
@@ -187,7 +201,12 @@ def test_scale_goes_from_the_base_to_the_concept(base, x, method):
 
 
 def test_only_deltas_and_fitted_atoms_are_saved(base):
-    for method, kinds in {"blocks": {"delta", "basis"}, "blocks, dct": {"delta"}}.items():
+    for method, kinds in {
+        "blocks": {"delta", "basis"},
+        "blocks, dct": {"delta"},
+        "sparse": {"delta", "basis"},
+        "recursion, blocks, dct": {"delta", "mix"},
+    }.items():
         keys = get_peft_model(copy.deepcopy(base), METHODS[method]()).state_dict()
         added = {key.split(".")[-2] for key in keys if key.endswith(".default")}
         assert {kind.split("_")[1] for kind in added} == kinds
