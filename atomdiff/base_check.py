@@ -36,9 +36,7 @@ def check_base(delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch
     Raises:
         UserError: shapes differ, or the distance is that of wholly different weights.
     """
-    weights = {}
-    for component in {module.partition(".")[0] for module in delta.layers} & models.keys():
-        weights.update({f"{component}.{module}": w for module, w in base_weights(models[component]).items()})
+    weights = weights_below(delta, models)
     check_layers(delta, weights)
     distance = base_distance(delta, weights)
     base = f" {delta.base_model!r}" if delta.base_model else ""
@@ -51,6 +49,12 @@ def check_base(delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch
     if distance > SAME_BASE:
         warnings.warn(f"{found} (0: the same): the concept may look different here", stacklevel=3)
     return distance
+
+
+def weights_below(delta: DeltaFile, models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Module -> base weight of every layer that could be adapted, in the components that a concept adapts."""
+    components = {module.partition(".")[0] for module in delta.layers} & models.keys()
+    return {f"{part}.{module}": weight for part in components for module, weight in base_weights(models[part]).items()}
 
 
 def fingerprint(weight: Tensor, config: AtomConfig, module: str) -> list[float]:

@@ -6,15 +6,19 @@ import json
 import os
 import warnings
 from collections import Counter
+from collections.abc import Mapping
 from pathlib import Path
+from statistics import mean
 from typing import Any
 
 from torch import Tensor
 
 from atomdiff.accounting import group_table
-from atomdiff.base_check import check_base
+from atomdiff.base_check import check_base, weights_below
 from atomdiff.delta_file import DeltaFile, read_delta_file
 from atomdiff.pipeline import pipeline_models
+from atomdiff.sparse import code_quality, sparse_codes
+from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.layer import TRAINED_KINDS
 
 
@@ -23,7 +27,8 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
 
     Args:
         path: the file.
-        base: a diffusers pipeline to measure the distance to, or the folder of one; None: no distance.
+        base: a diffusers pipeline to measure the distance to, or the folder of one; None: no distance. With it, a
+            sparse code is worked out and its quality stated.
 
     Raises:
         UserError: the file is damaged, or does not fit the base.
@@ -45,7 +50,12 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         "training": _training(delta) or "-",
     }
     if base is not None:
-        rows["distance"] = f"{_distance(delta, base):.3g} (0: made on this base)"
+        models = pipeline_models(_open(base))
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            rows["distance"] = f"{check_base(delta, models, allow_mismatch=True):.3g} (0: made on this base)"
+        if delta.config.basis == "sparse":
+            rows["code"] = _code(delta, weights_below(delta, models))
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
     return "\n".join([*lines, "", *_layer_table(delta)])
@@ -79,11 +89,21 @@ def _count(tensors: list[Tensor]) -> int:
     return sum(tensor.numel() for tensor in tensors)
 
 
-def _distance(delta: DeltaFile, base: Any) -> float:
-    if isinstance(base, (str, os.PathLike)):
-        from diffusers import DiffusionPipeline
+def _open(base: Any) -> Any:
+    if not isinstance(base, (str, os.PathLike)):
+        return base
+    from diffusers import DiffusionPipeline
 
-        base = DiffusionPipeline.from_pretrained(base)  # type: ignore[no-untyped-call]
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return check_base(delta, pipeline_models(base), allow_mismatch=True)
+    return DiffusionPipeline.from_pretrained(base)  # type: ignore[no-untyped-call]
+
+
+def _code(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:
+    """How well the sparse code describes the base weights, as means over all factors of all layers."""
+    sparsity, found = delta.config.sparsity, []
+    for module, tensors in delta.layers.items():
+        weight = weights[module].detach()
+        for factor in factors_of(delta.config, module.partition(".")[2], weight.shape):
+            rows, atoms = factor.view.rows(weight), tensors[f"{factor.kind}_basis"]
+            found.append(code_quality(rows, atoms, sparse_codes(rows, atoms, sparsity), sparsity))
+    error, zeros = (mean(values) for values in zip(*((q.relative_error, q.zero_fraction) for q in found), strict=True))
+    return f"relative reconstruction error {error:.3g}, {100 * zeros:.3g} % zeros (means over layers)"

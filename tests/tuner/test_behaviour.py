@@ -1,6 +1,7 @@
 """One table of promises, over atoms in several settings and, where they can keep them, over LoRA and OFT."""
 
 import copy
+import json
 from collections.abc import Callable
 
 import pytest
@@ -116,6 +117,26 @@ def test_merged_is_unmerged_is_reloaded(base, x, method, tmp_path):
     torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), unmerged, **TOLERANCE)
     model.merge_adapter()
     torch.testing.assert_close(model(x), unmerged, **TOLERANCE)
+
+
+@pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.01)])
+@pytest.mark.parametrize("method", ATOMS)
+def test_reloaded_under_another_seed_and_in_another_dtype(base, method, dtype, tolerance, tmp_path):
+    model = trained(base, method)
+    model.save_pretrained(tmp_path)
+    settings = tmp_path / "adapter_config.json"
+    settings.write_text(json.dumps(json.loads(settings.read_text()) | {"seed": 7}))
+    torch.manual_seed(99)
+    loaded = PeftModel.from_pretrained(copy.deepcopy(base).to(dtype), tmp_path)
+    pairs = zip(*([m for m in each.modules() if isinstance(m, AtomLayer)] for each in (model, loaded)), strict=True)
+    changes = []
+    for before, after in pairs:
+        weight, again = (layer.adapted_weight(["default"]).detach().double() for layer in (before, after))
+        size = float(weight.abs().max())
+        changes.append(float((weight - before.weight).abs().max()) / size)
+        assert after.weight.dtype == dtype
+        torch.testing.assert_close(again, weight, rtol=0, atol=tolerance * size)
+    assert max(changes) > 3 * tolerance
 
 
 @pytest.mark.parametrize("method", ATOMS)
