@@ -100,7 +100,7 @@ class Change:
 
 
 def adapt_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
-    """The adapted weight: all changes of channels are added to it first, to that all changes of kernels and blocks.
+    """The adapted weight: all changes of kernels and whole blocks are added to it, to that all changes of channels.
 
     For one change of each, without codes, that is (I + C).T @ B @ (I + S) for every block B (p * q, k * l). Matrices of
     the same view are added before the weight is touched. The sums run in float32 at least, and the result is rounded
@@ -114,7 +114,7 @@ def adapt_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
         A tensor like `weight`, with the same strides.
     """
     wide = as_kernels(weight).to(torch.promote_types(weight.dtype, torch.float32))
-    for whole in (False, True):
+    for whole in (True, False):
         wide = _change_rows(wide, [change for change in changes if change.view.whole is whole])
     adapted = wide.reshape(weight.shape)
     if adapted.dtype == weight.dtype and adapted.stride() == weight.stride():

@@ -61,26 +61,24 @@ def oracle(layer: AtomLayer, config: AtomConfig) -> np.ndarray:
     given = {kind: getattr(layer, kind)["a"].detach().numpy() for kind in KINDS if "a" in getattr(layer, kind)}
     p, q = (config.channel_block if size % config.channel_block == 0 else 1 for size in base.shape[:2])
     adapted = base.copy()
-    if "channel_delta" in given:  # X' = X + A_c dD_c on the channels of a block at each kernel position
+    if "atom_basis" in given:  # X' = X + A dD on each kernel, or on each whole block
+        sides = (p, q) if config.joint else (1, 1)
+        corners = list(itertools.product(range(0, base.shape[0], sides[0]), range(0, base.shape[1], sides[1])))
+        rows = np.stack([base[o : o + sides[0], i : i + sides[1]].reshape(-1) for o, i in corners])
+        codes = encode(rows, given["atom_basis"], config)
+        for (o, i), row, code in zip(corners, rows, codes, strict=True):
+            delta = given["atom_delta"] if "atom_delta" in given else combine(given, i)
+            adapted[o : o + sides[0], i : i + sides[1]] = (row + code @ delta).reshape(*sides, -1)
+    if "channel_basis" in given:  # the same on the channels of a block at each kernel position
         corners = list(itertools.product(range(0, base.shape[0], p), range(0, base.shape[1], q), range(base.shape[2])))
-        rows = np.stack([base[o : o + p, i : i + q, n].reshape(-1) for o, i, n in corners])
-        codes = encode(rows, given["channel_basis"], config)
+        rows = np.stack([adapted[o : o + p, i : i + q, n].reshape(-1) for o, i, n in corners])
+        # A sparse code is that of the base; coefficients in orthonormal atoms follow what the kernels have become.
+        coded = base if config.basis == "sparse" else adapted
+        coded = np.stack([coded[o : o + p, i : i + q, n].reshape(-1) for o, i, n in corners])
+        codes = encode(coded, given["channel_basis"], config)
         for (o, i, n), row, code in zip(corners, rows, codes, strict=True):
             adapted[o : o + p, i : i + q, n] = (row + code @ given["channel_delta"]).reshape(p, q)
-    if "atom_basis" not in given:
-        return adapted.reshape(weight.shape)
-    if not config.joint:
-        p = q = 1
-    corners = list(itertools.product(range(0, base.shape[0], p), range(0, base.shape[1], q)))
-    # Coefficients follow the channels that were mixed; a sparse code is that of the base.
-    coded = base if config.basis == "sparse" else adapted
-    codes = encode(np.stack([coded[o : o + p, i : i + q].reshape(-1) for o, i in corners]), given["atom_basis"], config)
-    result = adapted.copy()
-    for (o, i), code in zip(corners, codes, strict=True):
-        delta = given["atom_delta"] if "atom_delta" in given else combine(given, i)
-        row = adapted[o : o + p, i : i + q].reshape(-1) + code @ delta  # X' = X + A dD
-        result[o : o + p, i : i + q] = row.reshape(p, q, -1)
-    return result.reshape(weight.shape)
+    return adapted.reshape(weight.shape)
 
 
 def combine(given: dict, channel: int) -> np.ndarray:

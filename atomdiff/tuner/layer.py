@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 import zlib
 from collections.abc import Sequence
 from typing import Any, cast
@@ -95,7 +96,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                     generator = torch.Generator().manual_seed(seed)
                     start = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
                 getattr(self, kind)[adapter_name] = nn.Parameter(start.to(weight.device))
-            basis = _first_atoms(factor, config, weight, seed)
+            basis = _first_atoms(factor, config, weight, seed, module_name)
             # Fitted atoms are saved with the deltas: their signs and order are not the same everywhere.
             holder = getattr(self, f"{factor.kind}_basis")
             holder.register_buffer(adapter_name, basis.to(weight.device), persistent=config.stores_basis)
@@ -225,8 +226,12 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 tensor.data = tensor.data.to(device, torch.float32)
 
 
-def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int) -> Tensor:
-    """The atoms (m, d) that a layer starts with; zeros where a loader fills them in."""
+def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int, module_name: str) -> Tensor:
+    """The atoms (m, d) that a layer starts with; zeros where a loader fills them in.
+
+    Warns:
+        UserWarning: no row is longer than `config.sparsity`, so that its code is zero.
+    """
     if config.basis == "dct":
         return dct_atoms(factor.axes, factor.num_atoms)
     if not config.init_weights:
@@ -234,4 +239,10 @@ def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int) 
     rows = factor.view.rows(weight)
     if config.basis == "svd":
         return svd_atoms(rows, factor.num_atoms)
+    if len(rows) and float(rows.float().norm(dim=1).max()) <= config.sparsity:
+        warnings.warn(
+            f"no row of {module_name} is longer than sparsity={config.sparsity:g}: its sparse code is zero and its "
+            "atoms will change nothing; lower sparsity or leave the layer out",
+            stacklevel=2,
+        )
     return sparse_atoms(rows, factor.num_atoms, config.sparsity, seed)

@@ -206,6 +206,13 @@ def test_presets_that_match_nothing_say_what_there_is():
         get_peft_model(nn.ReLU(), AtomConfig())
 
 
+def test_weights_too_small_for_a_sparse_code_are_told():
+    model = nn.Sequential(nn.Conv2d(4, 4, 3))
+    nn.init.constant_(model[0].weight, 1e-4)
+    with pytest.warns(UserWarning, match="no row of 0 is longer than sparsity=0.001.*lower sparsity"):
+        get_peft_model(model, AtomConfig(basis="sparse", channel_block=1))
+
+
 def test_weights_that_another_module_reads_are_left_alone():
     block = nn.TransformerEncoderLayer(8, 2, 16)
     assert preset_targets(block, "all") == {"linear1", "linear2"}  # not self_attn.out_proj, whose forward is never run
