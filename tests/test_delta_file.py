@@ -184,3 +184,11 @@ def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory
 def test_a_folder_is_refused_with_what_is_expected(tmp_path):
     with pytest.raises(UserError, match="is a folder; expected a concept file"):
         read_delta_file(tmp_path)
+
+
+def test_files_from_before_a_setting_existed_keep_loading(tmp_path):
+    first = {"peft_type": "ATOMS", "num_atoms": None, "channel_block": 2, "channel_block_pattern": {}, "basis": "svd"}
+    first |= {"target_modules": ["a", "b"], "exclude_modules": None}
+    path = tmp_path / "mug.atoms.safetensors"
+    write(path, {"adapter_config": json.dumps(first)})
+    assert read_delta_file(path).config == CONFIG
