@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 from collections import Counter
 from collections.abc import Callable
@@ -17,6 +18,7 @@ from atomdiff.errors import UserError
 from atomdiff.tuner.config import AtomConfig
 
 _HALF = 2  # bytes a number takes in a file
+_ADAPTER = "counted"
 
 
 @dataclass(frozen=True)
@@ -42,8 +44,8 @@ def count_numbers(base: str | nn.Module, adapter: PeftConfig | None) -> AdapterC
     """Count an adapter's numbers and bytes on an architecture.
 
     Args:
-        base: one of `ARCHITECTURES`, a folder or Hub id with a pipeline's or model's config, or a model, which is
-            changed: give one on the meta device.
+        base: one of `ARCHITECTURES`, a folder or Hub id of a Stable Diffusion pipeline or an image classifier, or a
+            model, which is changed: give one on the meta device.
         adapter: the config of any PEFT method; None for training the whole model.
 
     Raises:
@@ -54,14 +56,15 @@ def count_numbers(base: str | nn.Module, adapter: PeftConfig | None) -> AdapterC
     if adapter is None:
         return AdapterCount(numbers, numbers, numbers * _HALF, {})
     if isinstance(adapter, AtomConfig):
+        adapter = copy.copy(adapter)
         adapter.init_weights = False  # there are no weights to fit atoms to
     model.requires_grad_(False)
     try:
-        inject_adapter_in_model(adapter, model)
+        inject_adapter_in_model(adapter, model, _ADAPTER)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"the adapter does not fit this architecture: {error}") from error
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    stored = get_peft_model_state_dict(model, save_embedding_layers=False)
+    stored = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
     return AdapterCount(
         model_numbers=numbers,
         trained_numbers=sum(shape.numel() for shape in trained.values()),
@@ -121,8 +124,8 @@ def _from_config(name: str) -> nn.Module:
         model: nn.Module = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name))
     except (OSError, ValueError) as error:
         raise UserError(
-            f"there is no architecture {name!r}; known are {', '.join(ARCHITECTURES)}, and folders or Hub ids with the "
-            "config of a pipeline or an image classifier"
+            f"there is no architecture {name!r}; known are {', '.join(ARCHITECTURES)}, and folders or Hub ids of a "
+            "Stable Diffusion pipeline or an image classifier"
         ) from error
     return model
 
@@ -176,6 +179,6 @@ ARCHITECTURES: dict[str, Callable[[], nn.Module]] = {
 
 
 def _kind(name: str) -> str:
-    """`down.conv.atom_delta.default` -> `atom_delta`, `to_q.lora_A.default.weight` -> `lora_A`."""
+    """`down.conv.atom_delta.<adapter>` -> `atom_delta`, `to_q.lora_A.<adapter>.weight` -> `lora_A`."""
     parts = name.split(".")
-    return parts[parts.index("default") - 1] if "default" in parts else parts[-1]
+    return parts[parts.index(_ADAPTER) - 1]

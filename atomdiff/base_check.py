@@ -84,7 +84,10 @@ def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
         raise UserError(f"this base has no {some(missing)}: the concept was made for another architecture")
     wrong = []
     for module, tensors in delta.layers.items():
-        factors = factors_of(delta.config, module.partition(".")[2], weights[module].shape)
+        try:
+            factors = factors_of(delta.config, module.partition(".")[2], weights[module].shape)
+        except ValueError as error:
+            raise UserError(f"the concept does not fit this base: {error}") from error
         expected = {kind: shape for factor in factors for kind, shape in factor.stored(delta.config).items()}
         expected["fingerprint"] = (factors[0].size,)
         found: dict[str, tuple[int, ...]] = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}

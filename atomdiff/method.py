@@ -70,7 +70,7 @@ def make_trainable(unet: UNet2DConditionModel, adapter: PeftConfig | None, seed:
             torch.manual_seed(derive_seed(seed, "adapter"))
             try:
                 unet.add_adapter(copy.deepcopy(adapter), ADAPTER_NAME)
-            except ValueError as error:
+            except (ValueError, TypeError) as error:
                 raise UserError(f"the adapter does not fit the base: {error}") from error
     for parameter in unet.parameters():
         if parameter.requires_grad:

@@ -128,6 +128,7 @@ def load_atoms(
     restore(pipe)
     for model in models.values():
         attach.activate(model, [name])
+        attach.encode(model, name)
     return name
 
 

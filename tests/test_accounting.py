@@ -66,6 +66,12 @@ def test_counts_are_those_of_a_real_model(config):
     assert f"{expected:,}" in describe_count(count)
 
 
+def test_counting_leaves_the_config_as_it_is():
+    config = AtomConfig()
+    count_numbers("resnet-50", config)
+    assert config.init_weights
+
+
 def test_folders_are_architectures_too(tiny_pipe, tiny_pipe_folder):
     count = count_numbers(str(tiny_pipe_folder), AtomConfig())
     assert count.model_numbers == tiny_pipe.unet.num_parameters()

@@ -54,6 +54,11 @@ def test_layers_that_do_not_fit_are_named():
         check_layers(make_delta(fingerprint=prints), weights)
 
 
+def test_more_atoms_than_the_base_has_numbers_are_an_error_of_the_file():
+    with pytest.raises(UserError, match="does not fit this base: num_atoms=10, but"):
+        check_layers(make_delta(config=AtomConfig(channel_block=2, num_atoms=10)), base_weights())
+
+
 def test_only_some_of_many_wrong_layers_are_named():
     delta = make_delta()
     many = {f"unet.{i}.to_q": delta.layers["unet.mid.to_q"] for i in range(9)}

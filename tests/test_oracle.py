@@ -58,7 +58,7 @@ def oracle(layer: AtomLayer, config: AtomConfig) -> np.ndarray:
     """The adapted weight by the equations alone, one block after the other."""
     weight = layer.base_layer.weight.detach().numpy()
     base = weight.reshape(*weight.shape[:2], -1)
-    given = {kind: getattr(layer, kind)["a"].detach().numpy() for kind in KINDS if "a" in getattr(layer, kind)}
+    given = {kind: layer.tensors(kind)["a"].detach().numpy() for kind in KINDS if "a" in layer.tensors(kind)}
     p, q = (config.channel_block if size % config.channel_block == 0 else 1 for size in base.shape[:2])
     adapted = base.copy()
     if "atom_basis" in given:  # X' = X + A dD on each kernel, or on each whole block

@@ -15,7 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.layer import TENSOR_KINDS, AtomLayer
+from atomdiff.tuner.layer import TENSOR_KINDS, AtomLayer, attribute
 from atomdiff.tuner.model import find_atom_layer, supported_modules
 
 _PEFT_PREFIX = "base_model.model."
@@ -52,8 +52,8 @@ def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
         if isinstance(layer, AtomLayer) and name in layer.scaling:
             module = path.replace(".base_layer", "")
             for kind in TENSOR_KINDS:
-                if f"{path}.{kind}.{name}" in persistent:
-                    found.setdefault(module, {})[kind] = persistent[f"{path}.{kind}.{name}"]
+                if (key := f"{path}.{attribute(kind)}.{name}") in persistent:
+                    found.setdefault(module, {})[kind] = persistent[key]
     return found
 
 
@@ -93,20 +93,18 @@ def attach_atoms(model: Any, config: AtomConfig, layers: Mapping[str, Mapping[st
         layers: module path -> tensors by kind, that fit the model.
         name: the adapter's name.
     """
-    exactly = "|".join(re.escape(module) for module in layers)
+    exactly = f"(?:{'|'.join(re.escape(module) for module in layers)})"  # no preset is written so
     chosen = {"target_modules": exactly, "exclude_modules": None, "layers_to_transform": None}
     _inject(model, _changed(config, **chosen, init_weights=False), name)
     for module, tensors in layers.items():
         layer = cast(AtomLayer, find_atom_layer(model.get_submodule(module)))
         with torch.no_grad():
             for kind, tensor in tensors.items():
-                getattr(layer, kind)[name].copy_(tensor)
-        for factor in layer.factors[name]:
-            layer.codes(name, factor)  # what takes long is done while loading
+                layer.tensors(kind)[name].copy_(tensor)
     model.peft_config[name] = _changed(config)
 
 
-def attach_peft(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> None:
+def attach_peft(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> None:
     """Add an adapter of any PEFT method with given tensors.
 
     Args:
@@ -118,14 +116,25 @@ def attach_peft(model: nn.Module, config: PeftConfig, tensors: Mapping[str, Tens
     Raises:
         ValueError: the tensors are not those of this method on this model.
     """
-    _inject(model, _changed(config), name)
+    is_atoms = isinstance(config, AtomConfig)
+    _inject(model, _changed(config, **{"init_weights": False} if is_atoms else {}), name)
     expected = {key: tensor.shape for key, tensor in peft_tensors(model, name).items()}
     found = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    if is_atoms:  # as they were named at first
+        found = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): found[key] for key in found}
     shapes = {key: tensor.shape for key, tensor in found.items()}
     wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
     if wrong:
         raise ValueError(f"its tensors do not fit this model: {', '.join(wrong[:3])} ({len(wrong)} in all)")
     set_peft_model_state_dict(model, found, adapter_name=name)
+    model.peft_config[name] = _changed(config)
+
+
+def encode(model: nn.Module, name: str) -> None:
+    """Work out the sparse codes of an adapter now, which takes a while, and not in its first forward pass."""
+    for layer in adapter_layers(model, name):
+        for factor in layer.factors[name] if isinstance(layer, AtomLayer) else ():
+            layer.codes(name, factor)
 
 
 def detach(model: Any, name: str) -> None:

@@ -103,6 +103,7 @@ class AtomConfig(PeftConfig):
         from atomdiff.tuner.register import register
 
         self.peft_type = register()
+        self.channel_block_pattern = self.channel_block_pattern or {}
         if self.target_modules is None:
             self.target_modules = "conv"
         elif not isinstance(self.target_modules, str):

@@ -17,6 +17,7 @@ from atomdiff.atoms import Change, adapt_weight, dct_atoms, recursive_delta, svd
 from atomdiff.sparse import sparse_atoms, sparse_codes
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
+from atomdiff.tuner.register import PREFIX
 
 SUPPORTED = (
     nn.Conv1d,
@@ -30,6 +31,11 @@ SUPPORTED = (
 TRAINED_KINDS = ("atom_delta", "channel_delta", "recursion_delta", "recursion_mix")
 BASIS_KINDS = ("atom_basis", "channel_basis")
 TENSOR_KINDS = TRAINED_KINDS + BASIS_KINDS
+
+
+def attribute(kind: str) -> str:
+    """Name of a tensor kind in a layer; libraries find an adapter's tensors by the tuner's prefix."""
+    return kind if kind.startswith(PREFIX) else PREFIX + kind
 
 
 class AtomLayer(nn.Module, BaseTunerLayer):
@@ -47,8 +53,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         base_layer: the module to adapt, possibly wrapped by layers of other PEFT methods already.
     """
 
-    adapter_layer_names = TRAINED_KINDS
-    other_param_names = (*BASIS_KINDS, "settings", "factors", "scaling")
+    adapter_layer_names = tuple(map(attribute, TRAINED_KINDS))
+    other_param_names = (*map(attribute, BASIS_KINDS), "settings", "factors", "scaling")
     base_layer: nn.Module
     kept_base_weight: Tensor | None
 
@@ -57,14 +63,14 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self.register_buffer("kept_base_weight", None, persistent=False)  # the untouched weight while merged
         self.base_layer = base_layer
         for kind in TRAINED_KINDS:
-            setattr(self, kind, nn.ParameterDict())  # shapes: `Factor.trained`
+            setattr(self, attribute(kind), nn.ParameterDict())  # shapes: `Factor.trained`
         for kind in BASIS_KINDS:
-            setattr(self, kind, BufferDict())  # (m, d)
+            setattr(self, attribute(kind), BufferDict())  # (m, d)
         self.settings: dict[str, AtomConfig] = {}
         self.factors: dict[str, tuple[Factor, ...]] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
-        self._codes: dict[tuple[str, str], tuple[Tensor, int, Tensor]] = {}
+        self._codes: dict[tuple[str, str], tuple[Any, Tensor]] = {}  # (adapter, kind of factor) -> (made from, codes)
 
     def __getattr__(self, name: str) -> Any:
         """Give what the layer itself lacks from the base module: other layers and models ask for `groups`, `stride`."""
@@ -95,11 +101,12 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 if kind == "recursion_mix":
                     generator = torch.Generator().manual_seed(seed)
                     start = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-                getattr(self, kind)[adapter_name] = nn.Parameter(start.to(weight.device))
+                self.tensors(kind)[adapter_name] = nn.Parameter(start.to(weight.device))
             basis = _first_atoms(factor, config, weight, seed, module_name)
             # Fitted atoms are saved with the deltas: their signs and order are not the same everywhere.
-            holder = getattr(self, f"{factor.kind}_basis")
-            holder.register_buffer(adapter_name, basis.to(weight.device), persistent=config.stores_basis)
+            self.tensors(f"{factor.kind}_basis").register_buffer(
+                adapter_name, basis.to(weight.device), persistent=config.stores_basis
+            )
         self.settings[adapter_name] = config
         self.factors[adapter_name] = factors
         self.scaling[adapter_name] = 1.0
@@ -116,23 +123,43 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         with torch.autocast(weight.device.type, enabled=False):  # bfloat16 would blur the small matrices
             return adapt_weight(weight, [self._change(name, f) for name in names for f in self.factors[name]])
 
+    def tensors(self, kind: str) -> Any:
+        """The tensors of a kind, by adapter."""
+        return getattr(self, attribute(kind))
+
     def codes(self, adapter_name: str, factor: Factor) -> Tensor | None:
         """The sparse code of the base weight in an adapter's atoms, as `Change` takes it; None for other bases.
 
-        It is worked out when it is first needed, and again when atoms are loaded or moved.
+        It is worked out when it is first needed, and again when atoms or base weights are loaded.
         """
         config = self.settings[adapter_name]
         if config.basis != "sparse":
             return None
-        basis: Tensor = getattr(self, f"{factor.kind}_basis")[adapter_name]
-        known, version, codes = self._codes.get((adapter_name, factor.kind), (None, 0, None))
-        if known is basis and version == basis._version and codes is not None:
-            return codes
+        key, basis = (adapter_name, factor.kind), self.tensors(f"{factor.kind}_basis")[adapter_name]
+        if key in self._codes and (torch.compiler.is_compiling() or self._codes[key][0] == self._source(*key)):
+            return self._codes[key][1]
         weight = self.unmerged_weight().detach()
-        codes = sparse_codes(factor.view.rows(weight), basis, config.sparsity).to(weight.dtype)
-        codes = factor.view.code_columns(codes, weight.shape, by_input=factor.recursion is not None)
-        self._codes[adapter_name, factor.kind] = basis, basis._version, codes
+        with torch.inference_mode(False), torch.no_grad():
+            codes = sparse_codes(factor.view.rows(weight), basis, config.sparsity).to(weight.dtype)
+            codes = factor.view.code_columns(codes, weight.shape, by_input=factor.recursion is not None)
+        self._codes[key] = self._source(*key), codes
         return codes
+
+    def _source(self, adapter_name: str, kind: str) -> Any:
+        """What tells the atoms and the base weight that a code was made from, from others."""
+        made_from = self.tensors(f"{kind}_basis")[adapter_name], self.get_base_layer().weight
+        versions = [None if tensor.is_inference() else tensor._version for tensor in made_from]
+        return made_from[0].data_ptr(), self.unmerged_weight().data_ptr(), versions
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        """Move codes along to another device or dtype."""
+        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._codes = {key: (self._source(*key), fn(codes)) for key, (_, codes) in self._codes.items()}
+        return moved
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Leave codes, as large as the weights, out of copies and pickles."""
+        return self.__dict__ | {"_codes": {}}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the adapted weight where adapters are active."""
@@ -203,11 +230,11 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def _change(self, name: str, factor: Factor) -> Change:
         if factor.recursion is None:
-            delta = getattr(self, f"{factor.kind}_delta")[name]
+            delta = self.tensors(f"{factor.kind}_delta")[name]
         else:
-            delta = recursive_delta(self.recursion_mix[name], self.recursion_delta[name])
+            delta = recursive_delta(self.tensors("recursion_mix")[name], self.tensors("recursion_delta")[name])
         codes = self.codes(name, factor)
-        matrix = update_matrix(getattr(self, f"{factor.kind}_basis")[name], delta) if codes is None else delta
+        matrix = update_matrix(self.tensors(f"{factor.kind}_basis")[name], delta) if codes is None else delta
         return Change(factor.view, self.scaling[name] * matrix, codes)
 
     def _weight_path(self) -> str:
@@ -221,8 +248,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """Move an adapter to the base weight's device, in float32 whatever the base's dtype."""
         device = device or self.unmerged_weight().device
         for kind in TENSOR_KINDS:
-            if adapter_name in getattr(self, kind):
-                tensor = getattr(self, kind)[adapter_name]
+            if adapter_name in self.tensors(kind):
+                tensor = self.tensors(kind)[adapter_name]
                 tensor.data = tensor.data.to(device, torch.float32)
 
 
@@ -236,6 +263,11 @@ def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int, 
         return dct_atoms(factor.axes, factor.num_atoms)
     if not config.init_weights:
         return torch.zeros(factor.num_atoms, factor.size)
+    if weight.is_meta:
+        raise ValueError(
+            f"the weight of {module_name} is on the meta device: load weights to fit atoms to, "
+            "or count numbers with atomdiff.accounting"
+        )
     rows = factor.view.rows(weight)
     if config.basis == "svd":
         return svd_atoms(rows, factor.num_atoms)

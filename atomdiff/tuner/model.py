@@ -5,13 +5,20 @@ from __future__ import annotations
 import copy
 import math
 import re
+from collections import Counter
 from collections.abc import Iterator, Mapping
-from typing import Any
+from typing import Any, cast
 
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer, _ExcludedModule, check_target_module_exists
+from peft.tuners.tuners_utils import (
+    BaseTuner,
+    BaseTunerLayer,
+    _ExcludedModule,
+    _maybe_include_all_linear_layers,
+    check_target_module_exists,
+)
+from peft.utils import AuxiliaryTrainingWrapper
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.factor import factors_of
@@ -19,11 +26,13 @@ from atomdiff.tuner.layer import SUPPORTED, AtomLayer
 from atomdiff.tuner.register import PREFIX
 
 ATTENTION_PROJECTIONS = re.compile(
-    r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|query|key|value|attention\.output\.dense)"
+    r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|query|key|value|attention\.output\.dense"
+    r"|(Self|EncDec)Attention\.[qkvo])"
 )
 CROSS_ATTENTION = re.compile(
     r"(.*\.)?(attn2|cross_?attn|cross_?attention|encoder_attn|multihead_attn|EncDecAttention)\..*", re.IGNORECASE
 )
+_FUSED = (nn.MultiheadAttention, nn.TransformerEncoderLayer)  # read the weights of layers inside, past their forward
 _NAMED_SHOWN = 8
 
 
@@ -35,8 +44,16 @@ class AtomModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Refuse what cannot work before anything in the model changes."""
-        self._targets = find_targets(model, peft_config)
+        """Refuse what cannot work before a layer changes, and leave no name of it behind."""
+        try:
+            self._targets = set(find_targets(model, peft_config))
+        except (ValueError, TypeError):
+            configs: dict[str, Any] = getattr(model, "peft_config", {})
+            for name in [name for name, config in configs.items() if config is peft_config]:
+                del configs[name]
+            if not configs and hasattr(model, "_hf_peft_config_loaded"):
+                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            raise
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         found = _matches(peft_config, key)
@@ -56,7 +73,7 @@ class AtomModel(BaseTuner):
         if layer is not None:
             layer.update_layer(adapter_name, peft_config, current_key)
             return
-        layer = _new_layer(target, current_key)
+        layer = AtomLayer(target)
         layer.update_layer(adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
@@ -72,24 +89,25 @@ def find_targets(model: nn.Module, config: AtomConfig) -> dict[str, nn.Module]:
     """
     if config.target_modules == DUMMY_TARGET_MODULES:
         return {}
+    config = _maybe_include_all_linear_layers(copy.copy(config), model)
     modules = dict(_base_modules(model))
-    supported = supported_modules(model)
+    obstacles = _obstacles(model, modules)
     preset = preset_targets(model, config.target_modules) if config.target_modules in PRESETS else modules.keys()
-    matching = [name for name in modules if name in preset and _matches(config, name) is True]
-    for name in matching:
-        if name not in supported:
-            _refuse(modules[name], name)
-    targets = {name: supported[name] for name in matching}
+    targets = {name: module for name, module in modules.items() if name in preset and _matches(config, name) is True}
+    if wrong := [obstacles[name] for name in targets if name in obstacles]:
+        raise TypeError(wrong[0])
     if not targets:
         raise ValueError(_nothing_matches(model, config))
-    shapes = {name: tuple(module.weight.shape) for name, module in targets.items()}
-    _check_settings(config, shapes)
-    return dict(targets)
+    if config.init_weights:  # else a loader has checked the layers of a file one by one
+        _check_settings(config, {name: tuple(cast(Any, module).weight.shape) for name, module in targets.items()})
+    return targets
 
 
 def supported_modules(model: nn.Module) -> dict[str, Any]:
     """All layers that atoms can adapt, by module path, as they are below adapters that are there already."""
-    return {name: module for name, module in _base_modules(model) if _is_supported(module)}
+    modules = dict(_base_modules(model))
+    obstacles = _obstacles(model, modules)
+    return {name: module for name, module in modules.items() if name not in obstacles}
 
 
 def preset_targets(model: nn.Module, preset: str) -> set[str]:
@@ -109,29 +127,33 @@ def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     for name, module in model.named_modules():
         if not name or (inside and name.startswith(inside)):
             continue
-        if isinstance(module, BaseTunerLayer):
+        if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
             inside += (f"{name}.",)
+        if isinstance(module, BaseTunerLayer):
             module = module.get_base_layer()
         yield name, module
 
 
-def _is_supported(module: nn.Module) -> bool:
-    """Whether the module's own forward reads a floating-point parameter `weight`, which a call can replace."""
-    is_read = isinstance(module, SUPPORTED) and not isinstance(module, NonDynamicallyQuantizableLinear)
-    weight = module._parameters.get("weight")
-    return is_read and weight is not None and weight.is_floating_point()
-
-
-def _refuse(module: nn.Module, name: str) -> None:
-    kind = type(module).__name__
-    if not isinstance(module, SUPPORTED):
-        names = ", ".join(supported.__name__ for supported in SUPPORTED)
-        raise TypeError(f"{name} is a {kind}; atoms adapt {names}: leave it out of target_modules")
-    weight = module._parameters.get("weight")
-    if isinstance(module, NonDynamicallyQuantizableLinear) or weight is None:
-        how = "another module's forward" if weight is not None else "a parametrization"
-        raise TypeError(f"the weight of {name} ({kind}) is used by {how}, where atoms cannot act: leave it out")
-    raise TypeError(f"the weight of {name} is {weight.dtype}; atoms adapt floating-point weights only")
+def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+    """Why atoms cannot adapt a module, by path, for all that they cannot."""
+    fused = tuple(f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, _FUSED))
+    weights = {name: module._parameters.get("weight") for name, module in modules.items()}
+    uses = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
+    found = {}
+    for name, module in modules.items():
+        kind, weight = type(module).__name__, weights[name]
+        if not isinstance(module, SUPPORTED):
+            names = ", ".join(supported.__name__ for supported in SUPPORTED)
+            found[name] = f"{name} is a {kind}; atoms adapt {names}: leave it out of target_modules"
+        elif weight is None:
+            found[name] = f"the weight of {name} ({kind}) comes from a parametrization, where atoms cannot act"
+        elif fused and name.startswith(fused):
+            found[name] = f"the weight of {name} ({kind}) is used by another module's forward, where atoms cannot act"
+        elif not weight.is_floating_point():
+            found[name] = f"the weight of {name} is {weight.dtype}; atoms adapt floating-point weights only"
+        elif uses[id(weight)] > 1:
+            found[name] = f"the weight of {name} is shared with another module, which adapting it would change too"
+    return found
 
 
 def _presets_of(name: str, module: Any) -> set[str]:
@@ -182,15 +204,8 @@ def _check_settings(config: AtomConfig, shapes: Mapping[str, tuple[int, ...]]) -
     wanted = {name: config.block_of(name) for name in shapes}
     blocks = {factor.view.block for of in factors.values() for factor in of}
     if max(wanted.values()) > 1 and blocks == {(1, 1)}:
-        name, shape = next(iter(shapes.items()))
+        name = max(wanted, key=wanted.__getitem__)
         raise ValueError(
-            f"channel_block={wanted[name]} divides no channel count of the {len(shapes)} matching layers "
-            f"({name} has {shape[0]} and {shape[1]}): use a divisor, or 1 for no blocks"
+            f"a channel block of {wanted[name]} divides no channel count of the {len(shapes)} matching layers "
+            f"({name} has {shapes[name][0]} and {shapes[name][1]}): use a divisor, or 1 for no blocks"
         )
-
-
-def _new_layer(target: Any, name: str) -> AtomLayer:
-    base = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-    if not _is_supported(base):
-        _refuse(base, name)
-    return AtomLayer(target)

@@ -130,3 +130,33 @@ def test_presets_of_a_unet_are_what_their_names_say():
     assert targets["cross_attention"] == {name for name in targets["attention"] if ".attn2." in name}
     assert len(targets["attention"]) == 2 * len(targets["cross_attention"])
     assert {"time_embedding.linear_1"} <= targets["all"] - targets["conv+proj"] - targets["attention"]
+
+
+def test_a_refused_adapter_leaves_no_name_behind():
+    model, _ = sd1()
+    for _ in range(2):
+        with pytest.raises(ValueError, match="matches no layer"):
+            model.add_adapter(AtomConfig(target_modules=["nothing"]), "mug")
+    model.add_adapter(AtomConfig(), "mug")
+    with pytest.raises(ValueError, match="matches no layer"):
+        model.add_adapter(AtomConfig(target_modules=["nothing"]), "robot")
+    model.add_adapter(AtomConfig(), "robot")
+    assert set(model.peft_config) == {"mug", "robot"}
+
+
+def test_transformers_loads_every_tensor(tmp_path):
+    torch.manual_seed(0)
+    model, inputs = vit()
+    base, before = model.state_dict(), run(model, inputs)
+    base = {key: value.clone() for key, value in base.items()}
+    adapted = get_peft_model(model, AtomConfig(target_modules="all", channel_block=2, recursion=2))
+    for key, parameter in model.named_parameters():
+        if "_delta." in key:
+            nn.init.normal_(parameter, std=0.1)
+    adapted.save_pretrained(tmp_path)
+    expected = run(model, inputs)
+    fresh, _ = vit()
+    fresh.load_state_dict(base)
+    fresh.load_adapter(str(tmp_path))
+    assert (expected - before).abs().max() > 1e-2
+    torch.testing.assert_close(run(fresh, inputs), expected)

@@ -20,7 +20,7 @@ def make_layer(*configs: AtomConfig, seed: int = 0) -> AtomLayer:
     layer = AtomLayer(nn.Conv2d(8, 8, 3, padding=1))
     for name, config in zip("abcd", configs, strict=False):
         layer.update_layer(name, config, "conv")
-        for deltas in (layer.atom_delta, layer.channel_delta):
+        for deltas in (layer.tensors("atom_delta"), layer.tensors("channel_delta")):
             if name in deltas:
                 nn.init.normal_(deltas[name], std=0.1)
     layer.set_adapter(list("abcd"[: len(configs)]))
@@ -28,7 +28,7 @@ def make_layer(*configs: AtomConfig, seed: int = 0) -> AtomLayer:
 
 
 def matrix(layer: AtomLayer, kind: str, name: str) -> torch.Tensor:
-    basis, delta = getattr(layer, f"{kind}_basis")[name], getattr(layer, f"{kind}_delta")[name]
+    basis, delta = layer.tensors(f"{kind}_basis")[name], layer.tensors(f"{kind}_delta")[name]
     return layer.scaling[name] * basis.T @ delta
 
 
@@ -187,7 +187,11 @@ def test_modules_to_save_are_left_to_peft():
         ),
         ({"target_modules": "conv", "exclude_modules": ".*"}, "exclude_modules='.*' matches no layer.*by name: 0.to_q"),
         ({"recursion": 2, "target_modules": "attention"}, "recursion=2 decomposes kernels larger than 1x1, and none"),
-        ({"channel_block": 3}, r"channel_block=3 divides no .* \(0.conv1 has 8 and 8\): use a divisor, or 1"),
+        ({"channel_block": 3}, r"block of 3 divides no .* \(0.conv1 has 8 and 8\): use a divisor, or 1"),
+        (
+            {"channel_block": 1, "channel_block_pattern": {"ff": 5}, "target_modules": "all"},
+            r"a channel block of 5 divides no .* \(0.ff has",
+        ),
         ({"num_atoms": 10}, "num_atoms=10, but the kernel of 0.conv1 has only 9.*None.*sparse"),
         ({"num_atoms": 145, "joint": True}, "num_atoms=145, but a block of 4 x 4 kernels of 0.conv1 has only 144"),
     ],
@@ -214,13 +218,67 @@ def test_weights_too_small_for_a_sparse_code_are_told():
 
 
 def test_weights_that_another_module_reads_are_left_alone():
-    block = nn.TransformerEncoderLayer(8, 2, 16)
-    assert preset_targets(block, "all") == {"linear1", "linear2"}  # not self_attn.out_proj, whose forward is never run
-    with pytest.raises(TypeError, match=r"self_attn.out_proj .* another module's forward.*leave it out"):
-        get_peft_model(block, AtomConfig(target_modules=["out_proj"]))
+    model = nn.ModuleDict(
+        {"fused": nn.TransformerEncoderLayer(8, 2, 16), "decoder": nn.TransformerDecoderLayer(8, 2, 16)}
+    )
+    assert preset_targets(model, "all") == {"decoder.linear1", "decoder.linear2"}  # the others' forward is never run
+    for name in ("out_proj", "fused.linear1"):
+        with pytest.raises(TypeError, match="another module's forward"):
+            get_peft_model(model, AtomConfig(target_modules=[name]))
     normed = nn.Sequential(nn.utils.parametrizations.weight_norm(nn.Conv2d(4, 4, 3)))
     with pytest.raises(TypeError, match=r"weight of 0 .* a parametrization"):
         get_peft_model(normed, AtomConfig(target_modules=["0"]))
+
+
+def test_shared_weights_are_left_alone():
+    model = nn.ModuleDict({"table": nn.Embedding(8, 4), "head": nn.Linear(4, 8), "free": nn.Linear(4, 4)})
+    model["head"].weight = model["table"].weight
+    assert preset_targets(model, "all") == {"free"}
+    with pytest.raises(TypeError, match="weight of head is shared with another module"):
+        get_peft_model(model, AtomConfig(target_modules=["head"]))
+
+
+def test_all_linear_means_what_it_means_in_peft():
+    config = AtomConfig(target_modules="all-linear")
+    assert targeted(nn.Sequential(Attention()), config) == {
+        "0.to_q",
+        "0.to_out.0",
+        "0.ff",
+        "0.attn2.to_k",
+        "0.proj_out",
+    }
+
+
+def coded_layer() -> AtomLayer:
+    return make_layer(AtomConfig(basis="sparse", channel_block=1, num_atoms=4))
+
+
+def test_a_sparse_code_follows_the_base_weight_and_the_atoms():
+    layer, other = coded_layer(), nn.Conv2d(8, 8, 3)
+    before = layer.adapted_weight(["a"])
+    layer.base_layer.load_state_dict(other.state_dict())
+    fresh = AtomLayer(other)
+    fresh.update_layer("a", AtomConfig(basis="sparse", channel_block=1, num_atoms=4), "conv")
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(layer.adapted_weight(["a"]), fresh.adapted_weight(["a"]))
+    assert not torch.equal(layer.adapted_weight(["a"]), before)
+
+
+def test_a_sparse_code_made_for_inference_serves_training_and_moves_along(monkeypatch):
+    layer, x = coded_layer(), torch.randn(1, 8, 5, 5)
+    with torch.inference_mode():
+        layer(x)
+    layer(x).sum().backward()
+    assert layer.tensors("atom_delta")["a"].grad.abs().max() > 0
+    monkeypatch.setattr("atomdiff.tuner.layer.sparse_codes", lambda *_: pytest.fail("worked out again"))
+    expected = layer(x).double()
+    torch.testing.assert_close(layer.double()(x.double()), expected, rtol=0, atol=1e-5)
+
+
+def test_copies_work_out_their_own_codes():
+    layer, x = coded_layer(), torch.randn(1, 8, 5, 5)
+    assert layer._codes == {} and torch.equal(copy.deepcopy(layer)(x), layer(x)) and layer._codes
+    assert copy.deepcopy(layer)._codes == {}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

@@ -190,7 +190,7 @@ def test_every_delta_learns(base, x, method):
     gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     deltas = {key: gradient for key, gradient in gradients.items() if "_delta." in key}
     assert deltas and all(gradient.abs().max() > 0 for gradient in deltas.values())
-    assert all(".recursion_mix." in key for key in gradients.keys() - deltas.keys())
+    assert all(".atom_recursion_mix." in key for key in gradients.keys() - deltas.keys())
 
 
 @pytest.mark.parametrize("method", ATOMS)
@@ -230,4 +230,4 @@ def test_only_deltas_and_fitted_atoms_are_saved(base):
     }.items():
         keys = get_peft_model(copy.deepcopy(base), METHODS[method]()).state_dict()
         added = {key.split(".")[-2] for key in keys if key.endswith(".default")}
-        assert {kind.split("_")[1] for kind in added} == kinds
+        assert {kind.rpartition("_")[2] for kind in added} == kinds
