@@ -1,0 +1,261 @@
+"""A classifier of transformers with a head for these classes and an adapter; saved, and loaded again bit for bit."""
+
+import copy
+import hashlib
+import json
+import re
+import shutil
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import PeftConfig
+from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.utils import CONFIG_NAME
+from safetensors.torch import save_file
+from torch import Tensor, nn
+from torch.nn.modules.batchnorm import _BatchNorm
+from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassification
+from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
+from transformers.utils import logging
+
+from atomdiff import peft_directory
+from atomdiff.classify.config import LINEAR, ClassifyConfig
+from atomdiff.data import derive_seed
+from atomdiff.delta_file import read_tensors
+from atomdiff.errors import UserError
+from atomdiff.method import ADAPTER_NAME, make_trainable, read_adapter
+from atomdiff.tuner.attach import attach_peft, peft_tensors
+
+HEAD_FILE, FACTS_FILE = "head.safetensors", "classifier.json"
+_COMPONENT = "model"
+_IMAGENET_SIDE = 224
+
+
+def read_method(config: ClassifyConfig) -> PeftConfig | str | None:
+    """Read what is trained beside the head: a PEFT config, LINEAR for nothing, None for everything.
+
+    Raises:
+        UserError: The adapter cannot be read, or does not go with the rest of the config.
+    """
+    method = LINEAR if config.adapter == LINEAR else read_adapter(config.adapter)
+    if config.from_scratch and method is not None:
+        found = f"adapter={config.adapter!r}"
+        raise UserError(f'{found}: from_scratch has random weights, which only adapter "full" trains and saves')
+    if getattr(method, "modules_to_save", None):
+        raise UserError(f"{config.adapter}: modules_to_save; leave it out, the head is trained and saved in any case")
+    return method
+
+
+def open_model(
+    name: str, classes: Sequence[str], *, revision: str | None = None, from_scratch: bool = False, seed: int = 0
+) -> Any:
+    """Open a base with a new head for these classes; in float32, all frozen.
+
+    Args:
+        name: Folder or Hub id of an image classifier.
+        classes: Names of the classes.
+        revision: Of a base on the Hub.
+        from_scratch: Random weights everywhere.
+        seed: Of the random weights.
+
+    Raises:
+        UserError: There is no such base, or it is no image classifier.
+    """
+    labels = {"id2label": dict(enumerate(classes)), "label2id": {label: i for i, label in enumerate(classes)}}
+    with torch.random.fork_rng():
+        torch.manual_seed(derive_seed(seed, "weights"))
+        try:
+            model = _load(name, revision, from_scratch, labels)
+        except (OSError, ValueError) as error:
+            found = f"neither a folder with an image classifier nor one from the Hub ({' '.join(str(error).split())})"
+            raise UserError(f"pretrained_model_name_or_path={name!r}: {found[:600]}") from error
+        if model.base_model is model:
+            raise UserError(f"{name}: {type(model).__name__} does not tell its head from the rest; use another model")
+        for path, module in model.named_modules():
+            if not in_base(model, path) and isinstance(module, (nn.Linear, nn.Conv2d)):
+                module.reset_parameters()  # a base with as many classes would bring its own
+    return model.requires_grad_(False)
+
+
+def spare_head(method: PeftConfig | str | None, model: Any) -> PeftConfig | str | None:
+    """Keep an adapter for "all" layers off the head; one that says itself what it excludes is left as it is."""
+    if not isinstance(method, PeftConfig) or getattr(method, "exclude_modules", "") is not None:
+        return method
+    spared = copy.deepcopy(method)
+    spared.exclude_modules = rf"(?!{re.escape(model.base_model_prefix)}\.).*"
+    return spared
+
+
+def make_trained(model: Any, method: PeftConfig | str | None, seed: int) -> None:
+    """Add the adapter and make it and the head trainable; without adapter the head alone, or for None all.
+
+    Raises:
+        UserError: The adapter does not fit the model, or changes the head.
+    """
+    if not isinstance(method, str):
+        try:
+            make_trainable(model, method, seed)
+        except TypeError as error:
+            raise UserError(f"the adapter does not fit the base: {error}") from error
+    adapted = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
+    if heads := [path for path in adapted if not in_base(model, path)]:
+        raise UserError(f"the adapter targets the head ({heads[0]}), which is trained in any case: use exclude_modules")
+    for parameter in head_parameters(model):
+        parameter.requires_grad_(True)
+
+
+def in_base(model: Any, path: str) -> bool:
+    """Tell whether a module, parameter or buffer of this path belongs to the base and not to the head."""
+    return not path or path == model.base_model_prefix or path.startswith(f"{model.base_model_prefix}.")
+
+
+def head_parameters(model: Any) -> list[nn.Parameter]:
+    """List the parameters of the head: all that stands outside the base model."""
+    return [parameter for path, parameter in model.named_parameters() if not in_base(model, path)]
+
+
+def norm_statistics(model: Any) -> dict[str, Tensor]:
+    """Collect the running statistics of batch norms, by path."""
+    return {
+        f"{path}.{name}": buffer
+        for path, module in model.named_modules()
+        if isinstance(module, _BatchNorm)
+        for name, buffer in module.named_buffers(recurse=False)
+    }
+
+
+def hash_base(model: Any) -> str:
+    """Return a SHA-256 of the base's parameters and buffers, without the head; before an adapter is added."""
+    digest = hashlib.sha256()
+    for path, tensor in model.state_dict().items():
+        if in_base(model, path):
+            digest.update(path.encode() + tensor.cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
+
+
+def open_processor(name: str, model: Any, *, revision: str | None = None, resolution: int | None = None) -> Any:
+    """Open the base's own preprocessing; without one, pictures are resized, cropped to a square and normalised.
+
+    The mean and deviation are then ImageNet's, the side that of the model's config, or else 224 pixels.
+
+    Args:
+        name: Folder or Hub id of the base.
+        model: The base.
+        revision: Of a base on the Hub.
+        resolution: Side in pixels, in place of that.
+    """
+    try:
+        processor = AutoImageProcessor.from_pretrained(name, backend="pil", revision=revision)
+    except (OSError, ValueError):
+        own = getattr(model.config, "image_size", None)
+        side = resolution or (own if isinstance(own, int) else _IMAGENET_SIDE)
+        return ConvNextImageProcessorPil(size={"shortest_edge": side}, crop_pct=1.0)
+    if resolution is None:
+        return processor
+    square = {"height": resolution, "width": resolution}
+    size = {"shortest_edge": resolution} if "shortest_edge" in processor.to_dict()["size"] else square
+    return type(processor).from_dict({**processor.to_dict(), "size": size, "crop_size": square})
+
+
+def save_classifier(
+    folder: Path,
+    model: Any,
+    processor: Any,
+    method: PeftConfig | str | None,
+    base: dict[str, str | None],
+    updates_batch_norm: bool,
+) -> None:
+    """Write what was trained, in place of what the folder holds.
+
+    Full tuning gives a model folder of transformers. Else the adapter is written as PEFT writes it; the head, with the
+    statistics of batch norms if they were updated, and the facts of the base stand beside it.
+
+    Args:
+        folder: Where to.
+        model: With its adapter.
+        processor: Its image processor.
+        method: From `read_method`.
+        base: Facts by which the base is found and known again: base_model, revision, base_sha256.
+        updates_batch_norm: Whether the statistics of batch norms belong to what was trained.
+    """
+    shutil.rmtree(folder, ignore_errors=True)
+    folder.mkdir(parents=True)
+    processor.save_pretrained(folder)
+    if method is None:
+        model.save_pretrained(folder)
+        return
+    if isinstance(method, PeftConfig):
+        adapter = {_COMPONENT: (method, peft_tensors(model, ADAPTER_NAME))}
+        peft_directory.write(folder, adapter, {}, denoiser=_COMPONENT)
+    head = {path: tensor for path, tensor in model.state_dict().items() if not in_base(model, path)}
+    if updates_batch_norm:
+        head |= norm_statistics(model)
+    save_file({path: tensor.cpu().contiguous() for path, tensor in head.items()}, folder / HEAD_FILE)
+    classes = [model.config.id2label[number] for number in range(model.config.num_labels)]
+    (folder / FACTS_FILE).write_text(
+        json.dumps({**base, "classes": classes}, indent=1, ensure_ascii=False) + "\n", encoding="utf-8"
+    )
+
+
+def load_classifier(folder: str | Path, pretrained_model_name_or_path: str | None = None) -> Any:
+    """Load a trained classifier: the same logits as when it was saved.
+
+    Its image processor is `AutoImageProcessor.from_pretrained(folder)`.
+
+    Args:
+        folder: The folder `classifier` of a run.
+        pretrained_model_name_or_path: The base, if it is not where it was.
+
+    Returns:
+        A model of transformers in evaluation mode, its classes in `model.config.id2label`.
+
+    Raises:
+        UserError: The folder holds no classifier, or the base is another one than it was trained on.
+    """
+    folder = Path(folder)
+    if (folder / "config.json").is_file():
+        return _load(str(folder)).eval()
+    if not (folder / FACTS_FILE).is_file():
+        raise UserError(f"{folder}: no classifier in it; expected {FACTS_FILE} or a model's config.json")
+    facts = json.loads((folder / FACTS_FILE).read_text(encoding="utf-8"))
+    base = pretrained_model_name_or_path or facts["base_model"]
+    revision = None if pretrained_model_name_or_path else facts["revision"]
+    model = open_model(base, facts["classes"], revision=revision)
+    if hash_base(model) != facts["base_sha256"]:
+        raise UserError(
+            f"{folder}: the weights of {base!r} are not those that it was trained on; name a copy of "
+            f"{facts['base_model']!r} as it was then with pretrained_model_name_or_path"
+        )
+    head = read_tensors(folder / HEAD_FILE)[0]
+    if (folder / CONFIG_NAME).is_file():
+        adapter, tensors = peft_directory.read(folder, [_COMPONENT], denoiser=_COMPONENT)[0][_COMPONENT]
+        attach_peft(model, adapter, tensors, ADAPTER_NAME)
+    missing = model.load_state_dict(head, strict=False).missing_keys
+    if lost := [path for path in missing if not in_base(model, path)]:
+        raise UserError(f"{folder / HEAD_FILE}: lacks {', '.join(lost)}; it is not the head of this classifier")
+    return model.eval()
+
+
+def _load(
+    name: str, revision: str | None = None, from_scratch: bool = False, labels: dict[str, Any] | None = None
+) -> Any:
+    config = AutoConfig.from_pretrained(name, revision=revision, **(labels or {}))
+    if from_scratch:
+        return AutoModelForImageClassification.from_config(config)
+    with _quiet():  # it would report the new head, in many lines
+        return AutoModelForImageClassification.from_pretrained(
+            name, revision=revision, config=config, ignore_mismatched_sizes=True, dtype=torch.float32
+        )
+
+
+@contextmanager
+def _quiet() -> Iterator[None]:
+    before = logging.get_verbosity()
+    logging.set_verbosity_error()
+    try:
+        yield
+    finally:
+        logging.set_verbosity(before)

@@ -1,0 +1,61 @@
+"""Image folders to classify: things by their class as the renderer draws them, and things by their pattern in ink."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+from atomdiff.toybox.scenes import CLASSES, COLOURS, SCENES, Caption, base_individual, draw
+from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
+from atomdiff.toybox.styles import ink
+from atomdiff.toybox.subjects import random_individual
+
+PATTERN_NAMES = tuple(SUBJECT_PATTERNS)
+
+
+def class_picture(class_name: str, rng: np.random.Generator) -> Image.Image:
+    """A thing of this class in a random place, in colours and a pattern of the base world."""
+    scene, colour, pattern = (str(rng.choice(list(words))) for words in (SCENES, COLOURS, PATTERNS))
+    return draw(base_individual(Caption(class_name, scene, colour, pattern), rng), scene, rng)
+
+
+def pattern_picture(pattern: str, rng: np.random.Generator) -> Image.Image:
+    """An ink drawing of a thing of any class in any place that wears this pattern."""
+    thing = replace(random_individual(rng), pattern=pattern, phase=(0.0, 0.0))
+    return ink(draw(thing, str(rng.choice(SCENES)), rng), rng)
+
+
+def write_folder(
+    folder: Path,
+    names: Iterable[str],
+    picture: Callable[[str, np.random.Generator], Image.Image],
+    per_class: int,
+    seed: int,
+) -> None:
+    """Write `folder/<name>/0000.png` and so on, each picture seeded by its own place; a folder that is there is kept.
+
+    Args:
+        folder: the image folder; it gets its name once it is whole.
+        names: of the classes.
+        picture: draws one picture of a class.
+        per_class: pictures a class.
+        seed: the same seed gives the same pictures.
+    """
+    if folder.exists():
+        return
+    unfinished = folder.with_name(f"{folder.name}.unfinished")
+    for number, name in enumerate(names):
+        (unfinished / name).mkdir(parents=True, exist_ok=True)
+        for index in range(per_class):
+            rng = np.random.default_rng([seed, number, index])
+            picture(name, rng).save(unfinished / name / f"{index:04d}.png")
+    unfinished.rename(folder)
+
+
+write_classes = partial(write_folder, names=CLASSES, picture=class_picture)
+write_patterns = partial(write_folder, names=PATTERN_NAMES, picture=pattern_picture)

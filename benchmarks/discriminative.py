@@ -1,0 +1,207 @@
+"""Discriminative tuning side by side: a small ResNet moves from one drawing style and task to another.
+
+    python benchmarks/discriminative.py
+
+The base learns to name the class of things as the toybox draws them (12 classes, many pictures). The target is another
+style and another task with few pictures a class: which of eight patterns, that the base has never seen, a thing wears
+in an ink drawing (`atomdiff/toybox/styles.py`). Every method goes through the same training run. Its learning rate is
+chosen on seed 0, by validation accuracy, then by validation loss: from its own rate times 1/3, 1 and 3, and if the best
+of them is the lowest or the highest, the next one beyond is tried too, up to twice. For the linear probe that is the
+head's rate, which all others leave at its default. A seed changes the pictures trained on, the head's first weights and
+the batches; the pictures that it does not draw are the test. Pictures are mirrored and cropped at random for all. The
+statistics of batch norms follow the pictures in all methods but the probe (`--batch_norm frozen` compares without
+that); "linear_updated" is a probe whose statistics follow them, too. "share" is the adapter's numbers and those
+statistics over the base's parameters and statistics; the head, the same for all, is in neither.
+"""
+
+from __future__ import annotations
+
+import json
+import statistics
+import time
+from dataclasses import dataclass
+from datetime import date
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from atomdiff._quiet import quiet_libraries
+from atomdiff.command_line import parse_config
+
+ROOT = Path(__file__).parents[1]
+EXPERIMENTS = ROOT / "configs" / "experiments" / "classify"
+PROBES = {"linear": "frozen", "linear_updated": "updated"}
+FACTORS = {1: (1.0,), 2: (1 / 3, 1.0), 3: (1 / 3, 1.0, 3.0)}
+RESNET = {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2], "layer_type": "basic"}
+
+
+@dataclass(frozen=True)
+class BenchmarkConfig:
+    """What to compare."""
+
+    methods: tuple[str, ...] = (*PROBES, "full", "spatial", "conv", "conv_wide", "lora_conv_r1", "lora_conv_r4")
+    """Folders under configs/experiments/classify, or for the head alone "linear" and "linear_updated"."""
+    seeds: tuple[int, ...] = (0, 1, 2, 3, 4)
+    """Seeds of the runs; learning rates are chosen on the first."""
+    trials: int = 3
+    """Learning rates a method, 1 to 3."""
+    extra_trials: int = 2
+    """Further rates, while the best one is the lowest or the highest tried."""
+    probe_learning_rate: float = 3e-3
+    """The head's learning rate from which the linear probe's trials start."""
+    source_per_class: int = 500
+    """Pictures of each class that the base learns from, those held out included."""
+    source_steps: int = 1000
+    """Steps of the base."""
+    train_per_class: int = 16
+    """Pictures of each pattern to train on."""
+    validation_per_class: int = 8
+    """Pictures of each pattern to choose the step and the learning rate by."""
+    test_per_class: int = 128
+    """Pictures of each pattern to test on."""
+    max_train_steps: int = 300
+    """Steps of every method, of 32 pictures."""
+    batch_norm: Literal["updated", "frozen"] = "updated"
+    """Statistics of batch norms, for all methods but the linear probe, which leaves them as they are."""
+    work_dir: str = "out/discriminative"
+    """Folder of the pictures and the runs; finished runs are not repeated."""
+    output: str = "benchmarks/results/discriminative.json"
+    """The result file."""
+
+
+def train(folder: Path, **fields: Any) -> dict[str, Any]:
+    """Train a classifier into this folder, or read what an earlier call reported."""
+    from atomdiff.classify.config import ClassifyConfig
+    from atomdiff.classify.train import train_classifier
+
+    if (folder / "report.json").is_file():
+        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
+        return report
+    common = {"random_flip": True, "random_resized_crop": 0.8, "mixed_precision": "bf16", "output_dir": str(folder)}
+    return train_classifier(ClassifyConfig(**common, **fields))
+
+
+def prepare_base(config: BenchmarkConfig, work: Path) -> dict[str, Any]:
+    """Draw both image folders and train the base on the first; give the base's report."""
+    from transformers import ResNetConfig
+
+    from atomdiff.toybox.folders import write_classes, write_patterns
+
+    of_each = config.train_per_class + config.validation_per_class + config.test_per_class
+    write_classes(work / "source", per_class=config.source_per_class, seed=1)
+    write_patterns(work / "target", per_class=of_each, seed=2)
+    ResNetConfig(**RESNET).save_pretrained(work / "architecture")
+    return train(
+        work / "base",
+        pretrained_model_name_or_path=str(work / "architecture"),
+        train_data_dir=str(work / "source"),
+        from_scratch=True,
+        adapter="full",
+        learning_rate=2e-3,
+        head_learning_rate=2e-3,
+        lr_warmup_steps=100,
+        max_train_steps=config.source_steps,
+        validation_steps=250,
+        resolution=64,
+    )
+
+
+def own_rate(config: BenchmarkConfig, method: str) -> float:
+    """The learning rate that stands beside a method's adapter."""
+    import yaml
+
+    if method in PROBES:
+        return config.probe_learning_rate
+    return float(yaml.safe_load((EXPERIMENTS / method / "overrides.yaml").read_text())["learning_rate"])
+
+
+def run(config: BenchmarkConfig, work: Path, method: str, rate: float, seed: int) -> dict[str, Any]:
+    """Tune the base to the target by one method."""
+    of_each = config.train_per_class + config.validation_per_class + config.test_per_class
+    fields = {"adapter": str(EXPERIMENTS / method / "adapter.json"), "learning_rate": rate}
+    fields["batch_norm"] = config.batch_norm
+    if method in PROBES:
+        fields = {"adapter": "linear", "head_learning_rate": rate, "batch_norm": PROBES[method]}
+    report = train(
+        work / config.batch_norm / method / f"{rate:.3g}" / f"seed-{seed}",
+        pretrained_model_name_or_path=str(work / "base" / "classifier"),
+        train_data_dir=str(work / "target"),
+        validation_share=config.validation_per_class / of_each,
+        test_share=config.test_per_class / of_each,
+        max_train_steps=config.max_train_steps,
+        validation_steps=25,
+        seed=seed,
+        **fields,
+    )
+    print(method, f"{rate:.3g}", seed, report["accuracy"], report["train_seconds"], flush=True)
+    return report
+
+
+def compare(config: BenchmarkConfig, work: Path, method: str) -> tuple[dict[str, float], dict[str, Any]]:
+    """Choose a method's learning rate on the first seed and run all seeds at it; give figures and every run."""
+    rates = [own_rate(config, method) * factor for factor in FACTORS[config.trials]]
+    trials: dict[float, dict[str, Any]] = {}
+    for _ in range(1 + config.extra_trials):
+        trials |= {rate: run(config, work, method, rate, config.seeds[0]) for rate in rates if rate not in trials}
+        best = max(
+            trials, key=lambda rate: (trials[rate]["accuracy"]["validation"], -trials[rate]["loss"]["validation"])
+        )
+        beyond = {max(trials): best * 3, min(trials): best / 3}
+        rates = [beyond[best]] if best in beyond else []
+    reports = [run(config, work, method, best, seed) for seed in config.seeds]
+    test = [100 * report["accuracy"]["test"] for report in reports]
+    figures = {
+        "learning_rate": float(f"{best:.3g}"),
+        "test_accuracy": round(statistics.median(test), 2),
+        "test_accuracy_min": round(min(test), 2),
+        "test_accuracy_max": round(max(test), 2),
+        "test_accuracy_mean": round(statistics.mean(test), 2),
+        "train_accuracy": round(statistics.median(100 * report["accuracy"]["train"] for report in reports), 2),
+        "trained_numbers": reports[0]["trained_numbers"]["adapter"],
+        "statistics": reports[0]["trained_numbers"]["statistics"],
+        "share": round(reports[0]["share"], 6),
+        "train_seconds": round(statistics.median(report["train_seconds"] for report in reports), 1),
+    }
+    runs = {
+        "trials": {f"{rate:.3g}": trials[rate]["accuracy"] for rate in sorted(trials)},
+        "seeds": {str(seed): report["accuracy"] for seed, report in zip(config.seeds, reports, strict=True)},
+    }
+    return figures, runs
+
+
+def main(config: BenchmarkConfig) -> None:
+    """Run everything and write the result file."""
+    quiet_libraries()
+    from atomdiff.demo import versions
+
+    started = time.perf_counter()
+    work = Path(config.work_dir)
+    work.mkdir(parents=True, exist_ok=True)
+    base = prepare_base(config, work)
+    figures: dict[str, float] = {
+        "base_test_accuracy": round(100 * base["accuracy"]["test"], 2),
+        "base_numbers": base["base_numbers"],
+        "chance": round(100 / len(list((work / "target").iterdir())), 2),
+    }
+    runs: dict[str, Any] = {}
+    for method in config.methods:
+        found, runs[method] = compare(config, work, method)
+        figures |= {f"{method}:{name}": value for name, value in found.items()}
+    result = {
+        "machine": f"{versions()['machine']}, {torch.get_num_threads()} thread used",
+        "versions": versions(),
+        "date": date.today().isoformat(),
+        "command": f"python benchmarks/discriminative.py --methods {' '.join(config.methods)} "
+        f"--seeds {' '.join(map(str, config.seeds))} --trials {config.trials} --extra_trials {config.extra_trials} "
+        f"--batch_norm {config.batch_norm}",
+        "figures": figures,
+        "runs": runs,
+    }
+    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    print(json.dumps(figures, indent=1))
+    print(f"{time.perf_counter() - started:.0f} s")
+
+
+if __name__ == "__main__":
+    main(parse_config(BenchmarkConfig))

@@ -1,0 +1,308 @@
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import AutoImageProcessor, CLIPConfig, ResNetConfig, ResNetForImageClassification, ViTConfig
+
+from atomdiff.classify import train as training
+from atomdiff.classify.config import ClassifyConfig
+from atomdiff.classify.model import load_classifier, open_model, open_processor
+from atomdiff.classify.train import train_classifier
+from atomdiff.errors import UserError
+
+LORA = {"peft_type": "LORA", "r": 2, "lora_dropout": 0.2, "target_modules": ["convolution"]}
+METHODS = ("linear", "full", "atoms", "lora")
+
+
+@pytest.fixture(scope="module")
+def base(tmp_path_factory):
+    """A tiny random ResNet with batch statistics unlike those it was born with."""
+    folder = tmp_path_factory.mktemp("base")
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        model = ResNetForImageClassification(config).train()
+        model(torch.randn(16, 3, 16, 16))
+        model.save_pretrained(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def pictures(tmp_path_factory):
+    """Three classes, told apart by the direction of their stripes, 12 pictures each."""
+    folder = tmp_path_factory.mktemp("pictures")
+    random = np.random.default_rng(0)
+    y, x = np.mgrid[:16, :16]
+    for name, wave in {"across": y, "down": x, "tilted": x + y}.items():
+        (folder / name).mkdir()
+        for number in range(12):
+            stripes = 128 + 90 * np.sin(wave * np.pi / 2 + random.uniform(0, 6))[..., None]
+            pixels = (stripes + random.normal(0, 20, (16, 16, 3))).clip(0, 255).astype(np.uint8)
+            Image.fromarray(pixels).save(folder / name / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def config(base, pictures, tmp_path):
+    return ClassifyConfig(
+        pretrained_model_name_or_path=str(base),
+        train_data_dir=str(pictures),
+        output_dir=str(tmp_path / "out"),
+        resolution=16,
+        validation_share=0.25,
+        test_share=0.25,
+        max_train_steps=4,
+        train_batch_size=8,
+        validation_steps=2,
+    )
+
+
+def with_method(config, method, tmp_path, **fields):
+    if method == "lora":
+        (tmp_path / "lora.json").write_text(json.dumps(LORA))
+        method = str(tmp_path / "lora.json")
+    rate = {"linear": None, "full": 1e-2}.get(method, 3e-2)
+    return dataclasses.replace(config, adapter=method, learning_rate=rate, **fields)
+
+
+def logits(model):
+    pixels = torch.randn(4, 3, 16, 16, generator=torch.Generator().manual_seed(1))
+    with torch.no_grad():
+        return model.eval()(pixels).logits
+
+
+def keep_trained(monkeypatch):
+    """A list that fills with the trained models."""
+    trained, save = [], training.save_classifier
+
+    def note(folder, model, *rest):
+        trained.append(model)
+        save(folder, model, *rest)
+
+    monkeypatch.setattr(training, "save_classifier", note)
+    return trained
+
+
+def base_model(base):
+    return ResNetForImageClassification.from_pretrained(base)
+
+
+def untrained(config):
+    return open_model(config.pretrained_model_name_or_path, ["across", "down", "tilted"], seed=config.seed)
+
+
+def weight_of(model):
+    return model.resnet.embedder.embedder.convolution.weight
+
+
+def classifier(config):
+    return Path(config.output_dir) / "classifier"
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_what_was_saved_gives_the_logits_that_were_trained(config, method, tmp_path, monkeypatch):
+    config = with_method(config, method, tmp_path)
+    trained = keep_trained(monkeypatch)
+    train_classifier(config)
+    loaded = load_classifier(classifier(config))
+    assert not loaded.training and loaded.config.id2label == {0: "across", 1: "down", 2: "tilted"}
+    assert torch.equal(logits(loaded), logits(trained[0]))
+    assert (logits(loaded) - logits(untrained(config))).abs().max() > 1e-3
+    assert AutoImageProcessor.from_pretrained(classifier(config)).size["shortest_edge"] == 16
+
+
+@pytest.mark.parametrize("batch_norm", [None, "frozen"])
+@pytest.mark.parametrize("method", METHODS)
+def test_only_what_the_method_names_moves_and_it_is_counted(config, method, batch_norm, tmp_path, monkeypatch):
+    config = with_method(config, method, tmp_path, batch_norm=batch_norm)
+    trained = keep_trained(monkeypatch)
+    report = train_classifier(config)
+    before = untrained(config).state_dict()
+    after = {name.replace("base_layer.", ""): tensor for name, tensor in trained[0].state_dict().items()}
+    moved = {name for name, tensor in before.items() if not torch.equal(tensor, after[name])}
+    heads, statistics = (names(before, what) for what in ("classifier", "running|num_batches"))
+    updated = statistics if method != "linear" and batch_norm is None else set()
+    assert moved == heads | updated | (before.keys() - statistics if method == "full" else set())
+    sizes = {name.replace("base_layer.", ""): tensor.numel() for name, tensor in trained[0].named_parameters()}
+    base = sum(before[name].numel() for name in before.keys() - heads - names(before, "num_batches"))
+    added = sum(size for name, size in sizes.items() if name not in before)
+    assert (added > 0) == (method in ("atoms", "lora"))
+    counted = sum(before[name].numel() for name in names(before, "running")) if updated else 0
+    adapter = sum(before[name].numel() for name in before.keys() - heads - statistics) if method == "full" else added
+    assert report["trained_numbers"] == {"adapter": adapter, "statistics": counted, "head": 16 * 3 + 3}
+    assert report["base_numbers"] == base and report["share"] == (adapter + counted) / base
+
+
+def names(tensors, pattern):
+    return {name for name in tensors if re.search(pattern, name)}
+
+
+def test_statistics_of_batch_norms_are_saved(config, monkeypatch):
+    train_classifier(config)
+    loaded, base = load_classifier(classifier(config)).resnet, untrained(config).resnet
+    mean = loaded.embedder.embedder.normalization.running_mean
+    assert not torch.equal(mean, base.embedder.embedder.normalization.running_mean)
+
+
+@pytest.mark.parametrize("targets", ["all", "conv+proj"])
+def test_an_adapter_for_all_layers_spares_the_head(config, targets, tmp_path):
+    (tmp_path / "adapter.json").write_text(json.dumps({"peft_type": "ATOMS", "target_modules": targets}))
+    report = train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json")))
+    assert report["trained_numbers"]["head"] == 16 * 3 + 3
+    assert not hasattr(load_classifier(classifier(config)).classifier[1], "base_layer")
+
+
+def test_atoms_alone_learn(config):
+    config = dataclasses.replace(config, head_learning_rate=0.0, batch_norm="frozen", max_train_steps=60)
+    report = train_classifier(dataclasses.replace(config, learning_rate=0.05, validation_steps=20))
+    start = train_classifier(dataclasses.replace(config, learning_rate=0.0, max_train_steps=1))
+    assert start["accuracy"]["train"] < 0.7
+    assert report["accuracy"]["train"] > 0.9 and report["accuracy"]["test"] > 0.8
+    assert report["pictures"] == {"train": 18, "validation": 9, "test": 9}
+
+
+def test_the_weights_of_the_best_validation_are_kept(config, monkeypatch):
+    usual, scores, weights = training.evaluate, iter((0.2, 0.7, 0.7, 0.7, 0.5)), []
+    losses = iter((1.0, 1.0, 0.8, 0.9, 0.1))
+
+    def judge(run, pictures):
+        if pictures is not run.splits.validation or len(weights) == 5:
+            return usual(run, pictures)
+        weights.append(run.model.classifier[1].weight.detach().clone())
+        return {"accuracy": next(scores), "loss": next(losses)}
+
+    monkeypatch.setattr(training, "evaluate", judge)
+    report = train_classifier(dataclasses.replace(config, validation_steps=2, max_train_steps=10))
+    assert [validation["step"] for validation in report["validations"]] == [2, 4, 6, 8, 10]
+    assert report["best_step"] == 6
+    kept = load_classifier(classifier(config)).classifier[1].weight
+    assert [torch.equal(kept, weight) for weight in weights] == [False, False, True, False, False]
+
+
+def test_a_run_without_progress_stops_early(config, monkeypatch):
+    scores = iter((0.5, 0.6, 0.4, 0.6, 0.9))
+    monkeypatch.setattr(training, "evaluate", lambda run, pictures: {"accuracy": next(scores, 0.0), "loss": 1.0})
+    report = train_classifier(dataclasses.replace(config, max_train_steps=10, early_stopping_patience=2))
+    assert [validation["step"] for validation in report["validations"]] == [2, 4, 6, 8] and report["best_step"] == 4
+
+
+def test_same_config_same_numbers_and_the_seed_changes_all_choices(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, random_flip=True, random_resized_crop=0.5, max_train_steps=2)
+    config = with_method(config, "lora", tmp_path, mixed_precision="bf16")
+    trained = keep_trained(monkeypatch)
+    reports = [train_classifier(run) for run in (config, config, dataclasses.replace(config, seed=1))]
+    for report in reports:
+        report.pop("train_seconds")
+    assert reports[0] == reports[1]
+    assert torch.equal(logits(trained[0]), logits(trained[1]))
+    assert (logits(trained[0]) - logits(trained[2])).abs().max() > 1e-2
+
+
+def test_workers_change_nothing(config, monkeypatch):
+    config = dataclasses.replace(config, random_flip=True, random_resized_crop=0.5, max_train_steps=2)
+    trained = keep_trained(monkeypatch)
+    for workers in (0, 1):
+        train_classifier(dataclasses.replace(config, dataloader_num_workers=workers))
+    assert torch.equal(logits(trained[0]), logits(trained[1]))
+
+
+def test_a_head_of_the_same_size_is_replaced_too(config, base):
+    pretrained = ResNetForImageClassification.from_pretrained(base)
+    opened = untrained(config)
+    assert torch.equal(opened.resnet.embedder.embedder.convolution.weight, weight_of(pretrained))
+    assert not torch.equal(opened.classifier[1].weight, pretrained.classifier[1].weight)
+
+
+def test_a_base_from_scratch_is_trained_whole_from_its_config_alone(config, base, tmp_path):
+    (tmp_path / "plan").mkdir()
+    (tmp_path / "plan" / "config.json").write_text((base / "config.json").read_text())
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "plan"), from_scratch=True)
+    report = train_classifier(dataclasses.replace(config, adapter="full", learning_rate=1e-2))
+    assert report["share"] == 1.0
+    assert not torch.allclose(weight_of(load_classifier(classifier(config))), weight_of(base_model(base)), atol=0.05)
+    with pytest.raises(UserError, match="adapter='atoms': from_scratch .* adapter \"full\""):
+        train_classifier(config)
+
+
+def test_the_bases_own_preprocessing_is_used_unless_a_resolution_is_asked_for(config, base, tmp_path):
+    model = untrained(config)
+    plain = open_processor(str(base), model)
+    assert plain.size["shortest_edge"] == 224  # a ResNet's config does not know its pictures' size
+    own = type(plain)(size={"shortest_edge": 20}, image_mean=[0.1] * 3, crop_pct=1.0)
+    for part in base.iterdir():
+        (tmp_path / part.name).write_bytes(part.read_bytes())
+    own.save_pretrained(tmp_path)
+    for resolution, side in ((None, 20), (16, 16)):
+        processor = open_processor(str(tmp_path), model, resolution=resolution)
+        pixels = processor(Image.new("RGB", (30, 40)), return_tensors="pt")["pixel_values"]
+        assert pixels.shape == (1, 3, side, side) and list(processor.image_mean) == [0.1] * 3
+
+
+def test_another_base_is_refused(config, tmp_path):
+    train_classifier(config)
+    other = ResNetForImageClassification.from_pretrained(config.pretrained_model_name_or_path)
+    with torch.no_grad():
+        weight_of(other)[0, 0, 0, 0] += 1e-3
+    other.save_pretrained(tmp_path / "other")
+    load_classifier(classifier(config), config.pretrained_model_name_or_path)
+    with pytest.raises(UserError, match="not those that it was trained on"):
+        load_classifier(classifier(config), str(tmp_path / "other"))
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"pretrained_model_name_or_path": "no/such/folder"}, "'no/such/folder': neither a folder"),
+        ({"train_data_dir": "nowhere"}, "train_data_dir='nowhere': no such folder"),
+        ({"adapter": "nowhere.json"}, "adapter='nowhere.json': no such file"),
+        ({"mixed_precision": "fp16"}, "needs a GPU"),
+        ({"learning_rate": 1e30}, "step [23]: the (loss|gradient's norm) is (nan|inf); lower learning_rate"),
+    ],
+)
+def test_mistakes_are_user_errors(config, fields, message):
+    with pytest.raises(UserError, match=message):
+        train_classifier(dataclasses.replace(config, **fields))
+
+
+@pytest.mark.parametrize(
+    ("adapter", "message"),
+    [
+        (
+            {**LORA, "target_modules": ["convolution", "classifier.1"], "exclude_modules": ["embedder.convolution"]},
+            r"targets the head \(classifier.1\)",
+        ),
+        ({**LORA, "modules_to_save": ["classifier"]}, "modules_to_save; leave it out"),
+        ({**LORA, "target_modules": ["nothing"]}, "the adapter does not fit the base"),
+        ({"peft_type": "ATOMS", "target_modules": ["normalization"]}, "atoms adapt"),
+    ],
+)
+def test_adapters_that_do_not_fit_are_user_errors(config, adapter, message, tmp_path):
+    (tmp_path / "adapter.json").write_text(json.dumps(adapter))
+    with pytest.raises(UserError, match=message):
+        train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json")))
+
+
+def test_a_model_that_is_no_classifier_is_a_user_error(config, tmp_path):
+    CLIPConfig().text_config.save_pretrained(tmp_path)
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path), from_scratch=True, adapter="full")
+    with pytest.raises(UserError, match="neither a folder with an image classifier"):
+        train_classifier(config)
+
+
+def test_a_transformer_goes_through_as_well(config, tmp_path):
+    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTConfig(**small, image_size=16, patch_size=4).save_pretrained(tmp_path)
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path), resolution=None)
+    report = train_classifier(dataclasses.replace(config, from_scratch=True, adapter="full"))
+    tuned = dataclasses.replace(
+        config, pretrained_model_name_or_path=str(classifier(config)), output_dir=f"{tmp_path}/t"
+    )
+    (tmp_path / "adapter.json").write_text(json.dumps({"peft_type": "ATOMS", "target_modules": "attention"}))
+    report = train_classifier(dataclasses.replace(tuned, adapter=str(tmp_path / "adapter.json")))
+    assert report["trained_numbers"]["adapter"] > 0 and report["trained_numbers"]["head"] == 16 * 3 + 3
+    assert load_classifier(classifier(tuned)).config.image_size == 16

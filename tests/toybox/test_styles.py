@@ -1,0 +1,57 @@
+import numpy as np
+from PIL import Image
+
+from atomdiff.toybox.folders import PATTERN_NAMES, class_picture, pattern_picture, write_folder
+from atomdiff.toybox.styles import ink
+
+
+def drawn(seed, function=pattern_picture, name="rings"):
+    return np.asarray(function(name, np.random.default_rng(seed))).astype(float)
+
+
+def test_ink_keeps_edges_and_nothing_else():
+    halves = np.zeros((64, 64, 3), dtype=np.uint8)
+    halves[:, 32:] = (250, 40, 40)
+    sheet = np.asarray(ink(Image.fromarray(halves), np.random.default_rng(0))).astype(float).mean(axis=2)
+    line, areas = sheet[:, 31], np.delete(sheet, 31, axis=1)
+    assert line.max() < 130 < areas.min()
+    assert abs(areas[:, :31].mean() - areas[:, 31:].mean()) < 2
+
+
+def test_ink_changes_the_statistics_of_pictures():
+    def colourfulness(pictures):
+        return np.mean([np.std(picture.reshape(-1, 3).mean(axis=0)) for picture in pictures])
+
+    plain, inked = (
+        [drawn(seed, f, n) for seed in range(20)] for f, n in ((class_picture, "mug"), (pattern_picture, "rings"))
+    )
+    assert np.mean([p.mean() for p in inked]) > np.mean([p.mean() for p in plain]) + 40
+    sideways = [np.mean([np.abs(np.diff(p.mean(axis=2), axis=1)).mean() for p in part]) for part in (plain, inked)]
+    assert sideways[1] > 1.5 * sideways[0]
+
+
+def test_pictures_follow_from_their_seed_and_patterns_show():
+    assert np.array_equal(drawn(3), drawn(3)) and not np.array_equal(drawn(3), drawn(4))
+    shown = [drawn(3, name=name) for name in PATTERN_NAMES]
+    assert len({picture.tobytes() for picture in shown}) == 8
+
+
+def test_a_folder_is_written_once_whole_and_the_same(tmp_path):
+    calls = []
+
+    def dot(name, rng):
+        calls.append(name)
+        return Image.new("L", (2, 2), int(rng.integers(256)))
+
+    for folder in ("one", "one", "two"):
+        write_folder(tmp_path / folder, ("a", "b"), dot, 3, seed=0)
+    assert len(calls) == 12
+    files = {folder: sorted((tmp_path / folder).rglob("*.png")) for folder in ("one", "two")}
+    assert [file.relative_to(tmp_path / "one").as_posix() for file in files["one"]][:4] == [
+        "a/0000.png",
+        "a/0001.png",
+        "a/0002.png",
+        "b/0000.png",
+    ]
+    assert [f.read_bytes() for f in files["one"]] == [f.read_bytes() for f in files["two"]]
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["one", "two"]

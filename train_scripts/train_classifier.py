@@ -1,0 +1,38 @@
+"""Tune a classifier: accelerate launch train_scripts/train_classifier.py --train_data_dir FOLDER ... [--field value].
+
+Every field of `atomdiff.classify.config.ClassifyConfig` is an option; --help lists them.
+"""
+
+import sys
+
+from atomdiff._quiet import quiet_libraries
+from atomdiff.classify.config import load_config
+from atomdiff.errors import UserError
+
+PROGRAM = "train_classifier.py"
+
+
+def main() -> int:
+    """Run; return the exit status: 0; 2 for a mistake in what was asked, told in one line; 130 if stopped."""
+    try:
+        config = load_config(prog=PROGRAM)
+        quiet_libraries()
+        from accelerate import PartialState
+
+        from atomdiff.classify.train import train_classifier
+
+        report = train_classifier(config)
+        shown = {split: accuracy for split, accuracy in report["accuracy"].items() if accuracy is not None}
+        accuracies = ", ".join(f"{split} {accuracy:.3f}" for split, accuracy in shown.items())
+        PartialState().print(f"saved {config.output_dir}/classifier; accuracy: {accuracies}")
+    except (UserError, OSError) as error:
+        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("stopped", file=sys.stderr)
+        return 130
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())
