@@ -4,6 +4,7 @@ from pathlib import Path
 
 import pytest
 
+from atomdiff.classify.config import load_config as load_classifier_config
 from atomdiff.cli import main
 from atomdiff.command_line import parse_config
 from atomdiff.demo import DemoConfig
@@ -55,12 +56,12 @@ def test_every_command_is_accepted(concept, tmp_path, capsys):
     for words in commands():
         if words[0] == "make":
             continue
-        verb = "train" if words[0] == "accelerate" else words[1]
+        verb = Path(words[2]).stem if words[0] == "accelerate" else words[1]
         options = words[3:] if words[0] == "accelerate" else words[2:]
         seen.add(verb)
-        if verb == "train":
+        if words[0] == "accelerate":
             assert (ROOT / words[2]).is_file()
-            load_config(options)
+            {"train_dreambooth": load_config, "train_classifier": load_classifier_config}[verb](options)
         elif verb == "sample":
             parse_config(SampleConfig, options)
         elif verb == "demo":
@@ -69,7 +70,7 @@ def test_every_command_is_accepted(concept, tmp_path, capsys):
             assert verb == "inspect"
             main([verb, *options])
             assert ("sks mug" if CONCEPT in options else "17,524") in capsys.readouterr().out
-    assert seen == {"train", "sample", "demo", "inspect"}
+    assert seen == {"train_dreambooth", "train_classifier", "sample", "demo", "inspect"}
 
 
 def test_the_python_of_the_readme_runs(concept):
