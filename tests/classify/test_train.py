@@ -23,7 +23,7 @@ METHODS = ("linear", "full", "atoms", "lora")
 def base(tmp_path_factory):
     """A tiny random ResNet with batch statistics unlike those it was born with."""
     folder = tmp_path_factory.mktemp("base")
-    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=3)
+    config = ResNetConfig(embedding_size=8, hidden_sizes=[8, 16], depths=[1, 1], layer_type="basic", num_labels=5)
     with torch.random.fork_rng():
         torch.manual_seed(0)
         model = ResNetForImageClassification(config).train()
@@ -211,11 +211,19 @@ def test_workers_change_nothing(config, monkeypatch):
     assert torch.equal(logits(trained[0]), logits(trained[1]))
 
 
-def test_a_head_of_the_same_size_is_replaced_too(config, base):
-    pretrained = ResNetForImageClassification.from_pretrained(base)
-    opened = untrained(config)
-    assert torch.equal(opened.resnet.embedder.embedder.convolution.weight, weight_of(pretrained))
-    assert not torch.equal(opened.classifier[1].weight, pretrained.classifier[1].weight)
+def test_a_head_of_the_same_size_is_replaced_too_and_follows_from_the_seed(base):
+    pretrained = base_model(base)
+    one, again, other = (open_model(str(base), list("abcde"), seed=seed) for seed in (0, 0, 1))
+    assert torch.equal(weight_of(one), weight_of(pretrained))
+    heads = [model.classifier[1].weight for model in (one, again, other, pretrained)]
+    assert [torch.equal(heads[0], head) for head in heads] == [True, True, False, False]
+
+
+def test_learning_rates_follow_the_schedule(config):
+    config = dataclasses.replace(config, lr_scheduler="linear", lr_warmup_steps=2, learning_rate=0.01, logging_steps=1)
+    train_classifier(config)
+    lines = (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()
+    np.testing.assert_allclose([json.loads(line)["lr"] for line in lines], [0, 0.005, 0.01, 0.005])
 
 
 def test_a_base_from_scratch_is_trained_whole_from_its_config_alone(config, base, tmp_path):
