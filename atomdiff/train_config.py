@@ -207,9 +207,16 @@ def load_config(arguments: Sequence[str] | None = None, *, prog: str | None = No
     Raises:
         UserError: A field has a value that cannot be used.
     """
+    config: TrainConfig = parse_with_overrides(TrainConfig, arguments, prog)
+    return config
+
+
+def parse_with_overrides(config_class: Any, arguments: Sequence[str] | None, prog: str | None) -> Any:
+    """Parse a config with a field `adapter`; the overrides.yaml beside that file, if it is one, changes defaults."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
-    config = parse_config(TrainConfig, arguments, prog=prog)
-    overrides = Path(config.adapter).with_name("overrides.yaml")
-    if overrides.is_file():
-        config = parse_config(TrainConfig, ["--config", str(overrides), *arguments], prog=prog)
+    config = parse_config(config_class, arguments, prog=prog)
+    adapter = Path(config.adapter)
+    overrides = adapter.with_name("overrides.yaml")
+    if adapter.is_file() and overrides.is_file():
+        config = parse_config(config_class, ["--config", str(overrides), *arguments], prog=prog)
     return config

@@ -1,15 +1,12 @@
 """What a classifier's training run can be told: one frozen dataclass."""
 
 import math
-import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any, Literal, get_args
 
-from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
-from atomdiff.train_config import Precision, Schedule
+from atomdiff.train_config import Precision, Schedule, parse_with_overrides
 
 LINEAR = "linear"
 
@@ -142,9 +139,5 @@ def load_config(arguments: Sequence[str] | None = None, *, prog: str | None = No
     Raises:
         UserError: A field has a value that cannot be used.
     """
-    arguments = sys.argv[1:] if arguments is None else list(arguments)
-    config = parse_config(ClassifyConfig, arguments, prog=prog)
-    overrides = Path(config.adapter).with_name("overrides.yaml")
-    if Path(config.adapter).is_file() and overrides.is_file():
-        config = parse_config(ClassifyConfig, ["--config", str(overrides), *arguments], prog=prog)
+    config: ClassifyConfig = parse_with_overrides(ClassifyConfig, arguments, prog)
     return config

@@ -152,9 +152,10 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         return made_from[0].data_ptr(), self.unmerged_weight().data_ptr(), versions
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move codes along to another device or dtype."""
+        """Move codes along to another device or dtype, unless something newer has been loaded."""
+        valid = {key: codes for key, (source, codes) in self._codes.items() if source == self._source(*key)}
         moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._codes = {key: (self._source(*key), fn(codes)) for key, (_, codes) in self._codes.items()}
+        self._codes = {key: (self._source(*key), fn(codes)) for key, codes in valid.items()}
         return moved
 
     def __getstate__(self) -> dict[str, Any]:

@@ -257,6 +257,7 @@ def test_a_sparse_code_follows_the_base_weight_and_the_atoms():
     layer, other = coded_layer(), nn.Conv2d(8, 8, 3)
     before = layer.adapted_weight(["a"])
     layer.base_layer.load_state_dict(other.state_dict())
+    layer.double().float()  # what moves along is not the old code
     fresh = AtomLayer(other)
     fresh.update_layer("a", AtomConfig(basis="sparse", channel_block=1, num_atoms=4), "conv")
     fresh.load_state_dict(layer.state_dict())
