@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.atoms import singular_values
-from atomdiff.delta_file import DeltaFile, some
+from atomdiff.delta_file import DeltaFile, shown, some
 from atomdiff.errors import UserError
 from atomdiff.tuner.attach import base_weights
 from atomdiff.tuner.config import AtomConfig
@@ -20,6 +20,11 @@ from atomdiff.tuner.factor import factors_of
 # its size 0.006; the base as it was earlier in its pretraining 0.11; an untrained model 0.23.
 SAME_BASE = 0.002
 DERIVED_BASE = 0.15
+
+# A few small tensors can stand for matrices of (row, row) numbers, or for a sparse code of (blocks, atoms).
+_LONGEST_ROW = 4096
+_MOST_ATOMS = 8  # times the length of a row
+_SPARSE_SIZES = (2**-20, 2.0)  # of numbers in sparse atoms that are not zero, and of their norms, with some room
 
 
 def check_base(delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False) -> float:
@@ -39,7 +44,7 @@ def check_base(delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch
     weights = weights_below(delta, models)
     check_layers(delta, weights)
     distance = base_distance(delta, weights)
-    base = f" {delta.base_model!r}" if delta.base_model else ""
+    base = f" {shown(repr(delta.base_model))}" if delta.base_model else ""
     found = f"this base is at distance {distance:.3g} from the one that the concept was made on{base}"
     if distance > DERIVED_BASE and not allow_mismatch:
         raise UserError(
@@ -94,8 +99,26 @@ def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
         found["fingerprint"] = (len(delta.fingerprint[module]),)
         if found != expected:
             wrong.append(f"{module} (found {found}, this base takes {expected})")
+        elif large := [f for f in factors if f.size > _LONGEST_ROW or f.num_atoms > _MOST_ATOMS * f.size]:
+            count, size = large[0].num_atoms, large[0].size
+            raise UserError(
+                f"the concept has {count} atoms of {size} numbers in {module}, too many to work with: train one with "
+                f"rows of at most {_LONGEST_ROW} numbers and at most {_MOST_ATOMS} times as many atoms as numbers"
+            )
+        elif delta.config.basis == "sparse" and not all(_have_codes(tensors[f"{f.kind}_basis"]) for f in factors):
+            raise UserError(
+                f"the concept is damaged: the sparse atoms of {module} are longer than 1 or hold numbers next to 0; "
+                "copy or download it again"
+            )
     if wrong:
         raise UserError(f"the concept does not fit this base: {some(wrong)}")
+
+
+def _have_codes(atoms: Tensor) -> bool:
+    """Whether sparse codes can be worked out in float32 for atoms (m, d), as they are learnt and stored."""
+    least, most = _SPARSE_SIZES
+    sizes = atoms.abs()
+    return bool(((sizes == 0) | (sizes >= least)).all() and (atoms.norm(dim=1) <= most).all())
 
 
 def base_distance(delta: DeltaFile, weights: Mapping[str, Tensor]) -> float:

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import math
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -23,7 +22,15 @@ from atomdiff.tuner.layer import TENSOR_KINDS
 
 FORMAT = "atomdiff"
 FORMAT_VERSION = "1"
+
+MAX_HEADER_BYTES = 4 << 20  # all layers of SDXL in channel blocks of 16 take 2.5 MB
+_MAX_FILE_BYTES = 1 << 30
+_MAX_WORDS = 64
+_MAX_WORD_LENGTH = 100
+_MAX_SINGULAR_VALUE = 1e60  # beyond all float32 weights; its square is still finite
+_DTYPES = ("F16", "BF16", "F32", "F64")
 _NAMED_SHOWN = 3
+_SHOWN_LENGTH = 300
 
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)}
 _NOT_STORED = _PEFT_FIELDS - {"peft_type"} | {"init_weights", "modules_to_save"}
@@ -58,8 +65,10 @@ def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torc
     """Write a concept; the same input gives the same bytes, whatever they replace is replaced at once.
 
     Raises:
-        UserError: a value is not finite, or too large for `dtype`; nothing is written.
+        UserError: a value is not finite, or too large for `dtype`, or there is more than a file may hold; nothing is
+            written.
     """
+    check_words(path, delta.tokens)
     tensors = {f"{module}.{kind}": tensor for module, kinds in delta.layers.items() for kind, tensor in kinds.items()}
     for word, vectors in delta.tokens.items():
         tensors.update({token_key(word, encoder): vector for encoder, vector in vectors.items()})
@@ -81,44 +90,50 @@ def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torc
         "training": _json(delta.training),
         **{f"modelspec.{key}": value for key, value in delta.modelspec.items()},
     }
+    data = _sort_header(save(tensors, metadata))
+    if len(data) > _MAX_FILE_BYTES:
+        raise UserError(f"cannot save a concept of {len(data):,} bytes, only {_MAX_FILE_BYTES:,}: use fewer numbers")
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
     partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(_sort_header(save(tensors, metadata)))
+    partial.write_bytes(data)
     partial.replace(target)
 
 
 def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
     """Read a concept and check all that can be checked without a base; tensors come as float32.
 
+    The header is checked before any tensor is read. Names and paths in it are only texts, never opened.
+
     Raises:
         UserError: the file is damaged, of another format or version, or holds values that are not finite.
     """
-    if Path(path).is_dir():
-        raise UserError(f"{path} is a folder; expected a concept file such as mug.atoms.safetensors")
-    tensors, metadata = read_tensors(path)
-    if metadata.get("format") != FORMAT:
-        raise UserError(f"{path} is not an atomdiff file: its format is {metadata.get('format')!r}, not {FORMAT!r}")
-    if metadata.get("format_version") != FORMAT_VERSION:
-        raise UserError(
-            f"{path} has format version {metadata.get('format_version')!r}; this atomdiff reads version "
-            f"{FORMAT_VERSION!r}: update atomdiff"
-        )
+    metadata, dtypes = read_header(path)
+    if (size := os.path.getsize(path)) > _MAX_FILE_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; a concept has at most {_MAX_FILE_BYTES:,}")
+    for key, dtype in dtypes.items():
+        kind = key.rpartition(".")[2]
+        if dtype not in _DTYPES or not (key.startswith("token.") or kind in TENSOR_KINDS):
+            raise UserError(
+                f"{path} holds {some([key])!r} ({shown(dtype)}), which this atomdiff does not know: update it"
+            )
+    config = _read_config(path, metadata)
+    check_words(path, {split_token_key(key)[0] for key in dtypes if key.startswith("token.")})
+    modules = {key.rpartition(".")[0] for key in dtypes if not key.startswith("token.")}
+    fingerprint = _read_fingerprint(path, metadata, modules)
     layers: dict[str, dict[str, Tensor]] = {}
     tokens: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in tensors.items():
-        module, _, kind = key.rpartition(".")
+    for key, tensor in _read_tensors(path).items():
         if key.startswith("token."):
             word, encoder = split_token_key(key)
             tokens.setdefault(word, {})[encoder] = tensor
-        elif kind in TENSOR_KINDS and tensor.is_floating_point():
-            layers.setdefault(module, {})[kind] = tensor
         else:
-            raise UserError(f"{path} holds {key!r} ({tensor.dtype}), which this atomdiff does not know: update it")
+            module, _, kind = key.rpartition(".")
+            layers.setdefault(module, {})[kind] = tensor
     return DeltaFile(
-        config=_read_config(path, metadata),
+        config=config,
         layers=layers,
-        fingerprint=_read_fingerprint(path, metadata, layers),
+        fingerprint=fingerprint,
         tokens=tokens,
         base_model=metadata.get("base_model", ""),
         trigger_phrase=metadata.get("trigger_phrase", ""),
@@ -128,23 +143,62 @@ def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
     )
 
 
+def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, str]]:
+    """Metadata of a delta file, and its tensors' names with their dtypes as safetensors writes them, such as "F16".
+
+    Nothing behind the header is read.
+
+    Raises:
+        UserError: the file is damaged or cut off, or of another format or version.
+    """
+    metadata, dtypes = _read_header(path)
+    if metadata.get("format") != FORMAT:
+        found = shown(repr(metadata.get("format")))
+        raise UserError(f"{path} is not an atomdiff file: its format is {found}, not {FORMAT!r}")
+    if metadata.get("format_version") != FORMAT_VERSION:
+        found = shown(repr(metadata.get("format_version")))
+        raise UserError(
+            f"{path} has format version {found}; this atomdiff reads version {FORMAT_VERSION!r}: update atomdiff"
+        )
+    return metadata, dtypes
+
+
 def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
     """Tensors and metadata of a safetensors file; floating-point tensors come as float32 and must be finite.
 
     Raises:
         UserError: the file is damaged, or holds values that are not finite.
     """
-    try:
-        with safe_open(path, framework="pt") as file:
-            metadata: dict[str, str] = file.metadata() or {}
-            tensors = {key: file.get_tensor(key) for key in sorted(file.keys())}
-    except (SafetensorError, OSError, ValueError, RuntimeError) as error:
-        raise UserError(f"cannot read {path}: {error}; copy or download it again") from error
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
-        raise UserError(f"{path} is damaged: {some(broken)} holds values that are not finite")
-    floats = {key: t.to(torch.float32) if t.is_floating_point() else t for key, t in tensors.items()}
-    return floats, metadata
+    metadata, _ = _read_header(path)
+    return _read_tensors(path), metadata
+
+
+def parse_json(text: str) -> dict[str, Any]:
+    """A JSON object as programs write it: no key twice, nothing that is no text.
+
+    Raises:
+        ValueError: the text is something else.
+        RecursionError: it is nested too deeply.
+    """
+    values = json.loads(text, object_pairs_hook=_without_repeats)
+    if not isinstance(values, dict):
+        raise ValueError("not a JSON object")
+    if "\\u" in text:
+        _json(values).encode()  # a UnicodeEncodeError is a ValueError: halves of characters cannot even be printed
+    return values
+
+
+def check_words(path: str | os.PathLike[str], words: Collection[str]) -> None:
+    """Check that the trigger words of a concept file are few and short: each costs memory and time in a tokenizer.
+
+    Raises:
+        UserError: they do not.
+    """
+    if len(words) > _MAX_WORDS or any(len(word) > _MAX_WORD_LENGTH for word in words):
+        raise UserError(
+            f"{path}: {len(words)} trigger words ({some(sorted(words))}); a concept has at most {_MAX_WORDS}, of at "
+            f"most {_MAX_WORD_LENGTH} characters"
+        )
 
 
 def token_key(word: str, encoder: str) -> str:
@@ -162,40 +216,91 @@ def split_token_key(key: str) -> tuple[str, str]:
 def some(names: Sequence[str]) -> str:
     """The first few of the names, and how many more there are."""
     more = len(names) - _NAMED_SHOWN
-    return ", ".join(names[:_NAMED_SHOWN]) + (f" and {more} more" if more > 0 else "")
+    return ", ".join(map(shown, names[:_NAMED_SHOWN])) + (f" and {more} more" if more > 0 else "")
+
+
+def shown(text: str) -> str:
+    """A text from a file as a message can have it: not too long, and without characters that act on a terminal."""
+    text = text[: _SHOWN_LENGTH + 1]
+    text = text if text.isprintable() else repr(text)
+    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
+
+
+def _read_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """Metadata and dtypes by key of any safetensors file; takes memory for its header only, whatever that says."""
+    if not os.path.isfile(path):
+        found = "is a folder" if os.path.isdir(path) else "is no file"
+        raise UserError(f"{path} {found}; expected a concept file such as mug.atoms.safetensors")
+    try:
+        with open(path, "rb") as file:
+            size = int.from_bytes(file.read(8), "little")
+            room = os.fstat(file.fileno()).st_size - 8
+            if size > min(room, MAX_HEADER_BYTES):
+                most = f"{MAX_HEADER_BYTES:,} are allowed" if size <= room else f"{max(room, 0):,} follow"
+                raise ValueError(f"it is no safetensors file, or cut off (a header of {size:,} bytes, {most})")
+            header = parse_json(file.read(size).decode())
+        metadata = header.pop("__metadata__", {})
+        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
+            raise ValueError("its metadata are not all texts")
+        if max((info["data_offsets"][1] for info in header.values()), default=0) != room - size:
+            raise ValueError("its header does not fit its contents")
+        return metadata, {key: str(info["dtype"]) for key, info in header.items()}
+    except (OSError, ValueError) as error:
+        raise UserError(f"cannot read {path}: {shown(str(error))}; copy or download it again") from error
+    except (RecursionError, TypeError, LookupError) as error:
+        raise UserError(f"{path} is damaged: its header is not of safetensors; copy or download it again") from error
+
+
+def _read_tensors(path: Any) -> dict[str, Tensor]:
+    try:
+        with safe_open(path, framework="pt") as file:
+            tensors = {key: _wide(file.get_tensor(key)) for key in sorted(file.keys())}
+        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, MemoryError) as error:
+        raise UserError(f"cannot read {path}: {shown(str(error))}; copy or download it again") from error
+    if broken:
+        raise UserError(f"{path} is damaged: {some(broken)} holds values that are not finite")
+    return tensors
+
+
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
 
 
 def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:
     values = _read_json(path, metadata, "adapter_config")
     unknown = sorted(values.keys() - _CONFIG_FIELDS)
     if unknown or values.get("peft_type") != "ATOMS":
-        found = some(unknown) if unknown else f"peft_type {values.get('peft_type')!r}"
+        found = some(unknown) if unknown else shown(f"peft_type {values.get('peft_type')!r}")
         raise UserError(f"{path} has settings that this atomdiff does not know ({found}): update atomdiff")
     try:
         return AtomConfig(**values)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{path} is damaged: its settings are not valid: {error}") from error
+    except (TypeError, ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: its settings are not valid: {shown(str(error))}") from error
 
 
-def _read_fingerprint(path: Any, metadata: Mapping[str, str], layers: Mapping[str, Any]) -> dict[str, list[float]]:
+def _read_fingerprint(path: Any, metadata: Mapping[str, str], layers: Collection[str]) -> dict[str, list[float]]:
     values = _read_json(path, metadata, "base_fingerprint")
-    complete = set(values) == set(layers)
-    if not complete or not all(_is_number_list(value) for value in values.values()):
+    if set(values) != set(layers) or not all(_is_number_list(value) for value in values.values()):
         raise UserError(f"{path} is damaged: its base_fingerprint is not one list of numbers for each layer")
     return values
 
 
 def _is_number_list(values: Any) -> bool:
-    return isinstance(values, list) and all(isinstance(v, (int, float)) and math.isfinite(v) for v in values)
+    return isinstance(values, list) and all(type(v) in (int, float) and 0 <= v < _MAX_SINGULAR_VALUE for v in values)
 
 
 def _read_json(path: Any, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
-        values = json.loads(metadata[key])
+        return parse_json(metadata[key])
     except (KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: no valid {key} in its metadata") from error
-    if not isinstance(values, dict):
-        raise UserError(f"{path} is damaged: {key} in its metadata is not a JSON object")
+        raise UserError(f"{path} is damaged: no valid {key} in its metadata: {shown(str(error))}") from error
+
+
+def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    values = dict(pairs)
+    if len(values) < len(pairs):
+        raise ValueError("a key stands twice in a JSON object")
     return values
 
 

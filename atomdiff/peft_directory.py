@@ -4,19 +4,23 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atomdiff.delta_file import read_tensors, some, split_token_key, token_key
+from atomdiff.delta_file import check_words, parse_json, read_tensors, shown, some, split_token_key, token_key
 from atomdiff.errors import UserError
+from atomdiff.tuner.config import check_patterns
 
 LEARNED_EMBEDS_NAME = "learned_embeds.safetensors"
 
+_MAX_CONFIG_BYTES = 1 << 20
+_ELSEWHERE = ("adapters", "megatron_config", "shadow_model")  # make PEFT open other files, or import modules
 _REWRITING = re.compile("pissa.*|olora|corda|loftq|lora_ga")  # initialisations that change the base weights
 
 Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
@@ -74,10 +78,11 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
     tokens: Tokens = {}
     if (path / LEARNED_EMBEDS_NAME).is_file():
         for key, vector in read_tensors(path / LEARNED_EMBEDS_NAME)[0].items():
-            if not key.startswith("token."):
-                raise UserError(f"{path / LEARNED_EMBEDS_NAME} holds {key!r}, not only words under 'token.<word>'")
+            if not (key.startswith("token.") and vector.is_floating_point()):
+                raise UserError(f"{path / LEARNED_EMBEDS_NAME} holds {some([key])}, not only embeddings 'token.<word>'")
             word, encoder = split_token_key(key)
             tokens.setdefault(word, {})[encoder] = vector
+        check_words(path / LEARNED_EMBEDS_NAME, tokens)
     if not adapters and not tokens:
         raise UserError(f"{path} holds no concept: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} in it")
     return adapters, tokens
@@ -88,10 +93,19 @@ def _folder(path: Path, component: str, denoiser: str) -> Path:
 
 
 def _read_config(folder: Path) -> PeftConfig:
+    file = folder / CONFIG_NAME
     try:
+        if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes, expected at most {_MAX_CONFIG_BYTES:,}")
+        values = parse_json(file.read_text("utf-8"))
+        if not isinstance(values.get("peft_type"), str):
+            raise ValueError("it has no peft_type")
+        if elsewhere := [key for key in _ELSEWHERE if values.get(key) is not None]:
+            raise ValueError(f"it names other files or modules ({some(elsewhere)}), which atomdiff does not open")
+        check_patterns(_patterns(values))
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"cannot read {folder / CONFIG_NAME}: {error}") from error
+    except Exception as error:  # PEFT checks little: a value that it does not expect can fail anywhere
+        raise UserError(f"cannot read {file}: {shown(str(error))}") from error
     replaced = getattr(config, "modules_to_save", None)
     if replaced:
         raise UserError(f"{folder} replaces whole modules ({some(replaced)}), which atomdiff does not load")
@@ -102,3 +116,14 @@ def _read_config(folder: Path) -> PeftConfig:
             "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
         )
     return config
+
+
+def _patterns(values: dict[str, Any]) -> Iterator[str]:
+    """What PEFT takes for regular expressions: strings for names of modules, and the keys of exceptions."""
+    for key, value in values.items():
+        if isinstance(value, str) and key.endswith("_modules"):
+            yield value
+        elif isinstance(value, dict):
+            yield from value
+        elif key == "layers_pattern":
+            yield from value if isinstance(value, list) else [str(value)]

@@ -59,6 +59,22 @@ def test_more_atoms_than_the_base_has_numbers_are_an_error_of_the_file():
         check_layers(make_delta(config=AtomConfig(channel_block=2, num_atoms=10)), base_weights())
 
 
+def one_layer(weight, config, atoms, size):
+    tensors = {kind: torch.ones(atoms, size) for kind in ("atom_delta", "atom_basis")}
+    delta = DeltaFile(config, {"unet.conv": tensors}, {"unet.conv": [1.0] * size})
+    check_layers(delta, {"unet.conv": weight})
+
+
+def test_few_numbers_that_stand_for_large_matrices_are_refused():
+    wide = AtomConfig(channel_block=32, joint=True, num_atoms=1)
+    with pytest.raises(UserError, match="1 atoms of 9216 numbers in unet.conv, too many to work with"):
+        one_layer(torch.zeros(32, 32, 3, 3), wide, 1, 32 * 32 * 9)
+    with pytest.raises(UserError, match="73 atoms of 9 numbers"):
+        one_layer(torch.zeros(4, 4, 3, 3), AtomConfig(channel_block=1, basis="sparse", num_atoms=73), 73, 9)
+    with pytest.raises(UserError, match="the sparse atoms of unet.conv are longer than 1"):
+        one_layer(torch.zeros(4, 4, 3, 3), AtomConfig(channel_block=1, basis="sparse", num_atoms=12), 12, 9)
+
+
 def test_only_some_of_many_wrong_layers_are_named():
     delta = make_delta()
     many = {f"unet.{i}.to_q": delta.layers["unet.mid.to_q"] for i in range(9)}

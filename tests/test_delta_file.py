@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from atomdiff.atoms import dct_atoms
-from atomdiff.delta_file import DeltaFile, read_delta_file, write_delta_file
+from atomdiff.delta_file import DeltaFile, read_delta_file, read_header, shown, write_delta_file
 from atomdiff.errors import UserError
 from atomdiff.tuner import AtomConfig
 
@@ -135,6 +135,15 @@ def test_what_the_file_cannot_hold_is_not_written(tmp_path, value):
         ({"base_fingerprint": "{}"}, "not one list of numbers for each layer"),
         ({"base_fingerprint": '{"unet.down.conv1": [NaN], "unet.mid.to_q": [1]}'}, "not one list of numbers"),
         ({"training": "none"}, "no valid training"),
+        ({"training": '{"a": 1, "a": 2}'}, "no valid training in its metadata: a key stands twice"),
+        ({"training": '{"a": "\\ud800"}'}, "no valid training"),
+        ({"base_fingerprint": f'{{"unet.down.conv1": [{10**400}], "unet.mid.to_q": [1]}}'}, "not one list of numbers"),
+        ({"adapter_config": '{"peft_type": "ATOMS", "joint": 1}'}, "joint=1: expected true or false"),
+        ({"adapter_config": '{"peft_type": "ATOMS", "target_modules": [1]}'}, "expected a name or a list of names"),
+        (
+            {"adapter_config": '{"peft_type": "ATOMS", "channel_block_pattern": {"(a+)+b": 2}}'},
+            r"such as '\(a\+\)\+b' would take too long to match",
+        ),
     ],
 )
 def test_wrong_metadata_is_named(tmp_path, metadata, message):
@@ -146,7 +155,9 @@ def test_wrong_metadata_is_named(tmp_path, metadata, message):
     ("tensors", "message"),
     [
         ({"unet.mid.to_q.channel_delta": torch.full((4, 4), float("nan"))}, "channel_delta holds values.*not finite"),
-        ({"unet.mid.to_q.channel_delta": torch.zeros(4, 4, dtype=torch.int8)}, "int8"),
+        ({"unet.mid.to_q.channel_delta": torch.zeros(4, 4, dtype=torch.int8)}, r"channel_delta. \(I8\)"),
+        ({"unet.mid.to_q.channel_delta": torch.full((4, 4), 1e300, dtype=torch.float64)}, "not finite"),
+        ({"token.sks": torch.zeros(5, dtype=torch.int64)}, r"'token.sks' \(I64\)"),
         ({"unet.mid.to_q.lora_down": torch.zeros(4, 4)}, "holds 'unet.mid.to_q.lora_down'.*update"),
         (
             {"unet.mid.to_q.channel_delta": None, "unet.mid.to_q.channel_basis": None},
@@ -179,6 +190,37 @@ def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory
     else:
         tensors = [tensor for kinds in [*delta.layers.values(), *delta.tokens.values()] for tensor in kinds.values()]
         assert all(torch.isfinite(tensor).all() for tensor in tensors)
+
+
+def test_the_header_is_read_alone(tmp_path):
+    path = tmp_path / "mug.atoms.safetensors"
+    write_delta_file(path, make_delta())
+    metadata, dtypes = read_header(path)
+    assert metadata["trigger_phrase"] == "a photo of sks mug"
+    assert set(dtypes.values()) == {"F16"} and dtypes.keys() >= {"token.sks", "unet.mid.to_q.channel_delta"}
+    path.write_bytes(path.read_bytes()[:-1])
+    with pytest.raises(UserError, match="its header does not fit its contents; copy or download it again"):
+        read_header(path)
+    save_file({"a": torch.zeros(1)}, path)
+    with pytest.raises(UserError, match="not an atomdiff file: its format is None"):
+        read_header(path)
+    with pytest.raises(UserError, match="nothing is no file; expected a concept file"):
+        read_header(tmp_path / "nothing")
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
+    many = {f"word{i}": {"text_encoder": torch.zeros(5)} for i in range(65)}
+    with pytest.raises(UserError, match=r"65 trigger words \(word0, word1, word10 and 62 more\); .* at most 64"):
+        write_delta_file(tmp_path / "x", make_delta(tokens=many))
+    monkeypatch.setattr("atomdiff.delta_file._MAX_FILE_BYTES", 1000)
+    with pytest.raises(UserError, match="cannot save a concept of .* bytes, only 1,000"):
+        write_delta_file(tmp_path / "x", make_delta())
+    assert not list(tmp_path.iterdir())
+
+
+def test_messages_stay_short_and_leave_a_terminal_alone():
+    assert shown("unet.conv_in") == "unet.conv_in" and shown("a\x1b[2J") == r"'a\x1b[2J'"
+    assert shown("x" * 10**6) == "x" * 300 + "..."
 
 
 def test_a_folder_is_refused_with_what_is_expected(tmp_path):

@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import importlib
 import math
 import re
+import sys
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -12,6 +15,13 @@ from peft.utils.other import get_pattern_key
 
 PRESETS = ("conv", "conv+proj", "attention", "cross_attention", "all")
 BASES = ("svd", "dct", "sparse")
+
+_MAX_SPARSITY = 1e30  # what float32 can hold a multiple of
+_NAME_LENGTH = 64  # of a module path, about
+_MAX_WAYS = 20_000_000  # to match a name: about two seconds for the 700 layers of a large model
+_MAX_PATTERNS = 3000
+_MAX_PATTERN_LENGTH = 200_000  # of all together
+_parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 
 @dataclass
@@ -100,6 +110,7 @@ class AtomConfig(PeftConfig):
     def __post_init__(self) -> None:
         """Check the fields and bring them into the form that is stored."""
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self._check_kinds()
         from atomdiff.tuner.register import register
 
         self.peft_type = register()
@@ -133,6 +144,19 @@ class AtomConfig(PeftConfig):
         values: dict[str, Any] = super().to_dict()
         return {key: sorted(value) if isinstance(value, set) else value for key, value in values.items()}
 
+    def _check_kinds(self) -> None:
+        for name in ("target_modules", "exclude_modules", "layers_pattern", "modules_to_save"):
+            if not _are(str, getattr(self, name)):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected a name or a list of names")
+        if not _are(int, self.layers_to_transform):
+            raise ValueError(f"layers_to_transform={self.layers_to_transform!r}: expected a number or a list of them")
+        for name in ("joint", "init_weights"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
+        pattern = self.channel_block_pattern
+        if pattern and not (isinstance(pattern, dict) and all(isinstance(key, str) for key in pattern)):
+            raise ValueError(f"channel_block_pattern={pattern!r}: expected regular expressions with a number each")
+
     def _check_values(self) -> None:
         counts = {"channel_block": self.channel_block, "num_atoms": self.num_atoms, "recursion": self.recursion}
         counts = {name: count for name, count in counts.items() if count is not None or name == "channel_block"}
@@ -140,14 +164,15 @@ class AtomConfig(PeftConfig):
         for name, count in counts.items():
             if not isinstance(count, int) or isinstance(count, bool) or count < 1:
                 raise ValueError(f"{name}={count!r}: expected a whole number of at least 1")
+        check_patterns(self.channel_block_pattern)
         for pattern in self.channel_block_pattern:
             try:
-                re.compile(pattern)
+                re.compile(f"({pattern})$")  # as it is used
             except re.error as error:
                 raise ValueError(f"channel_block_pattern: {pattern!r} is no regular expression: {error}") from error
         if self.basis not in BASES:
             raise ValueError(f"basis={self.basis!r}: expected one of {', '.join(BASES)}")
-        if not isinstance(self.sparsity, (int, float)) or not 0 < self.sparsity < math.inf:
+        if type(self.sparsity) not in (int, float) or not 0 < self.sparsity <= _MAX_SPARSITY:
             raise ValueError(f"sparsity={self.sparsity!r}: expected a number above 0, such as 1e-3")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed={self.seed!r}: expected a whole number from 0 to 2**32 - 1")
@@ -167,3 +192,58 @@ class AtomConfig(PeftConfig):
                 f"layers_to_transform with target_modules={self.target_modules!r}: a regular expression says itself "
                 "which layers it means; use a list of names or one of the presets " + ", ".join(PRESETS)
             )
+
+
+def _are(kind: type, value: Any) -> bool:
+    """Whether a value is of this type, or a collection of such values, or None."""
+    values = value if isinstance(value, (list, tuple, set, range)) else [] if value is None else [value]
+    return all(type(each) is kind for each in values)
+
+
+def check_patterns(patterns: Iterable[str]) -> None:
+    """Check that matching these regular expressions to module names takes no longer than seconds.
+
+    Python tries one way after another in which an expression can match, and a few characters can have more ways than
+    there is time.
+
+    Raises:
+        ValueError: one is no regular expression, they are too many, or can match in too many ways.
+    """
+    patterns = list(patterns)
+    few = len(patterns) <= _MAX_PATTERNS and sum(map(len, patterns)) <= _MAX_PATTERN_LENGTH
+    ways = {pattern: _ways_of(pattern) for pattern in patterns} if few else {}
+    if not few or sum(ways.values()) > _MAX_WAYS:
+        example = max(ways, key=ways.__getitem__) if few else patterns[0]
+        raise ValueError(
+            f"{len(patterns)} regular expression(s) such as {example!r} would take too long to match: repeat nothing "
+            f"within a repeated group, use few repetitions in all, and at most {_MAX_PATTERNS} expressions"
+        )
+
+
+def _ways_of(pattern: str) -> float:
+    try:
+        return _ways(_parser.parse(pattern))
+    except RecursionError:
+        return math.inf
+    except (re.error, OverflowError) as error:  # together with what is put around it, it could be one after all
+        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+
+
+def _ways(parts: Any) -> float:
+    """At most how many ways a parsed regular expression has to match the start of a name."""
+    total = 1.0
+    for operation, value in parts:
+        kind = str(operation)
+        if kind == "BRANCH":
+            total *= sum(map(_ways, value[1]))
+        elif kind.endswith("_REPEAT"):
+            least, most, body = value
+            most = min(int(most), _NAME_LENGTH)
+            inner = min(_ways(body), 2.0 * _MAX_WAYS)
+            total *= sum(inner ** min(count, 30) for count in range(min(int(least), most), most + 1))  # stays finite
+        elif kind in ("SUBPATTERN", "ASSERT", "ASSERT_NOT", "ATOMIC_GROUP", "GROUPREF_EXISTS"):
+            inside = [part for part in (value if isinstance(value, tuple) else [value]) if hasattr(part, "getwidth")]
+            total *= sum(map(_ways, inside))
+        if total > _MAX_WAYS:
+            break
+    return total
