@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from PIL import ImageOps
 from torch import Tensor
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
 from atomdiff.data import Picture, derive_seed, picture_files, read_picture, sample_order
@@ -47,8 +47,8 @@ def read_splits(folder: str | Path, validation_share: float, test_share: float, 
     validation is drawn, from train; a missing test stays missing.
 
     Raises:
-        UserError: The folder does not look like that, has fewer than two classes, an empty class, a class that train
-            lacks, or a class too small to be split; or pictures cannot be read.
+        UserError: The folder does not look like that, has fewer than two classes, an empty class, pictures deeper
+            inside one, a class that train lacks, or a class too small to be split; or pictures cannot be read.
     """
     folder = Path(folder)
     found = _split_folders(folder)
@@ -88,7 +88,8 @@ def _split_folders(folder: Path) -> dict[str, Path]:
 
 
 def _sub_folders(folder: Path) -> list[Path]:
-    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "_")))
+    # __MACOSX and the like are no classes; but a single underscore may well begin the name of one.
+    return sorted(path for path in folder.iterdir() if path.is_dir() and not path.name.startswith((".", "__")))
 
 
 def _read_classes(folder: Path, known: Mapping[str, object] | None = None) -> dict[str, list[Path]]:
@@ -99,6 +100,9 @@ def _read_classes(folder: Path, known: Mapping[str, object] | None = None) -> di
         raise UserError(
             f"{folder}: found {len(classes)} sub-folders ({names}); expected one for each of several classes"
         )
+    if deeper := [path for name in classes for path in _sub_folders(folder / name) if picture_files(path)]:
+        expected = "a class's pictures directly in its folder, and splits called train, validation (or val) and test"
+        raise UserError(f"{deeper[0]}: pictures too deep inside, they would be passed over; expected {expected}")
     if empty := [name for name, files in classes.items() if not files]:
         raise UserError(f"{folder}: no picture in {', '.join(empty)}; add some, or remove the folder")
     if unknown := [name for name in classes if known is not None and name not in known]:
@@ -193,6 +197,15 @@ class PictureSet(Dataset[tuple[Tensor, int]]):
         return pixels, self.pictures.labels[number]
 
 
+def _stack(samples: list[tuple[Tensor, int]]) -> list[Tensor]:
+    shapes = sorted({tuple(pixels.shape) for pixels, _ in samples})
+    if len(shapes) > 1:
+        expected = "one size; use a base whose preprocessor_config.json resizes to a square or crops, or resize them"
+        raise UserError(f"pictures come out of the preprocessing as {shapes[0]} and {shapes[-1]}; expected {expected}")
+    stacked: list[Tensor] = default_collate(samples)
+    return stacked
+
+
 def training_batches(
     pictures: PictureSet, batch_size: int, steps: int, process: tuple[int, int] = (0, 1), num_workers: int = 0
 ) -> "DataLoader[tuple[Tensor, int]]":
@@ -213,7 +226,7 @@ def training_batches(
             order = sample_order(len(pictures), position, batch_size, derive_seed(pictures.seed, "order"))
             yield [(number, position + place) for place, number in enumerate(order)]
 
-    return DataLoader(pictures, batch_sampler=keys(), num_workers=num_workers)  # type: ignore[arg-type]
+    return DataLoader(pictures, batch_sampler=keys(), num_workers=num_workers, collate_fn=_stack)  # type: ignore[arg-type]
 
 
 def evaluation_batches(
@@ -222,4 +235,4 @@ def evaluation_batches(
     """Load this process's share of the pictures, each once, in batches as `training_batches` does."""
     rank, processes = process
     keys = [(number, 0) for number in range(rank, len(pictures), processes)]
-    return DataLoader(pictures, batch_size, sampler=keys, num_workers=num_workers)  # type: ignore[arg-type]
+    return DataLoader(pictures, batch_size, sampler=keys, num_workers=num_workers, collate_fn=_stack)  # type: ignore[arg-type]

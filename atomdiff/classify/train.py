@@ -30,6 +30,7 @@ from atomdiff.classify.data import (
     training_batches,
 )
 from atomdiff.classify.model import (
+    check_place,
     hash_base,
     head_parameters,
     in_base,
@@ -85,6 +86,8 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
         UserError: Something in the config, the pictures or the base does not fit, or the loss is not finite any more.
     """
     method = read_method(config)
+    place = Path(config.output_dir) / "classifier"
+    check_place(place, (config.pretrained_model_name_or_path, config.train_data_dir))
     accelerator = _start(config)
     splits = read_splits(config.train_data_dir, config.validation_share, config.test_share, config.seed)
     name, revision = config.pretrained_model_name_or_path, config.revision
@@ -98,6 +101,7 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
     optimizer, rate_factor = build_optimizer(config, model, method)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     run = Run(config, accelerator, method, splits, processor, model, wrapped, optimizer, rate_factor)
+    _try_out(run)
 
     started = time.perf_counter()
     validations = _train(run)
@@ -122,9 +126,8 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     if accelerator.is_main_process:
-        output = Path(config.output_dir)
-        save_classifier(output / "classifier", model, processor, method, base, config.updates_batch_norm)
-        (output / "report.json").write_text(json.dumps(report, indent=1) + "\n")
+        save_classifier(place, model, processor, method, base, config.updates_batch_norm)
+        place.with_name("report.json").write_text(json.dumps(report, indent=1) + "\n")
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report
@@ -140,6 +143,19 @@ def _start(config: ClassifyConfig) -> Accelerator:
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision='fp16': needs a GPU; a CPU can do 'bf16' or 'no'")
     return accelerator
+
+
+@torch.no_grad()
+def _try_out(run: Run) -> None:
+    """Refuse a base, preprocessing and adapter through which the first picture does not go."""
+    run.model.eval()
+    try:
+        pixels, _ = PictureSet(run.splits.train, run.processor)[0, 0]
+        run.model(pixel_values=_on_device(run, pixels[None]))
+    except Exception as error:  # models raise whatever they like
+        problem = " ".join(str(error).split())[:500]
+        expected = "another resolution (some models take only their own), base or adapter"
+        raise UserError(f"pictures do not go through the model ({problem}); use {expected}") from error
 
 
 def build_optimizer(

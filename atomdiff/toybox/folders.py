@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -10,6 +11,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from atomdiff.errors import UserError
 from atomdiff.toybox.scenes import CLASSES, COLOURS, SCENES, Caption, base_individual, draw
 from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
 from atomdiff.toybox.styles import ink
@@ -45,12 +47,22 @@ def write_folder(
         picture: draws one picture of a class.
         per_class: pictures a class.
         seed: the same seed gives the same pictures.
+
+    Raises:
+        UserError: the folder is there, with other classes or another number of pictures.
     """
+    names = tuple(names)
     if folder.exists():
+        files = {Path(name, f"{index:04d}.png") for name in names for index in range(per_class)}
+        found = {file.relative_to(folder) for file in folder.rglob("*.png")}
+        if found != files:
+            expected = f"{per_class} of each of {', '.join(names)}; remove it, or name another folder"
+            raise UserError(f"{folder}: holds {len(found)} other pictures; expected {expected}")
         return
     unfinished = folder.with_name(f"{folder.name}.unfinished")
+    shutil.rmtree(unfinished, ignore_errors=True)  # a stopped call may have wanted other pictures
     for number, name in enumerate(names):
-        (unfinished / name).mkdir(parents=True, exist_ok=True)
+        (unfinished / name).mkdir(parents=True)
         for index in range(per_class):
             rng = np.random.default_rng([seed, number, index])
             picture(name, rng).save(unfinished / name / f"{index:04d}.png")

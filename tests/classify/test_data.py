@@ -17,7 +17,7 @@ from atomdiff.errors import UserError
 def write(folder, **counts):
     """An image folder; pictures of a class are its number in grey, and no two have one file's content."""
     for number, (name, count) in enumerate(counts.items()):
-        (folder / name).mkdir(parents=True)
+        (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
             Image.new("L", (8, 6), 40 * number + index).save(folder / name / f"{index:02d}.png")
     return folder
@@ -72,6 +72,10 @@ def test_a_test_share_of_zero_means_no_test(tmp_path):
     assert (len(splits.train), len(splits.validation), splits.test) == (16, 4, None)
 
 
+def test_a_class_may_begin_with_an_underscore_but_what_archives_leave_is_none(tmp_path):
+    assert split_of(write(tmp_path, _other=5, bus=5, __MACOSX=5)).classes == ("_other", "bus")
+
+
 def test_a_class_may_be_called_train(tmp_path):
     assert split_of(write(tmp_path, bus=5, train=5)).classes == ("bus", "train")
 
@@ -86,6 +90,9 @@ def test_a_class_may_be_called_train(tmp_path):
         ({"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/cow": 2}, "test: cow not among the classes .*cat, dog"),
         ({"train/cat": 5, "train/dog": 5, "validation/cow": 2}, "validation: cow not among"),
         ({"train/cat": 5, "train/dog": 5, "validation/cat": 0}, "validation: no picture in cat"),
+        ({"train/cat": 5, "train/dog": 5, "test": 2}, "test: no sub-folder in it; .* no folder test at all"),
+        ({"cat": 5, "dog": 5, "dog/puppy": 2}, "dog/puppy: pictures too deep inside, .* directly in its folder"),
+        ({"Train/cat": 5, "Train/dog": 5, "Test/cat": 5}, "Test/cat: pictures too deep .* splits called train"),
         ({"train/cat": 5, "train/dog": 5, "holdout/cat": 2}, "holdout: not a split of the pictures"),
         ({"train/cat": 5, "train/dog": 5, "val/cat": 2, "validation/cat": 2}, "validation: not a split .* each once"),
     ],
@@ -147,6 +154,14 @@ def test_evaluation_sees_every_picture_once(tmp_path):
     pictures = PictureSet(labelled(tmp_path), Plain())
     seen = [label for rank in (0, 1, 2) for _, labels in evaluation_batches(pictures, 2, (rank, 3)) for label in labels]
     assert sorted(seen) == sorted(pictures.pictures.labels)
+
+
+@pytest.mark.parametrize("workers", [0, 1])
+def test_pictures_that_stay_of_different_sizes_are_a_user_error(tmp_path, workers):
+    pictures = labelled(tmp_path)
+    Image.new("RGB", (9, 6)).save(pictures.files[0])
+    with pytest.raises(UserError, match=r"as \(3, 6, 8\) and \(3, 6, 9\); expected one size"):
+        list(evaluation_batches(PictureSet(pictures, Plain()), 64, num_workers=workers))
 
 
 def test_augmentation_mirrors_half_and_cuts_within_the_picture():

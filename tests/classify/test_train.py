@@ -1,13 +1,22 @@
 import dataclasses
 import json
 import re
+import shutil
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import AutoImageProcessor, CLIPConfig, ResNetConfig, ResNetForImageClassification, ViTConfig
+from safetensors.torch import load_file, save_file
+from transformers import (
+    AutoImageProcessor,
+    CLIPConfig,
+    ResNetConfig,
+    ResNetForImageClassification,
+    ViTConfig,
+    ViTForImageClassification,
+)
 
 from atomdiff.classify import train as training
 from atomdiff.classify.config import ClassifyConfig
@@ -16,6 +25,7 @@ from atomdiff.classify.train import train_classifier
 from atomdiff.errors import UserError
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_dropout": 0.2, "target_modules": ["convolution"]}
+SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
 METHODS = ("linear", "full", "atoms", "lora")
 
 
@@ -285,6 +295,7 @@ def test_mistakes_are_user_errors(config, fields, message):
             r"targets the head \(classifier.1\)",
         ),
         ({**LORA, "modules_to_save": ["classifier"]}, "modules_to_save; leave it out"),
+        ({**LORA, "init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
         ({**LORA, "target_modules": ["nothing"]}, "the adapter does not fit the base"),
         ({"peft_type": "ATOMS", "target_modules": ["normalization"]}, "atoms adapt"),
     ],
@@ -295,6 +306,147 @@ def test_adapters_that_do_not_fit_are_user_errors(config, adapter, message, tmp_
         train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json")))
 
 
+@pytest.fixture
+def own_base(base, tmp_path):
+    """A copy of the base that a test may change."""
+    return Path(shutil.copytree(base, tmp_path / "base"))
+
+
+def change(file, **fields):
+    file.write_text(json.dumps({**json.loads(file.read_text()), **fields}))
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16"])
+def test_a_base_from_scratch_is_in_float32_whatever_its_config_says(config, own_base, dtype):
+    change(own_base / "config.json", dtype=dtype)
+    assert open_model(str(own_base), "abc", from_scratch=True).dtype == torch.float32
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(own_base), from_scratch=True)
+    assert train_classifier(dataclasses.replace(config, adapter="full"))["share"] == 1.0
+
+
+@pytest.mark.parametrize(
+    ("fields", "lost"),
+    [({"depths": [1, 2]}, "layers.1.layer.0.convolution.weight"), ({"hidden_sizes": [8, 24]}, "convolution.weight")],
+)
+def test_a_base_whose_weights_would_partly_be_random_is_refused(own_base, fields, lost):
+    change(own_base / "config.json", **fields)
+    with pytest.raises(UserError, match=f"its weights lack .*{lost}"):
+        open_model(str(own_base), "abc")
+
+
+def test_damaged_weights_are_a_user_error(own_base):
+    weights = own_base / "model.safetensors"
+    weights.write_bytes(weights.read_bytes()[:500])
+    with pytest.raises(UserError, match="neither a folder with an image classifier .*header"):
+        open_model(str(own_base), "abc")
+
+
+def test_a_model_without_a_head_of_its_own_is_a_user_error(base, monkeypatch):
+    build = ResNetForImageClassification.__init__
+
+    def headless(self, config):
+        build(self, config)
+        self.resnet.classifier, self.classifier = self.classifier, torch.nn.Identity()
+
+    monkeypatch.setattr(ResNetForImageClassification, "__init__", headless)
+    with pytest.raises(UserError, match="does not tell its head from the rest"):
+        open_model(str(base), "abc", from_scratch=True)
+
+
+def test_damaged_preprocessing_is_told_and_not_replaced_by_another(own_base):
+    (own_base / "preprocessor_config.json").write_text("{")
+    with pytest.raises(UserError, match="preprocessor_config.json: cannot be used .*; mend it, or remove it"):
+        open_processor(str(own_base), open_model(str(own_base), "abc"))
+
+
+@pytest.mark.parametrize("fields", [{"image_size": 32}, {"num_channels": 1}])
+def test_pictures_that_a_base_does_not_take_are_told_before_training(config, tmp_path, fields):
+    ViTConfig(**{**SMALL, "image_size": 16, "patch_size": 4, **fields}).save_pretrained(tmp_path / "vit")
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "vit"), from_scratch=True)
+    with pytest.raises(UserError, match=r"pictures do not go through the model \(.*\); use another resolution"):
+        train_classifier(dataclasses.replace(config, adapter="full"))
+
+
+def test_a_method_that_needs_more_than_pictures_is_told_before_training(config, tmp_path):
+    model = ViTForImageClassification(ViTConfig(**SMALL, image_size=16, patch_size=4))
+    model.save_pretrained(tmp_path / "vit")
+    (tmp_path / "adapter.json").write_text(json.dumps({"peft_type": "POLY", "target_modules": ["q_proj", "query"]}))
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "vit"))
+    with pytest.raises(UserError, match="do not go through the model .*task_ids.*or adapter"):
+        train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json")))
+
+
+def test_the_base_is_not_replaced_by_what_is_trained_on_it(config):
+    train_classifier(dataclasses.replace(config, adapter="full"))
+    before = (classifier(config) / "model.safetensors").read_bytes()
+    with pytest.raises(UserError, match="would be replaced, but holds .*; name another output_dir"):
+        train_classifier(dataclasses.replace(config, pretrained_model_name_or_path=str(classifier(config))))
+    assert (classifier(config) / "model.safetensors").read_bytes() == before
+
+
+def test_a_classifier_is_replaced_but_nothing_else(config):
+    for method in ("full", "linear"):
+        train_classifier(dataclasses.replace(config, adapter=method))
+    assert not (classifier(config) / "model.safetensors").exists()
+    (classifier(config) / "preprocessor_config.json").unlink()
+    with pytest.raises(UserError, match="is no classifier; move it away"):
+        train_classifier(config)
+    assert (classifier(config) / "head.safetensors").is_file()
+    shutil.rmtree(classifier(config))
+    classifier(config).write_text("a file of somebody")
+    with pytest.raises(UserError, match="is no classifier; move it away"):
+        train_classifier(config)
+
+
+def test_a_save_that_fails_leaves_the_earlier_classifier(config, monkeypatch):
+    train_classifier(config)
+    before = logits(load_classifier(classifier(config)))
+
+    def fail(*_):
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr("atomdiff.classify.model.save_file", fail)
+    with pytest.raises(OSError, match="No space"):
+        train_classifier(dataclasses.replace(config, seed=1))
+    assert torch.equal(logits(load_classifier(classifier(config))), before)
+
+
+def spoil(file, change):
+    tensors = load_file(file)
+    save_file(change(tensors), file)
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("classifier.json", lambda file: file.write_text("{"), "classifier.json: not JSON .*; copy the folder again"),
+        ("classifier.json", lambda file: file.write_text("{}"), "classifier.json: expected base_model, base_sha256"),
+        (
+            "head.safetensors",
+            lambda file: spoil(
+                file, lambda tensors: {name: tensor[:2] for name, tensor in tensors.items() if tensor.ndim}
+            ),
+            "head.safetensors: classifier.1.bias, classifier.1.weight.* missing, unknown or of another shape",
+        ),
+        (
+            "head.safetensors",
+            lambda file: spoil(file, lambda tensors: dict(list(tensors.items())[:-1])),
+            "head.safetensors: .* missing, unknown",
+        ),
+        (
+            "adapter_model.safetensors",
+            lambda file: spoil(file, lambda tensors: dict(list(tensors.items())[:-1])),
+            "the adapter does not fit the base: its tensors do not fit",
+        ),
+    ],
+)
+def test_damaged_classifiers_are_user_errors(config, file, damage, message):
+    train_classifier(config)
+    damage(classifier(config) / file)
+    with pytest.raises(UserError, match=message):
+        load_classifier(classifier(config))
+
+
 def test_a_model_that_is_no_classifier_is_a_user_error(config, tmp_path):
     CLIPConfig().text_config.save_pretrained(tmp_path)
     config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path), from_scratch=True, adapter="full")
@@ -303,8 +455,7 @@ def test_a_model_that_is_no_classifier_is_a_user_error(config, tmp_path):
 
 
 def test_a_transformer_goes_through_as_well(config, tmp_path):
-    small = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
-    ViTConfig(**small, image_size=16, patch_size=4).save_pretrained(tmp_path)
+    ViTConfig(**SMALL, image_size=16, patch_size=4).save_pretrained(tmp_path)
     config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path), resolution=None)
     report = train_classifier(dataclasses.replace(config, from_scratch=True, adapter="full"))
     tuned = dataclasses.replace(
