@@ -17,15 +17,18 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from einops import einsum
 from torch import Tensor
+from torch.func import vmap
 
 from atomdiff.blocks import View, as_kernels
 
 _ROWS_AT_ONCE = 1 << 16  # so that a large weight is never there in float64 as a whole
+_HALF = (torch.float16, torch.bfloat16)
+_NUMBERS_AT_ONCE = 1 << 20  # so that a part of a weight stays in the cache
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -113,13 +116,63 @@ def adapt_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     Returns:
         A tensor like `weight`, with the same strides.
     """
-    wide = as_kernels(weight).to(torch.promote_types(weight.dtype, torch.float32))
-    for whole in (True, False):
-        wide = _change_rows(wide, [change for change in changes if change.view.whole is whole])
-    adapted = wide.reshape(weight.shape)
+    adapted = _adapt(weight, changes)
     if adapted.dtype == weight.dtype and adapted.stride() == weight.stride():
         return adapted
     return torch.empty_like(weight, requires_grad=False).copy_(adapted)
+
+
+def adapt_weight_by_row(weight: Tensor, changes: Sequence[Change]) -> Tensor:
+    """An adapted weight for each row of a batch: changes with a leading axis of rows -> (rows, out, in/groups, ...)."""
+    if not changes:
+        raise ValueError("no change to make: use the weight itself")
+    matrices = tuple(change.matrix for change in changes)
+
+    def adapt(*of_row: Tensor) -> Tensor:
+        mine = [replace(change, matrix=matrix) for change, matrix in zip(changes, of_row, strict=True)]
+        return _adapt(weight, mine).to(weight.dtype)
+
+    return vmap(adapt)(*matrices)
+
+
+def write_adapted(out: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
+    """Write what `adapt_weight` gives into `out`, a tensor like `weight` with memory of its own.
+
+    Where kernels alone change, one product writes into `out` at once (half precision then rounds the small matrix, too,
+    but not the sum). Else it goes over the first axis in parts that stay in the cache.
+    """
+    sums = _sum_by_view(changes)
+    kernels, goal = as_kernels(weight), as_kernels(out)
+    if not sums:
+        out.copy_(weight)
+    elif len(sums) == 1 and _is_of_kernels(sums[0]) and weight.is_contiguous() and out.is_contiguous():
+        _multiply_rows(kernels, sums[0].matrix, goal)
+    elif len(sums) == 1 and _is_of_kernels(sums[0]) and kernels.mT.is_contiguous() and goal.mT.is_contiguous():
+        _multiply_columns(kernels.mT, sums[0].matrix.mT, goal.mT)
+    else:
+        block = math.lcm(*(change.view.block[0] for change in sums))
+        size = max(_NUMBERS_AT_ONCE // (weight[0].numel() * block), 1) * block if weight.is_cpu else len(weight)
+        for first in range(0, len(weight), size):
+            part = slice(first, first + size)
+            out[part] = adapt_weight(weight[part], [_part_of(change, first, size) for change in sums])
+
+
+def _adapt(weight: Tensor, changes: Sequence[Change]) -> Tensor:
+    """The adapted weight in float32 at least, in any memory layout."""
+    wide = as_kernels(weight).to(torch.promote_types(weight.dtype, torch.float32))
+    for whole in (True, False):
+        wide = _change_rows(wide, [change for change in changes if change.view.whole is whole])
+    return wide.reshape(weight.shape)
+
+
+def _part_of(change: Change, first: int, size: int) -> Change:
+    """The change of `size` outputs from `first`, of which only codes are a part."""
+    if change.codes is None:
+        return change
+    axis = 2 if change.matrix.ndim == 3 else 0
+    block = change.view.block[0]
+    start, stop = first // block, min((first + size) // block, change.codes.shape[axis])
+    return replace(change, codes=change.codes.narrow(axis, start, stop - start))
 
 
 def _change_rows(weight: Tensor, changes: Sequence[Change]) -> Tensor:
@@ -127,6 +180,9 @@ def _change_rows(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     changed = weight
     for change in _sum_by_view(changes):
         view, by_input = change.view, change.matrix.ndim == 3
+        if changed is weight and _is_of_kernels(change) and weight.is_contiguous():
+            changed = _multiply_rows(weight, change.matrix)
+            continue
         columns = view.columns(changed, by_input)
         source = change.codes
         if source is None:
@@ -135,6 +191,41 @@ def _change_rows(weight: Tensor, changes: Sequence[Change]) -> Tensor:
         mixed = torch.baddbmm(columns, matrix, source.to(columns.dtype))
         changed = view.from_columns(mixed, weight.shape[2], by_input)
     return changed
+
+
+def _is_of_kernels(change: Change) -> bool:
+    return change.view == View() and change.codes is None and change.matrix.ndim == 2
+
+
+def _multiply_rows(kernels: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """X + X @ matrix for contiguous kernels X (out, in/groups, n).
+
+    Products of so few columns are slow, so that several kernels make one row: as many as was fastest on a CPU, and on a
+    GPU eight, which aligns rows.
+    """
+    wanted = (2 if kernels.dtype == torch.float32 else 1) if kernels.is_cpu else 8
+    fold = math.gcd(wanted, kernels.numel() // len(matrix))
+    factor = torch.kron(_identity(fold, matrix), matrix).to(kernels.dtype)
+    rows = kernels.view(-1, len(factor))
+    goal = None if out is None else out.view(rows.shape)
+    if kernels.dtype in _HALF:
+        mixed = torch.addmm(rows, rows, factor, out=goal)
+    else:
+        mixed = torch.mm(rows, _identity(len(factor), factor) + factor, out=goal)
+    return mixed.view(kernels.shape)
+
+
+def _multiply_columns(columns: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Write X + matrix @ X for kernels that are columns X (out, n, in/groups)."""
+    factor = matrix.to(columns.dtype).expand(len(columns), -1, -1)
+    if columns.dtype in _HALF:
+        torch.baddbmm(columns, factor, columns, out=out)
+    else:
+        torch.bmm(_identity(len(matrix), factor) + factor, columns, out=out)
+
+
+def _identity(size: int, like: Tensor) -> Tensor:
+    return torch.eye(size, dtype=like.dtype, device=like.device)
 
 
 def _sum_by_view(changes: Sequence[Change]) -> list[Change]:

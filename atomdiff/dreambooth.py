@@ -8,7 +8,7 @@ Inversion", arXiv 2208.01618.
 import math
 import time
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +22,7 @@ from atomdiff.checkpoint import choose_checkpoint, find_checkpoints, save_checkp
 from atomdiff.concept import Concept, build_concept
 from atomdiff.data import derive_seed, sample_order
 from atomdiff.errors import UserError
+from atomdiff.hub import check_upload, push_to_hub
 from atomdiff.method import describe_adapter, place_for, read_adapter, save_trained
 from atomdiff.objective import add_noise, min_snr_weights, prior_preservation_loss, sample_losses, training_target
 from atomdiff.optimizer import build_optimizer
@@ -70,12 +71,15 @@ def train(config: TrainConfig) -> Path:
         The concept's file; for other methods than atoms the folder of a PEFT adapter or, for full tuning, a pipeline.
 
     Raises:
-        UserError: Something in the config, the folders or the base does not fit, or the loss is not finite any more.
+        UserError: Something in the config, the folders or the base does not fit, the loss is not finite any more, or
+            the concept cannot be pushed, which is found out before training if it can be.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved, and the message says how to go on.
     """
     output_dir = Path(config.output_dir)
     accelerator = start_accelerator(config)
     adapter = read_adapter(config.adapter)
+    place = place_for(adapter, output_dir / Path(config.instance_data_dir).resolve().name)
+    repo_id = choose_repository(config, adapter, place) if config.push_to_hub and accelerator.is_main_process else None
     precision = accelerator.mixed_precision
     recipe = {**config.recipe(), "mixed_precision": precision, "adapter": describe_adapter(adapter)}
     checkpoint = choose_checkpoint(config.resume_from_checkpoint, output_dir)
@@ -92,7 +96,7 @@ def train(config: TrainConfig) -> Path:
     if state:
         load_state(run, state)
 
-    start_trackers(config, accelerator)
+    start_trackers(replace(config, hub_token=None), accelerator)  # they show the config to others
     if config.validation_steps and not done:
         validate(config, pipe, accelerator, 0)
     log_file, samples = output_dir / "training_log.jsonl", samples_per_step(run)
@@ -118,11 +122,12 @@ def train(config: TrainConfig) -> Path:
             if config.validation_steps and (last or step % config.validation_steps == 0):
                 validate(config, pipe, accelerator, step)
 
-    place = place_for(adapter, output_dir / Path(config.instance_data_dir).resolve().name)
     if accelerator.is_main_process:
         save_concept(run, pipe, adapter, place, average_loss)
     accelerator.wait_for_everyone()
     accelerator.end_training()
+    if repo_id is not None:
+        accelerator.print(f"pushed to {push_concept(config, place, repo_id)}")
     return place
 
 
@@ -271,3 +276,36 @@ def save_concept(
     base = config.pretrained_model_name_or_path
     with whole(config, pipe):
         save_trained(pipe, adapter, place, trigger_phrase=phrase, training=facts, base_model=base)
+
+
+def choose_repository(config: TrainConfig, adapter: PeftConfig | None, place: Path) -> str:
+    """Return the repository that the concept will be pushed to.
+
+    Raises:
+        UserError: It could not be pushed: it would be a whole pipeline, or nobody is logged in.
+    """
+    if adapter is None:
+        raise UserError("push_to_hub=True: a fully tuned pipeline is pushed by hand, with its own push_to_hub")
+    return check_upload(config.hub_model_id or place.name.partition(".")[0], config.hub_token)
+
+
+def push_concept(config: TrainConfig, place: Path, repo_id: str) -> str:
+    """Push the concept with the last row of the contact sheet and return where to.
+
+    Raises:
+        UserError: It could not be pushed; the message says where it is saved.
+    """
+    row = sorted(Path(config.output_dir).glob(f"validation/step-{config.max_train_steps:06d}-*.png"))
+    row = row if config.validation_steps else []  # or they are of an earlier run
+    try:
+        return push_to_hub(
+            place,
+            repo_id,
+            private=config.hub_private_repo or None,
+            token=config.hub_token,
+            pictures=dict(zip(row, map(config.fill, config.validation_prompts), strict=False)),
+            base_model=config.pretrained_model_name_or_path,
+            trigger_phrase=config.fill("{trigger_word} {class_name}").strip(),
+        )
+    except UserError as error:
+        raise UserError(f"{place} is saved, but: {error}; then atomdiff.push_to_hub({str(place)!r}, ...)") from error

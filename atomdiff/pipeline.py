@@ -13,7 +13,7 @@ import torch
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from atomdiff import peft_directory
+from atomdiff import hub, peft_directory
 from atomdiff.base_check import check_base, fingerprint
 from atomdiff.delta_file import DeltaFile, read_delta_file, write_delta_file
 from atomdiff.errors import UserError
@@ -72,17 +72,33 @@ def load_atoms(
     *,
     allow_base_mismatch: bool = False,
     trigger_word: str | None = None,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: str | os.PathLike[str] | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
 ) -> str:
     """Load a concept and make it the active one; a merged pipeline is restored.
 
-    The file is checked before anything changes, and a load that fails leaves the pipeline as it was.
+    The file is checked before anything changes, and a load that fails leaves the pipeline as it was. From the Hub only
+    safetensors and JSON files are downloaded, and nothing in them is executed.
 
     Args:
         pipe: a diffusers pipeline.
-        path: a delta file, or a directory written by PEFT, of any method, with or without a trained word.
-        adapter_name: name for `pipe.set_adapters`; None: the file's name up to its first dot.
+        path: a delta file, or a directory written by PEFT, of any method, with or without a trained word; a directory
+            or a repository on the Hub, "user/repo", with one of these in it. What exists on this disk goes first.
+        adapter_name: name for `pipe.set_adapters`; None: that of the file or repository up to its first dot.
         allow_base_mismatch: load even if the concept was made on a wholly different base of the same shapes.
         trigger_word: word to use in prompts instead of the file's.
+        weight_name: the file to take where a directory or repository holds several concepts.
+        subfolder: folder of the concept within the directory or repository.
+        revision: branch, tag or commit of the repository; None: its main branch.
+        token: access token for the Hub; None: the one logged in with.
+        cache_dir: where downloads are kept; None: the Hub client's cache.
+        local_files_only: take what was downloaded before, without asking the Hub.
+        force_download: download again what was downloaded before.
 
     Returns:
         The adapter's name.
@@ -91,17 +107,25 @@ def load_atoms(
         UserWarning: the base differs somewhat from the one that the concept was made on; the distance is stated.
 
     Raises:
-        UserError: the file is damaged or does not fit the pipeline, or a name or word is taken.
+        UserError: there is no such file or repository, it is damaged or does not fit the pipeline, or a name or word is
+            taken.
     """
-    path = Path(path)
-    if not path.exists():
-        raise UserError(f"there is no file or directory {str(path)!r}: check the path")
-    name = _free_name(pipe, adapter_name or re.sub(r"\W", "_", path.name.partition(".")[0]))
+    path, found_name = hub.locate(
+        path,
+        weight_name=weight_name,
+        subfolder=subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+    name = _free_name(pipe, adapter_name or re.sub(r"\W", "_", found_name.partition(".")[0]))
     models = pipeline_models(pipe)
     delta: DeltaFile | None = None
     foreign: dict[str, tuple[PeftConfig, dict[str, Tensor]]] = {}
     if path.is_dir():
-        foreign, tokens = peft_directory.read(path, models, _denoiser(models))
+        foreign, tokens = peft_directory.read(path, models, denoiser_name(models))
     else:
         delta = read_delta_file(path)
         check_base(delta, models, allow_base_mismatch)
@@ -171,7 +195,7 @@ def save_atoms(
         raise UserError(f"there is no concept {adapter_name!r} to save; there are: {_names(pipe)}")
     if any(not isinstance(config, AtomConfig) for config in configs.values()):
         adapters = {part: (config, attach.peft_tensors(models[part], adapter_name)) for part, config in configs.items()}
-        peft_directory.write(path, adapters, tokens, _denoiser(models))
+        peft_directory.write(path, adapters, tokens, denoiser_name(models))
         return path
     config = next(iter(configs.values()), AtomConfig())
     if any(other.shaping() != config.shaping() for other in configs.values()):
@@ -213,10 +237,10 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
     Raises:
         UserError: there is no such concept.
     """
-    if adapter_name is not None and adapter_name not in _concept_names(pipe):
+    if adapter_name is not None and adapter_name not in concept_names(pipe):
         raise UserError(f"there is no concept {adapter_name!r} to unload; there are: {_names(pipe)}")
     restore(pipe)
-    for name in _concept_names(pipe) if adapter_name is None else [adapter_name]:
+    for name in concept_names(pipe) if adapter_name is None else [adapter_name]:
         for model in pipeline_models(pipe).values():
             if _has(model, name):
                 attach.detach(model, name)
@@ -230,21 +254,31 @@ def merge(pipe: Any) -> None:
     """Write the active concepts with their weights into the base weights: pictures then cost what the base's cost.
 
     Untouched weights are kept aside, so that `restore` is exact: adapted layers take twice their memory meanwhile.
-    Later changes of weights or of active concepts have no effect until the next `merge` or `restore`.
+    Later changes of weights or of active concepts have no effect until the next `merge` or `restore`; `set_active` does
+    all at once.
     """
+    stop_schedule(pipe)
     for model in pipeline_models(pipe).values():
         attach.merge(model)
 
 
 def restore(pipe: Any) -> None:
-    """Undo `merge`: every weight has the bits it had before; concepts stay loaded, and act unmerged."""
+    """Undo `merge` and `set_active`: every weight has the bits it had; concepts stay loaded, and act unmerged."""
+    stop_schedule(pipe)
     for model in pipeline_models(pipe).values():
         attach.restore(model)
 
 
+def stop_schedule(pipe: Any) -> None:
+    """Stop writing weights before denoising steps; those of the last one stay."""
+    schedule = pipe.__dict__.pop("_atomdiff_schedule", None)
+    if schedule is not None:
+        schedule.remove()
+
+
 def list_atoms(pipe: Any) -> list[LoadedConcept]:
     """The concepts in a pipeline, of any PEFT method, in the order they came."""
-    return [_concept(pipe, name) for name in _concept_names(pipe)]
+    return [_concept(pipe, name) for name in concept_names(pipe)]
 
 
 def pipeline_models(pipe: Any) -> dict[str, nn.Module]:
@@ -258,7 +292,8 @@ def _under(component: str, layers: Mapping[str, Any]) -> dict[str, Any]:
     return {module.removeprefix(prefix): value for module, value in layers.items() if module.startswith(prefix)}
 
 
-def _concept_names(pipe: Any) -> list[str]:
+def concept_names(pipe: Any) -> list[str]:
+    """The names of the concepts in a pipeline, in the order they came."""
     adapters = [name for model in pipeline_models(pipe).values() for name in attach.adapter_configs(model)]
     owners = [word.owner for word in trigger_words(pipe).values() if word.owner is not None]
     return list(dict.fromkeys(adapters + owners))
@@ -279,7 +314,8 @@ def _concept(pipe: Any, name: str) -> LoadedConcept:
     )
 
 
-def _denoiser(models: Mapping[str, nn.Module]) -> str:
+def denoiser_name(models: Mapping[str, nn.Module]) -> str:
+    """The component that denoises."""
     return "transformer" if "transformer" in models else "unet"
 
 
@@ -288,7 +324,7 @@ def _has(model: nn.Module, name: str) -> bool:
 
 
 def _names(pipe: Any) -> str:
-    return ", ".join(map(repr, _concept_names(pipe))) or "none"
+    return ", ".join(map(repr, concept_names(pipe))) or "none"
 
 
 def _free_name(pipe: Any, name: str) -> str:
@@ -298,7 +334,7 @@ def _free_name(pipe: Any, name: str) -> str:
         raise UserError(
             f"{name!r} cannot be an adapter name: use letters, digits, '_' and '-', and no name that a layer has"
         )
-    if name in _concept_names(pipe):
+    if name in concept_names(pipe):
         raise UserError(f"a concept {name!r} is loaded already: choose another adapter_name, or unload it first")
     return name
 

@@ -3,7 +3,7 @@
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -134,6 +134,15 @@ class TrainConfig:
     report_to: str | None = "tensorboard"
     """Tracker known to accelerate, or none."""
 
+    push_to_hub: bool = False
+    """Push the concept to the Hugging Face Hub after the run, with the last validation pictures and a model card."""
+    hub_model_id: str | None = None
+    """Repository to push to, as user/repo. Default: one of your own, named like the concept's file."""
+    hub_token: str | None = field(default=None, repr=False)
+    """Access token that may write. Default: the one logged in with, which keeps it out of the command line."""
+    hub_private_repo: bool = False
+    """Make a new repository private."""
+
     def __post_init__(self) -> None:
         for name, (least, bound) in _RANGES.items():
             value = getattr(self, name)
@@ -190,7 +199,7 @@ _RANGES: dict[str, tuple[float, float]] = {
 _NOT_IN_RECIPE = (
     "pretrained_model_name_or_path instance_data_dir class_data_dir output_dir adapter resume_from_checkpoint "
     "checkpointing_steps checkpoints_total_limit validation_prompts validation_steps logging_steps logging_dir "
-    "report_to"
+    "report_to push_to_hub hub_model_id hub_token hub_private_repo"
 ).split()
 
 

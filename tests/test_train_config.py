@@ -69,6 +69,15 @@ def test_the_recipe_has_no_folders_and_fits_json():
     assert one.recipe() != TrainConfig(**NEEDED, seed=1).recipe()
 
 
+def test_where_a_concept_is_pushed_to_changes_nothing_in_it_and_the_token_stays_unseen():
+    plain = TrainConfig(**NEEDED)
+    flags = "--push_to_hub --hub_model_id ada/mug --hub_token hf_secret --hub_private_repo true"
+    pushed = load_config([*COMMAND, *flags.split()])
+    assert pushed.push_to_hub and pushed.hub_private_repo and pushed.hub_model_id == "ada/mug"
+    assert pushed.hub_token == "hf_secret" and "hf_secret" not in repr(pushed)
+    assert pushed.recipe() == plain.recipe() and "hub" not in str(list(plain.recipe()))
+
+
 def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
     first, second = tmp_path / "first.yaml", tmp_path / "second.yaml"
     first.write_text(yaml.safe_dump({**NEEDED, "seed": 1, "train_batch_size": 2, "max_train_steps": 3}))

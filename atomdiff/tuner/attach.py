@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from typing import Any, cast
 
@@ -28,6 +28,22 @@ def adapter_layers(model: nn.Module, name: str | None = None) -> list[Any]:
     return [layer for layer in layers if name is None or name in layer._all_available_adapter_names()]
 
 
+def atom_layers(model: nn.Module) -> dict[str, Any]:
+    """Module path -> atom layer, for all of a model."""
+    found = {path: module for path, module in model.named_modules() if isinstance(module, AtomLayer)}
+    return {path.replace(".base_layer", ""): layer for path, layer in found.items()}
+
+
+def other_layers(model: nn.Module) -> list[Any]:
+    """The adapter layers of other methods."""
+    return [layer for layer in adapter_layers(model) if not isinstance(layer, AtomLayer)]
+
+
+def is_atoms(config: PeftConfig) -> bool:
+    """Whether settings are those of an atom adapter."""
+    return isinstance(config, AtomConfig)
+
+
 def adapter_configs(model: nn.Module) -> dict[str, Any]:
     """The adapters of a model with their settings (a `PeftConfig` each), in the order they came."""
     return dict(getattr(model, "peft_config", {}))
@@ -39,8 +55,10 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     for path, module in supported_modules(model).items():
         weights[path] = module.weight.detach()
         for layer in reversed(_merge_order(model.get_submodule(path))):
-            kept = getattr(layer, f"{_KEPT}weight", None)
-            weights[path] = weights[path] if kept is None else kept
+            if isinstance(layer, AtomLayer):
+                weights[path] = layer.unmerged_weight().detach() if layer.holds_merged else weights[path]
+            else:
+                weights[path] = getattr(layer, f"{_KEPT}weight", weights[path])
     return weights
 
 
@@ -116,11 +134,11 @@ def attach_peft(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], n
     Raises:
         ValueError: the tensors are not those of this method on this model.
     """
-    is_atoms = isinstance(config, AtomConfig)
-    _inject(model, _changed(config, **{"init_weights": False} if is_atoms else {}), name)
+    atoms = is_atoms(config)
+    _inject(model, _changed(config, **{"init_weights": False} if atoms else {}), name)
     expected = {key: tensor.shape for key, tensor in peft_tensors(model, name).items()}
     found = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
-    if is_atoms:  # as they were named at first
+    if atoms:  # as they were named at first
         found = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): found[key] for key in found}
     shapes = {key: tensor.shape for key, tensor in found.items()}
     wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
@@ -173,18 +191,64 @@ def merge(model: nn.Module) -> None:
     for layer in _merge_order(model):
         if layer.disable_adapters or not set(layer.active_adapters) & set(layer._all_available_adapter_names()):
             continue
-        if not isinstance(layer, AtomLayer):  # others work in place, or add and later subtract: they get a copy
-            for key, parameter in layer.get_base_layer().named_parameters(recurse=False):
-                layer.register_buffer(_KEPT + key, parameter.data, persistent=False)
-                parameter.data = parameter.data.clone()
-        layer.merge()
+        _merge(layer)
+
+
+def write(
+    layers: Mapping[str, Any],
+    weights: Mapping[str, Mapping[str, float]],
+    stored: Mapping[str, Callable[[], Tensor] | None],
+    changed_only: bool = False,
+) -> None:
+    """Make exactly these adapters active in atom layers and write them into the weights, from the base.
+
+    It takes no longer with many other adapters loaded.
+
+    Args:
+        layers: module path -> atom layer.
+        weights: module path -> adapter -> weight; those that a layer lacks are passed over.
+        stored: module path -> what reads the base weight, or None: it is kept on its device.
+        changed_only: leave layers alone that have the same adapters with the same weights by now.
+    """
+    for path, layer in layers.items():
+        mine = {name: weight for name, weight in weights[path].items() if name in layer.scaling}
+        if changed_only and layer.merged_adapters == list(mine) and mine.items() <= layer.scaling.items():
+            continue
+        # PEFT's own calls go through all adapters that are loaded.
+        layer._active_adapter, layer._disable_adapters = list(weights[path]), False
+        layer.scaling.update(mine)
+        layer.write(list(mine), stored[path])
+
+
+def merge_others(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Make exactly these adapters of other methods active, and merge them; `restore_others` comes before.
+
+    Raises:
+        AttributeError: one cannot be weighted.
+    """
+    for layer in _merge_order(model):
+        if not isinstance(layer, AtomLayer):
+            names = [name for name in weights if name in layer._all_available_adapter_names()]
+            layer._active_adapter, layer._disable_adapters = names, False
+            for name in names:
+                if weights[name] != 1 or hasattr(layer, "set_scale"):
+                    layer.set_scale(name, weights[name])
+            if names:
+                _merge(layer)
 
 
 def restore(model: nn.Module) -> None:
     """Undo `merge`: every weight has the bits it had, and the adapters act unmerged again."""
-    for layer in reversed(_merge_order(model)):
+    restore_others(model)
+    for layer in adapter_layers(model):
         if isinstance(layer, AtomLayer):
             layer.unmerge()
+
+
+def restore_others(model: nn.Module) -> None:
+    """Undo `merge` of other methods than atoms, which lie on top of atoms."""
+    for layer in reversed(_merge_order(model)):
+        if isinstance(layer, AtomLayer):
             continue
         kept = {name: buffer for name, buffer in layer.named_buffers(recurse=False) if name.startswith(_KEPT)}
         for name, buffer in kept.items():
@@ -196,15 +260,23 @@ def restore(model: nn.Module) -> None:
             layer.unmerge()  # merged by others, without a copy: as exact as its method can
 
 
+def _merge(layer: Any) -> None:
+    if not isinstance(layer, AtomLayer):  # others work in place, or add and later subtract: they get a copy
+        for key, parameter in layer.get_base_layer().named_parameters(recurse=False):
+            layer.register_buffer(_KEPT + key, parameter.data, persistent=False)
+            parameter.data = parameter.data.clone()
+    layer.merge()
+
+
 def _merge_order(model: nn.Module) -> list[Any]:
     """Atoms change the base weight and come first; of other layers on one module, inner ones before outer ones."""
     return sorted(reversed(adapter_layers(model)), key=lambda layer: not isinstance(layer, AtomLayer))
 
 
 def _inject(model: Any, config: PeftConfig, name: str) -> None:
-    merged = [(layer, layer.merged_adapters) for layer in adapter_layers(model)]
+    merged = [(layer, layer.merged_adapters) for layer in adapter_layers(model) if layer.merged]
     for layer, _ in merged:
-        layer.merged_adapters = []  # PEFT would unmerge these layers, in its own inexact way
+        layer.merged_adapters = []  # PEFT would unmerge these layers, others than atoms in their own inexact way
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")

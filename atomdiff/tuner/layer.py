@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import warnings
 import zlib
-from collections.abc import Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
+from einops import rearrange
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.func import functional_call
+from torch.func import functional_call, vmap
 
-from atomdiff.atoms import Change, adapt_weight, dct_atoms, recursive_delta, svd_atoms, update_matrix
+from atomdiff.atoms import (
+    Change,
+    adapt_weight,
+    adapt_weight_by_row,
+    dct_atoms,
+    recursive_delta,
+    svd_atoms,
+    update_matrix,
+    write_adapted,
+)
 from atomdiff.sparse import sparse_atoms, sparse_codes
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
@@ -38,6 +49,33 @@ def attribute(kind: str) -> str:
     return kind if kind.startswith(PREFIX) else PREFIX + kind
 
 
+@dataclass
+class Batch:
+    """How the rows of a mixed batch lie in a tensor: (groups, rows, images), images of one row side by side."""
+
+    rows: int
+    """Rows, each with concepts of its own."""
+    images: int = 1
+    """Images a row; what is left of a tensor's first axis are groups, such as the two of classifier-free guidance."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """(groups * rows * images, ...) -> (rows, groups * images, ...).
+
+        Raises:
+            ValueError: the first axis is no multiple of rows * images.
+        """
+        if len(x) % (self.rows * self.images):
+            raise ValueError(
+                f"found a tensor of {len(x)} in a mixed batch of {self.rows} rows with {self.images} image(s) each; "
+                "give one prompt a row"
+            )
+        return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.rows, n=self.images)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Undo `split`."""
+        return rearrange(x, "r (g n) ... -> (g r n) ...", n=self.images)
+
+
 class AtomLayer(nn.Module, BaseTunerLayer):
     """A module whose weight W is adapted (arXiv 2403.00269): each block B of it becomes (I + C).T @ B @ (I + S).
 
@@ -47,7 +85,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     is touched. The forward pass is the base module's own with the adapted weight, so stride, padding, dilation and
     groups are the base's.
 
-    Merging keeps the base weight beside the merged one (the memory of one more weight) and unmerging puts it back.
+    Merging writes into the base weight's own memory, always starting from the base weight, which is kept aside (by
+    default beside it: the memory of one more weight) and which unmerging copies back.
 
     Args:
         base_layer: the module to adapt, possibly wrapped by layers of other PEFT methods already.
@@ -57,10 +96,16 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     other_param_names = (*map(attribute, BASIS_KINDS), "settings", "factors", "scaling")
     base_layer: nn.Module
     kept_base_weight: Tensor | None
+    stored_base_weight: Callable[[], Tensor] | None
+    rows: tuple[Batch, list[Change]] | None
+    holds_merged: bool
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.register_buffer("kept_base_weight", None, persistent=False)  # the untouched weight while merged
+        self.register_buffer("kept_base_weight", None, persistent=False)  # the untouched weight while merged,
+        self.stored_base_weight = None  # or what reads it from where it takes no memory of the device
+        self.rows = None  # while a batch is mixed
+        self.holds_merged = False  # by no adapter, too; compiled code would look at the length of a list
         self.base_layer = base_layer
         for kind in TRAINED_KINDS:
             setattr(self, attribute(kind), nn.ParameterDict())  # shapes: `Factor.trained`
@@ -114,14 +159,16 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def unmerged_weight(self) -> Tensor:
         """The base weight without any adapter of this layer."""
-        return cast(Tensor, self.get_base_layer().weight) if self.kept_base_weight is None else self.kept_base_weight
+        weight = cast(Tensor, self.get_base_layer().weight)
+        if self.stored_base_weight is not None:
+            return self.stored_base_weight().to(weight, non_blocking=True)
+        return weight if self.kept_base_weight is None else self.kept_base_weight
 
     def adapted_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight changed by these adapters, each times its weight; like the base weight in all else."""
         weight = self.unmerged_weight()
-        names = [name for name in adapter_names if self.scaling[name]]
         with torch.autocast(weight.device.type, enabled=False):  # bfloat16 would blur the small matrices
-            return adapt_weight(weight, [self._change(name, f) for name in names for f in self.factors[name]])
+            return adapt_weight(weight, self._changes({name: self.scaling[name] for name in adapter_names}))
 
     def tensors(self, kind: str) -> Any:
         """The tensors of a kind, by adapter."""
@@ -149,7 +196,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """What tells the atoms and the base weight that a code was made from, from others."""
         made_from = self.tensors(f"{kind}_basis")[adapter_name], self.get_base_layer().weight
         versions = [None if tensor.is_inference() else tensor._version for tensor in made_from]
-        return made_from[0].data_ptr(), self.unmerged_weight().data_ptr(), versions
+        return made_from[0].data_ptr(), made_from[1].data_ptr(), versions
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move codes along to another device or dtype, unless something newer has been loaded."""
@@ -164,21 +211,56 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the adapted weight where adapters are active."""
-        if self.disable_adapters and self.merged:
+        if self.rows is not None:
+            return self._forward_rows(*self.rows, x, *args, **kwargs)
+        if self.holds_merged and not self.disable_adapters:  # no look at names: compiled code outlives a switch
+            return self.base_layer(x, *args, **kwargs)
+        if self.disable_adapters:
             self.unmerge()
         names = [name for name in self.active_adapters if self.scaling.get(name)]
-        if self.disable_adapters or self.merged or not names:
+        if self.disable_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
         weights = {self._weight_path(): self.adapted_weight(names)}
         return functional_call(self.base_layer, weights, (x, *args), kwargs)
 
+    def _forward_rows(self, batch: Batch, changes: list[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base module's forward with a weight for each row; all rows share one product."""
+        weight = self.unmerged_weight()
+        if not changes:
+            weights = {self._weight_path(): weight}
+            return functional_call(self.base_layer, weights, (x, *args), kwargs)
+        with torch.autocast(weight.device.type, enabled=False):
+            adapted = adapt_weight_by_row(weight, changes)
+
+        def call(of_row: Tensor, x: Tensor) -> Any:
+            return functional_call(self.base_layer, {self._weight_path(): of_row}, (x, *args), kwargs)
+
+        return batch.join(vmap(call)(adapted, batch.split(x)))
+
+    @torch.no_grad()
+    def mix(self, batch: Batch, rows: Sequence[Mapping[str, float]]) -> None:
+        """Let each row of a batch have adapters of its own, until `rows` is None again.
+
+        Args:
+            batch: how the rows lie in what `forward` gets; it may change between calls.
+            rows: adapter -> weight, a row each.
+        """
+        names = [name for name in self.scaling if any(row.get(name) for row in rows)]
+        weights = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows])  # (rows, names)
+        changes = [self._change(name, factor) for name in names for factor in self.factors[name]]
+        of_name = [place for place, name in enumerate(names) for _ in self.factors[name]]
+        self.rows = (
+            batch,
+            [_by_row(c, weights[:, place].to(c.matrix)) for c, place in zip(changes, of_name, strict=True)],
+        )
+
     @torch.no_grad()
     def merge(self, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
-        """Put the adapted weight in place of the base weight, which is kept aside.
+        """Write the adapted weight over the base weight, which is kept aside.
 
         Args:
             safe_merge: check that the merged weight is finite before it is put in place.
-            adapter_names: the adapters to merge; None: the active ones.
+            adapter_names: the adapters to merge beside those that are; None: the active ones.
 
         Raises:
             ValueError: `safe_merge` found a value that is not finite; nothing was changed.
@@ -186,29 +268,50 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         names = [name for name in check_adapters_to_merge(self, adapter_names) if name in self.scaling]
         if not names:
             return
-        adapted = self.adapted_weight([*self.merged_adapters, *names])
-        if safe_merge and not torch.isfinite(adapted).all():
+        names = [*self.merged_adapters, *names]
+        if safe_merge and not torch.isfinite(self.adapted_weight(names)).all():
             raise ValueError(f"merging {names} gives values that are not finite; lower their weights or retrain them")
+        self.write(names)
+
+    def write(self, adapter_names: Sequence[str], stored: Callable[[], Tensor] | None = None) -> None:
+        """Write the base weight, changed by exactly these adapters, into the memory of the weight in place.
+
+        Args:
+            adapter_names: of this layer, none for the base weight; each counts with its weight.
+            stored: reads the base weight; None: a copy of it is kept on its device.
+        """
         weight = cast(Tensor, self.get_base_layer().weight)
-        if not self.merged:
-            self.kept_base_weight = weight.data
-        weight.data = adapted
-        self.merged_adapters.extend(names)
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            if stored is not None:
+                self.kept_base_weight = None
+            elif self.kept_base_weight is None:
+                base = self.unmerged_weight().detach()
+                self.kept_base_weight = base.clone() if base.data_ptr() == weight.data_ptr() else base
+            self.stored_base_weight = stored
+            changes = self._changes({name: self.scaling[name] for name in adapter_names})
+            write_adapted(weight.data, self.unmerged_weight().detach(), changes)
+        self.merged_adapters = list(adapter_names)
+        self.holds_merged = True
 
     def unmerge(self) -> None:
-        """Put the base weight back, every bit as it was; without effect where nothing is merged."""
-        if self.merged:
-            cast(Tensor, self.get_base_layer().weight).data = self.unmerged_weight()
-            self.kept_base_weight = None
-            self.merged_adapters.clear()
+        """Copy the base weight back, every bit as it was; without effect where nothing is merged."""
+        if not self.holds_merged:
+            return
+        weight = cast(Tensor, self.get_base_layer().weight)
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            weight.data.copy_(self.unmerged_weight())
+        self.kept_base_weight = self.stored_base_weight = None
+        self.merged_adapters.clear()
+        self.holds_merged = False
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; where it is merged, the others stay merged without it."""
         if adapter_name in self.merged_adapters:
             others = [name for name in self.merged_adapters if name != adapter_name]
-            self.unmerge()
             if others:
-                self.merge(adapter_names=others)
+                self.write(others, self.stored_base_weight)
+            else:
+                self.unmerge()
         self._codes = {key: value for key, value in self._codes.items() if key[0] != adapter_name}
         super().delete_adapter(adapter_name)
 
@@ -229,14 +332,25 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             if name in self.scaling:
                 self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
+    def _changes(self, weights: Mapping[str, float]) -> list[Change]:
+        """The changes of adapters, each times its weight."""
+        found = [
+            (self._change(name, factor), weight)
+            for name, weight in weights.items()
+            if weight
+            for factor in self.factors[name]
+        ]
+        return [replace(change, matrix=weight * change.matrix) for change, weight in found]
+
     def _change(self, name: str, factor: Factor) -> Change:
+        """The change that one factor of an adapter makes at weight 1."""
         if factor.recursion is None:
             delta = self.tensors(f"{factor.kind}_delta")[name]
         else:
             delta = recursive_delta(self.tensors("recursion_mix")[name], self.tensors("recursion_delta")[name])
         codes = self.codes(name, factor)
         matrix = update_matrix(self.tensors(f"{factor.kind}_basis")[name], delta) if codes is None else delta
-        return Change(factor.view, self.scaling[name] * matrix, codes)
+        return Change(factor.view, matrix, codes)
 
     def _weight_path(self) -> str:
         """Path of the weight below `base_layer`, through the layers of other methods."""
@@ -252,6 +366,11 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             if adapter_name in self.tensors(kind):
                 tensor = self.tensors(kind)[adapter_name]
                 tensor.data = tensor.data.to(device, torch.float32)
+
+
+def _by_row(change: Change, weights: Tensor) -> Change:
+    """A change times a weight for each row: matrix (...) -> (rows, ...)."""
+    return replace(change, matrix=weights.reshape(-1, *[1] * change.matrix.ndim) * change.matrix)
 
 
 def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int, module_name: str) -> Tensor:

@@ -1,0 +1,98 @@
+"""Mixed batches: every row of a batch wears concepts of its own."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from atomdiff.active import read_strengths
+from atomdiff.errors import UserError
+from atomdiff.pipeline import denoiser_name, pipeline_models
+from atomdiff.strength import StepSchedule, Strength
+from atomdiff.tuner import attach
+from atomdiff.tuner.layer import Batch
+
+Row = str | Mapping[str, Any] | None
+
+
+@contextmanager
+def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
+    """Draw one batch in which every prompt has its own concepts; weights stay as they are.
+
+    Call the pipeline with one prompt a row. Guidance and `num_images_per_prompt` work as ever. Trigger words are the
+    loaded concepts' own, so two concepts with the same word are loaded with different ones.
+
+    Args:
+        pipe: a pipeline with the concepts loaded, of any variant of atoms; merged or not.
+        rows: for each prompt the name of its concept, a mapping name -> strength as `set_active` takes it, or None for
+            the bare base.
+
+    Raises:
+        UserError: there is no such concept, or it is none of atoms.
+        ValueError: (in the pipeline's call) the batch does not hold `rows` prompts.
+    """
+    wanted = [_strengths(pipe, row) for row in rows]
+    if not wanted:
+        raise UserError("found no row; give one for each prompt: a concept's name, or None for the base")
+    models = pipeline_models(pipe)
+    denoiser = denoiser_name(models)
+    for model in models.values():
+        _refuse_others(model, {name for row in wanted for name in row})
+    with ExitStack() as undo:
+        for part, model in models.items():
+            layers, batch = attach.atom_layers(model), Batch(len(wanted))
+            before = {path: layer.rows for path, layer in layers.items()}
+            undo.callback(_put_back, layers, before)
+
+            def mix(progress: float | None, part: str = part, layers: Any = layers, batch: Batch = batch) -> None:
+                for path, layer in layers.items():
+                    of_rows = [{n: s.at(f"{part}.{path}", progress) for n, s in row.items()} for row in wanted]
+                    layer.mix(batch, of_rows)
+
+            mix(0.0 if part == denoiser else None)
+            if layers:
+                count = partial(_count_images, batch, pipe if part == denoiser else None)
+                undo.callback(model.register_forward_pre_hook(count, with_kwargs=True).remove)
+            if part == denoiser and any(strength.steps for row in wanted for strength in row.values()):
+                undo.callback(StepSchedule(pipe, model, mix).remove)
+        yield
+
+
+def _strengths(pipe: Any, row: Row) -> dict[str, Strength]:
+    return {} if row is None else read_strengths(pipe, row)
+
+
+def _put_back(layers: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
+    for path, layer in layers.items():
+        layer.rows = rows[path]
+
+
+def _count_images(batch: Batch, pipe: Any, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Find out how many images there are a row; guidance puts a second group before them."""
+    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
+    guided = pipe is not None and getattr(pipe, "do_classifier_free_guidance", False) and len(first) > batch.rows
+    groups = 2 if guided else 1
+    batch.images, left = divmod(len(first), batch.rows * groups)
+    if left or not batch.images:
+        raise ValueError(
+            f"found a batch of {len(first)}{' with guidance' if guided else ''} for {batch.rows} rows of mixed_batch; "
+            "give one prompt a row"
+        )
+
+
+def _refuse_others(model: nn.Module, names: set[str]) -> None:
+    """Refuse adapters of other methods, which cannot act by row."""
+    for name, config in attach.adapter_configs(model).items():
+        if name in names and not attach.is_atoms(config):
+            raise UserError(f"{name!r} is a {config.peft_type.value} adapter: only concepts of atoms mix in one batch")
+    for layer in attach.other_layers(model):
+        acting = layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters)
+        if set(acting) & set(layer._all_available_adapter_names()):
+            raise UserError(
+                f"the adapters {acting} of another method act on all rows; "
+                "make only concepts of atoms active: atomdiff.restore(pipe), then pipe.set_adapters([...])"
+            )

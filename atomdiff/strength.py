@@ -1,0 +1,134 @@
+"""How strongly a concept acts: in all, by part of the model, and by denoising step."""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+
+from atomdiff.errors import UserError
+
+_PARTS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+_EXPECTED = (
+    "give a number, or {'weight': number, 'blocks': {'down': number, 'up.1': number}, 'steps': {0: number, 1: number}}"
+)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """A concept's weight, times that of the part of the model, times that of the denoising step."""
+
+    weight: float = 1.0
+    """1 is as trained, 0 takes the concept away."""
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    """Part -> factor: "down", "mid", "up", "up.1", "down_blocks.0.attentions", "text_encoder" or any other path of a
+    module. Of several that match, the longest counts; parts not named have the factor 1."""
+    steps: Mapping[float, float] = field(default_factory=dict)
+    """Share of the denoising steps done, 0 to 1 -> factor, on straight lines between. Text encoders have none."""
+
+    def __post_init__(self) -> None:
+        numbers = [self.weight, *self.blocks.values(), *self.steps.values()]
+        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+            raise UserError(f"found the strength {self}: {_EXPECTED}, all finite")
+        if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in self.steps):
+            raise UserError(f"steps={dict(self.steps)}: expected shares of the denoising steps, from 0 to 1")
+        blocks = {path: float(value) for key, value in self.blocks.items() for path in [_path(key)]}
+        object.__setattr__(self, "blocks", blocks)
+
+    @classmethod
+    def read(cls, value: Any) -> Strength:
+        """A strength from a number, from a mapping with its fields, or from blocks as diffusers nests them.
+
+        Raises:
+            UserError: it is none of these.
+        """
+        if isinstance(value, Strength):
+            return value
+        if isinstance(value, (int, float)) and not isinstance(value, bool):
+            return cls(float(value))
+        if not isinstance(value, Mapping):
+            raise UserError(f"found the strength {value!r}: {_EXPECTED}")
+        if not set(value) <= {"weight", "blocks", "steps"}:
+            return cls(blocks=dict(_flat(value)))
+        steps = value.get("steps", {})
+        try:
+            pairs = dict(steps.items() if isinstance(steps, Mapping) else steps)
+            steps = {float(share): factor for share, factor in pairs.items()}
+        except (TypeError, ValueError) as error:
+            raise UserError(f"found steps={steps!r}: {_EXPECTED}") from error
+        return cls(value.get("weight", 1.0), dict(_flat(value.get("blocks", {}))), steps)
+
+    def at(self, module: str, progress: float | None) -> float:
+        """The weight of one layer.
+
+        Args:
+            module: its path with the component, such as `unet.conv_in`.
+            progress: share of the denoising steps done; None: no matter.
+        """
+        matching = [part for part in self.blocks if _is_within(module, part)]
+        factor = self.blocks[max(matching, key=len)] if matching else 1.0
+        if self.steps and progress is not None:
+            shares = sorted(self.steps)
+            factor *= float(np.interp(progress, shares, [self.steps[share] for share in shares]))
+        return self.weight * factor
+
+    def check(self, name: str, modules: Iterable[str]) -> None:
+        """Check that every part holds a layer of the concept.
+
+        Raises:
+            UserError: one does not; it names what there is.
+        """
+        modules = list(modules)
+        for part in self.blocks:
+            if not any(_is_within(module, part) for module in modules):
+                there = sorted({".".join(module.split(".")[:3]) for module in modules})
+                raise UserError(f"{name!r} has no layer in {part!r}; it has layers in: {', '.join(there) or 'none'}")
+
+
+class StepSchedule:
+    """Calls a function with the share of the denoising steps done, before each step at which it changes."""
+
+    def __init__(self, pipe: Any, denoiser: Any, apply: Callable[[float], None]) -> None:
+        self._pipe, self._apply = pipe, apply
+        self._last: float | None = None
+        self._handle = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
+
+    def remove(self) -> None:
+        """Stop following the steps."""
+        self._handle.remove()
+
+    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        steps = getattr(self._pipe.scheduler, "timesteps", None)
+        if timestep is None or steps is None or len(steps) == 0:
+            return
+        now = float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
+        progress = int((steps.float() - now).abs().argmin()) / max(len(steps) - 1, 1)
+        if progress != self._last:
+            self._last = progress
+            self._apply(progress)
+
+
+def _is_within(module: str, part: str) -> bool:
+    return any(f"{path}.".startswith(f"{part}.") for path in (module, module.partition(".")[2]))
+
+
+def _path(key: str) -> str:
+    """A part's path as modules have it: `up.block_1` and `unet.up.1` are `up_blocks.1` and `unet.up_blocks.1`."""
+    names = [re.sub(r"^block_(\d+)$", r"\1", name) for name in key.split(".")]
+    first = 1 if len(names) > 1 and names[1] in _PARTS else 0
+    return ".".join([*names[:first], _PARTS.get(names[first], names[first]), *names[first + 1 :]])
+
+
+def _flat(blocks: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
+    if not isinstance(blocks, Mapping) or not all(isinstance(key, str) and key for key in blocks):
+        raise UserError(f"found blocks {blocks!r}: {_EXPECTED}")
+    for key, value in blocks.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
