@@ -75,6 +75,25 @@ def inspect(args: Sequence[str]) -> None:
         print(describe_count(count_numbers(config.base, read_adapter(config.config))))
 
 
+def export(args: Sequence[str]) -> None:
+    """Write concepts for other programs: a pipeline, weight differences or a LoRA."""
+    from atomdiff.export import ExportConfig, describe_export, export_concepts
+
+    config = parse_config(ExportConfig, args, prog="atomdiff export")
+    quiet_libraries()
+    print(describe_export(export_concepts(config)))
+
+
+def extract(args: Sequence[str]) -> None:
+    """Find the atoms that best explain a fully tuned model."""
+    from atomdiff.extract import ExtractConfig, describe_extraction, extract_concept
+
+    config = parse_config(ExtractConfig, args, prog="atomdiff extract")
+    quiet_libraries()
+    print(describe_extraction(extract_concept(config)))
+    print(f"saved {config.output}")
+
+
 def demo(args: Sequence[str]) -> None:
     """Train on a folder of photos, draw, measure: the whole path on the embedded model."""
     from atomdiff.demo import DemoConfig, run_demo
@@ -94,7 +113,7 @@ def demo(args: Sequence[str]) -> None:
         print(f'    image = pipe("a photo of {read_delta_file(concept).trigger_phrase}").images[0]')
 
 
-VERBS = {verb.__name__: verb for verb in (train, sample, inspect, demo)}
+VERBS = {verb.__name__: verb for verb in (train, sample, inspect, export, extract, demo)}
 
 
 def main(args: Sequence[str] | None = None) -> int:

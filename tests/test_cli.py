@@ -6,10 +6,12 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 import atomdiff
 from atomdiff import cli, dreambooth, sample
 from atomdiff.cli import main
+from atomdiff.pipeline import add_trigger_word, set_trigger_embedding
 
 ROOT = Path(__file__).parents[1]
 
@@ -19,11 +21,11 @@ def test_without_a_verb_the_verbs_are_listed(capsys):
     assert "  train " in capsys.readouterr().err
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {verb} " in shown for verb in ("train", "sample", "inspect", "demo"))
+    assert all(f"  {verb} " in shown for verb in ("train", "sample", "inspect", "export", "extract", "demo"))
     assert main(["paint"]) == 2
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "inspect", "demo"])
+@pytest.mark.parametrize("verb", ["train", "sample", "inspect", "export", "extract", "demo"])
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])
@@ -56,6 +58,31 @@ def test_inspect_counts_an_adapter_on_an_architecture(tmp_path, capsys):
     assert "25,557,032" in shown and "3,697 numbers (0.0145 %" in shown
     assert main(["inspect"]) == 2 and main(["inspect", "--config", "atoms"]) == 2
     assert "such as sd-1.5" in capsys.readouterr().err
+
+
+def test_a_concept_is_exported_and_extracted_again(tiny_pipe, tiny_pipe_folder, tmp_path, capsys):
+    tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv_in"]))
+    add_trigger_word(tiny_pipe, "ohwx")
+    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
+    torch.nn.init.normal_(tiny_pipe.unet.conv_in.atom_delta["default"], std=0.1)
+    path = str(atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", dtype=torch.float32))
+    base = ["--pretrained_model_name_or_path", str(tiny_pipe_folder)]
+    assert main(["export", *base, "--concepts", path, "--to", "lora", "--rank", "4", "--output", f"{tmp_path}/l"]) == 0
+    shown = capsys.readouterr().out
+    assert "lora_unet_conv_in" in shown and "1 layers, relative error" in shown
+    assert f"saved {tmp_path}/l.safetensors\nsaved {tmp_path}/l-ohwx.safetensors, the embedding of 'ohwx'" in shown
+    folder = str(tmp_path / "merged")
+    options = ["--to", "pipeline", "--dtype", "float32", "--output", folder]
+    assert main(["export", *base, "--concepts", path, *options]) == 0
+    assert capsys.readouterr().out == f"saved {folder}\n"
+    assert main(["extract", *base, "--tuned", folder, "--output", f"{tmp_path}/again.atoms.safetensors"]) == 0
+    shown = capsys.readouterr().out
+    assert "explained: 1.0000 of the squared change of 1 layers" in shown and "tensors of the text_encoder" in shown
+    assert (tmp_path / "again.atoms.safetensors").is_file()
+    assert main(["export", *base, "--concepts", path, *options]) == 2
+    assert "is there already" in capsys.readouterr().err
+    assert main(["extract", *base, "--tuned", str(tiny_pipe_folder), "--output", "x"]) == 2
+    assert "number for number" in capsys.readouterr().err
 
 
 def test_train_hands_its_config_over(monkeypatch, capsys):

@@ -1,0 +1,301 @@
+"""What the concepts in a pipeline change, in forms that other programs read: a pipeline, differences, a LoRA."""
+
+from __future__ import annotations
+
+import math
+import os
+import re
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from atomdiff.delta_file import read_delta_file, some
+from atomdiff.differences import layer_differences, without_adapters
+from atomdiff.errors import UserError
+from atomdiff.kohya import as_written, embedding_rows, layer_name, metadata, missing_out_proj, save_tensors
+from atomdiff.low_rank import low_rank
+from atomdiff.pipeline import list_atoms, load_atoms, trigger_words
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+@dataclass(frozen=True)
+class ExportConfig:
+    """Write concepts, with their weights, to a file or folder that other programs read.
+
+    Raises:
+        UserError: a field has a value that cannot be used.
+    """
+
+    pretrained_model_name_or_path: str
+    """The base: a folder or a Hub id."""
+    concepts: tuple[str, ...]
+    """Concept files, or directories written by PEFT."""
+    to: Literal["pipeline", "diff", "lora"]
+    """pipeline: a diffusers folder with the concepts merged in. diff: the exact differences of the weights, as large as
+    the weights, for ComfyUI, Stable Diffusion WebUI and InvokeAI. lora: their best approximation of a rank, for these
+    and diffusers."""
+    output: str
+    """The folder (pipeline) or the .safetensors file (diff, lora) to write."""
+    rank: int = 16
+    """Rank of the LoRA."""
+    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
+    """Precision of the written numbers."""
+    weights: tuple[float, ...] = ()
+    """Strength of each concept; 1 is as trained. Default: 1 each."""
+    trigger_words: tuple[str, ...] = ()
+    """Word to use for each concept, where two come with the same one. Default: their own."""
+    revision: str | None = None
+    """Revision of a base on the Hub."""
+    variant: str | None = None
+    """Variant of the base's files, such as fp16."""
+
+    def __post_init__(self) -> None:
+        for path in self.concepts:
+            if not Path(path).exists():
+                raise UserError(f"found nothing at {path!r}: check the path")
+        for name in ("weights", "trigger_words"):
+            given = len(getattr(self, name))
+            if given and given != len(self.concepts):
+                raise UserError(f"found {given} {name} for {len(self.concepts)} concepts; give one each, or none")
+        if not self.concepts:
+            raise UserError("found no concept; give --concepts")
+        _check_rank(self.rank)
+
+
+@dataclass(frozen=True)
+class ExportedLayer:
+    """One layer of an exported file."""
+
+    name: str
+    """Its name in the file."""
+    shape: tuple[int, ...]
+    """Of its weight."""
+    rank: int | None
+    """Of its LoRA; None: the whole difference is there."""
+    size: float
+    """Frobenius norm of the difference that the concepts make."""
+    residual: float
+    """Frobenius norm of what the numbers in the file miss of it, rounding included."""
+
+    @property
+    def error(self) -> float:
+        """Relative error of the approximation."""
+        return self.residual / self.size if self.size else 0.0
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was written."""
+
+    path: Path
+    """The file or folder."""
+    layers: tuple[ExportedLayer, ...] = ()
+    """The layers in the file, none for a folder; no file is written for concepts that are only words."""
+    embeddings: dict[str, Path] = field(default_factory=dict)
+    """Trigger word -> the file of its embedding, without which the concept is incomplete."""
+    biases_left_out: tuple[str, ...] = ()
+    """Layers whose biases change, which a LoRA cannot hold."""
+
+    @property
+    def error(self) -> float:
+        """Relative Frobenius error over all layers."""
+        size = math.hypot(*(layer.size for layer in self.layers))
+        return math.hypot(*(layer.residual for layer in self.layers)) / size if size else 0.0
+
+
+def export_concepts(config: ExportConfig) -> ExportReport:
+    """Load a base with concepts and export them.
+
+    Raises:
+        UserError: the base or a concept cannot be used, or cannot be written in that form.
+    """
+    written = getattr(torch, config.dtype)
+    pipe = open_pipeline(
+        config.pretrained_model_name_or_path,
+        written if config.to == "pipeline" else torch.float32,
+        revision=config.revision,
+        variant=config.variant,
+    )
+    words = config.trigger_words or (None,) * len(config.concepts)
+    weights = dict(enumerate(config.weights or (1.0,) * len(config.concepts), start=1))
+    for number, (path, word) in enumerate(zip(config.concepts, words, strict=True), start=1):
+        load_atoms(pipe, path, f"concept{number}", trigger_word=word)
+    adapters = {concept.name: weights[int(concept.name[7:])] for concept in list_atoms(pipe) if concept.layers}
+    if len(adapters) > 1 or any(weight != 1 for weight in adapters.values()):
+        try:
+            pipe.set_adapters(list(adapters), list(adapters.values()))
+        except AttributeError as error:  # the layers of some methods have no scale
+            raise UserError("not all of these concepts can be weighted: export one, unweighted") from error
+    if config.to == "pipeline":
+        return export_pipeline(pipe, config.output)
+    phrases = [read_delta_file(path).trigger_phrase for path in config.concepts if Path(path).is_file()]
+    phrase = "" if config.trigger_words else ", ".join(filter(None, phrases))
+    if config.to == "diff":
+        return export_diff(pipe, config.output, dtype=written, trigger_phrase=phrase)
+    return export_lora(pipe, config.output, config.rank, dtype=written, trigger_phrase=phrase)
+
+
+def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
+    """Save a pipeline with its active concepts merged in, their words in tokenizers and text encoders.
+
+    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype.
+
+    Raises:
+        UserError: the folder is not empty.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} is there already: give a new or empty folder")
+    with without_adapters(pipe):
+        pipe.save_pretrained(folder)
+    return ExportReport(folder)
+
+
+def export_diff(
+    pipe: Any, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16, trigger_phrase: str = ""
+) -> ExportReport:
+    """Save what the active concepts change, whole: kohya's and LyCORIS's keys `.diff` (weights) and `.diff_b` (biases).
+
+    Args:
+        pipe: a pipeline with concepts of any PEFT method; a merged one is restored.
+        path: the file; `.safetensors` is appended where it is missing. Embeddings of words are written beside it.
+        dtype: of the written numbers.
+        trigger_phrase: what to write in a prompt to get the concept.
+
+    Raises:
+        UserError: there is nothing to export, or it has no form in such a file; or a value is too large for `dtype`.
+    """
+    tensors: dict[str, Tensor] = {}
+    layers = []
+    for difference in layer_differences(pipe):
+        name = layer_name(pipe, difference.component, difference.module)
+        weight = difference.parameters["weight"]
+        tensors[f"{name}.diff"] = as_written(weight, dtype, name)
+        if (bias := difference.parameters.get("bias")) is not None and bias.any():
+            tensors[f"{name}.diff_b"] = as_written(bias, dtype, name)
+        residual = float((weight.cpu() - tensors[f"{name}.diff"].float()).norm())
+        layers.append(ExportedLayer(name, tuple(weight.shape), None, float(weight.norm()), residual))
+    return _write(pipe, Path(path), tensors, layers, dtype, trigger_phrase)
+
+
+def export_lora(
+    pipe: Any,
+    path: str | os.PathLike[str],
+    rank: int = 16,
+    *,
+    dtype: torch.dtype = torch.float16,
+    trigger_phrase: str = "",
+) -> ExportReport:
+    """Save the best approximation of a rank to what the active concepts change, with kohya's keys.
+
+    A weight (out, in/groups, ...) becomes `lora_up` (out, r, 1, ...) and `lora_down` (r, in/groups, ...), r being
+    `rank` or what the layer allows, and `alpha` `rank`; grouped convolutions so, too, as programs that merge read them.
+
+    Args:
+        pipe: a pipeline with concepts of any PEFT method; a merged one is restored.
+        path: the file; `.safetensors` is appended where it is missing. Embeddings of words are written beside it.
+        rank: of every layer, at least 1.
+        dtype: of the written numbers.
+        trigger_phrase: what to write in a prompt to get the concept.
+
+    Raises:
+        UserError: there is nothing to export, or it has no form in such a file; or a value is too large for `dtype`.
+    """
+    _check_rank(rank)
+    tensors: dict[str, Tensor] = {}
+    layers, biases = [], []
+    for difference in layer_differences(pipe):
+        name = layer_name(pipe, difference.component, difference.module)
+        if isinstance(difference.layer, _TRANSPOSED):
+            raise UserError(f"{name} is a transposed convolution, which has no LoRA in other programs: use --to diff")
+        if (bias := difference.parameters.get("bias")) is not None and bias.any():
+            biases.append(name)
+        weight = difference.parameters["weight"]
+        if not weight.any():
+            continue
+        matrix = weight.flatten(1)
+        factors = low_rank(matrix, rank)
+        scale = rank / len(factors[1])  # alpha / r, by which programs multiply what they load
+        up, down = (as_written(factor / scale**0.5, dtype, name) for factor in factors)
+        missed = matrix.cpu() - scale * up.float() @ down.float()
+        tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (weight.ndim - 2))
+        tensors[f"{name}.lora_down.weight"] = down.reshape(-1, *weight.shape[1:])
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # diffusers mistakes alphas that differ between layers
+        size, residual = float(weight.norm()), float(missed.norm())
+        layers.append(ExportedLayer(name, tuple(weight.shape), len(down), size, residual))
+    tensors |= missing_out_proj(pipe, tensors)
+    return _write(pipe, Path(path), tensors, layers, dtype, trigger_phrase, rank, biases)
+
+
+def open_pipeline(name: str, dtype: torch.dtype, *, revision: str | None = None, variant: str | None = None) -> Any:
+    """Load a diffusers pipeline.
+
+    Raises:
+        UserError: it is not there, or cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    try:
+        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=dtype)
+    except (OSError, ValueError) as error:
+        found = "is there, but" if Path(name).is_dir() else "is no folder here, and as a Hub id"
+        raise UserError(f"{name!r} {found} cannot be loaded ({' '.join(str(error).split())})") from error
+
+
+def describe_export(report: ExportReport) -> str:
+    """A report as a readable table."""
+    lines = []
+    if report.layers:
+        width = max(len(layer.name) for layer in report.layers)
+        lines.append(f"{'layer':<{width}}{'shape':>20}{'rank':>7}{'relative error':>16}")
+        for layer in report.layers:
+            shape = " x ".join(map(str, layer.shape))
+            lines.append(f"{layer.name:<{width}}{shape:>20}{layer.rank or 'all':>7}{layer.error:>16.2e}")
+        lines.append(f"{len(report.layers)} layers, relative error {report.error:.2e} over all of them")
+        if report.error > 0.1:
+            lines.append("much of the concept is missing: a higher --rank comes nearer, --to diff is exact")
+        lines.append("")
+    if report.biases_left_out:
+        lines.append(f"left out, because a LoRA holds no biases: those of {some(report.biases_left_out)}")
+    if report.layers or not report.embeddings:
+        lines.append(f"saved {report.path}")
+    for word, path in report.embeddings.items():
+        lines.append(
+            f"saved {path}, the embedding of {word!r}, without which the concept is incomplete: put it among the "
+            f"embeddings and write {path.stem} (ComfyUI: embedding:{path.stem}) for {word!r} in prompts"
+        )
+    return "\n".join(lines)
+
+
+def _write(
+    pipe: Any,
+    path: Path,
+    tensors: dict[str, Tensor],
+    layers: list[ExportedLayer],
+    dtype: torch.dtype,
+    trigger_phrase: str,
+    rank: int | None = None,
+    biases: list[str] | None = None,
+) -> ExportReport:
+    path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+    inactive = {concept.name for concept in list_atoms(pipe) if concept.layers and not concept.active}
+    words = [word for word, entry in trigger_words(pipe).items() if entry.vectors and entry.owner not in inactive]
+    if not tensors and not words:
+        raise UserError("found nothing to export: no active concept changes the pipeline; load one, or give it weight")
+    if tensors:
+        save_tensors(path, tensors, metadata(pipe, path.stem, trigger_phrase, rank))
+    embeddings = {}
+    for word in words:
+        in_name = re.sub(r"[^\w.-]", "_", word)
+        beside = embeddings[word] = path.with_name(f"{path.stem}-{in_name}.safetensors")
+        save_tensors(beside, {key: as_written(row, dtype, word) for key, row in embedding_rows(pipe, word).items()}, {})
+    return ExportReport(path, tuple(layers), embeddings, tuple(biases or ()))
+
+
+def _check_rank(rank: int) -> None:
+    if rank < 1:
+        raise UserError(f"rank={rank}: expected at least 1")

@@ -1,0 +1,187 @@
+"""Names and metadata of LoRA files as kohya's sd-scripts write them, which other programs read.
+
+Layers of Stable Diffusion 1.x and 2.x are named by their diffusers path, layers of SDXL by their path in Stability AI's
+code (`input_blocks`, ...), as in files trained by sd-scripts. ComfyUI and diffusers read both names for SDXL; Stable
+Diffusion WebUI mistakes the diffusers name of `up_blocks.0.upsamplers.0.conv`; InvokeAI refuses files that mix them.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor
+
+from atomdiff.errors import UserError
+from atomdiff.model_spec import atomdiff_version, model_spec
+from atomdiff.trigger_words import token_id
+from atomdiff.tuner.model import supported_modules
+
+_SDXL_LAYERS = {
+    "conv_in": "input_blocks.0.0",
+    "conv_out": "out.2",
+    "time_embedding.linear_1": "time_embed.0",
+    "time_embedding.linear_2": "time_embed.2",
+    "add_embedding.linear_1": "label_emb.0.0",
+    "add_embedding.linear_2": "label_emb.0.2",
+}
+_SDXL_RESNET = {
+    "conv1": "in_layers.2",
+    "conv2": "out_layers.3",
+    "time_emb_proj": "emb_layers.1",
+    "conv_shortcut": "skip_connection",
+}
+_IN_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
+_ENCODER = re.compile("text_encoder(_2)?").fullmatch
+_BASE_VERSIONS = {
+    "stable-diffusion-v1": "sd_v1",
+    "stable-diffusion-v2": "sd_v2",
+    "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
+}
+
+
+def is_sdxl(pipe: Any) -> bool:
+    """Whether a pipeline's UNet has the micro-conditioning of Stable Diffusion XL."""
+    unet = pipe.components.get("unet")
+    return getattr(getattr(unet, "config", None), "addition_embed_type", None) == "text_time"
+
+
+def layer_name(pipe: Any, component: str, module: str) -> str:
+    """The name of a layer in a file, such as `lora_unet_down_blocks_0_resnets_0_conv1`.
+
+    Args:
+        pipe: the pipeline.
+        component: `unet`, `text_encoder` or `text_encoder_2`.
+        module: path of the layer within it.
+
+    Raises:
+        UserError: there is no such name.
+    """
+    sdxl = is_sdxl(pipe)
+    if component == "unet":
+        prefix, path = "lora_unet", _sdxl_path(module, pipe.unet) if sdxl else module
+    elif _ENCODER(component):
+        prefix = "lora_te" if "text_encoder_2" not in pipe.components else f"lora_te{component[13:] or 1}"
+        # transformers 5 took the level `text_model` out of CLIPTextModel
+        path = module if module.startswith("text_") else f"text_model.{module}"
+    else:
+        raise UserError(
+            f"the concept changes {component}.{module}, and other programs read changes of a UNet and of its text "
+            "encoders only: use --to pipeline"
+        )
+    return f"{prefix}_{path}".replace(".", "_")
+
+
+def metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> dict[str, str]:
+    """Metadata of a file: the `ss_` fields that other programs look at, and those of `model_spec`.
+
+    Args:
+        pipe: the pipeline.
+        title: name of the concept.
+        trigger_phrase: what to write in a prompt to get it.
+        rank: of a LoRA, and its alpha; None for whole differences.
+    """
+    spec = model_spec(pipe, title, trigger_phrase)
+    base = spec["architecture"].removesuffix("/atoms")
+    version = _BASE_VERSIONS.get(base, "")
+    if base == "stable-diffusion-v2" and spec.get("prediction_type") == "v":
+        version += "_v"
+    args = {"algo": "full"} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(rank)}
+    fields = {
+        "ss_v2": str(base == "stable-diffusion-v2"),
+        "ss_base_model_version": version,
+        "ss_network_module": "lycoris.kohya" if rank is None else "networks.lora",
+        "ss_network_dim": "" if rank is None else str(rank),
+        "ss_network_alpha": "" if rank is None else str(float(rank)),
+        "ss_network_args": json.dumps(args),
+        "ss_output_name": title,
+        "ss_training_comment": f"exported by atomdiff {atomdiff_version()}".strip(),
+    }
+    spec["architecture"] = f"{base}/lora"
+    fields = {key: value for key, value in fields.items() if value}
+    return fields | {f"modelspec.{key}": value for key, value in spec.items()}
+
+
+def missing_out_proj(pipe: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """What a LoRA lacks for diffusers, which reads that of a text encoder only if an `out_proj` is among its layers.
+
+    Args:
+        pipe: the pipeline.
+        tensors: those of the file.
+
+    Returns:
+        A LoRA of rank 1 that changes nothing, for each text encoder that needs it.
+    """
+    added = {}
+    for component, model in pipe.components.items():
+        layers = supported_modules(model) if _ENCODER(component) and model is not None else {}
+        outs = {path: module for path, module in layers.items() if path.endswith("out_proj")}
+        names = {layer_name(pipe, component, path): module.weight for path, module in outs.items()}
+        prefix = next(iter(names), "").partition("_text_")[0]
+        used = [key for key in tensors if prefix and key.startswith(f"{prefix}_")]
+        if used and not any(key.partition(".")[0] in names for key in used):
+            name, weight = next(iter(names.items()))
+            like = tensors[used[0]]
+            added[f"{name}.lora_up.weight"] = like.new_zeros(weight.shape[0], 1)
+            added[f"{name}.lora_down.weight"] = like.new_zeros(1, weight.shape[1])
+            added[f"{name}.alpha"] = tensors[f"{used[0].partition('.')[0]}.alpha"].clone()
+    return added
+
+
+def embedding_rows(pipe: Any, word: str) -> dict[str, Tensor]:
+    """A word's rows (1, hidden) of the embedding tables, under the names of Stable Diffusion WebUI and ComfyUI."""
+    keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if is_sdxl(pipe) else {"text_encoder": "emb_params"}
+    rows = {}
+    for encoder, key in keys.items():
+        if pipe.components.get(encoder) is not None:
+            table = getattr(pipe, encoder).get_input_embeddings()
+            rows[key] = table.weight.detach()[token_id(pipe, word, encoder)][None]
+    return rows
+
+
+def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
+    """Write a safetensors file with metadata; whatever it replaces is replaced at once."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(path.name + ".partial")
+    save_file(tensors, partial, metadata={"format": "pt", **facts})
+    partial.replace(path)
+
+
+def as_written(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
+    """A tensor as it goes into a file.
+
+    Raises:
+        UserError: a value is not finite, or too large for `dtype`.
+    """
+    written = tensor.to("cpu", dtype).contiguous()
+    if not torch.isfinite(written).all():
+        raise UserError(f"{name}: values are not finite or too large for {dtype}; export with --dtype float32")
+    return written
+
+
+def _sdxl_path(module: str, unet: Any) -> str:
+    """A path in diffusers' UNet -> the path of the same layer in Stability AI's code."""
+    if module in _SDXL_LAYERS:
+        return _SDXL_LAYERS[module]
+    found = _IN_BLOCK.fullmatch(module)
+    if found is None:
+        raise UserError(f"unet.{module} has no name in files for SDXL: leave that layer out, or use --to pipeline")
+    side, block, part, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    blocks_each = len(unet.down_blocks[0].resnets) + 1  # down: and a downsampler; up: one more
+    place = block * blocks_each + index
+    within = int(part == "attentions")
+    if part == "resnets":
+        rest = _SDXL_RESNET.get(rest, rest)
+    if side == "mid":
+        return f"middle_block.{1 if within else 2 * index}.{rest}"
+    if part == "downsamplers":
+        return f"input_blocks.{(block + 1) * blocks_each}.0.op"
+    if part == "upsamplers":
+        position = 2 if hasattr(unet.up_blocks[block], "attentions") else 1
+        return f"output_blocks.{(block + 1) * blocks_each - 1}.{position}.{rest}"
+    return f"input_blocks.{place + 1}.{within}.{rest}" if side == "down" else f"output_blocks.{place}.{within}.{rest}"
