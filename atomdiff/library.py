@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import difflib
 import os
 import re
@@ -11,10 +10,10 @@ import sys
 import threading
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping
-from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -27,13 +26,7 @@ ENDING = ".atoms.safetensors"
 _READERS = 8  # threads that read headers
 _TENSOR_BYTES = 520  # what torch and Python keep about a tensor besides its numbers; measured
 
-
-class _Stamp(NamedTuple):
-    """What tells a changed file from an unchanged one; a file put in another's place has another inode."""
-
-    size: int
-    mtime_ns: int
-    inode: int
+_Stamp = tuple[int, int, int]  # size, mtime_ns, inode: what tells a changed file from an unchanged one
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,14 +48,7 @@ class ConceptInfo:
     mtime_ns: int
     """When the file was last changed, in nanoseconds."""
     inode: int
-    """Number of the file in its file system."""
-
-
-class _Broken(NamedTuple):
-    """A file or subfolder that cannot be used."""
-
-    stamp: _Stamp | None  # None: try again at every look
-    reason: str
+    """Number of the file in its file system; one that was put in another's place has another."""
 
 
 class _Held(NamedTuple):
@@ -81,8 +67,8 @@ class ConceptLibrary:
     memory. Any number of threads may use a library at once: each file is read by one of them, the others wait for it
     and for nothing else. A `DeltaFile` is shared by all who ask for it and must not be changed.
 
-    What was new, changed or removed in the folder is noticed by `refresh`, and when a name or a phrase that nobody
-    knows is asked for.
+    Length, iteration over the sorted names, and `in` tell what the last look at the folder found. What is new, changed
+    or removed is noticed by `refresh`, and when a name or a phrase that nobody knows is asked for.
 
     Args:
         folder: where the files are.
@@ -97,25 +83,21 @@ class ConceptLibrary:
             raise UserError(f"memory_budget={memory_budget}: expected bytes, at least 0")
         self.folder = Path(os.path.abspath(folder))
         self.memory_budget = memory_budget
-        self._index = _Index({}, {})  # never changed, only replaced: reading it takes no lock
-        self._scans = 0
+        self._index = _Index([], {})  # never changed, only replaced: reading it takes no lock
+        self._looks = 0
         self._refreshing = threading.Lock()
         self._lock = threading.Lock()  # of all below, and of replacing the index; never held while a file is read
         self._held: OrderedDict[str, _Held] = OrderedDict()
-        self._held_bytes = 0
         self._reading: dict[ConceptInfo, Future[DeltaFile]] = {}
         self.refresh()
 
     def __len__(self) -> int:
-        """Number of concepts, as of the last look at the folder."""
         return len(self._index.concepts)
 
     def __iter__(self) -> Iterator[str]:
-        """The names, sorted, as of the last look at the folder."""
         return iter(self._index.concepts)
 
     def __contains__(self, name: object) -> bool:
-        """Tell whether a name was there at the last look at the folder."""
         return name in self._index.concepts
 
     def __getitem__(self, name: str) -> DeltaFile:
@@ -124,22 +106,17 @@ class ConceptLibrary:
         Raises:
             UserError: there is no such concept, or its file is damaged.
         """
-        while True:
-            info = self.info(name)
-            with self._lock:
-                held = self._held.get(name)
-                if held is not None and held.info is info:
-                    self._held.move_to_end(name)
-                    return held.delta
-                other = self._reading.get(info)
-                if other is None:
-                    mine = self._reading[info] = Future()
-            if other is None:
-                return self._read(info, mine)
-            try:
-                return other.result()
-            except CancelledError:  # it failed elsewhere: try here
-                continue
+        info = self.info(name)
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None and held.info is info:
+                self._held.move_to_end(name)
+                return held.delta
+            is_first = info not in self._reading
+            reading = self._reading.setdefault(info, Future())
+        if is_first:
+            self._read(info, reading)
+        return reading.result()
 
     def info(self, name: str) -> ConceptInfo:
         """What the header of a concept says; its tensors are not read.
@@ -147,13 +124,11 @@ class ConceptLibrary:
         Raises:
             UserError: there is no such concept, not even after another look at the folder.
         """
-        info = self._index.concepts.get(name)
-        if info is None:
+        if name not in self:
             self.refresh()
-            info = self._index.concepts.get(name)
-        if info is None:
-            raise UserError(self._unknown(name))
-        return info
+        if info := self._index.concepts.get(name):
+            return info
+        raise UserError(self._unknown(name))
 
     def find(self, phrase: str) -> list[str]:
         """Names of the concepts with this trigger phrase, then of those with all of its words; case does not matter.
@@ -161,22 +136,21 @@ class ConceptLibrary:
         Searched are the words of trigger phrases and the trigger words. Where nothing is found, the folder is looked at
         once more.
         """
-        names = self._index.find(phrase)
-        if not names:
-            self.refresh()
-            names = self._index.find(phrase)
-        return names
+        if names := self._index.find(phrase):
+            return names
+        self.refresh()
+        return self._index.find(phrase)
 
     @property
     def damaged(self) -> dict[Path, str]:
         """Files and subfolders that cannot be used -> the reason, as of the last look at the folder."""
-        return {self.folder / name: broken.reason for name, broken in self._index.damaged.items()}
+        return dict(self._index.damaged)
 
     @property
     def memory_used(self) -> int:
         """Bytes that the concepts kept in memory take, with all that Python and torch keep about them (estimated)."""
         with self._lock:
-            return self._held_bytes
+            return sum(held.size for held in self._held.values())
 
     def refresh(self) -> None:
         """Look at the folder: list new files, read the headers of changed ones again, forget removed ones.
@@ -186,179 +160,134 @@ class ConceptLibrary:
         Raises:
             UserError: the folder cannot be read; what the library knows stays as it was.
         """
-        seen = self._scans
+        looks = self._looks
         with self._refreshing:
-            if self._scans > seen:  # another thread has begun and ended a look since this one was asked for
+            if self._looks > looks + 1:  # another thread has begun and ended a look since this one was asked for
                 return
-            self._scans += 1
-            old = self._index
-            try:
-                new = _look(self.folder, old)
-            except BaseException:
-                self._scans -= 1
-                raise
+            old, new = self._index, _look(self.folder, self._index)
+            self._looks += 1
             with self._lock:
                 self._index = new
                 for name, held in list(self._held.items()):
                     if new.concepts.get(name) is not held.info:
-                        self._drop(name)
-        broken = [name for name, entry in new.damaged.items() if old.damaged.get(name) != entry]
-        if broken:
-            reasons = [new.damaged[name].reason for name in broken]
+                        del self._held[name]
+        if reasons := [reason for path, reason in new.damaged.items() if old.damaged.get(path) != reason]:
             warnings.warn(f"left out of the library (.damaged lists all): {some(reasons)}", stacklevel=2)
 
-    def _read(self, info: ConceptInfo, reading: Future[DeltaFile]) -> DeltaFile:
-        """Read a file on behalf of all threads that wait for `reading`, and make room for it."""
+    def _read(self, info: ConceptInfo, reading: Future[DeltaFile]) -> None:
+        """Read a file on behalf of all threads that wait for `reading`."""
         try:
             delta = read_delta_file(info.path)
-            size = _memory(delta)
-        except BaseException:
+            self._keep(_Held(info, delta, _memory(delta)))
+            reading.set_result(delta)
+        except BaseException as error:
+            reading.set_exception(error)
+        finally:
             with self._lock:
                 del self._reading[info]
-            reading.cancel()
-            raise
-        with self._lock:
-            del self._reading[info]
-            fits = size <= self.memory_budget
-            if fits and self._index.concepts.get(info.name) is info:  # it may have changed meanwhile
-                self._held[info.name] = _Held(info, delta, size)
-                self._held_bytes += size
-                while self._held_bytes > self.memory_budget:
-                    self._drop(next(iter(self._held)))
-        reading.set_result(delta)
-        return delta
 
-    def _drop(self, name: str) -> None:
-        self._held_bytes -= self._held.pop(name).size
+    def _keep(self, new: _Held) -> None:
+        """Make room for a concept, unless it has changed meanwhile or is larger than the whole budget."""
+        with self._lock:
+            if self._index.concepts.get(new.info.name) is not new.info or new.size > self.memory_budget:
+                return
+            self._held[new.info.name] = new
+            used = sum(held.size for held in self._held.values())
+            while used > self.memory_budget:
+                _, oldest = self._held.popitem(last=False)
+                used -= oldest.size
 
     def _unknown(self, name: str) -> str:
         index = self._index
-        if broken := index.damaged.get(f"{name}{ENDING}"):
-            return f"the concept {name!r} cannot be used: {broken.reason}"
-        wanted = name.removesuffix(ENDING)
-        last = wanted.rpartition("/")[2]
-        near = [other for other in index.concepts if other.rpartition("/")[2] == last]
-        near += difflib.get_close_matches(wanted, index.concepts)
-        hint = f"near: {some(list(dict.fromkeys(near)))}" if near else "and none of a similar name"
+        if reason := index.damaged.get(self.folder / f"{name}{ENDING}"):
+            return f"the concept {name!r} cannot be used: {reason}"
+        ends = {other.rpartition("/")[2]: other for other in index.concepts}
+        near = [ends[end] for end in difflib.get_close_matches(name.removesuffix(ENDING).rpartition("/")[2], ends)]
+        hint = f"near: {some(near)}" if near else "and none of a similar name"
         return f"there is no concept {name!r} among the {len(index.concepts)} in {self.folder}; {hint}"
 
 
 class _Index:
     """What is known of a folder at one time."""
 
-    def __init__(self, concepts: dict[str, ConceptInfo], damaged: dict[str, _Broken]) -> None:
-        self.concepts = concepts
-        self.damaged = damaged
-        self._phrases: dict[str, list[str]] = {}
-        self._words: dict[str, set[str]] = {}
-        for name, info in concepts.items():
-            if phrase := _plain(info.trigger_phrase):
-                self._phrases.setdefault(phrase, []).append(name)
-            for word in _words(" ".join((info.trigger_phrase, *info.trigger_words))):
-                self._words.setdefault(word, set()).add(name)
+    def __init__(self, infos: Iterable[ConceptInfo], damaged: dict[Path, str]) -> None:
+        self.concepts = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
+        self.damaged = dict(sorted(damaged.items()))
+        self._names: dict[str, set[str]] = {}  # by word
+        for name, info in self.concepts.items():
+            for text in (info.trigger_phrase, *info.trigger_words):
+                for word in _words(text):
+                    self._names.setdefault(word, set()).add(name)
 
     def find(self, phrase: str) -> list[str]:
         """Names with the phrase, then with all of its words."""
-        names = dict.fromkeys(self._phrases.get(_plain(phrase), ()))
-        if found := sorted((self._words.get(word, set()) for word in _words(phrase)), key=len):
-            names |= dict.fromkeys(sorted(found[0].intersection(*found[1:])))
-        return list(names)
+        found = [self._names.get(word, set()) for word in _words(phrase)] or [set()]
+        names, wanted = sorted(min(found, key=len).intersection(*found)), _plain(phrase)
+        return sorted(names, key=lambda name: _plain(self.concepts[name].trigger_phrase) != wanted)
 
 
 def _look(folder: Path, old: _Index) -> _Index:
-    """The index of a folder; the headers of files that have not changed are not read again."""
-    files, unreadable = _list(folder)
-    known: dict[str, ConceptInfo | _Broken] = {}
-    for name, stamp in files.items():
-        info, broken = old.concepts.get(name), old.damaged.get(name + ENDING)
-        if info is not None and (info.size, info.mtime_ns, info.inode) == stamp:
-            known[name] = info
-        elif broken is not None and broken.stamp == stamp:
-            known[name] = broken
-    missing = [name for name in files if name not in known]
+    """The index of a folder; the headers of good files that have not changed are not read again."""
+    stamps, damaged = _list(folder)
+    known = {str(info.path): info for info in old.concepts.values()}
+    infos = {file: info for file, info in known.items() if stamps.get(file) == (info.size, info.mtime_ns, info.inode)}
     with ThreadPoolExecutor(_READERS) as pool:  # they wait for the disk together
-        for name, found in zip(missing, pool.map(lambda name: _info(folder, name, files[name]), missing), strict=True):
-            if found is not None:
-                known[name] = found
-    concepts = {name: found for name, found in sorted(known.items()) if isinstance(found, ConceptInfo)}
-    damaged = {name: _Broken(None, reason) for name, reason in unreadable.items()}
-    damaged |= {name + ENDING: found for name, found in sorted(known.items()) if isinstance(found, _Broken)}
-    same = len(concepts) == len(old.concepts) and all(old.concepts.get(name) is concepts[name] for name in concepts)
-    return old if same and damaged == old.damaged else _Index(concepts, damaged)
-
-
-def _info(folder: Path, name: str, stamp: _Stamp) -> ConceptInfo | _Broken | None:
-    """What a header says; None if the file is gone since it was listed."""
-    path = folder / (name + ENDING)
-    try:
-        metadata, keys = read_header(path)
-        words: dict[str, dict[str, Tensor]] = {split_token_key(key)[0]: {} for key in keys if key.startswith("token.")}
-        check_words(path, words)
-    except UserError as error:
-        passing = isinstance(error.__cause__, OSError)  # such as too many open files: try again next time
-        return _Broken(None if passing else stamp, str(error)) if path.exists() else None
-    return ConceptInfo(
-        name=name,
-        path=path,
-        trigger_phrase=metadata.get("trigger_phrase", ""),
-        trigger_words=tuple(map(sys.intern, sorted(words))),  # the same few in thousands of files
-        base_model=sys.intern(metadata.get("base_model", "")),
-        size=stamp.size,
-        mtime_ns=stamp.mtime_ns,
-        inode=stamp.inode,
-    )
-
-
-def _list(folder: Path) -> tuple[dict[str, _Stamp], dict[str, str]]:
-    """Name -> stamp of the concept files below a folder, and subfolder -> why it cannot be read."""
-    files: dict[str, _Stamp] = {}
-    unreadable: dict[str, str] = {}
-    pending = [""]
-    while pending:
-        below = pending.pop()
+        others = [file for file in stamps if file not in infos]
+        reading = {file: pool.submit(_read_info, folder, Path(file), stamps[file]) for file in others}
+    for file, future in reading.items():
         try:
-            with os.scandir(folder / below) as entries:
-                for entry in entries:
-                    if entry.name.startswith("."):
-                        continue
-                    if entry.is_dir(follow_symlinks=False):
-                        pending.append(f"{below}{entry.name}/")
-                    elif entry.name.endswith(ENDING) and (stamp := _stamp(entry)):
-                        files[below + entry.name.removesuffix(ENDING)] = stamp
-        except OSError as error:
-            if not below:
-                raise UserError(f"folder={str(folder)!r} cannot be read as a folder of concepts: {error}") from error
-            if not isinstance(error, FileNotFoundError):  # gone since it was listed
-                unreadable[below] = f"cannot read {folder / below}: {error}"
-    return files, unreadable
+            infos[file] = future.result()
+        except UserError as error:
+            if os.path.exists(file):  # not gone since it was listed
+                damaged[Path(file)] = str(error)
+    return old if (infos, damaged) == (known, old.damaged) else _Index(infos.values(), damaged)
 
 
-def _stamp(entry: os.DirEntry[str]) -> _Stamp | None:
-    """The stamp of a file; None for pipes and the like, and links to nothing."""
-    try:
-        found = entry.stat()
-    except OSError:
-        return None
-    return _Stamp(found.st_size, found.st_mtime_ns, found.st_ino) if stat.S_ISREG(found.st_mode) else None
+def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo:
+    metadata, keys = read_header(path)
+    words = sorted({split_token_key(key)[0] for key in keys if key.startswith("token.")})
+    check_words(path, words)
+    name = path.relative_to(folder).as_posix().removesuffix(ENDING)
+    phrase, base_model = metadata.get("trigger_phrase", ""), metadata.get("base_model", "")
+    return ConceptInfo(name, path, phrase, tuple(words), base_model, *stamp)
+
+
+def _list(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
+    """Concept file below a folder -> its stamp, and subfolder -> why it cannot be read."""
+    stamps: dict[str, _Stamp] = {}
+    unreadable: dict[Path, str] = {}
+
+    def note(error: OSError) -> None:
+        if error.filename == str(folder):
+            raise UserError(f"folder={error.filename!r} cannot be read as a folder of concepts: {error}") from error
+        if not isinstance(error, FileNotFoundError):  # gone since it was listed
+            unreadable[Path(error.filename)] = f"cannot read {error.filename}: {error}"
+
+    for below, subfolders, files in os.walk(folder, onerror=note):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            if name.endswith(ENDING) and not name.startswith("."):
+                file = os.path.join(below, name)
+                with suppress(OSError):  # a link to nothing, or gone since it was listed
+                    found = os.stat(file)
+                    if stat.S_ISREG(found.st_mode):  # no pipe, which would be waited for
+                        stamps[file] = (found.st_size, found.st_mtime_ns, found.st_ino)
+    return stamps, unreadable
 
 
 def _memory(delta: DeltaFile) -> int:
     """Bytes that a concept takes with all that it holds; what several concepts share is counted for each."""
     total = 0
-    pending: list[Any] = [vars(delta)]
+    pending: list[Any] = [vars(delta), vars(delta.config)]
     while pending:
         value = pending.pop()
         total += sys.getsizeof(value)
-        if isinstance(value, (str, float)):  # most of all
-            continue
-        if isinstance(value, Mapping):
-            pending += chain.from_iterable(value.items())
+        if isinstance(value, Tensor):
+            total += value.nbytes + _TENSOR_BYTES
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
         elif isinstance(value, (list, tuple, set, frozenset)):
             pending += value
-        elif isinstance(value, Tensor):
-            total += value.nbytes + _TENSOR_BYTES
-        elif dataclasses.is_dataclass(value):
-            pending.append(vars(value))
     return total
 
 
@@ -366,5 +295,5 @@ def _plain(phrase: str) -> str:
     return " ".join(phrase.casefold().split())
 
 
-def _words(text: str) -> set[str]:
-    return set(re.findall(r"\w+", text.casefold()))
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold()) or text.split()  # the latter of a text of nothing but signs

@@ -23,9 +23,10 @@ from peft import LoraConfig
 from PIL import Image, PngImagePlugin
 
 import atomdiff
-from atomdiff import dreambooth, hub
+from atomdiff import dreambooth
 from atomdiff.delta_file import read_delta_file
 from atomdiff.errors import UserError
+from atomdiff.model_card import write_repository
 from atomdiff.picture_files import PictureFile, content_hash, write_overview
 from atomdiff.pipeline import add_trigger_word, set_trigger_embedding
 from atomdiff.tuner import AtomConfig
@@ -355,6 +356,11 @@ def test_a_folder_on_this_disk_is_chosen_from_in_the_same_way_and_goes_first(ser
     assert not server.asked
 
 
+def test_an_adapter_in_the_current_folder_has_its_name(lora, tiny_pipe, monkeypatch):
+    monkeypatch.chdir(lora[0])
+    assert atomdiff.load_atoms(tiny_pipe, ".") == "lora"
+
+
 def test_only_safetensors_and_json_are_downloaded(server, concept, lora, tiny_pipe, tmp_path):
     evil = tmp_path / "evil.bin"
     evil.write_bytes(b"cos\nsystem\n(S'touch /tmp/evil'\ntR.")
@@ -414,6 +420,20 @@ def test_a_download_serves_when_the_hub_does_not(server, concept, tiny_pipe, mon
     assert any(path.startswith("GET /ada") for path in server.asked[asked:])
 
 
+def test_a_download_from_folders_within_folders_serves_as_well(server, concept, lora, tiny_pipe):
+    files = {file.relative_to(lora[0]).as_posix(): file for file in lora[0].rglob("*.*")}
+    server.put("ada/many", {f"pets/cat/{name}": file for name, file in files.items()})
+    server.put("ada/many", {"pets/dog/dog.atoms.safetensors": concept[0], "other.atoms.safetensors": concept[0]})
+    for subfolder, name in {"pets/cat": "cat", "pets/dog": "dog"}.items():
+        for local in (False, True):
+            options = {"subfolder": subfolder, "local_files_only": local}
+            assert atomdiff.load_atoms(tiny_pipe, "ada/many", **options) == name
+            atomdiff.unload_atoms(tiny_pipe)
+    with pytest.raises(UserError, match="what was downloaded of ada/many has no 'other.atoms.safetensors'"):
+        options = {"weight_name": "other.atoms.safetensors", "local_files_only": True}
+        atomdiff.load_atoms(tiny_pipe, "ada/many", **options)
+
+
 @pytest.mark.parametrize(
     ("source", "options", "message"),
     [
@@ -455,7 +475,7 @@ def test_a_file_and_the_name_of_another_do_not_go_together(concept, tiny_pipe):
 
 def test_the_card_says_what_it_is_and_how_to_load_it(concept, tmp_path):
     file, _ = concept
-    folder = hub.write_repository(tmp_path / "repo", file, "ada/mug", license="cc-by-4.0", tags=["mug"])
+    folder = write_repository(tmp_path / "repo", file, "ada/mug", license="cc-by-4.0", tags=["mug"])
     assert sorted(item.name for item in folder.iterdir()) == ["README.md", file.name]
     assert (folder / file.name).read_bytes() == file.read_bytes()
     data, text = card_of((folder / "README.md").read_text())
@@ -500,11 +520,20 @@ def test_the_code_of_the_card_runs(server, logged_in, concept, tiny_pipe, monkey
     assert torch.equal(called[1][1], made)
 
 
+def test_names_and_prompts_of_any_script_are_code_in_the_card(concept, tmp_path):
+    file = concept[0].rename(concept[0].with_name("tasse \N{HOT BEVERAGE}\N{TEACUP WITHOUT HANDLE}.atoms.safetensors"))
+    write_repository(tmp_path / "repo", file, "ada/mug", trigger_phrase='sks "\N{TEACUP WITHOUT HANDLE}"')
+    _, text = card_of((tmp_path / "repo" / "README.md").read_text("utf-8"))
+    called = re.search(r"load_atoms\(pipe, (.*)\)", text)[1]
+    assert eval(f"dict(repo={called})") == {"repo": "ada/mug", "weight_name": file.name}
+    assert eval(re.search(r"= pipe\((.*)\)\.images", text)[1]) == 'a photo of sks "\N{TEACUP WITHOUT HANDLE}"'
+
+
 def test_a_base_of_this_disk_is_no_base_of_the_hub(concept, tiny_pipe, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     Path("samples/toybox-sd").mkdir(parents=True)
     for number, base in enumerate(["samples/toybox-sd", "/home/ada/secret/toybox-sd", "a/b/toybox-sd"]):
-        hub.write_repository(f"repo{number}", concept[0], "ada/mug", base_model=base)
+        write_repository(f"repo{number}", concept[0], "ada/mug", base_model=base)
         data, text = card_of(Path(f"repo{number}/README.md").read_text())
         assert "base_model" not in data and "base_model_relation" not in data
         assert "for `toybox-sd`" in text and '"path/to/toybox-sd"' in text and "secret" not in text
@@ -519,8 +548,11 @@ def test_pictures_drawn_with_the_concept_are_found_beside_it_and_others_are_not(
     Image.new("RGB", (8, 8)).save(file.parent / "before_after.png")
     Image.new("RGB", (8, 8)).save(file.parent / "photo.png")
     (file.parent / "broken.png").write_bytes(b"\x89PNG")
+    long = PngImagePlugin.PngInfo()
+    long.add_text("workflow", "x" * 2_000_000, zip=True)  # more than Pillow unpacks
+    Image.new("RGB", (8, 8)).save(file.parent / "long.png", pnginfo=long)
     Image.new("RGB", (8, 8)).save(file.parent / "contact_sheet.png")
-    folder = hub.write_repository(tmp_path / "repo", file, "ada/mug")
+    folder = write_repository(tmp_path / "repo", file, "ada/mug")
     data, text = card_of((folder / "README.md").read_text())
     assert {item["text"] for item in data["widget"]} == {"sks mug | on the beach", "sks mug in space"}
     images = sorted(path.relative_to(folder).as_posix() for path in (folder / "images").iterdir())
@@ -529,7 +561,7 @@ def test_pictures_drawn_with_the_concept_are_found_beside_it_and_others_are_not(
     assert "<Gallery />" in text and all(f"]({name})" in text for name in images[2:])
     assert f'pipe("{data["widget"][0]["text"]}")' in text
     (file.parent / "manifest.json").write_text("{}")
-    again = hub.write_repository(tmp_path / "again", file, "ada/mug")
+    again = write_repository(tmp_path / "again", file, "ada/mug")
     assert not [path for path in (again / "images").iterdir() if "grid" in path.name]
 
 
@@ -544,7 +576,7 @@ def test_pictures_can_be_named_with_and_without_prompts_and_lose_their_metadata(
     text.add_text("prompt", '{"a workflow": "secret"}')
     workflow = tmp_path / "workflow.png"
     Image.new("RGBA", (8, 4)).save(workflow, pnginfo=text)
-    folder = hub.write_repository(tmp_path / "repo", file, "ada/mug", pictures=[drawn, photo, str(workflow)])
+    folder = write_repository(tmp_path / "repo", file, "ada/mug", pictures=[drawn, photo, str(workflow)])
     data, _ = card_of((folder / "README.md").read_text())
     assert [item["text"] for item in data["widget"]] == ["sks mug"]
     stored = sorted((folder / "images").iterdir())
@@ -555,30 +587,31 @@ def test_pictures_can_be_named_with_and_without_prompts_and_lose_their_metadata(
             assert not image.info and not image.getexif()
             sizes.append(image.size)
     assert sizes == [(8, 8), (4, 8), (8, 4)]
-    named = hub.write_repository(tmp_path / "named", file, "ada/mug", pictures={photo: "sks mug, again"})
+    named = write_repository(tmp_path / "named", file, "ada/mug", pictures={photo: "sks mug, again"})
     data, _ = card_of((named / "README.md").read_text())
     assert data["widget"] == [{"text": "sks mug, again", "output": {"url": "images/00-my-photo.png"}}]
-    hub.write_repository(tmp_path / "searched", file, "ada/mug", pictures=[tmp_path / "drawn"])
+    write_repository(tmp_path / "searched", file, "ada/mug", pictures=[tmp_path / "drawn"])
     assert len(list((tmp_path / "searched" / "images").iterdir())) == 2  # the picture and grid.png
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG")
     for bad in (broken, tmp_path / "nothing.png"):
         with pytest.raises(UserError, match=f"cannot read the picture {re.escape(str(bad))}"):
-            hub.write_repository(tmp_path / bad.stem, file, "ada/mug", pictures=[bad])
+            write_repository(tmp_path / "bad", file, "ada/mug", pictures=[drawn, bad])
+    assert not (tmp_path / "bad").exists()
 
 
 def test_figures_come_from_the_report_about_this_file_or_are_given(concept, tmp_path):
     file, _ = concept
     report = {"file_bytes": file.stat().st_size, "train_seconds": 86.04, "similarity": {"base": 0.139, "concept": 0.68}}
     (file.parent / "report.json").write_text(json.dumps({**report, "drift": 0.1, "versions": {"torch": "2"}}))
-    hub.write_repository(tmp_path / "repo", file, "ada/mug")
+    write_repository(tmp_path / "repo", file, "ada/mug")
     _, text = card_of((tmp_path / "repo" / "README.md").read_text())
     assert "| train seconds | 86.04 |\n| similarity, base | 0.139 |\n| similarity, concept | 0.68 |" in text
     assert "| drift | 0.1 |" in text and "torch" not in text and "file bytes" not in text
     (file.parent / "report.json").write_text(json.dumps({**report, "file_bytes": 1}))
-    hub.write_repository(tmp_path / "stale", file, "ada/mug")
+    write_repository(tmp_path / "stale", file, "ada/mug")
     assert "similarity" not in (tmp_path / "stale" / "README.md").read_text()
-    hub.write_repository(tmp_path / "given", file, "ada/mug", figures={"a | b": {"DINO": 0.5}})
+    write_repository(tmp_path / "given", file, "ada/mug", figures={"a | b": {"DINO": 0.5}})
     assert r"| a \| b, DINO | 0.5 |" in (tmp_path / "given" / "README.md").read_text()
 
 
@@ -586,7 +619,7 @@ def test_a_folder_with_other_things_in_it_is_not_written_to(concept, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("dear diary")
     with pytest.raises(UserError, match="full is there and not empty: name an empty or a new folder"):
-        hub.write_repository(tmp_path / "full", concept[0], "ada/mug")
+        write_repository(tmp_path / "full", concept[0], "ada/mug")
 
 
 def test_a_run_is_pushed_by_its_folder_and_a_wrong_path_asks_nobody(server, logged_in, concept, tmp_path):

@@ -367,6 +367,22 @@ def test_a_file_that_cannot_be_opened_is_tried_again(three, headers):
     assert number_in(library["bee"]) == 1 and not library.damaged
 
 
+def test_a_subfolder_that_cannot_be_read_is_listed_and_tried_again(three, monkeypatch):
+    write(three, "locked/dog", 3)
+    scan = os.scandir
+
+    def deny(path):
+        if str(path).endswith("locked"):
+            raise PermissionError(13, "Permission denied", str(path))
+        return scan(path)
+
+    with monkeypatch.context() as patch, pytest.warns(UserWarning, match="cannot read .*locked: .*Permission denied"):
+        patch.setattr(os, "scandir", deny)
+        library = ConceptLibrary(three)
+    assert list(library) == ["ant", "bee", "cat"] and list(library.damaged) == [three / "locked"]
+    assert number_in(library["locked/dog"]) == 3 and not library.damaged
+
+
 def test_many_damaged_files_make_one_short_warning(tmp_path):
     for number in range(20):
         (tmp_path / f"{number}.atoms.safetensors").write_bytes(b"")

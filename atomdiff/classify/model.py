@@ -1,9 +1,7 @@
 """A classifier of transformers with a head for these classes and an adapter; saved, and loaded again bit for bit."""
 
-import copy
 import hashlib
 import json
-import re
 import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 from peft import PeftConfig
-from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import CONFIG_NAME
 from safetensors.torch import save_file
 from torch import Tensor, nn
@@ -22,35 +19,15 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from atomdiff import peft_directory
-from atomdiff.classify.config import LINEAR, ClassifyConfig
 from atomdiff.data import derive_seed
 from atomdiff.delta_file import read_tensors, some
 from atomdiff.errors import UserError
-from atomdiff.method import ADAPTER_NAME, make_trainable, read_adapter
+from atomdiff.method import ADAPTER_NAME
 from atomdiff.tuner.attach import attach_peft, peft_tensors
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "classifier.json"
 _COMPONENT = "model"
 _IMAGENET_SIDE = 224
-
-
-def read_method(config: ClassifyConfig) -> PeftConfig | str | None:
-    """Read what is trained beside the head: a PEFT config, LINEAR for nothing, None for everything.
-
-    Raises:
-        UserError: The adapter cannot be read, or does not go with the rest of the config.
-    """
-    method = LINEAR if config.adapter == LINEAR else read_adapter(config.adapter)
-    if config.from_scratch and method is not None:
-        found = f"adapter={config.adapter!r}"
-        raise UserError(f'{found}: from_scratch has random weights, which only adapter "full" trains and saves')
-    if getattr(method, "modules_to_save", None):
-        raise UserError(f"{config.adapter}: modules_to_save; leave it out, the head is trained and saved in any case")
-    start = getattr(method, "init_lora_weights", True)
-    if isinstance(start, str) and peft_directory._REWRITING.fullmatch(start):
-        found = f"{config.adapter}: init_lora_weights={start!r}"
-        raise UserError(f"{found} rewrites the base, to which the result could not be added again; leave it out")
-    return method
 
 
 def open_model(
@@ -78,33 +55,6 @@ def open_model(
             if not in_base(model, path) and isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.reset_parameters()  # a base with as many classes would bring its own
     return model.requires_grad_(False)
-
-
-def spare_head(method: PeftConfig | str | None, model: Any) -> PeftConfig | str | None:
-    """Keep an adapter for "all" layers off the head; one that says itself what it excludes is left as it is."""
-    if not isinstance(method, PeftConfig) or getattr(method, "exclude_modules", "") is not None:
-        return method
-    spared = copy.deepcopy(method)
-    spared.exclude_modules = rf"(?!{re.escape(model.base_model_prefix)}\.).*"
-    return spared
-
-
-def make_trained(model: Any, method: PeftConfig | str | None, seed: int) -> None:
-    """Add the adapter and make it and the head trainable; without adapter the head alone, or for None all.
-
-    Raises:
-        UserError: The adapter does not fit the model, or changes the head.
-    """
-    if not isinstance(method, str):
-        try:
-            make_trainable(model, method, seed)
-        except TypeError as error:
-            raise UserError(f"the adapter does not fit the base: {error}") from error
-    adapted = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
-    if heads := [path for path in adapted if not in_base(model, path)]:
-        raise UserError(f"the adapter targets the head ({heads[0]}), which is trained in any case: use exclude_modules")
-    for parameter in head_parameters(model):
-        parameter.requires_grad_(True)
 
 
 def in_base(model: Any, path: str) -> bool:

@@ -29,18 +29,16 @@ from atomdiff.classify.data import (
     read_splits,
     training_batches,
 )
+from atomdiff.classify.method import make_trained, read_method, spare_head
 from atomdiff.classify.model import (
     check_place,
     hash_base,
     head_parameters,
     in_base,
-    make_trained,
     norm_statistics,
     open_model,
     open_processor,
-    read_method,
     save_classifier,
-    spare_head,
 )
 from atomdiff.data import derive_seed
 from atomdiff.demo import versions
