@@ -95,3 +95,20 @@ def test_distance_grows_from_derived_to_other_bases():
     distances = [base_distance(make_delta(), base) for base in (weights, derived, other)]
     assert 0 == distances[0] < SAME_BASE < distances[1] < DERIVED_BASE < distances[2] <= 1
     assert base_distance(make_delta(), {m: torch.zeros_like(w) for m, w in weights.items()}) == 1
+
+
+@pytest.mark.parametrize("change", ["in place", "past the version", "replaced"])
+def test_a_weight_that_has_changed_has_another_fingerprint(change):
+    weight = torch.randn(8, 4, 3, 3)
+    config = AtomConfig(target_modules="conv")
+    before = fingerprint(weight, config, "conv")
+    assert fingerprint(weight, config, "conv") == before
+    if change == "in place":
+        weight[3, 2, 1, 1] += 1
+    elif change == "past the version":
+        weight.data.mul_(2)
+    else:
+        weight = weight + 1
+    assert fingerprint(weight, config, "conv") != before
+    before.clear()
+    assert len(fingerprint(weight, config, "conv")) == 9
