@@ -5,8 +5,8 @@
 The base learns to name the class of things as the toybox draws them (12 classes, many pictures). The target is another
 style and another task with few pictures a class: which of eight patterns, that the base has never seen, a thing wears
 in an ink drawing (`atomdiff/toybox/styles.py`). Every method goes through the same training run, on all seeds at its
-own rate times 1/3, 1 and 3; the best rate has the highest mean validation accuracy over the seeds (on one seed, 64
-pictures, the choice was a matter of luck). For the linear probe that is the head's rate, which all others leave at its
+own rate times 1/3, 1 and 3; the best rate has the highest mean validation accuracy over the seeds (on one seed, and with
+8 pictures a pattern, the choice was a matter of luck). For the linear probe that is the head's rate, which all others leave at its
 default. A seed changes the pictures trained on, the head's first weights and the batches; the pictures that it does not
 draw are the test. Pictures are mirrored and cropped at random for all. The
 statistics of batch norms follow the pictures in all methods but the probe (`--batch_norm frozen` compares without
@@ -46,7 +46,7 @@ class BenchmarkConfig:
     """Seeds of the runs."""
     trials: int = 3
     """Learning rates a method, 1 to 3."""
-    probe_learning_rate: float = 3e-3
+    probe_learning_rate: float = 9e-3
     """The head's learning rate from which the linear probe's trials start."""
     source_per_class: int = 500
     """Pictures of each class that the base learns from, those held out included."""
@@ -54,7 +54,7 @@ class BenchmarkConfig:
     """Steps of the base."""
     train_per_class: int = 16
     """Pictures of each pattern to train on."""
-    validation_per_class: int = 8
+    validation_per_class: int = 24
     """Pictures of each pattern to choose the step and the learning rate by."""
     test_per_class: int = 128
     """Pictures of each pattern to test on."""
