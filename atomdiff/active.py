@@ -2,8 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
+
+from torch import Tensor, nn
 
 from atomdiff import kept_base
 from atomdiff.errors import UserError
@@ -25,7 +29,8 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
         pipe: a pipeline with the concepts loaded.
         concepts: name -> strength, or names at strength 1. A strength is a number (1: as trained), a
             `atomdiff.strength.Strength`, or a mapping with its fields: {"weight": 0.8, "blocks": {"down": 0.5,
-            "up.1": 0}, "steps": {0: 1, 1: 0.2}}. With steps, weights are written again before each denoising step.
+            "up.1": 0}, "steps": {0: 1, 1: 0.2}}. With steps, weights are written again before each denoising step; a
+            model to be compiled is compiled before they are set.
         keep_base: where the untouched base weights are kept: "device" (takes the memory of the adapted weights once
             more), "cpu", or "file" (takes none: the checkpoint is read again). None: where they are, at first "device".
 
@@ -35,28 +40,39 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
     strengths = read_strengths(pipe, concepts)
     kept_base.check_place(keep_base)
     models = pipeline_models(pipe)
-    layers = {part: attach.atom_layers(model) for part, model in models.items()}
-    kept = {part: kept_base.keep(model, layers[part], keep_base) for part, model in models.items()}
-
-    def write(part: str, progress: float | None, changed_only: bool = False) -> None:
-        weights = {
-            path: {name: strength.at(f"{part}.{path}", progress) for name, strength in strengths.items()}
-            for path in layers[part]
-        }
-        attach.write(layers[part], weights, kept[part], changed_only)
-
-    others = {name: strength for name, strength in strengths.items() if name in _other_concepts(pipe)}
-    for name, strength in others.items():
-        if strength.blocks or strength.steps:
-            raise UserError(f"{name!r} is no atom concept: only those can be weighted by block and step")
+    others = _weights_of_others(models, strengths)
+    writers = {}
+    for part, model in models.items():
+        layers = attach.atom_layers(model)
+        writers[part] = _Writer(part, model, layers, strengths, others, kept_base.keep(model, layers, keep_base))
     denoiser = denoiser_name(models)
     stop_schedule(pipe)
-    for part, model in models.items():
-        attach.restore_others(model)
-        write(part, 0.0 if part == denoiser else None)
-        attach.merge_others(model, {name: strength.weight for name, strength in others.items()})
+    for part, write in writers.items():
+        write(0.0 if part == denoiser else None)
     if any(strength.steps for strength in strengths.values()):
-        pipe._atomdiff_schedule = StepSchedule(pipe, models[denoiser], lambda share: write(denoiser, share, True))
+        rewrite = partial(writers[denoiser], changed_only=True)
+        pipe._atomdiff_schedule = StepSchedule(pipe, models[denoiser], rewrite)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes concepts into the weights of one model; copies of a pipeline have their own."""
+
+    part: str
+    model: nn.Module
+    layers: Mapping[str, Any]
+    strengths: Mapping[str, Strength]
+    others: Mapping[str, float]
+    stored: Mapping[str, Callable[[], Tensor] | None]
+
+    def __call__(self, progress: float | None, changed_only: bool = False) -> None:
+        weights = {
+            path: {name: strength.at(f"{self.part}.{path}", progress) for name, strength in self.strengths.items()}
+            for path in self.layers
+        }
+        attach.restore_others(self.model)
+        attach.write(self.layers, weights, self.stored, changed_only)
+        attach.merge_others(self.model, self.others)
 
 
 def read_strengths(pipe: Any, concepts: Concepts) -> dict[str, Strength]:
@@ -68,6 +84,8 @@ def read_strengths(pipe: Any, concepts: Concepts) -> dict[str, Strength]:
     if isinstance(concepts, str):
         concepts = [concepts]
     if not isinstance(concepts, Mapping):
+        if not isinstance(concepts, (list, tuple, set)) or not all(isinstance(name, str) for name in concepts):
+            raise UserError(f"found the concepts {concepts!r}: give their names, or a mapping name -> strength")
         concepts = dict.fromkeys(concepts, 1.0)
     strengths = {name: Strength.read(value) for name, value in concepts.items()}
     known = concept_names(pipe)
@@ -85,7 +103,20 @@ def _modules_of(pipe: Any, name: str) -> list[str]:
     return [path for path, layer in layers.items() if name in layer.scaling]
 
 
-def _other_concepts(pipe: Any) -> set[str]:
-    """Names of adapters that are not atoms."""
-    configs = [attach.adapter_configs(model) for model in pipeline_models(pipe).values()]
-    return {name for of in configs for name, config in of.items() if not attach.is_atoms(config)}
+def _weights_of_others(models: Mapping[str, nn.Module], strengths: Mapping[str, Strength]) -> dict[str, float]:
+    """The weights of adapters that are not atoms, checked to be such as they can have."""
+    weights = {}
+    for model in models.values():
+        for name, config in attach.adapter_configs(model).items():
+            if name not in strengths or attach.is_atoms(config):
+                continue
+            strength = strengths[name]
+            if strength.blocks or strength.steps:
+                raise UserError(f"{name!r} is no atom concept: only those can be weighted by block and step")
+            if not attach.can_be_weighted(model, name, strength.weight):
+                raise UserError(
+                    f"{name!r} is a {config.peft_type.value} adapter, which PEFT gives no weight such as "
+                    f"{strength.weight}: use 1, or leave it out"
+                )
+            weights[name] = strength.weight
+    return weights

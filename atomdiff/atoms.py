@@ -126,13 +126,17 @@ def adapt_weight_by_row(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     """An adapted weight for each row of a batch: changes with a leading axis of rows -> (rows, out, in/groups, ...)."""
     if not changes:
         raise ValueError("no change to make: use the weight itself")
+    rows = len(changes[0].matrix)
     matrices = tuple(change.matrix for change in changes)
+    adapted = weight.new_empty(rows, *weight.shape)
+    for part in _parts(weight, changes, rows):
+        mine = [_part_of(change, part, by_input=change.matrix.ndim == 4) for change in changes]
 
-    def adapt(*of_row: Tensor) -> Tensor:
-        mine = [replace(change, matrix=matrix) for change, matrix in zip(changes, of_row, strict=True)]
-        return _adapt(weight, mine).to(weight.dtype)
+        def adapt(*of_row: Tensor, part: slice = part, mine: Sequence[Change] = mine) -> Tensor:
+            return _adapt(weight[part], [replace(c, matrix=m) for c, m in zip(mine, of_row, strict=True)])
 
-    return vmap(adapt)(*matrices)
+        adapted[:, part] = vmap(adapt)(*matrices)
+    return adapted
 
 
 def write_adapted(out: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
@@ -150,11 +154,8 @@ def write_adapted(out: Tensor, weight: Tensor, changes: Sequence[Change]) -> Non
     elif len(sums) == 1 and _is_of_kernels(sums[0]) and kernels.mT.is_contiguous() and goal.mT.is_contiguous():
         _multiply_columns(kernels.mT, sums[0].matrix.mT, goal.mT)
     else:
-        block = math.lcm(*(change.view.block[0] for change in sums))
-        size = max(_NUMBERS_AT_ONCE // (weight[0].numel() * block), 1) * block if weight.is_cpu else len(weight)
-        for first in range(0, len(weight), size):
-            part = slice(first, first + size)
-            out[part] = adapt_weight(weight[part], [_part_of(change, first, size) for change in sums])
+        for part in _parts(weight, sums):
+            out[part] = adapt_weight(weight[part], [_part_of(c, part, by_input=c.matrix.ndim == 3) for c in sums])
 
 
 def _adapt(weight: Tensor, changes: Sequence[Change]) -> Tensor:
@@ -165,14 +166,20 @@ def _adapt(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     return wide.reshape(weight.shape)
 
 
-def _part_of(change: Change, first: int, size: int) -> Change:
-    """The change of `size` outputs from `first`, of which only codes are a part."""
+def _parts(weight: Tensor, changes: Sequence[Change], copies: int = 1) -> list[slice]:
+    """Parts of the first axis, of whole blocks, of which so many copies stay in a CPU's cache."""
+    block = math.lcm(*(change.view.block[0] for change in changes))
+    at_once = _NUMBERS_AT_ONCE // (weight[0].numel() * block * copies)
+    size = max(at_once, 1) * block if weight.is_cpu else len(weight)
+    return [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
+
+
+def _part_of(change: Change, part: slice, by_input: bool) -> Change:
+    """The change of some outputs; only codes differ from that of all."""
     if change.codes is None:
         return change
-    axis = 2 if change.matrix.ndim == 3 else 0
-    block = change.view.block[0]
-    start, stop = first // block, min((first + size) // block, change.codes.shape[axis])
-    return replace(change, codes=change.codes.narrow(axis, start, stop - start))
+    blocks = slice(part.start // change.view.block[0], part.stop // change.view.block[0])
+    return replace(change, codes=change.codes[..., blocks] if by_input else change.codes[blocks])
 
 
 def _change_rows(weight: Tensor, changes: Sequence[Change]) -> Tensor:

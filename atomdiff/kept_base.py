@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, Literal, get_args
 
 import torch
-from safetensors import safe_open
+from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atomdiff.errors import UserError
@@ -38,12 +38,21 @@ class FileWeight:
     """The file."""
     key: str
     """Its name there."""
+    dtype: torch.dtype
+    """The dtype that it was loaded in."""
 
     def __call__(self) -> Tensor:
-        """The weight as it is stored."""
-        with safe_open(self.file, framework="pt") as opened:
-            found: Tensor = opened.get_tensor(self.key)
-        return found
+        """The weight as it was loaded.
+
+        Raises:
+            UserError: the file is not there any more, or another.
+        """
+        try:
+            with safe_open(self.file, framework="pt") as opened:
+                found: Tensor = opened.get_tensor(self.key)
+        except (OSError, SafetensorError) as error:
+            raise UserError(f"the base weights were kept in {self.file}, put it back as it was: {error}") from error
+        return found.to(self.dtype)
 
 
 def check_place(place: str | None) -> None:
@@ -88,18 +97,19 @@ def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fi
     config = getattr(model, "config", None)
     folder = Path(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or "?")
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    places: dict[str, list[FileWeight]] = {}
+    places: dict[str, list[Path]] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
-                places.setdefault(key, []).append(FileWeight(file, key))
+                places.setdefault(key, []).append(file)
     for path, layer in layers.items():
         if isinstance(layer.stored_base_weight, FileWeight):
             yield path, layer.stored_base_weight
             continue
         base = layer.unmerged_weight().detach()
         key = f"{path}.weight"
-        candidates = places.get(key) or [p for other, of in places.items() if other.endswith(f".{key}") for p in of]
+        keys = [key] if key in places else [other for other in places if other.endswith(f".{key}")]
+        candidates = [FileWeight(file, each, base.dtype) for each in keys for file in places[each]]
         found = next((place for place in candidates if _holds(place, base)), None)
         if found is None:
             where = (
@@ -114,4 +124,4 @@ def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fi
 
 def _holds(place: FileWeight, base: Tensor) -> bool:
     stored = place()
-    return stored.shape == base.shape and torch.equal(stored.to(base), base)
+    return stored.shape == base.shape and torch.equal(stored.to(base.device), base)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atomdiff.active import read_strengths
 from atomdiff.errors import UserError
 from atomdiff.pipeline import denoiser_name, pipeline_models
-from atomdiff.strength import StepSchedule, Strength
+from atomdiff.strength import StepSchedule, Strength, before_calls
 from atomdiff.tuner import attach
 from atomdiff.tuner.layer import Batch
 
@@ -32,21 +32,25 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
             the bare base.
 
     Raises:
-        UserError: there is no such concept, or it is none of atoms.
-        ValueError: (in the pipeline's call) the batch does not hold `rows` prompts.
+        UserError: there is no such concept, or it is none of atoms; or, in the pipeline's call, there is not one prompt
+            a row.
     """
+    if isinstance(rows, (str, Mapping)) or not rows:
+        raise UserError(f"found the rows {rows!r}; give a list, for each prompt a concept's name, or None for the base")
     wanted = [_strengths(pipe, row) for row in rows]
-    if not wanted:
-        raise UserError("found no row; give one for each prompt: a concept's name, or None for the base")
     models = pipeline_models(pipe)
+    if any(layer.rows is not None for model in models.values() for layer in attach.atom_layers(model).values()):
+        raise UserError("there is a mixed batch in this pipeline already: leave its `with` block first")
     denoiser = denoiser_name(models)
     for model in models.values():
         _refuse_others(model, {name for row in wanted for name in row})
     with ExitStack() as undo:
+        if (schedule := pipe.__dict__.get("_atomdiff_schedule")) is not None:
+            schedule.paused = True  # it would write weights that no row wears
+            undo.callback(setattr, schedule, "paused", False)
         for part, model in models.items():
             layers, batch = attach.atom_layers(model), Batch(len(wanted))
-            before = {path: layer.rows for path, layer in layers.items()}
-            undo.callback(_put_back, layers, before)
+            undo.callback(_end, layers)
 
             def mix(progress: float | None, part: str = part, layers: Any = layers, batch: Batch = batch) -> None:
                 for path, layer in layers.items():
@@ -54,9 +58,10 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
                     layer.mix(batch, of_rows)
 
             mix(0.0 if part == denoiser else None)
-            if layers:
-                count = partial(_count_images, batch, pipe if part == denoiser else None)
-                undo.callback(model.register_forward_pre_hook(count, with_kwargs=True).remove)
+            if part == denoiser:
+                undo.callback(before_calls(model, partial(_count_images, batch, pipe)))
+            elif layers or part.startswith("text_encoder"):
+                undo.callback(before_calls(model, partial(_check_prompts, batch)))
             if part == denoiser and any(strength.steps for row in wanted for strength in row.values()):
                 undo.callback(StepSchedule(pipe, model, mix).remove)
         yield
@@ -66,22 +71,32 @@ def _strengths(pipe: Any, row: Row) -> dict[str, Strength]:
     return {} if row is None else read_strengths(pipe, row)
 
 
-def _put_back(layers: Mapping[str, Any], rows: Mapping[str, Any]) -> None:
-    for path, layer in layers.items():
-        layer.rows = rows[path]
+def _end(layers: Mapping[str, Any]) -> None:
+    for layer in layers.values():
+        layer.rows = None
 
 
 def _count_images(batch: Batch, pipe: Any, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Find out how many images there are a row; guidance puts a second group before them."""
-    first = next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
-    guided = pipe is not None and getattr(pipe, "do_classifier_free_guidance", False) and len(first) > batch.rows
-    groups = 2 if guided else 1
-    batch.images, left = divmod(len(first), batch.rows * groups)
+    size = _batch_size(args, kwargs)
+    guided = getattr(pipe, "do_classifier_free_guidance", False) and size > batch.rows
+    batch.images, left = divmod(size, batch.rows * (2 if guided else 1))
     if left or not batch.images:
-        raise ValueError(
-            f"found a batch of {len(first)}{' with guidance' if guided else ''} for {batch.rows} rows of mixed_batch; "
+        raise UserError(
+            f"found a batch of {size}{' with guidance' if guided else ''} for {batch.rows} rows of mixed_batch; "
             "give one prompt a row"
         )
+
+
+def _check_prompts(batch: Batch, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+    """Several prompts a row look to a denoiser like several images of each."""
+    size = _batch_size(args, kwargs)
+    if size != batch.rows:
+        raise UserError(f"found {size} prompts for {batch.rows} rows of mixed_batch; give one prompt a row")
+
+
+def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
+    return next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
 
 
 def _refuse_others(model: nn.Module, names: set[str]) -> None:

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import math
 import re
+import sys
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -26,18 +26,20 @@ class Strength:
     """1 is as trained, 0 takes the concept away."""
     blocks: Mapping[str, float] = field(default_factory=dict)
     """Part -> factor: "down", "mid", "up", "up.1", "down_blocks.0.attentions", "text_encoder" or any other path of a
-    module. Of several that match, the longest counts; parts not named have the factor 1."""
+    module. Of several that match, the one that goes furthest into the model counts; parts not named have the factor
+    1."""
     steps: Mapping[float, float] = field(default_factory=dict)
     """Share of the denoising steps done, 0 to 1 -> factor, on straight lines between. Text encoders have none."""
 
     def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Mapping) or not isinstance(self.steps, Mapping):
+            raise UserError(f"found the strength {self}: {_EXPECTED}")
         numbers = [self.weight, *self.blocks.values(), *self.steps.values()]
-        if not all(isinstance(number, (int, float)) and math.isfinite(number) for number in numbers):
+        if not all(_is_number(number) for number in numbers):
             raise UserError(f"found the strength {self}: {_EXPECTED}, all finite")
-        if not all(isinstance(share, (int, float)) and 0 <= share <= 1 for share in self.steps):
+        if not all(_is_number(share) and 0 <= share <= 1 for share in self.steps):
             raise UserError(f"steps={dict(self.steps)}: expected shares of the denoising steps, from 0 to 1")
-        blocks = {path: float(value) for key, value in self.blocks.items() for path in [_path(key)]}
-        object.__setattr__(self, "blocks", blocks)
+        object.__setattr__(self, "blocks", {_path(key): float(value) for key, value in self.blocks.items()})
 
     @classmethod
     def read(cls, value: Any) -> Strength:
@@ -48,8 +50,8 @@ class Strength:
         """
         if isinstance(value, Strength):
             return value
-        if isinstance(value, (int, float)) and not isinstance(value, bool):
-            return cls(float(value))
+        if isinstance(value, (int, float)):
+            return cls(value)
         if not isinstance(value, Mapping):
             raise UserError(f"found the strength {value!r}: {_EXPECTED}")
         if not set(value) <= {"weight", "blocks", "steps"}:
@@ -58,7 +60,7 @@ class Strength:
         try:
             pairs = dict(steps.items() if isinstance(steps, Mapping) else steps)
             steps = {float(share): factor for share, factor in pairs.items()}
-        except (TypeError, ValueError) as error:
+        except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"found steps={steps!r}: {_EXPECTED}") from error
         return cls(value.get("weight", 1.0), dict(_flat(value.get("blocks", {}))), steps)
 
@@ -69,8 +71,9 @@ class Strength:
             module: its path with the component, such as `unet.conv_in`.
             progress: share of the denoising steps done; None: no matter.
         """
-        matching = [part for part in self.blocks if _is_within(module, part)]
-        factor = self.blocks[max(matching, key=len)] if matching else 1.0
+        reach = {part: _reach(module, part) for part in self.blocks}
+        furthest = max(reach, key=reach.__getitem__, default="")
+        factor = self.blocks[furthest] if reach.get(furthest) else 1.0
         if self.steps and progress is not None:
             shares = sorted(self.steps)
             factor *= float(np.interp(progress, shares, [self.steps[share] for share in shares]))
@@ -84,7 +87,7 @@ class Strength:
         """
         modules = list(modules)
         for part in self.blocks:
-            if not any(_is_within(module, part) for module in modules):
+            if not any(_reach(module, part) for module in modules):
                 there = sorted({".".join(module.split(".")[:3]) for module in modules})
                 raise UserError(f"{name!r} has no layer in {part!r}; it has layers in: {', '.join(there) or 'none'}")
 
@@ -93,28 +96,56 @@ class StepSchedule:
     """Calls a function with the share of the denoising steps done, before each step at which it changes."""
 
     def __init__(self, pipe: Any, denoiser: Any, apply: Callable[[float], None]) -> None:
+        self.paused = False
         self._pipe, self._apply = pipe, apply
         self._last: float | None = None
-        self._handle = denoiser.register_forward_pre_hook(self._before, with_kwargs=True)
-
-    def remove(self) -> None:
-        """Stop following the steps."""
-        self._handle.remove()
+        self.remove = before_calls(denoiser, self._before)
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         steps = getattr(self._pipe.scheduler, "timesteps", None)
-        if timestep is None or steps is None or len(steps) == 0:
+        if self.paused or timestep is None or steps is None or len(steps) == 0:
             return
         now = float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
-        progress = int((steps.float() - now).abs().argmin()) / max(len(steps) - 1, 1)
+        scales = 1, self._pipe.scheduler.config.get("num_train_timesteps", 1)  # some transformers get them from 0 to 1
+        nearest = min(((steps.float() - now * scale).abs().min(0) for scale in scales), key=lambda found: found.values)
+        progress = int(nearest.indices) / max(len(steps) - 1, 1)
         if progress != self._last:
             self._last = progress
             self._apply(progress)
 
 
-def _is_within(module: str, part: str) -> bool:
-    return any(f"{path}.".startswith(f"{part}.") for path in (module, module.partition(".")[2]))
+def before_calls(model: Any, hook: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> Callable[[], None]:
+    """Call a function before each call of a model, given the model, arguments and keywords; the result ends that.
+
+    Code compiled by `model.compile()` has hooks within it; the function is called before it, and nothing is recompiled.
+    """
+    compiled = model._compiled_call_impl
+    if compiled is None:
+        remove: Callable[[], None] = model.register_forward_pre_hook(hook, with_kwargs=True).remove
+        return remove
+
+    def call(*args: Any, **kwargs: Any) -> Any:
+        hook(model, args, kwargs)
+        return compiled(*args, **kwargs)
+
+    def undo() -> None:
+        model._compiled_call_impl = compiled
+
+    model._compiled_call_impl = call
+    return undo
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _reach(module: str, part: str) -> int:
+    """How far into a module's path, with its component or without, a part goes; 0 if the module is not in it."""
+    for start in (0, module.find(".") + 1):
+        if f"{module[start:]}.".startswith(f"{part}."):
+            return start + len(part)
+    return 0
 
 
 def _path(key: str) -> str:
@@ -130,5 +161,7 @@ def _flat(blocks: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
     for key, value in blocks.items():
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):  # diffusers: one for each attention of a block
+            yield from ((f"{prefix}{key}.attentions.{place}", each) for place, each in enumerate(value))
         else:
             yield f"{prefix}{key}", value

@@ -7,7 +7,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomdiff.atoms import Change, adapt_weight, dct_atoms, gram, singular_values, svd_atoms, update_matrix
+from atomdiff.atoms import (
+    Change,
+    adapt_weight,
+    adapt_weight_by_row,
+    dct_atoms,
+    gram,
+    singular_values,
+    svd_atoms,
+    update_matrix,
+    write_adapted,
+)
 from atomdiff.blocks import View
 
 
@@ -114,3 +124,112 @@ def test_impossible_numbers_of_atoms_are_refused(num_atoms):
 def test_atoms_of_broken_weights_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         svd_atoms(torch.tensor([[1.0, float("nan")]]), 1)
+
+
+def changes_of(kind, weight):
+    """Every variant of a change, for a weight of 8 x 8 channels or more."""
+    n, inputs = math.prod(weight.shape[2:]), weight.shape[1]
+    spatial = Change(View(), random(n, n, seed=1).float() / 8)
+    channel = Change(View((4, 4), whole=False), random(16, 16, seed=2).float() / 8)
+    joint = Change(View((2, 4)), random(8 * n, 8 * n, seed=3).float() / 16)
+    recursive = Change(View(), random(inputs, n, n, seed=4).float() / 8)
+    codes = random(8 * inputs, 12, seed=5).float() / 8
+    coded = Change(View(), random(12, n, seed=6).float() / 8, View().code_columns(codes, weight.shape))
+    by_input = View().code_columns(codes, weight.shape, by_input=True)
+    recursive_code = Change(View(), random(inputs, 12, n, seed=7).float() / 8, by_input)
+    blocks = View((4, 2), whole=False)
+    coded_blocks = Change(blocks, random(5, 8, seed=9).float() / 8, code_of(blocks, weight, 5))
+    return {
+        "none": [],
+        "spatial": [spatial],
+        "two spatial": [spatial, Change(View(), random(n, n, seed=8).float() / 8)],
+        "channel": [channel],
+        "separable": [channel, spatial],
+        "joint": [joint],
+        "recursive": [recursive],
+        "sparse": [coded],
+        "sparse by input": [recursive_code],
+        "sparse blocks": [coded_blocks],
+        "all": [spatial, coded, channel, recursive, joint, coded_blocks, recursive_code],
+    }[kind]
+
+
+def code_of(view, weight, num_atoms):
+    blocks = weight.numel() // math.prod(view.block)
+    return view.code_columns(random(blocks, num_atoms, seed=10).float() / 8, weight.shape)
+
+
+KINDS = "none,spatial,two spatial,channel,separable,joint,recursive,sparse,sparse by input,sparse blocks,all".split(",")
+LAYOUTS = {
+    "contiguous": lambda weight: weight,
+    "channels last": lambda weight: weight.to(memory_format=torch.channels_last),
+    "a part of another": lambda weight: torch.cat([weight, weight], 1)[:, : weight.shape[1]],
+}
+
+
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("kind", KINDS)
+def test_writing_gives_what_adapting_gives(monkeypatch, kind, layout, dtype):
+    for shape, numbers in (((8, 8, 3, 3), 1 << 20), ((8, 12, 3, 1), 100), ((8, 8, 1, 1), 1), ((8, 8, 3, 3), 300)):
+        monkeypatch.setattr("atomdiff.atoms._NUMBERS_AT_ONCE", numbers)
+        weight = LAYOUTS[layout](random(*shape).to(dtype))
+        changes, before = changes_of(kind, weight), weight.clone()
+        exact = adapt_weight(weight.double(), changes)
+        for goal in LAYOUTS.values():  # also where the base comes from a file, in another layout than the weight
+            out = goal(torch.full(shape, math.nan, dtype=dtype))
+            where, strides = out.data_ptr(), out.stride()
+            write_adapted(out, weight, changes)
+            assert torch.equal(weight, before) and (out.data_ptr(), out.stride()) == (where, strides)
+            eps = torch.finfo(dtype).eps  # in half precision the small matrix may be rounded, too
+            error = {torch.float64: 1e-12, torch.float32: 2e-6}.get(dtype, 2 * eps)
+            torch.testing.assert_close(out.double(), exact, rtol=eps, atol=error)
+        assert kind == "none" or (exact - before.double()).abs().max() > 0.05
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_writing_zero_matrices_changes_no_value(dtype, layout):
+    weight = LAYOUTS[layout](random(8, 8, 3, 3).to(dtype))
+    for kind in KINDS[1:]:
+        out = torch.empty_like(weight)
+        zero = [Change(c.view, torch.zeros_like(c.matrix), c.codes) for c in changes_of(kind, weight)]
+        write_adapted(out, weight, zero)
+        assert torch.equal(out, weight), kind
+
+
+def test_a_linear_weight_and_one_that_is_no_multiple_of_a_part_are_written(monkeypatch):
+    monkeypatch.setattr("atomdiff.atoms._NUMBERS_AT_ONCE", 70)
+    weight, channel = random(12, 8).float(), random(6, 6, seed=1).float()
+    for changes in (
+        [Change(View((3, 2), whole=False), channel)],
+        [Change(View((3, 2), whole=False), channel), Change(View((4, 1), whole=False), random(4, 4, seed=2).float())],
+        [Change(View(), torch.tensor([[0.5]]))],
+    ):
+        out = torch.empty_like(weight)
+        write_adapted(out, weight, changes)
+        torch.testing.assert_close(out, adapt_weight(weight, changes), rtol=0, atol=1e-6)
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS[1:])
+def test_rows_of_a_batch_get_what_each_would_get_alone(kind, dtype, layout):
+    weight = LAYOUTS[layout](random(8, 8, 3, 3).to(dtype))
+    changes, factors = changes_of(kind, weight), torch.tensor([0.0, 1.0, -0.5, 2.0])
+    by_row = [
+        Change(c.view, factors.roll(place).view(-1, *[1] * c.matrix.ndim) * c.matrix, c.codes)
+        for place, c in enumerate(changes)
+    ]
+    rows = adapt_weight_by_row(weight, by_row)
+    assert rows.shape == (4, *weight.shape) and rows.dtype == dtype
+    for place, row in enumerate(rows):
+        alone = adapt_weight(weight, [Change(c.view, c.matrix[place], c.codes) for c in by_row])
+        torch.testing.assert_close(row, alone, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    if len(changes) == 1:
+        assert torch.equal(rows[0], weight) and not torch.equal(rows[1], rows[3])
+
+
+def test_rows_without_any_change_are_the_callers_business():
+    with pytest.raises(ValueError, match="use the weight itself"):
+        adapt_weight_by_row(torch.zeros(4, 4), [])

@@ -31,7 +31,7 @@ def adapter_layers(model: nn.Module, name: str | None = None) -> list[Any]:
 def atom_layers(model: nn.Module) -> dict[str, Any]:
     """Module path -> atom layer, for all of a model."""
     found = {path: module for path, module in model.named_modules() if isinstance(module, AtomLayer)}
-    return {path.replace(".base_layer", ""): layer for path, layer in found.items()}
+    return {path.removeprefix("_orig_mod.").replace(".base_layer", ""): layer for path, layer in found.items()}
 
 
 def other_layers(model: nn.Module) -> list[Any]:
@@ -208,11 +208,11 @@ def write(
         layers: module path -> atom layer.
         weights: module path -> adapter -> weight; those that a layer lacks are passed over.
         stored: module path -> what reads the base weight, or None: it is kept on its device.
-        changed_only: leave layers alone that have the same adapters with the same weights by now.
+        changed_only: leave layers alone that have the same adapters with the same weights by now, or are disabled.
     """
     for path, layer in layers.items():
         mine = {name: weight for name, weight in weights[path].items() if name in layer.scaling}
-        if changed_only and layer.merged_adapters == list(mine) and mine.items() <= layer.scaling.items():
+        if changed_only and (layer.disable_adapters or layer.written == mine):
             continue
         # PEFT's own calls go through all adapters that are loaded.
         layer._active_adapter, layer._disable_adapters = list(weights[path]), False
@@ -223,18 +223,40 @@ def write(
 def merge_others(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Make exactly these adapters of other methods active, and merge them; `restore_others` comes before.
 
-    Raises:
-        AttributeError: one cannot be weighted.
+    Args:
+        model: the model.
+        weights: adapter -> weight, such as `can_be_weighted` allows.
     """
     for layer in _merge_order(model):
         if not isinstance(layer, AtomLayer):
             names = [name for name in weights if name in layer._all_available_adapter_names()]
             layer._active_adapter, layer._disable_adapters = names, False
             for name in names:
-                if weights[name] != 1 or hasattr(layer, "set_scale"):
-                    layer.set_scale(name, weights[name])
+                _set_scale(layer, name, weights[name])
             if names:
                 _merge(layer)
+
+
+def can_be_weighted(model: nn.Module, name: str, weight: float) -> bool:
+    """Whether an adapter of another method can have a weight; all can have 1."""
+    for layer in adapter_layers(model, name) if weight != 1 else ():
+        trial = copy.copy(layer)
+        if hasattr(layer, "scaling"):
+            trial.scaling = dict(layer.scaling)
+        if not _set_scale(trial, name, weight):
+            return False
+    return True
+
+
+def _set_scale(layer: Any, name: str, weight: float) -> bool:
+    """Set an adapter's weight; False: its method has none, which some say by a warning."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        try:
+            layer.set_scale(name, weight)
+        except (AttributeError, UserWarning):
+            return False
+    return True
 
 
 def restore(model: nn.Module) -> None:
@@ -252,7 +274,7 @@ def restore_others(model: nn.Module) -> None:
             continue
         kept = {name: buffer for name, buffer in layer.named_buffers(recurse=False) if name.startswith(_KEPT)}
         for name, buffer in kept.items():
-            getattr(layer.get_base_layer(), name.removeprefix(_KEPT)).data = buffer
+            getattr(layer.get_base_layer(), name.removeprefix(_KEPT)).data.copy_(buffer)
             delattr(layer, name)
         if kept:
             layer.merged_adapters.clear()
@@ -261,11 +283,17 @@ def restore_others(model: nn.Module) -> None:
 
 
 def _merge(layer: Any) -> None:
-    if not isinstance(layer, AtomLayer):  # others work in place, or add and later subtract: they get a copy
-        for key, parameter in layer.get_base_layer().named_parameters(recurse=False):
-            layer.register_buffer(_KEPT + key, parameter.data, persistent=False)
-            parameter.data = parameter.data.clone()
+    if isinstance(layer, AtomLayer):
+        layer.merge()
+        return
+    in_place = {}
+    for key, parameter in layer.get_base_layer().named_parameters(recurse=False):
+        layer.register_buffer(_KEPT + key, parameter.data.clone(), persistent=False)  # others subtract what they added
+        in_place[parameter] = parameter.data
     layer.merge()
+    for parameter, data in in_place.items():
+        if parameter.data_ptr() != data.data_ptr():  # some put a new tensor there
+            parameter.data = data.copy_(parameter.data)
 
 
 def _merge_order(model: nn.Module) -> list[Any]:

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from einops import rearrange
+from einops import rearrange, repeat
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -26,6 +26,7 @@ from atomdiff.atoms import (
     write_adapted,
 )
 from atomdiff.sparse import sparse_atoms, sparse_codes
+from atomdiff.tuner import taps
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.register import PREFIX
@@ -59,21 +60,26 @@ class Batch:
     """Images a row; what is left of a tensor's first axis are groups, such as the two of classifier-free guidance."""
 
     def split(self, x: Tensor) -> Tensor:
-        """(groups * rows * images, ...) -> (rows, groups * images, ...).
-
-        Raises:
-            ValueError: the first axis is no multiple of rows * images.
-        """
-        if len(x) % (self.rows * self.images):
-            raise ValueError(
-                f"found a tensor of {len(x)} in a mixed batch of {self.rows} rows with {self.images} image(s) each; "
-                "give one prompt a row"
-            )
+        """(groups * rows * images, ...) -> (rows, groups * images, ...)."""
+        self._count_groups(x)
         return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.rows, n=self.images)
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`."""
         return rearrange(x, "r (g n) ... -> (g r n) ...", n=self.images)
+
+    def repeat(self, of_rows: Tensor, x: Tensor) -> Tensor:
+        """What is there for each row (rows, ...), for all that x holds: (groups * rows * images, ...)."""
+        return repeat(of_rows, "r ... -> (g r n) ...", g=self._count_groups(x), n=self.images)
+
+    def _count_groups(self, x: Tensor) -> int:
+        groups, left = divmod(len(x), self.rows * self.images)
+        if left:
+            raise ValueError(
+                f"found a tensor of {len(x)} in a mixed batch of {self.rows} rows with {self.images} image(s) each; "
+                "give one prompt a row"
+            )
+        return groups
 
 
 class AtomLayer(nn.Module, BaseTunerLayer):
@@ -106,6 +112,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self.stored_base_weight = None  # or what reads it from where it takes no memory of the device
         self.rows = None  # while a batch is mixed
         self.holds_merged = False  # by no adapter, too; compiled code would look at the length of a list
+        self.written: dict[str, float] | None = None  # adapter -> weight, with which it was merged
         self.base_layer = base_layer
         for kind in TRAINED_KINDS:
             setattr(self, attribute(kind), nn.ParameterDict())  # shapes: `Factor.trained`
@@ -229,6 +236,9 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         if not changes:
             weights = {self._weight_path(): weight}
             return functional_call(self.base_layer, weights, (x, *args), kwargs)
+        if taps.pays(self.base_layer, changes, x.numel() // (x.shape[1] * batch.rows)):
+            matrices = torch.stack([change.matrix for change in changes]).sum(dim=0)
+            return taps.convolve(cast(nn.Conv2d, self.base_layer), weight, batch.repeat(matrices, x), x)
         with torch.autocast(weight.device.type, enabled=False):
             adapted = adapt_weight_by_row(weight, changes)
 
@@ -271,7 +281,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         names = [*self.merged_adapters, *names]
         if safe_merge and not torch.isfinite(self.adapted_weight(names)).all():
             raise ValueError(f"merging {names} gives values that are not finite; lower their weights or retrain them")
-        self.write(names)
+        self.write(names, self.stored_base_weight)
 
     def write(self, adapter_names: Sequence[str], stored: Callable[[], Tensor] | None = None) -> None:
         """Write the base weight, changed by exactly these adapters, into the memory of the weight in place.
@@ -285,11 +295,10 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             if stored is not None:
                 self.kept_base_weight = None
             elif self.kept_base_weight is None:
-                base = self.unmerged_weight().detach()
-                self.kept_base_weight = base.clone() if base.data_ptr() == weight.data_ptr() else base
+                self.kept_base_weight = self.unmerged_weight().detach().clone()
             self.stored_base_weight = stored
-            changes = self._changes({name: self.scaling[name] for name in adapter_names})
-            write_adapted(weight.data, self.unmerged_weight().detach(), changes)
+            self.written = {name: self.scaling[name] for name in adapter_names}
+            write_adapted(weight.data, self.unmerged_weight().detach(), self._changes(self.written))
         self.merged_adapters = list(adapter_names)
         self.holds_merged = True
 
@@ -300,7 +309,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         weight = cast(Tensor, self.get_base_layer().weight)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             weight.data.copy_(self.unmerged_weight())
-        self.kept_base_weight = self.stored_base_weight = None
+        self.kept_base_weight = self.stored_base_weight = self.written = None
         self.merged_adapters.clear()
         self.holds_merged = False
 
