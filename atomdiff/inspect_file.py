@@ -15,7 +15,7 @@ from torch import Tensor
 
 from atomdiff.accounting import group_table
 from atomdiff.base_check import check_base, weights_below
-from atomdiff.delta_file import DeltaFile, read_delta_file
+from atomdiff.delta_file import DeltaFile, read_delta_file, shown
 from atomdiff.pipeline import pipeline_models
 from atomdiff.sparse import code_quality, sparse_codes
 from atomdiff.tuner.factor import factors_of
@@ -57,7 +57,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         if delta.config.basis == "sparse":
             rows["code"] = _code(delta, weights_below(delta, models))
     width = max(map(len, rows))
-    lines = [f"{label:<{width}}  {value}" for label, value in rows.items()]
+    lines = [f"{label:<{width}}  {shown(value)}" for label, value in rows.items()]
     return "\n".join([*lines, "", *_layer_table(delta)])
 
 

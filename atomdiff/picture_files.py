@@ -58,7 +58,7 @@ class PictureFile:
 
 
 def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
-    """Write grid.png, prompts down and seeds across, and manifest.json.
+    """Write grid.png, prompts down and seeds across, and manifest.json, where settings that all share stand once.
 
     Args:
         folder: where the pictures are.
@@ -72,8 +72,15 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
     unfinished = folder / "overview.unfinished"
     sheet.save(unfinished, format="png")
     unfinished.replace(folder / "grid.png")
-    images = [{"file": picture.path.name, "prompt": picture.prompt, "seed": picture.seed} for picture in pictures]
-    manifest = {"settings": pictures[0].settings, "images": images}
+    shared = dict(set.intersection(*[set(picture.settings.items()) for picture in pictures]))
+    manifest = {
+        "settings": {key: value for key, value in pictures[0].settings.items() if key in shared},
+        "images": [
+            {"file": picture.path.name, "prompt": picture.prompt, "seed": picture.seed}
+            | {key: value for key, value in picture.settings.items() if key not in shared}
+            for picture in pictures
+        ],
+    }
     unfinished.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     unfinished.replace(folder / "manifest.json")
 

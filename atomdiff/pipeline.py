@@ -7,10 +7,9 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
-from peft import PeftConfig
 from torch import Tensor, nn
 
 from atomdiff import hub, peft_directory
@@ -67,7 +66,7 @@ class LoadedConcept:
 
 def load_atoms(
     pipe: Any,
-    path: str | os.PathLike[str],
+    path: str | os.PathLike[str] | DeltaFile,
     adapter_name: str | None = None,
     *,
     allow_base_mismatch: bool = False,
@@ -88,7 +87,8 @@ def load_atoms(
     Args:
         pipe: a diffusers pipeline.
         path: a delta file, or a directory written by PEFT, of any method, with or without a trained word; a directory
-            or a repository on the Hub, "user/repo", with one of these in it. What exists on this disk goes first.
+            or a repository on the Hub, "user/repo", with one of these in it. What exists on this disk goes first. Or a
+            concept in memory, such as `ConceptLibrary` gives.
         adapter_name: name for `pipe.set_adapters`; None: that of the file or repository up to its first dot.
         allow_base_mismatch: load even if the concept was made on a wholly different base of the same shapes.
         trigger_word: word to use in prompts instead of the file's.
@@ -110,27 +110,32 @@ def load_atoms(
         UserError: there is no such file or repository, it is damaged or does not fit the pipeline, or a name or word is
             taken.
     """
-    path, found_name = hub.locate(
-        path,
-        weight_name=weight_name,
-        subfolder=subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
-    )
+    if isinstance(path, DeltaFile):
+        if adapter_name is None:
+            raise UserError("found a concept in memory without a name: give adapter_name")
+        place, found_name = None, adapter_name
+    else:
+        place, found_name = hub.locate(
+            path,
+            weight_name=weight_name,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
     name = _free_name(pipe, adapter_name or re.sub(r"\W", "_", found_name.partition(".")[0]))
     models = pipeline_models(pipe)
     delta: DeltaFile | None = None
-    foreign: dict[str, tuple[PeftConfig, dict[str, Tensor]]] = {}
-    if path.is_dir():
-        foreign, tokens = peft_directory.read(path, models, denoiser_name(models))
+    foreign: peft_directory.Adapters = {}
+    if place is not None and place.is_dir():
+        foreign, tokens = peft_directory.read(place, models, denoiser_name(models))
     else:
-        delta = read_delta_file(path)
+        delta = path if isinstance(path, DeltaFile) else read_delta_file(cast(Path, place))
         check_base(delta, models, allow_base_mismatch)
         tokens = delta.tokens
-    tokens = _renamed(tokens, trigger_word)
+    tokens = renamed_tokens(tokens, trigger_word)
     for word, vectors in tokens.items():
         check_free(pipe, word)
         check_vectors(pipe, word, vectors)
@@ -146,8 +151,8 @@ def load_atoms(
                 set_trigger_embedding(pipe, word, vectors)
     except BaseException as error:
         _remove_words(pipe, name)
-        if isinstance(error, (ValueError, RuntimeError, TypeError)):
-            raise UserError(f"cannot load {path}: {error}") from error
+        if isinstance(error, Exception):  # PEFT answers strange settings with any of them
+            raise UserError(f"cannot load {place or repr(name)}: {error}") from error
         raise
     restore(pipe)
     for model in models.values():
@@ -339,7 +344,12 @@ def _free_name(pipe: Any, name: str) -> str:
     return name
 
 
-def _renamed(tokens: dict[str, dict[str, Tensor]], word: str | None) -> dict[str, dict[str, Tensor]]:
+def renamed_tokens(tokens: dict[str, dict[str, Tensor]], word: str | None) -> dict[str, dict[str, Tensor]]:
+    """The tokens of a concept under another word; None: as they are.
+
+    Raises:
+        UserError: there is not exactly one to rename.
+    """
     if word is None:
         return tokens
     if len(tokens) != 1:

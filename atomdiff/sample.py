@@ -1,19 +1,22 @@
 """Prompts x seeds x concepts -> pictures: in memory, or as files that a stopped job goes on from."""
 
-import json
-import textwrap
-import warnings
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from operator import itemgetter
 from pathlib import Path
-from typing import Any, Literal
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
 from atomdiff.errors import UserError
-from atomdiff.picture_files import PictureFile, content_hash, listing_hash, write_overview
+from atomdiff.picture_files import PictureFile, listing_hash, write_overview
+from atomdiff.prompt_tags import split_tags
+from atomdiff.strength import Strength
+
+if TYPE_CHECKING:
+    from atomdiff.packing import Line
 
 
 @dataclass(frozen=True)
@@ -36,16 +39,23 @@ class SampleConfig:
     """Precision of the base while drawing."""
 
     concepts: tuple[str, ...] = ()
-    """Concept files, or directories written by PEFT. Default: the bare base."""
-    weights: tuple[float, ...] = ()
-    """Strength of each concept; 1 is as trained. Default: 1 each."""
+    """Concepts that all prompts wear: files, directories written by PEFT, or user/repo on the Hub. Default: the bare
+    base."""
+    weights: tuple[float | dict[Any, Any], ...] = ()
+    """Strength of each concept: a number, 1 is as trained; or JSON, by block of the model and by share of the steps
+    done: '{"weight": 0.8, "blocks": {"down": 0.5, "up.1": 0}, "steps": {"0": 1, "1": 0.2}}'. Default: 1 each."""
     trigger_words: tuple[str, ...] = ()
     """Word to use for each concept in the prompts, where two come with the same one. Default: their own."""
+
+    library: str | None = None
+    """Folder of concept files for single prompts: "a photo of sks mug <atoms:NAME:0.8>" wears NAME.atoms.safetensors of
+    that folder with the strength 0.8 (or JSON as for weights; 1 if left out). A prompt takes any number of such tags.
+    One that names a concept of --concepts sets its strength there."""
 
     prompts: tuple[str, ...] = ()
     """What to draw."""
     prompts_file: str | None = None
-    """Text file with further prompts, one a line."""
+    """Text file with further prompts, one a line; blank lines and those that begin with "# " are left out."""
     negative_prompt: str | None = None
     """What to stay away from."""
     seeds: tuple[int, ...] = (0,)
@@ -62,9 +72,15 @@ class SampleConfig:
     """Pictures drawn together, on each process."""
 
     def __post_init__(self) -> None:
-        for path in (*self.concepts, *filter(None, [self.prompts_file])):
+        for path in filter(None, (self.prompts_file, self.library)):
             if not Path(path).exists():
                 raise UserError(f"found nothing at {path!r}: check the path")
+        for weight in self.weights:
+            Strength.read(weight)
+        if self.negative_prompt and split_tags(self.negative_prompt)[1]:
+            raise UserError(
+                f"negative_prompt={self.negative_prompt!r}: only prompts can wear concepts; take the tag out"
+            )
         for name in ("weights", "trigger_words"):
             given = len(getattr(self, name))
             if given and given != len(self.concepts):
@@ -85,9 +101,10 @@ class SampleConfig:
         lines = list(self.prompts)
         if self.prompts_file is not None:
             try:
-                lines += Path(self.prompts_file).read_text(encoding="utf-8-sig").splitlines()
+                written = Path(self.prompts_file).read_text(encoding="utf-8-sig").splitlines()
             except (OSError, UnicodeDecodeError) as error:
                 raise UserError(f"prompts_file={self.prompts_file!r}: cannot be read as text ({error})") from error
+            lines += [line for line in written if not f"{line.strip()} ".startswith("# ")]
         prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if not prompts:
             raise UserError("found no prompt; give --prompts, or --prompts_file with one a line")
@@ -146,19 +163,23 @@ def draw_each(
     prompts: Sequence[str],
     seeds: Sequence[int],
     batch_size: int,
-    negative_prompt: str | None = None,
+    negative_prompt: str | Sequence[str] | None = None,
     **settings: Any,
 ) -> Iterator[Image.Image]:
-    """Yield what `generate` returns, as soon as a batch is drawn; `settings` go to the pipeline as they are."""
+    """Yield what `generate` returns, as soon as a batch is drawn; `settings` go to the pipeline as they are.
+
+    There may be a negative prompt for each picture.
+    """
     if len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one of each a picture")
+    negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
     bar = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
-            negative = negative_prompt and [negative_prompt] * len(generators)
+            negative = None if negatives is None else list(negatives[batch])
             yield from pipe(list(prompts[batch]), negative_prompt=negative, generator=generators, **settings).images
     finally:
         pipe.set_progress_bar_config(**bar)
@@ -178,53 +199,50 @@ def save_samples(config: SampleConfig) -> Path:
     """
     from accelerate import Accelerator
 
+    from atomdiff.library import ConceptLibrary
+    from atomdiff.packing import given_concept, in_order, read_lines, share_of, warn_of_prompts
+
+    words = config.trigger_words or (None,) * len(config.concepts)
+    strengths = map(Strength.read, config.weights or (1.0,) * len(config.concepts))
+    given = list(zip(map(given_concept, config.concepts, words), strengths, strict=True))
+    library = None if config.library is None else ConceptLibrary(config.library)
+    lines = read_lines(config.read_prompts(), given, library)
+
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     settings = _settings(config)
-    seeds = dict.fromkeys(config.seeds)
-    wanted = [PictureFile(folder, prompt, seed, settings) for prompt in config.read_prompts() for seed in seeds]
-    missing = [picture for picture in wanted if not picture.is_saved()]
+    jobs = [
+        (PictureFile(folder, line.prompt, seed, settings | {"concepts": line.facts}), line)
+        for line in lines
+        for seed in dict.fromkeys(config.seeds)
+    ]
+    missing = in_order([job for job in jobs if not job[0].is_saved()], line_of=itemgetter(1))
 
     state = Accelerator(cpu=not torch.accelerator.is_available())
     state.wait_for_everyone()  # all have seen the same files missing
-    share = missing[state.process_index :: state.num_processes]
+    share = share_of(missing, state.process_index, state.num_processes)
     if share:
         pipe = _load_pipeline(config).to(state.device)
         if state.is_main_process:
-            _warn_of_long_prompts(pipe, {picture.prompt for picture in missing})
-        images = draw_each(
-            pipe,
-            [picture.prompt for picture in share],
-            [picture.seed for picture in share],
-            config.sample_batch_size,
-            num_inference_steps=config.num_inference_steps,
-            guidance_scale=config.guidance_scale,
-            negative_prompt=config.negative_prompt,
-            height=config.height,
-            width=config.width,
-        )
-        bar = tqdm(images, "pictures", len(share), disable=not state.is_main_process)
-        for picture, image in zip(share, bar, strict=True):
+            warn_of_prompts(pipe, [line for _, line in missing])
+        bar = tqdm(_draw(config, pipe, share), "pictures", len(share), disable=not state.is_main_process)
+        for picture, image in bar:
             picture.save(image)
     state.wait_for_everyone()
     if state.is_main_process:
-        write_overview(folder, wanted)
+        write_overview(folder, [picture for picture, _ in jobs])
     return folder
 
 
 def _settings(config: SampleConfig) -> dict[str, str]:
-    """What all pictures of a job depend on, with fingerprints of the files."""
+    """What all pictures of a job depend on, with a place for the concepts of each."""
     base = Path(config.pretrained_model_name_or_path)
-    concepts = [
-        {"file": Path(path).name, "sha256": content_hash(Path(path)), "weight": weight, "trigger_word": word}
-        for path, word, weight in _concepts(config)
-    ]
     facts = {
         "base_model": config.pretrained_model_name_or_path,
         "base_files": listing_hash(base) if base.is_dir() else config.revision,
         "variant": config.variant,
         "dtype": config.dtype,
-        "concepts": json.dumps(concepts),
+        "concepts": None,
         "negative_prompt": config.negative_prompt,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": float(config.guidance_scale),
@@ -234,49 +252,42 @@ def _settings(config: SampleConfig) -> dict[str, str]:
     return {key: "" if value is None else str(value) for key, value in facts.items()}
 
 
-def _concepts(config: SampleConfig) -> list[tuple[str, str | None, float]]:
-    """Path, trigger word and weight of each concept."""
-    words = config.trigger_words or (None,) * len(config.concepts)
-    weights = config.weights or (1.0,) * len(config.concepts)
-    return list(zip(config.concepts, words, map(float, weights), strict=True))
+def _draw(
+    config: SampleConfig, pipe: Any, jobs: "Sequence[tuple[PictureFile, Line]]"
+) -> Iterator[tuple[PictureFile, Image.Image]]:
+    """Yield pictures as their batches are drawn."""
+    from atomdiff.packing import pack
+    from atomdiff.wardrobe import Wardrobe
+
+    wardrobe = Wardrobe(pipe)
+    for batch in pack(jobs, itemgetter(1), config.sample_batch_size):
+        lines = [line for _, line in batch]
+        with wardrobe.worn(lines):
+            negative = config.negative_prompt
+            images = draw_each(
+                pipe,
+                [wardrobe.spell(line, line.text) for line in lines],
+                [picture.seed for picture, _ in batch],
+                len(batch),
+                negative_prompt=None if negative is None else [wardrobe.spell(line, negative) for line in lines],
+                num_inference_steps=config.num_inference_steps,
+                guidance_scale=config.guidance_scale,
+                height=config.height,
+                width=config.width,
+            )
+            yield from zip([picture for picture, _ in batch], images, strict=True)
 
 
 def _load_pipeline(config: SampleConfig) -> Any:
-    """The base with its concepts merged in."""
+    """The bare base."""
     from diffusers import DiffusionPipeline
-
-    from atomdiff.pipeline import list_atoms, load_atoms, merge
 
     name = config.pretrained_model_name_or_path
     try:
-        pipe = DiffusionPipeline.from_pretrained(
+        return DiffusionPipeline.from_pretrained(
             name, revision=config.revision, variant=config.variant, dtype=getattr(torch, config.dtype)
         )
     except (OSError, ValueError) as error:
         found = "is there, but" if Path(name).is_dir() else "is no folder here, and as a Hub id"
         reason = " ".join(str(error).split())
         raise UserError(f"pretrained_model_name_or_path={name!r} {found} cannot be loaded ({reason})") from error
-    weights = {
-        load_atoms(pipe, path, f"concept{number}", trigger_word=word): weight
-        for number, (path, word, weight) in enumerate(_concepts(config), start=1)
-    }
-    adapters = {concept.name: concept.method for concept in list_atoms(pipe) if concept.layers}
-    if len(adapters) > 1 or any(weights[name] != 1 for name in adapters):
-        try:
-            pipe.set_adapters(list(adapters), [weights[name] for name in adapters])
-        except AttributeError as error:  # the layers of some methods have no scale
-            methods = ", ".join(sorted(set(adapters.values())))
-            raise UserError(
-                f"found concepts of {methods}: not all can be weighted; draw with one, unweighted"
-            ) from error
-    merge(pipe)
-    return pipe
-
-
-def _warn_of_long_prompts(pipe: Any, prompts: set[str]) -> None:
-    longest = pipe.tokenizer.model_max_length
-    for prompt in sorted(prompts):
-        tokens = len(pipe.tokenizer(prompt, verbose=False).input_ids)
-        if tokens > longest:
-            shown = textwrap.shorten(prompt, 60)
-            warnings.warn(f"the base reads {longest} of the {tokens} tokens of {shown!r}: shorten it", stacklevel=2)

@@ -5,13 +5,13 @@
 The base learns to name the class of things as the toybox draws them (12 classes, many pictures). The target is another
 style and another task with few pictures a class: which of eight patterns, that the base has never seen, a thing wears
 in an ink drawing (`atomdiff/toybox/styles.py`). Every method goes through the same training run, on all seeds at its
-own rate times 1/3, 1 and 3; the best rate has the highest mean validation accuracy over the seeds (on one seed, and with
-8 pictures a pattern, the choice was a matter of luck). For the linear probe that is the head's rate, which all others leave at its
-default. A seed changes the pictures trained on, the head's first weights and the batches; the pictures that it does not
-draw are the test. Pictures are mirrored and cropped at random for all. The
-statistics of batch norms follow the pictures in all methods but the probe (`--batch_norm frozen` compares without
-that); "linear_updated" is a probe whose statistics follow them, too. "share" is the adapter's numbers and those
-statistics over the base's parameters and statistics; the head, the same for all, is in neither.
+own rate times 1/3, 1 and 3; the best rate has the highest mean validation accuracy over the seeds (on one seed, or on
+8 pictures a pattern, the choice was a matter of luck). For the linear probe that is the head's rate, which all others
+leave at its default. A seed changes the pictures trained on, the head's first weights and the batches; the pictures
+that it does not draw are the test. Pictures are mirrored and cropped at random for all. The statistics of batch norms
+follow the pictures in all methods but the probe (`--batch_norm frozen` compares without that); "linear_updated" is a
+probe whose statistics follow them, too. "share" is the adapter's numbers and those statistics over the base's
+parameters and statistics; the head, the same for all, is in neither.
 """
 
 from __future__ import annotations

@@ -9,6 +9,8 @@ from atomdiff.cli import main
 from atomdiff.command_line import parse_config
 from atomdiff.demo import DemoConfig
 from atomdiff.dreambooth import load_config
+from atomdiff.export import ExportConfig
+from atomdiff.extract import ExtractConfig
 from atomdiff.sample import SampleConfig
 
 ROOT = Path(__file__).parents[1]
@@ -66,11 +68,16 @@ def test_every_command_is_accepted(concept, tmp_path, capsys):
             parse_config(SampleConfig, options)
         elif verb == "demo":
             parse_config(DemoConfig, options)
+        elif verb == "export":
+            parse_config(ExportConfig, options)
+        elif verb == "extract":
+            (tmp_path / "out" / "tuned").mkdir()
+            parse_config(ExtractConfig, options)
         else:
             assert verb == "inspect"
             main([verb, *options])
             assert ("sks mug" if CONCEPT in options else "17,524") in capsys.readouterr().out
-    assert seen == {"train_dreambooth", "train_classifier", "sample", "demo", "inspect"}
+    assert seen == {"train_dreambooth", "train_classifier", "sample", "demo", "inspect", "export", "extract"}
 
 
 def test_the_python_of_the_readme_runs(concept):

@@ -1,6 +1,7 @@
 """Pictures from prompts and seeds, and jobs that go on where they stopped."""
 
 import copy
+import io
 import json
 import os
 import threading
@@ -14,9 +15,11 @@ import torch
 from PIL import Image
 
 import atomdiff
-from atomdiff import sample
+from atomdiff import sample, wardrobe
+from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
-from atomdiff.pipeline import add_trigger_word, set_trigger_embedding
+from atomdiff.picture_files import content_hash
+from atomdiff.pipeline import add_trigger_word, list_atoms, set_trigger_embedding, trigger_words
 from atomdiff.sample import SampleConfig, generate, save_samples
 
 QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0}
@@ -35,6 +38,7 @@ def concept_file(pipe, path, seed=0):
             parameter.data = torch.randn(parameter.shape, generator=generator)
     add_trigger_word(pipe, "sks")
     set_trigger_embedding(pipe, "sks", {"text_encoder": torch.randn(32, generator=generator)})
+    path.parent.mkdir(exist_ok=True, parents=True)
     atomdiff.save_atoms(pipe, path, trigger_phrase="sks mug")
     atomdiff.unload_atoms(pipe)
     return str(path)
@@ -223,9 +227,11 @@ def test_names_of_pictures_are_safe_and_differ_with_the_prompt(config):
 
 def test_prompts_come_from_arguments_and_file_once_each(config, tmp_path):
     path = tmp_path / "prompts.txt"
-    path.write_bytes("\ufeffa red mug\n\n  a robot  \r\nштора\n".encode())
+    path.write_bytes("\ufeff# mugs\na red mug\n\n  a robot  \r\n#\nштора\n  # the end\n".encode())
     config = replace(config, prompts_file=str(path))
     assert config.read_prompts() == ["a red mug", "a blue cat", "a robot", "штора"]
+    path.write_bytes(b"#1 mug\n")
+    assert config.read_prompts()[2:] == ["#1 mug"]
     path.write_bytes(b"\xff\xfe\x00")
     with pytest.raises(UserError, match="prompts.txt.*cannot be read as text"):
         config.read_prompts()
@@ -274,8 +280,279 @@ def test_concepts_of_a_method_without_weights_are_refused_in_words(config, tiny_
     tiny_pipe.unet.add_adapter(OFTConfig(target_modules=["to_q"], oft_block_size=8))
     path = str(atomdiff.save_atoms(tiny_pipe, tmp_path / "oft"))
     save_samples(replace(config, concepts=(path,), seeds=(0,)))
-    with pytest.raises(UserError, match=r"OFT.*weighted"):
+    with pytest.raises(UserError, match=r"oft-1.*OFT adapter.*no weight such as 0.5"):
         save_samples(replace(config, concepts=(path,), weights=(0.5,)))
+
+
+# a library
+
+
+@pytest.fixture
+def library(tiny_pipe, tmp_path):
+    """Five concepts that are all called "sks mug", in a folder and in one below it."""
+    for number, name in enumerate(("ant", "bee", "cat", "dog", "pets/eel")):
+        concept_file(tiny_pipe, tmp_path / "library" / f"{name}.atoms.safetensors", number)
+    return tmp_path / "library"
+
+
+def told(config):
+    """Prompt -> concepts, as the pictures of a job tell them."""
+    found = {}
+    for name in files(config):
+        with Image.open(config_folder(config) / name) as image:
+            found[image.text["prompt"]] = json.loads(image.text["concepts"])
+    return found
+
+
+def picture(config, prompt, seed=0):
+    """A picture of a finished job."""
+    images = json.loads((config_folder(config) / "manifest.json").read_text())["images"]
+    (file,) = [image["file"] for image in images if (image["prompt"], image["seed"]) == (prompt, seed)]
+    return pixels(Image.open(config_folder(config) / file))
+
+
+def alone(pipe, library, text, strengths, seed=0, **changes):
+    """A picture drawn with nothing else in the pipeline, by its own words, unmerged where strengths are numbers."""
+    for number, name in enumerate(strengths):
+        word = "sks" if len(strengths) == 1 else f"w{number}"
+        atomdiff.load_atoms(pipe, library / f"{name}.atoms.safetensors", f"c{number}", trigger_word=word)
+    names = [f"c{number}" for number in range(len(strengths))]
+    if all(isinstance(strength, float) for strength in strengths.values()):
+        pipe.set_adapters(names, list(strengths.values())) if names else None
+    else:
+        atomdiff.set_active(pipe, dict(zip(names, strengths.values(), strict=True)))
+    image = generate(pipe, [text], seeds=[seed], progress=False, **{**QUICK, **changes})[0]
+    atomdiff.unload_atoms(pipe)
+    return pixels(image)
+
+
+BLOCKS = {"weight": 1.5, "blocks": {"down": 0.5, "up": 0}}
+STEPS = {"steps": {0: 1.0, 1: 0.2}}
+
+
+def json_text(strength):
+    return json.dumps(strength)
+
+
+@pytest.mark.filterwarnings("ignore:.*by which it is called")
+def test_every_line_wears_its_own_concepts_as_if_it_were_drawn_alone(config, tiny_pipe, library):
+    lines = {
+        "a photo of sks mug": ("a photo of sks mug", {}),
+        "a photo of sks mug <atoms:ant>": ("a photo of sks mug", {"ant": 1.0}),
+        "a photo of sks mug <lora:bee:0.7>": ("a photo of sks mug", {"bee": 0.7}),
+        f"a photo of SKS's mug <atoms:pets/eel:{json_text(BLOCKS)}>": ("a photo of sks 's mug", {"pets/eel": BLOCKS}),
+        f"a red sks <atoms:cat:{json_text(STEPS)}>": ("a red sks", {"cat": STEPS}),
+        "a robot <atoms:dog:0.5> <atoms:ant:0.6>": ("a robot", {"dog": 0.5, "ant": 0.6}),
+    }
+    config = replace(config, library=str(library), prompts=tuple(lines), seeds=(0, 5), sample_batch_size=3)
+    save_samples(config)
+    for prompt, (text, strengths) in lines.items():
+        for seed in config.seeds:
+            expected = alone(tiny_pipe, library, text, strengths, seed)
+            assert abs(picture(config, prompt, seed) - expected).max() <= 1, prompt
+            if strengths:
+                assert abs(expected - alone(tiny_pipe, library, text, {}, seed)).max() > 2, prompt
+                plain = dict.fromkeys(strengths, 1.0)
+                assert strengths == plain or abs(expected - alone(tiny_pipe, library, text, plain, seed)).max() > 1
+
+
+@pytest.mark.parametrize("size", [1, 2, 8])
+def test_the_size_of_batches_changes_nothing(config, tiny_pipe, library, size):
+    prompts = tuple(f"sks mug <atoms:{name}>" for name in ("ant", "bee", "cat", "dog", "pets/eel"))
+    config = replace(config, library=str(library), prompts=prompts, seeds=(3, 4), sample_batch_size=size)
+    save_samples(config)
+    for name, prompt in zip(("ant", "bee", "cat", "dog", "pets/eel"), prompts, strict=True):
+        assert abs(picture(config, prompt, 4) - alone(tiny_pipe, library, "sks mug", {name: 1.0}, 4)).max() <= 1
+
+
+def test_negative_prompts_have_the_words_of_their_rows(config, tiny_pipe, library):
+    prompts = ("a mug <atoms:ant:0>", "a mug <atoms:bee:0>", "a mug")
+    save_samples(replace(config, library=str(library), prompts=prompts, seeds=(0,), negative_prompt="sks mug"))
+    for prompt, strengths in zip(prompts, ({"ant": 0.0}, {"bee": 0.0}, {}), strict=True):
+        expected = alone(tiny_pipe, library, "a mug", strengths, negative_prompt="sks mug")
+        assert abs(picture(config, prompt) - expected).max() <= 1
+    assert abs(picture(config, prompts[0]) - picture(config, prompts[1])).max() > 1
+
+
+def test_pictures_tell_their_own_concepts_in_the_order_of_the_prompts(config, library):
+    prompts = ("sks mug <atoms:bee:0.5>", "a cat", "sks mug <atoms:ant>", "sks cat <atoms:bee:0.5>")
+    config = replace(config, library=str(library), prompts=prompts)
+    manifest = json.loads((save_samples(config) / "manifest.json").read_text())
+    wanted = [(prompt, seed) for prompt in prompts for seed in (0, 5)]
+    assert [(image["prompt"], image["seed"]) for image in manifest["images"]] == wanted
+    assert "concepts" not in manifest["settings"] and manifest["settings"]["num_inference_steps"] == "2"
+    facts = {image["prompt"]: json.loads(image["concepts"]) for image in manifest["images"]}
+    assert facts == told(config)
+    assert facts["a cat"] == [] and facts[prompts[0]] == facts[prompts[3]]
+    ((bee,), (ant,)) = facts[prompts[0]], facts[prompts[2]]
+    assert (bee["file"], bee["weight"], ant["weight"]) == ("bee.atoms.safetensors", 0.5, 1.0)
+    assert ant["sha256"] == content_hash(library / "ant.atoms.safetensors") != bee["sha256"]
+    assert all("atoms-bee-0-5" in image["file"] for image in manifest["images"] if "bee" in image["prompt"])
+
+
+@pytest.mark.filterwarnings("ignore:.*by which it is called")
+def test_only_pictures_of_a_changed_concept_are_drawn_again(config, tiny_pipe, library, loads):
+    prompts = ("sks mug <atoms:bee>", "sks mug", "sks mug <atoms:ant>", "a cat <atoms:bee> <atoms:ant>")
+    config = replace(config, library=str(library), prompts=prompts, seeds=(0,))
+    folder = save_samples(config)
+    before = files(config)
+    save_samples(config)
+    assert files(config) == before and len(loads) == 1
+    concept_file(tiny_pipe, library / "ant.atoms.safetensors", 9)
+    lost = next(name for name in before if name.startswith("sks-mug-atoms-bee"))
+    content = (folder / lost).read_bytes()
+    (folder / lost).unlink()
+    save_samples(config)
+    again = {name for name, time in files(config).items() if before.get(name) != time}
+    assert again == {name for name in before if "ant" in name} | {lost} and len(again) == 3
+    assert abs(pixels(Image.open(folder / lost)) - pixels(Image.open(io.BytesIO(content)))).max() <= 1
+    expected = alone(tiny_pipe, library, "sks mug", {"ant": 1.0})
+    assert abs(picture(config, "sks mug <atoms:ant>") - expected).max() <= 1
+
+
+def test_the_pipeline_holds_few_concepts_however_many_a_job_has(config, tiny_pipe, library, monkeypatch):
+    held, draw = [], sample.draw_each
+    monkeypatch.setattr(wardrobe, "MOST_LOADED", 2)
+
+    def counted(pipe, *args, **settings):
+        held.append((len(list_atoms(pipe)), len(trigger_words(pipe))))
+        return draw(pipe, *args, **settings)
+
+    monkeypatch.setattr(sample, "draw_each", counted)
+    prompts = tuple(
+        f"sks mug <atoms:{name}>" for name in ("ant", "bee", "cat", "dog", "pets/eel", "ant:0.5", "cat:0.5")
+    )
+    config = replace(config, library=str(library), prompts=prompts, seeds=(0,), sample_batch_size=1)
+    save_samples(config)
+    assert held == [(1, 1)] * 2 + [(2, 2)] * 5
+    for name in ("ant", "dog", "pets/eel"):
+        expected = alone(tiny_pipe, library, "sks mug", {name: 1.0})
+        assert abs(picture(config, f"sks mug <atoms:{name}>") - expected).max() <= 1
+    held.clear()
+    save_samples(replace(config, output_dir=f"{config.output_dir}2", sample_batch_size=5))
+    assert held == [(3, 3), (2, 3)]  # a batch with ant, bee and cat needs more
+
+
+@pytest.mark.parametrize("prompts", [("a cat", "a mug"), ("sks cat <atoms:ant>", "sks mug <atoms:ant>")])
+def test_lines_that_wear_the_same_are_drawn_from_merged_weights(config, library, monkeypatch, prompts):
+    monkeypatch.setattr(wardrobe, "mixed_batch", None)
+    save_samples(replace(config, library=str(library), prompts=prompts))
+    assert len(files(config)) == 4
+
+
+@pytest.mark.filterwarnings("ignore:.*by which it is called")
+def test_what_all_lines_wear_goes_with_what_they_name_and_a_tag_changes_its_weight(config, tiny_pipe, library):
+    own = str(library / "cat.atoms.safetensors")
+    prompts = ("a cat", "a cat <atoms:ant:0.5>", "a cat <atoms:cat:0>")
+    config = replace(config, concepts=(own,), weights=(0.7,), library=str(library), prompts=prompts, seeds=(0,))
+    save_samples(config)
+    for prompt, worn in zip(prompts, ({"cat": 0.7}, {"cat": 0.7, "ant": 0.5}, {}), strict=True):
+        assert abs(picture(config, prompt) - alone(tiny_pipe, library, "a cat", worn)).max() <= 1
+    assert [concept["weight"] for concept in told(config)["a cat <atoms:ant:0.5>"]] == [0.7, 0.5]
+
+
+@pytest.mark.filterwarnings("ignore:.*by which it is called")
+def test_other_methods_are_worn_beside_a_library_without_mixing(config, tiny_pipe, library, tmp_path, monkeypatch):
+    from peft import LoraConfig
+
+    monkeypatch.setattr(wardrobe, "mixed_batch", None)
+    tiny_pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False))
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "lora")
+    atomdiff.unload_atoms(tiny_pipe)
+    prompts = ("a mug <atoms:ant>", "a mug", "a mug <atoms:bee>")
+    config = replace(config, concepts=(str(path),), weights=(0.5,), library=str(library), prompts=prompts, seeds=(0,))
+    save_samples(config)
+    for prompt, names in zip(prompts, (["ant"], [], ["bee"]), strict=True):
+        atomdiff.load_atoms(tiny_pipe, path, "lora")
+        for name in names:
+            atomdiff.load_atoms(tiny_pipe, library / f"{name}.atoms.safetensors", name)
+        tiny_pipe.set_adapters(["lora", *names], [0.5, *[1.0] * len(names)])
+        expected = pixels(generate(tiny_pipe, ["a mug"], seeds=[0], progress=False, **QUICK)[0])
+        atomdiff.unload_atoms(tiny_pipe)
+        assert abs(picture(config, prompt) - expected).max() <= 1
+    with pytest.raises(UserError, match="lora is no concept of atoms: only those can be weighted by block and step"):
+        save_samples(replace(config, weights=(STEPS,)))
+
+
+def test_a_concept_of_words_alone_is_worn(config, tiny_pipe, tmp_path):
+    add_trigger_word(tiny_pipe, "zwx")
+    set_trigger_embedding(tiny_pipe, "zwx", {"text_encoder": torch.linspace(-1, 1, 32)})
+    (tmp_path / "library").mkdir()
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "library" / "word.atoms.safetensors", dtype=torch.float32)
+    expected = pixels(generate(tiny_pipe, ["a zwx mug"], seeds=[0], progress=False, **QUICK)[0])
+    config = replace(config, library=str(path.parent), prompts=("a zwx mug <atoms:word>", "a zwx mug"), seeds=(0,))
+    save_samples(config)
+    assert abs(picture(config, "a zwx mug <atoms:word>") - expected).max() <= 1
+    assert abs(picture(config, "a zwx mug") - expected).max() > 2
+
+
+def test_mistakes_are_found_before_anything_is_drawn_or_made(config, library, loads):
+    for prompt, message in (
+        ("a <atoms:bees>", "near: bee"),
+        ("a <atoms:ant:x>", "<atoms:NAME:0.8>"),
+        ('a <atoms:ant:{"blocks": {"text_encoder": 0}}>', "no layer in 'text_encoder'"),
+        ("sks and sks <atoms:ant> <atoms:bee>", "'sks', the trigger word of 'ant' and 'bee'"),
+    ):
+        with pytest.raises(UserError, match=message):
+            save_samples(replace(config, library=str(library), prompts=("a cat", prompt)))
+    with pytest.raises(UserError, match="there is no file or directory 'none.safetensors'"):
+        save_samples(replace(config, concepts=("none.safetensors",)))
+    assert not config_folder(config).exists() and not loads
+
+
+def test_a_concept_for_another_base_is_named(config, tiny_pipe, library):
+    tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv1"]))
+    for parameter in tiny_pipe.unet.parameters():
+        parameter.data = torch.randn_like(parameter)
+    atomdiff.save_atoms(tiny_pipe, library / "pets" / "alien.atoms.safetensors")
+    with pytest.raises(UserError, match=r"the concept 'pets/alien' \(.*alien.atoms.safetensors\): this base is at"):
+        save_samples(replace(config, library=str(library), prompts=("a cat", "a cat <atoms:pets/alien>")))
+
+
+def test_concepts_that_no_word_calls_are_warned_of(config, library):
+    with pytest.warns(UserWarning, match="wears 'ant', but does not say 'sks mug'"):
+        save_samples(replace(config, library=str(library), prompts=("a cat <atoms:ant>",), seeds=(0,)))
+
+
+# strengths
+
+
+def test_the_command_line_takes_strengths_by_block_and_step(config, tiny_pipe, library, tmp_path):
+    concept, other = (str(library / f"{name}.atoms.safetensors") for name in ("ant", "bee"))
+    options = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path, "--prompts", "a mug"]
+    options += ["--output_dir", config.output_dir, "--num_inference_steps", "2", "--guidance_scale", "3"]
+    given = ["--concepts", concept, other, "--weights", "0.8", json_text({**BLOCKS, **STEPS})]
+    parsed = parse_config(SampleConfig, [*options, *given])
+    assert parsed.weights == (0.8, {**BLOCKS, "steps": {"0": 1.0, "1": 0.2}})
+    (tmp_path / "job.yaml").write_text("weights: [1, {steps: {0: 1, 1: 0.2}}]\n")
+    from_file = parse_config(SampleConfig, [*options, *given[:3], "--config", str(tmp_path / "job.yaml")])
+    assert from_file.weights == (1.0, {"steps": {0: 1, 1: 0.2}})
+    save_samples(parsed)
+    expected = alone(tiny_pipe, library, "a mug", {"ant": 0.8, "bee": {**BLOCKS, **STEPS}})
+    assert abs(picture(parsed, "a mug") - expected).max() <= 1
+    assert abs(expected - alone(tiny_pipe, library, "a mug", {"ant": 0.8, "bee": BLOCKS})).max() > 1
+    assert [concept["weight"] for concept in told(parsed)["a mug"]] == [
+        0.8,
+        {"weight": 1.5, "blocks": {"down_blocks": 0.5, "up_blocks": 0.0}, "steps": {"0.0": 1.0, "1.0": 0.2}},
+    ]
+
+
+def test_equal_strengths_are_the_same_picture_and_numbers_are_told_as_ever(config, library, loads):
+    path = library / "ant.atoms.safetensors"
+    config = replace(config, concepts=(str(path),), weights=(1,), seeds=(0,))
+    save_samples(config)
+    with Image.open(config_folder(config) / next(iter(files(config)))) as image:
+        digest = content_hash(path)
+        assert image.text["concepts"] == (
+            f'[{{"file": "ant.atoms.safetensors", "sha256": "{digest}", "weight": 1.0, "trigger_word": null}}]'
+        )
+    before = files(config)
+    save_samples(replace(config, weights=({"weight": 1.0, "blocks": {}},)))
+    assert files(config) == before and len(loads) == 1
+    save_samples(replace(config, weights=({"blocks": {"down": 0}},)))
+    assert len(loads) == 2
+    save_samples(replace(config, weights=({"weight": 1, "blocks": {"down_blocks": 0.0}},)))
+    assert len(loads) == 2
 
 
 # errors and warnings
@@ -284,7 +561,10 @@ def test_concepts_of_a_method_without_weights_are_refused_in_words(config, tiny_
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"concepts": ("none.safetensors",)}, "none.safetensors"),
+        ({"library": "none"}, "found nothing at 'none'"),
+        ({"weights": ({"block": {"down": "x"}},), "concepts": ("a",)}, "found the strength"),
+        ({"weights": (float("nan"),), "concepts": ("a",)}, "found the strength"),
+        ({"negative_prompt": "blurry <lora:x:1>"}, "take the tag out"),
         ({"prompts_file": "none.txt"}, "none.txt"),
         ({"weights": (1.0,)}, "1 weights for 0 concepts"),
         ({"trigger_words": ("a", "b")}, "2 trigger_words for 0 concepts"),

@@ -1,4 +1,4 @@
-"""Rows with kernels of their own, by mixed taps: equal to each row's own weight, for every geometry of a convolution."""
+"""Rows with kernels of their own, by mixed taps: equal to each row's own weight, for every geometry."""
 
 import pytest
 import torch
