@@ -283,8 +283,12 @@ def _other_models(base: Any, tuned: Any) -> dict[str, int]:
     old, new = pipeline_models(base), pipeline_models(tuned)
     for part in (old.keys() & new.keys()) - {_denoiser(base)[0]}:
         one, two = old[part].state_dict(), new[part].state_dict()
-        counts[part] = sum(
-            key not in two or two[key].shape != value.shape or not torch.equal(value, two[key].to(value))
-            for key, value in one.items()
-        )
+        counts[part] = sum(key not in two or _differs(value, two[key]) for key, value in one.items())
     return {part: count for part, count in sorted(counts.items()) if count}
+
+
+def _differs(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors differ by more than rounding to half precision."""
+    if one.shape != two.shape or not one.is_floating_point():
+        return not torch.equal(one, two)
+    return not torch.allclose(two.to(one), one, rtol=2**-7, atol=2**-10 * float(one.abs().max() if one.numel() else 0))

@@ -288,3 +288,11 @@ def test_wrong_folders_are_told(tiny_pipe_folder, tmp_path):
     with pytest.raises(UserError, match="no AtomConfig"):
         extract_concept(ExtractConfig(base, base, str(tmp_path / "x"), "full"))
     assert not (tmp_path / "x").exists()
+
+
+def test_rounding_to_half_precision_is_no_tuning(tiny_pipe):
+    tuned = copy.deepcopy(tiny_pipe)
+    with torch.no_grad():
+        tuned.unet.conv_in.weight.mul_(1.1)
+    tuned.text_encoder.half().float()
+    assert extract(tiny_pipe, tuned, AtomConfig(target_modules=["conv_in"])).other_models == {}

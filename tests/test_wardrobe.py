@@ -118,3 +118,17 @@ def test_a_concept_that_does_not_fit_is_named_with_its_file(tiny_pipe, library):
         with pytest.raises(UserError, match=rf"the concept '{name}' \(.*{name}.atoms.safetensors\): .*{message}"):
             with Wardrobe(tiny_pipe).worn(lines):
                 pass
+
+
+def test_a_concept_in_memory_loads_as_its_file_does(tiny_pipe, library):
+    path = library.folder / "bee.atoms.safetensors"
+    with pytest.raises(UserError, match="in memory without a name: give adapter_name"):
+        atomdiff.load_atoms(tiny_pipe, library["bee"])
+    assert atomdiff.load_atoms(tiny_pipe, library["bee"], "memory", trigger_word="zwx") == "memory"
+    atomdiff.load_atoms(tiny_pipe, path, "file", trigger_word="qwx")
+    layer = tiny_pipe.unet.conv_in
+    assert torch.equal(layer.adapted_weight(["memory"]), layer.adapted_weight(["file"]))
+    assert not torch.equal(layer.adapted_weight(["memory"]), layer.unmerged_weight())
+    assert embedding(tiny_pipe, "zwx") == embedding(tiny_pipe, "qwx") == 2
+    with pytest.raises(UserError, match="'memory' is loaded already"):
+        atomdiff.load_atoms(tiny_pipe, library["ant"], "memory")
