@@ -59,11 +59,11 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
 
             mix(0.0 if part == denoiser else None)
             if part == denoiser:
-                undo.callback(before_calls(model, partial(_count_images, batch, pipe)))
+                undo.callback(before_calls(pipe.components[part], partial(_count_images, batch, pipe)))
             elif layers or part.startswith("text_encoder"):
-                undo.callback(before_calls(model, partial(_check_prompts, batch)))
+                undo.callback(before_calls(pipe.components[part], partial(_check_prompts, batch)))
             if part == denoiser and any(strength.steps for row in wanted for strength in row.values()):
-                undo.callback(StepSchedule(pipe, model, mix).remove)
+                undo.callback(StepSchedule(pipe, pipe.components[part], mix).remove)
         yield
 
 

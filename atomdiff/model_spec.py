@@ -65,7 +65,7 @@ def _prediction_type(pipe: Any) -> str:
 
 
 def _resolution(pipe: Any) -> str:
-    denoiser = pipe.components.get("unet") or pipe.components.get("transformer")
+    denoiser = pipe.components.get("unet", pipe.components.get("transformer"))
     size = getattr(getattr(denoiser, "config", None), "sample_size", None)
     if not isinstance(size, int):
         return ""

@@ -287,8 +287,9 @@ def list_atoms(pipe: Any) -> list[LoadedConcept]:
 
 
 def pipeline_models(pipe: Any) -> dict[str, nn.Module]:
-    """Component name -> model, for all parts of a pipeline that are models."""
-    return {name: part for name, part in pipe.components.items() if isinstance(part, nn.Module)}
+    """Component name -> model, for all parts that are models; of what `torch.compile` gave the model within."""
+    parts = {name: getattr(part, "_orig_mod", part) for name, part in pipe.components.items()}
+    return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
 
 
 def _under(component: str, layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from torch._dynamo.testing import CompileCounter
 
 import atomdiff
+from atomdiff.delta_file import read_delta_file
 from atomdiff.errors import UserError
 from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding
 from atomdiff.tuner import AtomConfig, AtomLayer
@@ -325,6 +326,23 @@ def test_compiled_code_outlives_every_switch(pipe_template, compiled):
     torch.testing.assert_close(pipe.unet.conv_in.base_layer.weight, weight, atol=1e-6, rtol=0)
     torch.testing.assert_close(predict(pipe, pipe.scheduler.timesteps[-1]), steps[-1], atol=1e-5, rtol=0)
     assert counter.frame_count == 1
+    torch._dynamo.reset()
+
+
+def test_concepts_go_in_and_out_of_a_model_that_torch_compile_has_wrapped(pipe_template, tmp_path):
+    torch._dynamo.reset()
+    made, pipe = copy.deepcopy(pipe_template), copy.deepcopy(pipe_template)
+    add(made, "made", AtomConfig())
+    file = atomdiff.save_atoms(made, tmp_path / "made.atoms.safetensors", "made", dtype=torch.float32)
+    base, expected = predict(pipe), predict(made)
+    compile_by_wrapping(pipe, CompileCounter())
+    name = atomdiff.load_atoms(pipe, file)
+    torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+    again = atomdiff.save_atoms(pipe, tmp_path / "again.atoms.safetensors", name, dtype=torch.float32)
+    assert read_delta_file(again).layers.keys() == read_delta_file(file).layers.keys()
+    atomdiff.unload_atoms(pipe)
+    torch.testing.assert_close(predict(pipe), base, atol=1e-5, rtol=0)
+    assert not any(isinstance(module, AtomLayer) for module in pipe.unet.modules())
     torch._dynamo.reset()
 
 

@@ -31,7 +31,7 @@ def adapter_layers(model: nn.Module, name: str | None = None) -> list[Any]:
 def atom_layers(model: nn.Module) -> dict[str, Any]:
     """Module path -> atom layer, for all of a model."""
     found = {path: module for path, module in model.named_modules() if isinstance(module, AtomLayer)}
-    return {path.removeprefix("_orig_mod.").replace(".base_layer", ""): layer for path, layer in found.items()}
+    return {path.replace(".base_layer", ""): layer for path, layer in found.items()}
 
 
 def other_layers(model: nn.Module) -> list[Any]:
