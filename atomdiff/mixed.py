@@ -45,6 +45,8 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
     for model in models.values():
         _refuse_others(model, {name for row in wanted for name in row})
     with ExitStack() as undo:
+        if "_guidance_scale" in vars(pipe):  # of an earlier call, which says nothing about calls of the model itself
+            undo.callback(vars(pipe).setdefault, "_guidance_scale", vars(pipe).pop("_guidance_scale"))
         if (schedule := pipe.__dict__.get("_atomdiff_schedule")) is not None:
             schedule.paused = True  # it would write weights that no row wears
             undo.callback(setattr, schedule, "paused", False)

@@ -236,7 +236,10 @@ def predict(pipe, count):
         return pipe.unet(noise(1).expand(count, -1, -1, -1), 500, encoder_hidden_states=text).sample
 
 
-def test_the_model_can_be_called_directly_and_by_name(pipe):
+@pytest.mark.parametrize("called_before", [False, True])
+def test_the_model_can_be_called_directly_and_by_name(pipe, called_before, monkeypatch):
+    if called_before:  # with guidance, by the pipeline
+        monkeypatch.setattr(pipe, "_guidance_scale", 7.5, raising=False)
     expected = []
     for row in ("spatial", "separable"):
         atomdiff.set_active(pipe, row)
@@ -250,6 +253,7 @@ def test_the_model_can_be_called_directly_and_by_name(pipe):
         with torch.no_grad():
             called = pipe.unet(encoder_hidden_states=text, **named).sample
         torch.testing.assert_close(called, torch.cat(expected), atol=1e-5, rtol=0)
+    assert not called_before or pipe._guidance_scale == 7.5
 
 
 def test_all_rows_share_each_product(pipe, monkeypatch):
