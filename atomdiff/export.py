@@ -17,6 +17,7 @@ from atomdiff.differences import layer_differences, without_adapters
 from atomdiff.errors import UserError
 from atomdiff.kohya import as_written, embedding_rows, layer_name, metadata, missing_out_proj, save_tensors
 from atomdiff.low_rank import low_rank
+from atomdiff.open_pipeline import open_pipeline
 from atomdiff.pipeline import list_atoms, load_atoms, trigger_words
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -229,21 +230,6 @@ def export_lora(
         layers.append(ExportedLayer(name, tuple(weight.shape), len(down), size, residual))
     tensors |= missing_out_proj(pipe, tensors)
     return _write(pipe, Path(path), tensors, layers, dtype, trigger_phrase, rank, biases)
-
-
-def open_pipeline(name: str, dtype: torch.dtype, *, revision: str | None = None, variant: str | None = None) -> Any:
-    """Load a diffusers pipeline.
-
-    Raises:
-        UserError: it is not there, or cannot be loaded.
-    """
-    from diffusers import DiffusionPipeline
-
-    try:
-        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=dtype)
-    except (OSError, ValueError) as error:
-        found = "is there, but" if Path(name).is_dir() else "is no folder here, and as a Hub id"
-        raise UserError(f"{name!r} {found} cannot be loaded ({' '.join(str(error).split())})") from error
 
 
 def describe_export(report: ExportReport) -> str:

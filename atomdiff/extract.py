@@ -16,10 +16,10 @@ from torch import Tensor, nn
 from atomdiff.base_check import fingerprint
 from atomdiff.delta_file import DeltaFile, some, write_delta_file
 from atomdiff.errors import UserError
-from atomdiff.export import open_pipeline
 from atomdiff.fit_delta import fit_layer
 from atomdiff.method import read_adapter
 from atomdiff.model_spec import atomdiff_version, model_spec
+from atomdiff.open_pipeline import open_pipeline
 from atomdiff.pipeline import pipeline_models
 from atomdiff.tuner import attach
 from atomdiff.tuner.config import AtomConfig

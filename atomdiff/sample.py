@@ -11,6 +11,7 @@ from PIL import Image
 from tqdm import tqdm
 
 from atomdiff.errors import UserError
+from atomdiff.open_pipeline import open_pipeline
 from atomdiff.picture_files import PictureFile, listing_hash, write_overview
 from atomdiff.prompt_tags import split_tags
 from atomdiff.strength import Strength
@@ -222,7 +223,8 @@ def save_samples(config: SampleConfig) -> Path:
     state.wait_for_everyone()  # all have seen the same files missing
     share = share_of(missing, state.process_index, state.num_processes)
     if share:
-        pipe = _load_pipeline(config).to(state.device)
+        name, dtype = config.pretrained_model_name_or_path, getattr(torch, config.dtype)
+        pipe = open_pipeline(name, dtype, revision=config.revision, variant=config.variant).to(state.device)
         if state.is_main_process:
             warn_of_prompts(pipe, [line for _, line in missing])
         bar = tqdm(_draw(config, pipe, share), "pictures", len(share), disable=not state.is_main_process)
@@ -276,18 +278,3 @@ def _draw(
                 width=config.width,
             )
             yield from zip([picture for picture, _ in batch], images, strict=True)
-
-
-def _load_pipeline(config: SampleConfig) -> Any:
-    """The bare base."""
-    from diffusers import DiffusionPipeline
-
-    name = config.pretrained_model_name_or_path
-    try:
-        return DiffusionPipeline.from_pretrained(
-            name, revision=config.revision, variant=config.variant, dtype=getattr(torch, config.dtype)
-        )
-    except (OSError, ValueError) as error:
-        found = "is there, but" if Path(name).is_dir() else "is no folder here, and as a Hub id"
-        reason = " ".join(str(error).split())
-        raise UserError(f"pretrained_model_name_or_path={name!r} {found} cannot be loaded ({reason})") from error

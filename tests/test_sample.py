@@ -54,8 +54,8 @@ def config(tiny_pipe_folder, tmp_path):
 @pytest.fixture
 def loads(monkeypatch):
     """Counts how often a pipeline was loaded."""
-    counted, load = [], sample._load_pipeline
-    monkeypatch.setattr(sample, "_load_pipeline", lambda config: counted.append(config) or load(config))
+    counted, load = [], sample.open_pipeline
+    monkeypatch.setattr(sample, "open_pipeline", lambda *a, **k: counted.append(a) or load(*a, **k))
     return counted
 
 
@@ -617,7 +617,7 @@ def test_processes_share_the_missing_pictures_and_one_writes_the_overview(config
 
     save, overview = sample.PictureFile.save, sample.write_overview
     monkeypatch.setattr(accelerate, "Accelerator", Process)
-    monkeypatch.setattr(sample, "_load_pipeline", lambda config: copy.deepcopy(tiny_pipe))  # loading in threads fails
+    monkeypatch.setattr(sample, "open_pipeline", lambda *_, **__: copy.deepcopy(tiny_pipe))  # loading in threads fails
     monkeypatch.setattr(
         sample.PictureFile, "save", lambda self, im: (drawn.append(threading.current_thread().name), save(self, im))
     )
