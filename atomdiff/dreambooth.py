@@ -14,27 +14,22 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from atomdiff.base_model import draw_pictures, load_base, whole
 from atomdiff.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from atomdiff.concept import Concept, build_concept
-from atomdiff.data import derive_seed, sample_order
+from atomdiff.data import derive_seed
 from atomdiff.errors import UserError
 from atomdiff.hub import check_upload, push_to_hub
+from atomdiff.launch import start_accelerator, start_trackers
 from atomdiff.method import describe_adapter, place_for, read_adapter, save_trained
-from atomdiff.objective import add_noise, min_snr_weights, prior_preservation_loss, sample_losses, training_target
+from atomdiff.noising import NoiseProcess, noise_process
+from atomdiff.objective import prior_preservation_loss, sample_losses
 from atomdiff.optimizer import build_optimizer
-from atomdiff.prepare import (
-    Material,
-    draw_pictures,
-    load_base,
-    prepare_material,
-    start_accelerator,
-    start_trackers,
-    whole,
-)
+from atomdiff.prepare import Material, prepare_material
 from atomdiff.progress import RunLog, StopSignals, extend_contact_sheet
 from atomdiff.train_config import TrainConfig, load_config
 from atomdiff.trigger_words import set_trigger_embedding
@@ -58,8 +53,7 @@ class Run:
     trained: dict[str, nn.Parameter]
     """The concept's trained parameters."""
     optimizer: torch.optim.Optimizer
-    noising: DDPMScheduler
-    """The base's noise schedule: how much noise at which timestep, and what the base predicts."""
+    noising: NoiseProcess
 
 
 def train(config: TrainConfig) -> Path:
@@ -90,8 +84,7 @@ def train(config: TrainConfig) -> Path:
     concept = build_concept(config, pipe, adapter, material.prompts, _DTYPES.get(precision, torch.float32))
     optimizer, rate_factor = build_optimizer(config, concept)
     model, optimizer = accelerator.prepare(concept, optimizer)
-    noising = DDPMScheduler.from_config(pipe.scheduler.config)
-    run = Run(config, accelerator, material, concept, model, concept.trained(), optimizer, noising)
+    run = Run(config, accelerator, material, concept, model, concept.trained(), optimizer, noise_process(config, pipe))
     done, average_loss = (state["step"], state["average_loss"]) if state else (0, math.nan)
     if state:
         load_state(run, state)
@@ -140,9 +133,9 @@ def train_step(run: Run, step: int) -> float:
     config, accelerator = run.config, run.accelerator
     losses = []
     for part in range(config.gradient_accumulation_steps):
-        batch = draw_batch(run, (step - 1) * config.gradient_accumulation_steps + part)
+        number = (step - 1) * config.gradient_accumulation_steps + part
         with accelerator.accumulate(run.model):
-            loss = batch_loss(run, batch)
+            loss = batch_loss(run, number)
             losses.append(accelerator.gather(loss.detach().reshape(1)).mean().item())
             refuse_unless_finite(run, step, "loss", losses[-1])
             accelerator.backward(loss)
@@ -155,52 +148,21 @@ def train_step(run: Run, step: int) -> float:
     return sum(losses) / len(losses)
 
 
-@dataclass(frozen=True)
-class Batch:
-    """The samples of one forward pass: photos first, then class pictures."""
+def batch_loss(run: Run, number: int) -> Tensor:
+    """Return the DreamBooth loss of the batch of this number, a scalar with a gradient.
 
-    latents: Tensor
-    """Clean latents (batch, c, h, w)."""
-    noise: Tensor
-    """Of the same shape."""
-    timesteps: Tensor
-    """Noise levels (batch,)."""
-    prompts: list[int]
-    """Number of each sample's prompt."""
-
-
-def draw_batch(run: Run, number: int) -> Batch:
-    """Draw the batch of this number: a pure function of it, the seed and the process.
-
-    The network's own random numbers (dropout) follow too, as the seed is set for all.
+    All that is drawn is a function of the number, the seed and the process; the network's own random numbers (dropout)
+    follow too, as the seed is set for all.
     """
     config, accelerator = run.config, run.accelerator
     generator = torch.manual_seed(derive_seed(config.seed, "batch", number, accelerator.process_index))
-    position = (number * accelerator.num_processes + accelerator.process_index) * config.train_batch_size
-    drawn, prompts = [], []
-    for name, pictures in (("photos", run.material.photos), ("class pictures", run.material.class_pictures)):
-        if pictures is not None:
-            shuffle = derive_seed(config.seed, name)
-            chosen = sample_order(len(pictures.prompts), position, config.train_batch_size, shuffle)
-            drawn.append(pictures.latents.draw(chosen, generator))
-            prompts += [pictures.prompts[picture] for picture in chosen]
-    latents = torch.cat(drawn)
-    noise = torch.randn(latents.shape, generator=generator)
-    timesteps = torch.randint(len(run.noising), (len(latents),), generator=generator)
+    position = number * accelerator.num_processes + accelerator.process_index
+    samples = run.material.draw(position, config.train_batch_size, config.seed, generator)
+    noised = run.noising.draw(samples.latents, generator)
     device = accelerator.device
-    return Batch(latents.to(device), noise.to(device), timesteps.to(device), prompts)
-
-
-def batch_loss(run: Run, batch: Batch) -> Tensor:
-    """Return the DreamBooth loss of a batch, a scalar with a gradient."""
-    config, predicts = run.config, run.noising.config.prediction_type
-    alpha_bar = run.noising.alphas_cumprod.to(batch.timesteps.device)[batch.timesteps]
-    noisy = add_noise(batch.latents, batch.noise, alpha_bar)
-    prediction = run.model(noisy, batch.timesteps, batch.prompts)
-    losses = sample_losses(prediction, training_target(batch.latents, batch.noise, alpha_bar, predicts))
-    if config.snr_gamma is not None:
-        losses = losses * min_snr_weights(alpha_bar, config.snr_gamma, predicts)
-    return prior_preservation_loss(losses, config.train_batch_size, config.prior_loss_weight)
+    prediction = run.model(noised.latents.to(device), noised.timesteps.to(device), samples.prompts)
+    losses = sample_losses(prediction, noised.target.to(device)) * noised.weights.to(device)
+    return prior_preservation_loss(losses, samples.instances, config.prior_loss_weight)
 
 
 def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:

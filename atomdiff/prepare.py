@@ -1,20 +1,17 @@
-"""What comes before the concept itself: accelerate, the base, the pictures and their latents."""
+"""What a run learns from: photos and class pictures, their prompts and latents, and what each step draws of them."""
 
 import hashlib
 import re
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
-from dataclasses import asdict, dataclass
-from importlib.util import find_spec
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
-from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
-from diffusers import DiffusionPipeline, StableDiffusionPipeline
+from diffusers import StableDiffusionPipeline
+from torch import Tensor
 
+from atomdiff.base_model import draw_pictures, training_resolution
 from atomdiff.data import (
     LatentCache,
     Picture,
@@ -22,13 +19,11 @@ from atomdiff.data import (
     encode_pictures,
     ensure_class_pictures,
     read_photos,
+    sample_order,
     views,
 )
 from atomdiff.errors import UserError
-from atomdiff.sample import generate
 from atomdiff.train_config import TrainConfig
-
-_EXTRAS = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers"}
 
 
 @dataclass(frozen=True)
@@ -38,6 +33,18 @@ class Pictures:
     latents: LatentCache
     prompts: tuple[int, ...]
     """The number of each picture's prompt."""
+
+
+@dataclass(frozen=True)
+class Samples:
+    """What one forward pass learns from: photos first, then class pictures. On the CPU."""
+
+    latents: Tensor
+    """Clean latents (batch, c, h, w)."""
+    prompts: list[int]
+    """Number of each sample's prompt."""
+    instances: int
+    """How many of the samples are photos."""
 
 
 @dataclass(frozen=True)
@@ -51,90 +58,23 @@ class Material:
     class_pictures: Pictures | None
     """With prior preservation."""
 
+    def draw(self, number: int, batch_size: int, seed: int, generator: torch.Generator) -> Samples:
+        """Draw the samples of a forward pass.
 
-def start_accelerator(config: TrainConfig) -> Accelerator:
-    """Start accelerate with the run's precision, accumulation and tracker.
-
-    Raises:
-        UserError: This machine cannot do what is asked, such as fp16 without a GPU.
-    """
-    for field, package in _EXTRAS.items():
-        if getattr(config, field) and find_spec(package) is None:
-            raise UserError(f'{field}=True: {package} is missing; pip install "atomdiff[gpu]"')
-    folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
-    AcceleratorState._reset_state()  # or the precision of this process's first run would stay for all
-    try:
-        accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
-            cpu=not torch.accelerator.is_available(),  # unasked, accelerate takes CPU processes for unrelated ones
-            gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
-            log_with=config.report_to,
-            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"accelerate cannot start: {error}") from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("mixed_precision='fp16': needs a GPU; a CPU can do 'bf16' or 'no'")
-    return accelerator
-
-
-def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Open the tracker, if there is one, and give it the run's settings."""
-    if config.report_to:
-        plain = (bool, int, float, str, type(None))
-        fields = {name: value if isinstance(value, plain) else str(value) for name, value in asdict(config).items()}
-        accelerator.init_trackers("atomdiff", config=fields)
-
-
-def load_base(config: TrainConfig, **parts: Any) -> StableDiffusionPipeline:
-    """Load the base, without a safety checker.
-
-    Args:
-        config: The run.
-        **parts: Components that are there already and not to be loaded.
-
-    Raises:
-        UserError: There is no such base, or it is not a Stable Diffusion 1.x or 2.x pipeline.
-    """
-    name = config.pretrained_model_name_or_path
-    options = {"revision": config.revision, "variant": config.variant, "safety_checker": None}
-    try:
-        pipe = DiffusionPipeline.from_pretrained(name, requires_safety_checker=False, **options, **parts)
-    except (OSError, ValueError) as error:
-        found = f"neither a folder with a pipeline nor one from the Hub ({' '.join(str(error).split())})"
-        raise UserError(f"pretrained_model_name_or_path={name!r}: {found}") from error
-    if not isinstance(pipe, StableDiffusionPipeline):
-        found = f"a {type(pipe).__name__}; expected a StableDiffusionPipeline"
-        raise UserError(f"pretrained_model_name_or_path={name!r}: {found}")
-    return pipe
-
-
-@contextmanager
-def whole(config: TrainConfig, pipe: StableDiffusionPipeline) -> Iterator[None]:
-    """Make a `with` block in which the parts of the pipeline that were let go are back."""
-    gone = [name for name in ("vae", "text_encoder") if getattr(pipe, name) is None]
-    if gone:
-        fresh = load_base(config, **{name: part for name, part in pipe.components.items() if part is not None})
-        pipe.register_modules(**{name: getattr(fresh, name).to(pipe.device, torch.float32) for name in gone})
-    try:
-        yield
-    finally:
-        for name in gone:
-            setattr(pipe, name, None)
-
-
-def training_resolution(config: TrainConfig, pipe: StableDiffusionPipeline) -> int:
-    """Return the side of the training pictures in pixels.
-
-    Raises:
-        UserError: The VAE and the UNet cannot halve it as often as they do.
-    """
-    unit = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    side = config.resolution or int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
-    if side % unit:
-        raise UserError(f"resolution={side}: this base needs a multiple of {unit}")
-    return side
+        Args:
+            number: Of the forward pass, counted over all processes from 0; with the seed it chooses the pictures.
+            batch_size: Photos, and class pictures if there are any.
+            seed: Of the run.
+            generator: Chooses everything else, such as the view of a picture.
+        """
+        latents, prompts = [], []
+        for name, pictures in (("photos", self.photos), ("class pictures", self.class_pictures)):
+            if pictures is not None:
+                count = len(pictures.prompts)
+                chosen = sample_order(count, number * batch_size, batch_size, derive_seed(seed, name))
+                latents.append(pictures.latents.draw(chosen, generator))
+                prompts += [pictures.prompts[picture] for picture in chosen]
+        return Samples(torch.cat(latents), prompts, batch_size)
 
 
 def prepare_material(config: TrainConfig, pipe: StableDiffusionPipeline, accelerator: Accelerator) -> Material:
@@ -201,21 +141,3 @@ def draw_class_pictures(
         ensure_class_pictures(folder, config.num_class_images, config.sample_batch_size, recipe, draw, share)
     accelerator.wait_for_everyone()
     return folder
-
-
-def draw_pictures(
-    config: TrainConfig, pipe: StableDiffusionPipeline, prompts: Sequence[str], seeds: Sequence[int]
-) -> list[Picture]:
-    """Draw one picture a prompt, each from its own seed, as large as those trained on."""
-    side = training_resolution(config, pipe)
-    return generate(
-        pipe,
-        prompts,
-        seeds=seeds,
-        num_inference_steps=config.num_inference_steps,
-        guidance_scale=config.guidance_scale,
-        batch_size=config.sample_batch_size,
-        height=side,
-        width=side,
-        progress=False,
-    )

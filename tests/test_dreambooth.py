@@ -18,7 +18,9 @@ from atomdiff.concept import build_concept
 from atomdiff.delta_file import read_delta_file
 from atomdiff.dreambooth import TrainConfig, train
 from atomdiff.errors import UserError
+from atomdiff.noising import NoiseProcess
 from atomdiff.pipeline import load_atoms
+from atomdiff.prepare import Material
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 METHODS = {
@@ -70,6 +72,18 @@ def contents(path):
 
 def log_of(config):
     return [json.loads(line) for line in (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()]
+
+
+def recorded(monkeypatch, kind):
+    """Record what every call of the `draw` of a class gives, with the object it is called on."""
+    draw, found = kind.draw, []
+
+    def note(self, *arguments):
+        found.append((self, draw(self, *arguments)))
+        return found[-1][1]
+
+    monkeypatch.setattr(kind, "draw", note)
+    return found
 
 
 def picture(pipe, prompt):
@@ -276,9 +290,9 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config
 
 
 def test_accumulated_batches_count_as_one(config, monkeypatch):
-    usual = dreambooth.draw_batch
+    usual = dreambooth.batch_loss
     config = dataclasses.replace(config, max_train_steps=2)
-    monkeypatch.setattr(dreambooth, "draw_batch", lambda run, number: usual(run, 0))
+    monkeypatch.setattr(dreambooth, "batch_loss", lambda run, number: usual(run, 0))
     one = read_delta_file(train(config))
     two = read_delta_file(train(dataclasses.replace(config, gradient_accumulation_steps=2)))
     for module, tensors in one.layers.items():
@@ -301,23 +315,22 @@ def test_learning_rates_follow_the_schedule(config):
 
 def test_class_pictures_are_generated_once_and_trained_on(config, monkeypatch):
     config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=3)
-    drawn, batches = [], []
-    draw, loss = prepare.draw_pictures, dreambooth.batch_loss
+    drawn = []
+    draw, batches = prepare.draw_pictures, recorded(monkeypatch, Material)
 
     def note(config, pipe, prompts, seeds):
         drawn.append((prompts, list(seeds)))
         return draw(config, pipe, prompts, seeds)
 
     monkeypatch.setattr(prepare, "draw_pictures", note)
-    monkeypatch.setattr(dreambooth, "batch_loss", lambda run, batch: batches.append((run, batch)) or loss(run, batch))
     for _ in range(2):
         train(config)
     ((prompts, seeds),) = drawn
     assert prompts == ["a photo of a teapot"] * 3 and len(set(seeds)) == 3
-    run, batch = batches[0]
+    material, samples = batches[0]
     assert len(list((Path(config.output_dir) / "class_images").glob("*.png"))) == 3
-    assert batch.latents.shape == batch.noise.shape == (4, 4, 8, 8) and batch.timesteps.shape == (4,)
-    prompts = [run.material.prompts[number] for number in batch.prompts]
+    assert samples.latents.shape == (4, 4, 8, 8) and samples.instances == 2
+    prompts = [material.prompts[number] for number in samples.prompts]
     assert prompts == ["a photo of sks teapot"] * 2 + ["a photo of a teapot"] * 2
 
 
@@ -392,12 +405,11 @@ def test_class_pictures_have_a_folder_for_every_class(config, tmp_path):
 def test_every_batch_is_drawn_anew_and_every_photo_in_turn(config, photos, monkeypatch):
     for number in range(3):
         (photos / f"{number}.txt").write_text(f"sks {number}")
-    batches, draw = [], dreambooth.draw_batch
-    monkeypatch.setattr(dreambooth, "draw_batch", lambda run, number: batches.append(draw(run, number)) or batches[-1])
+    drawn, noised = recorded(monkeypatch, Material), recorded(monkeypatch, NoiseProcess)
     train(dataclasses.replace(config, max_train_steps=3, gradient_accumulation_steps=2))
-    assert len(batches) == 6
-    noise = torch.cat([batch.noise for batch in batches])
-    assert len(noise.flatten(1).unique(dim=0)) == 12 and abs(noise.mean()) < 0.1
-    assert len(torch.cat([batch.timesteps for batch in batches]).unique()) > 6
-    prompts = [number for batch in batches for number in batch.prompts]
+    assert len(drawn) == len(noised) == 6
+    targets = torch.cat([batch.target for _, batch in noised])
+    assert len(targets.flatten(1).unique(dim=0)) == 12
+    assert len(torch.cat([batch.timesteps for _, batch in noised]).unique()) > 6
+    prompts = [number for _, samples in drawn for number in samples.prompts]
     assert all(sorted(prompts[first : first + 3]) == [0, 1, 2] for first in range(0, 12, 3))

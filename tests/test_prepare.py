@@ -6,8 +6,9 @@ from pathlib import Path
 import pytest
 import torch
 
+from atomdiff.base_model import load_base, training_resolution, whole
 from atomdiff.errors import UserError
-from atomdiff.prepare import load_base, start_accelerator, training_resolution, whole
+from atomdiff.launch import start_accelerator
 from atomdiff.train_config import TrainConfig
 
 
