@@ -12,7 +12,7 @@ from atomdiff.errors import UserError
 
 
 def train(args: Sequence[str]) -> None:
-    """Train a concept from photos."""
+    """Train a concept from photos, or several."""
     from atomdiff.train_config import load_config
 
     config = load_config(args, prog="atomdiff train")
@@ -21,8 +21,9 @@ def train(args: Sequence[str]) -> None:
 
     from atomdiff import dreambooth
 
-    written = dreambooth.train(config)
-    PartialState().print(f"saved {written}")
+    for run in config.runs():
+        written = dreambooth.train(run)
+        PartialState().print(f"saved {written}")
 
 
 def sample(args: Sequence[str]) -> None:

@@ -94,8 +94,9 @@ def build_concept(
     pipe.text_encoder.requires_grad_(False)
     vector, changes = None, torch.zeros(len(prompts), dtype=torch.bool)
     if config.train_token:
-        vector = nn.Parameter(word_vector(pipe, config.initializer_token or config.fill("{class_name}")))
-        token = add_trigger_word(pipe, config.trigger_word)
+        (subject,) = config.subjects
+        vector = nn.Parameter(word_vector(pipe, subject.initializer_token or subject.class_name or ""))
+        token = add_trigger_word(pipe, subject.trigger_word)
         look_up(pipe.text_encoder, token, vector)
         changes = (tokenize(pipe.tokenizer, prompts) == token).any(dim=1)
     ids = tokenize(pipe.tokenizer, prompts)

@@ -59,6 +59,8 @@ class Run:
 def train(config: TrainConfig) -> Path:
     """Train a concept and write it to `config.output_dir`, with checkpoints, logs and a contact sheet.
 
+    A config with several subjects stands for several runs, `config.runs()`, unless they make up one file.
+
     On a CPU the same config gives the same bytes, even if the run is stopped and resumed on the way.
 
     Returns:
@@ -72,7 +74,7 @@ def train(config: TrainConfig) -> Path:
     output_dir = Path(config.output_dir)
     accelerator = start_accelerator(config)
     adapter = read_adapter(config.adapter)
-    place = place_for(adapter, output_dir / Path(config.instance_data_dir).resolve().name)
+    place = place_for(adapter, output_dir / config.name)
     repo_id = choose_repository(config, adapter, place) if config.push_to_hub and accelerator.is_main_process else None
     precision = accelerator.mixed_precision
     recipe = {**config.recipe(), "mixed_precision": precision, "adapter": describe_adapter(adapter)}
@@ -205,13 +207,23 @@ def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
 def validate(config: TrainConfig, pipe: StableDiffusionPipeline, accelerator: Accelerator, step: int) -> None:
     """Draw the validation prompts, each from a seed of its own, as a row of the contact sheet."""
     if accelerator.is_main_process:
-        prompts = [config.fill(prompt) for prompt in config.validation_prompts]
+        prompts = validation_prompts(config)
         seeds = [derive_seed(0, "validation", number) for number in range(len(prompts))]
         pipe.unet.eval()
         with whole(config, pipe), accelerator.autocast():
             pictures = draw_pictures(config, pipe, prompts, seeds)
         pipe.unet.train()
         extend_contact_sheet(Path(config.output_dir), step, pictures, prompts)
+
+
+def validation_prompts(config: TrainConfig) -> list[str]:
+    """Return the prompts of the contact sheet: those of the config, for each subject."""
+    return [subject.fill(prompt) for subject in config.subjects for prompt in config.validation_prompts]
+
+
+def trigger_phrase(config: TrainConfig) -> str:
+    """Return what to write in prompts: word and class of every subject."""
+    return ", ".join(subject.phrase for subject in config.subjects)
 
 
 def samples_per_step(run: Run) -> int:
@@ -226,7 +238,7 @@ def save_concept(
     """Write what was trained, the trigger word included, and the facts of the run."""
     config, vector = run.config, run.concept.token_vector
     if vector is not None:
-        set_trigger_embedding(pipe, config.trigger_word, {"text_encoder": vector})
+        set_trigger_embedding(pipe, config.subjects[0].trigger_word, {"text_encoder": vector})
     facts = {
         "config": config.recipe(),
         "steps": config.max_train_steps,
@@ -234,10 +246,9 @@ def save_concept(
         "image_count": len(run.material.photos.prompts),
         "final_loss": final_loss,
     }
-    phrase = config.fill("{trigger_word} {class_name}").strip()
     base = config.pretrained_model_name_or_path
     with whole(config, pipe):
-        save_trained(pipe, adapter, place, trigger_phrase=phrase, training=facts, base_model=base)
+        save_trained(pipe, adapter, place, trigger_phrase=trigger_phrase(config), training=facts, base_model=base)
 
 
 def choose_repository(config: TrainConfig, adapter: PeftConfig | None, place: Path) -> str:
@@ -265,9 +276,9 @@ def push_concept(config: TrainConfig, place: Path, repo_id: str) -> str:
             repo_id,
             private=config.hub_private_repo or None,
             token=config.hub_token,
-            pictures=dict(zip(row, map(config.fill, config.validation_prompts), strict=False)),
+            pictures=dict(zip(row, validation_prompts(config), strict=False)),
             base_model=config.pretrained_model_name_or_path,
-            trigger_phrase=config.fill("{trigger_word} {class_name}").strip(),
+            trigger_phrase=trigger_phrase(config),
         )
     except UserError as error:
         raise UserError(f"{place} is saved, but: {error}; then atomdiff.push_to_hub({str(place)!r}, ...)") from error

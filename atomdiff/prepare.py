@@ -14,6 +14,7 @@ from torch import Tensor
 from atomdiff.base_model import draw_pictures, training_resolution
 from atomdiff.data import (
     LatentCache,
+    Photo,
     Picture,
     derive_seed,
     encode_pictures,
@@ -23,7 +24,7 @@ from atomdiff.data import (
     views,
 )
 from atomdiff.errors import UserError
-from atomdiff.train_config import TrainConfig
+from atomdiff.train_config import Subject, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -54,7 +55,7 @@ class Material:
     prompts: tuple[str, ...]
     """All prompts, each once."""
     photos: Pictures
-    """The subject's."""
+    """The subjects'."""
     class_pictures: Pictures | None
     """With prior preservation."""
 
@@ -85,20 +86,26 @@ def prepare_material(config: TrainConfig, pipe: StableDiffusionPipeline, acceler
             trigger word whose vector is to be trained.
     """
     side = training_resolution(config, pipe)
-    photos = read_photos(config.instance_data_dir, minimum_side=side // 2)
-    texts = [config.fill(photo.caption or config.instance_prompt) for photo in photos]
-    word = re.compile(rf"(?<!\w){re.escape(config.trigger_word)}(?!\w)", re.IGNORECASE)
-    if config.train_token and not any(word.search(text) for text in texts):
-        raise UserError(
-            f"trigger_word={config.trigger_word!r}: no prompt names it ({texts[0]!r}, ...), so its vector cannot be "
-            "trained; write it into the prompts, or set train_token to false"
-        )
+    photos, texts = [], []
+    for subject in config.subjects:
+        of_subject = read_photos(subject.instance_data_dir, minimum_side=side // 2)
+        photos += of_subject
+        texts += [subject.fill(photo.caption or subject.instance_prompt) for photo in of_subject]
+    for subject in config.subjects if config.train_token else ():
+        word = re.compile(rf"(?<!\w){re.escape(subject.trigger_word)}(?!\w)", re.IGNORECASE)
+        if not any(word.search(text) for text in texts):
+            raise UserError(
+                f"trigger_word={subject.trigger_word!r}: no prompt names it ({texts[0]!r}, ...), so its vector cannot "
+                "be trained; write it into the prompts, or set train_token to false"
+            )
     pipe.to(accelerator.device, torch.float32)
-    of_class, class_texts = [], []
-    if config.with_prior_preservation:
-        folder = draw_class_pictures(config, pipe, accelerator, side)
-        of_class = read_photos(folder, minimum_side=side // 2, limit=config.num_class_images)
-        class_texts = [config.fill(photo.caption or config.class_prompt) for photo in of_class]
+    of_class: list[Photo] = []
+    class_texts: list[str] = []
+    for subject in config.subjects if config.with_prior_preservation else ():
+        folder = draw_class_pictures(config, subject, pipe, accelerator, side)
+        drawn = read_photos(folder, minimum_side=side // 2, limit=config.num_class_images)
+        of_class += drawn
+        class_texts += [subject.fill(photo.caption or subject.class_prompt) for photo in drawn]
     prompts = tuple(dict.fromkeys([*texts, *class_texts]))
 
     def encode(pictures: Sequence[Sequence[Picture]], named: Sequence[str]) -> Pictures:
@@ -115,15 +122,16 @@ def prepare_material(config: TrainConfig, pipe: StableDiffusionPipeline, acceler
 
 
 def draw_class_pictures(
-    config: TrainConfig, pipe: StableDiffusionPipeline, accelerator: Accelerator, side: int
+    config: TrainConfig, subject: Subject, pipe: StableDiffusionPipeline, accelerator: Accelerator, side: int
 ) -> Path:
-    """Let the base draw the class pictures that are missing, and return their folder.
+    """Let the base draw the class pictures of a subject that are missing, and return their folder.
 
     Raises:
         UserError: The folder holds pictures that were drawn with other settings, or by another base.
     """
-    folder = Path(config.fill(config.class_data_dir or f"{config.output_dir}/class_images"))
-    prompt = config.fill(config.class_prompt)
+    usual = Path(config.output_dir) / "class_images" / (subject.name if len(config.subjects) > 1 else "")
+    folder = Path(subject.fill(subject.class_data_dir)) if subject.class_data_dir else usual
+    prompt = subject.fill(subject.class_prompt)
     recipe = {
         "prompt": prompt,
         "base": hashlib.sha256(pipe.unet.conv_out.weight.detach().cpu().numpy().tobytes()).hexdigest()[:16],

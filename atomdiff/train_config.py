@@ -1,11 +1,16 @@
 """What a training run can be told: one frozen dataclass."""
 
+from __future__ import annotations
+
 import math
 import sys
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, fields, replace
+from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal, get_args
+
+import yaml
 
 from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
@@ -15,11 +20,55 @@ Precision = Literal["no", "fp16", "bf16"]
 
 
 @dataclass(frozen=True)
+class Subject:
+    """What one folder of photos shows, and the words for it.
+
+    Raises:
+        UserError: A field has a value that cannot be used.
+    """
+
+    instance_data_dir: str
+    """Folder of the subject's photos."""
+    class_name: str | None = None
+    """What the subject is, in the base's own words: mug."""
+    trigger_word: str = "sks"
+    """The word that will stand for the subject in prompts."""
+    initializer_token: str | None = None
+    """Word or words whose mean embedding the trigger word starts from. Default: the class name."""
+    instance_prompt: str = "a photo of {trigger_word} {class_name}"
+    """Prompt of the photos that have none of their own."""
+    class_prompt: str = "a photo of a {class_name}"
+    """Prompt of the class pictures."""
+    class_data_dir: str | None = None
+    """Folder of the class pictures."""
+
+    def __post_init__(self) -> None:
+        if not self.trigger_word or len(self.trigger_word.split()) != 1:
+            raise UserError(f"trigger_word={self.trigger_word!r}: expected one word without spaces")
+
+    def fill(self, prompt: str) -> str:
+        """Put the trigger word and the class name where a prompt names them in braces."""
+        for name in ("{trigger_word}", "{trigger}"):
+            prompt = prompt.replace(name, self.trigger_word)
+        return prompt.replace("{class_name}", self.class_name or "")
+
+    @property
+    def name(self) -> str:
+        """Name of the folder of photos."""
+        return Path(self.instance_data_dir).resolve().name
+
+    @property
+    def phrase(self) -> str:
+        """What to write in prompts: trigger word and class."""
+        return self.fill("{trigger_word} {class_name}").strip()
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """One personalisation run.
 
-    Prompts may contain `{trigger_word}` and `{class_name}`. Fields known from diffusers' DreamBooth scripts mean the
-    same here.
+    Prompts may contain `{trigger_word}` (or `{trigger}`) and `{class_name}`. Fields known from diffusers' DreamBooth
+    scripts mean the same here.
 
     Raises:
         UserError: A field has a value that cannot be used; the message names field, value and what is allowed.
@@ -27,8 +76,14 @@ class TrainConfig:
 
     pretrained_model_name_or_path: str
     """The base: a folder or a Hub id of a Stable Diffusion 1.x or 2.x pipeline."""
-    instance_data_dir: str
+    instance_data_dir: str | None = None
     """Folder of the subject's photos. A .txt file beside a photo is its prompt, in place of instance_prompt."""
+    concepts_list: str | None = None
+    """YAML or JSON file with several subjects, in place of instance_data_dir: a list of mappings, each with its
+    instance_data_dir and whatever differs from this run of class_name, trigger_word, initializer_token,
+    instance_prompt, class_prompt and class_data_dir. Each is learnt in a run of its own, in a folder of its own."""
+    one_file: bool = False
+    """Learn all subjects of concepts_list in one run, as one concept with a word for each."""
     output_dir: str = "out/train"
     """Folder for the concept, the checkpoints, the logs and the contact sheet."""
     revision: str | None = None
@@ -62,7 +117,7 @@ class TrainConfig:
     """Train on pictures of the class as well, so that the concept does not swallow it."""
     class_data_dir: str | None = None
     """Folder of the class pictures; missing ones are generated once. It may contain {class_name}, as prompts may.
-    Default: class_images in output_dir."""
+    Default: class_images in output_dir, with a folder for each subject if there are several."""
     num_class_images: int = 100
     """Class pictures used."""
     prior_loss_weight: float = 1.0
@@ -157,30 +212,88 @@ class TrainConfig:
         if self.lr_warmup_steps > self.max_train_steps:
             most = self.max_train_steps
             raise UserError(f"lr_warmup_steps={self.lr_warmup_steps}: expected at most max_train_steps={most}")
-        self._check_words()
+        if (self.instance_data_dir is None) == (self.concepts_list is None):
+            found = "neither of them" if self.instance_data_dir is None else "both"
+            raise UserError(f"expected instance_data_dir, or concepts_list for several subjects; found {found}")
+        if self.one_file and self.concepts_list is None:
+            raise UserError("one_file=True: expected several subjects in a concepts_list")
+        for subject in self.subjects:
+            self._check_words(subject)
+        for name, what in (("trigger_word", "a word of its own"), ("name", "a folder of another name")):
+            values = [getattr(subject, name) for subject in self.subjects]
+            repeated = next((value for value in values if values.count(value) > 1), None)
+            if repeated is not None and (self.one_file or name == "name"):
+                raise UserError(f"{self.concepts_list}: {name}={repeated!r} stands for two subjects; give each {what}")
 
-    def _check_words(self) -> None:
-        if not self.trigger_word or len(self.trigger_word.split()) != 1:
-            raise UserError(f"trigger_word={self.trigger_word!r}: expected one word without spaces")
-        if self.train_token and not (self.initializer_token or self.class_name):
+    def _check_words(self, subject: Subject) -> None:
+        if self.train_token and not (subject.initializer_token or subject.class_name):
             expected = "what the photos show, in one word such as mug, or an initializer_token (or train_token false)"
-            raise UserError(f"class_name={self.class_name!r}: expected {expected}")
-        prompts = {"instance_prompt": self.instance_prompt}
+            raise UserError(f"class_name={subject.class_name!r}: expected {expected}")
+        prompts = {"instance_prompt": subject.instance_prompt}
         if self.with_prior_preservation:
-            prompts["class_prompt"] = self.class_prompt
+            prompts["class_prompt"] = subject.class_prompt
         if self.validation_steps:
             prompts["validation_prompts"] = " ".join(self.validation_prompts)
         for name, text in prompts.items():
-            if "{class_name}" in text and not self.class_name:
+            if "{class_name}" in text and not subject.class_name:
                 raise UserError(f"{name}={text!r}: expected a class_name for it, or a prompt that does without")
 
-    def fill(self, prompt: str) -> str:
-        """Put the trigger word and the class name where a prompt names them in braces."""
-        return prompt.replace("{trigger_word}", self.trigger_word).replace("{class_name}", self.class_name or "")
+    @cached_property
+    def subjects(self) -> tuple[Subject, ...]:
+        """What is learnt.
+
+        Raises:
+            UserError: `concepts_list` is not what it should be.
+        """
+        usual = {field.name: getattr(self, field.name) for field in fields(Subject)}
+        if self.concepts_list is None:
+            return (Subject(**usual),)
+        return tuple(Subject(**{**usual, **entry}) for entry in _read_subjects(Path(self.concepts_list)))
+
+    def runs(self) -> tuple[TrainConfig, ...]:
+        """The runs that this config stands for: itself, or one for each subject."""
+        if self.concepts_list is None or self.one_file:
+            return (self,)
+        folder = Path(self.output_dir)
+        own = [asdict(subject) | {"output_dir": str(folder / subject.name)} for subject in self.subjects]
+        return tuple(replace(self, concepts_list=None, **fields_of_one) for fields_of_one in own)
+
+    @property
+    def name(self) -> str:
+        """Name of what the run writes: that of the folder of photos, or of the list of concepts."""
+        return self.subjects[0].name if self.concepts_list is None else Path(self.concepts_list).stem
 
     def recipe(self) -> dict[str, Any]:
         """Return the fields that the trained numbers depend on, ready for JSON, without the folders of this machine."""
-        return {name: value for name, value in asdict(self).items() if name not in _NOT_IN_RECIPE}
+        recipe = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_RECIPE}
+        if self.concepts_list is None:
+            return recipe
+        subjects = [asdict(subject) for subject in self.subjects]
+        folders = ("instance_data_dir", "class_data_dir")
+        return recipe | {"subjects": [{k: v for k, v in subject.items() if k not in folders} for subject in subjects]}
+
+
+def _read_subjects(file: Path) -> list[dict[str, Any]]:
+    """Read the entries of a `concepts_list`.
+
+    Raises:
+        UserError: It cannot be read, or an entry is not what it should be.
+    """
+    try:
+        entries = yaml.safe_load(file.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as error:
+        raise UserError(f"concepts_list={str(file)!r}: cannot be read ({error})") from error
+    if not isinstance(entries, list) or not entries or not all(isinstance(entry, dict) for entry in entries):
+        raise UserError(f"{file}: expected a list of mappings, one a subject, each with an instance_data_dir")
+    known = {field.name for field in fields(Subject)}
+    for entry in entries:
+        if unknown := sorted(map(str, entry.keys() - known)):
+            raise UserError(f"{file}: unknown {', '.join(unknown)}; a subject has {', '.join(sorted(known))}")
+        if "instance_data_dir" not in entry:
+            raise UserError(f"{file}: found a subject without instance_data_dir: {entry}")
+        if wrong := [name for name, value in entry.items() if not isinstance(value, str)]:
+            raise UserError(f"{file}: {wrong[0]}={entry[wrong[0]]!r}: expected a text")
+    return entries
 
 
 _FROM_ONE = (
@@ -197,9 +310,9 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
 }
 _NOT_IN_RECIPE = (
-    "pretrained_model_name_or_path instance_data_dir class_data_dir output_dir adapter resume_from_checkpoint "
-    "checkpointing_steps checkpoints_total_limit validation_prompts validation_steps logging_steps logging_dir "
-    "report_to push_to_hub hub_model_id hub_token hub_private_repo"
+    "pretrained_model_name_or_path instance_data_dir concepts_list class_data_dir output_dir adapter "
+    "resume_from_checkpoint checkpointing_steps checkpoints_total_limit validation_prompts validation_steps "
+    "logging_steps logging_dir report_to push_to_hub hub_model_id hub_token hub_private_repo"
 ).split()
 
 

@@ -1,6 +1,7 @@
 import dataclasses
 import json
 import math
+from pathlib import Path
 
 import pytest
 import yaml
@@ -54,12 +55,64 @@ def test_every_field_has_a_limit_or_needs_none():
 
 
 def test_prompts_name_word_and_class():
-    config = TrainConfig(**NEEDED, trigger_word="zwx")
-    assert config.fill(config.instance_prompt) == "a photo of zwx mug"
-    assert config.fill(config.class_prompt) == "a photo of a mug"
-    assert config.fill("{other} {trigger_word}") == "{other} zwx"
-    renamed = dataclasses.replace(config, trigger_word="sks", class_name="cat")
+    (subject,) = TrainConfig(**NEEDED, trigger_word="zwx").subjects
+    assert subject.fill(subject.instance_prompt) == "a photo of zwx mug"
+    assert subject.fill(subject.class_prompt) == "a photo of a mug"
+    assert subject.fill("{other} {trigger_word} {trigger}") == "{other} zwx zwx"
+    assert subject.phrase == "zwx mug"
+    (renamed,) = TrainConfig(**NEEDED | {"class_name": "cat"}).subjects
     assert renamed.fill(renamed.instance_prompt) == "a photo of sks cat"
+
+
+LISTED = [
+    {"instance_data_dir": "photos/mug", "class_name": "mug", "trigger_word": "sks"},
+    {"instance_data_dir": "photos/rex", "class_name": "robot", "trigger_word": "zwx"},
+]
+
+
+def listed(tmp_path, entries=LISTED, **changes):
+    file = tmp_path / "shelf.yaml"
+    file.write_text(json.dumps(entries))
+    fields = {"pretrained_model_name_or_path": "base", "concepts_list": str(file), "output_dir": "out", **changes}
+    return TrainConfig(**fields)
+
+
+def test_a_list_of_concepts_stands_for_a_run_each(tmp_path):
+    mug, rex = listed(tmp_path, learning_rate=0.1).runs()
+    assert (mug.output_dir, rex.output_dir) == (str(Path("out/mug")), str(Path("out/rex")))
+    assert (mug.trigger_word, rex.trigger_word, rex.class_name) == ("sks", "zwx", "robot")
+    assert mug.learning_rate == rex.learning_rate == 0.1
+    assert (mug.name, rex.name) == ("mug", "rex")
+
+
+def test_a_list_of_concepts_can_make_up_one_run(tmp_path):
+    config = listed(tmp_path, one_file=True)
+    assert config.runs() == (config,) and config.name == "shelf"
+    assert [subject.phrase for subject in config.subjects] == ["sks mug", "zwx robot"]
+    other = listed(tmp_path, [LISTED[0], LISTED[1] | {"class_name": "cat"}], one_file=True)
+    assert config.recipe() != other.recipe() and json.loads(json.dumps(config.recipe())) == config.recipe()
+
+
+@pytest.mark.parametrize(
+    ("entries", "changes", "message"),
+    [
+        ("no list", {}, "a list of mappings"),
+        ([], {}, "a list of mappings"),
+        ([{"class_name": "mug"}], {}, "without instance_data_dir"),
+        ([LISTED[0] | {"colour": "red"}], {}, "unknown colour; a subject has"),
+        ([LISTED[0] | {"class_name": 3}], {}, "class_name=3: expected a text"),
+        ([{"instance_data_dir": "photos/mug"}], {}, "class_name=None"),
+        ([LISTED[0], LISTED[1] | {"trigger_word": "sks"}], {"one_file": True}, "trigger_word='sks' stands for two"),
+        ([LISTED[0], LISTED[1] | {"instance_data_dir": "other/mug"}], {}, "name='mug' stands for two"),
+        (LISTED, {"instance_data_dir": "photos"}, "found both"),
+        (LISTED, {"concepts_list": None}, "found neither"),
+        (LISTED, {"concepts_list": None, "instance_data_dir": "a", "one_file": True}, "expected several subjects"),
+        (LISTED, {"concepts_list": "missing.yaml"}, "cannot be read"),
+    ],
+)
+def test_a_list_of_concepts_that_cannot_be_used(tmp_path, entries, changes, message):
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path, entries, **changes)
 
 
 def test_the_recipe_has_no_folders_and_fits_json():
