@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
-from einops import einsum
+from einops import einsum, rearrange, reduce
 from torch import Tensor
 from torch.func import vmap
 
@@ -29,6 +29,10 @@ from atomdiff.blocks import View, as_kernels
 _ROWS_AT_ONCE = 1 << 16  # so that a large weight is never there in float64 as a whole
 _HALF = (torch.float16, torch.bfloat16)
 _NUMBERS_AT_ONCE = 1 << 20  # so that a part of a weight stays in the cache
+_NUMBERS_AT_ONCE_GPU = 1 << 22  # so that what is there in float32 beside a weight stays small
+_FOLDED_ROW = 36  # numbers in a row that a product of rows is fast with
+_WIDEST_BLOCK = 256  # numbers in a row up to which one product of whole blocks is cheaper than two of their sides
+_BYTES_AT_ONCE = 24 << 20  # of weights by row: enough for a fast product, and what a CPU's allocator keeps for the next
 
 
 def gram(rows: Tensor) -> Tensor:
@@ -139,23 +143,104 @@ def adapt_weight_by_row(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     return adapted
 
 
-def write_adapted(out: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
-    """Write what `adapt_weight` gives into `out`, a tensor like `weight` with memory of its own.
+def multiply_by_row(weight: Tensor, changes: Sequence[Change], columns: Tensor) -> Tensor:
+    """The weight with channels of its blocks changed for each row of a batch, times columns of that row.
 
-    Where kernels alone change, one product writes into `out` at once (half precision then rounds the small matrix, too,
-    but not the sum). Else it goes over the first axis in parts that stay in the cache.
+    The adapted weights, which may take more memory than all else, are there in parts only, and in the order in which
+    one product gives them for all rows. It adds up I @ X and C.T @ X, so that half precision does not round I + C.
+
+    Args:
+        weight: (out, in, ...).
+        changes: of channels of the same view, without codes, with a leading axis of rows.
+        columns: (rows, q, in / q * n, width), inputs gathered by their place in a block, each with its n positions.
+
+    Returns:
+        (rows, out, width).
+    """
+    p, q = changes[0].view.block
+    rows = len(columns)
+    with torch.autocast(weight.device.type, enabled=False):
+        matrix = torch.stack([change.matrix for change in changes]).sum(dim=0).to(weight.dtype)
+        both = torch.cat([matrix, _identity(p * q, matrix).expand_as(matrix)], dim=1)  # (rows, 2 * p * q, p * q)
+        factor = rearrange(both, "r d (p q) -> (r q p) d", p=p)
+    size = max(_BYTES_AT_ONCE // (rows * weight[0].numel() * p * weight.element_size()), 1) * p
+    parts = as_kernels(weight).split(size if weight.is_cpu else len(weight))
+    memory = None if torch.is_grad_enabled() else weight.new_empty(rows * parts[0].numel())  # new pages cost time
+    products = []
+    for part in parts:
+        goal = None if memory is None else memory[: rows * part.numel()].view(len(factor), -1)
+        with torch.autocast(weight.device.type, enabled=False):
+            blocks = rearrange(part, "(o p) (i q) n -> (p q) (o i n)", p=p, q=q)
+            adapted = torch.mm(factor, torch.cat([blocks, blocks]), out=goal)
+        adapted = rearrange(adapted, "(r q p) (o k) -> (r q) (p o) k", r=rows, q=q, k=columns.shape[2])
+        product = torch.bmm(adapted, columns.flatten(0, 1))
+        products.append(reduce(product, "(r q) (p o) w -> r (o p) w", "sum", r=rows, p=p))
+    return torch.cat(products, dim=1)
+
+
+def adapted_like(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Tensor:
+    """What `adapt_weight` gives, in any precision and without a gradient, as `write_adapted` makes it."""
+    out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    write_adapted(out, weight, changes)
+    return out
+
+
+def matrix_gradients(weight: Tensor, changes: Sequence[Change], gradient: Tensor) -> list[Tensor]:
+    """Contract the gradient of what `adapt_weight` gives to those of the changes' matrices, in float32 at least.
+
+    Where rows X of one view are all that changes, X' = X @ T, that is X.T @ (gradient of X') and the small step from T
+    to the matrices. Else it goes over parts of the weight, so that little is there in float32.
+
+    Args:
+        weight: (out, in/groups, ...), as it was adapted.
+        changes: in any order.
+        gradient: of the adapted weight.
+    """
+    leaves = [change.matrix.detach().to(torch.promote_types(change.matrix.dtype, torch.float32)) for change in changes]
+    leaves = [leaf.requires_grad_() for leaf in leaves]
+    changes = [replace(change, matrix=leaf) for change, leaf in zip(changes, leaves, strict=True)]
+    with torch.enable_grad():
+        one = _as_one_change(changes, math.prod(weight.shape[2:]))
+    parts = _parts(weight, changes)
+    if one is not None:
+        pairs = ((one.view.rows(weight[part].to(gradient.dtype)), one.view.rows(gradient[part])) for part in parts)
+        total = torch.stack([_product_of_rows(*pair).to(one.matrix.dtype) for pair in pairs]).sum(dim=0)
+        return list(torch.autograd.grad(one.matrix, leaves, total))
+    totals = [torch.zeros_like(leaf) for leaf in leaves]
+    for part in parts:
+        with torch.enable_grad():
+            adapted = _adapt(weight[part], _parts_of(changes, part))
+        found = torch.autograd.grad(adapted, leaves, gradient[part].to(adapted.dtype))
+        for sum_of_parts, of_part in zip(totals, found, strict=True):
+            sum_of_parts += of_part
+    return totals
+
+
+def write_adapted(out: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
+    """Write what `adapt_weight` gives into `out`, a tensor of the weight's shape with memory of its own.
+
+    Where kernels alone change, one product writes into `out` at once; half precision then rounds the small matrix, too,
+    but not the sum, as it does in small blocks. Else it goes over the first axis in parts that stay in the cache.
     """
     sums = _sum_by_view(changes)
     kernels, goal = as_kernels(weight), as_kernels(out)
     if not sums:
         out.copy_(weight)
+    elif out.dtype != weight.dtype:
+        for part in _parts(weight, sums):
+            out[part] = adapted_like(weight[part].to(out.dtype), _parts_of(sums, part), out.dtype)
     elif len(sums) == 1 and _is_of_kernels(sums[0]) and weight.is_contiguous() and out.is_contiguous():
         _multiply_rows(kernels, sums[0].matrix, goal)
     elif len(sums) == 1 and _is_of_kernels(sums[0]) and kernels.mT.is_contiguous() and goal.mT.is_contiguous():
         _multiply_columns(kernels.mT, sums[0].matrix.mT, goal.mT)
+    elif weight.dtype in _HALF and (one := _as_one_change(sums, kernels.shape[2])) is not None:
+        factor = one.matrix.to(weight.dtype)
+        for part in _parts(weight, sums):
+            rows = one.view.rows(weight[part])
+            out[part] = one.view.from_rows(torch.addmm(rows, rows, factor), out[part].shape)
     else:
         for part in _parts(weight, sums):
-            out[part] = adapt_weight(weight[part], [_part_of(c, part, by_input=c.matrix.ndim == 3) for c in sums])
+            out[part] = adapt_weight(weight[part], _parts_of(sums, part))
 
 
 def _adapt(weight: Tensor, changes: Sequence[Change]) -> Tensor:
@@ -167,11 +252,16 @@ def _adapt(weight: Tensor, changes: Sequence[Change]) -> Tensor:
 
 
 def _parts(weight: Tensor, changes: Sequence[Change], copies: int = 1) -> list[slice]:
-    """Parts of the first axis, of whole blocks, of which so many copies stay in a CPU's cache."""
+    """Parts of the first axis, of whole blocks, of which so many copies stay in a CPU's cache, or small on a GPU."""
     block = math.lcm(*(change.view.block[0] for change in changes))
-    at_once = _NUMBERS_AT_ONCE // (weight[0].numel() * block * copies)
-    size = max(at_once, 1) * block if weight.is_cpu else len(weight)
+    at_once = (_NUMBERS_AT_ONCE if weight.is_cpu else _NUMBERS_AT_ONCE_GPU) // (weight[0].numel() * block * copies)
+    size = max(at_once, 1) * block
     return [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
+
+
+def _parts_of(changes: Sequence[Change], part: slice) -> list[Change]:
+    """The changes of some outputs."""
+    return [_part_of(change, part, by_input=change.matrix.ndim == 3) for change in changes]
 
 
 def _part_of(change: Change, part: slice, by_input: bool) -> Change:
@@ -202,6 +292,36 @@ def _change_rows(weight: Tensor, changes: Sequence[Change]) -> Tensor:
 
 def _is_of_kernels(change: Change) -> bool:
     return change.view == View() and change.codes is None and change.matrix.ndim == 2
+
+
+def _as_one_change(changes: Sequence[Change], positions: int) -> Change | None:
+    """Changes of kernels and of channels as one of whole blocks: (I + C) x (I + S) - I, a Kronecker product.
+
+    None where there is no such small change: with codes, matrices by input channel, or blocks of several kinds.
+    """
+    sums = _sum_by_view(changes)
+    by_kind = {change.view.whole: change for change in sums}
+    if len(by_kind) < len(sums) or any(change.codes is not None or change.matrix.ndim == 3 for change in sums):
+        return None
+    whole, channels = by_kind.get(True), by_kind.get(False)
+    if channels is None:
+        return whole
+    size = len(channels.matrix) * positions
+    if size > _WIDEST_BLOCK or (whole is not None and whole.view != View()):
+        return None
+    of_kernels = _identity(positions, channels.matrix)
+    if whole is not None:
+        of_kernels = of_kernels + whole.matrix
+    matrix = torch.kron(_identity(len(channels.matrix), channels.matrix) + channels.matrix, of_kernels)
+    return Change(View(channels.view.block), matrix - _identity(size, matrix))
+
+
+def _product_of_rows(left: Tensor, right: Tensor) -> Tensor:
+    """left.T @ right for rows (n, d) each; short rows are taken several at a time, as such products are slow."""
+    size = left.shape[1]
+    fold = math.gcd(max(_FOLDED_ROW // size, 1), len(left))
+    product = left.reshape(-1, fold * size).T @ right.reshape(-1, fold * size)
+    return product.view(fold, size, fold, size).diagonal(dim1=0, dim2=2).sum(dim=-1)
 
 
 def _multiply_rows(kernels: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:

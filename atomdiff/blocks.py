@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -52,6 +53,15 @@ class View:
         """All rows X (blocks, d) of a weight (out, in/groups, ...)."""
         rows = "(o i) (p q n)" if self.whole else "(o i n) (p q)"
         return rearrange(as_kernels(weight), f"{_WEIGHT} -> {rows}", **self._sides())
+
+    def from_rows(self, rows: Tensor, weight_shape: Sequence[int]) -> Tensor:
+        """What `rows` was made from: (blocks, d) -> (out, in/groups, ...)."""
+        pattern = "(o i) (p q n)" if self.whole else "(o i n) (p q)"
+        positions = math.prod(weight_shape[2:])
+        weight = rearrange(
+            rows, f"{pattern} -> {_WEIGHT}", o=weight_shape[0] // self.block[0], n=positions, **self._sides()
+        )
+        return weight.reshape(weight_shape)
 
     def columns(self, weight: Tensor, by_input: bool = False) -> Tensor:
         """The rows of a weight (out, in/groups, n) as columns (batch, d, width), gathered by output or by input blocks.

@@ -4,6 +4,7 @@ import math
 
 import pytest
 import torch
+from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -13,6 +14,7 @@ from atomdiff.atoms import (
     adapt_weight_by_row,
     dct_atoms,
     gram,
+    multiply_by_row,
     singular_values,
     svd_atoms,
     update_matrix,
@@ -228,6 +230,24 @@ def test_rows_of_a_batch_get_what_each_would_get_alone(kind, dtype, layout):
         torch.testing.assert_close(row, alone, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     if len(changes) == 1:
         assert torch.equal(rows[0], weight) and not torch.equal(rows[1], rows[3])
+
+
+@pytest.mark.parametrize("block", [(4, 4), (4, 1), (2, 3)])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("graded", [False, True])
+def test_products_by_row_are_those_of_the_weights_by_row(block, dtype, graded, monkeypatch):
+    weight, size = random(20, 12, 3, 1).to(dtype), math.prod(block)
+    view, columns = View(block, whole=False), random(2, 12 * 3, 7, seed=1).to(dtype)
+    changes = [Change(view, random(2, size, size, seed=seed).float() / 8) for seed in (2, 3)]
+    expected = adapt_weight_by_row(weight.double(), changes).flatten(2) @ columns.double()
+    gathered = rearrange(columns, "r (i q n) w -> r q (i n) w", q=block[1], n=3)
+    for numbers in (1, 2000, 1 << 20):
+        monkeypatch.setattr("atomdiff.atoms._BYTES_AT_ONCE", numbers)
+        with torch.set_grad_enabled(graded):
+            product = multiply_by_row(weight, changes, gathered)
+        assert product.dtype == dtype
+        error = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.01)
+        assert (product.double() - expected).norm() < error * expected.norm()
 
 
 def test_rows_without_any_change_are_the_callers_business():

@@ -9,7 +9,7 @@ from dataclasses import dataclass, replace
 from typing import Any, cast
 
 import torch
-from einops import rearrange, repeat
+from einops import rearrange
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -26,7 +26,7 @@ from atomdiff.atoms import (
     write_adapted,
 )
 from atomdiff.sparse import sparse_atoms, sparse_codes
-from atomdiff.tuner import taps
+from atomdiff.tuner import lean, taps
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.register import PREFIX
@@ -61,25 +61,16 @@ class Batch:
 
     def split(self, x: Tensor) -> Tensor:
         """(groups * rows * images, ...) -> (rows, groups * images, ...)."""
-        self._count_groups(x)
+        if len(x) % (self.rows * self.images):
+            raise ValueError(
+                f"found a tensor of {len(x)} in a mixed batch of {self.rows} rows with {self.images} image(s) each; "
+                "give one prompt a row"
+            )
         return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.rows, n=self.images)
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`."""
         return rearrange(x, "r (g n) ... -> (g r n) ...", n=self.images)
-
-    def repeat(self, of_rows: Tensor, x: Tensor) -> Tensor:
-        """What is there for each row (rows, ...), for all that x holds: (groups * rows * images, ...)."""
-        return repeat(of_rows, "r ... -> (g r n) ...", g=self._count_groups(x), n=self.images)
-
-    def _count_groups(self, x: Tensor) -> int:
-        groups, left = divmod(len(x), self.rows * self.images)
-        if left:
-            raise ValueError(
-                f"found a tensor of {len(x)} in a mixed batch of {self.rows} rows with {self.images} image(s) each; "
-                "give one prompt a row"
-            )
-        return groups
 
 
 class AtomLayer(nn.Module, BaseTunerLayer):
@@ -227,6 +218,9 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if self.scaling.get(name)]
         if self.disable_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
+        if lean.fits(self.base_layer, *args, *kwargs.values()):
+            changes = self._changes({name: self.scaling[name] for name in names})
+            return lean.call(self.base_layer, self.unmerged_weight(), changes, x)
         weights = {self._weight_path(): self.adapted_weight(names)}
         return functional_call(self.base_layer, weights, (x, *args), kwargs)
 
@@ -237,8 +231,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             weights = {self._weight_path(): weight}
             return functional_call(self.base_layer, weights, (x, *args), kwargs)
         if taps.pays(self.base_layer, changes, x.numel() // (x.shape[1] * batch.rows)):
-            matrices = torch.stack([change.matrix for change in changes]).sum(dim=0)
-            return taps.convolve(cast(nn.Conv2d, self.base_layer), weight, batch.repeat(matrices, x), x)
+            return batch.join(taps.convolve(cast(nn.Conv2d, self.base_layer), weight, changes, batch.split(x)))
         with torch.autocast(weight.device.type, enabled=False):
             adapted = adapt_weight_by_row(weight, changes)
 

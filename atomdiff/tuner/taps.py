@@ -1,14 +1,15 @@
-"""Convolutions whose rows have kernels of their own, by mixing the taps of the input in place of the kernels."""
+"""Convolutions whose rows have weights of their own: kernels mix in the taps of the input, channels in the weight."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import torch
+from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atomdiff.atoms import Change
+from atomdiff.atoms import Change, multiply_by_row
 from atomdiff.blocks import View
 
 
@@ -23,35 +24,58 @@ def pays(module: nn.Module, changes: Sequence[Change], positions: int) -> bool:
         changes: those of its weight, with a leading axis of rows.
         positions: positions of the input that a row has, over all its images.
     """
+    channels = {change.view for change in changes} - {View()}
     return (
         isinstance(module, nn.Conv2d)
         and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and all(change.view == View() and change.codes is None and change.matrix.ndim == 3 for change in changes)
+        and all(change.codes is None and change.matrix.ndim == 3 for change in changes)
+        and len(channels) <= 1
+        and not any(view.whole for view in channels)
         and module.out_channels > positions
     )
 
 
-def convolve(module: nn.Conv2d, weight: Tensor, matrices: Tensor, x: Tensor) -> Tensor:
-    """(W (I + S_b)) * x_b = W * (taps of x_b mixed by (I + S_b).T), with one product for the whole batch.
+def convolve(module: nn.Conv2d, weight: Tensor, changes: Sequence[Change], x: Tensor) -> Tensor:
+    """W_b * x_b, with the blocks (I + C_b).T @ B of W, on taps of x_b mixed by (I + S_b).T; all rows share products.
 
     Args:
         module: gives stride, padding and dilation, and the bias.
         weight: (out, in, k, l), the same for all.
-        matrices: S (batch, k * l, k * l).
-        x: (batch, in, height, width).
+        changes: of kernels, and of the channels of blocks of one size, with a leading axis of rows.
+        x: (rows, images, in, height, width).
 
     Returns:
-        What the module gives, (batch, out, height, width).
+        What the module gives, (rows, images, out, height, width).
     """
-    kernel, stride, padding, dilation = module.kernel_size, module.stride, module.padding, module.dilation
-    assert not isinstance(padding, str)
-    taps = functional.unfold(x, kernel, dilation, padding, stride).unflatten(1, (module.in_channels, -1))
-    height = (x.shape[2] + 2 * padding[0] - dilation[0] * (kernel[0] - 1) - 1) // stride[0] + 1
+    kernels = [change.matrix for change in changes if change.view == View()]
+    channels = [change for change in changes if change.view != View()]
+    side = channels[0].view.block[1] if channels else 1
+    found = windows(module, x)
+    images, height, width = len(x[0]), *found.shape[-2:]
+    taps = rearrange(found, "r g (i q) k l h w -> r q i (k l) (g h w)", q=side)
     with torch.autocast(x.device.type, enabled=False):
-        wide = matrices.to(torch.promote_types(taps.dtype, matrices.dtype))
-        identity = torch.eye(wide.shape[-1], dtype=wide.dtype, device=wide.device)
-        mixed = (identity + wide).to(taps.dtype)[:, None] @ taps  # (batch, in, k * l, positions)
-    columns = mixed.flatten(1, 2).unflatten(2, (height, -1))
-    return functional.conv2d(columns, weight.reshape(len(weight), -1, 1, 1), module.bias)
+        if kernels:
+            matrix = torch.stack(kernels).sum(dim=0)  # (rows, n, n)
+            matrix = matrix.to(torch.promote_types(taps.dtype, matrix.dtype))
+            identity = torch.eye(matrix.shape[-1], dtype=matrix.dtype, device=matrix.device)
+            taps = (identity + matrix).to(taps.dtype)[:, None, None] @ taps
+    if not channels:
+        columns = rearrange(taps, "r 1 i n (gh w) -> r (i n) gh w", w=width)
+        y = functional.conv2d(columns, weight.reshape(len(weight), -1, 1, 1), module.bias)
+        return rearrange(y, "r o (g h) w -> r g o h w", g=images)
+    y = multiply_by_row(weight, channels, taps.flatten(2, 3))  # (rows, out, g * h * w)
+    y = rearrange(y, "r o (g h w) -> r g o h w", g=images, h=height)
+    return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
+
+
+def windows(module: nn.Conv2d, x: Tensor) -> Tensor:
+    """The taps of an input (..., height, width) as a view of it padded: (..., k, l, height, width of the output)."""
+    assert not isinstance(module.padding, str)
+    windows = functional.pad(x, [pad for side in reversed(module.padding) for pad in (side, side)])
+    sides = zip(module.kernel_size, module.stride, module.dilation, strict=True)
+    for axis, (kernel, stride, dilation) in enumerate(sides, start=x.ndim - 2):
+        reach = windows.shape[axis] - dilation * (kernel - 1)
+        windows = windows.unfold(axis, reach, dilation)[..., ::stride]
+    return windows
