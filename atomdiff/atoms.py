@@ -203,7 +203,8 @@ def matrix_gradients(weight: Tensor, changes: Sequence[Change], gradient: Tensor
         one = _as_one_change(changes, math.prod(weight.shape[2:]))
     parts = _parts(weight, changes)
     if one is not None:
-        pairs = ((one.view.rows(weight[part].to(gradient.dtype)), one.view.rows(gradient[part])) for part in parts)
+        product = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype  # float16 ends at 65504
+        pairs = ([one.view.rows(tensor[part].to(product)) for tensor in (weight, gradient)] for part in parts)
         total = torch.stack([_product_of_rows(*pair).to(one.matrix.dtype) for pair in pairs]).sum(dim=0)
         return list(torch.autograd.grad(one.matrix, leaves, total))
     totals = [torch.zeros_like(leaf) for leaf in leaves]

@@ -13,8 +13,9 @@ from atomdiff.errors import UserError
 
 # A run may go on with other learning rates, and for longer or shorter.
 _MAY_CHANGE = (
-    "max_train_steps learning_rate token_learning_rate lr_scheduler lr_warmup_steps lr_num_cycles lr_power".split()
-)
+    "max_train_steps learning_rate text_encoder_lr token_learning_rate scale_lr lr_scheduler lr_warmup_steps "
+    "lr_num_cycles lr_power"
+).split()
 
 
 @dataclass(frozen=True)

@@ -1,18 +1,24 @@
-"""What a training run optimises, as one module: the adapted UNet and the trigger word's vector."""
+"""What a training run optimises, as one module: the adapted UNet, the trigger words' vectors, the text encoders."""
 
-from collections.abc import Mapping, Sequence
+import warnings
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
-from diffusers.models.attention_processor import AttnProcessor
+from diffusers import UNet2DConditionModel
 from peft import PeftConfig
 from torch import Tensor, nn
-from torch.utils.hooks import RemovableHandle
-from transformers import CLIPTextModel, CLIPTokenizer
 
+from atomdiff.data import derive_seed
+from atomdiff.disk_cache import DiskCache, content_key, weights_key
+from atomdiff.errors import UserError
 from atomdiff.method import make_trainable
+from atomdiff.text_states import TextStates, encode, encode_known, look_up, start_vectors, text_encoders, tokenize
 from atomdiff.train_config import TrainConfig
-from atomdiff.trigger_words import add_trigger_word
+from atomdiff.trigger_words import add_trigger_words, token_id, words_of
+from atomdiff.unet_memory import save_memory
+
+ParameterGroup = Literal["adapter", "text_encoder", "token"]
 
 
 class Concept(nn.Module):
@@ -20,123 +26,188 @@ class Concept(nn.Module):
 
     Args:
         unet: The denoiser, with its adapter.
-        known_states: The text encoder's states (77, hidden) by prompt number.
-        text_encoder: Encodes the prompts whose states change, looking up `token_vector`; None if there are none.
-        prompt_ids: The token ids (prompts, 77) of all prompts.
-        token_vector: The trigger word's vector (hidden,), or None.
+        known: What the UNet is told of a prompt, (77, hidden) and (projected,), by the prompt's number.
+        encoders: Encode the prompts whose states change, by name; none if there are no such prompts.
+        ids: The token ids (prompts, 77) of all prompts for each of the encoders.
+        vectors: What trigger words are trained: the word, then its vector (hidden,) for each of the encoders, looked up
+            there already: (words, hidden) by encoder.
+        words: The words of the rows of `vectors`.
     """
 
     def __init__(
         self,
         unet: UNet2DConditionModel,
-        known_states: Mapping[int, Tensor],
-        text_encoder: CLIPTextModel | None = None,
-        prompt_ids: Tensor | None = None,
-        token_vector: nn.Parameter | None = None,
+        known: Mapping[int, TextStates],
+        encoders: Mapping[str, nn.Module] | None = None,
+        ids: Mapping[str, Tensor] | None = None,
+        vectors: Mapping[str, nn.Parameter] | None = None,
+        words: Sequence[str] = (),
     ) -> None:
         super().__init__()
         self.unet = unet
-        self.text_encoder = text_encoder
-        self.token_vector = token_vector
-        self.known_states = known_states
-        self.prompt_ids = prompt_ids
+        self.encoders = nn.ModuleDict(encoders or {})
+        self.vectors = nn.ParameterDict(vectors or {})
+        self.words = tuple(words)
+        self.known = dict(known)
+        self.ids = dict(ids or {})
+        self.words_stopped = False
 
-    def forward(self, latents: Tensor, timesteps: Tensor, prompts: Sequence[int]) -> Tensor:
-        """Return the UNet's prediction (batch, c, h, w) for the prompts of these numbers, one a sample."""
-        prediction: Tensor = self.unet(latents, timesteps, self.text_states(prompts), return_dict=False)[0]
+    def forward(
+        self, latents: Tensor, timesteps: Tensor, prompts: Sequence[int], time_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return the UNet's prediction (batch, c, h, w).
+
+        Args:
+            latents: Noised latents (batch, c, h, w).
+            timesteps: Their timesteps (batch,).
+            prompts: The number of each sample's prompt.
+            time_ids: What SDXL is told of each picture (batch, 6): original height and width, crop top and left, target
+                height and width, in pixels. Other UNets do not look at it.
+        """
+        text = self.text_states(prompts)
+        added = None if text.pooled is None else {"text_embeds": text.pooled, "time_ids": time_ids}
+        prediction: Tensor = self.unet(latents, timesteps, text.states, added_cond_kwargs=added, return_dict=False)[0]
         return prediction
 
-    def text_states(self, prompts: Sequence[int]) -> Tensor:
-        """Return the states (batch, 77, hidden) of the prompts of these numbers; each is encoded once at most."""
-        states = dict(self.known_states)
-        changing = sorted(set(prompts) - states.keys())
+    # Else torch.compile would begin anew with every other choice of prompts.
+    @torch.compiler.disable  # type: ignore[untyped-decorator]
+    def text_states(self, prompts: Sequence[int]) -> TextStates:
+        """Return what the UNet is told of the prompts of these numbers, in float32; each is encoded once at most."""
+        found = dict(self.known)
+        changing = sorted(set(prompts) - found.keys())
         if changing:
-            assert self.text_encoder is not None and self.prompt_ids is not None
-            states.update(zip(changing, encode(self.text_encoder, self.prompt_ids[changing]), strict=True))
-        stacked = torch.stack([states[prompt] for prompt in prompts])
-        if self.token_vector is not None and not changing:
-            stacked = stacked + 0 * self.token_vector.sum()  # several processes need every parameter to have a gradient
-        return stacked
+            encoded = encode([*self.encoders.values()], [self.ids[name][changing] for name in self.encoders])
+            pooled: Iterable[Tensor | None] = [None] * len(changing) if encoded.pooled is None else encoded.pooled
+            found.update(zip(changing, map(TextStates, encoded.states, pooled), strict=True))
+        device = self.unet.device
+        states = torch.stack([found[prompt].states.to(device) for prompt in prompts]).float()
+        for parameter in [*self.encoders.parameters(), *self.vectors.values()]:
+            if parameter.requires_grad:  # several processes need every parameter to have a gradient
+                states = states + 0 * parameter.sum()
+        parts = [part.to(device) for prompt in prompts if (part := found[prompt].pooled) is not None]
+        return TextStates(states, torch.stack(parts).float() if parts else None)
 
     def trained(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
+    def parameter_groups(self) -> dict[ParameterGroup, list[nn.Parameter]]:
+        """Return the parameters that are trained, by what they have their own learning rate for; no group is empty."""
+        parts: dict[ParameterGroup, nn.Module] = {
+            "adapter": self.unet,
+            "text_encoder": self.encoders,
+            "token": self.vectors,
+        }
+        groups = {name: [each for each in part.parameters() if each.requires_grad] for name, part in parts.items()}
+        return {name: parameters for name, parameters in groups.items() if parameters}
+
+    def word_vectors(self) -> dict[str, dict[str, Tensor]]:
+        """Return the trained words' vectors (hidden,): word -> text encoder -> vector."""
+        return {
+            word: {encoder: vectors[row].detach() for encoder, vectors in self.vectors.items()}
+            for row, word in enumerate(self.words)
+        }
+
+    def stop_words(self) -> None:
+        """Leave the trigger words' vectors as they are from now on; unless the encoders train, all prompts are known.
+
+        The vectors go on to have gradients, which `drop_gradients` takes away before an optimizer sees them.
+        """
+        if self.words_stopped:
+            return
+        self.words_stopped = True
+        if "text_encoder" not in self.parameter_groups() and self.vectors:
+            count = len(next(iter(self.ids.values())))
+            missing = [number for number in range(count) if number not in self.known]
+            self.known |= encode_known(dict(self.encoders.items()), self.ids, missing)
+
+    def drop_gradients(self) -> None:
+        """Take away the gradients of what does not learn any more: no optimizer moves a parameter without one."""
+        if self.words_stopped:
+            for parameter in self.vectors.values():
+                parameter.grad = None
+
 
 def build_concept(
     config: TrainConfig,
-    pipe: StableDiffusionPipeline,
+    pipe: Any,
     adapter: PeftConfig | None,
     prompts: Sequence[str],
     dtype: torch.dtype,
+    text_adapter: PeftConfig | None = None,
+    cache: DiskCache | None = None,
 ) -> Concept:
-    """Add the adapter to the UNet and the trigger word to the tokenizer; the text encoder goes unless it is needed.
+    """Add adapters to the models and trigger words to the tokenizers; text encoders go unless they are needed.
 
     Args:
         config: The run.
         pipe: The base; what is trained becomes part of it.
         adapter: The method, None for training the whole UNet.
         prompts: All prompts.
-        dtype: Of the UNet's weights that are not trained.
+        dtype: Of the weights that are not trained.
+        text_adapter: With `train_text_encoder` the method for the text encoders, None for training them whole.
+        cache: Keeps the states of prompts that do not change.
 
     Raises:
-        UserError: The adapter does not fit the base.
+        UserError: An adapter does not fit the base, or a trigger word is in no prompt.
     """
     pipe.unet.to(dtype=dtype).train()
     make_trainable(pipe.unet, adapter, config.seed)
-    if config.gradient_checkpointing:
-        pipe.unet.enable_gradient_checkpointing()
-    if config.plain_attention:
-        pipe.unet.set_attn_processor(AttnProcessor())
-    if config.enable_xformers_memory_efficient_attention:
-        pipe.unet.enable_xformers_memory_efficient_attention()
+    save_memory(config, pipe.unet, dtype)
 
-    pipe.text_encoder.requires_grad_(False)
-    vector, changes = None, torch.zeros(len(prompts), dtype=torch.bool)
-    if config.train_token:
-        (subject,) = config.subjects
-        vector = nn.Parameter(word_vector(pipe, subject.initializer_token or subject.class_name or ""))
-        token = add_trigger_word(pipe, subject.trigger_word)
-        look_up(pipe.text_encoder, token, vector)
-        changes = (tokenize(pipe.tokenizer, prompts) == token).any(dim=1)
-    ids = tokenize(pipe.tokenizer, prompts)
-    with torch.no_grad():
-        known = {n: encode(pipe.text_encoder, ids[[n]])[0] for n in range(len(prompts)) if not changes[n]}
-    if vector is None:
-        pipe.text_encoder = None
-    return Concept(pipe.unet, known, pipe.text_encoder, ids, vector)
+    encoders = text_encoders(pipe)
+    words, vectors = start_words(config, pipe) if config.train_token else ([], {})
+    for encoder in encoders.values():
+        encoder.requires_grad_(False)
+        if adapter is not None:  # else the whole pipeline is saved, with every bit of what is not trained
+            encoder.to(dtype=dtype)
+    key = ""
+    if cache is not None and not config.train_text_encoder:
+        key = content_key(*map(weights_key, encoders.values()))  # before words make the tables longer
+    add_trigger_words(pipe, words)
+    ids = {name: tokenize(pipe, name, prompts) for name in encoders}
+    changes = torch.full((len(prompts),), config.train_text_encoder)
+    for name in vectors:
+        tokens = [token_id(pipe, word, name) for word in words]
+        look_up(encoders[name], tokens, vectors[name])
+        for word, token in zip(words, tokens, strict=True):
+            changes |= prompts_with(word, token, ids[name])
+    known = encode_known(encoders, ids, (~changes).nonzero().flatten().tolist(), cache, key)
+    if config.train_text_encoder:
+        for name, encoder in encoders.items():
+            make_trainable(encoder.train(), text_adapter, derive_seed(config.seed, name))
+            if config.gradient_checkpointing:
+                with warnings.catch_warnings():
+                    warnings.simplefilter("ignore", FutureWarning)  # the name of the call changes within transformers 5
+                    encoder.gradient_checkpointing_enable({"use_reentrant": False})
+    elif not vectors:
+        for name in encoders:
+            setattr(pipe, name, None)
+        encoders, ids = {}, {}
+    return Concept(pipe.unet, known, encoders, ids, vectors, words)
 
 
-def encode(text_encoder: CLIPTextModel, ids: Tensor) -> Tensor:
-    """Return the states (batch, 77, hidden) that a UNet attends to, in float32, for token ids (batch, 77)."""
-    states: Tensor = text_encoder(ids.to(text_encoder.device))[0]
-    return states.float()
+def start_words(config: TrainConfig, pipe: Any) -> tuple[list[str], dict[str, nn.Parameter]]:
+    """Return the words for the vectors of all trigger words, and what these start as: (words, hidden) by encoder."""
+    words: list[str] = []
+    starts: dict[str, list[Tensor]] = {name: [] for name in text_encoders(pipe)}
+    for subject in config.subjects:
+        words += words_of(subject.trigger_word, config.num_vectors)
+        like = subject.initializer_token or subject.class_name or ""
+        for name, vectors in starts.items():
+            seed = derive_seed(config.seed, "vectors", subject.trigger_word, name)
+            vectors.append(start_vectors(pipe, name, like, config.num_vectors, seed))
+    return words, {name: nn.Parameter(torch.cat(vectors)) for name, vectors in starts.items()}
 
 
-def look_up(text_encoder: CLIPTextModel, token: int, vector: Tensor) -> RemovableHandle:
-    """Make `vector` (hidden,) what the embedding table answers for the id `token`; the table itself does not change.
+def prompts_with(word: str, token: int, ids: Tensor) -> Tensor:
+    """Return which of the prompts, ids (prompts, 77), have a word's token: (prompts,).
 
-    Returns:
-        A handle whose `remove()` undoes this.
+    Raises:
+        UserError: None of them.
     """
-
-    def replace(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
-        named = (inputs[0] == token)[..., None]  # (batch, 77, 1)
-        return torch.where(named, vector.to(output.dtype), output)
-
-    return text_encoder.get_input_embeddings().register_forward_hook(replace)
-
-
-def word_vector(pipe: StableDiffusionPipeline, words: str) -> Tensor:
-    """Return the mean embedding (hidden,) of the tokens of `words`, in float32."""
-    ids = pipe.tokenizer(words, add_special_tokens=False).input_ids
-    table: Tensor = pipe.text_encoder.get_input_embeddings().weight
-    return table[ids].detach().float().mean(dim=0)
-
-
-def tokenize(tokenizer: CLIPTokenizer, prompts: Sequence[str]) -> Tensor:
-    """Return the token ids (prompts, 77), prompts that are too long cut off as the pipelines do."""
-    ids: Tensor = tokenizer(
-        list(prompts), padding="max_length", max_length=tokenizer.model_max_length, truncation=True, return_tensors="pt"
-    ).input_ids
-    return ids
+    found = (ids == token).any(dim=1)
+    if not found.any():
+        expected = f"expected it in a prompt, written just so and among the {ids.shape[1] - 2} tokens that are read"
+        raise UserError(f"no prompt says {word!r}, so its vector cannot be trained; {expected}")
+    return found

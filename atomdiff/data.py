@@ -1,17 +1,15 @@
-"""Photos and captions from folders, their latents, and which of them a training step sees."""
+"""Photos and captions from folders, and which of them a training step sees."""
 
 import hashlib
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 import torch
-from diffusers import AutoencoderKL
 from PIL import Image, ImageCms, ImageOps
-from torch import Tensor
 from tqdm import tqdm
 
 from atomdiff.errors import UserError
@@ -30,6 +28,8 @@ class Photo:
     name: str
     picture: Picture
     caption: str | None
+    alpha: Picture | None = None
+    """Its alpha channel in mode L, if it has one that is not opaque all over."""
 
 
 def read_photos(folder: str | Path, minimum_side: int, limit: int | None = None) -> list[Photo]:
@@ -55,7 +55,8 @@ def read_photos(folder: str | Path, minimum_side: int, limit: int | None = None)
     photos, unreadable, tiny = [], [], []
     for file in files:
         try:
-            picture = read_picture(file)
+            whole = upright(file)
+            picture, alpha = to_rgb(whole), _alpha(whole)
         except Exception:  # Pillow's plugins raise whatever their parsers raise
             unreadable.append(file.name)
             continue
@@ -63,7 +64,7 @@ def read_photos(folder: str | Path, minimum_side: int, limit: int | None = None)
             tiny.append(f"{file.name} ({picture.width}x{picture.height})")
         caption = file.with_suffix(".txt")
         text = caption.read_text(encoding="utf-8-sig", errors="replace").strip() if caption.is_file() else ""
-        photos.append(Photo(file.name, picture, text or None))
+        photos.append(Photo(file.name, picture, text or None, alpha))
     if unreadable or tiny:
         complaints = [f"cannot be read: {', '.join(unreadable)}"] if unreadable else []
         complaints += [f"shorter side under {minimum_side} pixels: {', '.join(tiny)}"] if tiny else []
@@ -83,13 +84,18 @@ def picture_files(folder: Path) -> list[Path]:
 
 def read_picture(file: Path) -> Picture:
     """Read one picture of any mode as upright RGB; raises whatever Pillow raises."""
+    return to_rgb(upright(file))
+
+
+def upright(file: Path) -> Picture:
+    """Read one picture in the mode of its file, turned as its EXIF orientation says; raises whatever Pillow raises."""
     with Image.open(file) as opened:
         opened.load()
-        return to_rgb(ImageOps.exif_transpose(opened))
+        return ImageOps.exif_transpose(opened)
 
 
-def to_rgb(picture: Picture) -> Picture:
-    """Convert any mode to RGB: wide integers and floats scaled to 8 bits, transparency laid on white."""
+def to_rgb(picture: Picture, background: str = "white") -> Picture:
+    """Convert any mode to RGB: wide integers and floats scaled to 8 bits, transparency laid on a background."""
     if picture.mode == "F" or picture.mode.startswith("I"):
         return _scaled(picture).convert("RGB")
     if picture.mode == "LAB":
@@ -101,9 +107,16 @@ def to_rgb(picture: Picture) -> Picture:
         picture = picture.convert("LA")
     if picture.has_transparency_data:
         picture = picture.convert("RGBA")
-        white = Image.new("RGBA", picture.size, "white")
-        picture = Image.alpha_composite(white, picture)
+        picture = Image.alpha_composite(Image.new("RGBA", picture.size, background), picture)
     return picture.convert("RGB")
+
+
+def _alpha(picture: Picture) -> Picture | None:
+    """Return the alpha channel of a picture of any mode, in mode L, unless it has none or is opaque all over."""
+    if picture.mode == "F" or picture.mode.startswith("I") or not picture.has_transparency_data:
+        return None
+    alpha = (picture.convert("LA") if picture.mode == "La" else picture).convert("RGBA").getchannel("A")
+    return alpha if alpha.getextrema() != (255, 255) else None
 
 
 def _scaled(picture: Picture) -> Picture:
@@ -115,76 +128,6 @@ def _scaled(picture: Picture) -> Picture:
     while values.max() > full_scale:
         full_scale = (full_scale + 1) ** 2 - 1
     return Image.fromarray((values / full_scale * 255).round().astype(np.uint8))
-
-
-def views(picture: Picture, resolution: int, center_crop: bool, random_flip: bool = False) -> list[Picture]:
-    """Cut squares of `resolution` pixels from a picture whose shorter side is first resized to that.
-
-    Args:
-        picture: An RGB picture.
-        resolution: Side of the squares in pixels.
-        center_crop: Only the middle; else also both ends of the longer side, if they differ.
-        random_flip: Mirror images too.
-    """
-    scale = resolution / min(picture.size)
-    width, height = (max(resolution, round(side * scale)) for side in picture.size)
-    resized = picture.resize((width, height), Image.Resampling.LANCZOS)
-    spare = max(width, height) - resolution
-    offsets = [spare // 2] if center_crop else sorted({0, spare // 2, spare})
-    corners = [(offset, 0) if width > height else (0, offset) for offset in offsets]
-    cut = [resized.crop((x, y, x + resolution, y + resolution)) for x, y in corners]
-    return cut + [ImageOps.mirror(view) for view in cut] if random_flip else cut
-
-
-@dataclass(frozen=True)
-class LatentCache:
-    """What the VAE says of every view of a set of pictures; a step draws a view and then latents from it.
-
-    `mean` and `std` have shape (views, c, h, w), in the scale that the UNet works in; the views of picture `i` are the
-    rows from `starts[i]` to `starts[i + 1]`.
-    """
-
-    mean: Tensor
-    std: Tensor
-    starts: tuple[int, ...]
-
-    def __len__(self) -> int:
-        return len(self.starts) - 1
-
-    def draw(self, pictures: Sequence[int], generator: torch.Generator) -> Tensor:
-        """Draw latents (batch, c, h, w) on the CPU of a random view of each of `pictures`."""
-        share = torch.rand(len(pictures), generator=generator).tolist()
-        rows = [
-            self.starts[i] + int(part * (self.starts[i + 1] - self.starts[i]))
-            for i, part in zip(pictures, share, strict=True)
-        ]
-        mean = self.mean[rows]
-        return mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
-
-
-@torch.no_grad()
-def encode_pictures(vae: AutoencoderKL, pictures: Iterable[Sequence[Picture]], batch_size: int) -> LatentCache:
-    """Encode the views of every picture, `batch_size` at a time, on the VAE's device and in its dtype.
-
-    Args:
-        vae: The autoencoder.
-        pictures: For every picture its views, RGB and all of one size.
-        batch_size: Views encoded together.
-    """
-    flat: list[Picture] = []
-    starts = [0]
-    for of_one in pictures:
-        flat += of_one
-        starts.append(len(flat))
-    means, stds = [], []
-    for first in range(0, len(flat), batch_size):
-        pixels = np.stack([np.asarray(view) for view in flat[first : first + batch_size]])  # (batch, h, w, 3)
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2).to(vae.device, vae.dtype) / 127.5 - 1  # (batch, 3, h, w)
-        latents = vae.encode(images).latent_dist
-        means.append(latents.mean.float().cpu())
-        stds.append(latents.std.float().cpu())
-    shift, scale = vae.config.shift_factor or 0.0, vae.config.scaling_factor
-    return LatentCache((torch.cat(means) - shift) * scale, torch.cat(stds) * scale, tuple(starts))
 
 
 def ensure_class_pictures(
@@ -215,8 +158,8 @@ def ensure_class_pictures(
     record = folder / "class_images.json"
     found = json.loads(record.read_text()) if record.is_file() else recipe
     if found != recipe:
-        differing = [key for key, value in recipe.items() if found.get(key) != value]
-        changes = "; ".join(f"{key} {found.get(key)!r}, now {recipe[key]!r}" for key in differing)
+        differing = [key for key in {**recipe, **found} if found.get(key) != recipe.get(key)]
+        changes = "; ".join(f"{key} {found.get(key)!r}, now {recipe.get(key)!r}" for key in differing)
         raise UserError(
             f"{folder}: its class pictures were made with other settings ({changes}). "
             "Name another --class_data_dir, or remove this one"
@@ -250,6 +193,20 @@ def sample_order(count: int, position: int, batch_size: int, seed: int) -> list[
         order += torch.randperm(count, generator=shuffle).tolist()
     first = position % count
     return order[first : first + batch_size]
+
+
+def bucket_turn(number: int, counts: Sequence[int], seed: int) -> tuple[int, int]:
+    """Return which bucket forward pass `number` belongs to, and how many earlier passes did.
+
+    Every round of `sum(counts)` passes has `counts[b]` of bucket `b`, in an order of its own: if those are the samples
+    of the buckets, every sample comes equally often in a round. A pure function, as `sample_order` is.
+    """
+    length = sum(counts)
+    earlier_rounds, place = divmod(number, length)
+    buckets = [bucket for bucket, count in enumerate(counts) for _ in range(count)]
+    order = [buckets[i] for i in sample_order(length, earlier_rounds * length, length, seed)]
+    bucket = order[place]
+    return bucket, earlier_rounds * counts[bucket] + order[:place].count(bucket)
 
 
 def derive_seed(seed: int, *path: str | int) -> int:

@@ -22,6 +22,7 @@ from atomdiff.tuner.layer import TENSOR_KINDS
 
 FORMAT = "atomdiff"
 FORMAT_VERSION = "1"
+CONCEPT_SUFFIX = ".atoms.safetensors"
 
 MAX_HEADER_BYTES = 4 << 20  # all layers of SDXL in channel blocks of 16 take 2.5 MB
 _MAX_FILE_BYTES = 1 << 30
@@ -230,7 +231,7 @@ def _read_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
     """Metadata and dtypes by key of any safetensors file; takes memory for its header only, whatever that says."""
     if not os.path.isfile(path):
         found = "is a folder" if os.path.isdir(path) else "is no file"
-        raise UserError(f"{path} {found}; expected a concept file such as mug.atoms.safetensors")
+        raise UserError(f"{path} {found}; expected a concept file such as mug{CONCEPT_SUFFIX}")
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")

@@ -15,20 +15,23 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 from diffusers import StableDiffusionPipeline
+from diffusers.training_utils import EMAModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from atomdiff.averages import averaged
 from atomdiff.base_model import draw_pictures, load_base, whole
 from atomdiff.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from atomdiff.concept import Concept, build_concept
 from atomdiff.data import derive_seed
+from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
 from atomdiff.hub import check_upload, push_to_hub
-from atomdiff.launch import start_accelerator, start_trackers
-from atomdiff.method import describe_adapter, place_for, read_adapter, save_trained
-from atomdiff.noising import NoiseProcess, noise_process
+from atomdiff.launch import frozen_dtype, start_accelerator, start_trackers
+from atomdiff.method import describe_adapter, place_for, read_adapter, read_text_adapter, save_trained
+from atomdiff.noising import NoiseProcess, match_scheduler, noise_process
 from atomdiff.objective import prior_preservation_loss, sample_losses
-from atomdiff.optimizer import build_optimizer
+from atomdiff.optimizer import build_optimizer, current_rate, load_optimizer
 from atomdiff.prepare import Material, prepare_material
 from atomdiff.progress import RunLog, StopSignals, extend_contact_sheet
 from atomdiff.train_config import TrainConfig, load_config
@@ -36,8 +39,8 @@ from atomdiff.trigger_words import set_trigger_embedding
 
 __all__ = ["TrainConfig", "load_config", "train"]
 
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
 _LOSS_SHARE = 0.02  # of a step's loss in the average loss after it
+_FP16_TRIES = 20  # of a step, at half the scale each time: from 2**16 to below one
 
 
 @dataclass(frozen=True)
@@ -54,6 +57,8 @@ class Run:
     """The concept's trained parameters."""
     optimizer: torch.optim.Optimizer
     noising: NoiseProcess
+    moving_average: EMAModel | None
+    """Of the trained parameters, if it is asked for."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -78,15 +83,24 @@ def train(config: TrainConfig) -> Path:
     repo_id = choose_repository(config, adapter, place) if config.push_to_hub and accelerator.is_main_process else None
     precision = accelerator.mixed_precision
     recipe = {**config.recipe(), "mixed_precision": precision, "adapter": describe_adapter(adapter)}
+    text_adapter = read_text_adapter(config.text_encoder_adapter, adapter) if config.train_text_encoder else None
+    if config.train_text_encoder:
+        recipe["text_encoder_adapter"] = describe_adapter(text_adapter)
     checkpoint = choose_checkpoint(config.resume_from_checkpoint, output_dir)
     state = checkpoint.load(recipe) if checkpoint else None
 
     pipe = load_base(config)
+    match_scheduler(config, pipe)
     material = prepare_material(config, pipe, accelerator)
-    concept = build_concept(config, pipe, adapter, material.prompts, _DTYPES.get(precision, torch.float32))
-    optimizer, rate_factor = build_optimizer(config, concept)
+    dtype = frozen_dtype(accelerator)
+    cache = DiskCache(config.cache_folder)
+    concept = build_concept(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)
+    optimizer, rate_factor = build_optimizer(config, concept, accelerator.num_processes)
     model, optimizer = accelerator.prepare(concept, optimizer)
-    run = Run(config, accelerator, material, concept, model, concept.trained(), optimizer, noise_process(config, pipe))
+    trained = concept.trained()
+    average = EMAModel(trained.values(), decay=config.ema_decay) if config.use_ema else None
+    noising = noise_process(config, pipe)
+    run = Run(config, accelerator, material, concept, model, trained, optimizer, noising, average)
     done, average_loss = (state["step"], state["average_loss"]) if state else (0, math.nan)
     if state:
         load_state(run, state)
@@ -103,7 +117,7 @@ def train(config: TrainConfig) -> Path:
                 group["lr"] = group["initial_lr"] * rate_factor(step - 1)
             loss = train_step(run, step)
             average_loss = loss if math.isnan(average_loss) else average_loss + (loss - average_loss) * _LOSS_SHARE
-            log.step(step, loss, average_loss, optimizer.param_groups[0]["lr"], time.perf_counter() - started)
+            log.step(step, loss, average_loss, current_rate(optimizer), time.perf_counter() - started)
 
             last = step == config.max_train_steps
             stopped = on_any_process(accelerator, stop.requested) and not last
@@ -115,10 +129,12 @@ def train(config: TrainConfig) -> Path:
                 how = "go on with the same command and --resume_from_checkpoint latest"
                 raise KeyboardInterrupt(f"stopped; {output_dir / f'checkpoint-{step}'} is saved: {how}")
             if config.validation_steps and (last or step % config.validation_steps == 0):
-                validate(config, pipe, accelerator, step)
+                with averaged(trained.values(), optimizer, average):
+                    validate(config, pipe, accelerator, step)
 
     if accelerator.is_main_process:
-        save_concept(run, pipe, adapter, place, average_loss)
+        with averaged(trained.values(), optimizer, average):
+            save_concept(run, pipe, adapter, place, average_loss)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     if repo_id is not None:
@@ -129,11 +145,32 @@ def train(config: TrainConfig) -> Path:
 def train_step(run: Run, step: int) -> float:
     """Move the parameters once; return the mean loss of the step's batches on all processes.
 
+    In fp16 a step whose gradients are too large is done again with a smaller scale, so that no batch is left out and
+    every step counts.
+
     Raises:
         UserError: The loss or a gradient is not finite; the parameters have not moved.
     """
+    if step > run.config.token_steps:
+        run.concept.stop_words()
+    for _ in range(_FP16_TRIES):
+        loss, norm = try_step(run, step)
+        if math.isfinite(norm):
+            break
+    refuse_unless_finite(run, step, "gradient's norm", norm)
+    if run.moving_average is not None:
+        run.moving_average.step(run.trained.values())
+    return loss
+
+
+def try_step(run: Run, step: int) -> tuple[float, float]:
+    """Return the loss and the norm of the gradients; if that is not finite, the parameters have not moved.
+
+    Raises:
+        UserError: The loss is not finite; or a gradient, and there is no scale that could be made smaller.
+    """
     config, accelerator = run.config, run.accelerator
-    losses = []
+    losses, norm = [], math.nan
     for part in range(config.gradient_accumulation_steps):
         number = (step - 1) * config.gradient_accumulation_steps + part
         with accelerator.accumulate(run.model):
@@ -142,12 +179,13 @@ def train_step(run: Run, step: int) -> float:
             refuse_unless_finite(run, step, "loss", losses[-1])
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                norm = accelerator.clip_grad_norm_(run.trained.values(), config.max_grad_norm or math.inf)
-                if accelerator.scaler is None:  # which would skip such a step
-                    refuse_unless_finite(run, step, "gradient's norm", float(norm))
+                run.concept.drop_gradients()
+                norm = float(accelerator.clip_grad_norm_(run.trained.values(), config.max_grad_norm or math.inf))
+                if accelerator.scaler is None:  # which would leave the parameters as they are
+                    refuse_unless_finite(run, step, "gradient's norm", norm)
             run.optimizer.step()
             run.optimizer.zero_grad()
-    return sum(losses) / len(losses)
+    return sum(losses) / len(losses), norm
 
 
 def batch_loss(run: Run, number: int) -> Tensor:
@@ -162,8 +200,11 @@ def batch_loss(run: Run, number: int) -> Tensor:
     samples = run.material.draw(position, config.train_batch_size, config.seed, generator)
     noised = run.noising.draw(samples.latents, generator)
     device = accelerator.device
-    prediction = run.model(noised.latents.to(device), noised.timesteps.to(device), samples.prompts)
-    losses = sample_losses(prediction, noised.target.to(device)) * noised.weights.to(device)
+    prediction = run.model(
+        noised.latents.to(device), noised.timesteps.to(device), samples.prompts, samples.time_ids.to(device)
+    )
+    mask = None if samples.weights is None else samples.weights.to(device)
+    losses = sample_losses(prediction, noised.target.to(device), mask) * noised.weights.to(device)
     return prior_preservation_loss(losses, samples.instances, config.prior_loss_weight)
 
 
@@ -173,9 +214,11 @@ def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:
         return
     found = find_checkpoints(Path(run.config.output_dir))
     back = f"go on from {found[-1].folder} (--resume_from_checkpoint latest)" if found else "start again"
+    rates = run.config.learning_rates
     raise UserError(
-        f"step {step}: the {name} is {value}; {back} with a learning_rate below {run.config.learning_rate}"
-        + (f" and a token_learning_rate below {run.config.token_learning_rate}" if run.config.train_token else "")
+        f"step {step}: the {name} is {value}; {back} with a learning_rate below {rates['adapter']}"
+        + (f" and a token_learning_rate below {rates['token']}" if run.config.train_token else "")
+        + (", or with mixed_precision bf16" if run.accelerator.scaler else "")
     )
 
 
@@ -184,7 +227,8 @@ def state_of(run: Run) -> dict[str, Any]:
     scaler = run.accelerator.scaler
     return {
         "trained": {name: parameter.detach().cpu() for name, parameter in run.trained.items()},
-        "optimizer": run.optimizer.state_dict()["state"],
+        "optimizer": run.optimizer.state_dict(),
+        "moving_average": run.moving_average.state_dict() if run.moving_average else None,
         "scaler": scaler.state_dict() if scaler else None,
     }
 
@@ -193,8 +237,10 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
     """Put back what `state_of` returned; learning rates stay those of the config."""
     for name, parameter in run.trained.items():
         parameter.data.copy_(state["trained"][name])
-    groups = run.optimizer.state_dict()["param_groups"]
-    run.optimizer.load_state_dict({"state": state["optimizer"], "param_groups": groups})
+    load_optimizer(run.optimizer, state["optimizer"])
+    if run.moving_average is not None:
+        run.moving_average.load_state_dict(state["moving_average"])
+        run.moving_average.to(run.accelerator.device)
     if run.accelerator.scaler:
         run.accelerator.scaler.load_state_dict(state["scaler"])
 
@@ -209,10 +255,13 @@ def validate(config: TrainConfig, pipe: StableDiffusionPipeline, accelerator: Ac
     if accelerator.is_main_process:
         prompts = validation_prompts(config)
         seeds = [derive_seed(0, "validation", number) for number in range(len(prompts))]
-        pipe.unet.eval()
+        models = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part.training]
+        for model in models:
+            model.eval()
         with whole(config, pipe), accelerator.autocast():
             pictures = draw_pictures(config, pipe, prompts, seeds)
-        pipe.unet.train()
+        for model in models:
+            model.train()
         extend_contact_sheet(Path(config.output_dir), step, pictures, prompts)
 
 
@@ -235,15 +284,15 @@ def samples_per_step(run: Run) -> int:
 def save_concept(
     run: Run, pipe: StableDiffusionPipeline, adapter: PeftConfig | None, place: Path, final_loss: float
 ) -> None:
-    """Write what was trained, the trigger word included, and the facts of the run."""
-    config, vector = run.config, run.concept.token_vector
-    if vector is not None:
-        set_trigger_embedding(pipe, config.subjects[0].trigger_word, {"text_encoder": vector})
+    """Write what was trained, the trigger words included, and the facts of the run."""
+    config = run.config
+    for word, vectors in run.concept.word_vectors().items():
+        set_trigger_embedding(pipe, word, vectors)
     facts = {
         "config": config.recipe(),
         "steps": config.max_train_steps,
         "seed": config.seed,
-        "image_count": len(run.material.photos.prompts),
+        "image_count": run.material.image_count,
         "final_loss": final_loss,
     }
     base = config.pretrained_model_name_or_path

@@ -12,13 +12,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from atomdiff.delta_file import read_delta_file, some
+from atomdiff.active import set_active
+from atomdiff.delta_file import some
 from atomdiff.differences import layer_differences, without_adapters
 from atomdiff.errors import UserError
 from atomdiff.kohya import as_written, embedding_rows, layer_name, metadata, missing_out_proj, save_tensors
 from atomdiff.low_rank import low_rank
 from atomdiff.open_pipeline import open_pipeline
+from atomdiff.packing import given_concepts
 from atomdiff.pipeline import list_atoms, load_atoms, trigger_words
+from atomdiff.strength import given_strengths
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -34,7 +37,7 @@ class ExportConfig:
     pretrained_model_name_or_path: str
     """The base: a folder or a Hub id."""
     concepts: tuple[str, ...]
-    """Concept files, or directories written by PEFT."""
+    """Concepts: files, directories written by PEFT, or user/repo on the Hub."""
     to: Literal["pipeline", "diff", "lora"]
     """pipeline: a diffusers folder with the concepts merged in. diff: the exact differences of the weights, as large as
     the weights, for ComfyUI, Stable Diffusion WebUI and InvokeAI. lora: their best approximation of a rank, for these
@@ -45,23 +48,26 @@ class ExportConfig:
     """Rank of the LoRA."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float16"
     """Precision of the written numbers."""
-    weights: tuple[float, ...] = ()
-    """Strength of each concept; 1 is as trained. Default: 1 each."""
+    weights: tuple[float | dict[Any, Any], ...] = ()
+    """Strength of each concept: a number, 1 is as trained; or JSON, by block of the model:
+    '{"weight": 0.8, "blocks": {"down": 0.5, "up.1": 0}}'. Default: 1 each."""
     trigger_words: tuple[str, ...] = ()
     """Word to use for each concept, where two come with the same one. Default: their own."""
     revision: str | None = None
     """Revision of a base on the Hub."""
     variant: str | None = None
     """Variant of the base's files, such as fp16."""
+    single_file_config: str | None = None
+    """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
+    diffusers finds out, from the Hub."""
 
     def __post_init__(self) -> None:
-        for path in self.concepts:
-            if not Path(path).exists():
-                raise UserError(f"found nothing at {path!r}: check the path")
-        for name in ("weights", "trigger_words"):
-            given = len(getattr(self, name))
-            if given and given != len(self.concepts):
-                raise UserError(f"found {given} {name} for {len(self.concepts)} concepts; give one each, or none")
+        for strength in given_strengths(self.concepts, self.weights, self.trigger_words):
+            if strength.steps:
+                raise UserError(
+                    f"found steps={dict(strength.steps)} in weights: what is exported is the same at every denoising "
+                    "step; leave steps out"
+                )
         if not self.concepts:
             raise UserError("found no concept; give --concepts")
         _check_rank(self.rank)
@@ -114,27 +120,28 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     Raises:
         UserError: the base or a concept cannot be used, or cannot be written in that form.
     """
+    given = given_concepts(config.concepts, config.weights, config.trigger_words)
     written = getattr(torch, config.dtype)
     pipe = open_pipeline(
         config.pretrained_model_name_or_path,
         written if config.to == "pipeline" else torch.float32,
         revision=config.revision,
         variant=config.variant,
+        single_file_config=config.single_file_config,
     )
-    words = config.trigger_words or (None,) * len(config.concepts)
-    weights = dict(enumerate(config.weights or (1.0,) * len(config.concepts), start=1))
-    for number, (path, word) in enumerate(zip(config.concepts, words, strict=True), start=1):
-        load_atoms(pipe, path, f"concept{number}", trigger_word=word)
-    adapters = {concept.name: weights[int(concept.name[7:])] for concept in list_atoms(pipe) if concept.layers}
-    if len(adapters) > 1 or any(weight != 1 for weight in adapters.values()):
-        try:
-            pipe.set_adapters(list(adapters), list(adapters.values()))
-        except AttributeError as error:  # the layers of some methods have no scale
-            raise UserError("not all of these concepts can be weighted: export one, unweighted") from error
+    strengths = {}
+    for number, (concept, strength) in enumerate(given, start=1):
+        name = load_atoms(pipe, concept.path, f"concept{number}", trigger_word=concept.trigger_word)
+        strengths[name] = strength
+    try:
+        set_active(pipe, strengths)
+    except UserError:
+        raise
+    except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
+        raise UserError(f"these concepts cannot be merged, and so not exported: {error}") from error
     if config.to == "pipeline":
         return export_pipeline(pipe, config.output)
-    phrases = [read_delta_file(path).trigger_phrase for path in config.concepts if Path(path).is_file()]
-    phrase = "" if config.trigger_words else ", ".join(filter(None, phrases))
+    phrase = ", ".join(concept.phrase for concept, _ in given if concept.phrase)
     if config.to == "diff":
         return export_diff(pipe, config.output, dtype=written, trigger_phrase=phrase)
     return export_lora(pipe, config.output, config.rank, dtype=written, trigger_phrase=phrase)

@@ -48,6 +48,9 @@ class ExtractConfig:
     """Revision of a base on the Hub."""
     variant: str | None = None
     """Variant of both models' files, such as fp16."""
+    single_file_config: str | None = None
+    """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
+    diffusers finds out, from the Hub."""
 
 
 @dataclass(frozen=True)
@@ -218,7 +221,8 @@ def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:
     """A pipeline, or the UNet in a folder of its own."""
     dtype, folder = getattr(torch, config.dtype), Path(name)
     if not folder.is_dir() or not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
-        return open_pipeline(name, dtype, revision=revision, variant=config.variant)
+        described_by = config.single_file_config
+        return open_pipeline(name, dtype, revision=revision, variant=config.variant, single_file_config=described_by)
     from diffusers import UNet2DConditionModel
 
     kind = json.loads((folder / "config.json").read_text()).get("_class_name")

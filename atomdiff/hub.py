@@ -25,7 +25,7 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from atomdiff.delta_file import some
+from atomdiff.delta_file import CONCEPT_SUFFIX, some
 from atomdiff.errors import UserError
 from atomdiff.model_spec import atomdiff_version
 from atomdiff.peft_directory import LEARNED_EMBEDS_NAME
@@ -33,7 +33,6 @@ from atomdiff.peft_directory import LEARNED_EMBEDS_NAME
 PathLike = str | os.PathLike[str]
 Pictures = PathLike | Sequence[PathLike] | Mapping[Any, str]  # the last from file to prompt
 
-CONCEPT_SUFFIX = ".atoms.safetensors"
 _CONFIG, _WEIGHTS, _WORDS = map(re.escape, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LEARNED_EMBEDS_NAME))
 _ADAPTER_FILE = re.compile(rf"(\w+/)?({_CONFIG}|{_WEIGHTS})|{_WORDS}")
 _ADAPTER_SIGN = re.compile(rf"(text_encoder\w*/)?{_CONFIG}|{_WORDS}")

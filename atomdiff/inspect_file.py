@@ -92,9 +92,9 @@ def _count(tensors: list[Tensor]) -> int:
 def _open(base: Any) -> Any:
     if not isinstance(base, (str, os.PathLike)):
         return base
-    from diffusers import DiffusionPipeline
+    from atomdiff.open_pipeline import open_pipeline
 
-    return DiffusionPipeline.from_pretrained(base)  # type: ignore[no-untyped-call]
+    return open_pipeline(os.fspath(base))
 
 
 def _code(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:

@@ -40,7 +40,8 @@ _IN_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|
 _ENCODER = re.compile("text_encoder(_2)?").fullmatch
 _BASE_VERSIONS = {
     "stable-diffusion-v1": "sd_v1",
-    "stable-diffusion-v2": "sd_v2",
+    "stable-diffusion-v2-512": "sd_v2",
+    "stable-diffusion-v2-768-v": "sd_v2_v",
     "stable-diffusion-xl-v1-base": "sdxl_base_v1-0",
 }
 
@@ -88,13 +89,10 @@ def metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> di
     """
     spec = model_spec(pipe, title, trigger_phrase)
     base = spec["architecture"].removesuffix("/atoms")
-    version = _BASE_VERSIONS.get(base, "")
-    if base == "stable-diffusion-v2" and spec.get("prediction_type") == "v":
-        version += "_v"
     args = {"algo": "full"} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(rank)}
     fields = {
-        "ss_v2": str(base == "stable-diffusion-v2"),
-        "ss_base_model_version": version,
+        "ss_v2": str(base.startswith("stable-diffusion-v2")),
+        "ss_base_model_version": _BASE_VERSIONS.get(base, ""),
         "ss_network_module": "lycoris.kohya" if rank is None else "networks.lora",
         "ss_network_dim": "" if rank is None else str(rank),
         "ss_network_alpha": "" if rank is None else str(float(rank)),

@@ -3,6 +3,7 @@
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -12,7 +13,15 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from atomdiff.errors import UserError
 from atomdiff.train_config import TrainConfig
 
-_EXTRAS = {"use_8bit_adam": "bitsandbytes", "enable_xformers_memory_efficient_attention": "xformers"}
+# Field and value -> the package that they need, and the extra that it comes with.
+_EXTRAS: dict[tuple[str, Any], tuple[str, str]] = {
+    ("use_8bit_adam", True): ("bitsandbytes", "gpu"),
+    ("load_in_8bit", True): ("bitsandbytes", "gpu"),
+    ("load_in_4bit", True): ("bitsandbytes", "gpu"),
+    ("enable_xformers_memory_efficient_attention", True): ("xformers", "gpu"),
+    ("optimizer", "prodigy"): ("prodigyopt", "optimizers"),
+    ("optimizer", "adamw_schedulefree"): ("schedulefree", "optimizers"),
+}
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -21,9 +30,12 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         UserError: This machine cannot do what is asked, such as fp16 without a GPU.
     """
-    for field, package in _EXTRAS.items():
-        if getattr(config, field) and find_spec(package) is None:
-            raise UserError(f'{field}=True: {package} is missing; pip install "atomdiff[gpu]"')
+    for (field, value), (package, extra) in _EXTRAS.items():
+        if getattr(config, field) == value and find_spec(package) is None:
+            raise UserError(f'{field}={value!r}: {package} is missing; pip install "atomdiff[{extra}]"')
+    if config.allow_tf32:
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
     AcceleratorState._reset_state()  # or the precision of this process's first run would stay for all
@@ -39,7 +51,15 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         raise UserError(f"accelerate cannot start: {error}") from error
     if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
         raise UserError("mixed_precision='fp16': needs a GPU; a CPU can do 'bf16' or 'no'")
+    if config.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
+        expected = "PyTorch's own attention (the default) or plain_attention serve this machine"
+        raise UserError(f"enable_xformers_memory_efficient_attention=True: needs a GPU; {expected}")
     return accelerator
+
+
+def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
+    """Return the precision of the weights of a run that are not trained."""
+    return {"fp16": torch.float16, "bf16": torch.bfloat16}.get(accelerator.mixed_precision, torch.float32)
 
 
 def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:

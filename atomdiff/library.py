@@ -19,10 +19,17 @@ from typing import Any, NamedTuple
 
 from torch import Tensor
 
-from atomdiff.delta_file import DeltaFile, check_words, read_delta_file, read_header, some, split_token_key
+from atomdiff.delta_file import (
+    CONCEPT_SUFFIX,
+    DeltaFile,
+    check_words,
+    read_delta_file,
+    read_header,
+    some,
+    split_token_key,
+)
 from atomdiff.errors import UserError
 
-ENDING = ".atoms.safetensors"
 _READERS = 8  # threads that read headers
 _TENSOR_BYTES = 520  # what torch and Python keep about a tensor besides its numbers; measured
 
@@ -199,10 +206,11 @@ class ConceptLibrary:
 
     def _unknown(self, name: str) -> str:
         index = self._index
-        if reason := index.damaged.get(self.folder / f"{name}{ENDING}"):
+        if reason := index.damaged.get(self.folder / f"{name}{CONCEPT_SUFFIX}"):
             return f"the concept {name!r} cannot be used: {reason}"
         ends = {other.rpartition("/")[2]: other for other in index.concepts}
-        near = [ends[end] for end in difflib.get_close_matches(name.removesuffix(ENDING).rpartition("/")[2], ends)]
+        asked = name.removesuffix(CONCEPT_SUFFIX).rpartition("/")[2]
+        near = [ends[end] for end in difflib.get_close_matches(asked, ends)]
         hint = f"near: {some(near)}" if near else "and none of a similar name"
         return f"there is no concept {name!r} among the {len(index.concepts)} in {self.folder}; {hint}"
 
@@ -247,7 +255,7 @@ def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo:
     metadata, keys = read_header(path)
     words = sorted({split_token_key(key)[0] for key in keys if key.startswith("token.")})
     check_words(path, words)
-    name = path.relative_to(folder).as_posix().removesuffix(ENDING)
+    name = path.relative_to(folder).as_posix().removesuffix(CONCEPT_SUFFIX)
     phrase, base_model = metadata.get("trigger_phrase", ""), metadata.get("base_model", "")
     return ConceptInfo(name, path, phrase, tuple(words), base_model, *stamp)
 
@@ -266,7 +274,7 @@ def _list(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
     for below, subfolders, files in os.walk(folder, onerror=note):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in files:
-            if name.endswith(ENDING) and not name.startswith("."):
+            if name.endswith(CONCEPT_SUFFIX) and not name.startswith("."):
                 file = os.path.join(below, name)
                 with suppress(OSError):  # a link to nothing, or gone since it was listed
                     found = os.stat(file)

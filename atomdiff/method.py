@@ -7,11 +7,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from diffusers import StableDiffusionPipeline, UNet2DConditionModel
+from diffusers import StableDiffusionPipeline
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from atomdiff.data import derive_seed
+from atomdiff.delta_file import CONCEPT_SUFFIX
 from atomdiff.errors import UserError
 from atomdiff.pipeline import save_atoms
 from atomdiff.tuner import AtomConfig
@@ -58,28 +59,64 @@ def describe_adapter(adapter: PeftConfig | None) -> dict[str, Any]:
     return described
 
 
-def make_trainable(unet: UNet2DConditionModel, adapter: PeftConfig | None, seed: int) -> None:
-    """Add the adapter, so that its parameters alone are trained, or without one train all; in float32.
+def read_text_adapter(text_adapter: str | None, adapter: PeftConfig | None) -> PeftConfig | None:
+    """Read what is to be trained of the text encoders: the config of a PEFT method, or None for all of them.
+
+    Args:
+        text_adapter: As `read_adapter` takes it. None: all if the whole UNet is trained, else atoms on the attention,
+            with the UNet's settings if that has atoms too, since one file holds both.
+        adapter: The method for the UNet.
 
     Raises:
-        UserError: The adapter does not fit the UNet.
+        UserError: It cannot be read, or cannot be saved together with the UNet's.
     """
-    unet.requires_grad_(adapter is None)
+    if text_adapter is None:
+        if adapter is None:
+            return None
+        atoms = adapter if isinstance(adapter, AtomConfig) else AtomConfig()
+        everywhere: dict[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
+        return dataclasses.replace(atoms, target_modules="attention", modules_to_save=None, **everywhere)
+    found = read_adapter(text_adapter)
+    what = f"text_encoder_adapter={text_adapter!r}"
+    if (found is None) != (adapter is None):
+        raise UserError(f"{what}: either all of the UNet and of the text encoders is trained, or adapters for both")
+    if isinstance(found, AtomConfig) and isinstance(adapter, AtomConfig) and found.shaping() != adapter.shaping():
+        raise UserError(
+            f"{what}: found other atoms than the UNet's, but a file holds one AtomConfig: choose the same num_atoms, "
+            "basis and channel blocks for both; channel_block_pattern makes exceptions by name"
+        )
+    return found
+
+
+def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
+    """Add the adapter, so that its parameters alone are trained, or without one train all; in float32.
+
+    Args:
+        model: A UNet or a text encoder.
+        adapter: The method.
+        seed: Of the numbers that some methods start from.
+
+    Raises:
+        UserError: The adapter does not fit the model.
+    """
+    model.requires_grad_(adapter is None)
     if adapter is not None:
         with torch.random.fork_rng():  # some methods start from random numbers
             torch.manual_seed(derive_seed(seed, "adapter"))
             try:
-                unet.add_adapter(copy.deepcopy(adapter), ADAPTER_NAME)
+                added = copy.deepcopy(adapter)
+                model.add_adapter(added, ADAPTER_NAME)
+                added.base_model_name_or_path = adapter.base_model_name_or_path  # transformers sets the base's folder
             except (ValueError, TypeError) as error:
                 raise UserError(f"the adapter does not fit the base: {error}") from error
-    for parameter in unet.parameters():
+    for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()
 
 
 def place_for(adapter: PeftConfig | None, path: Path) -> Path:
     """Return where `save_trained` writes to: `path`, with the suffix of a concept file if it will be one."""
-    return path.with_name(f"{path.name}.atoms.safetensors") if isinstance(adapter, AtomConfig) else path
+    return path.with_name(f"{path.name}{CONCEPT_SUFFIX}") if isinstance(adapter, AtomConfig) else path
 
 
 def save_trained(pipe: StableDiffusionPipeline, adapter: PeftConfig | None, path: Path, **facts: Any) -> None:

@@ -50,6 +50,7 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
         if (schedule := pipe.__dict__.get("_atomdiff_schedule")) is not None:
             schedule.paused = True  # it would write weights that no row wears
             undo.callback(setattr, schedule, "paused", False)
+        noted = undo.enter_context(_noted_latents(pipe))
         for part, model in models.items():
             layers, batch = attach.atom_layers(model), Batch(len(wanted))
             undo.callback(_end, layers)
@@ -61,7 +62,7 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
 
             mix(0.0 if part == denoiser else None)
             if part == denoiser:
-                undo.callback(before_calls(pipe.components[part], partial(_count_images, batch, pipe)))
+                undo.callback(before_calls(pipe.components[part], partial(_count_images, batch, pipe, noted)))
             elif layers or part.startswith("text_encoder"):
                 undo.callback(before_calls(pipe.components[part], partial(_check_prompts, batch)))
             if part == denoiser and any(strength.steps for row in wanted for strength in row.values()):
@@ -78,16 +79,40 @@ def _end(layers: Mapping[str, Any]) -> None:
         layer.rows = None
 
 
-def _count_images(batch: Batch, pipe: Any, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
-    """Find out how many images there are a row; guidance puts a second group before them."""
+@contextmanager
+def _noted_latents(pipe: Any) -> Iterator[list[int]]:
+    """Note how many latents the pipeline makes, one an image, before guidance makes groups of them: two, or more."""
+    noted: list[int] = []
+    own = {key: value for key, value in vars(pipe).items() if key == "prepare_latents"}
+    prepare: Any = getattr(pipe, "prepare_latents", None)
+
+    def note(*args: Any, **kwargs: Any) -> Any:
+        made = prepare(*args, **kwargs)
+        noted[:] = [len(made[0] if isinstance(made, tuple) else made)]
+        return made
+
+    try:
+        if callable(prepare):
+            vars(pipe)["prepare_latents"] = note
+        yield noted
+    finally:
+        vars(pipe).pop("prepare_latents", None)
+        vars(pipe).update(own)
+
+
+def _count_images(
+    batch: Batch, pipe: Any, noted: Sequence[int], _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+) -> None:
+    """Find out how many images there are a row; guidance gives each group of them the same order."""
     size = _batch_size(args, kwargs)
-    guided = getattr(pipe, "do_classifier_free_guidance", False) and size > batch.rows
-    batch.images, left = divmod(size, batch.rows * (2 if guided else 1))
-    if left or not batch.images:
-        raise UserError(
-            f"found a batch of {size}{' with guidance' if guided else ''} for {batch.rows} rows of mixed_batch; "
-            "give one prompt a row"
-        )
+    if noted:
+        groups = max(size // noted[0], 1)
+    else:  # the model is called directly
+        guided = getattr(pipe, "do_classifier_free_guidance", False) and size > batch.rows
+        groups = 2 if guided else 1
+    batch.images, left = divmod(size, batch.rows * groups)
+    if left or not batch.images or (noted and size % noted[0]):
+        raise UserError(f"found a batch of {size} for {batch.rows} rows of mixed_batch; give one prompt a row")
 
 
 def _check_prompts(batch: Batch, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:

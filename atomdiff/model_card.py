@@ -16,9 +16,9 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 from PIL import Image, ImageOps
 
 from atomdiff import peft_directory
-from atomdiff.delta_file import DeltaFile, read_delta_file
+from atomdiff.delta_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file
 from atomdiff.errors import UserError
-from atomdiff.hub import CONCEPT_SUFFIX, PathLike, Pictures, adapter_files, files_in, locate, names_repository
+from atomdiff.hub import PathLike, Pictures, adapter_files, files_in, locate, names_repository
 from atomdiff.picture_files import content_hash
 from atomdiff.tuner.layer import TRAINED_KINDS
 

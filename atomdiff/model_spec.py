@@ -19,6 +19,7 @@ def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str
     Raises:
         UserError: SOURCE_DATE_EPOCH is no whole number.
     """
+    predicts = prediction_type(pipe.components.get("scheduler"))
     fields = {
         "sai_model_spec": "1.0.1",
         "architecture": f"{_architecture(pipe)}/atoms",
@@ -26,7 +27,7 @@ def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str
         "title": title,
         "date": _date(),
         "trigger_phrase": trigger_phrase,
-        "prediction_type": _prediction_type(pipe),
+        "prediction_type": {"v_prediction": "v"}.get(predicts, predicts),
         "resolution": _resolution(pipe),
     }
     return {key: value for key, value in fields.items() if value}
@@ -38,6 +39,14 @@ def atomdiff_version() -> str:
         return version("atomdiff")
     except PackageNotFoundError:
         return ""
+
+
+def prediction_type(scheduler: Any) -> str:
+    """What a diffusers scheduler says is predicted: epsilon, v_prediction, sample or flow; empty if it does not say."""
+    if type(scheduler).__name__.startswith("FlowMatch"):
+        return "flow"
+    found = getattr(getattr(scheduler, "config", None), "prediction_type", "")
+    return "flow" if found == "flow_prediction" else str(found or "")
 
 
 def _date() -> str:
@@ -54,14 +63,10 @@ def _architecture(pipe: Any) -> str:
         return "stable-diffusion-xl-v1-base"
     unet = pipe.components.get("unet")
     width = getattr(getattr(unet, "config", None), "cross_attention_dim", 0)
-    known = {768: "stable-diffusion-v1", 1024: "stable-diffusion-v2"}
+    predicts_v = prediction_type(pipe.components.get("scheduler")) == "v_prediction"
+    second = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
+    known = {768: "stable-diffusion-v1", 1024: second}
     return known.get(width, "stable-diffusion") if type(pipe).__name__.startswith("StableDiffusion") else "other"
-
-
-def _prediction_type(pipe: Any) -> str:
-    scheduler = pipe.components.get("scheduler")
-    found = getattr(getattr(scheduler, "config", None), "prediction_type", "")
-    return "v" if found == "v_prediction" else str(found or "")
 
 
 def _resolution(pipe: Any) -> str:

@@ -1,15 +1,18 @@
-"""From clean latents to what a network gets and has to predict, as the base's noise schedule says."""
+"""From clean latents to what a network gets and has to predict, as the base's noise schedule and the run say."""
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Any, get_args
 
 import torch
-from diffusers import DDPMScheduler, StableDiffusionPipeline
+from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from atomdiff.objective import add_noise, min_snr_weights, training_target
-from atomdiff.train_config import TrainConfig
+from atomdiff.errors import UserError
+from atomdiff.model_spec import prediction_type
+from atomdiff.objective import add_noise, min_snr_weights, offset_noise, sample_timesteps, training_target
+from atomdiff.train_config import PredictionType, TrainConfig
 
 
 @dataclass(frozen=True)
@@ -30,24 +33,111 @@ class Noised:
 class NoiseProcess:
     """How noise is added: how much at which timestep, and what is predicted."""
 
-    schedule: DDPMScheduler
-    """The base's."""
-    snr_gamma: float | None
-    """Of the min-SNR weighting; None for none."""
+    config: TrainConfig
+    """The run."""
+    predicts: PredictionType
+    """What the network predicts."""
+    signal: Tensor
+    """Scale of the clean latents at each timestep (timesteps,), least noise first."""
+    spread: Tensor
+    """Scale of the noise at each timestep (timesteps,)."""
+    times: Tensor
+    """What the network is told at each timestep (timesteps,)."""
 
     def draw(self, latents: Tensor, generator: torch.Generator) -> Noised:
         """Draw a timestep and noise for each of some clean latents (batch, c, h, w), all on the CPU."""
-        predicts = self.schedule.config.prediction_type
+        config = self.config
         noise = torch.randn(latents.shape, generator=generator)
-        timesteps = torch.randint(len(self.schedule), (len(latents),), generator=generator)
-        alpha_bar = self.schedule.alphas_cumprod[timesteps]
+        chosen = sample_timesteps(
+            len(latents),
+            (config.min_timestep, len(self.times) if config.max_timestep is None else config.max_timestep),
+            config.timestep_sampling,
+            generator,
+            logit_mean=config.logit_mean,
+            logit_std=config.logit_std,
+        )
+        if config.noise_offset:
+            noise = offset_noise(noise, config.noise_offset, generator)
+        signal, spread = self.signal[chosen], self.spread[chosen]
         weights = torch.ones(len(latents))
-        if self.snr_gamma is not None:
-            weights = min_snr_weights(alpha_bar, self.snr_gamma, predicts)
-        target = training_target(latents, noise, alpha_bar, predicts)
-        return Noised(add_noise(latents, noise, alpha_bar), timesteps, target, weights)
+        if config.snr_gamma is not None:
+            weights = min_snr_weights(signal, spread, config.snr_gamma, self.predicts)
+        target = training_target(latents, noise, signal, spread, self.predicts)
+        return Noised(add_noise(latents, noise, signal, spread), self.times[chosen], target, weights)
 
 
-def noise_process(config: TrainConfig, pipe: StableDiffusionPipeline) -> NoiseProcess:
-    """Return the noise process of a base, as the run wants it."""
-    return NoiseProcess(DDPMScheduler.from_config(pipe.scheduler.config), config.snr_gamma)
+def noise_process(config: TrainConfig, pipe: Any) -> NoiseProcess:
+    """Return the noise process of a base, as the run wants it.
+
+    Raises:
+        UserError: The run wants something of it that does not go together, or that the base does not have.
+    """
+    scheduler = matching_scheduler(config, pipe.scheduler)
+    predicts: Any = prediction_type(scheduler)
+    if predicts == "flow":
+        # A new one: its sigmas, from much noise to little, are those of training until pictures are drawn.
+        flow = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
+        sigmas, times = flow.sigmas.flip(0), flow.timesteps.flip(0)
+        signal, spread = 1 - sigmas, sigmas
+    else:
+        alpha_bar = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
+        signal, spread, times = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), torch.arange(len(alpha_bar))
+    for name, value in (("min_timestep", config.min_timestep + 1), ("max_timestep", config.max_timestep or 1)):
+        if value > len(times):
+            most = f"the base has {len(times)} timesteps"
+            raise UserError(f"{name}={getattr(config, name)}: {most}; choose some of them")
+    return NoiseProcess(config, predicts, signal, spread, times)
+
+
+def match_scheduler(config: TrainConfig, pipe: Any) -> None:
+    """Give a base the scheduler that draws pictures the way the run trains it.
+
+    Raises:
+        UserError: As `matching_scheduler`.
+    """
+    pipe.scheduler = matching_scheduler(config, pipe.scheduler)
+
+
+def matching_scheduler(config: TrainConfig, scheduler: Any) -> Any:
+    """Return the base's scheduler where it does as the run wants, else a DDIM or flow scheduler that does.
+
+    Zero terminal SNR, and that pictures are then drawn from the last timestep on ("trailing"): Lin et al., "Common
+    Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, algorithm 1 and section 3.3.
+
+    Raises:
+        UserError: The run's prediction type, zero terminal SNR or shift does not fit the base's scheduler.
+    """
+    kind, said, base = type(scheduler).__name__, prediction_type(scheduler), scheduler.config
+    predicts = config.prediction_type or said
+    if predicts not in get_args(PredictionType):
+        known = ", ".join(get_args(PredictionType))
+        raise UserError(f"the base's {kind} says prediction_type={said!r}; choose one with prediction_type: {known}")
+    if predicts == "flow":
+        return _flow_scheduler(config, scheduler)
+    if config.flow_shift is not None:
+        raise UserError(f"flow_shift={config.flow_shift}: the base predicts {predicts}; expected prediction_type flow")
+    if said == "flow" or not hasattr(scheduler, "alphas_cumprod"):
+        found = f"the base's {kind} has no noise schedule of diffusion (alphas_cumprod)"
+        raise UserError(f"prediction_type={predicts!r}: {found}; take a base with a DDIMScheduler, or train flow")
+    said_zero = bool(base.get("rescale_betas_zero_snr"))
+    zero_snr = said_zero if config.rescale_betas_zero_snr is None else config.rescale_betas_zero_snr
+    if zero_snr and predicts == "epsilon":
+        found = "at zero terminal SNR the base's epsilon says nothing of the picture"
+        raise UserError(f"rescale_betas_zero_snr=True: {found}; set it to false, or prediction_type to v_prediction")
+    spacing = "trailing" if zero_snr else base.get("timestep_spacing")
+    if (predicts, zero_snr, spacing) == (said, said_zero, base.get("timestep_spacing")):
+        return scheduler
+    changes = {"prediction_type": predicts, "rescale_betas_zero_snr": zero_snr, "clip_sample": False}
+    return DDIMScheduler.from_config(base, **changes, **({"timestep_spacing": spacing} if spacing else {}))
+
+
+def _flow_scheduler(config: TrainConfig, scheduler: Any) -> Any:
+    base = scheduler.config
+    if config.rescale_betas_zero_snr:
+        raise UserError("rescale_betas_zero_snr=True: expected no value, as flow ends in pure noise anyway")
+    shift = config.flow_shift if config.flow_shift is not None else base.get("shift", base.get("flow_shift", 1.0))
+    same = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not base.use_dynamic_shifting
+    if not same or base.shift != shift:
+        steps = base.get("num_train_timesteps", 1000)
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
+    return scheduler

@@ -1,4 +1,4 @@
-"""Open a diffusers pipeline that a user has named."""
+"""Open the diffusers pipeline that a user has named: a folder, a Hub id, or one checkpoint file."""
 
 from __future__ import annotations
 
@@ -9,23 +9,114 @@ import torch
 
 from atomdiff.errors import UserError
 
+_SINGLE_FILES = (".safetensors", ".ckpt")
+_KINDS_OF_FILES = {  # what diffusers calls a checkpoint -> its pipeline
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+}
+_DESCRIBE = "name a pipeline of its architecture, a folder or a Hub id, with single_file_config"
 
-def open_pipeline(name: str, dtype: torch.dtype, *, revision: str | None = None, variant: str | None = None) -> Any:
+
+def open_pipeline(
+    name: str,
+    dtype: torch.dtype = torch.float32,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+    **parts: Any,
+) -> Any:
     """Load a diffusers pipeline.
 
     Args:
-        name: a folder or a Hub id.
+        name: a folder, a Hub id, or a checkpoint file in the layout of the original code, .safetensors or .ckpt. Of a
+            .ckpt only tensors are unpickled.
         dtype: precision of its weights.
         revision: on the Hub.
         variant: of its files, such as fp16.
+        single_file_config: folder or Hub id of a pipeline whose configs describe the checkpoint file; None: the one
+            that diffusers knows for it, on the Hub.
+        **parts: of the pipeline that are there already and not to be loaded, and options of its class.
 
     Raises:
         UserError: it is not there, or cannot be loaded.
     """
     from diffusers import DiffusionPipeline
 
+    if is_single_file(name):
+        return _open_single_file(name, dtype, single_file_config, parts)
     try:
-        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=dtype)
+        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=dtype, **parts)
     except (OSError, ValueError) as error:
-        found = "is there, but" if Path(name).is_dir() else "is no folder here, and as a Hub id"
-        raise UserError(f"the pipeline {name!r} {found} cannot be loaded ({' '.join(str(error).split())})") from error
+        raise _cannot_load(name, error) from error
+
+
+def pipeline_class(name: str, *, revision: str | None = None, single_file_config: str | None = None) -> str:
+    """Return the name of the class of a pipeline, without loading its weights.
+
+    Args:
+        name: as for `open_pipeline`.
+        revision: on the Hub.
+        single_file_config: as for `open_pipeline`.
+
+    Raises:
+        UserError: it is not there, or it is a checkpoint file of another architecture than Stable Diffusion 1.x, 2.x
+            and XL, or cannot be read.
+    """
+    from diffusers import DiffusionPipeline
+
+    if is_single_file(name):
+        if single_file_config is None:
+            return _class_of_file(name)
+        name = single_file_config
+    try:
+        return str(DiffusionPipeline.load_config(name, revision=revision)["_class_name"])
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(name, error) from error
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a name is that of a checkpoint file, here or as an address on the Hub."""
+    return name.endswith(_SINGLE_FILES) and not Path(name).is_dir()
+
+
+def _open_single_file(name: str, dtype: torch.dtype, config: str | None, parts: dict[str, Any]) -> Any:
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    kind = pipeline_class(name, single_file_config=config)
+    lacks = f"the checkpoint {name!r} lacks weights of a {kind}: it is damaged, or of another architecture; {_DESCRIBE}"
+    try:
+        pipe = getattr(diffusers, kind).from_single_file(name, config=config, dtype=dtype, **parts)
+    except NotImplementedError as error:  # of weights that have no numbers
+        raise UserError(lacks) from error
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SingleFileComponentError) as error:
+        # Which of them depends on where diffusers meets the first tensor that does not fit.
+        raise _cannot_load(name, error, f" as a {kind}", _DESCRIBE) from error
+    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+    if any(parameter.is_meta for model in models for parameter in model.parameters()):
+        raise UserError(lacks)
+    return pipe
+
+
+def _class_of_file(name: str) -> str:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+
+    try:
+        kind = infer_diffusers_model_type(load_single_file_checkpoint(name))
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
+    if kind not in _KINDS_OF_FILES:
+        raise UserError(f"the checkpoint {name!r} is a {kind}: expected Stable Diffusion 1.x, 2.x or XL")
+    return _KINDS_OF_FILES[kind]
+
+
+def _cannot_load(name: str, error: Exception, what: str = "", advice: str = "") -> UserError:
+    found = "is there, but" if Path(name).exists() else "is no folder or file here, and as a Hub id"
+    if name.endswith(".ckpt"):
+        advice = (
+            f"of a .ckpt only tensors are read, as others could run a program: convert it to .safetensors; {advice}"
+        )
+    reason = " ".join(str(error).split())
+    return UserError(f"the pipeline {name!r} {found} cannot be loaded{what} ({reason}); {advice}".rstrip("; "))

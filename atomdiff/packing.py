@@ -14,14 +14,15 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from atomdiff import hub
-from atomdiff.delta_file import DeltaFile, read_delta_file, read_tensors, split_token_key
+from atomdiff.delta_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file, read_tensors, split_token_key
 from atomdiff.errors import UserError
-from atomdiff.library import ENDING, ConceptLibrary
+from atomdiff.library import ConceptLibrary
 from atomdiff.peft_directory import LEARNED_EMBEDS_NAME
 from atomdiff.picture_files import content_hash
 from atomdiff.pipeline import renamed_tokens
 from atomdiff.prompt_tags import describe_strength, has_word, replace_words, split_tags
-from atomdiff.strength import Strength
+from atomdiff.strength import Strength, given_strengths
+from atomdiff.trigger_words import group_words
 
 Item = TypeVar("Item")
 
@@ -111,7 +112,7 @@ def given_concept(source: str, trigger_word: str | None = None) -> Concept:
         UserError: nothing is there, it is damaged, or it has not exactly one word to rename.
     """
     path, found = hub.locate(source)
-    file, name = Path(source).name, found.removesuffix(ENDING)
+    file, name = Path(source).name, found.removesuffix(CONCEPT_SUFFIX)
     if path.is_dir():
         embeddings = path / LEARNED_EMBEDS_NAME
         own = {split_token_key(key)[0] for key in (read_tensors(embeddings)[0] if embeddings.is_file() else ())}
@@ -124,6 +125,27 @@ def given_concept(source: str, trigger_word: str | None = None) -> Concept:
     return Concept(name, file, path, tuple(tokens), phrase, lambda: known, trigger_word)
 
 
+def given_concepts(
+    sources: Sequence[str], weights: Sequence[Any] = (), trigger_words: Sequence[str] = ()
+) -> list[tuple[Concept, Strength]]:
+    """The concepts that a command line gives, each with its strength.
+
+    Args:
+        sources: where they are, as `given_concept` takes it.
+        weights: strengths as `Strength.read` takes them; none: 1 each.
+        trigger_words: words to use instead of their own; none: their own.
+
+    Raises:
+        UserError: a concept cannot be used, or not with its strength.
+    """
+    strengths = given_strengths(sources, weights, trigger_words)
+    words: Sequence[str | None] = trigger_words or [None] * len(sources)
+    given = [given_concept(source, word) for source, word in zip(sources, words, strict=True)]
+    for concept, strength in zip(given, strengths, strict=True):
+        _check_strength(concept, strength)
+    return list(zip(given, strengths, strict=True))
+
+
 def library_concept(library: ConceptLibrary, name: str) -> Concept:
     """A concept of a library; it is read when it is needed.
 
@@ -131,7 +153,8 @@ def library_concept(library: ConceptLibrary, name: str) -> Concept:
         UserError: there is none of that name.
     """
     info = library.info(name)
-    return Concept(name, name + ENDING, info.path, info.trigger_words, info.trigger_phrase, read=lambda: library[name])
+    file = name + CONCEPT_SUFFIX
+    return Concept(name, file, info.path, info.trigger_words, info.trigger_phrase, read=lambda: library[name])
 
 
 def read_lines(
@@ -221,7 +244,8 @@ def warn_of_prompts(pipe: Any, lines: Iterable[Line]) -> None:
     lines = list(dict.fromkeys(lines))
     longest = pipe.tokenizer.model_max_length
     for line in lines:
-        one_token = {word: "a" for concept, _ in line.concepts for word in concept.words}
+        groups = [group for concept, _ in line.concepts for group in group_words(concept.words).items()]
+        one_token = {word: " ".join("a" for _ in vectors) for word, vectors in groups}
         tokens = len(pipe.tokenizer(replace_words(line.text, one_token), verbose=False).input_ids)
         if tokens > longest:
             shown = textwrap.shorten(line.prompt, 60)

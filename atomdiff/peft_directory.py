@@ -109,6 +109,11 @@ def _read_config(folder: Path) -> PeftConfig:
     replaced = getattr(config, "modules_to_save", None)
     if replaced:
         raise UserError(f"{folder} replaces whole modules ({some(replaced)}), which atomdiff does not load")
+    if getattr(config, "trainable_token_indices", None):
+        raise UserError(
+            f"{folder} replaces rows of embeddings (trainable_token_indices), which atomdiff does not load: train a "
+            "trigger word instead"
+        )
     start = getattr(config, "init_lora_weights", True)
     if isinstance(start, str) and _REWRITING.fullmatch(start):
         raise UserError(

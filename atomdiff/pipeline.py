@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
@@ -19,12 +19,16 @@ from atomdiff.errors import UserError
 from atomdiff.model_spec import atomdiff_version, model_spec
 from atomdiff.trigger_words import (
     add_trigger_word,
+    add_trigger_words,
     check_free,
     check_vectors,
+    group_words,
     remove_trigger_word,
+    remove_trigger_words,
     set_trigger_embedding,
     token_id,
     trigger_words,
+    words_of,
 )
 from atomdiff.tuner import attach
 from atomdiff.tuner.config import AtomConfig
@@ -146,11 +150,11 @@ def load_atoms(
                     attach.attach_atoms(model, delta.config, layers, name)
                 elif component in foreign:
                     attach.attach_peft(model, *foreign[component], name)
+            add_trigger_words(pipe, tokens, owner=name)
             for word, vectors in tokens.items():
-                add_trigger_word(pipe, word, owner=name)
                 set_trigger_embedding(pipe, word, vectors)
     except BaseException as error:
-        _remove_words(pipe, name)
+        remove_trigger_words(pipe, _words_of(pipe, [name]))
         if isinstance(error, Exception):  # PEFT answers strange settings with any of them
             raise UserError(f"cannot load {place or repr(name)}: {error}") from error
         raise
@@ -245,14 +249,12 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
     if adapter_name is not None and adapter_name not in concept_names(pipe):
         raise UserError(f"there is no concept {adapter_name!r} to unload; there are: {_names(pipe)}")
     restore(pipe)
-    for name in concept_names(pipe) if adapter_name is None else [adapter_name]:
-        for model in pipeline_models(pipe).values():
+    names = concept_names(pipe) if adapter_name is None else [adapter_name]
+    for model in pipeline_models(pipe).values():
+        for name in names:
             if _has(model, name):
                 attach.detach(model, name)
-        _remove_words(pipe, name)
-    if adapter_name is None:
-        for word in trigger_words(pipe):
-            remove_trigger_word(pipe, word)
+    remove_trigger_words(pipe, trigger_words(pipe) if adapter_name is None else _words_of(pipe, names))
 
 
 def merge(pipe: Any) -> None:
@@ -346,19 +348,20 @@ def _free_name(pipe: Any, name: str) -> str:
 
 
 def renamed_tokens(tokens: dict[str, dict[str, Tensor]], word: str | None) -> dict[str, dict[str, Tensor]]:
-    """The tokens of a concept under another word; None: as they are.
+    """The tokens of a concept under another word, all of its vectors; None: as they are.
 
     Raises:
         UserError: there is not exactly one to rename.
     """
     if word is None:
         return tokens
-    if len(tokens) != 1:
-        raise UserError(f"trigger_word={word!r} renames one word, but the concept has {len(tokens)}: leave it out")
-    return {word: next(iter(tokens.values()))}
+    groups = group_words(tokens)
+    if len(groups) != 1:
+        raise UserError(f"trigger_word={word!r} renames one word, but the concept has {len(groups)}: leave it out")
+    ((_, group),) = groups.items()
+    new = dict(zip(group, words_of(word, len(group)), strict=True))
+    return {new[old]: vectors for old, vectors in tokens.items()}
 
 
-def _remove_words(pipe: Any, owner: str) -> None:
-    for word, entry in trigger_words(pipe).items():
-        if entry.owner == owner:
-            remove_trigger_word(pipe, word)
+def _words_of(pipe: Any, owners: Collection[str]) -> list[str]:
+    return [word for word, entry in trigger_words(pipe).items() if entry.owner in owners]

@@ -2,38 +2,46 @@
 
 import hashlib
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
 from torch import Tensor
 
-from atomdiff.base_model import draw_pictures, training_resolution
+from atomdiff.base_model import BasePipeline, draw_pictures, place, size_unit, training_resolution
+from atomdiff.buckets import Size, bucket_sizes, nearest_bucket
+from atomdiff.captions import tag_orders
 from atomdiff.data import (
-    LatentCache,
     Photo,
     Picture,
+    bucket_turn,
     derive_seed,
-    encode_pictures,
     ensure_class_pictures,
     read_photos,
     sample_order,
-    views,
 )
+from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
+from atomdiff.latents import Encoder, LatentCache, join
+from atomdiff.masks import read_masks
 from atomdiff.train_config import Subject, TrainConfig
+from atomdiff.views import View, views
+
+_OF_SCHEDULER = ("prediction_type", "rescale_betas_zero_snr", "flow_shift")  # they change what the base draws
 
 
 @dataclass(frozen=True)
 class Pictures:
-    """A set of pictures to train on."""
+    """Pictures to train on, all cut to one size."""
 
     latents: LatentCache
-    prompts: tuple[int, ...]
-    """The number of each picture's prompt."""
+    prompts: tuple[tuple[int, ...], ...]
+    """The numbers of each picture's prompts: its tags in several orders."""
+    epoch: tuple[int, ...]
+    """What an epoch holds: the number of each picture, as often as it is repeated."""
 
 
 @dataclass(frozen=True)
@@ -46,6 +54,11 @@ class Samples:
     """Number of each sample's prompt."""
     instances: int
     """How many of the samples are photos."""
+    time_ids: Tensor
+    """What SDXL is told of each view (batch, 6): original height and width, crop top and left, target height and width,
+    in pixels."""
+    weights: Tensor | None = None
+    """Loss weights (batch, 1, h, w) where losses are masked."""
 
 
 @dataclass(frozen=True)
@@ -54,75 +67,204 @@ class Material:
 
     prompts: tuple[str, ...]
     """All prompts, each once."""
-    photos: Pictures
-    """The subjects'."""
-    class_pictures: Pictures | None
-    """With prior preservation."""
+    photos: tuple[Pictures, ...]
+    """The subjects', those of each bucket together."""
+    class_pictures: tuple[Pictures, ...] | None
+    """With prior preservation: all of them for every bucket."""
+    caption_dropout: float = 0.0
+    """Share of samples that get the empty prompt."""
+
+    @property
+    def image_count(self) -> int:
+        """How many photos there are."""
+        return sum(len(pictures.prompts) for pictures in self.photos)
 
     def draw(self, number: int, batch_size: int, seed: int, generator: torch.Generator) -> Samples:
-        """Draw the samples of a forward pass.
+        """Draw the samples of a forward pass, all from one bucket.
 
         Args:
             number: Of the forward pass, counted over all processes from 0; with the seed it chooses the pictures.
             batch_size: Photos, and class pictures if there are any.
             seed: Of the run.
-            generator: Chooses everything else, such as the view of a picture.
+            generator: Chooses everything else, such as the view of a picture and the order of its tags.
         """
-        latents, prompts = [], []
-        for name, pictures in (("photos", self.photos), ("class pictures", self.class_pictures)):
-            if pictures is not None:
-                count = len(pictures.prompts)
-                chosen = sample_order(count, number * batch_size, batch_size, derive_seed(seed, name))
-                latents.append(pictures.latents.draw(chosen, generator))
-                prompts += [pictures.prompts[picture] for picture in chosen]
-        return Samples(torch.cat(latents), prompts, batch_size)
+        counts = [len(pictures.epoch) for pictures in self.photos]
+        bucket, turn = bucket_turn(number, counts, derive_seed(seed, "buckets"))
+        sources = [("photos", self.photos[bucket], turn)]
+        if self.class_pictures is not None:
+            sources.append(("class pictures", self.class_pictures[bucket], number))
+        drawn, prompts = [], []
+        for name, pictures, earlier in sources:
+            order = sample_order(len(pictures.epoch), earlier * batch_size, batch_size, derive_seed(seed, name))
+            chosen = [pictures.epoch[place] for place in order]
+            drawn.append(pictures.latents.draw(chosen, generator))
+            prompts += self._draw_prompts([pictures.prompts[picture] for picture in chosen], generator)
+        weights = [part.weights for part in drawn if part.weights is not None]
+        return Samples(
+            torch.cat([part.latents for part in drawn]),
+            prompts,
+            batch_size,
+            torch.cat([part.time_ids for part in drawn]),
+            torch.cat(weights) if weights else None,
+        )
+
+    def _draw_prompts(self, orders: Sequence[Sequence[int]], generator: torch.Generator) -> list[int]:
+        """Draw one of each sample's prompts, or the empty one; nothing is drawn where there is no choice."""
+        prompts = [of_one[0] for of_one in orders]
+        if any(len(of_one) > 1 for of_one in orders):
+            share = torch.rand(len(orders), generator=generator).tolist()
+            prompts = [of_one[int(part * len(of_one))] for of_one, part in zip(orders, share, strict=True)]
+        if self.caption_dropout:
+            empty = self.prompts.index("")
+            dropped = (torch.rand(len(orders), generator=generator) < self.caption_dropout).tolist()
+            prompts = [empty if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
+        return prompts
 
 
-def prepare_material(config: TrainConfig, pipe: StableDiffusionPipeline, accelerator: Accelerator) -> Material:
+@dataclass(frozen=True)
+class Source:
+    """A picture as it was read."""
+
+    prompts: tuple[str, ...]
+    """Its tags in several orders."""
+    cut: Callable[[Size], list[View]]
+    """Gives its views of a size."""
+    bucket: Size | None = None
+    """The size it is cut to; None for all that photos are cut to."""
+    masked: bool = False
+    """Whether it has a mask."""
+    repeats: int = 1
+    """How often it comes in an epoch."""
+
+
+def prepare_material(config: TrainConfig, pipe: BasePipeline, accelerator: Accelerator) -> Material:
     """Read the photos, draw the class pictures that are missing, and cache all latents; then the VAE is let go.
 
     Raises:
-        UserError: The resolution does not suit the base, a folder does not hold what it should, or no prompt names the
-            trigger word whose vector is to be trained.
+        UserError: The resolution or a bucket does not suit the base, a folder does not hold what it should, or no
+            prompt names the trigger word whose vector is to be trained.
     """
     side = training_resolution(config, pipe)
-    photos, texts = [], []
+    sizes = bucket_sizes(config.aspect_ratio_buckets, side, size_unit(pipe))
+    photos = [source for subject in config.subjects for source in read_subject(config, subject, sizes)]
+    if config.masked_loss and not any(photo.masked for photo in photos):
+        folder = Path(config.subjects[0].instance_data_dir) / "mask"
+        expected = f"masks in {folder}, named like the photos, or photos with an alpha channel"
+        raise UserError(f"masked_loss=True: no photo has a mask; expected {expected}")
+    if config.train_token:
+        check_words(config, [prompt for photo in photos for prompt in photo.prompts])
+    drawn_by = hashlib.sha256(pipe.unet.conv_out.weight.detach().cpu().numpy().tobytes()).hexdigest()[:16]
+    of_class = []
+    for subject in config.subjects if config.with_prior_preservation else ():
+        folder = draw_class_pictures(config, subject, pipe, accelerator, side, drawn_by)
+        for photo in read_photos(folder, minimum_side=side // 2, limit=config.num_class_images):
+            orders = tag_texts(config, subject.fill(photo.caption or subject.class_prompt))
+            of_class.append(Source(orders, partial(views, photo.picture, center_crop=True)))
+    texts = [prompt for source in [*photos, *of_class] for prompt in source.prompts]
+    texts += [""] if config.caption_dropout else []
+    prompts = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+    place(pipe, accelerator, "vae")
+    cache = DiskCache(config.cache_folder)
+    encoder = Encoder(pipe.vae, config.sample_batch_size, cache, config.unmasked_weight if config.masked_loss else None)
+
+    def encode(sources: Sequence[Source], size: Size) -> Pictures:
+        latents = encode_together(encoder, [partial(source.cut, size) for source in sources], accelerator)
+        numbers = tuple(tuple(prompts[text] for text in source.prompts) for source in sources)
+        epoch = tuple(number for number, source in enumerate(sources) for _ in range(source.repeats))
+        return Pictures(latents, numbers, epoch)
+
+    used = [size for size in sizes if any(photo.bucket == size for photo in photos)]
+    material = Material(
+        tuple(prompts),
+        tuple(encode([photo for photo in photos if photo.bucket == size], size) for size in used),
+        tuple(encode(of_class, size) for size in used) if of_class else None,
+        config.caption_dropout,
+    )
+    pipe.vae = None
+    place(pipe, accelerator)
+    return material
+
+
+def read_subject(config: TrainConfig, subject: Subject, sizes: Sequence[Size]) -> list[Source]:
+    """Read the photos of a subject, with their masks if the run wants them.
+
+    Raises:
+        UserError: The folder does not hold what it should; the message names the files.
+    """
+    folder = subject.instance_data_dir
+    photos = read_photos(folder, minimum_side=min(map(min, sizes)) // 2)
+    masks = read_masks(folder, photos) if config.masked_loss else [None] * len(photos)
+    tiny, sources = [], []
+    for photo, mask in zip(photos, masks, strict=True):
+        width, height = photo.picture.size
+        bucket = nearest_bucket((height, width), sizes)
+        if max(bucket[0] / height, bucket[1] / width) > 2:
+            tiny.append(f"{photo.name} ({width}x{height} for {bucket[1]}x{bucket[0]})")
+        orders = tag_texts(config, subject.fill(photo.caption or subject.instance_prompt))
+        cut = partial(cut_photo, config, photo, mask)
+        sources.append(Source(orders, cut, bucket, mask is not None, subject.repeats))
+    if tiny:
+        raise UserError(f"{folder}: less than half as large as their bucket: {', '.join(tiny)}. Replace or remove them")
+    return sources
+
+
+def cut_photo(config: TrainConfig, photo: Photo, mask: Picture | None, size: Size) -> list[View]:
+    """Return the views of a photo, but for those that show nothing of what its mask marks, if the rest counts nothing.
+
+    Raises:
+        UserError: None is left.
+    """
+    cut = views(photo.picture, size, config.center_crop, config.random_flip, mask)
+    if mask is None or config.unmasked_weight:
+        return cut
+    cut = [view for view in cut if view.mask is not None and view.mask.getbbox()]
+    if not cut:
+        what = f"a photo cut to {size[1]}x{size[0]} shows nothing of what its mask marks"
+        raise UserError(f"{photo.name}: {what}; crop it yourself, or set center_crop to false or aspect_ratio_buckets")
+    return cut
+
+
+def tag_texts(config: TrainConfig, text: str) -> tuple[str, ...]:
+    """Return a prompt with its tags in the orders that the run wants."""
+    if not config.shuffle_captions:
+        return (text,)
+    return tag_orders(text, config.keep_tokens, derive_seed(config.seed, "tags", text))
+
+
+def check_words(config: TrainConfig, texts: Sequence[str]) -> None:
+    """Check that the photos' prompts name the trigger word of every subject.
+
+    Raises:
+        UserError: They do not.
+    """
     for subject in config.subjects:
-        of_subject = read_photos(subject.instance_data_dir, minimum_side=side // 2)
-        photos += of_subject
-        texts += [subject.fill(photo.caption or subject.instance_prompt) for photo in of_subject]
-    for subject in config.subjects if config.train_token else ():
         word = re.compile(rf"(?<!\w){re.escape(subject.trigger_word)}(?!\w)", re.IGNORECASE)
         if not any(word.search(text) for text in texts):
             raise UserError(
                 f"trigger_word={subject.trigger_word!r}: no prompt names it ({texts[0]!r}, ...), so its vector cannot "
                 "be trained; write it into the prompts, or set train_token to false"
             )
-    pipe.to(accelerator.device, torch.float32)
-    of_class: list[Photo] = []
-    class_texts: list[str] = []
-    for subject in config.subjects if config.with_prior_preservation else ():
-        folder = draw_class_pictures(config, subject, pipe, accelerator, side)
-        drawn = read_photos(folder, minimum_side=side // 2, limit=config.num_class_images)
-        of_class += drawn
-        class_texts += [subject.fill(photo.caption or subject.class_prompt) for photo in drawn]
-    prompts = tuple(dict.fromkeys([*texts, *class_texts]))
 
-    def encode(pictures: Sequence[Sequence[Picture]], named: Sequence[str]) -> Pictures:
-        latents = encode_pictures(pipe.vae, pictures, config.sample_batch_size)
-        return Pictures(latents, tuple(prompts.index(text) for text in named))
 
-    material = Material(
-        prompts,
-        encode([views(photo.picture, side, config.center_crop, config.random_flip) for photo in photos], texts),
-        encode([views(photo.picture, side, center_crop=True) for photo in of_class], class_texts) if of_class else None,
-    )
-    pipe.vae = None
-    return material
+def encode_together(
+    encoder: Encoder, cuts: Sequence[Callable[[], list[View]]], accelerator: Accelerator
+) -> LatentCache:
+    """Encode the views of pictures of one size; where there are several processes, each encodes its share of them.
+
+    Args:
+        encoder: Its cache is what the processes exchange their results in.
+        cuts: Each gives the views of a picture.
+        accelerator: The processes.
+    """
+    if accelerator.num_processes > 1:
+        for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
+            encoder(cut())
+        accelerator.wait_for_everyone()
+    return join([encoder(cut()) for cut in cuts])
 
 
 def draw_class_pictures(
-    config: TrainConfig, subject: Subject, pipe: StableDiffusionPipeline, accelerator: Accelerator, side: int
+    config: TrainConfig, subject: Subject, pipe: BasePipeline, accelerator: Accelerator, side: int, drawn_by: str
 ) -> Path:
     """Let the base draw the class pictures of a subject that are missing, and return their folder.
 
@@ -134,13 +276,15 @@ def draw_class_pictures(
     prompt = subject.fill(subject.class_prompt)
     recipe = {
         "prompt": prompt,
-        "base": hashlib.sha256(pipe.unet.conv_out.weight.detach().cpu().numpy().tobytes()).hexdigest()[:16],
+        "base": drawn_by,
         "side": side,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
+        **{name: getattr(config, name) for name in _OF_SCHEDULER if getattr(config, name) is not None},
     }
 
     def draw(numbers: list[int]) -> list[Picture]:
+        place(pipe, accelerator)
         seeds = [derive_seed(0, "class picture", number) for number in numbers]
         return draw_pictures(config, pipe, [prompt] * len(numbers), seeds)
 

@@ -14,7 +14,7 @@ from atomdiff.errors import UserError
 from atomdiff.open_pipeline import open_pipeline
 from atomdiff.picture_files import PictureFile, listing_hash, write_overview
 from atomdiff.prompt_tags import split_tags
-from atomdiff.strength import Strength
+from atomdiff.strength import given_strengths
 
 if TYPE_CHECKING:
     from atomdiff.packing import Line
@@ -29,13 +29,16 @@ class SampleConfig:
     """
 
     pretrained_model_name_or_path: str
-    """The base, or a fully tuned pipeline: a folder or a Hub id."""
+    """The base, or a fully tuned pipeline: a folder, a Hub id, or a checkpoint file (.safetensors, .ckpt)."""
     output_dir: str = "out/samples"
     """Folder for the pictures, grid.png and manifest.json. What is there with the same settings is not drawn again."""
     revision: str | None = None
     """Revision of a base on the Hub."""
     variant: str | None = None
     """Variant of the base's files, such as fp16."""
+    single_file_config: str | None = None
+    """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
+    diffusers finds out, from the Hub."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the base while drawing."""
 
@@ -76,16 +79,11 @@ class SampleConfig:
         for path in filter(None, (self.prompts_file, self.library)):
             if not Path(path).exists():
                 raise UserError(f"found nothing at {path!r}: check the path")
-        for weight in self.weights:
-            Strength.read(weight)
+        given_strengths(self.concepts, self.weights, self.trigger_words)
         if self.negative_prompt and split_tags(self.negative_prompt)[1]:
             raise UserError(
                 f"negative_prompt={self.negative_prompt!r}: only prompts can wear concepts; take the tag out"
             )
-        for name in ("weights", "trigger_words"):
-            given = len(getattr(self, name))
-            if given and given != len(self.concepts):
-                raise UserError(f"found {given} {name} for {len(self.concepts)} concepts; give one each, or none")
         for name in ("num_inference_steps", "height", "width", "sample_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -174,6 +172,9 @@ def draw_each(
     if len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one of each a picture")
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+    if type(pipe.scheduler).__name__.startswith("FlowMatch"):  # it lacks what pipelines with a UNet look up
+        pipe.scheduler.init_noise_sigma = 1.0
+        pipe.scheduler.scale_model_input = lambda latents, timestep: latents
     bar = getattr(pipe, "_progress_bar_config", {})
     pipe.set_progress_bar_config(disable=True)
     try:
@@ -201,11 +202,9 @@ def save_samples(config: SampleConfig) -> Path:
     from accelerate import Accelerator
 
     from atomdiff.library import ConceptLibrary
-    from atomdiff.packing import given_concept, in_order, read_lines, share_of, warn_of_prompts
+    from atomdiff.packing import given_concepts, in_order, read_lines, share_of, warn_of_prompts
 
-    words = config.trigger_words or (None,) * len(config.concepts)
-    strengths = map(Strength.read, config.weights or (1.0,) * len(config.concepts))
-    given = list(zip(map(given_concept, config.concepts, words), strengths, strict=True))
+    given = given_concepts(config.concepts, config.weights, config.trigger_words)
     library = None if config.library is None else ConceptLibrary(config.library)
     lines = read_lines(config.read_prompts(), given, library)
 
@@ -223,8 +222,13 @@ def save_samples(config: SampleConfig) -> Path:
     state.wait_for_everyone()  # all have seen the same files missing
     share = share_of(missing, state.process_index, state.num_processes)
     if share:
-        name, dtype = config.pretrained_model_name_or_path, getattr(torch, config.dtype)
-        pipe = open_pipeline(name, dtype, revision=config.revision, variant=config.variant).to(state.device)
+        pipe = open_pipeline(
+            config.pretrained_model_name_or_path,
+            getattr(torch, config.dtype),
+            revision=config.revision,
+            variant=config.variant,
+            single_file_config=config.single_file_config,
+        ).to(state.device)
         if state.is_main_process:
             warn_of_prompts(pipe, [line for _, line in missing])
         bar = tqdm(_draw(config, pipe, share), "pictures", len(share), disable=not state.is_main_process)
@@ -241,7 +245,7 @@ def _settings(config: SampleConfig) -> dict[str, str]:
     base = Path(config.pretrained_model_name_or_path)
     facts = {
         "base_model": config.pretrained_model_name_or_path,
-        "base_files": listing_hash(base) if base.is_dir() else config.revision,
+        "base_files": listing_hash(base) if base.exists() else config.revision,
         "variant": config.variant,
         "dtype": config.dtype,
         "concepts": None,

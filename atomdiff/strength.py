@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -90,6 +90,20 @@ class Strength:
             if not any(_reach(module, part) for module in modules):
                 there = sorted({".".join(module.split(".")[:3]) for module in modules})
                 raise UserError(f"{name!r} has no layer in {part!r}; it has layers in: {', '.join(there) or 'none'}")
+
+
+def given_strengths(
+    concepts: Sequence[str], weights: Sequence[Any] = (), trigger_words: Sequence[str] = ()
+) -> list[Strength]:
+    """The strength of each concept that a command line gives: as `Strength.read` takes it, 1 where there are none.
+
+    Raises:
+        UserError: a strength cannot be read, or there are weights or trigger words, but not one each.
+    """
+    for name, given in (("weights", weights), ("trigger_words", trigger_words)):
+        if given and len(given) != len(concepts):
+            raise UserError(f"found {len(given)} {name} for {len(concepts)} concepts; give one each, or none")
+    return [Strength.read(weight) for weight in weights or [1.0] * len(concepts)]
 
 
 class StepSchedule:

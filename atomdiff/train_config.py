@@ -12,11 +12,16 @@ from typing import Any, Literal, get_args
 
 import yaml
 
+from atomdiff.buckets import parse_buckets
 from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
+_MOST_WORDS = 64  # in a concept file, see delta_file.py
 Precision = Literal["no", "fp16", "bf16"]
+PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
+TimestepSampling = Literal["uniform", "logit_normal", "cubic"]
+Optimizer = Literal["adamw", "prodigy", "adamw_schedulefree"]
 
 
 @dataclass(frozen=True)
@@ -41,8 +46,12 @@ class Subject:
     """Prompt of the class pictures."""
     class_data_dir: str | None = None
     """Folder of the class pictures."""
+    repeats: int = 1
+    """How often each photo comes in an epoch."""
 
     def __post_init__(self) -> None:
+        if type(self.repeats) is not int or self.repeats < 1:
+            raise UserError(f"repeats={self.repeats!r}: expected a whole number of at least 1")
         if not self.trigger_word or len(self.trigger_word.split()) != 1:
             raise UserError(f"trigger_word={self.trigger_word!r}: expected one word without spaces")
 
@@ -75,13 +84,14 @@ class TrainConfig:
     """
 
     pretrained_model_name_or_path: str
-    """The base: a folder or a Hub id of a Stable Diffusion 1.x or 2.x pipeline."""
+    """The base, Stable Diffusion 1.x, 2.x or XL: a folder or a Hub id of a pipeline, or a checkpoint file
+    (.safetensors, .ckpt), here or as an address on the Hub."""
     instance_data_dir: str | None = None
     """Folder of the subject's photos. A .txt file beside a photo is its prompt, in place of instance_prompt."""
     concepts_list: str | None = None
     """YAML or JSON file with several subjects, in place of instance_data_dir: a list of mappings, each with its
     instance_data_dir and whatever differs from this run of class_name, trigger_word, initializer_token,
-    instance_prompt, class_prompt and class_data_dir. Each is learnt in a run of its own, in a folder of its own."""
+    instance_prompt, class_prompt, class_data_dir and repeats. Each is learnt in a run and a folder of its own."""
     one_file: bool = False
     """Learn all subjects of concepts_list in one run, as one concept with a word for each."""
     output_dir: str = "out/train"
@@ -90,6 +100,11 @@ class TrainConfig:
     """Revision of a base on the Hub."""
     variant: str | None = None
     """Variant of the base's files, such as fp16."""
+    single_file_config: str | None = None
+    """Folder or Hub id of a pipeline whose configs describe the base's checkpoint file. Default: the one that diffusers
+    finds out, from the Hub, which takes every 2.x for the v-predicting 2.1."""
+    pretrained_vae_model_name_or_path: str | None = None
+    """Another VAE for the base: a folder, a Hub id or a checkpoint file. Default: the base's own."""
 
     class_name: str | None = None
     """What the subject is, in the base's own words: mug."""
@@ -101,10 +116,15 @@ class TrainConfig:
     """Prompt of the class pictures."""
     train_token: bool = True
     """Train the trigger word's embedding too; it is stored with the concept."""
-    token_learning_rate: float = 1e-2
-    """Learning rate of the trigger word's embedding."""
+    token_learning_rate: float | None = None
+    """Learning rate of the words' embeddings. Default: 1e-2; with prodigy learning_rate."""
     initializer_token: str | None = None
     """Word or words whose mean embedding the trigger word starts from. Default: the class name."""
+    num_vectors: int = 1
+    """Embeddings of each trigger word. Several start from the initializer's tokens, if it has as many, else from their
+    mean with a little noise; each takes the room of one token in prompts."""
+    train_text_encoder_ti_frac: float = 1.0
+    """Share of the steps in which the trigger words' embeddings learn, those at the start; then they stay."""
 
     resolution: int | None = None
     """Side of the training pictures in pixels. Default: that of the base."""
@@ -112,6 +132,27 @@ class TrainConfig:
     """Use only the middle of a photo that is not square; else also both ends of its longer side."""
     random_flip: bool = False
     """Mirror half of the photos drawn. Not for subjects with a left and a right."""
+    aspect_ratio_buckets: str | None = None
+    """Sizes that photos are cut to, each to the one that is shaped most like it: pairs "height,width;height,width" in
+    pixels, or "auto" for sizes of about resolution^2 pixels, their sides half to twice the resolution. A batch is
+    of one size; class pictures are cut to that of the photos beside them. Default: squares of the resolution."""
+    repeats: int = 1
+    """How often each photo comes in an epoch: with one_file, what a subject with few photos has in its entry of
+    concepts_list to be seen as often as the others."""
+    shuffle_captions: bool = False
+    """Draw the order of a prompt's tags, which are what stands between commas, from up to 16 orders of each prompt."""
+    keep_tokens: int = 0
+    """First tags that shuffle_captions leaves where they are."""
+    caption_dropout: float = 0.0
+    """Share of samples that are trained with the empty prompt."""
+    masked_loss: bool = False
+    """Weight the loss by each photo's mask, white where the subject is: a picture named like the photo in the folder
+    mask of its folder, or its alpha channel. Photos without either count whole."""
+    unmasked_weight: float = 0.0
+    """Weight of the loss where a mask is black, with masked_loss."""
+    cache_dir: str | None = None
+    """Folder in which the latents of pictures and the states of prompts are kept for further runs, by their content;
+    several runs may share it, and it may be removed at any time. Default: cache in output_dir."""
 
     with_prior_preservation: bool = False
     """Train on pictures of the class as well, so that the concept does not swallow it."""
@@ -131,10 +172,27 @@ class TrainConfig:
 
     adapter: str = "atoms"
     """What is trained: a JSON file with the config of any PEFT method, or "atoms" (its defaults), or "full"."""
-    learning_rate: float = 5e-3
-    """Learning rate of the adapter. Where overrides.yaml stands beside the adapter's file, its value is the default."""
+    learning_rate: float | None = None
+    """Learning rate of the adapter. Default: that of the overrides.yaml beside the adapter's file, if there is one;
+    else 5e-3; with prodigy 1."""
+    train_text_encoder: bool = False
+    """Train the text encoders too, SDXL's both."""
+    text_encoder_adapter: str | None = None
+    """What of the text encoders is trained, as for adapter. Default: atoms on their attention, with the UNet's settings
+    if that has atoms; all of them with adapter "full"."""
+    text_encoder_lr: float | None = None
+    """Learning rate of the text encoders. Default: learning_rate."""
+    scale_lr: bool = False
+    """Multiply all learning rates by the photos that make up one step: train_batch_size times
+    gradient_accumulation_steps times processes."""
+    optimizer: Optimizer = "adamw"
+    """What moves the parameters: adamw; prodigy, which finds the length of its steps, one for all parameters; or
+    adamw_schedulefree, which needs no schedule, since what is shown and saved is an average of its steps. The last two:
+    pip install "atomdiff[optimizers]"."""
+    prodigy_d_coef: float = 1.0
+    """Factor on the length of the steps that prodigy finds."""
     lr_scheduler: Schedule = "constant"
-    """Course of all learning rates over the run."""
+    """Course of all learning rates over the run; adamw_schedulefree goes with the first two alone."""
     lr_warmup_steps: int = 0
     """Steps in which the learning rates rise from zero."""
     lr_num_cycles: int = 1
@@ -152,23 +210,58 @@ class TrainConfig:
     max_grad_norm: float = 1.0
     """Gradients are scaled down to this norm; 0 for never."""
     adam_beta1: float = 0.9
-    """AdamW's decay of the gradient's mean."""
+    """Decay of the gradient's mean, in every optimizer."""
     adam_beta2: float = 0.999
-    """AdamW's decay of the gradient's square."""
+    """Decay of the gradient's square, in every optimizer."""
     adam_weight_decay: float = 1e-2
-    """AdamW's weight decay, for the adapter only."""
+    """Weight decay in every optimizer, but not of words."""
     adam_epsilon: float = 1e-8
-    """AdamW's epsilon."""
+    """Epsilon of every optimizer."""
     use_8bit_adam: bool = False
-    """Keep the optimizer's state in 8 bits; needs bitsandbytes and a GPU."""
+    """Keep the state of adamw in 8 bits, but for tensors of less than 4096 numbers; needs bitsandbytes."""
+    use_ema: bool = False
+    """Show and save an exponential moving average of what is trained, instead of its last step."""
+    ema_decay: float = 0.999
+    """Decay of that average a step, to which it rises as (1 + step) / (10 + step): up to there the average stands for
+    about the last ninth of the run."""
     snr_gamma: float | None = None
     """Min-SNR weighting of the loss, 5 in its paper. Default: none."""
+    noise_offset: float = 0.0
+    """Strength of noise added to whole channels of the latents, for very dark or bright pictures; 0.1 in its paper."""
+    prediction_type: PredictionType | None = None
+    """What the base predicts. Default: what its scheduler's config says."""
+    rescale_betas_zero_snr: bool | None = None
+    """Zero terminal SNR: let the noise schedule end in pure noise (Lin et al., arXiv 2305.08891), for a base that was
+    trained so; not with epsilon. Default: what the base's scheduler config says."""
+    flow_shift: float | None = None
+    """Of flow: 1 spreads the noise levels evenly, 3 (as in SD3) puts more of them near pure noise. Default: what the
+    scheduler's config says, else 1."""
+    timestep_sampling: TimestepSampling = "uniform"
+    """How the timesteps trained on are drawn: uniform, logit_normal (middle ones more often) or cubic (late ones, with
+    much noise, more often)."""
+    logit_mean: float = 0.0
+    """Of logit_normal: above 0 prefers more noise."""
+    logit_std: float = 1.0
+    """Of logit_normal: the less, the more it prefers the middle."""
+    min_timestep: int = 0
+    """First timestep trained on; 0 is the one with the least noise."""
+    max_timestep: int | None = None
+    """End of the timesteps trained on, itself left out. Default: all, 1000 in Stable Diffusion."""
     mixed_precision: Precision | None = None
     """Precision of the frozen weights and of the arithmetic. Default: what accelerate is configured to."""
+    allow_tf32: bool = False
+    """Let NVIDIA GPUs round the factors of float32 products to 10 bits: faster from the Ampere generation on."""
     plain_attention: bool = False
     """Compute attention in separate steps: faster for small pictures on a CPU, and takes more memory."""
     enable_xformers_memory_efficient_attention: bool = False
-    """Use the attention of xformers, which must be installed."""
+    """Use the attention of xformers, which must be installed; needs a GPU."""
+    enable_attention_slicing: bool = False
+    """Compute attention for half of the heads at a time: less memory where PyTorch's own attention, the default, has no
+    kernel that saves it; slower."""
+    load_in_8bit: bool = False
+    """Keep the UNet's Linear layers that the adapter leaves alone in 8 bits; needs bitsandbytes."""
+    load_in_4bit: bool = False
+    """Keep the UNet's Linear layers that the adapter leaves alone in 4 bits (NF4); needs bitsandbytes."""
     seed: int = 0
     """Every random choice follows from it."""
 
@@ -209,14 +302,24 @@ class TrainConfig:
         if self.mixed_precision not in (None, *get_args(Precision)):
             allowed = ", ".join(get_args(Precision))
             raise UserError(f"mixed_precision={self.mixed_precision!r}: expected one of {allowed} or none")
+        if self.optimizer not in get_args(Optimizer):
+            raise UserError(f"optimizer={self.optimizer!r}: expected one of {', '.join(get_args(Optimizer))}")
+        self._check_optimizer()
+        self._check_objective()
+        self._check_text()
         if self.lr_warmup_steps > self.max_train_steps:
             most = self.max_train_steps
             raise UserError(f"lr_warmup_steps={self.lr_warmup_steps}: expected at most max_train_steps={most}")
+        for names in (_ATTENTION, _QUANTIZED):
+            given = [name for name in names if getattr(self, name)]
+            if len(given) > 1:
+                raise UserError(f"found {' and '.join(given)}: expected one of them at most")
         if (self.instance_data_dir is None) == (self.concepts_list is None):
             found = "neither of them" if self.instance_data_dir is None else "both"
             raise UserError(f"expected instance_data_dir, or concepts_list for several subjects; found {found}")
         if self.one_file and self.concepts_list is None:
             raise UserError("one_file=True: expected several subjects in a concepts_list")
+        self._check_data()
         for subject in self.subjects:
             self._check_words(subject)
         for name, what in (("trigger_word", "a word of its own"), ("name", "a folder of another name")):
@@ -224,6 +327,77 @@ class TrainConfig:
             repeated = next((value for value in values if values.count(value) > 1), None)
             if repeated is not None and (self.one_file or name == "name"):
                 raise UserError(f"{self.concepts_list}: {name}={repeated!r} stands for two subjects; give each {what}")
+
+    def _check_data(self) -> None:
+        if self.aspect_ratio_buckets is not None:
+            parse_buckets(self.aspect_ratio_buckets)
+        if self.keep_tokens and not self.shuffle_captions:
+            raise UserError(f"keep_tokens={self.keep_tokens}: expected shuffle_captions with it")
+        if self.unmasked_weight and not self.masked_loss:
+            raise UserError(f"unmasked_weight={self.unmasked_weight}: expected masked_loss with it")
+
+    def _check_objective(self) -> None:
+        if self.prediction_type not in (None, *get_args(PredictionType)):
+            allowed = ", ".join(get_args(PredictionType))
+            raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
+        if self.timestep_sampling not in get_args(TimestepSampling):
+            allowed = ", ".join(get_args(TimestepSampling))
+            raise UserError(f"timestep_sampling={self.timestep_sampling!r}: expected one of {allowed}")
+        if self.timestep_sampling != "logit_normal" and (self.logit_mean, self.logit_std) != (0, 1):
+            found = f"logit_mean={self.logit_mean}, logit_std={self.logit_std}"
+            raise UserError(f"{found}: expected timestep_sampling='logit_normal' with them")
+        if self.max_timestep is not None and self.max_timestep <= self.min_timestep:
+            raise UserError(f"max_timestep={self.max_timestep}: expected more than min_timestep={self.min_timestep}")
+        if self.rescale_betas_zero_snr and self.prediction_type in ("epsilon", "flow"):
+            expected = "expected prediction_type v_prediction or sample, or none"
+            raise UserError(f"rescale_betas_zero_snr=True, prediction_type={self.prediction_type!r}: {expected}")
+        if self.flow_shift is not None and self.prediction_type not in (None, "flow"):
+            expected = f"expected prediction_type 'flow', found {self.prediction_type!r}"
+            raise UserError(f"flow_shift={self.flow_shift}: {expected}")
+
+    def _check_optimizer(self) -> None:
+        kind = f"optimizer={self.optimizer!r}"
+        if self.use_8bit_adam and self.optimizer != "adamw":
+            raise UserError(f"{kind}: has no 8-bit state; expected optimizer='adamw' with use_8bit_adam")
+        if self.optimizer == "adamw_schedulefree":
+            if not self.lr_scheduler.startswith("constant"):
+                expected = "constant or constant_with_warmup, as it needs no schedule"
+                raise UserError(f"{kind}, lr_scheduler={self.lr_scheduler!r}: expected {expected}")
+            if self.use_ema:
+                raise UserError(f"{kind}: is an average of its steps already; expected use_ema=False")
+            if not self.adam_beta1:
+                raise UserError(f"{kind}, adam_beta1={self.adam_beta1}: expected a number above 0")
+        if self.optimizer == "prodigy":
+            if self.scale_lr:
+                raise UserError(f"{kind}: finds the length of its steps by itself; expected scale_lr=False")
+            if not self.adam_epsilon:
+                raise UserError(f"{kind}, adam_epsilon={self.adam_epsilon}: expected a number above 0")
+            rates = {name: rate for name, rate in self.learning_rates.items() if name != "token" or self.train_token}
+            moving = {rate for rate in rates.values() if rate}
+            if len(moving) > 1 or not all(0.1 <= rate <= 10 for rate in moving):
+                found = ", ".join(f"{name} {rate:g}" for name, rate in rates.items())
+                expected = "1 for all, or about that (the default; 0 for what stays still)"
+                raise UserError(f"{kind}: found the learning rates {found}; expected {expected}; see prodigy_d_coef")
+
+    def _check_text(self) -> None:
+        if not 0 <= self.train_text_encoder_ti_frac <= 1:
+            found = f"train_text_encoder_ti_frac={self.train_text_encoder_ti_frac}"
+            raise UserError(f"{found}: expected a share of the steps, from 0 to 1")
+        defaults = {"num_vectors": 1, "train_text_encoder_ti_frac": 1.0}
+        needs = dict.fromkeys(defaults, "train_token")
+        needs |= dict.fromkeys(("text_encoder_adapter", "text_encoder_lr"), "train_text_encoder")
+        for name, needed in needs.items():
+            if getattr(self, name) != defaults.get(name) and not getattr(self, needed):
+                raise UserError(f"{name}={getattr(self, name)!r}: expected {needed}=True with it")
+        words = [subject.trigger_word for subject in self.subjects] if self.one_file or not self.concepts_list else []
+        if len(words) * self.num_vectors > _MOST_WORDS:
+            expected = f"at most {_MOST_WORDS} vectors in a concept, found {len(words)} words"
+            raise UserError(f"num_vectors={self.num_vectors}: expected {expected}")
+        within = [(a, b) for a in words for b in words if a != b and a in b]
+        if self.num_vectors > 1 and within:
+            (short, long), *_ = within
+            found = f"trigger_word={short!r} is part of trigger_word={long!r}"
+            raise UserError(f"{found}; with num_vectors, pipelines would take it for the whole word: choose another")
 
     def _check_words(self, subject: Subject) -> None:
         if self.train_token and not (subject.initializer_token or subject.class_name):
@@ -250,6 +424,25 @@ class TrainConfig:
             return (Subject(**usual),)
         return tuple(Subject(**{**usual, **entry}) for entry in _read_subjects(Path(self.concepts_list)))
 
+    @property
+    def learning_rates(self) -> dict[str, float]:
+        """The learning rate of each of `Concept.parameter_groups()`."""
+        prodigy = self.optimizer == "prodigy"
+        adapter = (1.0 if prodigy else 5e-3) if self.learning_rate is None else self.learning_rate
+        token = (adapter if prodigy else 1e-2) if self.token_learning_rate is None else self.token_learning_rate
+        text_encoder = adapter if self.text_encoder_lr is None else self.text_encoder_lr
+        return {"adapter": adapter, "text_encoder": text_encoder, "token": token}
+
+    @property
+    def cache_folder(self) -> Path:
+        """Where latents and states are kept for further runs."""
+        return Path(self.cache_dir or Path(self.output_dir) / "cache")
+
+    @property
+    def token_steps(self) -> int:
+        """The number of steps in which the trigger words' embeddings learn."""
+        return round(self.train_text_encoder_ti_frac * self.max_train_steps)
+
     def runs(self) -> tuple[TrainConfig, ...]:
         """The runs that this config stands for: itself, or one for each subject."""
         if self.concepts_list is None or self.one_file:
@@ -266,6 +459,9 @@ class TrainConfig:
     def recipe(self) -> dict[str, Any]:
         """Return the fields that the trained numbers depend on, ready for JSON, without the folders of this machine."""
         recipe = {name: value for name, value in asdict(self).items() if name not in _NOT_IN_RECIPE}
+        recipe["learning_rate"] = self.learning_rates["adapter"]
+        recipe["token_learning_rate"] = self.learning_rates["token"]
+        recipe["text_encoder_lr"] = self.learning_rates["text_encoder"]
         if self.concepts_list is None:
             return recipe
         subjects = [asdict(subject) for subject in self.subjects]
@@ -291,26 +487,34 @@ def _read_subjects(file: Path) -> list[dict[str, Any]]:
             raise UserError(f"{file}: unknown {', '.join(unknown)}; a subject has {', '.join(sorted(known))}")
         if "instance_data_dir" not in entry:
             raise UserError(f"{file}: found a subject without instance_data_dir: {entry}")
-        if wrong := [name for name, value in entry.items() if not isinstance(value, str)]:
+        if wrong := [name for name, value in entry.items() if name != "repeats" and not isinstance(value, str)]:
             raise UserError(f"{file}: {wrong[0]}={entry[wrong[0]]!r}: expected a text")
     return entries
 
 
 _FROM_ONE = (
     "resolution num_class_images sample_batch_size num_inference_steps lr_num_cycles max_train_steps train_batch_size "
-    "gradient_accumulation_steps checkpoints_total_limit logging_steps"
+    "gradient_accumulation_steps checkpoints_total_limit logging_steps max_timestep num_vectors repeats"
 ).split()
 _FROM_ZERO = (
-    "token_learning_rate prior_loss_weight guidance_scale learning_rate lr_warmup_steps lr_power max_grad_norm "
-    "adam_weight_decay adam_epsilon snr_gamma checkpointing_steps validation_steps"
+    "token_learning_rate text_encoder_lr prior_loss_weight guidance_scale learning_rate lr_warmup_steps lr_power "
+    "max_grad_norm "
+    "adam_weight_decay adam_epsilon prodigy_d_coef snr_gamma noise_offset checkpointing_steps validation_steps "
+    "logit_std min_timestep keep_tokens"
 ).split()
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_FROM_ONE, (1, math.inf)),
     **dict.fromkeys(_FROM_ZERO, (0, math.inf)),
-    **dict.fromkeys(("adam_beta1", "adam_beta2"), (0, 1)),
+    **dict.fromkeys(("caption_dropout", "unmasked_weight", "adam_beta1", "adam_beta2", "ema_decay"), (0, 1)),
+    "logit_mean": (-100, 100),
+    "flow_shift": (0.01, math.inf),
 }
+_ATTENTION = ("plain_attention", "enable_xformers_memory_efficient_attention", "enable_attention_slicing")
+_QUANTIZED = ("load_in_8bit", "load_in_4bit")
 _NOT_IN_RECIPE = (
-    "pretrained_model_name_or_path instance_data_dir concepts_list class_data_dir output_dir adapter "
+    "text_encoder_adapter "
+    "pretrained_model_name_or_path single_file_config pretrained_vae_model_name_or_path instance_data_dir "
+    "concepts_list class_data_dir cache_dir output_dir adapter "
     "resume_from_checkpoint checkpointing_steps checkpoints_total_limit validation_prompts validation_steps "
     "logging_steps logging_dir report_to push_to_hub hub_model_id hub_token hub_private_repo"
 ).split()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,6 +11,8 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.errors import UserError
+
+_OLD_END = 2
 
 
 @dataclass
@@ -20,6 +22,8 @@ class TriggerWord:
     owner: str | None = None
     """The adapter that brought it; None where it was added by hand."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
+    several: bool = False
+    """Whether it is the first of several that stand for one, see `words_of`."""
 
 
 @dataclass
@@ -30,11 +34,30 @@ class _Vocabulary:
     tokenizers: dict[str, Any] = field(default_factory=dict)  # as they were before the first added word
     table_sizes: dict[str, int] = field(default_factory=dict)
     rows: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # overwritten rows of the tables
+    ends: set[str] = field(default_factory=set)  # text encoders that look for the end of a prompt by another id
 
 
 def trigger_words(pipe: Any) -> dict[str, TriggerWord]:
     """The trigger words of a pipeline."""
     return dict(_vocabulary(pipe).words)
+
+
+def words_of(word: str, num_vectors: int) -> list[str]:
+    """The words for the vectors of a trigger word, named as diffusers looks for them: sks, sks_1, sks_2, ..."""
+    return [word, *(f"{word}_{number}" for number in range(1, num_vectors))]
+
+
+def group_words(words: Iterable[str]) -> dict[str, list[str]]:
+    """Group words by the trigger word whose vectors they stand for: {sks: [sks, sks_1, sks_2]}."""
+    left = sorted(words, key=lambda word: (len(word), word))  # a trigger word before its further ones
+    groups = {}
+    while left:
+        word, count = left[0], 1
+        while f"{word}_{count}" in left:
+            count += 1
+        groups[word] = words_of(word, count)
+        left = [other for other in left if other not in groups[word]]
+    return groups
 
 
 def add_trigger_word(pipe: Any, word: str, owner: str | None = None) -> int:
@@ -52,16 +75,34 @@ def add_trigger_word(pipe: Any, word: str, owner: str | None = None) -> int:
         The token's id in `pipe.tokenizer`; `token_id(pipe, word, text_encoder)` gives it for any text encoder.
 
     Raises:
-        UserError: the word has blanks, is a trigger word already, or the pipeline has no text encoder.
+        UserError: the word cannot be one, or the pipeline has no text encoder.
     """
-    check_free(pipe, word)
-    encoders = [encoder for encoder, *_ in _text_encoders(pipe)]
-    if not encoders:
-        raise UserError(f"{type(pipe).__name__} has no text encoder with a tokenizer to teach {word!r}")
-    _vocabulary(pipe).words[word] = TriggerWord(owner)
-    for encoder in encoders:
-        _make_token(pipe, encoder, word)
-    return token_id(pipe, word, encoders[0])
+    add_trigger_words(pipe, [word], owner)
+    return token_id(pipe, word, next(encoder for encoder, *_ in _text_encoders(pipe)))
+
+
+def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None) -> None:
+    """Add several words; the embedding tables are copied once for all of them.
+
+    Where "sks_1" is added with "sks", diffusers pipelines take "sks" in a prompt for "sks sks_1", and so on with
+    "sks_2", ...: one trigger word of several vectors. Then "sks" is added even if it is a known token.
+
+    Args:
+        pipe: the pipeline.
+        words: each once; `add_trigger_word` says what becomes of them.
+        owner: the adapter that they belong to.
+
+    Raises:
+        UserError: a word cannot be one, or the pipeline has no text encoder; nothing is changed.
+    """
+    words = list(words)
+    for word in words:
+        check_free(pipe, word)
+    if words and not any(_text_encoders(pipe)):
+        raise UserError(f"{type(pipe).__name__} has no text encoder with a tokenizer to teach {words[0]!r}")
+    several = {first for first, group in group_words(words).items() if len(group) > 1}
+    _vocabulary(pipe).words.update({word: TriggerWord(owner, several=word in several) for word in words})
+    _make_tokens(pipe, words)
 
 
 def token_id(pipe: Any, word: str, text_encoder: str = "text_encoder") -> int:
@@ -109,25 +150,45 @@ def remove_trigger_word(pipe: Any, word: str) -> None:
     Raises:
         UserError: the word is not a trigger word.
     """
-    vocabulary = _vocabulary(pipe)
-    if word not in vocabulary.words:
+    remove_trigger_words(pipe, [word])
+
+
+def remove_trigger_words(pipe: Any, words: Iterable[str]) -> None:
+    """Take several words out; the embedding tables are copied once for all of them.
+
+    Args:
+        pipe: the pipeline.
+        words: `remove_trigger_word` says what becomes of them.
+
+    Raises:
+        UserError: a word is not a trigger word; nothing is changed.
+    """
+    vocabulary, gone = _vocabulary(pipe), set(words)
+    for word in gone - vocabulary.words.keys():
         raise UserError(f"{word!r} is not a trigger word; there are: {', '.join(vocabulary.words) or 'none'}")
+    if not gone:
+        return
     _reset(pipe, vocabulary)
-    kept = {other: entry for other, entry in vocabulary.words.items() if other != word}
-    vocabulary.words.clear()
-    for other, entry in kept.items():
-        add_trigger_word(pipe, other, entry.owner)
-        set_trigger_embedding(pipe, other, entry.vectors)
+    vocabulary.words = {word: entry for word, entry in vocabulary.words.items() if word not in gone}
+    _make_tokens(pipe, vocabulary.words)
+    for word, entry in vocabulary.words.items():
+        set_trigger_embedding(pipe, word, entry.vectors)
 
 
 def check_free(pipe: Any, word: str) -> None:
     """Check that a word can become a trigger word.
 
     Raises:
-        UserError: it has blanks, or is one already.
+        UserError: it has blanks, is one already, or has a meaning for a tokenizer.
     """
     if not word or word.split() != [word]:
         raise UserError(f"{word!r} cannot be a trigger word: it must be one word without blanks")
+    for encoder, tokenizer, _ in _text_encoders(pipe):
+        if word in tokenizer.all_special_tokens or _known_id(tokenizer, word) in tokenizer.all_special_ids:
+            raise UserError(
+                f"{word!r} cannot be a trigger word: it is a special token of {encoder}, in every prompt; "
+                "load with trigger_word='another word'"
+            )
     if word in _vocabulary(pipe).words:
         owner = _vocabulary(pipe).words[word].owner
         raise UserError(
@@ -173,27 +234,28 @@ def _known_id(tokenizer: Any, word: str) -> int | None:
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
-def _make_token(pipe: Any, encoder: str, word: str) -> None:
-    vocabulary = _vocabulary(pipe)
-    name = encoder.replace("text_encoder", "tokenizer")
-    tokenizer = getattr(pipe, name)
-    if _known_id(tokenizer, word) is not None:
-        return
+def _make_tokens(pipe: Any, words: Iterable[str]) -> None:
+    """Make each word one token of every tokenizer."""
     from transformers import AddedToken
 
-    if encoder not in vocabulary.tokenizers:
-        # Tokenizers cannot forget a word, so the original is set aside.
-        vocabulary.tokenizers[encoder] = tokenizer
-        tokenizer = copy.deepcopy(tokenizer)
-        setattr(pipe, name, tokenizer)
-    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False)])
-    model = getattr(pipe, encoder)
-    table = model.get_input_embeddings()
-    missing = len(tokenizer) - len(table.weight)
-    if missing > 0:
-        vocabulary.table_sizes.setdefault(encoder, len(table.weight))
-        mean = table.weight.data.mean(dim=0, keepdim=True)
-        _set_table(model, torch.cat([table.weight.data, mean.expand(missing, -1)]))
+    vocabulary, words = _vocabulary(pipe), list(words)
+    for encoder, tokenizer, table in list(_text_encoders(pipe)):
+        several = {word for word in words if vocabulary.words[word].several} - tokenizer.added_tokens_encoder.keys()
+        unknown = [word for word in words if _known_id(tokenizer, word) is None or word in several]
+        if not unknown:
+            continue
+        if encoder not in vocabulary.tokenizers:
+            # Tokenizers cannot forget a word, so the original is set aside.
+            vocabulary.tokenizers[encoder] = tokenizer
+            tokenizer = copy.deepcopy(tokenizer)
+            setattr(pipe, encoder.replace("text_encoder", "tokenizer"), tokenizer)
+        tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in unknown])
+        missing = len(tokenizer) - len(table.weight)
+        if missing > 0:
+            vocabulary.table_sizes.setdefault(encoder, len(table.weight))
+            mean = table.weight.data.mean(dim=0, keepdim=True)
+            _set_table(getattr(pipe, encoder), torch.cat([table.weight.data, mean.expand(missing, -1)]))
+            _find_end(vocabulary, encoder, getattr(pipe, encoder), tokenizer.eos_token_id)
 
 
 def _set_table(model: Any, rows: Tensor) -> None:
@@ -203,6 +265,23 @@ def _set_table(model: Any, rows: Tensor) -> None:
         model.config.vocab_size = len(rows)
     table.weight.data = rows
     table.num_embeddings = len(rows)
+
+
+def _find_end(vocabulary: _Vocabulary, encoder: str, model: Any, end: int) -> None:
+    """Let a text encoder look for the true id of a prompt's end, whose state it pools.
+
+    In old configs, such as SDXL's, that id is 2; transformers then takes the highest id of a prompt for its end, which
+    an added word would be.
+    """
+    if model.config.eos_token_id == _OLD_END != end:
+        vocabulary.ends.add(encoder)
+        _set_end(model, end)
+
+
+def _set_end(model: Any, end: int) -> None:
+    for module in (model.config, *model.modules()):
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = end
 
 
 def _reset(pipe: Any, vocabulary: _Vocabulary) -> None:
@@ -216,4 +295,6 @@ def _reset(pipe: Any, vocabulary: _Vocabulary) -> None:
     for encoder, size in vocabulary.table_sizes.items():
         model = getattr(pipe, encoder)
         _set_table(model, model.get_input_embeddings().weight.data[:size].clone())
-    vocabulary.tokenizers, vocabulary.rows, vocabulary.table_sizes = {}, {}, {}
+    for encoder in vocabulary.ends:
+        _set_end(getattr(pipe, encoder), _OLD_END)
+    vocabulary.tokenizers, vocabulary.rows, vocabulary.table_sizes, vocabulary.ends = {}, {}, {}, set()

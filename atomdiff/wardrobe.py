@@ -15,7 +15,7 @@ from atomdiff.mixed import mixed_batch
 from atomdiff.packing import Concept, Line
 from atomdiff.pipeline import load_atoms, unload_atoms
 from atomdiff.strength import Strength
-from atomdiff.trigger_words import add_trigger_word, check_vectors, set_trigger_embedding
+from atomdiff.trigger_words import add_trigger_word, check_vectors, group_words, set_trigger_embedding
 
 MOST_LOADED = 32  # concepts kept in a pipeline, unless one batch has more
 _NAME_LENGTH = 60
@@ -34,7 +34,8 @@ class Wardrobe:
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
         self._loaded: OrderedDict[Concept, str | None] = OrderedDict()  # -> adapter; None: it is only words
-        self._words: dict[Concept, dict[str, str]] = {}  # in prompts -> inside
+        self._words: dict[Concept, dict[str, str]] = {}  # in prompts -> inside, a word for each vector
+        self._inside: dict[Concept, tuple[str, ...]] = {}  # names inside
         self._encoders: dict[str, frozenset[str]] = {}  # name inside -> text encoders in which it has an embedding
         self._free: list[str] = []  # names inside that nobody uses
         self._count = 0  # of loads
@@ -92,7 +93,10 @@ class Wardrobe:
             check_vectors(self.pipe, word, vectors)
         if delta.layers:
             load_atoms(self.pipe, replace(delta, tokens={}), name)
-        self._words[concept] = {word: self._teach(vectors) for word, vectors in delta.tokens.items()}
+        inside = {word: self._teach(vectors) for word, vectors in delta.tokens.items()}
+        groups = group_words(inside)
+        self._words[concept] = {word: " ".join(inside[each] for each in groups.get(word, [word])) for word in inside}
+        self._inside[concept] = tuple(inside.values())
         self._loaded[concept] = name if delta.layers else None
 
     def _teach(self, vectors: Mapping[str, Any]) -> str:
@@ -110,7 +114,7 @@ class Wardrobe:
     def _unload(self) -> None:
         """Take out the concept that has not been used for longest."""
         concept, name = self._loaded.popitem(last=False)
-        words = self._words.pop(concept)
+        del self._words[concept]
         if name is not None:
             unload_atoms(self.pipe, name)
-        self._free += [inside for inside in words.values() if inside in self._encoders]
+        self._free += self._inside.pop(concept, ())

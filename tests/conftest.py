@@ -6,11 +6,18 @@ import string
 from collections import Counter
 from itertools import pairwise
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
-from diffusers import AutoencoderKL, DDIMScheduler, StableDiffusionPipeline, UNet2DConditionModel
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    StableDiffusionPipeline,
+    StableDiffusionXLPipeline,
+    UNet2DConditionModel,
+)
+from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 transformers_logging.disable_progress_bar()
@@ -47,57 +54,77 @@ def make_tokenizer() -> CLIPTokenizer:
     return CLIPTokenizer(vocab=vocabulary, merges=merges, model_max_length=77)
 
 
-def make_pipe() -> StableDiffusionPipeline:
-    """Build the tiny pipeline: 32x32 pictures, 4 latent channels of 8x8, v-prediction; weights from seed 0."""
-    tokenizer = make_tokenizer()
-    with torch.random.fork_rng():
-        torch.manual_seed(0)
-        text_encoder = CLIPTextModel(
-            CLIPTextConfig(
-                vocab_size=len(tokenizer),
-                hidden_size=32,
-                intermediate_size=64,
-                num_hidden_layers=2,
-                num_attention_heads=4,
-                bos_token_id=tokenizer.bos_token_id,
-                eos_token_id=tokenizer.eos_token_id,
-                pad_token_id=tokenizer.pad_token_id,
-            )
-        )
-        vae = AutoencoderKL(
-            block_out_channels=(8, 8, 16),
-            down_block_types=("DownEncoderBlock2D",) * 3,
-            up_block_types=("UpDecoderBlock2D",) * 3,
-            latent_channels=4,
-            layers_per_block=1,
-            norm_num_groups=4,
-            sample_size=32,
-        )
-        unet = UNet2DConditionModel(
-            sample_size=8,
-            block_out_channels=(32, 64),
-            down_block_types=("DownBlock2D", "CrossAttnDownBlock2D"),
-            up_block_types=("CrossAttnUpBlock2D", "UpBlock2D"),
-            layers_per_block=1,
-            cross_attention_dim=32,
-            attention_head_dim=8,
-            norm_num_groups=8,
-        )
-    scheduler = DDIMScheduler(
+def make_text_encoder(tokenizer: CLIPTokenizer, kind: type[PreTrainedModel] = CLIPTextModel) -> PreTrainedModel:
+    """Build a random CLIP text encoder with 2 layers of 32 channels."""
+    config = CLIPTextConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=32,
+        intermediate_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=4,
+        projection_dim=32,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    return kind(config).eval()
+
+
+def make_vae() -> AutoencoderKL:
+    """Build a random VAE: 32x32 pictures to 4 latent channels of 8x8."""
+    return AutoencoderKL(
+        block_out_channels=(8, 8, 16),
+        down_block_types=("DownEncoderBlock2D",) * 3,
+        up_block_types=("UpDecoderBlock2D",) * 3,
+        latent_channels=4,
+        layers_per_block=1,
+        norm_num_groups=4,
+        sample_size=32,
+    ).eval()
+
+
+def make_unet(**changes: Any) -> UNet2DConditionModel:
+    """Build a random UNet for latents of 8x8, in which `changes` differ from SD 1.x."""
+    usual = {
+        "sample_size": 8,
+        "block_out_channels": (32, 64),
+        "down_block_types": ("DownBlock2D", "CrossAttnDownBlock2D"),
+        "up_block_types": ("CrossAttnUpBlock2D", "UpBlock2D"),
+        "layers_per_block": 1,
+        "cross_attention_dim": 32,
+        "attention_head_dim": 8,
+        "norm_num_groups": 8,
+    }
+    return UNet2DConditionModel(**usual | changes).eval()
+
+
+def make_scheduler(prediction_type: str) -> DDIMScheduler:
+    """Build the scheduler of Stable Diffusion."""
+    return DDIMScheduler(
         beta_start=0.00085,
         beta_end=0.012,
         beta_schedule="scaled_linear",
-        prediction_type="v_prediction",
+        prediction_type=prediction_type,
         clip_sample=False,
         set_alpha_to_one=False,
         steps_offset=1,
     )
+
+
+def make_pipe(prediction_type: str = "v_prediction", **unet: Any) -> StableDiffusionPipeline:
+    """Build the tiny pipeline: 32x32 pictures, 4 latent channels of 8x8, v-prediction; weights from seed 0."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        text_encoder = make_text_encoder(tokenizer)
+        vae = make_vae()
+        unet = make_unet(**unet)
     pipe = StableDiffusionPipeline(
-        vae=vae.eval(),
-        text_encoder=text_encoder.eval(),
+        vae=vae,
+        text_encoder=text_encoder,
         tokenizer=tokenizer,
-        unet=unet.eval(),
-        scheduler=scheduler,
+        unet=unet,
+        scheduler=make_scheduler(prediction_type),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -106,25 +133,99 @@ def make_pipe() -> StableDiffusionPipeline:
     return pipe
 
 
+def make_xl_pipe() -> StableDiffusionXLPipeline:
+    """Build a tiny SDXL pipeline: pictures and latents as `make_pipe`, epsilon, both text encoders; from seed 0."""
+    tokenizer = make_tokenizer()
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        parts = {
+            "text_encoder": make_text_encoder(tokenizer),
+            "text_encoder_2": make_text_encoder(tokenizer, CLIPTextModelWithProjection),
+            "vae": make_vae(),
+            "unet": make_unet(
+                cross_attention_dim=64,  # both text encoders' states side by side
+                attention_head_dim=(2, 4),
+                transformer_layers_per_block=(1, 2),
+                use_linear_projection=True,
+                addition_embed_type="text_time",
+                addition_time_embed_dim=8,
+                projection_class_embeddings_input_dim=32 + 6 * 8,
+            ),
+        }
+    pipe = StableDiffusionXLPipeline(
+        **parts,
+        tokenizer=tokenizer,
+        tokenizer_2=make_tokenizer(),
+        scheduler=make_scheduler("epsilon"),
+        add_watermarker=False,
+    )
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def fresh_copy(template: Any, **options: Any) -> Any:
+    """Return a pipeline with deep copies of the parts of `template`, and tokenizers of its own."""
+    pipe = type(template)(**{name: copy.deepcopy(part) for name, part in template.components.items()}, **options)
+    for name in ("tokenizer", "tokenizer_2"):
+        if name in pipe.components:
+            setattr(pipe, name, make_tokenizer())
+    pipe.set_progress_bar_config(disable=True)
+    return pipe
+
+
+def saved(template: Any, factory: pytest.TempPathFactory, name: str) -> Path:
+    """Save a pipeline to a folder of this name."""
+    folder = factory.mktemp("pipe") / name
+    template.save_pretrained(folder)
+    return folder
+
+
 @pytest.fixture(scope="session")
 def pipe_template() -> StableDiffusionPipeline:
     return make_pipe()
 
 
+@pytest.fixture(scope="session")
+def sd2_pipe_template() -> StableDiffusionPipeline:
+    return make_pipe(use_linear_projection=True, attention_head_dim=[2, 4])
+
+
+@pytest.fixture(scope="session")
+def xl_pipe_template() -> StableDiffusionXLPipeline:
+    return make_xl_pipe()
+
+
 @pytest.fixture
 def tiny_pipe(pipe_template: StableDiffusionPipeline) -> StableDiffusionPipeline:
     """A fresh, random StableDiffusionPipeline in fp32, always with the same weights; the test may change it."""
-    pipe = StableDiffusionPipeline(
-        **{name: copy.deepcopy(part) for name, part in pipe_template.components.items()}, requires_safety_checker=False
-    )
-    pipe.tokenizer = make_tokenizer()
-    pipe.set_progress_bar_config(disable=True)
-    return pipe
+    return fresh_copy(pipe_template, requires_safety_checker=False)
+
+
+@pytest.fixture
+def tiny_sd2_pipe(sd2_pipe_template: StableDiffusionPipeline) -> StableDiffusionPipeline:
+    """As `tiny_pipe`, with the UNet of SD 2.x: linear projections, heads counted by block; v-prediction."""
+    return fresh_copy(sd2_pipe_template, requires_safety_checker=False)
+
+
+@pytest.fixture
+def tiny_xl_pipe(xl_pipe_template: StableDiffusionXLPipeline) -> StableDiffusionXLPipeline:
+    """A fresh, random StableDiffusionXLPipeline in fp32, always with the same weights; the test may change it."""
+    return fresh_copy(xl_pipe_template, add_watermarker=False)
 
 
 @pytest.fixture(scope="session")
 def tiny_pipe_folder(pipe_template: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """`tiny_pipe` saved as a pipeline folder; read only, since all tests share it."""
-    folder = tmp_path_factory.mktemp("pipe") / "tiny-sd"
-    pipe_template.save_pretrained(folder)
-    return folder
+    return saved(pipe_template, tmp_path_factory, "tiny-sd")
+
+
+@pytest.fixture(scope="session")
+def tiny_sd2_pipe_folder(sd2_pipe_template: StableDiffusionPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_sd2_pipe` saved as a pipeline folder; read only, since all tests share it."""
+    return saved(sd2_pipe_template, tmp_path_factory, "tiny-sd2")
+
+
+@pytest.fixture(scope="session")
+def tiny_xl_pipe_folder(xl_pipe_template: StableDiffusionXLPipeline, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """`tiny_xl_pipe` saved as a pipeline folder; read only, since all tests share it."""
+    return saved(xl_pipe_template, tmp_path_factory, "tiny-sdxl")

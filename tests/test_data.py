@@ -3,19 +3,17 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
 from atomdiff.data import (
+    bucket_turn,
     derive_seed,
-    encode_pictures,
     ensure_class_pictures,
     read_photos,
     sample_order,
     to_rgb,
-    views,
 )
 from atomdiff.errors import UserError
 
@@ -69,6 +67,24 @@ def test_transparency_is_laid_on_white():
         assert to_rgb(picture).getpixel((1, 1)) == (255, 255, 255)
 
 
+def test_alpha_channels_are_kept_with_the_photo(tmp_path):
+    half = ramp().convert("RGBA")
+    half.putalpha(ramp())
+    half.save(tmp_path / "half.png")
+    half.convert("LA").save(tmp_path / "grey.png")
+    palette = Image.new("P", (40, 32), 0)
+    palette.info["transparency"] = 0
+    palette.save(tmp_path / "palette.png", transparency=0)
+    ramp().convert("RGBA").save(tmp_path / "solid.png")
+    ramp().save(tmp_path / "without.png")
+    Image.fromarray(np.full((32, 40), 60000, dtype=np.uint16)).save(tmp_path / "wide.png", transparency=60000)
+    found = {photo.name: photo.alpha for photo in read_photos(tmp_path, minimum_side=1)}
+    assert [name for name, alpha in found.items() if alpha is None] == ["solid.png", "wide.png", "without.png"]
+    assert_close(found["half.png"], ramp(), tolerance=0)
+    assert_close(found["grey.png"], ramp(), tolerance=0)
+    assert found["palette.png"].getextrema() == (0, 0)
+
+
 def test_photos_come_upright_by_name_with_their_captions(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rows are columns
@@ -106,54 +122,6 @@ def test_missing_and_empty_folders(tmp_path):
     (tmp_path / "readme.txt").write_text("no picture")
     with pytest.raises(UserError, match="no picture in it"):
         read_photos(tmp_path, minimum_side=1)
-
-
-def test_views_cut_squares_along_the_longer_side():
-    wide = ramp(96, 32).convert("RGB")
-    assert [view.size for view in views(wide, 16, center_crop=True, random_flip=False)] == [(16, 16)]
-    left, middle, right = views(wide, 16, center_crop=False, random_flip=False)
-    levels = [np.asarray(view).mean() for view in (left, middle, right)]
-    np.testing.assert_allclose(levels, [255 / 6, 255 / 2, 255 * 5 / 6], atol=3)
-    upper, *_, lower = views(wide.rotate(-90, expand=True), 16, center_crop=False, random_flip=False)
-    assert np.asarray(upper).mean() < 50 < 200 < np.asarray(lower).mean()
-
-
-def test_square_pictures_have_one_view_and_its_mirror_image():
-    square = ramp(31, 31).convert("RGB")
-    view, mirrored = views(square, 16, center_crop=False, random_flip=True)
-    assert_close(np.asarray(view)[:, ::-1], mirrored, tolerance=0)
-
-
-@settings(deadline=None)
-@given(width=st.integers(8, 60), height=st.integers(8, 60), resolution=st.integers(4, 40), center=st.booleans())
-def test_views_always_have_the_resolution(width, height, resolution, center):
-    for view in views(ramp(width, height).convert("RGB"), resolution, center, random_flip=True):
-        assert view.size == (resolution, resolution)
-
-
-def test_cached_latents_are_those_of_the_vae(tiny_pipe):
-    vae = tiny_pipe.vae
-    pictures = [ramp(32, 32).convert("RGB"), Image.new("RGB", (32, 32), "teal"), Image.new("RGB", (32, 32), "white")]
-    cache = encode_pictures(vae, [pictures[:2], pictures[2:]], batch_size=2)
-    assert (len(cache), cache.starts) == (2, (0, 2, 3))
-    for row, picture in enumerate(pictures):
-        image = tiny_pipe.image_processor.preprocess(picture)
-        with torch.no_grad():
-            expected = vae.encode(image).latent_dist
-        torch.testing.assert_close(cache.mean[row], expected.mean[0] * vae.config.scaling_factor, atol=1e-5, rtol=1e-4)
-        torch.testing.assert_close(cache.std[row], expected.std[0] * vae.config.scaling_factor, atol=1e-5, rtol=1e-4)
-
-
-def test_draws_vary_over_views_and_noise_and_follow_the_generator(tiny_pipe):
-    pictures = [[Image.new("RGB", (32, 32), "black"), Image.new("RGB", (32, 32), "white")]]
-    cache = encode_pictures(tiny_pipe.vae, pictures, batch_size=4)
-    drawn = cache.draw([0] * 64, torch.Generator().manual_seed(0))
-    assert torch.equal(drawn, cache.draw([0] * 64, torch.Generator().manual_seed(0)))
-    distance = (drawn[:, None] - cache.mean).flatten(2).norm(dim=2)  # (64, 2)
-    share = (distance[:, 0] < distance[:, 1]).float().mean()
-    assert 0.2 < share < 0.8
-    noise = (drawn - cache.mean[distance.argmin(dim=1)]) / cache.std[distance.argmin(dim=1)]
-    assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
 
 
 def fake_pictures(seeds, made=None):
@@ -225,6 +193,22 @@ def test_the_order_holds_each_sample_once_in_every_round(count, sizes, seed):
 def test_rounds_are_shuffled_differently():
     rounds = {tuple(sample_order(8, 8 * number, 8, seed)) for number in range(4) for seed in range(2)}
     assert len(rounds) == 8
+
+
+@settings(deadline=None)
+@given(counts=st.lists(st.integers(1, 6), min_size=1, max_size=4), seed=st.integers(0, 3))
+def test_every_bucket_takes_the_turns_that_its_samples_are_due(counts, seed):
+    turns = [bucket_turn(number, counts, seed) for number in range(3 * sum(counts))]
+    for bucket, count in enumerate(counts):
+        assert [turn for of, turn in turns if of == bucket] == list(range(3 * count))
+        for first in range(0, len(turns), sum(counts)):
+            assert sum(of == bucket for of, _ in turns[first : first + sum(counts)]) == count
+
+
+def test_one_bucket_takes_every_turn_and_several_are_mixed():
+    assert [bucket_turn(number, [5], 0) for number in range(12)] == [(0, number) for number in range(12)]
+    rounds = {tuple(bucket_turn(number, [4, 4], seed)[0] for number in range(8)) for seed in range(4)}
+    assert len(rounds) == 4
 
 
 def test_seeds_differ_by_path_and_stay_what_they_are():

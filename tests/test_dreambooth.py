@@ -142,7 +142,7 @@ def test_what_is_not_needed_leaves_memory(config, monkeypatch):
 
     def look(config, pipe, *rest):
         concept = build_concept(config, pipe, *rest)
-        seen.append((pipe.vae is None, pipe.text_encoder is None, concept.text_encoder is None))
+        seen.append((pipe.vae is None, pipe.text_encoder is None, not concept.encoders))
         return concept
 
     monkeypatch.setattr(dreambooth, "build_concept", look)
@@ -169,6 +169,10 @@ KNOBS = {
     "random_flip": True,
     "prior_loss_weight": 0.5,
     "snr_gamma": 5.0,
+    "noise_offset": 0.1,
+    "timestep_sampling": "cubic",
+    "min_timestep": 500,
+    "max_timestep": 500,
     "max_grad_norm": 0.01,
     "learning_rate": 0.02,
     "adam_beta1": 0.5,
@@ -251,6 +255,7 @@ def test_a_killed_run_ends_with_the_same_bytes(config, tmp_path):
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml")], env=environment)
     assert killed.returncode == -signal.SIGKILL
     assert sorted(file.name for file in Path(config.output_dir).iterdir() if file.name != "training_log.jsonl") == [
+        "cache",
         "checkpoint-2",
         "checkpoint-4",
     ]
@@ -341,7 +346,8 @@ def test_captions_are_the_photos_prompts(config, photos, monkeypatch):
 
     def note(*arguments):
         material = usual(*arguments)
-        prompts.update({number: material.prompts[prompt] for number, prompt in enumerate(material.photos.prompts)})
+        (photos,) = material.photos
+        prompts.update({number: material.prompts[prompt] for number, (prompt,) in enumerate(photos.prompts)})
         return material
 
     monkeypatch.setattr(dreambooth, "prepare_material", note)
@@ -378,7 +384,7 @@ def test_tensorboard(config):
         ({"resolution": 30}, "resolution=30: this base needs a multiple of 8"),
         ({"resolution": 128}, "shorter side under 64 pixels: 0.png"),
         ({"adapter": "nowhere.json"}, "adapter='nowhere.json': no such file"),
-        ({"pretrained_model_name_or_path": "no/such/folder"}, "'no/such/folder': neither a folder"),
+        ({"pretrained_model_name_or_path": "no/such/folder"}, "'no/such/folder' is no folder or file here"),
         ({"instance_prompt": "a photo of a teapot"}, "trigger_word='sks': no prompt names it"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "'checkpoint-9': no such checkpoint"),
         ({"report_to": "telegraph"}, "accelerate cannot start: .*telegraph"),

@@ -25,6 +25,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProject
 
 import atomdiff
 from atomdiff.accounting import open_architecture
+from atomdiff.command_line import parse_config
 from atomdiff.differences import layer_differences
 from atomdiff.errors import UserError
 from atomdiff.export import ExportConfig, describe_export, export_concepts, export_diff, export_lora, export_pipeline
@@ -492,7 +493,8 @@ def test_mistakes_in_a_config_are_told(tiny_pipe_folder, concepts, tmp_path):
     base = str(tiny_pipe_folder)
     for wrong, said in [
         ({"concepts": ()}, "no concept"),
-        ({"concepts": ("none",)}, "found nothing at 'none'"),
+        ({"weights": ("much", 1.0)}, "found the strength 'much'"),
+        ({"weights": ({"steps": {0: 1, 1: 0.5}}, 1.0)}, "found steps=.* in weights: .* leave steps out"),
         ({"weights": (1.0,)}, "1 weights for 2 concepts"),
         ({"rank": 0}, "rank=0"),
     ]:
@@ -503,3 +505,34 @@ def test_mistakes_in_a_config_are_told(tiny_pipe_folder, concepts, tmp_path):
             )
     with pytest.raises(UserError, match="cannot be loaded"):
         export_concepts(ExportConfig(str(tmp_path), tuple(concepts), "lora", "x"))
+    with pytest.raises(UserError, match="there is no file or directory 'none'"):
+        export_concepts(ExportConfig(base, ("none",), "lora", "x"))
+
+
+def test_weights_go_by_block_as_in_sampling(pipe_template, tiny_pipe_folder, concepts, tmp_path):
+    weights = ({"weight": 0.5, "blocks": {"down": 0.25, "mid": 0}}, 0.75)
+    options = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--concepts", *concepts, "--to", "diff"]
+    options += ["--output", str(tmp_path / "out"), "--dtype", "float32", "--weights", *map(json.dumps, weights)]
+    config = parse_config(ExportConfig, options)
+    assert config.weights == weights
+    file = load_file(export_concepts(config).path)
+    pipe = fresh(pipe_template)
+    names = [atomdiff.load_atoms(pipe, path) for path in concepts]
+    atomdiff.set_active(pipe, dict(zip(names, weights, strict=True)))
+    for path in ("conv_in", "down_blocks.0.resnets.0.conv1", "mid_block.resnets.0.conv1"):
+        change = pipe.unet.get_submodule(path).base_layer.weight - pipe_template.unet.get_submodule(path).weight
+        torch.testing.assert_close(file[f"{layer_name(pipe, 'unet', path)}.diff"], change, atol=1e-6, rtol=0)
+
+
+def test_other_methods_are_weighted_as_far_as_they_can(pipe_template, tiny_pipe_folder, tmp_path):
+    base = str(tiny_pipe_folder)
+    for method, weight, said in [
+        ("lora", {"blocks": {"down": 0.5}}, "only those can be weighted by block"),
+        ("ia3", 0.5, "gives no weight such as 0.5"),
+    ]:
+        pipe = fresh(pipe_template)
+        teach(pipe, method)
+        folder = str(atomdiff.save_atoms(pipe, tmp_path / method))
+        with pytest.raises(UserError, match=said):
+            export_concepts(ExportConfig(base, (folder,), "diff", "x", weights=(weight,)))
+        assert export_concepts(ExportConfig(base, (folder,), "diff", str(tmp_path / f"{method}-out"))).layers

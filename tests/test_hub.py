@@ -21,11 +21,13 @@ import yaml
 from huggingface_hub import constants
 from peft import LoraConfig
 from PIL import Image, PngImagePlugin
+from safetensors.torch import load_file
 
 import atomdiff
 from atomdiff import dreambooth
 from atomdiff.delta_file import read_delta_file
 from atomdiff.errors import UserError
+from atomdiff.export import ExportConfig, export_concepts
 from atomdiff.model_card import write_repository
 from atomdiff.picture_files import PictureFile, content_hash, write_overview
 from atomdiff.pipeline import add_trigger_word, set_trigger_embedding
@@ -746,3 +748,13 @@ def test_another_endpoint_is_taken_from_the_environment(server, concept, tmp_pat
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "mug.atoms.safetensors"
+
+
+def test_concepts_on_the_hub_are_exported(server, concept, tiny_pipe_folder, tmp_path):
+    server.put("ada/mug", {"mug.atoms.safetensors": concept[0]})
+    files = []
+    for number, source in enumerate((str(concept[0]), "ada/mug")):
+        config = ExportConfig(str(tiny_pipe_folder), (source,), "diff", str(tmp_path / f"{number}"))
+        files.append(load_file(export_concepts(config).path))
+    assert files[0] and files[0].keys() == files[1].keys()
+    assert all(torch.equal(files[0][key], files[1][key]) for key in files[0])

@@ -5,7 +5,12 @@ import warnings
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
+from diffusers import (
+    StableDiffusionInstructPix2PixPipeline,
+    StableDiffusionPAGPipeline,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+)
 from peft import LoraConfig
 
 import atomdiff
@@ -259,9 +264,9 @@ def test_the_model_can_be_called_directly_and_by_name(pipe, called_before, monke
 def test_all_rows_share_each_product(pipe, monkeypatch):
     atomdiff.restore(pipe)
     calls = []
-    for name in ("conv2d", "linear"):
-        real = getattr(torch.nn.functional, name)
-        monkeypatch.setattr(torch.nn.functional, name, lambda *a, real=real, **k: calls.append(1) or real(*a, **k))
+    for place, name in ((torch.nn.functional, "conv2d"), (torch.nn.functional, "linear"), (torch, "bmm")):
+        real = getattr(place, name)
+        monkeypatch.setattr(place, name, lambda *a, real=real, **k: calls.append(1) or real(*a, **k))
 
     def products(rows):
         calls.clear()
@@ -387,3 +392,67 @@ def test_a_compiled_layer_mixes_too(pipe_template):
     with atomdiff.mixed_batch(pipe, rows):
         torch.testing.assert_close(predict(pipe, 3), expected, atol=1e-5, rtol=0)
     torch._dynamo.reset()
+
+
+def edit_pipe(template):
+    """A pipeline that has one group for text and image, one for the image alone, and one for neither."""
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        unet = UNet2DConditionModel.from_config(template.unet.config, in_channels=8)
+    parts = copy.deepcopy(template).components | {"unet": unet.eval()}
+    return StableDiffusionInstructPix2PixPipeline(**parts, requires_safety_checker=False)
+
+
+def perturbed_pipe(template):
+    """A pipeline that has a group without attention besides those of guidance."""
+    parts = copy.deepcopy(template).components
+    return StableDiffusionPAGPipeline(**parts, pag_applied_layers="mid", requires_safety_checker=False)
+
+
+GROUPS = {
+    "one, edit": (edit_pipe, {"guidance_scale": 1.0}, 1),
+    "three, edit": (edit_pipe, {"image_guidance_scale": 1.5}, 3),
+    "one, perturbed": (perturbed_pipe, {"guidance_scale": 1.0, "pag_scale": 0.0}, 1),
+    "two, plain": (perturbed_pipe, {"pag_scale": 0.0}, 2),
+    "two, perturbed": (perturbed_pipe, {"guidance_scale": 1.0, "pag_scale": 2.0}, 2),
+    "three, perturbed": (perturbed_pipe, {"pag_scale": 2.0}, 3),
+}
+
+
+@pytest.mark.parametrize("images", [1, 2, 3])
+@pytest.mark.parametrize("kind", GROUPS)
+def test_any_number_of_guidance_groups(pipe_template, kind, images):
+    make, options, groups = GROUPS[kind]
+    pipe = make(pipe_template)
+    pipe.set_progress_bar_config(disable=True)
+    add(pipe, "spatial", CONCEPTS["spatial"])
+    add(pipe, "separable", CONCEPTS["separable"], ("unet", "text_encoder"), seed=1)
+    rows = ["spatial", None, {"separable": 0.7}]
+    latents = noise(3 * images)
+    pictures = torch.rand(3 * images, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+
+    def draw_some(prompts, which, **more):
+        more |= {"image": pictures[which]} if make is edit_pipe else {}
+        return draw(pipe, prompts, latents[which], **options, **more)
+
+    expected = []
+    for number, (row, prompt) in enumerate(zip(rows, PROMPTS, strict=False)):
+        atomdiff.set_active(pipe, {} if row is None else row)
+        for one in range(number * images, (number + 1) * images):
+            expected.append(draw_some([prompt], slice(one, one + 1)))
+    atomdiff.restore(pipe)
+    sizes = []
+    pipe.unet.register_forward_pre_hook(lambda _, args: sizes.append(len(args[0])))
+    before = sorted(vars(pipe))
+    with atomdiff.mixed_batch(pipe, rows):
+        mixed = draw_some(PROMPTS[:3], slice(None), num_images_per_prompt=images)
+    assert set(sizes) == {groups * 3 * images} and sorted(vars(pipe)) == before
+    torch.testing.assert_close(mixed, torch.cat(expected), atol=1e-5, rtol=0)
+
+
+def test_a_pipeline_keeps_its_own_way_to_make_latents(pipe):
+    calls = []
+    pipe.prepare_latents = own = lambda *args, make=pipe.prepare_latents: calls.append(1) or make(*args)
+    with atomdiff.mixed_batch(pipe, ["spatial", None]):
+        draw(pipe, PROMPTS[:2], noise(2))
+    assert calls and pipe.prepare_latents is own

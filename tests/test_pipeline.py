@@ -2,24 +2,26 @@
 
 import copy
 import json
+import resource
 import warnings
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig
+from peft import GloraConfig, HiraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, inject_adapter_in_model
 from peft.tuners.tuners_utils import BaseTunerLayer
 from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 import atomdiff
+from atomdiff import peft_directory
 from atomdiff.delta_file import read_delta_file
 from atomdiff.errors import UserError
 from atomdiff.model_spec import model_spec
 from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding, trigger_words
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.attach import adapter_layers
+from atomdiff.tuner.attach import adapter_layers, peft_tensors
 
 METHODS = {
     "atoms": lambda: AtomConfig(channel_block=4),
@@ -385,6 +387,56 @@ def test_a_failed_load_of_a_directory_too(tiny_pipe, concepts, tmp_path, tensors
     assert layout(tiny_pipe) == seen
 
 
+HUGE = 10_000_000
+ABSURD = {
+    "lora": (lambda: LoraConfig(r=2, target_modules=["to_q"]), {"r": HUGE}, "ask for a tensor"),
+    "lora, less so": (lambda: LoraConfig(r=2, target_modules=["to_q"]), {"r": 10**6}, r"found \(2, .*\(1000000, "),
+    "lora, here and there": (
+        lambda: LoraConfig(r=2, target_modules=["to_q"]),
+        {"rank_pattern": {"mid_block.*": HUGE}},
+        "ask for a tensor",
+    ),
+    "loha": (lambda: LoHaConfig(r=2, target_modules=["conv1"]), {"r": HUGE}, "ask for a tensor"),
+    "hira": (lambda: HiraConfig(r=2, target_modules=["to_q"]), {"r": HUGE}, "ask for a tensor"),
+    "glora": (lambda: GloraConfig(r=2, target_modules=["to_q"]), {"r": HUGE}, "ask for a tensor"),
+    "atoms": (
+        lambda: AtomConfig(basis="sparse", num_atoms=12, target_modules=["conv_in"]),
+        {"num_atoms": 100 * HUGE},
+        "ask for a tensor",
+    ),
+}
+
+
+@pytest.mark.parametrize("case", ABSURD)
+def test_an_absurd_rank_is_refused_before_it_takes_memory(tiny_pipe, tmp_path, case):
+    make, absurd, message = ABSURD[case]
+    adapter = copy.deepcopy(tiny_pipe.unet)
+    adapter.add_adapter(make())
+    peft_directory.write(tmp_path, {"unet": (make(), peft_tensors(adapter, "default"))}, {}, "unet")
+    atomdiff.load_atoms(tiny_pipe, tmp_path, "good")
+    before, seen = bits(tiny_pipe), layout(tiny_pipe)
+    config = tmp_path / "adapter_config.json"
+    config.write_text(json.dumps(json.loads(config.read_text()) | absurd))
+    most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(UserError, match=f"cannot load .*{message}"):
+        atomdiff.load_atoms(tiny_pipe, tmp_path, "new")
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 64 << 10  # in KB
+    assert_same(bits(tiny_pipe), before)
+    assert layout(tiny_pipe) == seen
+
+
+def test_trying_an_adapter_out_leaves_nothing_behind(tiny_pipe, concepts):
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
+        torch.manual_seed(0)
+        atomdiff.load_atoms(tiny_pipe, concepts["lora"], "x")
+        drawn = torch.rand(1)
+        atomdiff.unload_atoms(tiny_pipe, "x")
+        torch.manual_seed(0)
+        inject_adapter_in_model(METHODS["lora"](), tiny_pipe.unet, "x")
+    assert torch.equal(torch.rand(1), drawn) and not caught
+
+
 def test_names_and_words_that_are_taken(tiny_pipe, concepts):
     atomdiff.load_atoms(tiny_pipe, concepts["atoms"])
     with pytest.raises(UserError, match="'atoms' is loaded already: choose another adapter_name"):
@@ -467,6 +519,7 @@ def test_a_concept_may_be_a_word_only(tiny_pipe, tmp_path):
     [
         ("init_lora_weights", "pissa_niter_4", "init_lora_weights='pissa_niter_4', which rewrites the base"),
         ("modules_to_save", ["conv_in"], "replaces whole modules"),
+        ("trainable_token_indices", [1], r"replaces rows of embeddings \(trainable_token_indices\)"),
         ("peft_type", "NO_SUCH", "cannot read .*adapter_config.json"),
     ],
 )

@@ -581,7 +581,7 @@ def test_wrong_fields_are_named(config, change, message):
 
 
 def test_a_missing_base_and_missing_prompts_are_one_line(config, tmp_path):
-    with pytest.raises(UserError, match="is no folder here") as error:
+    with pytest.raises(UserError, match="is no folder or file here") as error:
         save_samples(replace(config, pretrained_model_name_or_path=str(tmp_path / "nowhere")))
     assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()

@@ -21,9 +21,25 @@ COMMAND = [word for name, value in NEEDED.items() for word in (f"--{name}", valu
         ({"learning_rate": math.nan}, "learning_rate=nan: expected a number of at least 0"),
         ({"token_learning_rate": math.inf}, "token_learning_rate=inf: expected a number of at least 0"),
         ({"adam_beta2": 1.0}, "adam_beta2=1.0: expected a number of at least 0 and below 1"),
+        ({"prediction_type": "noise"}, "prediction_type='noise': expected one of epsilon, v_prediction, sample, flow"),
+        ({"timestep_sampling": "late"}, "timestep_sampling='late': expected one of uniform, logit_normal, cubic"),
+        ({"logit_mean": 1.0}, "logit_mean=1.0, logit_std=1.0: expected timestep_sampling='logit_normal'"),
+        ({"logit_mean": math.inf, "timestep_sampling": "logit_normal"}, "logit_mean=inf: expected a number"),
+        ({"min_timestep": 9, "max_timestep": 9}, "max_timestep=9: expected more than min_timestep=9"),
+        (
+            {"prediction_type": "epsilon", "rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr=True, prediction_type='epsilon': expected prediction_type v_prediction or sample",
+        ),
+        ({"prediction_type": "sample", "flow_shift": 3.0}, "flow_shift=3.0: expected prediction_type 'flow'"),
+        ({"flow_shift": 0.0}, "flow_shift=0.0: expected a number of at least 0.01"),
         ({"lr_scheduler": "sine"}, "lr_scheduler='sine': expected one of constant, .*"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8': expected one of no, fp16, bf16 or none"),
         ({"lr_warmup_steps": 11, "max_train_steps": 10}, "lr_warmup_steps=11: expected at most max_train_steps=10"),
+        ({"aspect_ratio_buckets": "512x768"}, "aspect_ratio_buckets='512x768': expected \"auto\", or"),
+        ({"repeats": 0}, "repeats=0: expected a number of at least 1"),
+        ({"caption_dropout": 1.0}, "caption_dropout=1.0: expected a number of at least 0 and below 1"),
+        ({"keep_tokens": 1}, "keep_tokens=1: expected shuffle_captions with it"),
+        ({"unmasked_weight": 0.5}, "unmasked_weight=0.5: expected masked_loss with it"),
         ({"trigger_word": "two words"}, "trigger_word='two words': expected one word without spaces"),
         ({"trigger_word": ""}, "trigger_word='': expected one word"),
         ({"class_name": None}, "class_name=None: expected what the photos show"),
@@ -82,6 +98,8 @@ def test_a_list_of_concepts_stands_for_a_run_each(tmp_path):
     assert (mug.output_dir, rex.output_dir) == (str(Path("out/mug")), str(Path("out/rex")))
     assert (mug.trigger_word, rex.trigger_word, rex.class_name) == ("sks", "zwx", "robot")
     assert mug.learning_rate == rex.learning_rate == 0.1
+    repeated = listed(tmp_path, [LISTED[0], LISTED[1] | {"repeats": 3}], repeats=2).runs()
+    assert [run.repeats for run in repeated] == [2, 3]
     assert (mug.name, rex.name) == ("mug", "rex")
 
 
@@ -101,6 +119,8 @@ def test_a_list_of_concepts_can_make_up_one_run(tmp_path):
         ([{"class_name": "mug"}], {}, "without instance_data_dir"),
         ([LISTED[0] | {"colour": "red"}], {}, "unknown colour; a subject has"),
         ([LISTED[0] | {"class_name": 3}], {}, "class_name=3: expected a text"),
+        ([LISTED[0] | {"repeats": "3"}], {}, "repeats='3': expected a whole number of at least 1"),
+        ([LISTED[0] | {"repeats": True}], {}, "repeats=True: expected a whole number of at least 1"),
         ([{"instance_data_dir": "photos/mug"}], {}, "class_name=None"),
         ([LISTED[0], LISTED[1] | {"trigger_word": "sks"}], {"one_file": True}, "trigger_word='sks' stands for two"),
         ([LISTED[0], LISTED[1] | {"instance_data_dir": "other/mug"}], {}, "name='mug' stands for two"),

@@ -4,14 +4,22 @@ import copy
 
 import pytest
 import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
 
+import atomdiff
+from atomdiff import trigger_words as trigger_words_module
 from atomdiff.errors import UserError
 from atomdiff.trigger_words import (
     add_trigger_word,
+    add_trigger_words,
+    group_words,
     remove_trigger_word,
+    remove_trigger_words,
     set_trigger_embedding,
     token_id,
     trigger_words,
+    words_of,
 )
 
 
@@ -115,6 +123,143 @@ def test_every_text_encoder_learns_the_word(tiny_pipe):
     assert (pipe.text_encoder_2.get_input_embeddings().weight[first + 1] == 1).all()
     remove_trigger_word(pipe, "ohwx")
     assert len(pipe.text_encoder_2.get_input_embeddings().weight) == first + 1
+
+
+def test_many_words_come_and_go_with_one_copy_of_the_table(tiny_pipe, tmp_path, monkeypatch):
+    before = state(tiny_pipe)
+    words = {f"<new-{number}>": {"text_encoder": torch.full((32,), float(number))} for number in range(30)}
+    sizes = []
+    monkeypatch.setattr(
+        "atomdiff.trigger_words._set_table",
+        lambda model, rows, real=trigger_words_module._set_table: (sizes.append(len(rows)), real(model, rows)),
+    )
+    add_trigger_words(tiny_pipe, words)
+    for word, vectors in words.items():
+        set_trigger_embedding(tiny_pipe, word, vectors)
+    old = before["size"][0]
+    assert sizes == [old + 30] and [token_id(tiny_pipe, word) for word in words] == list(range(old, old + 30))
+    saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "words.atoms.safetensors")
+    sizes.clear()
+    remove_trigger_words(tiny_pipe, [word for word in words if word != "<new-7>"])
+    assert sizes == [old, old + 1]
+    assert (tiny_pipe.text_encoder.get_input_embeddings().weight[token_id(tiny_pipe, "<new-7>")] == 7).all()
+    atomdiff.unload_atoms(tiny_pipe)
+    assert_same(state(tiny_pipe), before)
+    sizes.clear()
+    atomdiff.load_atoms(tiny_pipe, saved)
+    atomdiff.unload_atoms(tiny_pipe, "words")
+    assert sizes == [old + 30, old]
+    assert_same(state(tiny_pipe), before)
+
+
+def test_nothing_changes_if_one_of_several_words_is_wrong(tiny_pipe):
+    before = state(tiny_pipe)
+    with pytest.raises(UserError, match="'two words' cannot be a trigger word"):
+        add_trigger_words(tiny_pipe, ["ohwx", "two words"])
+    assert_same(state(tiny_pipe), before)
+    add_trigger_words(tiny_pipe, ["ohwx", "zwx"])
+    now = state(tiny_pipe)
+    with pytest.raises(UserError, match="'sks' is not a trigger word; there are: ohwx, zwx"):
+        remove_trigger_words(tiny_pipe, ["ohwx", "sks"])
+    assert_same(state(tiny_pipe), now)
+    remove_trigger_words(tiny_pipe, [])
+    assert_same(state(tiny_pipe), now)
+
+
+def test_special_tokens_are_no_trigger_words(tiny_pipe, tmp_path):
+    before = state(tiny_pipe)
+    for word in ("<|endoftext|>", "<|startoftext|>"):
+        with pytest.raises(UserError, match="special token of text_encoder, in every prompt; load with trigger_word="):
+            add_trigger_word(tiny_pipe, word)
+    add_trigger_word(tiny_pipe, "ohwx")
+    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
+    saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "word.atoms.safetensors")
+    atomdiff.unload_atoms(tiny_pipe)
+    save_file({"token.<|endoftext|>": torch.ones(32)}, saved, safe_open(saved, "pt").metadata())
+    with pytest.raises(UserError, match="special token of text_encoder"):
+        atomdiff.load_atoms(tiny_pipe, saved)
+    assert_same(state(tiny_pipe), before)
+    atomdiff.load_atoms(tiny_pipe, saved, trigger_word="sks")
+
+
+def test_the_special_tokens_of_every_tokenizer_count(tiny_pipe):
+    pipe = TwoEncoders(tiny_pipe)
+    pipe.tokenizer_2.pad_token = "!"  # as OpenCLIP pads
+    with pytest.raises(UserError, match="'!' cannot be a trigger word: it is a special token of text_encoder_2"):
+        add_trigger_word(pipe, "!")
+    add_trigger_word(tiny_pipe, "!")
+
+
+def test_words_by_the_word_that_they_stand_for():
+    assert words_of("sks", 1) == ["sks"] and words_of("sks", 3) == ["sks", "sks_1", "sks_2"]
+    assert group_words([]) == {}
+    assert group_words(["ohwx", "sks_1", "sks"]) == {"sks": ["sks", "sks_1"], "ohwx": ["ohwx"]}
+    assert group_words(["sks_1", "sks_2"]) == {"sks_1": ["sks_1"], "sks_2": ["sks_2"]}
+    assert group_words(["sks", "sks_2"]) == {"sks": ["sks"], "sks_2": ["sks_2"]}
+    assert group_words(["a_1_1", "a_1", "a"]) == {"a": ["a", "a_1"], "a_1_1": ["a_1_1"]}
+    twelve = words_of("sks", 12)
+    assert group_words(sorted(twelve)) == {"sks": twelve}
+
+
+@pytest.mark.parametrize("word", ["sks", "ohwx", "cat"])
+def test_a_word_of_several_vectors_comes_and_goes(tiny_pipe, word):
+    before, plain = state(tiny_pipe), encoded(tiny_pipe, f"a {word} cat")
+    words = words_of(word, 3)
+    add_trigger_words(tiny_pipe, [*words, "zwx"], owner="mug")
+    for number, each in enumerate(words):
+        set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
+    prompt = tiny_pipe.maybe_convert_prompt(f"a {word}, sks", tiny_pipe.tokenizer)
+    ids = tiny_pipe.tokenizer(prompt).input_ids
+    expected = [token_id(tiny_pipe, each) for each in words]
+    assert len(set(expected)) == 3 and any(ids[start : start + 3] == expected for start in range(len(ids)))
+    shown = encoded(tiny_pipe, f"a {word} cat")
+    assert not torch.allclose(shown, plain, atol=1e-3)
+
+    remove_trigger_word(tiny_pipe, "zwx")
+    assert torch.equal(encoded(tiny_pipe, f"a {word} cat"), shown)
+    remove_trigger_words(tiny_pipe, words)
+    assert_same(state(tiny_pipe), before)
+    assert torch.equal(encoded(tiny_pipe, f"a {word} cat"), plain)
+
+
+def test_files_of_several_vectors_load_under_another_word_and_leave(tiny_pipe, tmp_path):
+    before, words = state(tiny_pipe), words_of("sks", 11)
+    add_trigger_words(tiny_pipe, words)
+    for each in words:
+        set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.randn(32)})
+    expected = encoded(tiny_pipe, "a photo of sks mug")
+    saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "words.atoms.safetensors", dtype=torch.float32)
+    with safe_open(saved, "pt") as file:
+        assert set(file.keys()) == {f"token.{each}" for each in words}
+        assert file.get_slice("token.sks_10").get_shape() == [32]
+    atomdiff.unload_atoms(tiny_pipe)
+    assert_same(state(tiny_pipe), before)
+    atomdiff.load_atoms(tiny_pipe, saved, "first")
+    assert torch.equal(encoded(tiny_pipe, "a photo of sks mug"), expected)
+    with pytest.raises(UserError, match="the trigger word 'sks' is taken by 'first'"):
+        atomdiff.load_atoms(tiny_pipe, saved, "second")
+    atomdiff.load_atoms(tiny_pipe, saved, "second", trigger_word="red")
+    assert torch.equal(encoded(tiny_pipe, "a photo of red mug"), expected)
+    atomdiff.unload_atoms(tiny_pipe, "first")
+    assert torch.equal(encoded(tiny_pipe, "a photo of red mug"), expected)
+    atomdiff.unload_atoms(tiny_pipe)
+    assert_same(state(tiny_pipe), before)
+
+
+def test_old_configs_look_for_the_end_of_prompts_as_before_once_words_have_left(tiny_xl_pipe):
+    encoder = tiny_xl_pipe.text_encoder_2
+    for module in (encoder.config, *encoder.modules()):
+        if hasattr(module, "eos_token_id"):
+            module.eos_token_id = 2
+    before = {module: module.eos_token_id for module in encoder.modules() if hasattr(module, "eos_token_id")}
+    assert before
+    add_trigger_word(tiny_xl_pipe, "sks")  # a known token
+    assert encoder.config.eos_token_id == 2
+    add_trigger_word(tiny_xl_pipe, "ohwx")
+    end = tiny_xl_pipe.tokenizer_2.eos_token_id
+    assert encoder.config.eos_token_id == end and all(module.eos_token_id == end for module in before)
+    remove_trigger_word(tiny_xl_pipe, "ohwx")
+    assert encoder.config.eos_token_id == 2 and all(module.eos_token_id == 2 for module in before)
 
 
 def test_mistakes_are_named_and_change_nothing(tiny_pipe):

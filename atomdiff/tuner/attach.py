@@ -14,6 +14,7 @@ from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model,
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from atomdiff.tuner.allocation import trial
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import TENSOR_KINDS, AtomLayer, attribute
 from atomdiff.tuner.model import find_atom_layer, supported_modules
@@ -77,8 +78,7 @@ def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 
 def peft_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter of any PEFT method, under the keys that PEFT saves them with."""
-    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {_PEFT_PREFIX + key: tensor.detach().cpu().contiguous() for key, tensor in tensors.items()}
+    return {key: tensor.detach().cpu().contiguous() for key, tensor in _peft_state(model, name).items()}
 
 
 @contextmanager
@@ -125,6 +125,8 @@ def attach_atoms(model: Any, config: AtomConfig, layers: Mapping[str, Mapping[st
 def attach_peft(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> None:
     """Add an adapter of any PEFT method with given tensors.
 
+    It is tried out first with tensors that take no memory: settings may ask for any amount of it.
+
     Args:
         model: the model.
         config: settings of the adapter.
@@ -135,15 +137,23 @@ def attach_peft(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], n
         ValueError: the tensors are not those of this method on this model.
     """
     atoms = is_atoms(config)
-    _inject(model, _changed(config, **{"init_weights": False} if atoms else {}), name)
-    expected = {key: tensor.shape for key, tensor in peft_tensors(model, name).items()}
+    changes = {"init_weights": False} if atoms else {}
+    with trial():
+        _inject(model, _changed(config, **changes), name, low_cpu_mem_usage=True)
+        expected = {key: tensor.shape for key, tensor in _peft_state(model, name).items()}
+        detach(model, name)
     found = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
     if atoms:  # as they were named at first
         found = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): found[key] for key in found}
     shapes = {key: tensor.shape for key, tensor in found.items()}
     wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
     if wrong:
-        raise ValueError(f"its tensors do not fit this model: {', '.join(wrong[:3])} ({len(wrong)} in all)")
+        of_file, of_model = (tuple(of[wrong[0]]) if wrong[0] in of else "none" for of in (shapes, expected))
+        raise ValueError(
+            f"its tensors do not fit this model: {wrong[0]!r:.200}: found {of_file}, by its settings expected "
+            f"{of_model} ({len(wrong)} in all); load it into the base that it was made for, or download it again"
+        )
+    _inject(model, _changed(config, **changes), name)
     set_peft_model_state_dict(model, found, adapter_name=name)
     model.peft_config[name] = _changed(config)
 
@@ -301,14 +311,19 @@ def _merge_order(model: nn.Module) -> list[Any]:
     return sorted(reversed(adapter_layers(model)), key=lambda layer: not isinstance(layer, AtomLayer))
 
 
-def _inject(model: Any, config: PeftConfig, name: str) -> None:
+def _peft_state(model: nn.Module, name: str) -> dict[str, Tensor]:
+    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
+    return {_PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
+
+
+def _inject(model: Any, config: PeftConfig, name: str, low_cpu_mem_usage: bool = False) -> None:
     merged = [(layer, layer.merged_adapters) for layer in adapter_layers(model) if layer.merged]
     for layer, _ in merged:
         layer.merged_adapters = []  # PEFT would unmerge these layers, others than atoms in their own inexact way
     try:
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            inject_adapter_in_model(config, model, name)
+            inject_adapter_in_model(config, model, name, low_cpu_mem_usage)
     finally:
         for layer, names in merged:
             layer.merged_adapters = names

@@ -172,3 +172,10 @@ def test_matrix_gradients(dtype, blocks, monkeypatch):
     expected = torch.autograd.grad(adapt_weight(weight, changes), leaves, gradient)
     for found, wanted in zip(matrix_gradients(weight, changes, gradient), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-3 if dtype == torch.float32 else 1e-9, rtol=1e-4)
+
+
+def test_gradients_in_float16_may_be_larger_than_its_numbers():
+    weight, gradient = torch.ones(64, 64, 3, 3), torch.full((64, 64, 3, 3), 100.0)
+    change = Change(View(), torch.zeros(9, 9))
+    (found,) = matrix_gradients(weight.half(), [change], gradient.half())
+    torch.testing.assert_close(found, torch.full((9, 9), 409600.0))

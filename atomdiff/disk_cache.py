@@ -1,0 +1,102 @@
+"""Tensors kept on disk by the content that they were made from, so that a second run need not make them again."""
+
+import hashlib
+import json
+import os
+import tempfile
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from atomdiff.errors import UserError
+
+Tensors = dict[str, Tensor]
+
+
+class DiskCache:
+    """A folder with a safetensors file for every key; whoever wants it smaller may remove files, or the folder.
+
+    A file is trusted only if it holds the hash of its key and of the names, types, shapes and numbers in it; any other
+    is made anew. Files are moved into place whole, so that processes may share the folder.
+
+    Args:
+        folder: Made with the first file.
+    """
+
+    def __init__(self, folder: str | Path) -> None:
+        self.folder = Path(folder)
+
+    def get(self, key: str, make: Callable[[], Tensors]) -> Tensors:
+        """Return the tensors of a key, on the CPU; `make` them and keep them if they are not there.
+
+        Args:
+            key: From `content_key`, of all that the tensors depend on.
+            make: Gives the tensors.
+
+        Raises:
+            UserError: They cannot be written.
+        """
+        found = self._read(key)
+        if found is not None:
+            return found
+        made = {name: tensor.detach().cpu().contiguous() for name, tensor in make().items()}
+        self._write(key, made)
+        return made
+
+    def _file(self, key: str) -> Path:
+        return self.folder / f"{key}.safetensors"
+
+    def _read(self, key: str) -> Tensors | None:
+        try:
+            with safe_open(self._file(key), "pt") as file:
+                metadata = file.metadata() or {}
+                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError):  # missing, unreadable or damaged
+            return None
+        return tensors if metadata == _metadata(key, tensors) else None
+
+    def _write(self, key: str, tensors: Tensors) -> None:
+        unfinished = None
+        try:
+            self.folder.mkdir(parents=True, exist_ok=True)
+            handle, unfinished = tempfile.mkstemp(suffix=".unfinished", dir=self.folder)
+            os.close(handle)
+            save_file(tensors, unfinished, _metadata(key, tensors))
+            os.replace(unfinished, self._file(key))
+        except (OSError, SafetensorError) as error:
+            if unfinished is not None:
+                Path(unfinished).unlink(missing_ok=True)
+            raise UserError(f"{self.folder}: cannot be written ({error}); name another --cache_dir") from error
+
+
+def _metadata(key: str, tensors: Tensors) -> dict[str, str]:
+    return {"content": content_key(key, tensors_key(tensors))}
+
+
+def content_key(*parts: str | int | float | bytes) -> str:
+    """Return the SHA-256 (64 hexadecimal digits) of some texts, numbers and bytes."""
+    plain = [hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else part for part in parts]
+    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
+
+
+def tensors_key(tensors: Mapping[str, Tensor]) -> str:
+    """Return the SHA-256 of the names, types, shapes and numbers of some tensors."""
+    digest = hashlib.sha256()
+    for name, tensor in sorted(tensors.items()):
+        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
+        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
+    return digest.hexdigest()
+
+
+def weights_key(module: Any) -> str:
+    """Return the SHA-256 of a diffusers or transformers model: its config, weights, their type and kind of device."""
+    own = {"_name_or_path", "_diffusers_version", "transformers_version"}
+    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
+    known = json.dumps({name: value for name, value in config.items() if name not in own}, sort_keys=True, default=str)
+    device = next(module.parameters()).device.type
+    return content_key(known, device, tensors_key(module.state_dict()))

@@ -1,0 +1,143 @@
+import multiprocessing
+import os
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from atomdiff.disk_cache import DiskCache, content_key, tensors_key, weights_key
+from atomdiff.errors import UserError
+
+MADE = {"mean": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
+KEY = content_key("some", 1)
+
+
+def get(cache, made=MADE):
+    """What the cache answers, and whether it had to be made."""
+    calls = []
+    found = cache.get(KEY, lambda: calls.append(1) or made)
+    return found, bool(calls)
+
+
+def same(one, two):
+    return one.keys() == two.keys() and all(torch.equal(one[name], two[name]) for name in one)
+
+
+def test_what_was_made_once_is_read_ever_after(tmp_path):
+    found, made = get(DiskCache(tmp_path / "new" / "folder"))
+    assert made and same(found, MADE)
+    found, made = get(DiskCache(tmp_path / "new" / "folder"), made={})
+    assert not made and same(found, MADE) and found["half"].dtype == torch.bfloat16
+    assert [file.suffix for file in (tmp_path / "new" / "folder").iterdir()] == [".safetensors"]
+
+
+def cut_off(file):
+    file.write_bytes(file.read_bytes()[:-3])
+
+
+def flip_a_bit(file):
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+
+
+def empty(file):
+    file.write_bytes(b"")
+
+
+def another_key(file):
+    other = DiskCache(file.parent)._file(content_key("other"))
+    DiskCache(file.parent).get(content_key("other"), lambda: MADE)
+    os.replace(other, file)
+
+
+def another_shape(file):
+    tensors = load_file(file)
+    tensors["mean"] = tensors["mean"].reshape(3, 2)
+    save_file(tensors, file, {"content": content_key(KEY, tensors_key(MADE))})
+
+
+def no_metadata(file):
+    save_file(MADE, file)
+
+
+def huge_header(file):
+    file.write_bytes(b"\xff" * 64)
+
+
+@pytest.mark.parametrize(
+    "damage", [cut_off, flip_a_bit, empty, another_key, another_shape, no_metadata, huge_header, os.remove]
+)
+def test_files_that_are_not_what_was_written_are_made_anew(tmp_path, damage):
+    cache = DiskCache(tmp_path)
+    get(cache)
+    (file,) = tmp_path.iterdir()
+    whole = file.read_bytes()
+    damage(file)
+    found, made = get(cache)
+    assert made and same(found, MADE)
+    assert file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
+
+
+def test_what_cannot_be_made_leaves_nothing_behind(tmp_path):
+    def stop():
+        raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        DiskCache(tmp_path).get(KEY, stop)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(UserError, match="file: cannot be written .*name another --cache_dir"):
+        get(DiskCache(tmp_path / "file"))
+
+
+def fill(folder, rounds):
+    for number in range(rounds):
+        tensors = {"a": torch.full((1000,), float(number))}
+        found = DiskCache(folder).get(content_key(number), lambda tensors=tensors: tensors)
+        assert torch.equal(found["a"], tensors["a"])
+
+
+def test_processes_may_share_the_folder(tmp_path):
+    context = multiprocessing.get_context("fork")
+    workers = [context.Process(target=fill, args=(tmp_path, 20)) for _ in range(4)]
+    for worker in workers:
+        worker.start()
+    for worker in workers:
+        worker.join()
+    assert [worker.exitcode for worker in workers] == [0] * 4
+    assert sorted(file.stem for file in tmp_path.iterdir()) == sorted(content_key(number) for number in range(20))
+
+
+def test_keys_tell_all_contents_apart():
+    keys = [
+        content_key("a", "b"),
+        content_key("ab"),
+        content_key(b"ab"),
+        content_key("b", "a"),
+        content_key("1"),
+        content_key(1),
+        tensors_key({"a": torch.zeros(2)}),
+        tensors_key({"b": torch.zeros(2)}),
+        tensors_key({"a": torch.zeros(2, 1)}),
+        tensors_key({"a": torch.zeros(2, dtype=torch.int32)}),
+    ]
+    assert len(set(keys)) == len(keys)
+    assert content_key("a", "b") == keys[0]
+
+
+def test_a_models_key_follows_its_weights_config_and_type(tiny_pipe):
+    vae = tiny_pipe.vae
+    keys = [weights_key(vae), weights_key(tiny_pipe.text_encoder)]
+    assert weights_key(vae) == keys[0]
+    vae.register_to_config(_name_or_path="elsewhere")
+    assert weights_key(vae) == keys[0]
+    vae.register_to_config(scaling_factor=0.5)
+    keys.append(weights_key(vae))
+    vae.encoder.conv_in.bias.data[0] += 1e-3
+    keys.append(weights_key(vae))
+    keys.append(weights_key(vae.to(torch.bfloat16)))
+    assert len(set(keys)) == 5
