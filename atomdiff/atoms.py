@@ -133,7 +133,7 @@ def adapt_weight_by_row(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     rows = len(changes[0].matrix)
     matrices = tuple(change.matrix for change in changes)
     adapted = weight.new_empty(rows, *weight.shape)
-    for part in _parts(weight, changes, rows):
+    for part in parts_of(weight, changes, rows):
         mine = [_part_of(change, part, by_input=change.matrix.ndim == 4) for change in changes]
 
         def adapt(*of_row: Tensor, part: slice = part, mine: Sequence[Change] = mine) -> Tensor:
@@ -185,36 +185,59 @@ def adapted_like(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype) 
     return out
 
 
-def matrix_gradients(weight: Tensor, changes: Sequence[Change], gradient: Tensor) -> list[Tensor]:
-    """Contract the gradient of what `adapt_weight` gives to those of the changes' matrices, in float32 at least.
+class MatrixGradients:
+    """The gradients of the changes' matrices from that of what `adapt_weight` gives, part by part of the weight.
 
     Where rows X of one view are all that changes, X' = X @ T, that is X.T @ (gradient of X') and the small step from T
-    to the matrices. Else it goes over parts of the weight, so that little is there in float32.
+    to the matrices. Else autograd goes through each part.
 
     Args:
-        weight: (out, in/groups, ...), as it was adapted.
         changes: in any order.
-        gradient: of the adapted weight.
+        positions: of a kernel.
     """
-    leaves = [change.matrix.detach().to(torch.promote_types(change.matrix.dtype, torch.float32)) for change in changes]
-    leaves = [leaf.requires_grad_() for leaf in leaves]
-    changes = [replace(change, matrix=leaf) for change, leaf in zip(changes, leaves, strict=True)]
-    with torch.enable_grad():
-        one = _as_one_change(changes, math.prod(weight.shape[2:]))
-    parts = _parts(weight, changes)
-    if one is not None:
-        product = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype  # float16 ends at 65504
-        pairs = ([one.view.rows(tensor[part].to(product)) for tensor in (weight, gradient)] for part in parts)
-        total = torch.stack([_product_of_rows(*pair).to(one.matrix.dtype) for pair in pairs]).sum(dim=0)
-        return list(torch.autograd.grad(one.matrix, leaves, total))
-    totals = [torch.zeros_like(leaf) for leaf in leaves]
-    for part in parts:
+
+    def __init__(self, changes: Sequence[Change], positions: int) -> None:
+        matrices = [change.matrix.detach() for change in changes]
+        self._leaves = [matrix.to(torch.promote_types(matrix.dtype, torch.float32)) for matrix in matrices]
+        self._leaves = [leaf.requires_grad_() for leaf in self._leaves]
+        self._changes = [replace(change, matrix=leaf) for change, leaf in zip(changes, self._leaves, strict=True)]
         with torch.enable_grad():
-            adapted = _adapt(weight[part], _parts_of(changes, part))
-        found = torch.autograd.grad(adapted, leaves, gradient[part].to(adapted.dtype))
-        for sum_of_parts, of_part in zip(totals, found, strict=True):
-            sum_of_parts += of_part
-    return totals
+            self._one = _as_one_change(self._changes, positions)
+        sums = self._leaves if self._one is None else [self._one.matrix]
+        self._totals = [torch.zeros_like(matrix, requires_grad=False) for matrix in sums]
+
+    def add(self, weight: Tensor, gradient: Tensor, part: slice) -> None:
+        """Take in the gradient of a part: both (outputs of the part, in/groups, ...)."""
+        if self._one is not None:
+            dtype = torch.float32 if gradient.dtype == torch.float16 else gradient.dtype  # float16 ends at 65504
+            rows = [self._one.view.rows(tensor.to(dtype)) for tensor in (weight, gradient)]
+            self._totals[0] += _product_of_rows(*rows)
+            return
+        with torch.enable_grad():
+            adapted = _adapt(weight, changes_of(self._changes, part))
+        for total, found in zip(
+            self._totals, torch.autograd.grad(adapted, self._leaves, gradient.to(adapted.dtype)), strict=True
+        ):
+            total += found
+
+    def result(self) -> list[Tensor]:
+        """The gradients, in float32 at least."""
+        if self._one is None:
+            return self._totals
+        return list(torch.autograd.grad(self._one.matrix, self._leaves, self._totals[0]))
+
+
+def parts_of(weight: Tensor, changes: Sequence[Change], copies: int = 1) -> list[slice]:
+    """Parts of the first axis, of whole blocks, of which so many copies stay in a CPU's cache, or small on a GPU."""
+    block = math.lcm(*(change.view.block[0] for change in changes))
+    at_once = (_NUMBERS_AT_ONCE if weight.is_cpu else _NUMBERS_AT_ONCE_GPU) // (weight[0].numel() * block * copies)
+    size = max(at_once, 1) * block
+    return [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
+
+
+def changes_of(changes: Sequence[Change], part: slice) -> list[Change]:
+    """The changes of some outputs."""
+    return [_part_of(change, part, by_input=change.matrix.ndim == 3) for change in changes]
 
 
 def write_adapted(out: Tensor, weight: Tensor, changes: Sequence[Change]) -> None:
@@ -228,20 +251,20 @@ def write_adapted(out: Tensor, weight: Tensor, changes: Sequence[Change]) -> Non
     if not sums:
         out.copy_(weight)
     elif out.dtype != weight.dtype:
-        for part in _parts(weight, sums):
-            out[part] = adapted_like(weight[part].to(out.dtype), _parts_of(sums, part), out.dtype)
+        for part in parts_of(weight, sums):
+            out[part] = adapted_like(weight[part].to(out.dtype), changes_of(sums, part), out.dtype)
     elif len(sums) == 1 and _is_of_kernels(sums[0]) and weight.is_contiguous() and out.is_contiguous():
         _multiply_rows(kernels, sums[0].matrix, goal)
     elif len(sums) == 1 and _is_of_kernels(sums[0]) and kernels.mT.is_contiguous() and goal.mT.is_contiguous():
         _multiply_columns(kernels.mT, sums[0].matrix.mT, goal.mT)
     elif weight.dtype in _HALF and (one := _as_one_change(sums, kernels.shape[2])) is not None:
         factor = one.matrix.to(weight.dtype)
-        for part in _parts(weight, sums):
+        for part in parts_of(weight, sums):
             rows = one.view.rows(weight[part])
             out[part] = one.view.from_rows(torch.addmm(rows, rows, factor), out[part].shape)
     else:
-        for part in _parts(weight, sums):
-            out[part] = adapt_weight(weight[part], _parts_of(sums, part))
+        for part in parts_of(weight, sums):
+            out[part] = adapt_weight(weight[part], changes_of(sums, part))
 
 
 def _adapt(weight: Tensor, changes: Sequence[Change]) -> Tensor:
@@ -250,19 +273,6 @@ def _adapt(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     for whole in (True, False):
         wide = _change_rows(wide, [change for change in changes if change.view.whole is whole])
     return wide.reshape(weight.shape)
-
-
-def _parts(weight: Tensor, changes: Sequence[Change], copies: int = 1) -> list[slice]:
-    """Parts of the first axis, of whole blocks, of which so many copies stay in a CPU's cache, or small on a GPU."""
-    block = math.lcm(*(change.view.block[0] for change in changes))
-    at_once = (_NUMBERS_AT_ONCE if weight.is_cpu else _NUMBERS_AT_ONCE_GPU) // (weight[0].numel() * block * copies)
-    size = max(at_once, 1) * block
-    return [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
-
-
-def _parts_of(changes: Sequence[Change], part: slice) -> list[Change]:
-    """The changes of some outputs."""
-    return [_part_of(change, part, by_input=change.matrix.ndim == 3) for change in changes]
 
 
 def _part_of(change: Change, part: slice, by_input: bool) -> Change:

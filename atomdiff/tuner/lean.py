@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -15,7 +15,7 @@ from torch.func import functional_call
 from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from atomdiff.atoms import Change, adapted_like, matrix_gradients
+from atomdiff.atoms import Change, MatrixGradients, adapted_like, changes_of, parts_of, write_adapted
 from atomdiff.blocks import View
 from atomdiff.tuner import taps
 
@@ -82,22 +82,23 @@ class _AdaptedWeight(torch.autograd.Function):
         changes = [replace(change, matrix=matrix) for change, matrix in zip(changes, matrices, strict=True)]
         ctx.module, ctx.changes, ctx.by_taps = module, changes, by_taps
         ctx.save_for_backward(x, weight)
-        adapted = adapted_like(weight, changes, x.dtype)
-        return _product(module, adapted, _taps(module, x), x) if by_taps else _with_weight(module, adapted, x)
+        if not by_taps:
+            return _with_weight(module, adapted_like(weight, changes, x.dtype), x)
+        of_taps = _taps(module, x)
+        y = [_product(adapted, of_taps) for _, adapted in _adapted_parts(weight, changes, x.dtype)]
+        return _output(module, torch.cat(y, dim=1), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight = ctx.saved_tensors
         wants = ctx.needs_input_grad[3], any(ctx.needs_input_grad[5:])
+        matrices = MatrixGradients(ctx.changes, math.prod(weight.shape[2:]))
+        through = _back_by_taps if ctx.by_taps else _back
         with torch.autocast(x.device.type, enabled=False):
-            # A convolution asks for a weight even where only the weight's gradient is wanted.
-            adapted = adapted_like(weight, ctx.changes, x.dtype) if wants[0] else weight.to(x.dtype)
-            gradients = _gradients_by_taps if ctx.by_taps else _gradients
-            of_x, of_weight = gradients(ctx.module, gradient, x, adapted, wants)
-            del adapted
-            matrices = matrix_gradients(weight, ctx.changes, of_weight) if wants[1] else [None] * len(ctx.changes)
-        return None, None, None, of_x, None, *matrices
+            of_x = through(ctx.module, ctx.changes, gradient, x, weight, wants, matrices)
+            of_matrices = matrices.result() if wants[1] else [None] * len(ctx.changes)
+        return None, None, None, of_x, None, *of_matrices
 
 
 class _MixedTaps(torch.autograd.Function):
@@ -110,7 +111,7 @@ class _MixedTaps(torch.autograd.Function):
     def forward(ctx: Any, module: Any, matrix: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ctx.module = module
         ctx.save_for_backward(matrix, x, weight)
-        return _product(module, weight.to(x.dtype), _mixer(matrix, x.dtype) @ _taps(module, x), x)
+        return _output(module, _product(weight.to(x.dtype), _mixer(matrix, x.dtype) @ _taps(module, x)), x)
 
     @staticmethod
     @once_differentiable
@@ -121,7 +122,7 @@ class _MixedTaps(torch.autograd.Function):
             of_matrix = (of_mixed @ _taps(ctx.module, x).mT).sum(dim=(0, 1), dtype=matrix.dtype)
             of_x = None
             if ctx.needs_input_grad[2]:
-                of_x = _from_taps(ctx.module, _mixer(matrix, x.dtype).T @ of_mixed, x)
+                of_x = _from_taps(ctx.module, (_mixer(matrix, x.dtype).T @ of_mixed).float(), x)
         return None, of_matrix, of_x, None
 
 
@@ -132,24 +133,68 @@ def _with_weight(module: nn.Module, weight: Tensor, x: Tensor) -> Any:
     return functional_call(module, tensors, (x,))
 
 
-def _gradients(module: nn.Module, gradient: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool]) -> Any:
-    """The gradients of a layer's input and weight, each if it is wanted."""
+def _back(
+    module: Any,
+    changes: Sequence[Change],
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    wants: tuple[bool, bool],
+    matrices: MatrixGradients,
+) -> Tensor | None:
+    """Return the gradient of x and add that of the weight to those of the matrices, each if it is wanted."""
+    # A convolution asks for a weight even where only the weight's gradient is wanted.
+    adapted = adapted_like(weight, changes, x.dtype) if wants[0] else weight.to(x.dtype)
+    of_x, of_weight = _gradients(module, gradient, x, adapted, wants)
+    del adapted
+    if of_weight is not None:
+        for part in parts_of(weight, changes):
+            matrices.add(weight[part], of_weight[part], part)
+    return of_x
+
+
+def _gradients(
+    module: Any, gradient: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
     if isinstance(module, nn.Linear):
         rows = gradient.flatten(0, -2)
         return gradient @ weight if wants[0] else None, rows.T @ x.flatten(0, -2) if wants[1] else None
-    assert isinstance(module, _ConvNd)
     settings = module.stride, module.padding, module.dilation, module.transposed, module.output_padding, module.groups
-    return torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings, (*wants, False))[:2]
+    found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings, (*wants, False))
+    return found[0], found[1]
 
 
-def _gradients_by_taps(module: nn.Conv2d, gradient: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool]) -> Any:
-    """What `_gradients` gives, from products of matrices."""
-    of_x = _from_taps(module, _taps_gradient(weight, gradient), x) if wants[0] else None
-    of_weight = None
-    if wants[1]:
-        columns = rearrange(_taps(module, x), "b i n p -> (b p) (i n)")
-        of_weight = (rearrange(gradient, "b o h w -> o (b h w)") @ columns).view(weight.shape)
-    return of_x, of_weight
+def _back_by_taps(
+    module: Any,
+    changes: Sequence[Change],
+    gradient: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    wants: tuple[bool, bool],
+    matrices: MatrixGradients,
+) -> Tensor | None:
+    """What `_back` does, a part of the weight at a time: neither it nor its gradient is ever there as a whole."""
+    of_taps: Any = 0
+    columns = rearrange(_taps(module, x), "b i n p -> (b p) (i n)") if wants[1] else None
+    for part, adapted in _adapted_parts(weight, changes, x.dtype):
+        of_part = gradient[:, part]
+        if wants[0]:
+            of_taps = of_taps + _taps_gradient(adapted, of_part).float()
+        if columns is not None:
+            of_weight = (rearrange(of_part, "b o h w -> o (b h w)") @ columns).view(adapted.shape)
+            matrices.add(weight[part], of_weight, part)
+    return _from_taps(module, of_taps, x) if wants[0] else None
+
+
+def _adapted_parts(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
+    """Parts of the first axis with the adapted weight of each; one memory serves all."""
+    memory: Tensor | None = None
+    for part in parts_of(weight, changes):
+        of_part = weight[part]
+        if memory is None:
+            memory = torch.empty_like(of_part, dtype=dtype)
+        write_adapted(memory[: len(of_part)], of_part, changes_of(changes, part))
+        yield part, memory[: len(of_part)]
 
 
 def _taps(module: nn.Conv2d, x: Tensor) -> Tensor:
@@ -157,9 +202,14 @@ def _taps(module: nn.Conv2d, x: Tensor) -> Tensor:
     return rearrange(taps.windows(module, x), "b i k l h w -> b i (k l) (h w)")
 
 
-def _product(module: nn.Conv2d, weight: Tensor, of_taps: Tensor, x: Tensor) -> Tensor:
-    """A convolution of x by its taps, or others in their place (batch, in, n, positions)."""
-    y = (weight.flatten(1) @ of_taps.flatten(1, 2)).unflatten(2, taps.windows(module, x).shape[-2:])
+def _product(weight: Tensor, of_taps: Tensor) -> Tensor:
+    """(out, in, ...) times taps (batch, in, n, positions) -> (batch, out, positions)."""
+    return weight.flatten(1) @ of_taps.flatten(1, 2)
+
+
+def _output(module: nn.Conv2d, y: Tensor, x: Tensor) -> Tensor:
+    """What a convolution gives, from its product (batch, out, positions)."""
+    y = y.unflatten(2, taps.windows(module, x).shape[-2:])
     return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
 
 
@@ -169,10 +219,10 @@ def _taps_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _from_taps(module: nn.Conv2d, gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x from that of its taps, added up in float32."""
+    """The gradient of x from that of its taps (batch, in, n, positions), in float32."""
     names = ("kernel_size", "dilation", "padding", "stride")
     windows: dict[str, Any] = {name: getattr(module, name) for name in names}
-    return functional.fold(gradient.flatten(1, 2).float(), x.shape[2:], **windows).to(x.dtype)
+    return functional.fold(gradient.flatten(1, 2), x.shape[2:], **windows).to(x.dtype)
 
 
 def _mixer(matrix: Tensor, dtype: torch.dtype) -> Tensor:

@@ -6,7 +6,7 @@ from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from atomdiff.atoms import Change, adapt_weight, matrix_gradients
+from atomdiff.atoms import Change, MatrixGradients, adapt_weight, parts_of
 from atomdiff.blocks import View
 from atomdiff.tuner import AtomConfig, lean
 
@@ -156,6 +156,13 @@ def test_a_bias_that_is_trained_too_gets_its_gradient():
     model, x = adapted("conv", "blocks")
     model.base_model.model[0].get_base_layer().bias.requires_grad_()
     assert gradients(model, x)["base_model.model.0.base_layer.bias"].abs().max() > 0
+
+
+def matrix_gradients(weight, changes, gradient):
+    found = MatrixGradients(changes, weight[0, 0].numel())
+    for part in parts_of(weight, changes):
+        found.add(weight[part], gradient[part], part)
+    return found.result()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
