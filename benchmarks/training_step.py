@@ -331,6 +331,7 @@ def main(config: BenchmarkConfig) -> None:
     default = ("sd15_cpu", "sd15_gpu", "sdxl_gpu") if torch.cuda.is_available() else ("sd15_cpu",)
     fields = {field.name: field.default for field in dataclasses.fields(config) if field.name != "output_dir"}
     asked = {name: getattr(config, name) for name, default in fields.items() if getattr(config, name) != default}
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     for name in config.parts or default:
         figures = run_part(name, config)
         options = asked | {"parts": (name,)}
