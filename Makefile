@@ -16,7 +16,7 @@ demo: $(READY)
 	$(BIN)/atomdiff demo
 
 test: $(READY)
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
 check: $(READY)
 	$(BIN)/ruff check .
