@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atomdiff.errors import UserError
 from atomdiff.pipeline import merge, pipeline_models, restore
 from atomdiff.tuner import attach
-from atomdiff.tuner.layer import SUPPORTED
+from atomdiff.tuner.lean import SUPPORTED
 
 _PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")  # a model that has these saves its adapters only
 

@@ -19,15 +19,25 @@ from atomdiff.atoms import Change, MatrixGradients, adapted_like, changes_of, pa
 from atomdiff.blocks import View
 from atomdiff.tuner import taps
 
+SUPPORTED = (
+    nn.Conv1d,
+    nn.Conv2d,
+    nn.Conv3d,
+    nn.ConvTranspose1d,
+    nn.ConvTranspose2d,
+    nn.ConvTranspose3d,
+    nn.Linear,
+)
+
 
 def fits(module: nn.Module, *more: Any) -> bool:
-    """Whether `call` can take the place of a module's own call: a bare, frozen layer with zero padding by numbers.
+    """Whether `call` can take the place of a module's own call: a frozen layer of PyTorch's own, padded with zeros.
 
     Args:
         module: the module.
         *more: further arguments of the call, such as the output size of a transposed convolution.
     """
-    if not isinstance(module, (nn.Linear, _ConvNd)) or any(more) or torch.compiler.is_compiling():
+    if type(module) not in SUPPORTED or any(more) or torch.compiler.is_compiling():
         return False
     if isinstance(module, _ConvNd) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return False
@@ -91,12 +101,11 @@ class _AdaptedWeight(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        x, weight = ctx.saved_tensors
         wants = ctx.needs_input_grad[3], any(ctx.needs_input_grad[5:])
-        matrices = MatrixGradients(ctx.changes, math.prod(weight.shape[2:]))
+        matrices = MatrixGradients(ctx.changes, math.prod(ctx.module.weight.shape[2:]))
         through = _back_by_taps if ctx.by_taps else _back
-        with torch.autocast(x.device.type, enabled=False):
-            of_x = through(ctx.module, ctx.changes, gradient, x, weight, wants, matrices)
+        with torch.autocast(gradient.device.type, enabled=False):
+            of_x = through(ctx, gradient, wants, matrices)
             of_matrices = matrices.result() if wants[1] else [None] * len(ctx.changes)
         return None, None, None, of_x, None, *of_matrices
 
@@ -133,22 +142,15 @@ def _with_weight(module: nn.Module, weight: Tensor, x: Tensor) -> Any:
     return functional_call(module, tensors, (x,))
 
 
-def _back(
-    module: Any,
-    changes: Sequence[Change],
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    wants: tuple[bool, bool],
-    matrices: MatrixGradients,
-) -> Tensor | None:
+def _back(ctx: Any, gradient: Tensor, wants: tuple[bool, bool], matrices: MatrixGradients) -> Tensor | None:
     """Return the gradient of x and add that of the weight to those of the matrices, each if it is wanted."""
+    x, weight = ctx.saved_tensors
     # A convolution asks for a weight even where only the weight's gradient is wanted.
-    adapted = adapted_like(weight, changes, x.dtype) if wants[0] else weight.to(x.dtype)
-    of_x, of_weight = _gradients(module, gradient, x, adapted, wants)
+    adapted = adapted_like(weight, ctx.changes, x.dtype) if wants[0] else weight.to(x.dtype)
+    of_x, of_weight = _gradients(ctx.module, gradient, x, adapted, wants)
     del adapted
     if of_weight is not None:
-        for part in parts_of(weight, changes):
+        for part in parts_of(weight, ctx.changes):
             matrices.add(weight[part], of_weight[part], part)
     return of_x
 
@@ -164,26 +166,19 @@ def _gradients(
     return found[0], found[1]
 
 
-def _back_by_taps(
-    module: Any,
-    changes: Sequence[Change],
-    gradient: Tensor,
-    x: Tensor,
-    weight: Tensor,
-    wants: tuple[bool, bool],
-    matrices: MatrixGradients,
-) -> Tensor | None:
+def _back_by_taps(ctx: Any, gradient: Tensor, wants: tuple[bool, bool], matrices: MatrixGradients) -> Tensor | None:
     """What `_back` does, a part of the weight at a time: neither it nor its gradient is ever there as a whole."""
+    x, weight = ctx.saved_tensors
     of_taps: Any = 0
-    columns = rearrange(_taps(module, x), "b i n p -> (b p) (i n)") if wants[1] else None
-    for part, adapted in _adapted_parts(weight, changes, x.dtype):
+    columns = rearrange(_taps(ctx.module, x), "b i n p -> (b p) (i n)") if wants[1] else None
+    for part, adapted in _adapted_parts(weight, ctx.changes, x.dtype):
         of_part = gradient[:, part]
         if wants[0]:
             of_taps = of_taps + _taps_gradient(adapted, of_part).float()
         if columns is not None:
             of_weight = (rearrange(of_part, "b o h w -> o (b h w)") @ columns).view(adapted.shape)
             matrices.add(weight[part], of_weight, part)
-    return _from_taps(module, of_taps, x) if wants[0] else None
+    return _from_taps(ctx.module, of_taps, x) if wants[0] else None
 
 
 def _adapted_parts(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:

@@ -22,7 +22,8 @@ from torch import nn
 
 from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.factor import factors_of
-from atomdiff.tuner.layer import SUPPORTED, AtomLayer
+from atomdiff.tuner.layer import AtomLayer
+from atomdiff.tuner.lean import SUPPORTED
 from atomdiff.tuner.register import PREFIX
 
 ATTENTION_PROJECTIONS = re.compile(

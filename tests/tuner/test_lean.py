@@ -186,3 +186,21 @@ def test_gradients_in_float16_may_be_larger_than_its_numbers():
     change = Change(View(), torch.zeros(9, 9))
     (found,) = matrix_gradients(weight.half(), [change], gradient.half())
     torch.testing.assert_close(found, torch.full((9, 9), 409600.0))
+
+
+def test_a_layer_with_a_forward_of_its_own_keeps_it():
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return 2 * super().forward(x)
+
+    layer = Doubled(8, 8).requires_grad_(False)
+    model = get_peft_model(nn.Sequential(layer), AtomConfig(target_modules=["0"]))
+    for parameter in model.parameters():
+        if parameter.requires_grad:
+            nn.init.normal_(parameter, std=0.1)
+    x = torch.randn(3, 8, requires_grad=True)
+    plain = copy.deepcopy(model)
+    plain.base_model.model[0].base_layer.__class__ = nn.Linear
+    torch.testing.assert_close(model(x), 2 * plain(x))
+    found = torch.autograd.grad(model(x).sum(), x)[0]
+    torch.testing.assert_close(found, 2 * torch.autograd.grad(plain(x).sum(), x)[0])
