@@ -59,7 +59,7 @@ def _parser(config_class: type[Any], prog: str | None, positional: str | None) -
         options: dict[str, Any] = {"type": hints[field.name], "help": helps[field.name]}
         if get_origin(hints[field.name]) is tuple:
             options |= {"type": get_args(hints[field.name])[0], "nargs": "+"}
-        if hints[field.name] is bool:
+        if hints[field.name] in (bool, bool | None):
             options |= {"nargs": "?", "const": True}
         required = field.default is dataclasses.MISSING
         if not required:

@@ -88,3 +88,17 @@ def test_a_truth_value_alone_means_true(given, expected):
         """The switch."""
 
     assert parse_config(Flagged, given).flag is expected
+
+
+@pytest.mark.parametrize(
+    "given, expected", [([], None), (["--flag"], True), (["--flag", "false"], False), (["--flag", "null"], None)]
+)
+def test_a_truth_value_that_may_be_left_open(given, expected):
+    @dataclass(frozen=True)
+    class Open:
+        """A config with a switch that something else may decide."""
+
+        flag: bool | None = None
+        """The switch."""
+
+    assert parse_config(Open, given).flag is expected
