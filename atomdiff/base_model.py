@@ -78,15 +78,17 @@ def _load_vae(name: str, single_file_config: str | None) -> AutoencoderKL:
         raise UserError(f"pretrained_vae_model_name_or_path={name!r}: {found}") from error
 
 
-def place(pipe: BasePipeline, accelerator: Accelerator, *names: str) -> None:
+def place(pipe: BasePipeline, accelerator: Accelerator, *names: str, trained_whole: bool = False) -> None:
     """Move parts of the pipeline, all unless they are named, to the run's device.
 
-    The UNet gets the run's precision. All else stays in float32: the VAE of SDXL overflows in float16.
+    The UNet gets the run's precision, unless it is trained as a whole. All else stays in float32: the VAE of SDXL
+    overflows in float16.
     """
     for name in names or pipe.components:
         part = pipe.components[name]
         if isinstance(part, nn.Module):
-            part.to(accelerator.device, frozen_dtype(accelerator) if name == "unet" else torch.float32)
+            frozen = name == "unet" and not trained_whole
+            part.to(accelerator.device, frozen_dtype(accelerator) if frozen else torch.float32)
 
 
 @contextmanager

@@ -144,14 +144,15 @@ def build_concept(
         pipe: The base; what is trained becomes part of it.
         adapter: The method, None for training the whole UNet.
         prompts: All prompts.
-        dtype: Of the weights that are not trained.
+        dtype: Of the UNet's weights that are not trained. Text encoders stay in float32, which concepts of the toybox
+            learnt a little more in.
         text_adapter: With `train_text_encoder` the method for the text encoders, None for training them whole.
         cache: Keeps the states of prompts that do not change.
 
     Raises:
         UserError: An adapter does not fit the base, or a trigger word is in no prompt.
     """
-    pipe.unet.to(dtype=dtype).train()
+    pipe.unet.to(dtype=torch.float32 if adapter is None else dtype).train()
     make_trainable(pipe.unet, adapter, config.seed)
     save_memory(config, pipe.unet, dtype)
 
@@ -159,8 +160,6 @@ def build_concept(
     words, vectors = start_words(config, pipe) if config.train_token else ([], {})
     for encoder in encoders.values():
         encoder.requires_grad_(False)
-        if adapter is not None:  # else the whole pipeline is saved, with every bit of what is not trained
-            encoder.to(dtype=dtype)
     key = ""
     if cache is not None and not config.train_text_encoder:
         key = content_key(*map(weights_key, encoders.values()))  # before words make the tables longer

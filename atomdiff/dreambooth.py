@@ -88,10 +88,13 @@ def train(config: TrainConfig) -> Path:
         recipe["text_encoder_adapter"] = describe_adapter(text_adapter)
     checkpoint = choose_checkpoint(config.resume_from_checkpoint, output_dir)
     state = checkpoint.load(recipe) if checkpoint else None
+    if checkpoint and state and state["step"] > config.max_train_steps:
+        found = f"max_train_steps={config.max_train_steps}, but {checkpoint.folder} is at step {state['step']}"
+        raise UserError(f"{found}; take at least as many steps, or go on from an earlier checkpoint")
 
     pipe = load_base(config)
     match_scheduler(config, pipe)
-    material = prepare_material(config, pipe, accelerator)
+    material = prepare_material(config, pipe, accelerator, whole=adapter is None)
     dtype = frozen_dtype(accelerator)
     cache = DiskCache(config.cache_folder)
     concept = build_concept(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)
@@ -126,6 +129,7 @@ def train(config: TrainConfig) -> Path:
                     state = {"step": step, "average_loss": average_loss, **state_of(run)}
                     save_checkpoint(output_dir, step, state, recipe, config.checkpoints_total_limit)
             if stopped:
+                accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
                 how = "go on with the same command and --resume_from_checkpoint latest"
                 raise KeyboardInterrupt(f"stopped; {output_dir / f'checkpoint-{step}'} is saved: {how}")
             if config.validation_steps and (last or step % config.validation_steps == 0):

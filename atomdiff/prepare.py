@@ -137,8 +137,16 @@ class Source:
     """How often it comes in an epoch."""
 
 
-def prepare_material(config: TrainConfig, pipe: BasePipeline, accelerator: Accelerator) -> Material:
+def prepare_material(
+    config: TrainConfig, pipe: BasePipeline, accelerator: Accelerator, whole: bool = False
+) -> Material:
     """Read the photos, draw the class pictures that are missing, and cache all latents; then the VAE is let go.
+
+    Args:
+        config: The run.
+        pipe: The base; its parts are moved to the run's device.
+        accelerator: Of the run.
+        whole: Whether the UNet will be trained as a whole, and so has to keep every bit.
 
     Raises:
         UserError: The resolution or a bucket does not suit the base, a folder does not hold what it should, or no
@@ -156,7 +164,7 @@ def prepare_material(config: TrainConfig, pipe: BasePipeline, accelerator: Accel
     drawn_by = hashlib.sha256(pipe.unet.conv_out.weight.detach().cpu().numpy().tobytes()).hexdigest()[:16]
     of_class = []
     for subject in config.subjects if config.with_prior_preservation else ():
-        folder = draw_class_pictures(config, subject, pipe, accelerator, side, drawn_by)
+        folder = draw_class_pictures(config, subject, pipe, accelerator, side, drawn_by, whole)
         for photo in read_photos(folder, minimum_side=side // 2, limit=config.num_class_images):
             orders = tag_texts(config, subject.fill(photo.caption or subject.class_prompt))
             of_class.append(Source(orders, partial(views, photo.picture, center_crop=True)))
@@ -181,7 +189,7 @@ def prepare_material(config: TrainConfig, pipe: BasePipeline, accelerator: Accel
         config.caption_dropout,
     )
     pipe.vae = None
-    place(pipe, accelerator)
+    place(pipe, accelerator, trained_whole=whole)
     return material
 
 
@@ -264,7 +272,13 @@ def encode_together(
 
 
 def draw_class_pictures(
-    config: TrainConfig, subject: Subject, pipe: BasePipeline, accelerator: Accelerator, side: int, drawn_by: str
+    config: TrainConfig,
+    subject: Subject,
+    pipe: BasePipeline,
+    accelerator: Accelerator,
+    side: int,
+    drawn_by: str,
+    whole: bool = False,
 ) -> Path:
     """Let the base draw the class pictures of a subject that are missing, and return their folder.
 
@@ -284,7 +298,7 @@ def draw_class_pictures(
     }
 
     def draw(numbers: list[int]) -> list[Picture]:
-        place(pipe, accelerator)
+        place(pipe, accelerator, trained_whole=whole)
         seeds = [derive_seed(0, "class picture", number) for number in numbers]
         return draw_pictures(config, pipe, [prompt] * len(numbers), seeds)
 

@@ -15,6 +15,7 @@ import yaml
 from atomdiff.buckets import parse_buckets
 from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
+from atomdiff.trigger_words import group_words, words_of
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 _MOST_WORDS = 64  # in a concept file, see delta_file.py
@@ -360,6 +361,10 @@ class TrainConfig:
         if self.use_8bit_adam and self.optimizer != "adamw":
             raise UserError(f"{kind}: has no 8-bit state; expected optimizer='adamw' with use_8bit_adam")
         if self.optimizer == "adamw_schedulefree":
+            if self.train_token and self.train_text_encoder_ti_frac not in (0, 1):
+                found = f"train_text_encoder_ti_frac={self.train_text_encoder_ti_frac}"
+                expected = "1, as what is saved is an average up to the end"
+                raise UserError(f"{kind}, {found}: expected {expected}")
             if not self.lr_scheduler.startswith("constant"):
                 expected = "constant or constant_with_warmup, as it needs no schedule"
                 raise UserError(f"{kind}, lr_scheduler={self.lr_scheduler!r}: expected {expected}")
@@ -393,6 +398,10 @@ class TrainConfig:
         if len(words) * self.num_vectors > _MOST_WORDS:
             expected = f"at most {_MOST_WORDS} vectors in a concept, found {len(words)} words"
             raise UserError(f"num_vectors={self.num_vectors}: expected {expected}")
+        single = [each for word in words for each in words_of(word, self.num_vectors)]
+        if self.train_token and len(group_words(single)) < len(set(words)):
+            found = f"the trigger words {', '.join(words)}"
+            raise UserError(f"found {found}: sks and sks_1 stand for one word of several vectors; choose others")
         within = [(a, b) for a in words for b in words if a != b and a in b]
         if self.num_vectors > 1 and within:
             (short, long), *_ = within

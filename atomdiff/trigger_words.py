@@ -39,7 +39,7 @@ class _Vocabulary:
 
 def trigger_words(pipe: Any) -> dict[str, TriggerWord]:
     """The trigger words of a pipeline."""
-    return dict(_vocabulary(pipe).words)
+    return dict(_vocabulary(pipe).words) if hasattr(pipe, "_atomdiff_vocabulary") else {}
 
 
 def words_of(word: str, num_vectors: int) -> list[str]:
@@ -189,8 +189,8 @@ def check_free(pipe: Any, word: str) -> None:
                 f"{word!r} cannot be a trigger word: it is a special token of {encoder}, in every prompt; "
                 "load with trigger_word='another word'"
             )
-    if word in _vocabulary(pipe).words:
-        owner = _vocabulary(pipe).words[word].owner
+    if word in (words := trigger_words(pipe)):
+        owner = words[word].owner
         raise UserError(
             f"the trigger word {word!r} is taken{f' by {owner!r}' if owner else ''}: "
             "load with trigger_word='another word', or unload the other concept first"

@@ -168,7 +168,8 @@ def test_adapters_of_two_text_encoders_start_differently(tiny_xl_pipe):
 @pytest.mark.parametrize("text_adapter", [None, ON_TEXT])
 def test_frozen_weights_have_the_runs_precision_and_trained_ones_float32(pipe, dtype, text_adapter):
     concept = build(pipe, dtype=dtype, train_text_encoder=text_adapter is not None, text_adapter=text_adapter)
-    assert {parameter.dtype for parameter in concept.parameters() if not parameter.requires_grad} == {dtype}
+    assert {parameter.dtype for parameter in concept.unet.parameters() if not parameter.requires_grad} == {dtype}
+    assert {parameter.dtype for parameter in concept.encoders.parameters()} == {torch.float32}
     assert {parameter.dtype for parameter in concept.trained().values()} == {torch.float32}
 
 

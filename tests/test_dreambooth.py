@@ -12,6 +12,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file
 
 from atomdiff import dreambooth, prepare
 from atomdiff.concept import build_concept
@@ -419,3 +420,22 @@ def test_every_batch_is_drawn_anew_and_every_photo_in_turn(config, photos, monke
     assert len(torch.cat([batch.timesteps for _, batch in noised]).unique()) > 6
     prompts = [number for _, samples in drawn for number in samples.prompts]
     assert all(sorted(prompts[first : first + 3]) == [0, 1, 2] for first in range(0, 12, 3))
+
+
+def test_full_tuning_in_bf16_keeps_every_bit_that_does_not_learn(config, tiny_pipe_folder):
+    changes = {"adapter": "full", "mixed_precision": "bf16", "learning_rate": 0.0, "train_token": False}
+    with_class = {"with_prior_preservation": True, "num_class_images": 2}
+    folder = train(dataclasses.replace(config, max_train_steps=1, **changes, **with_class))
+    for part in ("unet", "text_encoder"):
+        before, after = (Path(place) / part / "model.safetensors" for place in (tiny_pipe_folder, folder))
+        if part == "unet":
+            before, after = (file.with_name("diffusion_pytorch_model.safetensors") for file in (before, after))
+        tensors = load_file(before)
+        assert all(torch.equal(tensor, tensors[name]) for name, tensor in load_file(after).items())
+
+
+def test_a_checkpoint_beyond_the_last_step_is_refused(config):
+    train(dataclasses.replace(config, checkpointing_steps=4))
+    again = dataclasses.replace(config, resume_from_checkpoint="latest", max_train_steps=2)
+    with pytest.raises(UserError, match="max_train_steps=2, but .*checkpoint-4 is at step 4"):
+        train(again)

@@ -34,6 +34,10 @@ COMMAND = [word for name, value in NEEDED.items() for word in (f"--{name}", valu
         ({"flow_shift": 0.0}, "flow_shift=0.0: expected a number of at least 0.01"),
         ({"lr_scheduler": "sine"}, "lr_scheduler='sine': expected one of constant, .*"),
         ({"mixed_precision": "fp8"}, "mixed_precision='fp8': expected one of no, fp16, bf16 or none"),
+        (
+            {"optimizer": "adamw_schedulefree", "train_text_encoder_ti_frac": 0.5},
+            "optimizer='adamw_schedulefree', train_text_encoder_ti_frac=0.5: expected 1",
+        ),
         ({"lr_warmup_steps": 11, "max_train_steps": 10}, "lr_warmup_steps=11: expected at most max_train_steps=10"),
         ({"aspect_ratio_buckets": "512x768"}, "aspect_ratio_buckets='512x768': expected \"auto\", or"),
         ({"repeats": 0}, "repeats=0: expected a number of at least 1"),
@@ -124,6 +128,7 @@ def test_a_list_of_concepts_can_make_up_one_run(tmp_path):
         ([{"instance_data_dir": "photos/mug"}], {}, "class_name=None"),
         ([LISTED[0], LISTED[1] | {"trigger_word": "sks"}], {"one_file": True}, "trigger_word='sks' stands for two"),
         ([LISTED[0], LISTED[1] | {"instance_data_dir": "other/mug"}], {}, "name='mug' stands for two"),
+        ([LISTED[0], LISTED[1] | {"trigger_word": "sks_1"}], {"one_file": True}, "sks and sks_1 stand for one word"),
         (LISTED, {"instance_data_dir": "photos"}, "found both"),
         (LISTED, {"concepts_list": None}, "found neither"),
         (LISTED, {"concepts_list": None, "instance_data_dir": "a", "one_file": True}, "expected several subjects"),

@@ -209,7 +209,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if self.scaling.get(name)]
         if self.disable_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
-        if lean.fits(self.base_layer, *args, *kwargs.values()):
+        if lean.fits(self.base_layer, x, *args, *kwargs):
             changes = self._changes({name: self.scaling[name] for name in names})
             return lean.call(self.base_layer, self.unmerged_weight(), changes, x)
         weights = {self._weight_path(): self.adapted_weight(names)}
@@ -221,7 +221,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         if not changes:
             weights = {self._weight_path(): weight}
             return functional_call(self.base_layer, weights, (x, *args), kwargs)
-        if taps.pays(self.base_layer, changes, x.numel() // (x.shape[1] * batch.rows)):
+        if not (args or kwargs) and taps.pays(self.base_layer, changes, x.numel() // (x.shape[1] * batch.rows)):
             return batch.join(taps.convolve(cast(nn.Conv2d, self.base_layer), weight, changes, batch.split(x)))
         with torch.autocast(weight.device.type, enabled=False):
             adapted = adapt_weight_by_row(weight, changes)

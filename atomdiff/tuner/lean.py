@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
-from typing import Any
+from typing import Any, cast
 
 import torch
 from einops import rearrange
@@ -30,19 +30,22 @@ SUPPORTED = (
 )
 
 
-def fits(module: nn.Module, *more: Any) -> bool:
+def fits(module: nn.Module, x: Tensor, *more: Any) -> bool:
     """Whether `call` can take the place of a module's own call: a frozen layer of PyTorch's own, padded with zeros.
 
     Args:
         module: the module.
+        x: what it is called with.
         *more: further arguments of the call, such as the output size of a transposed convolution.
     """
-    if type(module) not in SUPPORTED or any(more) or torch.compiler.is_compiling():
+    if not taps.is_plain(module, SUPPORTED) or more or torch.compiler.is_compiling():
+        return False
+    same = x.dtype == cast(Tensor, module.weight).dtype or torch.is_autocast_enabled(x.device.type)
+    if not (same and x.is_floating_point() and x.ndim >= cast(Tensor, module.weight).ndim):  # batched, and no mistake
         return False
     if isinstance(module, _ConvNd) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return False
-    hooked = module._forward_hooks or module._forward_pre_hooks
-    return not hooked and not any(parameter.requires_grad for parameter in module.parameters())
+    return not any(parameter.requires_grad for parameter in module.parameters())
 
 
 def call(module: nn.Module, weight: Tensor, changes: Sequence[Change], x: Tensor) -> Tensor:
@@ -79,7 +82,8 @@ def _has_small_taps(module: nn.Module, x: Tensor) -> bool:
     """
     if not (isinstance(module, nn.Conv2d) and module.groups == 1 and x.is_cpu and x.ndim == 4):
         return False
-    return len(x) * math.prod(taps.windows(module, x).shape[-2:]) < module.out_channels
+    positions = len(x) * math.prod(taps.windows(module, x).shape[-2:])
+    return 0 < positions < module.out_channels  # where there is none, the module says what is wrong
 
 
 class _AdaptedWeight(torch.autograd.Function):
@@ -120,7 +124,7 @@ class _MixedTaps(torch.autograd.Function):
     def forward(ctx: Any, module: Any, matrix: Tensor, x: Tensor, weight: Tensor) -> Tensor:
         ctx.module = module
         ctx.save_for_backward(matrix, x, weight)
-        return _output(module, _product(weight.to(x.dtype), _mixer(matrix, x.dtype) @ _taps(module, x)), x)
+        return _output(module, _product(weight.to(x.dtype), taps.mixed(_taps(module, x), matrix)), x)
 
     @staticmethod
     @once_differentiable
@@ -131,7 +135,7 @@ class _MixedTaps(torch.autograd.Function):
             of_matrix = (of_mixed @ _taps(ctx.module, x).mT).sum(dim=(0, 1), dtype=matrix.dtype)
             of_x = None
             if ctx.needs_input_grad[2]:
-                of_x = _from_taps(ctx.module, (_mixer(matrix, x.dtype).T @ of_mixed).float(), x)
+                of_x = _from_taps(ctx.module, taps.mixed(of_mixed, matrix.T), x)
         return None, of_matrix, of_x, None
 
 
@@ -174,7 +178,7 @@ def _back_by_taps(ctx: Any, gradient: Tensor, wants: tuple[bool, bool], matrices
     for part, adapted in _adapted_parts(weight, ctx.changes, x.dtype):
         of_part = gradient[:, part]
         if wants[0]:
-            of_taps = of_taps + _taps_gradient(adapted, of_part).float()
+            of_taps = of_taps + _taps_gradient(adapted, of_part).to(torch.promote_types(x.dtype, torch.float32))
         if columns is not None:
             of_weight = (rearrange(of_part, "b o h w -> o (b h w)") @ columns).view(adapted.shape)
             matrices.add(weight[part], of_weight, part)
@@ -214,11 +218,8 @@ def _taps_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
 
 
 def _from_taps(module: nn.Conv2d, gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x from that of its taps (batch, in, n, positions), in float32."""
+    """The gradient of x from that of its taps (batch, in, n, positions), added up in float32."""
     names = ("kernel_size", "dilation", "padding", "stride")
     windows: dict[str, Any] = {name: getattr(module, name) for name in names}
-    return functional.fold(gradient.flatten(1, 2), x.shape[2:], **windows).to(x.dtype)
-
-
-def _mixer(matrix: Tensor, dtype: torch.dtype) -> Tensor:
-    return (torch.eye(len(matrix), device=matrix.device) + matrix).to(dtype)
+    wide = gradient.flatten(1, 2).to(torch.promote_types(x.dtype, torch.float32))
+    return functional.fold(wide, x.shape[2:], **windows).to(x.dtype)

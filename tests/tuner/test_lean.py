@@ -188,6 +188,60 @@ def test_gradients_in_float16_may_be_larger_than_its_numbers():
     torch.testing.assert_close(found, torch.full((9, 9), 409600.0))
 
 
+@pytest.mark.parametrize("layer", ["conv", "few positions", "linear", "transposed", "line"])
+def test_inputs_without_a_batch(layer, monkeypatch):
+    model, x = adapted(layer, "blocks")
+    x = x[0, 0] if layer == "linear" else x[0]
+    found = gradients(model, x)
+    monkeypatch.setattr(lean, "fits", lambda *_: False)
+    assert_close(found, gradients(model, x))
+
+
+@pytest.mark.parametrize("variant", ["spatial", "blocks"])
+def test_float64_stays_float64(variant, monkeypatch):
+    model, x = adapted("few positions", variant)
+    model, x = model.double(), x.double()
+    found = gradients(model, x)
+    monkeypatch.setattr(lean, "fits", lambda *_: False)
+    assert_close(found, gradients(model, x), tolerance=1e-12)
+
+
+@pytest.mark.parametrize("x", [torch.ones(1, 8, 2, 5), torch.ones(1, 8, 4, 4, dtype=torch.int64)])
+def test_the_layer_itself_refuses_what_it_cannot_take(x):
+    model = nn.Sequential(nn.Conv2d(8, 64, 3)).requires_grad_(False)
+    model = get_peft_model(model, AtomConfig(target_modules=["0"]))
+    with pytest.raises(RuntimeError):
+        model(x)
+
+
+def test_half_precision_does_not_lose_a_small_change():
+    torch.manual_seed(0)
+    model = nn.Sequential(nn.Conv2d(64, 256, 3, padding=1, bias=False)).requires_grad_(False).bfloat16()
+    model = get_peft_model(model, AtomConfig(target_modules=["0"], channel_block=1))
+    x = torch.randn(2, 64, 8, 8).bfloat16()
+    base = model(x).float()
+    layer = model.base_model.model[0]
+    with torch.no_grad():
+        layer.atom_delta["default"].copy_(0.003 * layer.atom_basis["default"])  # S = .003 I
+    change = model(x).float() - base
+    assert float((change * base).sum().detach() / base.square().sum().detach()) == pytest.approx(0.003, rel=0.2)
+
+
+def test_hooks_and_replaced_forwards_are_kept():
+    model, x = adapted("few positions", "spatial")
+    expected = gradients(model, x)
+    base = model.base_model.model[0].get_base_layer()
+    handle = base.register_forward_hook(lambda module, inputs, output: 2 * output)
+    found = gradients(model, x)
+    assert_close(
+        {"output": found["output"], "input": found["input"]}, {k: 2 * expected[k] for k in ("output", "input")}
+    )
+    handle.remove()
+    usual = base.forward
+    base.forward = lambda x: 2 * usual(x)
+    assert_close({"input": gradients(model, x)["input"]}, {"input": 2 * expected["input"]})
+
+
 def test_a_layer_with_a_forward_of_its_own_keeps_it():
     class Doubled(nn.Linear):
         def forward(self, x):
