@@ -94,7 +94,7 @@ def train(config: TrainConfig) -> Path:
 
     pipe = load_base(config)
     match_scheduler(config, pipe)
-    material = prepare_material(config, pipe, accelerator, whole=adapter is None)
+    material = prepare_material(config, pipe, accelerator, adapter is None)
     dtype = frozen_dtype(accelerator)
     cache = DiskCache(config.cache_folder)
     concept = build_concept(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)

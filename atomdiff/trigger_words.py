@@ -100,6 +100,8 @@ def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None)
         check_free(pipe, word)
     if words and not any(_text_encoders(pipe)):
         raise UserError(f"{type(pipe).__name__} has no text encoder with a tokenizer to teach {words[0]!r}")
+    if not words:
+        return
     several = {first for first, group in group_words(words).items() if len(group) > 1}
     _vocabulary(pipe).words.update({word: TriggerWord(owner, several=word in several) for word in words})
     _make_tokens(pipe, words)
@@ -163,13 +165,17 @@ def remove_trigger_words(pipe: Any, words: Iterable[str]) -> None:
     Raises:
         UserError: a word is not a trigger word; nothing is changed.
     """
-    vocabulary, gone = _vocabulary(pipe), set(words)
-    for word in gone - vocabulary.words.keys():
-        raise UserError(f"{word!r} is not a trigger word; there are: {', '.join(vocabulary.words) or 'none'}")
+    there, gone = trigger_words(pipe), set(words)
+    for word in gone - there.keys():
+        raise UserError(f"{word!r} is not a trigger word; there are: {', '.join(there) or 'none'}")
     if not gone:
         return
+    vocabulary = _vocabulary(pipe)
     _reset(pipe, vocabulary)
     vocabulary.words = {word: entry for word, entry in vocabulary.words.items() if word not in gone}
+    if not vocabulary.words:
+        del pipe._atomdiff_vocabulary
+        return
     _make_tokens(pipe, vocabulary.words)
     for word, entry in vocabulary.words.items():
         set_trigger_embedding(pipe, word, entry.vectors)
