@@ -144,8 +144,7 @@ def build_concept(
         pipe: The base; what is trained becomes part of it.
         adapter: The method, None for training the whole UNet.
         prompts: All prompts.
-        dtype: Of the UNet's weights that are not trained. Text encoders stay in float32, which concepts of the toybox
-            learnt a little more in.
+        dtype: Of the UNet's weights that are not trained; text encoders stay in float32.
         text_adapter: With `train_text_encoder` the method for the text encoders, None for training them whole.
         cache: Keeps the states of prompts that do not change.
 
