@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Sequence
 from dataclasses import replace
+from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -12,12 +13,13 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.func import functional_call
-from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd
 
-from atomdiff.atoms import Change, MatrixGradients, adapted_like, changes_of, parts_of, write_adapted
-from atomdiff.blocks import View
+from atomdiff.atoms import Change, MatrixGradients, adapted_like, parts_of
+from atomdiff.blocks import Block, View, as_kernels
 from atomdiff.tuner import taps
+
+_NUMBERS_AT_ONCE = 1 << 21  # of a weight: parts that a CPU was fast with, in memory that it has at hand
 
 SUPPORTED = (
     nn.Conv1d,
@@ -52,8 +54,9 @@ def call(module: nn.Module, weight: Tensor, changes: Sequence[Change], x: Tensor
     """The module's output for x with the weight changed; gradients flow to x and to the changes' matrices.
 
     Kept for the backward pass: x in the precision of the product, and the matrices. The adapted weight is made again,
-    and its gradient is contracted with the base weight to those of the matrices as soon as it is there. Where kernels
-    alone change and the taps of x are smaller than the weight, neither is ever made.
+    and its gradient is contracted with the base weight to those of the matrices as soon as it is there. Where the taps
+    of x are smaller than the weight, kernels mix in them instead, and the channels of blocks in a part of the weight
+    after the other.
 
     Args:
         module: for which `fits` is true.
@@ -63,14 +66,18 @@ def call(module: nn.Module, weight: Tensor, changes: Sequence[Change], x: Tensor
     """
     if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    matrices = [change.matrix for change in changes]
-    by_taps = torch.is_grad_enabled() and _has_small_taps(module, x)
-    of_kernels = all(change.view == View() and change.codes is None and change.matrix.ndim == 2 for change in changes)
+    kernels = [change.matrix for change in changes if change.view == View()]
+    channels = [change for change in changes if change.view != View()]
+    block = channels[0].view.block if channels else (1, 1)
+    of_each_input = any(matrix.ndim == 3 for matrix in kernels)  # then it matters which of a block's inputs it was
+    separable = taps.are_separable(changes) and not (of_each_input and block[1] > 1)
+    by_taps = torch.is_grad_enabled() and _has_small_taps(module, x)  # drawing gives the bits of a merged weight
     with torch.autocast(x.device.type, enabled=False):
-        if by_taps and of_kernels:
-            result: Tensor = _MixedTaps.apply(module, torch.stack(matrices).sum(dim=0), x, weight)
+        if by_taps and separable:
+            sums = _sum(kernels), _sum([change.matrix for change in channels])
+            result: Tensor = _SeparableByTaps.apply(module, block, x, weight, *sums)
         else:
-            result = _AdaptedWeight.apply(module, changes, by_taps, x, weight, *matrices)
+            result = _AdaptedWeight.apply(module, changes, by_taps, x, weight, *[change.matrix for change in changes])
     return result
 
 
@@ -93,75 +100,107 @@ class _AdaptedWeight(torch.autograd.Function):
     def forward(
         ctx: Any, module: Any, changes: Sequence[Change], by_taps: bool, x: Tensor, weight: Tensor, *matrices: Tensor
     ) -> Tensor:
-        changes = [replace(change, matrix=matrix) for change, matrix in zip(changes, matrices, strict=True)]
-        ctx.module, ctx.changes, ctx.by_taps = module, changes, by_taps
+        ctx.module, ctx.by_taps = module, by_taps
+        ctx.changes = [replace(change, matrix=matrix) for change, matrix in zip(changes, matrices, strict=True)]
         ctx.save_for_backward(x, weight)
-        if not by_taps:
-            return _with_weight(module, adapted_like(weight, changes, x.dtype), x)
-        of_taps = _taps(module, x)
-        y = [_product(adapted, of_taps) for _, adapted in _adapted_parts(weight, changes, x.dtype)]
-        return _output(module, torch.cat(y, dim=1), x)
+        adapted = adapted_like(weight, ctx.changes, x.dtype)
+        if by_taps:
+            return _output(module, adapted.flatten(1) @ _columns(module, x).flatten(0, 2), x)
+        tensors = {"weight": adapted}
+        if module.bias is not None:
+            tensors["bias"] = module.bias.to(x.dtype)
+        return functional_call(module, tensors, (x,))
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
+        x, weight = ctx.saved_tensors
         wants = ctx.needs_input_grad[3], any(ctx.needs_input_grad[5:])
-        matrices = MatrixGradients(ctx.changes, math.prod(ctx.module.weight.shape[2:]))
-        through = _back_by_taps if ctx.by_taps else _back
-        with torch.autocast(gradient.device.type, enabled=False):
-            of_x = through(ctx, gradient, wants, matrices)
-            of_matrices = matrices.result() if wants[1] else [None] * len(ctx.changes)
-        return None, None, None, of_x, None, *of_matrices
+        matrices: list[Tensor] | list[None] = [None] * len(ctx.changes)
+        with torch.autocast(x.device.type, enabled=False):
+            # A convolution asks for a weight even where only the weight's gradient is wanted.
+            adapted = adapted_like(weight, ctx.changes, x.dtype) if wants[0] else weight.to(x.dtype)
+            gradients = _gradients_by_taps if ctx.by_taps else _gradients
+            of_x, of_weight = gradients(ctx.module, gradient, x, adapted, wants)
+            del adapted
+            if of_weight is not None:
+                found = MatrixGradients(ctx.changes, math.prod(weight.shape[2:]))
+                for part in parts_of(weight, ctx.changes):
+                    found.add(weight[part], of_weight[part], part)
+                matrices = found.result()
+        return None, None, None, of_x, None, *matrices
 
 
-class _MixedTaps(torch.autograd.Function):
-    """(W (I + S)) * x as one product of W with the taps of x, of which I + S makes others.
-
-    Back, one product of W with the gradient gives both what flows on to x and the gradient of S.
-    """
+class _SeparableByTaps(torch.autograd.Function):
+    """((I + C).T @ W @ (I + S)) * x: I + S makes other taps of those of x, C changes W a part after the other."""
 
     @staticmethod
-    def forward(ctx: Any, module: Any, matrix: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.module = module
-        ctx.save_for_backward(matrix, x, weight)
-        return _output(module, _product(weight.to(x.dtype), taps.mixed(_taps(module, x), matrix)), x)
+    def forward(
+        ctx: Any, module: Any, block: Block, x: Tensor, weight: Tensor, kernels: Tensor | None, channels: Tensor | None
+    ) -> Tensor:
+        ctx.module, ctx.block = module, block
+        ctx.save_for_backward(x, weight, kernels, channels)
+        columns = _mixed(_columns(module, x, block), kernels)
+        y: Any = 0
+        for part, _, adapted in _parts(weight, channels, block, x.dtype):
+            y = y + _wide(adapted @ columns[:, part].flatten(0, 2))
+        return _output(module, y.to(x.dtype), x)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
-        matrix, x, weight = ctx.saved_tensors
+        x, weight, kernels, channels = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
-            of_mixed = _taps_gradient(weight.to(x.dtype), gradient)
-            of_matrix = (of_mixed @ _taps(ctx.module, x).mT).sum(dim=(0, 1), dtype=matrix.dtype)
-            of_x = None
-            if ctx.needs_input_grad[2]:
-                of_x = _from_taps(ctx.module, taps.mixed(of_mixed, matrix.T), x)
-        return None, of_matrix, of_x, None
+            columns = _columns(ctx.module, x, ctx.block)
+            mixed = _mixed(columns, kernels)
+            rows = rearrange(gradient, "b o h w -> (b h w) o")
+            of_mixed = torch.empty_like(mixed)
+            of_channels = None if channels is None else torch.zeros_like(channels)
+            of_weight: Tensor | None = None
+            for part, blocks, adapted in _parts(weight, channels, ctx.block, x.dtype):
+                of_part = of_mixed[:, part]
+                of_part.copy_((rows @ adapted).T.view(of_part.shape))
+                if of_channels is not None:
+                    of_weight = torch.mm(rows.T, mixed[:, part].flatten(0, 2).T, out=of_weight)
+                    of_channels += _product(blocks, of_weight.view(blocks.shape)).sum(dim=0)
+            of_kernels = None
+            if kernels is not None:
+                each = rearrange(_product(of_mixed, columns), "q i n m -> (i q) n m")
+                of_kernels = each if kernels.ndim == 3 else each.sum(dim=0)
+                of_mixed = _mixed(of_mixed, kernels.mT)
+            of_x = _from_columns(ctx.module, of_mixed, x) if ctx.needs_input_grad[2] else None
+        return None, None, of_x, None, of_kernels, of_channels
 
 
-def _with_weight(module: nn.Module, weight: Tensor, x: Tensor) -> Any:
-    tensors = {"weight": weight}
-    if isinstance(module.bias, Tensor):
-        tensors["bias"] = module.bias.to(x.dtype)
-    return functional_call(module, tensors, (x,))
+def _parts(
+    weight: Tensor, channels: Tensor | None, block: Block, dtype: torch.dtype
+) -> Iterator[tuple[slice, Tensor, Tensor]]:
+    """Parts of the inputs, i of the q in a block, each with the blocks of W and with those adapted, as rows of outputs.
 
-
-def _back(ctx: Any, gradient: Tensor, wants: tuple[bool, bool], matrices: MatrixGradients) -> Tensor | None:
-    """Return the gradient of x and add that of the weight to those of the matrices, each if it is wanted."""
-    x, weight = ctx.saved_tensors
-    # A convolution asks for a weight even where only the weight's gradient is wanted.
-    adapted = adapted_like(weight, ctx.changes, x.dtype) if wants[0] else weight.to(x.dtype)
-    of_x, of_weight = _gradients(ctx.module, gradient, x, adapted, wants)
-    del adapted
-    if of_weight is not None:
-        for part in parts_of(weight, ctx.changes):
-            matrices.add(weight[part], of_weight[part], part)
-    return of_x
+    Yields:
+        A part of the (in / q) inputs, blocks (out / p, p * q, i * n) and rows (out, q * i * n).
+    """
+    if channels is None:
+        rows = weight.flatten(1).to(dtype)
+        yield slice(None), rows, rows
+        return
+    p, q = block
+    inputs, most = weight.shape[1] // q, max(_NUMBERS_AT_ONCE * weight.shape[1] // (q * weight.numel()), 1)
+    size = max(count for count in range(1, most + 1) if inputs % count == 0)
+    matrix = channels.mT.to(dtype).expand(len(weight) // p, -1, -1)
+    kernels = rearrange(as_kernels(weight), "(o p) (i q) n -> o p q i n", p=p, q=q)
+    blocks, adapted = weight.new_empty(2, len(matrix), p * q, size * kernels.shape[-1], dtype=dtype)  # for all parts
+    for first in range(0, inputs, size):
+        part = kernels[..., first : first + size, :]
+        blocks.view(part.shape).copy_(part)
+        torch.baddbmm(blocks, matrix, blocks, out=adapted)
+        yield slice(first, first + size), blocks, adapted.view(len(weight), -1)
 
 
 def _gradients(
     module: Any, gradient: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
+    """The gradients of x and of the weight, each if it is wanted."""
     if isinstance(module, nn.Linear):
         rows = gradient.flatten(0, -2)
         return gradient @ weight if wants[0] else None, rows.T @ x.flatten(0, -2) if wants[1] else None
@@ -170,56 +209,52 @@ def _gradients(
     return found[0], found[1]
 
 
-def _back_by_taps(ctx: Any, gradient: Tensor, wants: tuple[bool, bool], matrices: MatrixGradients) -> Tensor | None:
-    """What `_back` does, a part of the weight at a time: neither it nor its gradient is ever there as a whole."""
-    x, weight = ctx.saved_tensors
-    of_taps: Any = 0
-    columns = rearrange(_taps(ctx.module, x), "b i n p -> (b p) (i n)") if wants[1] else None
-    for part, adapted in _adapted_parts(weight, ctx.changes, x.dtype):
-        of_part = gradient[:, part]
-        if wants[0]:
-            of_taps = of_taps + _taps_gradient(adapted, of_part).to(torch.promote_types(x.dtype, torch.float32))
-        if columns is not None:
-            of_weight = (rearrange(of_part, "b o h w -> o (b h w)") @ columns).view(adapted.shape)
-            matrices.add(weight[part], of_weight, part)
-    return _from_taps(ctx.module, of_taps, x) if wants[0] else None
+def _gradients_by_taps(
+    module: nn.Conv2d, gradient: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool]
+) -> tuple[Tensor | None, Tensor | None]:
+    """What `_gradients` gives, from products of matrices."""
+    columns, rows = _columns(module, x), rearrange(gradient, "b o h w -> (b h w) o")
+    of_columns = (rows @ weight.flatten(1)).T.reshape(columns.shape) if wants[0] else None
+    of_weight = (rows.T @ columns.flatten(0, 2).T).view(weight.shape) if wants[1] else None
+    return None if of_columns is None else _from_columns(module, of_columns, x), of_weight
 
 
-def _adapted_parts(weight: Tensor, changes: Sequence[Change], dtype: torch.dtype) -> Iterator[tuple[slice, Tensor]]:
-    """Parts of the first axis with the adapted weight of each; one memory serves all."""
-    memory: Tensor | None = None
-    for part in parts_of(weight, changes):
-        of_part = weight[part]
-        if memory is None:
-            memory = torch.empty_like(of_part, dtype=dtype)
-        write_adapted(memory[: len(of_part)], of_part, changes_of(changes, part))
-        yield part, memory[: len(of_part)]
+def _columns(module: nn.Conv2d, x: Tensor, block: Block = (1, 1)) -> Tensor:
+    """The taps of x, gathered by place in a block: (batch, in, height, width) -> (q, in / q, n, positions)."""
+    return rearrange(taps.windows(module, x), "b (i q) k l h w -> q i (k l) (b h w)", q=block[1])
 
 
-def _taps(module: nn.Conv2d, x: Tensor) -> Tensor:
-    """What each kernel position meets: (batch, in, height, width) -> (batch, in, n, positions of the output)."""
-    return rearrange(taps.windows(module, x), "b i k l h w -> b i (k l) (h w)")
+def _from_columns(module: nn.Conv2d, gradient: Tensor, x: Tensor) -> Tensor:
+    """The gradient of x from that of its `_columns`."""
+    windows = taps.windows(module, x)
+    sides = dict(zip("bklhw", (len(x), *windows.shape[2:]), strict=True))
+    return taps.from_windows(module, rearrange(gradient, "q i (k l) (b h w) -> b (i q) k l h w", **sides), x)
 
 
-def _product(weight: Tensor, of_taps: Tensor) -> Tensor:
-    """(out, in, ...) times taps (batch, in, n, positions) -> (batch, out, positions)."""
-    return weight.flatten(1) @ of_taps.flatten(1, 2)
+def _mixed(columns: Tensor, kernels: Tensor | None) -> Tensor:
+    """Columns whose taps kernels mix: all in the same way (n, n), or those of each input in their own (in, n, n)."""
+    if kernels is not None and kernels.ndim == 3:
+        kernels = rearrange(kernels, "(i q) n m -> q i n m", q=len(columns))
+    return columns if kernels is None else taps.mixed(columns, kernels)
 
 
 def _output(module: nn.Conv2d, y: Tensor, x: Tensor) -> Tensor:
-    """What a convolution gives, from its product (batch, out, positions)."""
-    y = y.unflatten(2, taps.windows(module, x).shape[-2:])
+    """What a convolution gives, from its product (out, positions)."""
+    height = taps.windows(module, x).shape[-2]
+    y = rearrange(y, "o (b h w) -> b o h w", b=len(x), h=height).contiguous()
     return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
 
 
-def _taps_gradient(weight: Tensor, gradient: Tensor) -> Tensor:
-    """The gradient of taps (batch, in, n, positions) from that of the output (batch, out, height, width)."""
-    return (weight.flatten(1).T @ gradient.flatten(2)).unflatten(1, (weight.shape[1], -1))
+def _product(left: Tensor, right: Tensor) -> Tensor:
+    """The product left @ right.mT in float32 at least; float16 is made wider before, as it ends at 65504."""
+    if left.dtype == torch.float16:
+        left, right = left.float(), right.float()
+    return _wide(left @ right.mT)
 
 
-def _from_taps(module: nn.Conv2d, gradient: Tensor, x: Tensor) -> Tensor:
-    """The gradient of x from that of its taps (batch, in, n, positions), added up in float32."""
-    names = ("kernel_size", "dilation", "padding", "stride")
-    windows: dict[str, Any] = {name: getattr(module, name) for name in names}
-    wide = gradient.flatten(1, 2).to(torch.promote_types(x.dtype, torch.float32))
-    return functional.fold(wide, x.shape[2:], **windows).to(x.dtype)
+def _wide(tensor: Tensor) -> Tensor:
+    return tensor.to(torch.promote_types(tensor.dtype, torch.float32))
+
+
+def _sum(matrices: Sequence[Tensor]) -> Tensor | None:
+    return reduce(torch.add, matrices) if matrices else None

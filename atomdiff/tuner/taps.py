@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from collections.abc import Sequence
 
 import torch
@@ -24,18 +25,22 @@ def pays(module: nn.Module, changes: Sequence[Change], positions: int) -> bool:
         changes: those of its weight, with a leading axis of rows.
         positions: positions of the input that a row has, over all its images.
     """
-    channels = {change.view for change in changes} - {View()}
     return (
         is_plain(module, (nn.Conv2d,))
         and isinstance(module, nn.Conv2d)
         and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and all(change.codes is None and change.matrix.ndim == 3 for change in changes)
-        and len(channels) <= 1
-        and not any(view.whole for view in channels)
+        and are_separable(changes)
+        and all(change.matrix.ndim == 3 for change in changes)
         and module.out_channels > positions
     )
+
+
+def are_separable(changes: Sequence[Change]) -> bool:
+    """Whether kernels, and the channels of blocks of one size, are all that changes, and without codes."""
+    blocks = {change.view for change in changes} - {View()}
+    return len(blocks) <= 1 and not any(view.whole for view in blocks) and all(c.codes is None for c in changes)
 
 
 def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
@@ -46,7 +51,9 @@ def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
 
 def mixed(taps: Tensor, matrix: Tensor) -> Tensor:
     """(I + S) @ taps for S (..., n, n) and taps (..., n, positions); half precision rounds S, but not I + S."""
-    return taps + matrix.to(taps.dtype) @ taps
+    matrix = matrix.to(taps.dtype).expand(*taps.shape[:-2], -1, -1)
+    every = taps.flatten(0, -3)
+    return torch.baddbmm(every, matrix.flatten(0, -3), every).view(taps.shape)
 
 
 def convolve(module: nn.Conv2d, weight: Tensor, changes: Sequence[Change], x: Tensor) -> Tensor:
@@ -82,10 +89,28 @@ def convolve(module: nn.Conv2d, weight: Tensor, changes: Sequence[Change], x: Te
 
 def windows(module: nn.Conv2d, x: Tensor) -> Tensor:
     """The taps of an input (..., height, width) as a view of it padded: (..., k, l, height, width of the output)."""
+    return _unfold(module, functional.pad(x, _padding(module)))
+
+
+def from_windows(module: nn.Conv2d, taps: Tensor, x: Tensor) -> Tensor:
+    """The gradient of an input x from that of its `windows`, added up in float32 at least."""
+    padded = functional.pad(torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)), _padding(module))
+    places = _unfold(module, padded)
+    for row, column in itertools.product(*map(range, module.kernel_size)):
+        places[..., row, column, :, :] += taps[..., row, column, :, :]
+    return functional.pad(padded, [-pad for pad in _padding(module)]).to(x.dtype)
+
+
+def _padding(module: nn.Conv2d) -> list[int]:
+    """As `functional.pad` takes it: both sides of the last axis first."""
     assert not isinstance(module.padding, str)
-    windows = functional.pad(x, [pad for side in reversed(module.padding) for pad in (side, side)])
+    return [pad for side in reversed(module.padding) for pad in (side, side)]
+
+
+def _unfold(module: nn.Conv2d, padded: Tensor) -> Tensor:
+    windows = padded
     sides = zip(module.kernel_size, module.stride, module.dilation, strict=True)
-    for axis, (kernel, stride, dilation) in enumerate(sides, start=x.ndim - 2):
-        reach = windows.shape[axis] - dilation * (kernel - 1)
+    for axis, (kernel, stride, dilation) in enumerate(sides, start=padded.ndim - 2):
+        reach = padded.shape[axis] - dilation * (kernel - 1)
         windows = windows.unfold(axis, reach, dilation)[..., ::stride]
     return windows

@@ -17,6 +17,7 @@ VARIANTS = {
     "few atoms": {"channel_block": 2, "num_atoms": 3},
     "joint": {"channel_block": 2, "joint": True},
     "recursion": {"channel_block": 2, "recursion": 2},
+    "recursion of kernels": {"channel_block": 1, "recursion": 2},
     "sparse": {"channel_block": 2, "basis": "sparse"},
     "sparse recursion": {"channel_block": 1, "basis": "sparse", "recursion": 2},
 }
@@ -24,6 +25,7 @@ LAYERS = {
     "conv": (lambda: nn.Conv2d(8, 16, 3, padding=1), (3, 8, 6, 6)),
     "strided": (lambda: nn.Conv2d(8, 16, 3, stride=2, dilation=2, padding=(2, 1), bias=False), (3, 8, 9, 8)),
     "few positions": (lambda: nn.Conv2d(8, 64, 3, padding=1), (1, 8, 4, 4)),
+    "few strided": (lambda: nn.Conv2d(8, 64, (3, 2), stride=(2, 1), dilation=(1, 2), padding=(1, 0)), (2, 8, 5, 6)),
     "grouped": (lambda: nn.Conv2d(8, 16, (3, 5), groups=2, padding="same"), (3, 8, 6, 6)),
     "depthwise": (lambda: nn.Conv2d(8, 8, 3, groups=8), (3, 8, 6, 6)),
     "pointwise": (lambda: nn.Conv2d(8, 16, 1), (3, 8, 6, 6)),
@@ -73,6 +75,14 @@ def test_gradients_are_those_of_autograd(layer, variant, monkeypatch):
     found = gradients(model, x)
     monkeypatch.setattr(lean, "fits", lambda *_: False)
     assert_close(found, gradients(model, x))
+
+
+@pytest.mark.parametrize("at_once", [1, 64 * 9 * 4])
+def test_blocks_change_a_part_of_the_inputs_at_a_time(at_once, monkeypatch):
+    model, x = adapted("few positions", "blocks" if at_once > 1 else "few atoms")
+    expected = gradients(model, x)
+    monkeypatch.setattr(lean, "_NUMBERS_AT_ONCE", at_once)
+    assert_close(gradients(model, x), expected)
 
 
 def kept(model, x):
