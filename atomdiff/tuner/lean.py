@@ -90,7 +90,7 @@ def _has_small_taps(module: nn.Module, x: Tensor) -> bool:
     if not (isinstance(module, nn.Conv2d) and module.groups == 1 and x.is_cpu and x.ndim == 4):
         return False
     positions = len(x) * math.prod(taps.windows(module, x).shape[-2:])
-    return 0 < positions < module.out_channels  # where there is none, the module says what is wrong
+    return 0 < positions < 2 * module.out_channels  # where there is none, the module says what is wrong
 
 
 class _AdaptedWeight(torch.autograd.Function):
@@ -152,17 +152,17 @@ class _SeparableByTaps(torch.autograd.Function):
         x, weight, kernels, channels = ctx.saved_tensors
         with torch.autocast(x.device.type, enabled=False):
             columns = _columns(ctx.module, x, ctx.block)
-            mixed = _mixed(columns, kernels)
-            rows = rearrange(gradient, "b o h w -> (b h w) o")
-            of_mixed = torch.empty_like(mixed)
+            mixed = columns if channels is None else _mixed(columns, kernels)
+            of_y = rearrange(gradient, "b o h w -> o (b h w)")
+            of_parts = []
             of_channels = None if channels is None else torch.zeros_like(channels)
             of_weight: Tensor | None = None
             for part, blocks, adapted in _parts(weight, channels, ctx.block, x.dtype):
-                of_part = of_mixed[:, part]
-                of_part.copy_((rows @ adapted).T.view(of_part.shape))
+                of_parts.append((adapted.T @ of_y).view(mixed[:, part].shape))
                 if of_channels is not None:
-                    of_weight = torch.mm(rows.T, mixed[:, part].flatten(0, 2).T, out=of_weight)
+                    of_weight = torch.mm(of_y, mixed[:, part].flatten(0, 2).T, out=of_weight)
                     of_channels += _product(blocks, of_weight.view(blocks.shape)).sum(dim=0)
+            of_mixed = of_parts[0] if len(of_parts) == 1 else torch.cat(of_parts, dim=1)
             of_kernels = None
             if kernels is not None:
                 each = rearrange(_product(of_mixed, columns), "q i n m -> (i q) n m")
@@ -213,9 +213,9 @@ def _gradients_by_taps(
     module: nn.Conv2d, gradient: Tensor, x: Tensor, weight: Tensor, wants: tuple[bool, bool]
 ) -> tuple[Tensor | None, Tensor | None]:
     """What `_gradients` gives, from products of matrices."""
-    columns, rows = _columns(module, x), rearrange(gradient, "b o h w -> (b h w) o")
-    of_columns = (rows @ weight.flatten(1)).T.reshape(columns.shape) if wants[0] else None
-    of_weight = (rows.T @ columns.flatten(0, 2).T).view(weight.shape) if wants[1] else None
+    columns, of_y = _columns(module, x), rearrange(gradient, "b o h w -> o (b h w)")
+    of_columns = (weight.flatten(1).T @ of_y).view(columns.shape) if wants[0] else None
+    of_weight = (of_y @ columns.flatten(0, 2).T).view(weight.shape) if wants[1] else None
     return None if of_columns is None else _from_columns(module, of_columns, x), of_weight
 
 

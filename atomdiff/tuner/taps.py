@@ -94,11 +94,14 @@ def windows(module: nn.Conv2d, x: Tensor) -> Tensor:
 
 def from_windows(module: nn.Conv2d, taps: Tensor, x: Tensor) -> Tensor:
     """The gradient of an input x from that of its `windows`, added up in float32 at least."""
-    padded = functional.pad(torch.zeros_like(x, dtype=torch.promote_types(x.dtype, torch.float32)), _padding(module))
+    left, right, top, bottom = _padding(module)
+    height, width = x.shape[-2:]
+    wide = torch.promote_types(x.dtype, torch.float32)
+    padded = x.new_zeros(*x.shape[:-2], top + height + bottom, left + width + right, dtype=wide)
     places = _unfold(module, padded)
     for row, column in itertools.product(*map(range, module.kernel_size)):
         places[..., row, column, :, :] += taps[..., row, column, :, :]
-    return functional.pad(padded, [-pad for pad in _padding(module)]).to(x.dtype)
+    return padded[..., top : top + height, left : left + width].to(x.dtype)
 
 
 def _padding(module: nn.Conv2d) -> list[int]:
