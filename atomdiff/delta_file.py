@@ -91,7 +91,7 @@ def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torc
         "training": _json(delta.training),
         **{f"modelspec.{key}": value for key, value in delta.modelspec.items()},
     }
-    data = _sort_header(save(tensors, metadata))
+    data = sort_header(save(tensors, metadata))
     if len(data) > _MAX_FILE_BYTES:
         raise UserError(f"cannot save a concept of {len(data):,} bytes, only {_MAX_FILE_BYTES:,}: use fewer numbers")
     target = Path(path)
@@ -305,7 +305,7 @@ def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     return values
 
 
-def _sort_header(data: bytes) -> bytes:
+def sort_header(data: bytes) -> bytes:
     """The same safetensors file with its header in sorted order; the library writes metadata in random order."""
     size = int.from_bytes(data[:8], "little")
     header = _json(json.loads(data[8 : 8 + size])).encode()

@@ -60,6 +60,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     from atomdiff.dreambooth import load_config, train
     from atomdiff.evaluate.concept import Exam, score, sit, subject_photos, unseen_scenes
     from atomdiff.evaluate.size import stored_bytes, trained_numbers
+    from atomdiff.noising import match_scheduler
     from atomdiff.toybox.judge import load_judge
 
     started = time.perf_counter()
@@ -85,6 +86,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     pipe = StableDiffusionPipeline.from_pretrained(run.pretrained_model_name_or_path)
     pipe.set_progress_bar_config(disable=True)
     base = sit(exam, pipe, f"a {config.kind}")
+    match_scheduler(run, pipe)
     pipe = open_concept(pipe, concept_path)
     concept = sit(exam, pipe, f"{run.trigger_word} {config.kind}")
     figures = score(exam, judge, references, base, concept)

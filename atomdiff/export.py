@@ -21,6 +21,7 @@ from atomdiff.low_rank import low_rank
 from atomdiff.open_pipeline import open_pipeline
 from atomdiff.packing import given_concepts
 from atomdiff.pipeline import list_atoms, load_atoms, trigger_words
+from atomdiff.scheduler import common_scheduler, describe
 from atomdiff.strength import given_strengths
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
@@ -129,6 +130,11 @@ def export_concepts(config: ExportConfig) -> ExportReport:
         variant=config.variant,
         single_file_config=config.single_file_config,
     )
+    base = pipe.scheduler
+    pipe.scheduler = common_scheduler([(c.name, c.objective) for c, strength in given if strength.weight], base)
+    if pipe.scheduler is not base:
+        how = "as in the folder" if config.to == "pipeline" else "choose the like where you draw with the file"
+        print(f"trained for {describe(pipe.scheduler)}, not the base's {describe(base)}: {how}")
     strengths = {}
     for number, (concept, strength) in enumerate(given, start=1):
         name = load_atoms(pipe, concept.path, f"concept{number}", trigger_word=concept.trigger_word)

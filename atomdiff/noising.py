@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, get_args
+from typing import Any
 
 import torch
-from diffusers import DDIMScheduler, DDPMScheduler, FlowMatchEulerDiscreteScheduler
+from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
 from atomdiff.errors import UserError
 from atomdiff.model_spec import prediction_type
 from atomdiff.objective import add_noise, min_snr_weights, offset_noise, sample_timesteps, training_target
+from atomdiff.scheduler import Objective, matching_scheduler
 from atomdiff.train_config import PredictionType, TrainConfig
 
 
@@ -72,7 +73,7 @@ def noise_process(config: TrainConfig, pipe: Any) -> NoiseProcess:
     Raises:
         UserError: The run wants something of it that does not go together, or that the base does not have.
     """
-    scheduler = matching_scheduler(config, pipe.scheduler)
+    scheduler = matching_scheduler(_objective(config), pipe.scheduler)
     predicts: Any = prediction_type(scheduler)
     if predicts == "flow":
         # A new one: its sigmas, from much noise to little, are those of training until pictures are drawn.
@@ -95,49 +96,8 @@ def match_scheduler(config: TrainConfig, pipe: Any) -> None:
     Raises:
         UserError: As `matching_scheduler`.
     """
-    pipe.scheduler = matching_scheduler(config, pipe.scheduler)
+    pipe.scheduler = matching_scheduler(_objective(config), pipe.scheduler)
 
 
-def matching_scheduler(config: TrainConfig, scheduler: Any) -> Any:
-    """Return the base's scheduler where it does as the run wants, else a DDIM or flow scheduler that does.
-
-    Zero terminal SNR, and that pictures are then drawn from the last timestep on ("trailing"): Lin et al., "Common
-    Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, algorithm 1 and section 3.3.
-
-    Raises:
-        UserError: The run's prediction type, zero terminal SNR or shift does not fit the base's scheduler.
-    """
-    kind, said, base = type(scheduler).__name__, prediction_type(scheduler), scheduler.config
-    predicts = config.prediction_type or said
-    if predicts not in get_args(PredictionType):
-        known = ", ".join(get_args(PredictionType))
-        raise UserError(f"the base's {kind} says prediction_type={said!r}; choose one with prediction_type: {known}")
-    if predicts == "flow":
-        return _flow_scheduler(config, scheduler)
-    if config.flow_shift is not None:
-        raise UserError(f"flow_shift={config.flow_shift}: the base predicts {predicts}; expected prediction_type flow")
-    if said == "flow" or not hasattr(scheduler, "alphas_cumprod"):
-        found = f"the base's {kind} has no noise schedule of diffusion (alphas_cumprod)"
-        raise UserError(f"prediction_type={predicts!r}: {found}; take a base with a DDIMScheduler, or train flow")
-    said_zero = bool(base.get("rescale_betas_zero_snr"))
-    zero_snr = said_zero if config.rescale_betas_zero_snr is None else config.rescale_betas_zero_snr
-    if zero_snr and predicts == "epsilon":
-        found = "at zero terminal SNR the base's epsilon says nothing of the picture"
-        raise UserError(f"rescale_betas_zero_snr=True: {found}; set it to false, or prediction_type to v_prediction")
-    spacing = "trailing" if zero_snr else base.get("timestep_spacing")
-    if (predicts, zero_snr, spacing) == (said, said_zero, base.get("timestep_spacing")):
-        return scheduler
-    changes = {"prediction_type": predicts, "rescale_betas_zero_snr": zero_snr, "clip_sample": False}
-    return DDIMScheduler.from_config(base, **changes, **({"timestep_spacing": spacing} if spacing else {}))
-
-
-def _flow_scheduler(config: TrainConfig, scheduler: Any) -> Any:
-    base = scheduler.config
-    if config.rescale_betas_zero_snr:
-        raise UserError("rescale_betas_zero_snr=True: expected no value, as flow ends in pure noise anyway")
-    shift = config.flow_shift if config.flow_shift is not None else base.get("shift", base.get("flow_shift", 1.0))
-    same = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not base.use_dynamic_shifting
-    if not same or base.shift != shift:
-        steps = base.get("num_train_timesteps", 1000)
-        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
-    return scheduler
+def _objective(config: TrainConfig) -> Objective:
+    return Objective(config.prediction_type, config.rescale_betas_zero_snr, config.flow_shift)

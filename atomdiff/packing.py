@@ -21,6 +21,7 @@ from atomdiff.peft_directory import LEARNED_EMBEDS_NAME
 from atomdiff.picture_files import content_hash
 from atomdiff.pipeline import renamed_tokens
 from atomdiff.prompt_tags import describe_strength, has_word, replace_words, split_tags
+from atomdiff.scheduler import Objective, trained_objective
 from atomdiff.strength import Strength, given_strengths
 from atomdiff.trigger_words import group_words
 
@@ -50,6 +51,11 @@ class Concept:
     def sha256(self) -> str:
         """Hash of its contents."""
         return content_hash(self.path)
+
+    @cached_property
+    def objective(self) -> Objective:
+        """What it was trained to predict."""
+        return trained_objective(self.path)
 
 
 @dataclass(frozen=True, eq=False)

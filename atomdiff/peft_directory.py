@@ -4,16 +4,25 @@ from __future__ import annotations
 
 import copy
 import re
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from peft import PeftConfig
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
-from safetensors.torch import save_file
+from safetensors.torch import save, save_file
 from torch import Tensor
 
-from atomdiff.delta_file import check_words, parse_json, read_tensors, shown, some, split_token_key, token_key
+from atomdiff.delta_file import (
+    check_words,
+    parse_json,
+    read_tensors,
+    shown,
+    some,
+    sort_header,
+    split_token_key,
+    token_key,
+)
 from atomdiff.errors import UserError
 from atomdiff.tuner.config import check_patterns
 
@@ -27,7 +36,9 @@ Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
 Tokens = dict[str, dict[str, Tensor]]
 
 
-def write(path: Path, adapters: Adapters, tokens: Tokens, denoiser: str) -> None:
+def write(
+    path: Path, adapters: Adapters, tokens: Tokens, denoiser: str, metadata: Mapping[str, str] | None = None
+) -> None:
     """Write a concept, the same bytes for the same input.
 
     Args:
@@ -35,6 +46,7 @@ def write(path: Path, adapters: Adapters, tokens: Tokens, denoiser: str) -> None
         adapters: component -> settings and tensors; other components than the denoiser get a subfolder each.
         tokens: trigger word -> text encoder -> embedding (hidden,).
         denoiser: the component whose adapter lies in `path` itself.
+        metadata: facts for the headers of the adapters.
     """
     path.mkdir(parents=True, exist_ok=True)
     for component, (config, tensors) in adapters.items():
@@ -45,7 +57,8 @@ def write(path: Path, adapters: Adapters, tokens: Tokens, denoiser: str) -> None
             if isinstance(value, set):
                 setattr(stored, key, sorted(value))
         stored.save_pretrained(str(folder))
-        save_file(tensors, folder / SAFETENSORS_WEIGHTS_NAME, metadata={"format": "pt"})
+        data = sort_header(save(tensors, {"format": "pt", **(metadata or {})}))
+        (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
     if tokens:
         vectors = {token_key(word, encoder): vector for word, of in tokens.items() for encoder, vector in of.items()}
         vectors = {key: vector.detach().cpu().contiguous() for key, vector in vectors.items()}

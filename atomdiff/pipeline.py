@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
 import re
+import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -17,6 +19,7 @@ from atomdiff.base_check import check_base, fingerprint
 from atomdiff.delta_file import DeltaFile, read_delta_file, write_delta_file
 from atomdiff.errors import UserError
 from atomdiff.model_spec import atomdiff_version, model_spec
+from atomdiff.scheduler import Objective, code_for, describe, fitting_scheduler, trained_objective
 from atomdiff.trigger_words import (
     add_trigger_word,
     add_trigger_words,
@@ -108,7 +111,9 @@ def load_atoms(
         The adapter's name.
 
     Warns:
-        UserWarning: the base differs somewhat from the one that the concept was made on; the distance is stated.
+        UserWarning: the base differs somewhat from the one that the concept was made on; the distance is stated. Or the
+            pipeline's scheduler does not draw what the concept was trained to predict; the line that changes it is
+            stated.
 
     Raises:
         UserError: there is no such file or repository, it is damaged or does not fit the pipeline, or a name or word is
@@ -162,6 +167,7 @@ def load_atoms(
     for model in models.values():
         attach.activate(model, [name])
         attach.encode(model, name)
+    _warn_of_scheduler(pipe, name, Objective.read(delta.training) if delta else trained_objective(cast(Path, place)))
     return name
 
 
@@ -182,7 +188,8 @@ def save_atoms(
         path: the file to write, by custom `<concept>.atoms.safetensors`; for other methods than atoms the directory.
         adapter_name: the adapter to save.
         trigger_phrase: what to write in a prompt to get the concept.
-        training: JSON-ready facts about the run.
+        training: JSON-ready facts about the run; of its "config" the settings of the scheduler are looked at again when
+            the concept is loaded.
         base_model: name or path of the base; None: as the pipeline was loaded.
         dtype: of the stored numbers; float32 keeps every bit of them. (Other methods keep their own.)
 
@@ -204,7 +211,8 @@ def save_atoms(
         raise UserError(f"there is no concept {adapter_name!r} to save; there are: {_names(pipe)}")
     if any(not isinstance(config, AtomConfig) for config in configs.values()):
         adapters = {part: (config, attach.peft_tensors(models[part], adapter_name)) for part, config in configs.items()}
-        peft_directory.write(path, adapters, tokens, denoiser_name(models))
+        facts = {"training": json.dumps(training)} if training else {}
+        peft_directory.write(path, adapters, tokens, denoiser_name(models), facts)
         return path
     config = next(iter(configs.values()), AtomConfig())
     if any(other.shaping() != config.shaping() for other in configs.values()):
@@ -320,6 +328,24 @@ def _concept(pipe: Any, name: str) -> LoadedConcept:
         merged=any(name in layer.merged_adapters for layer in everywhere),
         trigger_words=tuple(word for word, entry in trigger_words(pipe).items() if entry.owner == name),
     )
+
+
+def _warn_of_scheduler(pipe: Any, name: str, objective: Objective) -> None:
+    """Warn if the pipeline's scheduler does not draw what a concept was trained to predict."""
+    scheduler = pipe.components.get("scheduler")
+    if scheduler is None or objective == Objective():
+        return
+    try:
+        wanted = fitting_scheduler(objective, scheduler)
+    except UserError as error:
+        warnings.warn(f"{name!r} was trained with another scheduler than this pipeline can have: {error}", stacklevel=3)
+        return
+    if wanted is not scheduler:
+        warnings.warn(
+            f"{name!r} was trained for {describe(wanted)}, but the pipeline has {describe(scheduler)}; run\n"
+            f"import diffusers; {code_for(wanted, scheduler)}",
+            stacklevel=3,
+        )
 
 
 def denoiser_name(models: Mapping[str, nn.Module]) -> str:

@@ -4,17 +4,20 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import TYPE_CHECKING, Any, Literal, get_args
 
 import torch
 from PIL import Image
 from tqdm import tqdm
 
+from atomdiff.delta_file import some
 from atomdiff.errors import UserError
 from atomdiff.open_pipeline import open_pipeline
 from atomdiff.picture_files import PictureFile, listing_hash, write_overview
 from atomdiff.prompt_tags import split_tags
+from atomdiff.scheduler import Objective, common_scheduler, describe, fitting_scheduler, settings_of
 from atomdiff.strength import given_strengths
+from atomdiff.train_config import PredictionType
 
 if TYPE_CHECKING:
     from atomdiff.packing import Line
@@ -38,9 +41,14 @@ class SampleConfig:
     """Variant of the base's files, such as fp16."""
     single_file_config: str | None = None
     """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
-    diffusers finds out, from the Hub."""
+    diffusers finds out, from the Hub, which takes every 2.x for the v-predicting 2.1."""
     dtype: Literal["float32", "float16", "bfloat16"] = "float32"
     """Precision of the base while drawing."""
+    prediction_type: PredictionType | None = None
+    """What is predicted, in all pictures. Default: what each picture's concepts were trained to predict, else what the
+    base's scheduler config says."""
+    rescale_betas_zero_snr: bool | None = None
+    """Whether the noise schedule ends in pure noise, in all pictures. Default: as for prediction_type."""
 
     concepts: tuple[str, ...] = ()
     """Concepts that all prompts wear: files, directories written by PEFT, or user/repo on the Hub. Default: the bare
@@ -84,6 +92,9 @@ class SampleConfig:
             raise UserError(
                 f"negative_prompt={self.negative_prompt!r}: only prompts can wear concepts; take the tag out"
             )
+        if self.prediction_type not in (None, *get_args(PredictionType)):
+            allowed = ", ".join(get_args(PredictionType))
+            raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
         for name in ("num_inference_steps", "height", "width", "sample_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:
@@ -197,7 +208,8 @@ def save_samples(config: SampleConfig) -> Path:
         The folder.
 
     Raises:
-        UserError: a prompt, the base or a concept is missing or cannot be used.
+        UserError: a prompt, the base or a concept is missing or cannot be used, or a prompt wears concepts that cannot
+            be drawn by one scheduler.
     """
     from accelerate import Accelerator
 
@@ -229,9 +241,12 @@ def save_samples(config: SampleConfig) -> Path:
             variant=config.variant,
             single_file_config=config.single_file_config,
         ).to(state.device)
+        lines = list(dict.fromkeys(line for _, line in missing))
+        schedulers = _schedulers(config, pipe, lines)
         if state.is_main_process:
-            warn_of_prompts(pipe, [line for _, line in missing])
-        bar = tqdm(_draw(config, pipe, share), "pictures", len(share), disable=not state.is_main_process)
+            warn_of_prompts(pipe, lines)
+            _tell_schedulers(pipe, schedulers)
+        bar = tqdm(_draw(config, pipe, share, schedulers), "pictures", len(share), disable=not state.is_main_process)
         for picture, image in bar:
             picture.save(image)
     state.wait_for_everyone()
@@ -248,6 +263,8 @@ def _settings(config: SampleConfig) -> dict[str, str]:
         "base_files": listing_hash(base) if base.exists() else config.revision,
         "variant": config.variant,
         "dtype": config.dtype,
+        "prediction_type": config.prediction_type,
+        "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
         "concepts": None,
         "negative_prompt": config.negative_prompt,
         "num_inference_steps": config.num_inference_steps,
@@ -258,15 +275,60 @@ def _settings(config: SampleConfig) -> dict[str, str]:
     return {key: "" if value is None else str(value) for key, value in facts.items()}
 
 
+def _schedulers(config: SampleConfig, pipe: Any, lines: "Sequence[Line]") -> "dict[Line, Any]":
+    """The scheduler of each line: as the config says or else as its concepts were trained, the base's own if that fits.
+
+    Raises:
+        UserError: the base can have no such scheduler, or concepts of one prompt need different ones.
+    """
+    base = pipe.scheduler
+    asked = Objective(config.prediction_type, config.rescale_betas_zero_snr)
+    if asked != Objective():
+        return dict.fromkeys(lines, fitting_scheduler(asked, base))
+    made, chosen = [base], {}
+    for line in lines:
+        try:
+            wanted = common_scheduler([(c.name, c.objective) for c, strength in line.concepts if strength.weight], base)
+        except UserError as error:
+            how = "draw them by themselves, or choose for all with prediction_type and rescale_betas_zero_snr"
+            raise UserError(f"the prompt {line.prompt!r}: {error}; {how}") from error
+        same = [scheduler for scheduler in made if settings_of(scheduler) == settings_of(wanted)]
+        made += [] if same else [wanted]
+        chosen[line] = same[0] if same else wanted
+    return chosen
+
+
+def _tell_schedulers(pipe: Any, schedulers: "dict[Line, Any]") -> None:
+    """Print which concepts are drawn by another scheduler than the base's."""
+    told: dict[Any, list[str]] = {}
+    for line, scheduler in schedulers.items():
+        if scheduler is not pipe.scheduler:
+            told.setdefault(scheduler, []).extend(
+                concept.name for concept, strength in line.concepts if strength.weight
+            )
+    for scheduler, names in told.items():
+        shown = some(list(dict.fromkeys(names))) or "the base"
+        print(f"{shown}: drawn by {describe(scheduler)}; the base has {describe(pipe.scheduler)}")
+
+
 def _draw(
-    config: SampleConfig, pipe: Any, jobs: "Sequence[tuple[PictureFile, Line]]"
+    config: SampleConfig, pipe: Any, jobs: "Sequence[tuple[PictureFile, Line]]", schedulers: "dict[Line, Any]"
 ) -> Iterator[tuple[PictureFile, Image.Image]]:
-    """Yield pictures as their batches are drawn."""
+    """Yield pictures as their batches are drawn; those of one scheduler share batches."""
     from atomdiff.packing import pack
     from atomdiff.wardrobe import Wardrobe
 
     wardrobe = Wardrobe(pipe)
-    for batch in pack(jobs, itemgetter(1), config.sample_batch_size):
+    alike: dict[Any, list[tuple[PictureFile, Line]]] = {}
+    for job in jobs:
+        alike.setdefault(schedulers[job[1]], []).append(job)
+    batches = [
+        (scheduler, batch)
+        for scheduler, group in alike.items()
+        for batch in pack(group, itemgetter(1), config.sample_batch_size)
+    ]
+    for scheduler, batch in batches:
+        pipe.scheduler = scheduler
         lines = [line for _, line in batch]
         with wardrobe.worn(lines):
             negative = config.negative_prompt

@@ -4,13 +4,20 @@ import os
 import pickle
 import shutil
 
+import numpy as np
 import pytest
 import torch
+from diffusers.loaders.single_file_utils import DIFFUSERS_DEFAULT_PIPELINE_PATHS as CHECKPOINTS
+from diffusers.loaders.single_file_utils import infer_diffusers_model_type
+from PIL import Image
 from safetensors.torch import save_file
 
 from atomdiff.base_model import draw_pictures, load_base, training_resolution, whole
+from atomdiff.delta_file import read_delta_file
+from atomdiff.dreambooth import train
 from atomdiff.errors import UserError
-from atomdiff.sample import SampleConfig, save_samples
+from atomdiff.open_pipeline import pipeline_class
+from atomdiff.sample import SampleConfig, generate, save_samples
 from atomdiff.train_config import TrainConfig
 
 KINDS = ["tiny_pipe", "tiny_sd2_pipe", "tiny_xl_pipe"]
@@ -116,16 +123,17 @@ def original_clip(encoder, prefix):
     return {f"{prefix}text_model.{key.removeprefix('text_model.')}": value for key, value in state.items()}
 
 
-def original_open_clip(encoder, prefix):
-    """The second text encoder of SDXL: queries, keys and values in one tensor, the projection the other way round."""
+def original_open_clip(encoder, prefix, projection):
+    """The text encoder of SD 2.x, the second of SDXL: queries, keys and values in one tensor."""
     state = {key.removeprefix("text_model."): value for key, value in encoder.state_dict().items()}
     found = {
         "positional_embedding": state.pop("embeddings.position_embedding.weight"),
         "token_embedding.weight": state.pop("embeddings.token_embedding.weight"),
         "ln_final.weight": state.pop("final_layer_norm.weight"),
         "ln_final.bias": state.pop("final_layer_norm.bias"),
-        "text_projection": state.pop("text_projection.weight").T,
+        "text_projection": projection,
     }
+    state.pop("text_projection.weight", None)
     for key, value in state.items():
         name = key.replace("encoder.layers", "transformer.resblocks").replace("self_attn.out", "attn.out")
         for ours, theirs in OPEN_CLIP.items():
@@ -146,7 +154,14 @@ def original_layout(pipe):
     } | original_vae(pipe.vae)
     if "text_encoder_2" in pipe.components:
         found |= original_clip(pipe.text_encoder, "conditioner.embedders.0.transformer.")
-        found |= original_open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.")
+        projection = pipe.text_encoder_2.text_projection.weight.T
+        found |= original_open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.", projection)
+    elif pipe.unet.config.use_linear_projection:
+        encoder = pipe.text_encoder
+        whole = type(encoder)(type(encoder.config)(**{**encoder.config.to_dict(), "num_hidden_layers": 24}))
+        whole.load_state_dict(encoder.state_dict(), strict=False)  # files have a last layer that SD 2.x skips
+        projection = torch.randn(encoder.config.hidden_size, encoder.config.projection_dim)
+        found |= original_open_clip(whole, "cond_stage_model.model.", projection)
     else:
         found |= original_clip(pipe.text_encoder, "cond_stage_model.transformer.")
     return {name: value.contiguous().clone() for name, value in found.items()}
@@ -177,6 +192,15 @@ def uneven_xl_pipe(tiny_xl_pipe):
     return pipe
 
 
+@pytest.fixture
+def deep_sd2_pipe(tiny_sd2_pipe):
+    """SD 2.x with as many layers in its text encoder as the real one has: diffusers counts on them; and its words."""
+    pipe, encoder = tiny_sd2_pipe, tiny_sd2_pipe.text_encoder
+    changes = {"num_hidden_layers": 23, "hidden_act": "gelu"}
+    pipe.register_modules(text_encoder=type(encoder)(type(encoder.config)(**encoder.config.to_dict() | changes)).eval())
+    return pipe
+
+
 # ----
 
 
@@ -196,7 +220,14 @@ def test_every_kind_of_base_loads_from_its_folder(config, kind, request):
 
 
 @pytest.mark.parametrize(
-    ("kind", "suffix"), [("tiny_pipe", ".safetensors"), ("tiny_pipe", ".ckpt"), ("uneven_xl_pipe", ".safetensors")]
+    ("kind", "suffix"),
+    [
+        ("tiny_pipe", ".safetensors"),
+        ("tiny_pipe", ".ckpt"),
+        ("deep_sd2_pipe", ".safetensors"),
+        ("deep_sd2_pipe", ".ckpt"),
+        ("uneven_xl_pipe", ".safetensors"),
+    ],
 )
 def test_a_checkpoint_file_loads_with_configs_of_its_architecture(config, kind, suffix, request, tmp_path):
     pipe = request.getfixturevalue(kind)
@@ -204,6 +235,8 @@ def test_a_checkpoint_file_loads_with_configs_of_its_architecture(config, kind, 
     loaded = load_base(config)
     assert_same_models(loaded, pipe)
     assert loaded.scheduler.config.prediction_type == pipe.scheduler.config.prediction_type
+    pictures = [draw_pictures(config, each, ["a mug"], [0])[0].tobytes() for each in (loaded, pipe)]
+    assert pictures[0] == pictures[1]
     loaded.vae, vae = None, loaded.vae
     with whole(config, loaded):
         assert_same_models(loaded, pipe)
@@ -216,6 +249,40 @@ def test_atomdiff_sample_draws_with_a_checkpoint_file(tiny_pipe, tmp_path):
         SampleConfig(**fields, prompts=("a mug",), num_inference_steps=2, output_dir=str(tmp_path / "samples"))
     )
     assert len(list(folder.glob("*.png"))) == 2  # the picture and the grid
+
+
+def test_every_file_of_sd2_is_taken_for_one_that_predicts_v_unless_told(config, deep_sd2_pipe, tmp_path):
+    key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
+    save_file({key: torch.zeros(8, 1024)}, tmp_path / "2.x.safetensors")
+    known = CHECKPOINTS[infer_diffusers_model_type({key: torch.zeros(8, 1024)})]["pretrained_model_name_or_path"]
+    assert known == "stabilityai/stable-diffusion-2-1"  # of 768 pixels; where the configs come from if none are named
+    assert pipeline_class(str(tmp_path / "2.x.safetensors")) == "StableDiffusionPipeline"
+
+    fields = described(deep_sd2_pipe, tmp_path)  # the configs say v_prediction, as those of 2.1
+    (tmp_path / "photos").mkdir()
+    Image.new("RGB", (32, 32), "red").save(tmp_path / "photos" / "0.png")
+    run = dataclasses.replace(
+        config, **fields, instance_data_dir=str(tmp_path / "photos"), prediction_type="epsilon", max_train_steps=1
+    )
+    concept = train(run)
+    assert read_delta_file(concept).modelspec["prediction_type"] == "epsilon"
+    drawn = SampleConfig(**fields, prompts=("a mug",), num_inference_steps=2, output_dir=str(tmp_path / "samples"))
+    pictures = {}
+    for name, changes in {
+        "v": {},
+        "told": {"prediction_type": "epsilon"},
+        "concept": {"concepts": (str(concept),), "weights": (1e-9,)},
+    }.items():
+        (file,) = save_samples(dataclasses.replace(drawn, **changes)).glob("a-mug*")
+        pictures[name] = np.asarray(Image.open(file)).astype(int)
+    deep_sd2_pipe.scheduler = make_scheduler(deep_sd2_pipe, "epsilon")
+    (expected,) = generate(deep_sd2_pipe, ["a mug"], seeds=[0], num_inference_steps=2, progress=False)
+    assert abs(pictures["told"] - np.asarray(expected)).max() <= 1 >= abs(pictures["concept"] - expected).max()
+    assert abs(pictures["v"] - expected).max() > 2
+
+
+def make_scheduler(pipe, predicts):
+    return type(pipe.scheduler).from_config(pipe.scheduler.config, prediction_type=predicts)
 
 
 class Attack:

@@ -159,6 +159,24 @@ def test_a_pipeline_folder_gives_the_same_pictures(pipe_template, tmp_path, meth
     assert "layer" not in describe_export(report) and str(report.path) in describe_export(report)
 
 
+def test_a_pipeline_folder_has_the_scheduler_that_the_concepts_were_trained_for(
+    pipe_template, tiny_pipe_folder, tmp_path, capsys
+):
+    pipe, paths = fresh(pipe_template), []
+    teach(pipe, "atoms")
+    for predicts in ("epsilon", "v_prediction"):
+        facts = {"config": {"prediction_type": predicts}}
+        paths.append(str(atomdiff.save_atoms(pipe, tmp_path / f"{predicts}.atoms.safetensors", training=facts)))
+    export_concepts(ExportConfig(str(tiny_pipe_folder), (paths[0],), "pipeline", f"{tmp_path}/merged", dtype="float32"))
+    assert "trained for a DDIMScheduler with prediction_type=epsilon" in capsys.readouterr().out
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "merged", subfolder="scheduler")
+    assert scheduler.config.prediction_type == "epsilon"
+    with pytest.raises(UserError, match="'epsilon' for a .*, 'v_prediction' for a DDIM"):
+        export_concepts(ExportConfig(str(tiny_pipe_folder), tuple(paths), "diff", str(tmp_path / "x")))
+    export_concepts(ExportConfig(str(tiny_pipe_folder), (paths[1],), "diff", str(tmp_path / "x")))
+    assert capsys.readouterr().out == ""
+
+
 def test_a_word_stays_a_word_in_a_folder(pipe_template, tmp_path):
     pipe = fresh(pipe_template)
     teach(pipe, "atoms", word="<my-mug>")

@@ -7,6 +7,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import FlowMatchEulerDiscreteScheduler
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import GloraConfig, HiraConfig, IA3Config, LoHaConfig, LoraConfig, OFTConfig, inject_adapter_in_model
@@ -176,10 +177,10 @@ def test_saved_again_the_file_is_the_same(tiny_pipe, concepts, tmp_path):
 
 def test_peft_directories_are_the_same_bytes_each_time(tiny_pipe, tmp_path):
     train(tiny_pipe, "lora", word="ohwx")
-    for name in "ab":
-        atomdiff.save_atoms(tiny_pipe, tmp_path / name)
-    files = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in "ab"]
-    assert files[0] == files[1] and len(files[0]) == 3
+    for name in "abcdefgh":
+        atomdiff.save_atoms(tiny_pipe, tmp_path / name, training={"steps": 3})
+    files = [{p.relative_to(tmp_path / n): p.read_bytes() for p in (tmp_path / n).rglob("*.*")} for n in "abcdefgh"]
+    assert all(each == files[0] for each in files) and len(files[0]) == 3
     assert list(load_file(tmp_path / "a" / "learned_embeds.safetensors")) == ["token.ohwx"]
     assert json.loads((tmp_path / "a" / "adapter_config.json").read_text())["target_modules"] == sorted(
         ["to_q", "to_v", "conv1"]
@@ -531,3 +532,42 @@ def test_directories_that_cannot_be_taken_out_again_are_refused(tiny_pipe, conce
     with pytest.raises(UserError, match=message):
         atomdiff.load_atoms(tiny_pipe, tmp_path, "x")
     assert not atomdiff.list_atoms(tiny_pipe)
+
+
+V_ZERO_SNR = {"config": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}}
+
+
+@pytest.mark.parametrize("method", ["atoms", "lora"])
+def test_loading_warns_of_a_scheduler_that_does_not_draw_as_trained(tiny_pipe, tmp_path, method):
+    train(tiny_pipe, method, word="ohwx")
+    path = tmp_path / "mug.atoms.safetensors"
+    atomdiff.save_atoms(tiny_pipe, path, training=V_ZERO_SNR)
+    atomdiff.unload_atoms(tiny_pipe)
+    before = tiny_pipe.scheduler
+    with pytest.warns(UserWarning) as caught:
+        atomdiff.load_atoms(tiny_pipe, path, "mug")
+    (warning,) = caught
+    assert warning.filename == __file__ and tiny_pipe.scheduler is before
+    told, line = str(warning.message).split("; run\n")
+    assert (
+        "'mug' was trained for a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=True" in told
+    )
+    assert "the pipeline has a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False" in told
+    exec(line, {"pipe": tiny_pipe})
+    assert tiny_pipe.scheduler.alphas_cumprod[-1] == 0 and tiny_pipe.scheduler.config.timestep_spacing == "trailing"
+    atomdiff.unload_atoms(tiny_pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        atomdiff.load_atoms(tiny_pipe, path, "mug")
+
+
+def test_a_concept_loads_whatever_the_scheduler(tiny_pipe, tmp_path):
+    train(tiny_pipe)
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training=V_ZERO_SNR)
+    atomdiff.unload_atoms(tiny_pipe)
+    tiny_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.warns(UserWarning, match="'mug' was trained with another scheduler .*FlowMatchEuler.*no noise sched"):
+        atomdiff.load_atoms(tiny_pipe, path)
+    tiny_pipe.scheduler = None
+    atomdiff.load_atoms(tiny_pipe, read_delta_file(path), "again")
+    assert [concept.name for concept in atomdiff.list_atoms(tiny_pipe)] == ["mug", "again"]

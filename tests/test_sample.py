@@ -5,6 +5,7 @@ import io
 import json
 import os
 import threading
+import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -17,10 +18,17 @@ from PIL import Image
 import atomdiff
 from atomdiff import sample, wardrobe
 from atomdiff.command_line import parse_config
+from atomdiff.delta_file import CONCEPT_SUFFIX
+from atomdiff.dreambooth import train
 from atomdiff.errors import UserError
+from atomdiff.noising import match_scheduler
 from atomdiff.picture_files import content_hash
 from atomdiff.pipeline import add_trigger_word, list_atoms, set_trigger_embedding, trigger_words
 from atomdiff.sample import SampleConfig, generate, save_samples
+from atomdiff.scheduler import settings_of
+from atomdiff.train_config import TrainConfig
+
+ROOT = Path(__file__).parents[1]
 
 QUICK = {"num_inference_steps": 2, "guidance_scale": 3.0}
 
@@ -631,3 +639,127 @@ def test_processes_share_the_missing_pictures_and_one_writes_the_overview(config
         thread.join()
     assert sorted(drawn) == ["0", "1"] and overviews == ["0"]
     assert len(files(config)) == 4 and files(config).items() > before.items()
+
+
+# schedulers
+
+OBJECTIVES = {  # the tiny base predicts v, without zero terminal SNR
+    "noise": {"prediction_type": "epsilon"},
+    "clean": {"prediction_type": "sample"},
+    "zero": {"rescale_betas_zero_snr": True},
+    "flow": {"prediction_type": "flow", "flow_shift": 3.0},
+    "same": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": False},
+    "plain": {},
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tiny_pipe_folder, tmp_path_factory):
+    """Concepts of one step each, by objective, and one of another method; and their runs."""
+    folder = tmp_path_factory.mktemp("trained")
+    (folder / "photos").mkdir()
+    Image.new("RGB", (32, 32), "red").save(folder / "photos" / "0.png")
+    runs = {}
+    for name, fields in [*OBJECTIVES.items(), ("lora", OBJECTIVES["noise"])]:
+        runs[name] = TrainConfig(
+            pretrained_model_name_or_path=str(tiny_pipe_folder),
+            instance_data_dir=str(folder / "photos"),
+            class_name="mug",
+            output_dir=str(folder / "runs" / name),
+            adapter=str(ROOT / "configs/experiments/lora/attention_r16/adapter.json") if name == "lora" else "atoms",
+            max_train_steps=1,
+            validation_steps=0,
+            report_to=None,
+            **fields,
+        )
+        place = train(runs[name])
+        place.rename(folder / f"{name}{'' if place.is_dir() else CONCEPT_SUFFIX}")
+    return folder, runs
+
+
+@pytest.fixture
+def used(monkeypatch):
+    """Records the scheduler of each batch with its prompts."""
+    found, draw = [], sample.draw_each
+    monkeypatch.setattr(
+        sample, "draw_each", lambda pipe, prompts, *a, **k: found.append(pipe.scheduler) or draw(pipe, prompts, *a, **k)
+    )
+    return found
+
+
+@pytest.mark.parametrize("name", [*OBJECTIVES, "lora"])
+def test_a_concept_is_drawn_by_the_scheduler_that_it_was_trained_with(config, trained, used, tiny_pipe, capsys, name):
+    folder, runs = trained
+    path = folder / name if name == "lora" else folder / f"{name}{CONCEPT_SUFFIX}"
+    config = replace(config, prompts=("a photo of sks mug",), seeds=(0,), concepts=(str(path),))
+    save_samples(config)
+    (scheduler,) = used
+    base = tiny_pipe.scheduler
+    match_scheduler(runs[name], tiny_pipe)  # as validation does
+    assert type(scheduler) is type(tiny_pipe.scheduler)
+    assert settings_of(scheduler) == settings_of(tiny_pipe.scheduler)
+    assert scheduler.config.get("timestep_spacing") == {"zero": "trailing", "flow": None}.get(name, "leading")
+    atomdiff.load_atoms(tiny_pipe, path)  # warns of nothing
+    expected = generate(tiny_pipe, ["a photo of sks mug"], seeds=[0], progress=False, **QUICK)[0]
+    assert abs(picture(config, "a photo of sks mug") - pixels(expected)).max() <= 1
+    told = capsys.readouterr().out
+    if name in ("same", "plain"):
+        assert told == "" and tiny_pipe.scheduler is base
+    else:
+        assert f"{name}: drawn by a {type(scheduler).__name__} with prediction_type=" in told
+        assert "the base has a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False\n" in told
+        assert abs(picture(config, "a photo of sks mug") - drawn_by(tiny_pipe, base)).max() > 2
+
+
+def drawn_by(pipe, scheduler):
+    pipe.scheduler = scheduler
+    return pixels(generate(pipe, ["a photo of sks mug"], seeds=[0], progress=False, **QUICK)[0])
+
+
+@pytest.mark.filterwarnings("ignore:.*by which it is called")
+def test_each_prompt_is_drawn_as_its_own_concepts_were_trained(config, trained, used, tiny_pipe, capsys):
+    names = {"a cat": None, "sks mug <atoms:noise>": "noise", "a mug <atoms:zero>": "zero", "a mug <atoms:plain>": None}
+    names |= {"a robot <atoms:noise:0.5>": "noise", "a mug <atoms:noise:0>": None}
+    config = replace(config, library=str(trained[0]), prompts=tuple(names), seeds=(0,), sample_batch_size=6)
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*was trained for a DDIM")  # of the one with no strength
+        save_samples(config)
+    said = [settings_of(scheduler) for scheduler in used]
+    assert len(said) == 3 and sum(each == settings_of(tiny_pipe.scheduler) for each in said) == 1
+    shown = capsys.readouterr().out.splitlines()
+    assert sorted(line.partition(":")[0] for line in shown) == ["noise", "zero"]
+    assert abs(picture(config, "a cat") - alone(tiny_pipe, trained[0], "a cat", {})).max() <= 1
+    match_scheduler(trained[1]["noise"], tiny_pipe)
+    expected = alone(tiny_pipe, trained[0], "a robot", {"noise": 0.5})
+    assert abs(picture(config, "a robot <atoms:noise:0.5>") - expected).max() <= 1
+
+
+def test_a_prompt_with_concepts_of_two_schedulers_is_refused_unless_one_is_chosen(config, trained, used):
+    prompts = ("a cat", "a sks mug <atoms:zero>")
+    both = {"library": str(trained[0]), "concepts": (str(trained[0] / f"plain{CONCEPT_SUFFIX}"),), "seeds": (0,)}
+    config = replace(config, prompts=prompts, **both, trigger_words=("zwx",))
+    with pytest.raises(
+        UserError, match=r"the prompt 'a sks mug <atoms:zero>': .*'plain' for a DDIM.*'zero' for a DDIM"
+    ):
+        save_samples(config)
+    assert not used  # before anything is drawn
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", ".*was trained for a DDIM|.*by which it is called")
+        save_samples(replace(config, rescale_betas_zero_snr=False))
+    assert [scheduler.config.get("rescale_betas_zero_snr") for scheduler in used] == [False]
+
+
+def test_what_is_predicted_can_be_chosen(config, used, tiny_pipe, capsys):
+    config = replace(config, prompts=("a mug",), seeds=(0,))
+    plain = (save_samples(config), picture(config, "a mug"))[1]
+    chosen = replace(config, prediction_type="epsilon")
+    save_samples(chosen)
+    assert [scheduler.config.prediction_type for scheduler in used] == ["v_prediction", "epsilon"]
+    assert abs(picture(chosen, "a mug") - plain).max() > 2
+    assert "the base: drawn by a DDIMScheduler with prediction_type=epsilon" in capsys.readouterr().out
+    save_samples(config)  # drawn again
+    assert len(used) == 3 and np.array_equal(picture(config, "a mug"), plain)
+    with pytest.raises(UserError, match="prediction_type='noise': expected one of"):
+        replace(config, prediction_type="noise")
+    with pytest.raises(UserError, match="epsilon says nothing of the picture"):
+        save_samples(replace(chosen, rescale_betas_zero_snr=True))
