@@ -1,6 +1,7 @@
 """Checkpoints of a training run: written whole or not at all, and refused by a run that they do not belong to."""
 
 import json
+import math
 import shutil
 import time
 from dataclasses import dataclass
@@ -16,6 +17,9 @@ _MAY_CHANGE = (
     "max_train_steps learning_rate text_encoder_lr token_learning_rate scale_lr lr_scheduler lr_warmup_steps "
     "lr_num_cycles lr_power"
 ).split()
+
+# Their product may not change, the batches of a step: each batch follows from its number among those of all processes.
+_BATCHES = ("gradient_accumulation_steps", "num_processes")
 
 
 @dataclass(frozen=True)
@@ -35,7 +39,8 @@ class Checkpoint:
 
         Raises:
             UserError: The checkpoint cannot be read, or was written with another recipe; learning rates, their course
-                and the number of steps may differ.
+                and the number of steps may differ. So may the number of processes if each accumulates as many more or
+                fewer batches; checkpoints from before that number was noted are taken with any.
         """
         try:
             run = self.run
@@ -43,11 +48,28 @@ class Checkpoint:
         except Exception as error:  # torch raises many kinds
             raise UserError(f"{self.folder}: not a readable checkpoint ({error})") from error
         then, now = run["recipe"], recipe
-        changed = [key for key in now.keys() | then.keys() if then.get(key) != now.get(key) and key not in _MAY_CHANGE]
+        then.setdefault("num_processes", now.get("num_processes"))
+        free = (*_MAY_CHANGE, *_BATCHES)
+        changed = [key for key in now.keys() | then.keys() if then.get(key) != now.get(key) and key not in free]
         if changed:
             changes = "; ".join(f"{key}={then.get(key)!r}, now {now.get(key)!r}" for key in sorted(changed))
             raise UserError(f"{self.folder}: written with {changes}. Use its values, or start without a checkpoint")
+        _check_batches(self.folder, then, now)
         return state
+
+
+def _check_batches(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
+    """Check that a step has as many batches as it had."""
+    old, new = ([recipe.get(name) or 1 for name in _BATCHES] for recipe in (then, now))
+    batches, processes = math.prod(old), new[1]
+    if batches == math.prod(new):
+        return
+    found, other = (f"gradient_accumulation_steps={parts} on {count} process(es)" for parts, count in (old, new))
+    how = "use its values"
+    if batches % processes == 0:
+        how = f"take gradient_accumulation_steps={batches // processes}"
+    expected = f"expected as many batches a step as there were ({batches})"
+    raise UserError(f"{folder}: written with {found}, now {other}; {expected}: {how}, or start without a checkpoint")
 
 
 def save_checkpoint(

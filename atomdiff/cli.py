@@ -1,14 +1,18 @@
 """The command line: `atomdiff <verb>`, one thin function a verb."""
 
+import os
 import sys
+import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from atomdiff._quiet import quiet_libraries
 from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
+
+_PATIENCE = 20.0  # seconds in which a launcher ends the other processes, once one has ended
 
 
 def train(args: Sequence[str]) -> None:
@@ -24,6 +28,7 @@ def train(args: Sequence[str]) -> None:
     for run in config.runs():
         written = dreambooth.train(run)
         PartialState().print(f"saved {written}")
+    PartialState().destroy_process_group()
 
 
 def sample(args: Sequence[str]) -> None:
@@ -135,14 +140,35 @@ def main(args: Sequence[str] | None = None) -> int:
         warnings.simplefilter("ignore")  # what libraries tell their developers
         warnings.filterwarnings("default", module="atomdiff")
         warnings.showwarning = _show_warning
-        try:
-            VERBS[args[0]](args[1:])
-        except (UserError, OSError) as error:
-            print(f"atomdiff {args[0]}: error: {error}", file=sys.stderr)
-            return 2
-        except KeyboardInterrupt as stop:
-            print(str(stop) or "stopped", file=sys.stderr)
-            return 130
+        return run_program(f"atomdiff {args[0]}", lambda: VERBS[args[0]](args[1:]))
+
+
+def run_program(name: str, work: Callable[[], None]) -> int:
+    """Do the work of a program called `name`; return its exit status, as `main` says.
+
+    What goes wrong in one of several processes goes wrong in the others too, or cuts them off; so only one tells of it:
+    the first of them if it meets a mistake or is stopped. All else waits, and the launcher ends the processes that wait
+    as soon as one has ended.
+    """
+    rank = os.environ.get("RANK")  # from the launcher, if there is one
+
+    def tell(message: str) -> None:
+        if rank not in (None, "0"):
+            time.sleep(_PATIENCE)
+        print(message, file=sys.stderr)
+
+    try:
+        work()
+    except (UserError, OSError) as error:
+        tell(f"{name}: error: {error}")
+        return 2
+    except KeyboardInterrupt as stop:
+        tell(str(stop) or "stopped")
+        return 130
+    except Exception:
+        if rank is not None:
+            time.sleep(_PATIENCE)
+        raise
     return 0
 
 

@@ -140,8 +140,9 @@ def ensure_class_pictures(
 ) -> None:
     """Fill `folder` up to `count` pictures, unless they are there already.
 
-    Pictures that somebody else put there count. Those made here are named by their seed and always made in the same
-    batches, so that a stopped call goes on to the same files. What they were made with stands beside them.
+    Pictures that somebody else put there count; if they are enough, nothing is made or written. Those made here are
+    named by their seed and always made in the same batches, so that a stopped call goes on to the same files. What they
+    were made with stands beside them, in class_images.json; who knows better may remove that file.
 
     Args:
         folder: The cache; made if missing.
@@ -155,21 +156,25 @@ def ensure_class_pictures(
         UserError: The folder holds pictures made from another recipe.
     """
     folder.mkdir(parents=True, exist_ok=True)
+    files = picture_files(folder)
+    foreign = sum(not _GENERATED.fullmatch(file.name) for file in files)
+    if foreign == len(files) >= count:
+        return
     record = folder / "class_images.json"
     found = json.loads(record.read_text()) if record.is_file() else recipe
     if found != recipe:
-        differing = [key for key in {**recipe, **found} if found.get(key) != recipe.get(key)]
-        changes = "; ".join(f"{key} {found.get(key)!r}, now {recipe.get(key)!r}" for key in differing)
+        differing = [key for key in {**found, **recipe} if found.get(key) != recipe.get(key)]
+        then, now = ([repr(each[key]) if key in each else "not noted" for key in differing] for each in (found, recipe))
+        changes = "; ".join(f"{key} {old}, now {new}" for key, old, new in zip(differing, then, now, strict=True))
         raise UserError(
-            f"{folder}: its class pictures were made with other settings ({changes}). "
-            "Name another --class_data_dir, or remove this one"
+            f"{folder}: its class pictures were made with other settings ({changes}). Name another --class_data_dir, "
+            f"remove this one, or remove {record.name} in it if you know that its pictures are right"
         )
     rank, processes = share
     if rank == 0:
         unfinished = record.with_suffix(".unfinished")
         unfinished.write_text(json.dumps(recipe, indent=2) + "\n")
         unfinished.replace(record)
-    foreign = sum(not _GENERATED.fullmatch(file.name) for file in picture_files(folder))
     seeds = range(max(0, count - foreign))
     batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
     named = [{folder / f"class-{seed:05d}.png": seed for seed in batch} for batch in batches[rank::processes]]

@@ -7,6 +7,7 @@ Inversion", arXiv 2208.01618.
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -14,19 +15,17 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers import StableDiffusionPipeline
 from diffusers.training_utils import EMAModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
 from atomdiff.averages import averaged
-from atomdiff.base_model import draw_pictures, load_base, whole
+from atomdiff.base_model import BasePipeline, draw_pictures, load_base, whole
 from atomdiff.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from atomdiff.concept import Concept, build_concept
 from atomdiff.data import derive_seed
 from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
-from atomdiff.hub import check_upload, push_to_hub
 from atomdiff.launch import frozen_dtype, start_accelerator, start_trackers
 from atomdiff.method import describe_adapter, place_for, read_adapter, read_text_adapter, save_trained
 from atomdiff.noising import NoiseProcess, match_scheduler, noise_process
@@ -34,6 +33,7 @@ from atomdiff.objective import prior_preservation_loss, sample_losses
 from atomdiff.optimizer import build_optimizer, current_rate, load_optimizer
 from atomdiff.prepare import Material, prepare_material
 from atomdiff.progress import RunLog, StopSignals, extend_contact_sheet
+from atomdiff.publish import choose_repository, push_concept, row_of, trigger_phrase, validation_prompts
 from atomdiff.train_config import TrainConfig, load_config
 from atomdiff.trigger_words import set_trigger_embedding
 
@@ -45,10 +45,12 @@ _FP16_TRIES = 20  # of a step, at half the scale each time: from 2**16 to below 
 
 @dataclass(frozen=True)
 class Run:
-    """The parts of a run that every step needs."""
+    """The parts of a run that its steps and pictures need."""
 
     config: TrainConfig
     accelerator: Accelerator
+    pipe: BasePipeline
+    """The base, with what is trained in it."""
     material: Material
     concept: Concept
     model: nn.Module
@@ -56,6 +58,8 @@ class Run:
     trained: dict[str, nn.Parameter]
     """The concept's trained parameters."""
     optimizer: torch.optim.Optimizer
+    rate_factor: Callable[[int], float]
+    """Steps done -> factor on the learning rates."""
     noising: NoiseProcess
     moving_average: EMAModel | None
     """Of the trained parameters, if it is asked for."""
@@ -81,17 +85,61 @@ def train(config: TrainConfig) -> Path:
     adapter = read_adapter(config.adapter)
     place = place_for(adapter, output_dir / config.name)
     repo_id = choose_repository(config, adapter, place) if config.push_to_hub and accelerator.is_main_process else None
-    precision = accelerator.mixed_precision
-    recipe = {**config.recipe(), "mixed_precision": precision, "adapter": describe_adapter(adapter)}
     text_adapter = read_text_adapter(config.text_encoder_adapter, adapter) if config.train_text_encoder else None
+    recipe = recipe_of(config, accelerator, adapter, text_adapter)
+    state = read_state(config, recipe)
+    run = build_run(config, accelerator, adapter, text_adapter)
+    if state:
+        load_state(run, state)
+
+    start_trackers(replace(config, hub_token=None), accelerator)  # they show the config to others
+    final_loss = take_steps(run, recipe, state)
+    if accelerator.is_main_process:
+        with averaged(run.trained.values(), run.optimizer, run.moving_average):
+            save_concept(run, adapter, place, final_loss)
+    accelerator.wait_for_everyone()
+    for tracker in accelerator.trackers:  # end_training() would also part the processes, which may have more runs to do
+        tracker.finish()
+    if repo_id is not None:
+        accelerator.print(f"pushed to {push_concept(config, place, repo_id)}")
+    return place
+
+
+def recipe_of(
+    config: TrainConfig, accelerator: Accelerator, adapter: PeftConfig | None, text_adapter: PeftConfig | None
+) -> dict[str, Any]:
+    """Return what a checkpoint must have been written with, so that the run may go on from it."""
+    recipe = {
+        **config.recipe(),
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "adapter": describe_adapter(adapter),
+    }
     if config.train_text_encoder:
         recipe["text_encoder_adapter"] = describe_adapter(text_adapter)
-    checkpoint = choose_checkpoint(config.resume_from_checkpoint, output_dir)
-    state = checkpoint.load(recipe) if checkpoint else None
-    if checkpoint and state and state["step"] > config.max_train_steps:
+    return recipe
+
+
+def read_state(config: TrainConfig, recipe: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the state in the checkpoint that the run goes on from, or None if it starts anew.
+
+    Raises:
+        UserError: The checkpoint is missing or of another run, or beyond the run's last step.
+    """
+    checkpoint = choose_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+    if checkpoint is None:
+        return None
+    state = checkpoint.load(recipe)
+    if state["step"] > config.max_train_steps:
         found = f"max_train_steps={config.max_train_steps}, but {checkpoint.folder} is at step {state['step']}"
         raise UserError(f"{found}; take at least as many steps, or go on from an earlier checkpoint")
+    return state
 
+
+def build_run(
+    config: TrainConfig, accelerator: Accelerator, adapter: PeftConfig | None, text_adapter: PeftConfig | None
+) -> Run:
+    """Load the base, prepare what it learns from, and put what is trained into it."""
     pipe = load_base(config)
     match_scheduler(config, pipe)
     material = prepare_material(config, pipe, accelerator, adapter is None)
@@ -103,27 +151,33 @@ def train(config: TrainConfig) -> Path:
     trained = concept.trained()
     average = EMAModel(trained.values(), decay=config.ema_decay) if config.use_ema else None
     noising = noise_process(config, pipe)
-    run = Run(config, accelerator, material, concept, model, trained, optimizer, noising, average)
-    done, average_loss = (state["step"], state["average_loss"]) if state else (0, math.nan)
-    if state:
-        load_state(run, state)
+    return Run(config, accelerator, pipe, material, concept, model, trained, optimizer, rate_factor, noising, average)
 
-    start_trackers(replace(config, hub_token=None), accelerator)  # they show the config to others
-    if config.validation_steps and not done:
-        validate(config, pipe, accelerator, 0)
+
+def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -> float:
+    """Train from the step of a checkpoint's state on, or from the start, and return the average loss.
+
+    Raises:
+        UserError: As `train_step`.
+        KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was saved.
+    """
+    config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
+    done, average_loss = (state["step"], state["average_loss"]) if state else (0, math.nan)
+    # The run may have been stopped after the checkpoint of a step, before its row of the contact sheet.
+    if shows(config, done) and not (done and len(row_of(config, done)) >= len(validation_prompts(config))):
+        validate(run, done)
     log_file, samples = output_dir / "training_log.jsonl", samples_per_step(run)
     log = RunLog(accelerator, log_file, done, config.max_train_steps, config.logging_steps, samples)
     with closing(log), StopSignals() as stop:
         for step in range(done + 1, config.max_train_steps + 1):
             started = time.perf_counter()
-            for group in optimizer.param_groups:
-                group["lr"] = group["initial_lr"] * rate_factor(step - 1)
+            for group in run.optimizer.param_groups:
+                group["lr"] = group["initial_lr"] * run.rate_factor(step - 1)
             loss = train_step(run, step)
             average_loss = loss if math.isnan(average_loss) else average_loss + (loss - average_loss) * _LOSS_SHARE
-            log.step(step, loss, average_loss, current_rate(optimizer), time.perf_counter() - started)
+            log.step(step, loss, average_loss, current_rate(run.optimizer), time.perf_counter() - started)
 
-            last = step == config.max_train_steps
-            stopped = on_any_process(accelerator, stop.requested) and not last
+            stopped = on_any_process(accelerator, stop.requested) and step < config.max_train_steps
             if stopped or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
                 if accelerator.is_main_process:
                     state = {"step": step, "average_loss": average_loss, **state_of(run)}
@@ -132,18 +186,9 @@ def train(config: TrainConfig) -> Path:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
                 how = "go on with the same command and --resume_from_checkpoint latest"
                 raise KeyboardInterrupt(f"stopped; {output_dir / f'checkpoint-{step}'} is saved: {how}")
-            if config.validation_steps and (last or step % config.validation_steps == 0):
-                with averaged(trained.values(), optimizer, average):
-                    validate(config, pipe, accelerator, step)
-
-    if accelerator.is_main_process:
-        with averaged(trained.values(), optimizer, average):
-            save_concept(run, pipe, adapter, place, average_loss)
-    accelerator.wait_for_everyone()
-    accelerator.end_training()
-    if repo_id is not None:
-        accelerator.print(f"pushed to {push_concept(config, place, repo_id)}")
-    return place
+            if shows(config, step):
+                validate(run, step)
+    return average_loss
 
 
 def train_step(run: Run, step: int) -> float:
@@ -195,12 +240,13 @@ def try_step(run: Run, step: int) -> tuple[float, float]:
 def batch_loss(run: Run, number: int) -> Tensor:
     """Return the DreamBooth loss of the batch of this number, a scalar with a gradient.
 
-    All that is drawn is a function of the number, the seed and the process; the network's own random numbers (dropout)
-    follow too, as the seed is set for all.
+    All that is drawn is a function of the seed and of the batch's position among those of all processes, so that two
+    processes learn what one does that accumulates two batches; the network's own random numbers (dropout) follow too,
+    as the seed is set for all.
     """
     config, accelerator = run.config, run.accelerator
-    generator = torch.manual_seed(derive_seed(config.seed, "batch", number, accelerator.process_index))
     position = number * accelerator.num_processes + accelerator.process_index
+    generator = torch.manual_seed(derive_seed(config.seed, "batch", position, 0))
     samples = run.material.draw(position, config.train_batch_size, config.seed, generator)
     noised = run.noising.draw(samples.latents, generator)
     device = accelerator.device
@@ -254,29 +300,27 @@ def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
 
 
-def validate(config: TrainConfig, pipe: StableDiffusionPipeline, accelerator: Accelerator, step: int) -> None:
+def shows(config: TrainConfig, step: int) -> bool:
+    """Tell whether the contact sheet has a row after this step."""
+    last = step == config.max_train_steps
+    return bool(config.validation_steps) and (last or step % config.validation_steps == 0)
+
+
+def validate(run: Run, step: int) -> None:
     """Draw the validation prompts, each from a seed of its own, as a row of the contact sheet."""
+    config, pipe, accelerator = run.config, run.pipe, run.accelerator
     if accelerator.is_main_process:
         prompts = validation_prompts(config)
         seeds = [derive_seed(0, "validation", number) for number in range(len(prompts))]
         models = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part.training]
         for model in models:
             model.eval()
-        with whole(config, pipe), accelerator.autocast():
-            pictures = draw_pictures(config, pipe, prompts, seeds)
+        with averaged(run.trained.values(), run.optimizer, run.moving_average):
+            with whole(config, pipe), accelerator.autocast():
+                pictures = draw_pictures(config, pipe, prompts, seeds)
         for model in models:
             model.train()
         extend_contact_sheet(Path(config.output_dir), step, pictures, prompts)
-
-
-def validation_prompts(config: TrainConfig) -> list[str]:
-    """Return the prompts of the contact sheet: those of the config, for each subject."""
-    return [subject.fill(prompt) for subject in config.subjects for prompt in config.validation_prompts]
-
-
-def trigger_phrase(config: TrainConfig) -> str:
-    """Return what to write in prompts: word and class of every subject."""
-    return ", ".join(subject.phrase for subject in config.subjects)
 
 
 def samples_per_step(run: Run) -> int:
@@ -285,11 +329,9 @@ def samples_per_step(run: Run) -> int:
     return batch * run.config.gradient_accumulation_steps * run.accelerator.num_processes
 
 
-def save_concept(
-    run: Run, pipe: StableDiffusionPipeline, adapter: PeftConfig | None, place: Path, final_loss: float
-) -> None:
+def save_concept(run: Run, adapter: PeftConfig | None, place: Path, final_loss: float) -> None:
     """Write what was trained, the trigger words included, and the facts of the run."""
-    config = run.config
+    config, pipe = run.config, run.pipe
     for word, vectors in run.concept.word_vectors().items():
         set_trigger_embedding(pipe, word, vectors)
     facts = {
@@ -302,36 +344,3 @@ def save_concept(
     base = config.pretrained_model_name_or_path
     with whole(config, pipe):
         save_trained(pipe, adapter, place, trigger_phrase=trigger_phrase(config), training=facts, base_model=base)
-
-
-def choose_repository(config: TrainConfig, adapter: PeftConfig | None, place: Path) -> str:
-    """Return the repository that the concept will be pushed to.
-
-    Raises:
-        UserError: It could not be pushed: it would be a whole pipeline, or nobody is logged in.
-    """
-    if adapter is None:
-        raise UserError("push_to_hub=True: a fully tuned pipeline is pushed by hand, with its own push_to_hub")
-    return check_upload(config.hub_model_id or place.name.partition(".")[0], config.hub_token)
-
-
-def push_concept(config: TrainConfig, place: Path, repo_id: str) -> str:
-    """Push the concept with the last row of the contact sheet and return where to.
-
-    Raises:
-        UserError: It could not be pushed; the message says where it is saved.
-    """
-    row = sorted(Path(config.output_dir).glob(f"validation/step-{config.max_train_steps:06d}-*.png"))
-    row = row if config.validation_steps else []  # or they are of an earlier run
-    try:
-        return push_to_hub(
-            place,
-            repo_id,
-            private=config.hub_private_repo or None,
-            token=config.hub_token,
-            pictures=dict(zip(row, validation_prompts(config), strict=False)),
-            base_model=config.pretrained_model_name_or_path,
-            trigger_phrase=trigger_phrase(config),
-        )
-    except UserError as error:
-        raise UserError(f"{place} is saved, but: {error}; then atomdiff.push_to_hub({str(place)!r}, ...)") from error

@@ -1,8 +1,7 @@
 """What a run learns from: photos and class pictures, their prompts and latents, and what each step draws of them."""
 
-import hashlib
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -11,6 +10,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from atomdiff.base_keys import base_keys
 from atomdiff.base_model import BasePipeline, draw_pictures, place, size_unit, training_resolution
 from atomdiff.buckets import Size, bucket_sizes, nearest_bucket
 from atomdiff.captions import tag_orders
@@ -28,6 +28,8 @@ from atomdiff.errors import UserError
 from atomdiff.latents import Encoder, LatentCache, join
 from atomdiff.masks import read_masks
 from atomdiff.train_config import Subject, TrainConfig
+from atomdiff.trigger_words import check_addable
+from atomdiff.vector_words import words_of
 from atomdiff.views import View, views
 
 _OF_SCHEDULER = ("prediction_type", "rescale_betas_zero_snr", "flow_shift")  # they change what the base draws
@@ -160,8 +162,8 @@ def prepare_material(
         expected = f"masks in {folder}, named like the photos, or photos with an alpha channel"
         raise UserError(f"masked_loss=True: no photo has a mask; expected {expected}")
     if config.train_token:
-        check_words(config, [prompt for photo in photos for prompt in photo.prompts])
-    drawn_by = hashlib.sha256(pipe.unet.conv_out.weight.detach().cpu().numpy().tobytes()).hexdigest()[:16]
+        check_words(config, pipe, [prompt for photo in photos for prompt in photo.prompts])
+    drawn_by = base_keys(pipe) if config.with_prior_preservation else {}
     of_class = []
     for subject in config.subjects if config.with_prior_preservation else ():
         folder = draw_class_pictures(config, subject, pipe, accelerator, side, drawn_by, whole)
@@ -239,12 +241,14 @@ def tag_texts(config: TrainConfig, text: str) -> tuple[str, ...]:
     return tag_orders(text, config.keep_tokens, derive_seed(config.seed, "tags", text))
 
 
-def check_words(config: TrainConfig, texts: Sequence[str]) -> None:
-    """Check that the photos' prompts name the trigger word of every subject.
+def check_words(config: TrainConfig, pipe: BasePipeline, texts: Sequence[str]) -> None:
+    """Check that the base can learn the trigger word of every subject, and that the photos' prompts name it.
 
     Raises:
-        UserError: They do not.
+        UserError: It cannot, or they do not.
     """
+    words = [each for subject in config.subjects for each in words_of(subject.trigger_word, config.num_vectors)]
+    check_addable(pipe, words)
     for subject in config.subjects:
         word = re.compile(rf"(?<!\w){re.escape(subject.trigger_word)}(?!\w)", re.IGNORECASE)
         if not any(word.search(text) for text in texts):
@@ -277,7 +281,7 @@ def draw_class_pictures(
     pipe: BasePipeline,
     accelerator: Accelerator,
     side: int,
-    drawn_by: str,
+    drawn_by: Mapping[str, str],
     whole: bool = False,
 ) -> Path:
     """Let the base draw the class pictures of a subject that are missing, and return their folder.
@@ -290,7 +294,7 @@ def draw_class_pictures(
     prompt = subject.fill(subject.class_prompt)
     recipe = {
         "prompt": prompt,
-        "base": drawn_by,
+        **drawn_by,
         "side": side,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,

@@ -3,6 +3,7 @@
 import json
 import signal
 import threading
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -13,6 +14,8 @@ from PIL import Image
 from tqdm import tqdm
 
 from atomdiff.grid import grid
+
+_SAME = 1.0  # second
 
 
 class RunLog:
@@ -76,32 +79,37 @@ def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.I
     """
     folder = output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[int, list[Path]] = {}
+    rows: dict[int, list[Image.Image]] = {}
     for file in sorted(folder.glob("step-*.png")):
         number = int(file.stem.split("-")[1])
         if number >= step:
             file.unlink()
         else:
-            rows.setdefault(number, []).append(file)
-    for column, picture in enumerate(pictures):
-        file = folder / f"step-{step:06d}-{column:02d}.png"
-        picture.save(file)
-        rows.setdefault(step, []).append(file)
-    sheet = grid(
-        [[Image.open(file) for file in files] for files in rows.values()],
-        [f"step {number}" for number in rows],
-        prompts,
-    )
-    unfinished = output_dir / "contact_sheet.unfinished"
-    sheet.save(unfinished, format="png")
-    unfinished.replace(output_dir / "contact_sheet.png")
+            rows.setdefault(number, []).append(Image.open(file))
+    rows[step] = list(pictures)
+    sheet = grid(list(rows.values()), [f"step {number}" for number in rows], prompts)
+    _save_whole(sheet, output_dir / "contact_sheet.png")
+    for column, picture in enumerate(pictures):  # after the sheet, so that who finds all of them has the row
+        _save_whole(picture, folder / f"step-{step:06d}-{column:02d}.png")
+
+
+def _save_whole(picture: Image.Image, file: Path) -> None:
+    """Write a picture whole or not at all."""
+    unfinished = file.with_suffix(".unfinished")
+    picture.save(unfinished, format="png")
+    unfinished.replace(file)
 
 
 class StopSignals:
-    """A `with` block in which the first Ctrl-C or SIGTERM only sets `requested`; the second one acts as usual."""
+    """A `with` block in which the first Ctrl-C or SIGTERM only sets `requested`; a later one acts as usual.
+
+    Launchers of several processes pass a Ctrl-C on to those who have heard it themselves: what comes within a second of
+    the first is the same one.
+    """
 
     def __init__(self) -> None:
         self.requested = False
+        self._since = 0.0
         self._before: dict[signal.Signals, Any] = {}
 
     def __enter__(self) -> "StopSignals":
@@ -118,5 +126,8 @@ class StopSignals:
         self._before.clear()
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.requested = True
-        self.__exit__(None, None, None)
+        if not self.requested:
+            self.requested, self._since = True, time.monotonic()
+        elif time.monotonic() > self._since + _SAME:
+            self.__exit__(None, None, None)
+            signal.raise_signal(number)

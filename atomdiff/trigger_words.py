@@ -3,14 +3,18 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from atomdiff.errors import UserError
+from atomdiff.vector_words import group_words as group_words
+from atomdiff.vector_words import words_of as words_of
 
 _OLD_END = 2
 
@@ -42,24 +46,6 @@ def trigger_words(pipe: Any) -> dict[str, TriggerWord]:
     return dict(_vocabulary(pipe).words) if hasattr(pipe, "_atomdiff_vocabulary") else {}
 
 
-def words_of(word: str, num_vectors: int) -> list[str]:
-    """The words for the vectors of a trigger word, named as diffusers looks for them: sks, sks_1, sks_2, ..."""
-    return [word, *(f"{word}_{number}" for number in range(1, num_vectors))]
-
-
-def group_words(words: Iterable[str]) -> dict[str, list[str]]:
-    """Group words by the trigger word whose vectors they stand for: {sks: [sks, sks_1, sks_2]}."""
-    left = sorted(words, key=lambda word: (len(word), word))  # a trigger word before its further ones
-    groups = {}
-    while left:
-        word, count = left[0], 1
-        while f"{word}_{count}" in left:
-            count += 1
-        groups[word] = words_of(word, count)
-        left = [other for other in left if other not in groups[word]]
-    return groups
-
-
 def add_trigger_word(pipe: Any, word: str, owner: str | None = None) -> int:
     """Make a word one token for every text encoder of a pipeline.
 
@@ -85,7 +71,8 @@ def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None)
     """Add several words; the embedding tables are copied once for all of them.
 
     Where "sks_1" is added with "sks", diffusers pipelines take "sks" in a prompt for "sks sks_1", and so on with
-    "sks_2", ...: one trigger word of several vectors. Then "sks" is added even if it is a known token.
+    "sks_2", ...: one trigger word of several vectors. Then "sks" is added even if it is a known token. In this pipeline
+    a word counts in any case, as words that CLIP knows do, and only where it is a word of its own: not "mu" in "mug".
 
     Args:
         pipe: the pipeline.
@@ -93,17 +80,17 @@ def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None)
         owner: the adapter that they belong to.
 
     Raises:
-        UserError: a word cannot be one, or the pipeline has no text encoder; nothing is changed.
+        UserError: as for `check_addable`; nothing is changed.
     """
     words = list(words)
-    for word in words:
-        check_free(pipe, word)
-    if words and not any(_text_encoders(pipe)):
-        raise UserError(f"{type(pipe).__name__} has no text encoder with a tokenizer to teach {words[0]!r}")
+    check_addable(pipe, words)
     if not words:
         return
-    several = {first for first, group in group_words(words).items() if len(group) > 1}
-    _vocabulary(pipe).words.update({word: TriggerWord(owner, several=word in several) for word in words})
+    several = _of_several(words)
+    vocabulary = _vocabulary(pipe)
+    vocabulary.words.update({word: TriggerWord(owner, several=word in several) for word in words})
+    if hasattr(pipe, "maybe_convert_prompt"):
+        pipe.maybe_convert_prompt = partial(_convert_prompt, vocabulary)
     _make_tokens(pipe, words)
 
 
@@ -175,6 +162,7 @@ def remove_trigger_words(pipe: Any, words: Iterable[str]) -> None:
     vocabulary.words = {word: entry for word, entry in vocabulary.words.items() if word not in gone}
     if not vocabulary.words:
         del pipe._atomdiff_vocabulary
+        pipe.__dict__.pop("maybe_convert_prompt", None)
         return
     _make_tokens(pipe, vocabulary.words)
     for word, entry in vocabulary.words.items():
@@ -195,12 +183,42 @@ def check_free(pipe: Any, word: str) -> None:
                 f"{word!r} cannot be a trigger word: it is a special token of {encoder}, in every prompt; "
                 "load with trigger_word='another word'"
             )
-    if word in (words := trigger_words(pipe)):
-        owner = words[word].owner
-        raise UserError(
-            f"the trigger word {word!r} is taken{f' by {owner!r}' if owner else ''}: "
-            "load with trigger_word='another word', or unload the other concept first"
-        )
+    for other, entry in trigger_words(pipe).items():
+        if word.lower() == other.lower():
+            by = f" by {entry.owner!r}" if entry.owner else ""
+            spelt = "" if word == other else f" as {other!r}, and CLIP sees no case"
+            raise UserError(
+                f"the trigger word {word!r} is taken{by}{spelt}: "
+                "load with trigger_word='another word', or unload the other concept first"
+            )
+
+
+def check_addable(pipe: Any, words: Sequence[str]) -> None:
+    """Check that words can be added together.
+
+    Raises:
+        UserError: one cannot be a trigger word, two differ in case only, or the pipeline has no text encoder.
+    """
+    for word in words:
+        check_free(pipe, word)
+    if words and not any(_text_encoders(pipe)):
+        raise UserError(f"{type(pipe).__name__} has no text encoder with a tokenizer to teach {words[0]!r}")
+    spellings = {word.lower(): word for word in words}
+    for word in words:
+        if (other := spellings[word.lower()]) != word:
+            found = f"the trigger words {word!r} and {other!r} differ in case only, which CLIP does not see"
+            raise UserError(f"{found}: give each a word of its own")
+    several = _of_several(words)
+    for encoder, tokenizer, _ in _text_encoders(pipe):
+        for word in words:
+            new = word in several or _known_id(tokenizer, word) is None
+            piece = tokenizer.convert_tokens_to_ids(word) not in (None, tokenizer.unk_token_id)
+            if new and piece and word not in tokenizer.added_tokens_encoder:
+                raise UserError(
+                    f"{word!r} cannot be a trigger word{' of several vectors' if word in several else ''}: {encoder} "
+                    "makes other words of it, which would change with it; load with trigger_word='another word', or "
+                    "train with another one"
+                )
 
 
 def check_vectors(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> None:
@@ -238,6 +256,34 @@ def _text_encoders(pipe: Any) -> Iterator[tuple[str, Any, nn.Embedding]]:
 def _known_id(tokenizer: Any, word: str) -> int | None:
     ids = tokenizer.encode(word, add_special_tokens=False)
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
+
+
+def _of_several(words: Iterable[str]) -> set[str]:
+    """The words that are the first of several."""
+    return {first for first, group in group_words(words).items() if len(group) > 1}
+
+
+def _convert_prompt(vocabulary: _Vocabulary, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+    """Write out the trigger words of a prompt or of several: in place of a pipeline's own `maybe_convert_prompt`."""
+    if isinstance(prompt, list):
+        return [_write_out(vocabulary.words, each, tokenizer) for each in prompt]
+    return _write_out(vocabulary.words, prompt, tokenizer)
+
+
+def _write_out(words: Mapping[str, TriggerWord], prompt: str, tokenizer: Any) -> str:
+    """Write the trigger words of a prompt as its tokenizer knows them: "SKS mug" as "sks sks_1 mug".
+
+    What diffusers itself has loaded is left to it. It would replace our words within others too: "mu" in "mug".
+    """
+    from diffusers.loaders import TextualInversionLoaderMixin
+
+    written = {word.lower(): word for word in words}
+    written |= {word.lower(): " ".join(group) for word, group in group_words(words).items() if words[word].several}
+    anyone = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
+    parts = re.split(rf"(?<!\w)({anyone})(?!\w)", prompt, flags=re.IGNORECASE)  # every other one is a word
+    parts[1::2] = [written.get(part.lower(), part) for part in parts[1::2]]
+    parts[::2] = TextualInversionLoaderMixin().maybe_convert_prompt(parts[::2], tokenizer)
+    return "".join(parts)
 
 
 def _make_tokens(pipe: Any, words: Iterable[str]) -> None:

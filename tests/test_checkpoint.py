@@ -70,6 +70,34 @@ def test_another_recipe_is_refused_but_rates_and_steps_may_change(tmp_path):
         checkpoint.load({**RECIPE, "adapter": {"peft_type": "LORA", "r": 8}})
 
 
+@pytest.mark.parametrize(
+    ("then", "now", "message"),
+    [
+        ((1, 2), (1, 2), None),
+        ((1, 2), (2, 1), None),
+        ((3, 4), (6, 2), None),
+        ((4, None), (4, 3), None),  # it was not noted
+        (
+            (1, 2),
+            (1, 1),
+            r"=1 on 2 process\(es\), now .*=1 on 1 .*were \(2\): take .*_steps=2, or start",
+        ),
+        ((2, 1), (2, 2), r"=2 on 1 process\(es\), now .*=2 on 2 .*\(2\): take gradient_accumulation_steps=1, or start"),
+        ((1, 1), (1, 2), r"=1 on 1 process\(es\), now .*=1 on 2 .*were \(1\): use its values, or start"),
+    ],
+)
+def test_a_step_has_as_many_batches_as_it_had(tmp_path, then, now, message):
+    names = ("gradient_accumulation_steps", "num_processes")
+    old, new = (RECIPE | dict(zip(names, values, strict=True)) for values in (then, now))
+    save(tmp_path, 5, {name: value for name, value in old.items() if value is not None})
+    checkpoint = choose_checkpoint("latest", tmp_path)
+    if message is None:
+        assert checkpoint.load(new)["step"] == 5
+    else:
+        with pytest.raises(UserError, match=message):
+            checkpoint.load(new)
+
+
 def test_damaged_checkpoints_are_user_errors(tmp_path):
     save(tmp_path, 5)
     (tmp_path / "checkpoint-5/state.pt").write_bytes(b"nothing")

@@ -123,7 +123,17 @@ def test_several_words_of_several_vectors(pipe, tmp_path):
     )
 
 
-@pytest.mark.parametrize("prompts", [("a photo of SKS mug",), ("a " * 80 + "sks",)])
+@pytest.mark.parametrize("count", [1, 2])
+def test_prompts_say_a_word_in_any_case_but_not_within_another(pipe, count):
+    concept = build(pipe, ("a MU mug", "a mug", "Mu, mug", "xmu mux"), trigger_word="mu", num_vectors=count)
+    assert set(concept.known) == {1, 3}
+    for name, ids in concept.ids.items():
+        tokens = [token_id(pipe, word, name) for word in concept.words]
+        assert len(tokens) == count
+        assert [[int((row == token).sum()) for token in tokens] for row in ids] == [[n] * count for n in (1, 0, 1, 0)]
+
+
+@pytest.mark.parametrize("prompts", [("a photo of asks mug",), ("a " * 80 + "sks",)])
 def test_a_word_that_no_prompt_says_is_named(tiny_pipe, prompts):
     with pytest.raises(UserError, match="no prompt says 'sks.*expected it in a prompt"):
         build(tiny_pipe, prompts, num_vectors=2)

@@ -178,6 +178,23 @@ def test_pictures_that_lie_there_already_count(tmp_path):
     assert made == [[0]]
 
 
+def test_enough_pictures_of_somebody_else_serve_every_base(tmp_path):
+    ramp().save(tmp_path / "one.png")
+    for base in ("this", "that"):
+        ensure_class_pictures(tmp_path, 1, 2, {"unet": base}, fake_pictures)
+    assert [file.name for file in tmp_path.iterdir()] == ["one.png"]
+
+
+def test_who_removes_the_record_keeps_the_pictures(tmp_path):
+    made = []
+    ensure_class_pictures(tmp_path, 2, 2, {"base": "this"}, lambda seeds: fake_pictures(seeds, made))
+    with pytest.raises(UserError, match="base 'this', now not noted; unet not noted, now 'that'.*class_images.json in"):
+        ensure_class_pictures(tmp_path, 2, 2, {"unet": "that"}, fake_pictures)
+    (tmp_path / "class_images.json").unlink()
+    ensure_class_pictures(tmp_path, 2, 2, {"unet": "that"}, lambda seeds: fake_pictures(seeds, made))
+    assert made == [[0, 1]]
+
+
 @settings(deadline=None)
 @given(count=st.integers(1, 9), sizes=st.lists(st.integers(1, 7), min_size=1, max_size=8), seed=st.integers(0, 3))
 def test_the_order_holds_each_sample_once_in_every_round(count, sizes, seed):

@@ -5,7 +5,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from atomdiff.disk_cache import DiskCache, content_key, tensors_key, weights_key
+from atomdiff.disk_cache import DiskCache, content_key, quick_key, tensors_key, weights_key
 from atomdiff.errors import UserError
 
 MADE = {"mean": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
@@ -127,6 +127,26 @@ def test_keys_tell_all_contents_apart():
     ]
     assert len(set(keys)) == len(keys)
     assert content_key("a", "b") == keys[0]
+
+
+def bits(*numbers):
+    return torch.tensor(numbers, dtype=torch.int64).view(torch.float32)
+
+
+def test_quick_keys_tell_every_number_but_no_names():
+    random = torch.Generator().manual_seed(0)
+    weight, bias = torch.randn(64, 32, 3, 3, generator=random), torch.randn(64, generator=random)
+    keys = [quick_key([weight, bias])]
+    assert quick_key([bias.clone(), weight.clone().to(memory_format=torch.channels_last)]) == keys[0]
+    for place in (0, 777, 18431):  # first, within, last
+        other = weight.clone()
+        other.view(-1)[place] *= 1 + 2**-20
+        keys.append(quick_key([other, bias]))
+    keys += [quick_key([weight]), quick_key([weight.view(32, 64, 3, 3), bias]), quick_key([weight, bias.bfloat16()])]
+    keys += [quick_key([bits(1, 2)]), quick_key([bits(2, 1)]), quick_key([bits(1, 1)])]
+    half = torch.ones(3, dtype=torch.bfloat16)  # not a whole number of 8 bytes
+    keys += [quick_key([half]), quick_key([half * 2]), quick_key([half[0]]), quick_key([half[:0]]), quick_key([])]
+    assert len(set(keys)) == len(keys)
 
 
 def test_a_models_key_follows_its_weights_config_and_type(tiny_pipe):

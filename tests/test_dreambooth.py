@@ -7,6 +7,7 @@ import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -14,7 +15,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from atomdiff import dreambooth, prepare
+from atomdiff import dreambooth, prepare, progress
 from atomdiff.concept import build_concept
 from atomdiff.delta_file import read_delta_file
 from atomdiff.dreambooth import TrainConfig, train
@@ -306,6 +307,31 @@ def test_accumulated_batches_count_as_one(config, monkeypatch):
             torch.testing.assert_close(tensor, two.layers[module][kind], atol=1e-4, rtol=1e-3)
 
 
+def test_processes_may_change_if_the_batches_of_a_step_do_not(config, tmp_path):
+    one = dataclasses.replace(config, checkpointing_steps=2, gradient_accumulation_steps=2)
+    expected = contents(train(one))
+    record = Path(config.output_dir) / "checkpoint-2" / "run.json"
+    run = json.loads(record.read_text())
+    assert run["recipe"]["num_processes"] == 1
+    run["recipe"] |= {"num_processes": 2, "gradient_accumulation_steps": 1}
+    record.write_text(json.dumps(run))
+    assert contents(train(dataclasses.replace(one, resume_from_checkpoint="checkpoint-2"))) == expected
+    other = dataclasses.replace(one, resume_from_checkpoint="checkpoint-2", gradient_accumulation_steps=1)
+    with pytest.raises(UserError, match="gradient_accumulation_steps=1 on 2 .*, now .*=1 on 1 .*take .*steps=2"):
+        train(other)
+
+
+def test_two_processes_draw_what_one_does_that_accumulates(config, monkeypatch):
+    usual, runs = dreambooth.batch_loss, []
+    monkeypatch.setattr(dreambooth, "batch_loss", lambda run, number: runs.append(run) or usual(run, number))
+    train(dataclasses.replace(config, max_train_steps=1))
+    device = torch.device("cpu")
+    for number in range(4):
+        process = SimpleNamespace(num_processes=2, process_index=number % 2, device=device)
+        one, two = usual(runs[0], number), usual(dataclasses.replace(runs[0], accelerator=process), number // 2)
+        assert one.item() == two.item()
+
+
 def test_gradient_checkpointing_changes_nothing_but_memory(config):
     plain = read_delta_file(train(config))
     saving = read_delta_file(train(dataclasses.replace(config, gradient_checkpointing=True)))
@@ -340,6 +366,24 @@ def test_class_pictures_are_generated_once_and_trained_on(config, monkeypatch):
     assert prompts == ["a photo of sks teapot"] * 2 + ["a photo of a teapot"] * 2
 
 
+def test_class_pictures_of_another_base_are_refused(config, tiny_pipe, tmp_path):
+    config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=2, max_train_steps=1)
+    train(config)
+    tiny_pipe.unet.up_blocks[0].resnets[0].conv1.weight.data[1, 2] += 1e-3  # a little, far from conv_out
+    tiny_pipe.save_pretrained(tmp_path / "tuned")
+    tuned = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "tuned"))
+    with pytest.raises(UserError, match=r"made with other settings \(unet '.*', now '[^;]*'\)\. .*class_images.json"):
+        train(tuned)
+    record = Path(config.output_dir) / "class_images" / "class_images.json"
+    then = json.loads(record.read_text())
+    record.write_text(json.dumps({"prompt": then["prompt"], "base": "0123456789abcdef"}))  # as it was once
+    with pytest.raises(UserError, match="base '0123456789abcdef', now not noted; .*unet not noted, now '[0-9a-f]{16}'"):
+        train(config)
+    record.unlink()
+    train(config)
+    assert json.loads(record.read_text()) == then
+
+
 def test_captions_are_the_photos_prompts(config, photos, monkeypatch):
     (photos / "1.txt").write_text("a picture of sks on the beach")
     prompts = {}
@@ -362,6 +406,78 @@ def test_the_contact_sheet_has_a_row_every_few_steps(config):
     assert files == [f"step-{step:06d}-{column:02d}.png" for step in (0, 3, 4) for column in (0, 1)]
     sheet = Image.open(Path(config.output_dir) / "contact_sheet.png")
     assert sheet.height > 3 * 32
+
+
+def shown(config):
+    """The pictures of the contact sheet and the sheet."""
+    folder = Path(config.output_dir)
+    return {file.name: file.read_bytes() for file in [*folder.glob("validation/*"), folder / "contact_sheet.png"]}
+
+
+@pytest.mark.parametrize(
+    ("step", "unwritten", "fields"),
+    [
+        (2, "contact_sheet.png", {}),
+        (2, "step-000002-00.png", {"use_ema": True}),
+        (2, "step-000002-01.png", {"optimizer": "adamw_schedulefree"}),
+        (4, "contact_sheet.png", {}),
+    ],
+)
+def test_a_row_that_a_stopped_run_owes_is_drawn_when_it_goes_on(config, step, unwritten, fields, tmp_path, monkeypatch):
+    prompts = ("{trigger_word}", "a {class_name}")
+    fields = {"validation_steps": 2, "validation_prompts": prompts, "checkpointing_steps": 2, **fields}
+    config = dataclasses.replace(config, learning_rate=0.05, **fields)
+    whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
+    train(whole)
+    usual, steps = progress._save_whole, []
+    extend = dreambooth.extend_contact_sheet
+
+    def note(folder, step, *rest):
+        steps.append(step)
+        extend(folder, step, *rest)
+
+    def die(picture, file):
+        if steps[-1] == step and file.name == unwritten:
+            raise RuntimeError("died")
+        usual(picture, file)
+
+    monkeypatch.setattr(dreambooth, "extend_contact_sheet", note)
+    with monkeypatch.context() as patch:
+        patch.setattr(progress, "_save_whole", die)
+        with pytest.raises(RuntimeError, match="died"):
+            train(config)
+    assert shown(config) != shown(whole)
+    resumed = dataclasses.replace(config, resume_from_checkpoint="latest")
+    train(resumed)
+    assert shown(config) == shown(whole)
+    steps.clear()
+    train(resumed)
+    assert not steps  # nothing is owed
+
+
+def test_a_run_that_was_asked_to_stop_at_a_row_draws_it_later(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, validation_steps=2)
+    whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
+    train(whole)
+    with monkeypatch.context() as patch:
+        patch.setattr(
+            dreambooth.RunLog, "step", lambda self, step, *_: signal.raise_signal(signal.SIGINT) if step == 2 else None
+        )
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    train(dataclasses.replace(config, resume_from_checkpoint="latest"))
+    assert shown(config) == shown(whole)
+
+
+def test_the_contact_sheet_shows_the_average_that_is_saved(config, tmp_path):
+    config = dataclasses.replace(config, validation_steps=4, learning_rate=0.05)
+    averaged = dataclasses.replace(config, use_ema=True, output_dir=str(tmp_path / "averaged"))
+    for run in (config, averaged):
+        train(run)
+    plain, average = shown(config), shown(averaged)
+    assert plain.keys() == average.keys()
+    same = {name for name in plain if plain[name] == average[name]}
+    assert same == {"step-000000-00.png"}
 
 
 def test_validation_does_not_touch_the_training(config):

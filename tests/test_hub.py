@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import subprocess
 import sys
@@ -721,6 +722,25 @@ def test_a_run_pushes_its_concept_with_the_last_validation_pictures(server, run_
     assert atomdiff.load_atoms(tiny_pipe, "ada/teapot", token="hf_writer") == "teapot"
     everything = [file.read_bytes() for file in Path(config.output_dir).rglob("*") if file.is_file()]
     assert not any(b"hf_writer" in content for content in [*everything, repr(config).encode()])
+
+
+def test_every_concept_of_a_list_has_a_repository_of_its_own(server, run_config, tmp_path):
+    (tmp_path / "teapot").rename(tmp_path / "mug")
+    shutil.copytree(tmp_path / "mug", tmp_path / "rex")
+    subjects = [
+        {"instance_data_dir": str(tmp_path / name), "class_name": kind, "trigger_word": word}
+        for name, kind, word in (("mug", "mug", "sks"), ("rex", "robot", "zwx"))
+    ]
+    (tmp_path / "shelf.yaml").write_text(json.dumps(subjects))
+    fields = {"instance_data_dir": None, "concepts_list": str(tmp_path / "shelf.yaml"), "hub_model_id": "ada/shelf"}
+    config = dataclasses.replace(run_config, hub_token="hf_writer", max_train_steps=1, validation_steps=0, **fields)
+    for run in config.runs():
+        dreambooth.train(run)
+    assert server.repositories.keys() == {"ada/shelf-mug", "ada/shelf-rex"}
+    for name, phrase in (("mug", "sks mug"), ("rex", "zwx robot")):
+        files = server.files(f"ada/shelf-{name}")
+        assert f"{name}.atoms.safetensors" in files
+        assert card_of(files["README.md"].decode())[0]["instance_prompt"] == phrase
 
 
 def test_a_run_that_cannot_push_does_not_start(server, run_config, tmp_path):

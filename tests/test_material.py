@@ -280,6 +280,25 @@ def test_a_word_that_no_caption_names_is_found_although_captions_drop_out(config
         train(dataclasses.replace(config, caption_dropout=0.5, shuffle_captions=True))
 
 
+def test_words_that_the_base_cannot_learn_are_found_before_class_pictures_are_drawn(config, tmp_path):
+    classes = tmp_path / "classes"
+    fields = {"with_prior_preservation": True, "num_class_images": 1, "class_data_dir": str(classes)}
+    with pytest.raises(UserError, match="'tea' cannot be a trigger word"):
+        train(dataclasses.replace(config, trigger_word="tea", **fields))
+    assert not classes.exists()
+
+
+def test_captions_may_spell_a_word_in_another_case(config, photos):
+    trained = []
+    for spelt in ("sks", "Sks"):
+        for name in SIZES:
+            (photos / f"{name}.txt").write_text(f"a {spelt} teapot")
+        place = train(dataclasses.replace(config, num_vectors=2))
+        trained.append(read_delta_file(place).tokens)
+    for word in ("sks", "sks_1"):
+        assert torch.equal(trained[0][word]["text_encoder"], trained[1][word]["text_encoder"])
+
+
 def test_masked_loss_needs_a_mask(config, photos):
     (photos / "mask" / "a.png").unlink()
     with pytest.raises(UserError, match="masked_loss=True: no photo has a mask; expected masks in .*mask, named like"):

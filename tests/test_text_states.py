@@ -41,6 +41,17 @@ def test_states_are_those_of_the_pipeline(pipe):
     torch.testing.assert_close(several[1:], plain[1:], atol=1e-6, rtol=0)
 
 
+def test_states_of_words_in_another_case_are_those_of_the_pipeline(pipe):
+    prompts = ["a MU mug", "a mu mug", "a mug"]
+    add_trigger_words(pipe, ["mu", "mu_1"])
+    for word in ("mu", "mu_1"):
+        set_trigger_embedding(pipe, word, {name: torch.randn(32) for name in text_encoders(pipe)})
+    states = states_of(pipe, *prompts).states
+    expected = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
+    torch.testing.assert_close(states, expected, atol=1e-6, rtol=0)
+    assert torch.equal(states[0], states[1]) and not torch.allclose(states[0], states[2], atol=1e-3)
+
+
 def test_the_end_of_a_prompt_is_found_in_old_configs_too(tiny_xl_pipe):
     expected = states_of(tiny_xl_pipe, *PROMPTS).pooled
     add_trigger_words(tiny_xl_pipe, ["sks", "sks_1"])  # which get higher ids than the end

@@ -1,6 +1,8 @@
 import dataclasses
 import json
 import math
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -107,6 +109,14 @@ def test_a_list_of_concepts_stands_for_a_run_each(tmp_path):
     assert (mug.name, rex.name) == ("mug", "rex")
 
 
+def test_the_concepts_of_a_list_have_a_repository_each(tmp_path):
+    runs = listed(tmp_path, hub_model_id="ada/shelf", push_to_hub=True).runs()
+    assert [run.hub_model_id for run in runs] == ["ada/shelf-mug", "ada/shelf-rex"]
+    assert [run.hub_model_id for run in listed(tmp_path, push_to_hub=True).runs()] == [None, None]
+    (one,) = listed(tmp_path, hub_model_id="ada/shelf", one_file=True).runs()
+    assert one.hub_model_id == "ada/shelf"
+
+
 def test_a_list_of_concepts_can_make_up_one_run(tmp_path):
     config = listed(tmp_path, one_file=True)
     assert config.runs() == (config,) and config.name == "shelf"
@@ -129,6 +139,7 @@ def test_a_list_of_concepts_can_make_up_one_run(tmp_path):
         ([LISTED[0], LISTED[1] | {"trigger_word": "sks"}], {"one_file": True}, "trigger_word='sks' stands for two"),
         ([LISTED[0], LISTED[1] | {"instance_data_dir": "other/mug"}], {}, "name='mug' stands for two"),
         ([LISTED[0], LISTED[1] | {"trigger_word": "sks_1"}], {"one_file": True}, "sks and sks_1 stand for one word"),
+        ([LISTED[0], LISTED[1] | {"trigger_word": "SKS"}], {"one_file": True}, "words sks, SKS: CLIP does not see"),
         (LISTED, {"instance_data_dir": "photos"}, "found both"),
         (LISTED, {"concepts_list": None}, "found neither"),
         (LISTED, {"concepts_list": None, "instance_data_dir": "a", "one_file": True}, "expected several subjects"),
@@ -162,6 +173,21 @@ def test_flags_win_over_files_and_later_files_over_earlier_ones(tmp_path):
     second.write_text(yaml.safe_dump({"train_batch_size": 5, "max_train_steps": 6}))
     config = load_config(["--config", str(first), "--config", str(second), "--max_train_steps", "7"])
     assert (config.seed, config.train_batch_size, config.max_train_steps) == (1, 5, 7)
+
+
+def test_help_does_without_torch():
+    code = """
+import sys
+from atomdiff.cli import main
+try:
+    main(["train", "--help"])
+except SystemExit:
+    sys.exit("torch" in sys.modules)
+sys.exit("went on")
+"""
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=Path(__file__).parents[1])
+    assert done.returncode == 0, done.stderr
+    assert "--max_train_steps" in done.stdout
 
 
 def test_flags_of_all_kinds():

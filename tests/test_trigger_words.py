@@ -222,6 +222,60 @@ def test_a_word_of_several_vectors_comes_and_goes(tiny_pipe, word):
     assert torch.equal(encoded(tiny_pipe, f"a {word} cat"), plain)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("word", ["mu", "Ohwx", "<mu>"])
+def test_added_words_count_in_any_case_but_not_within_others(tiny_pipe, word, count):
+    plain = {prompt: encoded(tiny_pipe, prompt) for prompt in ("a mug", f"x{word} {word}x {word}5 {word}_x")}
+    words = words_of(word, count)
+    add_trigger_words(tiny_pipe, words)
+    for number, each in enumerate(words):
+        set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
+    expected = [token_id(tiny_pipe, each) for each in words]
+
+    def tokens(prompt):
+        return tiny_pipe.tokenizer(tiny_pipe.maybe_convert_prompt(prompt, tiny_pipe.tokenizer)).input_ids[1:-1]
+
+    a, mug, comma = (tiny_pipe.tokenizer(each).input_ids[1] for each in ("a", "mug", ","))
+    for spelt in (word, word.upper(), word.lower()):
+        assert tokens(f"a {spelt} mug, {spelt}, mug") == [a, *expected, mug, comma, *expected, comma, mug]
+        assert torch.equal(encoded(tiny_pipe, f"a {spelt} mug"), encoded(tiny_pipe, f"a {word} mug"))
+    assert tiny_pipe.maybe_convert_prompt([f"a {word}", "", "a mug"], tiny_pipe.tokenizer)[1:] == ["", "a mug"]
+    assert all(torch.equal(encoded(tiny_pipe, prompt), before) for prompt, before in plain.items())
+    remove_trigger_words(tiny_pipe, words)
+    assert "maybe_convert_prompt" not in vars(tiny_pipe)
+
+
+def test_diffusers_own_words_of_several_vectors_stay(tiny_pipe):
+    tiny_pipe.load_textual_inversion(torch.randn(2, 32), token="<cat>")
+    prompt = "a <cat> and mu mug, <cat>s"
+    add_trigger_words(tiny_pipe, ["mu", "mu_1"])
+    now = tiny_pipe.maybe_convert_prompt(prompt, tiny_pipe.tokenizer)
+    assert now == "a <cat> <cat>_1 and mu mu_1 mug, <cat> <cat>_1s"
+
+
+def test_pieces_of_other_words_are_not_added(tiny_pipe):
+    before = state(tiny_pipe)
+    for word, words in (("tea", ["ohwx", "tea"]), ("m", ["m", "m_1"])):  # a piece of teapot, and of any word with an m
+        with pytest.raises(UserError, match=f"'{word}' cannot be a trigger word.*makes other words of it"):
+            add_trigger_words(tiny_pipe, words)
+        assert_same(state(tiny_pipe), before)
+    add_trigger_words(tiny_pipe, ["m"])  # a word of its own that CLIP knows
+    assert token_id(tiny_pipe, "m") != tiny_pipe.tokenizer.convert_tokens_to_ids("m")
+
+
+@pytest.mark.parametrize(("first", "second"), [("sks", "SKS"), ("Ohwx", "ohwx")])
+def test_words_that_differ_in_case_only_are_refused(tiny_pipe, first, second):
+    before = state(tiny_pipe)
+    with pytest.raises(UserError, match=f"'{first}' and '{second}' differ in case only.*give each a word of its own"):
+        add_trigger_words(tiny_pipe, [first, second])
+    assert_same(state(tiny_pipe), before)
+    add_trigger_word(tiny_pipe, first, owner="mug")
+    with pytest.raises(UserError, match=f"'{second}' is taken by 'mug' as '{first}', and CLIP sees no case: load with"):
+        add_trigger_word(tiny_pipe, second)
+    remove_trigger_word(tiny_pipe, first)
+    assert_same(state(tiny_pipe), before)
+
+
 def test_files_of_several_vectors_load_under_another_word_and_leave(tiny_pipe, tmp_path):
     before, words = state(tiny_pipe), words_of("sks", 11)
     add_trigger_words(tiny_pipe, words)

@@ -7,31 +7,28 @@ import sys
 
 from atomdiff._quiet import quiet_libraries
 from atomdiff.classify.config import load_config
-from atomdiff.errors import UserError
+from atomdiff.cli import run_program
 
 PROGRAM = "train_classifier.py"
 
 
 def main() -> int:
     """Run; return the exit status: 0; 2 for a mistake in what was asked, told in one line; 130 if stopped."""
-    try:
-        config = load_config(prog=PROGRAM)
-        quiet_libraries()
-        from accelerate import PartialState
+    return run_program(PROGRAM, train)
 
-        from atomdiff.classify.train import train_classifier
 
-        report = train_classifier(config)
-        shown = {split: accuracy for split, accuracy in report["accuracy"].items() if accuracy is not None}
-        accuracies = ", ".join(f"{split} {accuracy:.3f}" for split, accuracy in shown.items())
-        PartialState().print(f"saved {config.output_dir}/classifier; accuracy: {accuracies}")
-    except (UserError, OSError) as error:
-        print(f"{PROGRAM}: error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("stopped", file=sys.stderr)
-        return 130
-    return 0
+def train() -> None:
+    """Tune, save, tell."""
+    config = load_config(prog=PROGRAM)
+    quiet_libraries()
+    from accelerate import PartialState
+
+    from atomdiff.classify.train import train_classifier
+
+    report = train_classifier(config)
+    shown = {split: accuracy for split, accuracy in report["accuracy"].items() if accuracy is not None}
+    accuracies = ", ".join(f"{split} {accuracy:.3f}" for split, accuracy in shown.items())
+    PartialState().print(f"saved {config.output_dir}/classifier; accuracy: {accuracies}")
 
 
 if __name__ == "__main__":
