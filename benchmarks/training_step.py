@@ -4,9 +4,9 @@
 
 The UNets have the architecture of SD 1.5 or SDXL and random weights. A step is the forward pass on one latent with
 random text states, the mean squared error, the backward pass and AdamW; autocast in `dtype`, frozen weights in that
-dtype, trained numbers in float32. The methods share the frozen weights and take turns, one step each in every round;
-seconds are medians. `full`, which has weights of its own, runs by itself afterwards, on a CPU in a
-single round.
+dtype, trained numbers in float32. The methods share the frozen weights and take turns, one step each in every round, in
+an order drawn anew, as a step finds memory and caches as the one before left them; seconds are medians. `full`, which
+has weights of its own, runs by itself afterwards, on a CPU in a single round.
 
 Methods: every folder of configs/experiments/atoms by its name (`conv` is `AtomConfig()`, `spatial` the plain variant of
 the paper: kernels only); PEFT's LoRA of rank 16 on the attention (`lora_attn`), and on that and all convolutions with
@@ -26,6 +26,7 @@ from __future__ import annotations
 import dataclasses
 import gc
 import json
+import random
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -61,7 +62,7 @@ class Part:
 
 
 PARTS = {
-    "sd15_cpu": Part("sd-1.5", "cpu", 32, 3),
+    "sd15_cpu": Part("sd-1.5", "cpu", 32, 7),
     "sd15_gpu": Part("sd-1.5", "cuda", 64, 20),
     "sdxl_gpu": Part("sdxl", "cuda", 128, 10),
     "tiny_cpu": Part("tiny", "cpu", 16, 3),
@@ -189,14 +190,15 @@ def make_step(unet: Any, part: Part, config: BenchmarkConfig) -> Callable[[], No
 
 
 def take_turns(steps: dict[str, Callable[[], None]], repeats: int, part: Part) -> dict[str, float]:
-    """Median seconds of each, running one after the other in every round."""
+    """Median seconds of each, running one after the other in every round, in an order of its own."""
+    order = random.Random(0)
     wait: Callable[[], Any] = torch.cuda.synchronize if part.device == "cuda" else lambda: None
     seconds: dict[str, list[float]] = {name: [] for name in steps}
     for _ in range(repeats):
-        for name, step in steps.items():
+        for name in order.sample(list(steps), len(steps)):
             wait()
             started = time.perf_counter()
-            step()
+            steps[name]()
             wait()
             seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(of) for name, of in seconds.items()}

@@ -187,9 +187,18 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         versions = [None if tensor.is_inference() else tensor._version for tensor in made_from]
         return made_from[0].data_ptr(), made_from[1].data_ptr(), versions
 
+    def _valid_codes(self) -> dict[tuple[str, str], Tensor]:
+        return {key: codes for key, (source, codes) in self._codes.items() if source == self._source(*key)}
+
+    def _overwrite(self, fill: Callable[[Tensor], object]) -> None:
+        """Let something write into the weight: autograd takes note, and codes, which are of the unmerged one, stay."""
+        weight, valid = cast(Tensor, self.get_base_layer().weight), self._valid_codes()
+        fill(weight.detach())
+        self._codes = {key: (self._source(*key), codes) for key, codes in valid.items()}
+
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move codes along to another device or dtype, unless something newer has been loaded."""
-        valid = {key: codes for key, (source, codes) in self._codes.items() if source == self._source(*key)}
+        valid = self._valid_codes()
         moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._codes = {key: (self._source(*key), fn(codes)) for key, codes in valid.items()}
         return moved
@@ -282,7 +291,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 self.kept_base_weight = self.unmerged_weight().detach().clone()
             self.stored_base_weight = stored
             self.written = {name: self.scaling[name] for name in adapter_names}
-            write_adapted(weight.data, self.unmerged_weight().detach(), self._changes(self.written))
+            base, changes = self.unmerged_weight().detach(), self._changes(self.written)
+            self._overwrite(lambda goal: write_adapted(goal, base, changes))
         self.merged_adapters = list(adapter_names)
         self.holds_merged = True
 
@@ -292,7 +302,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             return
         weight = cast(Tensor, self.get_base_layer().weight)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
-            weight.data.copy_(self.unmerged_weight())
+            base = self.unmerged_weight()
+            self._overwrite(lambda goal: goal.copy_(base))
         self.kept_base_weight = self.stored_base_weight = self.written = None
         self.merged_adapters.clear()
         self.holds_merged = False

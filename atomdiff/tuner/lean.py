@@ -82,10 +82,10 @@ def call(module: nn.Module, weight: Tensor, changes: Sequence[Change], x: Tensor
 
 
 def _has_small_taps(module: nn.Module, x: Tensor) -> bool:
-    """Whether a convolution has fewer positions than output channels, so that the taps of x are less than the weight.
+    """Whether a convolution on a CPU has so few positions that the taps of x are less than two weights.
 
-    On a CPU its products then are faster as plain ones of matrices, up to 10 times for the weight's gradient in the
-    layers of Stable Diffusion 1.5. A GPU's own are good.
+    Its products then are faster as plain ones of matrices, up to 10 times for the weight's gradient in the layers of
+    Stable Diffusion 1.5. A GPU's own are good.
     """
     if not (isinstance(module, nn.Conv2d) and module.groups == 1 and x.is_cpu and x.ndim == 4):
         return False
@@ -185,8 +185,9 @@ def _parts(
         yield slice(None), rows, rows
         return
     p, q = block
-    inputs, most = weight.shape[1] // q, max(_NUMBERS_AT_ONCE * weight.shape[1] // (q * weight.numel()), 1)
-    size = max(count for count in range(1, most + 1) if inputs % count == 0)
+    inputs = weight.shape[1] // q
+    most = max(_NUMBERS_AT_ONCE * inputs // weight.numel(), 1)
+    size = max(count for count in range(1, min(most, inputs) + 1) if inputs % count == 0)
     matrix = channels.mT.to(dtype).expand(len(weight) // p, -1, -1)
     kernels = rearrange(as_kernels(weight), "(o p) (i q) n -> o p q i n", p=p, q=q)
     blocks, adapted = weight.new_empty(2, len(matrix), p * q, size * kernels.shape[-1], dtype=dtype)  # for all parts

@@ -85,6 +85,17 @@ def test_blocks_change_a_part_of_the_inputs_at_a_time(at_once, monkeypatch):
     assert_close(gradients(model, x), expected)
 
 
+@pytest.mark.parametrize("write", ["merge_adapter", "unmerge_adapter"])
+def test_a_weight_that_was_written_meanwhile_is_noticed(write):
+    model, x = adapted("conv", "blocks")
+    if write == "unmerge_adapter":
+        model.merge_adapter()
+    y = model(x.requires_grad_()).sum()
+    getattr(model, write)()
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        y.backward()
+
+
 def kept(model, x):
     """What autograd keeps for the backward pass beside the model's own tensors."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), x]}
