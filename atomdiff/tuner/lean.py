@@ -89,8 +89,10 @@ def _has_small_taps(module: nn.Module, x: Tensor) -> bool:
     """
     if not (isinstance(module, nn.Conv2d) and module.groups == 1 and x.is_cpu and x.ndim == 4):
         return False
-    positions = len(x) * math.prod(taps.windows(module, x).shape[-2:])
-    return 0 < positions < 2 * module.out_channels  # where there is none, the module says what is wrong
+    size = taps.output_size(module, x)
+    if x.shape[1] != module.in_channels or min(size) < 1:  # the module says what is wrong
+        return False
+    return 0 < len(x) * math.prod(size) < 2 * module.out_channels
 
 
 class _AdaptedWeight(torch.autograd.Function):
@@ -227,8 +229,7 @@ def _columns(module: nn.Conv2d, x: Tensor, block: Block = (1, 1)) -> Tensor:
 
 def _from_columns(module: nn.Conv2d, gradient: Tensor, x: Tensor) -> Tensor:
     """The gradient of x from that of its `_columns`."""
-    windows = taps.windows(module, x)
-    sides = dict(zip("bklhw", (len(x), *windows.shape[2:]), strict=True))
+    sides = dict(zip("bklhw", (len(x), *module.kernel_size, *taps.output_size(module, x)), strict=True))
     return taps.from_windows(module, rearrange(gradient, "q i (k l) (b h w) -> b (i q) k l h w", **sides), x)
 
 
@@ -241,8 +242,7 @@ def _mixed(columns: Tensor, kernels: Tensor | None) -> Tensor:
 
 def _output(module: nn.Conv2d, y: Tensor, x: Tensor) -> Tensor:
     """What a convolution gives, from its product (out, positions)."""
-    height = taps.windows(module, x).shape[-2]
-    y = rearrange(y, "o (b h w) -> b o h w", b=len(x), h=height).contiguous()
+    y = rearrange(y, "o (b h w) -> b o h w", b=len(x), h=taps.output_size(module, x)[0]).contiguous()
     return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
 
 

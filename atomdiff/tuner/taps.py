@@ -87,6 +87,14 @@ def convolve(module: nn.Conv2d, weight: Tensor, changes: Sequence[Change], x: Te
     return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
 
 
+def output_size(module: nn.Conv2d, x: Tensor) -> tuple[int, int]:
+    """Height and width of the output; not above 0 where the kernel is larger than the input (..., height, width)."""
+    assert not isinstance(module.padding, str)
+    sides = zip(x.shape[-2:], module.kernel_size, module.stride, module.padding, module.dilation, strict=True)
+    height, width = ((size + 2 * pad - gap * (kernel - 1) - 1) // step + 1 for size, kernel, step, pad, gap in sides)
+    return height, width
+
+
 def windows(module: nn.Conv2d, x: Tensor) -> Tensor:
     """The taps of an input (..., height, width) as a view of it padded: (..., k, l, height, width of the output)."""
     return _unfold(module, functional.pad(x, _padding(module)))

@@ -85,6 +85,14 @@ def test_blocks_change_a_part_of_the_inputs_at_a_time(at_once, monkeypatch):
     assert_close(gradients(model, x), expected)
 
 
+@pytest.mark.parametrize("shape", [(1, 8, 1, 5), (2, 6, 4, 4)])
+def test_the_module_says_what_is_wrong_with_an_input(shape):
+    model = nn.Sequential(nn.Conv2d(8, 64, 3)).requires_grad_(False)
+    model = get_peft_model(model, AtomConfig(target_modules=["0"], channel_block=4))
+    with pytest.raises(RuntimeError, match="Kernel size can't be greater|to have 8 channels"):
+        model(torch.zeros(shape))
+
+
 @pytest.mark.parametrize("write", ["merge_adapter", "unmerge_adapter"])
 def test_a_weight_that_was_written_meanwhile_is_noticed(write):
     model, x = adapted("conv", "blocks")
