@@ -62,7 +62,7 @@ class Part:
 
 
 PARTS = {
-    "sd15_cpu": Part("sd-1.5", "cpu", 32, 7),
+    "sd15_cpu": Part("sd-1.5", "cpu", 32, 5),
     "sd15_gpu": Part("sd-1.5", "cuda", 64, 20),
     "sdxl_gpu": Part("sdxl", "cuda", 128, 10),
     "tiny_cpu": Part("tiny", "cpu", 16, 3),

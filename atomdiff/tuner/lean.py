@@ -20,6 +20,7 @@ from atomdiff.blocks import Block, View, as_kernels
 from atomdiff.tuner import taps
 
 _NUMBERS_AT_ONCE = 1 << 21  # of a weight: parts that a CPU was fast with, in memory that it has at hand
+_FEW = 128  # positions
 
 SUPPORTED = (
     nn.Conv1d,
@@ -160,7 +161,7 @@ class _SeparableByTaps(torch.autograd.Function):
             of_channels = None if channels is None else torch.zeros_like(channels)
             of_weight: Tensor | None = None
             for part, blocks, adapted in _parts(weight, channels, ctx.block, x.dtype):
-                of_parts.append((adapted.T @ of_y).view(mixed[:, part].shape))
+                of_parts.append(_transposed_product(adapted, of_y).view(mixed[:, part].shape))
                 if of_channels is not None:
                     of_weight = torch.mm(of_y, mixed[:, part].flatten(0, 2).T, out=of_weight)
                     of_channels += _product(blocks, of_weight.view(blocks.shape)).sum(dim=0)
@@ -217,7 +218,7 @@ def _gradients_by_taps(
 ) -> tuple[Tensor | None, Tensor | None]:
     """What `_gradients` gives, from products of matrices."""
     columns, of_y = _columns(module, x), rearrange(gradient, "b o h w -> o (b h w)")
-    of_columns = (weight.flatten(1).T @ of_y).view(columns.shape) if wants[0] else None
+    of_columns = _transposed_product(weight.flatten(1), of_y).view(columns.shape) if wants[0] else None
     of_weight = (of_y @ columns.flatten(0, 2).T).view(weight.shape) if wants[1] else None
     return None if of_columns is None else _from_columns(module, of_columns, x), of_weight
 
@@ -244,6 +245,11 @@ def _output(module: nn.Conv2d, y: Tensor, x: Tensor) -> Tensor:
     """What a convolution gives, from its product (out, positions)."""
     y = rearrange(y, "o (b h w) -> b o h w", b=len(x), h=taps.output_size(module, x)[0]).contiguous()
     return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
+
+
+def _transposed_product(left: Tensor, right: Tensor) -> Tensor:
+    """The product left.T @ right; a CPU reads a large matrix on the left faster as it lies in memory."""
+    return left.T @ right if right.shape[1] > _FEW else (right.T @ left).T.contiguous()
 
 
 def _product(left: Tensor, right: Tensor) -> Tensor:
