@@ -31,13 +31,16 @@ _FOUND: dict[Hashable, list[float]] = {}
 _MOST_FOUND = 4096
 
 
-def check_base(delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False) -> float:
+def check_base(
+    delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False, stacklevel: int = 3
+) -> float:
     """Check that a concept fits these models, and give the distance between its base and them.
 
     Args:
         delta: the concept.
         models: component -> model.
         allow_mismatch: accept any distance.
+        stacklevel: of the warning.
 
     Warns:
         UserWarning: the models look like a derived base.
@@ -56,7 +59,7 @@ def check_base(delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch
             "or pass allow_base_mismatch=True"
         )
     if distance > SAME_BASE:
-        warnings.warn(f"{found} (0: the same): the concept may look different here", stacklevel=3)
+        warnings.warn(f"{found} (0: the same): the concept may look different here", stacklevel=stacklevel)
     return distance
 
 

@@ -40,7 +40,7 @@ class Checkpoint:
         Raises:
             UserError: The checkpoint cannot be read, or was written with another recipe; learning rates, their course
                 and the number of steps may differ. So may the number of processes if each accumulates as many more or
-                fewer batches; checkpoints from before that number was noted are taken with any.
+                fewer batches; a checkpoint from before that number was noted counts as one of a single process.
         """
         try:
             run = self.run
@@ -48,7 +48,6 @@ class Checkpoint:
         except Exception as error:  # torch raises many kinds
             raise UserError(f"{self.folder}: not a readable checkpoint ({error})") from error
         then, now = run["recipe"], recipe
-        then.setdefault("num_processes", now.get("num_processes"))
         free = (*_MAY_CHANGE, *_BATCHES)
         changed = [key for key in now.keys() | then.keys() if then.get(key) != now.get(key) and key not in free]
         if changed:

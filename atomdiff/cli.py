@@ -148,12 +148,13 @@ def run_program(name: str, work: Callable[[], None]) -> int:
 
     What goes wrong in one of several processes goes wrong in the others too, or cuts them off; so only one tells of it:
     the first of them if it meets a mistake or is stopped. All else waits, and the launcher ends the processes that wait
-    as soon as one has ended.
+    as soon as one has ended. Asked to stop, it waits for all of them instead; so the others then end without a word.
     """
-    rank = os.environ.get("RANK")  # from the launcher, if there is one
+    first = os.environ.get("RANK", "0") == "0"  # from the launcher, if there is one
+    several = os.environ.get("WORLD_SIZE", "1") != "1"
 
     def tell(message: str) -> None:
-        if rank not in (None, "0"):
+        if not first:
             time.sleep(_PATIENCE)
         print(message, file=sys.stderr)
 
@@ -162,11 +163,17 @@ def run_program(name: str, work: Callable[[], None]) -> int:
     except (UserError, OSError) as error:
         tell(f"{name}: error: {error}")
         return 2
+    except SystemExit as end:
+        if not isinstance(end.code, str):  # --help
+            raise
+        tell(end.code)
+        return 2
     except KeyboardInterrupt as stop:
-        tell(str(stop) or "stopped")
+        if first:
+            print(str(stop) or "stopped", file=sys.stderr)
         return 130
     except Exception:
-        if rank is not None:
+        if several:
             time.sleep(_PATIENCE)
         raise
     return 0

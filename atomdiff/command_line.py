@@ -21,7 +21,7 @@ def parse_config(
 
     Fields of type `tuple[X, ...]` take one or more values, as in `--seeds 0 1 2`; a truth value's option alone means
     true. Options and YAML keys that are no fields, values of a wrong type and missing fields end the program with one
-    line that says so and exit status 2.
+    line that says so.
 
     Args:
         config_class: a dataclass whose fields have docstrings.
@@ -31,6 +31,7 @@ def parse_config(
 
     Raises:
         UserError: from the config's own checks.
+        SystemExit: with that line.
     """
     parser = _parser(config_class, prog, positional)
     values = vars(parser.parse_args(None if args is None else list(args)))
@@ -45,7 +46,7 @@ class _Parser(ArgumentParser):
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program with the message on one line."""
         said = " ".join(message.split()).rstrip(".")
-        self.exit(2, f"{self.prog}: error: {said}. --help lists the options\n")
+        raise SystemExit(f"{self.prog}: error: {said}. --help lists the options")
 
 
 def _parser(config_class: type[Any], prog: str | None, positional: str | None) -> ArgumentParser:

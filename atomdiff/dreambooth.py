@@ -7,6 +7,7 @@ Inversion", arXiv 2208.01618.
 
 import math
 import time
+import warnings
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -78,13 +79,13 @@ def train(config: TrainConfig) -> Path:
     Raises:
         UserError: Something in the config, the folders or the base does not fit, the loss is not finite any more, or
             the concept cannot be pushed, which is found out before training if it can be.
-        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved, and the message says how to go on.
+        KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved, and the message says how to go on, or what failed.
     """
     output_dir = Path(config.output_dir)
     accelerator = start_accelerator(config)
     adapter = read_adapter(config.adapter)
     place = place_for(adapter, output_dir / config.name)
-    repo_id = choose_repository(config, adapter, place) if config.push_to_hub and accelerator.is_main_process else None
+    repo_id = choose_repository(config, adapter) if config.push_to_hub and accelerator.is_main_process else None
     text_adapter = read_text_adapter(config.text_encoder_adapter, adapter) if config.train_text_encoder else None
     recipe = recipe_of(config, accelerator, adapter, text_adapter)
     state = read_state(config, recipe)
@@ -97,6 +98,8 @@ def train(config: TrainConfig) -> Path:
     if accelerator.is_main_process:
         with averaged(run.trained.values(), run.optimizer, run.moving_average):
             save_concept(run, adapter, place, final_loss)
+    if shows(config, config.max_train_steps, state["step"] if state else 0):  # now that nothing can be lost any more
+        validate(run, config.max_train_steps)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:  # end_training() would also part the processes, which may have more runs to do
         tracker.finish()
@@ -163,8 +166,7 @@ def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -
     """
     config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
     done, average_loss = (state["step"], state["average_loss"]) if state else (0, math.nan)
-    # The run may have been stopped after the checkpoint of a step, before its row of the contact sheet.
-    if shows(config, done) and not (done and len(row_of(config, done)) >= len(validation_prompts(config))):
+    if done < config.max_train_steps and shows(config, done, done):
         validate(run, done)
     log_file, samples = output_dir / "training_log.jsonl", samples_per_step(run)
     log = RunLog(accelerator, log_file, done, config.max_train_steps, config.logging_steps, samples)
@@ -186,7 +188,7 @@ def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
                 how = "go on with the same command and --resume_from_checkpoint latest"
                 raise KeyboardInterrupt(f"stopped; {output_dir / f'checkpoint-{step}'} is saved: {how}")
-            if shows(config, step):
+            if step < config.max_train_steps and shows(config, step, done):
                 validate(run, step)
     return average_loss
 
@@ -300,14 +302,22 @@ def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
     return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
 
 
-def shows(config: TrainConfig, step: int) -> bool:
-    """Tell whether the contact sheet has a row after this step."""
+def shows(config: TrainConfig, step: int, start: int) -> bool:
+    """Tell whether the contact sheet is to get a row after this step, in a run that goes on from step `start`.
+
+    It may have been stopped after the checkpoint of that step, before the row, or after both.
+    """
     last = step == config.max_train_steps
-    return bool(config.validation_steps) and (last or step % config.validation_steps == 0)
+    if not config.validation_steps or not (last or step % config.validation_steps == 0):
+        return False
+    return not (step == start > 0 and len(row_of(config, step)) >= len(validation_prompts(config)))
 
 
 def validate(run: Run, step: int) -> None:
-    """Draw the validation prompts, each from a seed of its own, as a row of the contact sheet."""
+    """Draw the validation prompts, each from a seed of its own, as a row of the contact sheet.
+
+    A row that cannot be written is only warned of: the training that would be lost is worth more.
+    """
     config, pipe, accelerator = run.config, run.pipe, run.accelerator
     if accelerator.is_main_process:
         prompts = validation_prompts(config)
@@ -320,7 +330,10 @@ def validate(run: Run, step: int) -> None:
                 pictures = draw_pictures(config, pipe, prompts, seeds)
         for model in models:
             model.train()
-        extend_contact_sheet(Path(config.output_dir), step, pictures, prompts)
+        try:
+            extend_contact_sheet(Path(config.output_dir), step, pictures, prompts)
+        except OSError as error:
+            warnings.warn(f"step {step}: the contact sheet cannot be written ({error})", stacklevel=1)
 
 
 def samples_per_step(run: Run) -> int:

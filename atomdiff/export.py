@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 import torch
 from torch import Tensor, nn
@@ -19,10 +19,11 @@ from atomdiff.errors import UserError
 from atomdiff.kohya import as_written, embedding_rows, layer_name, metadata, missing_out_proj, save_tensors
 from atomdiff.low_rank import low_rank
 from atomdiff.open_pipeline import open_pipeline
-from atomdiff.packing import given_concepts
-from atomdiff.pipeline import list_atoms, load_atoms, trigger_words
-from atomdiff.scheduler import common_scheduler, describe
+from atomdiff.packing import given_concepts, objectives
+from atomdiff.pipeline import list_atoms, load_concept, trigger_words
+from atomdiff.scheduler import Objective, common_scheduler, describe, scheduler_for
 from atomdiff.strength import given_strengths
+from atomdiff.train_config import PredictionType
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -47,8 +48,9 @@ class ExportConfig:
     """The folder (pipeline) or the .safetensors file (diff, lora) to write."""
     rank: int = 16
     """Rank of the LoRA."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float16"
-    """Precision of the written numbers."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the written numbers. Default: float16; of a pipeline float32, as others have to be opened with their
+    dtype."""
     weights: tuple[float | dict[Any, Any], ...] = ()
     """Strength of each concept: a number, 1 is as trained; or JSON, by block of the model:
     '{"weight": 0.8, "blocks": {"down": 0.5, "up.1": 0}}'. Default: 1 each."""
@@ -61,6 +63,11 @@ class ExportConfig:
     single_file_config: str | None = None
     """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
     diffusers finds out, from the Hub."""
+    prediction_type: PredictionType | None = None
+    """What a pipeline's scheduler says is predicted. Default: what the concepts were trained to predict, else what the
+    base's scheduler config says."""
+    rescale_betas_zero_snr: bool | None = None
+    """Whether the noise schedule of a pipeline ends in pure noise. Default: as for prediction_type."""
 
     def __post_init__(self) -> None:
         for strength in given_strengths(self.concepts, self.weights, self.trigger_words):
@@ -71,6 +78,13 @@ class ExportConfig:
                 )
         if not self.concepts:
             raise UserError("found no concept; give --concepts")
+        if self.prediction_type not in (None, *get_args(PredictionType)):
+            allowed = ", ".join(get_args(PredictionType))
+            raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
+        for name in ("prediction_type", "rescale_betas_zero_snr"):
+            if self.to != "pipeline" and getattr(self, name) is not None:
+                found = f"{name}={getattr(self, name)!r}: a file of {self.to} has no scheduler"
+                raise UserError(f"{found}; leave it out, or export a pipeline")
         _check_rank(self.rank)
 
 
@@ -122,7 +136,8 @@ def export_concepts(config: ExportConfig) -> ExportReport:
         UserError: the base or a concept cannot be used, or cannot be written in that form.
     """
     given = given_concepts(config.concepts, config.weights, config.trigger_words)
-    written = getattr(torch, config.dtype)
+    dtype = config.dtype or ("float32" if config.to == "pipeline" else "float16")
+    written = getattr(torch, dtype)
     pipe = open_pipeline(
         config.pretrained_model_name_or_path,
         written if config.to == "pipeline" else torch.float32,
@@ -130,14 +145,10 @@ def export_concepts(config: ExportConfig) -> ExportReport:
         variant=config.variant,
         single_file_config=config.single_file_config,
     )
-    base = pipe.scheduler
-    pipe.scheduler = common_scheduler([(c.name, c.objective) for c, strength in given if strength.weight], base)
-    if pipe.scheduler is not base:
-        how = "as in the folder" if config.to == "pipeline" else "choose the like where you draw with the file"
-        print(f"trained for {describe(pipe.scheduler)}, not the base's {describe(base)}: {how}")
+    _set_scheduler(config, pipe, objectives(given))
     strengths = {}
     for number, (concept, strength) in enumerate(given, start=1):
-        name = load_atoms(pipe, concept.path, f"concept{number}", trigger_word=concept.trigger_word)
+        name = load_concept(pipe, concept.path, f"concept{number}", trigger_word=concept.trigger_word)
         strengths[name] = strength
     try:
         set_active(pipe, strengths)
@@ -146,11 +157,33 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
         raise UserError(f"these concepts cannot be merged, and so not exported: {error}") from error
     if config.to == "pipeline":
-        return export_pipeline(pipe, config.output)
+        report = export_pipeline(pipe, config.output)
+        if written != torch.float32:
+            print(f"open it with dtype=torch.{dtype}: diffusers mixes precisions without")
+        return report
     phrase = ", ".join(concept.phrase for concept, _ in given if concept.phrase)
     if config.to == "diff":
         return export_diff(pipe, config.output, dtype=written, trigger_phrase=phrase)
     return export_lora(pipe, config.output, config.rank, dtype=written, trigger_phrase=phrase)
+
+
+def _set_scheduler(config: ExportConfig, pipe: Any, concepts: list[tuple[str, Objective]]) -> None:
+    """Give the pipeline the scheduler that its concepts are drawn with, and print where that is not the base's."""
+    base = pipe.scheduler
+    asked = Objective(config.prediction_type, config.rescale_betas_zero_snr)
+    if config.to == "pipeline":
+        advice = "export them by themselves, or choose for all with prediction_type and rescale_betas_zero_snr"
+        found, how = common_scheduler(concepts, base, asked, advice), "so in the folder"
+        pipe.scheduler = scheduler_for(pipe, found)
+    else:
+        how = "choose the like where you draw with the file"
+        try:
+            found = pipe.scheduler = common_scheduler(concepts, base, advice="choose one where you draw with the file")
+        except UserError as error:  # drawing is up to others
+            print(error)
+            return
+    if found is not base:
+        print(f"trained for {describe(pipe.scheduler)}, not the base's {describe(base)}: {how}")
 
 
 def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:

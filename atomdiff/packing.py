@@ -53,9 +53,14 @@ class Concept:
         return content_hash(self.path)
 
     @cached_property
-    def objective(self) -> Objective:
-        """What it was trained to predict."""
+    def objective(self) -> Objective | None:
+        """What it was trained to predict; None: nothing is known."""
         return trained_objective(self.path)
+
+
+def objectives(concepts: Iterable[tuple[Concept, Strength]]) -> list[tuple[str, Objective]]:
+    """The names and objectives of the concepts that have a strength, and of which they are known."""
+    return [(c.name, c.objective) for c, strength in concepts if strength.weight and c.objective is not None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -19,11 +19,11 @@ from atomdiff.base_check import check_base, fingerprint
 from atomdiff.delta_file import DeltaFile, read_delta_file, write_delta_file
 from atomdiff.errors import UserError
 from atomdiff.model_spec import atomdiff_version, model_spec
-from atomdiff.scheduler import Objective, code_for, describe, fitting_scheduler, trained_objective
+from atomdiff.scheduler import Objective, code_for, describe, fitting_scheduler, scheduler_for, trained_objective
 from atomdiff.trigger_words import (
     add_trigger_word,
     add_trigger_words,
-    check_free,
+    check_addable,
     check_vectors,
     group_words,
     remove_trigger_word,
@@ -119,21 +119,40 @@ def load_atoms(
         UserError: there is no such file or repository, it is damaged or does not fit the pipeline, or a name or word is
             taken.
     """
+    return load_concept(
+        pipe,
+        path,
+        adapter_name,
+        allow_base_mismatch=allow_base_mismatch,
+        trigger_word=trigger_word,
+        warns_of_scheduler=True,
+        weight_name=weight_name,
+        subfolder=subfolder,
+        revision=revision,
+        token=token,
+        cache_dir=cache_dir,
+        local_files_only=local_files_only,
+        force_download=force_download,
+    )
+
+
+def load_concept(
+    pipe: Any,
+    path: str | os.PathLike[str] | DeltaFile,
+    adapter_name: str | None = None,
+    *,
+    allow_base_mismatch: bool = False,
+    trigger_word: str | None = None,
+    warns_of_scheduler: bool = False,
+    **where: Any,
+) -> str:
+    """As `load_atoms`; it warns of the scheduler only where that is wanted."""
     if isinstance(path, DeltaFile):
         if adapter_name is None:
             raise UserError("found a concept in memory without a name: give adapter_name")
         place, found_name = None, adapter_name
     else:
-        place, found_name = hub.locate(
-            path,
-            weight_name=weight_name,
-            subfolder=subfolder,
-            revision=revision,
-            token=token,
-            cache_dir=cache_dir,
-            local_files_only=local_files_only,
-            force_download=force_download,
-        )
+        place, found_name = hub.locate(path, **where)
     name = _free_name(pipe, adapter_name or re.sub(r"\W", "_", found_name.partition(".")[0]))
     models = pipeline_models(pipe)
     delta: DeltaFile | None = None
@@ -142,12 +161,15 @@ def load_atoms(
         foreign, tokens = peft_directory.read(place, models, denoiser_name(models))
     else:
         delta = path if isinstance(path, DeltaFile) else read_delta_file(cast(Path, place))
-        check_base(delta, models, allow_base_mismatch)
+        check_base(delta, models, allow_base_mismatch, stacklevel=4)
         tokens = delta.tokens
     tokens = renamed_tokens(tokens, trigger_word)
     for word, vectors in tokens.items():
-        check_free(pipe, word)
         check_vectors(pipe, word, vectors)
+    check_addable(pipe, list(tokens))
+    if warns_of_scheduler:
+        objective = Objective.read(delta.training) if delta else trained_objective(cast(Path, place))
+        _warn_of_scheduler(pipe, name, objective)
     try:
         with attach.undone_on_error(models.values(), name):
             for component, model in models.items():
@@ -167,7 +189,6 @@ def load_atoms(
     for model in models.values():
         attach.activate(model, [name])
         attach.encode(model, name)
-    _warn_of_scheduler(pipe, name, Objective.read(delta.training) if delta else trained_objective(cast(Path, place)))
     return name
 
 
@@ -330,21 +351,22 @@ def _concept(pipe: Any, name: str) -> LoadedConcept:
     )
 
 
-def _warn_of_scheduler(pipe: Any, name: str, objective: Objective) -> None:
+def _warn_of_scheduler(pipe: Any, name: str, objective: Objective | None) -> None:
     """Warn if the pipeline's scheduler does not draw what a concept was trained to predict."""
     scheduler = pipe.components.get("scheduler")
-    if scheduler is None or objective == Objective():
+    if scheduler is None or objective is None:
         return
     try:
         wanted = fitting_scheduler(objective, scheduler)
     except UserError as error:
-        warnings.warn(f"{name!r} was trained with another scheduler than this pipeline can have: {error}", stacklevel=3)
+        warnings.warn(f"{name!r} was trained with another scheduler than this pipeline can have: {error}", stacklevel=4)
         return
     if wanted is not scheduler:
+        wanted = scheduler_for(pipe, wanted)
         warnings.warn(
             f"{name!r} was trained for {describe(wanted)}, but the pipeline has {describe(scheduler)}; run\n"
             f"import diffusers; {code_for(wanted, scheduler)}",
-            stacklevel=3,
+            stacklevel=4,
         )
 
 

@@ -1,6 +1,5 @@
 """What a run learns from: photos and class pictures, their prompts and latents, and what each step draws of them."""
 
-import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -27,12 +26,11 @@ from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
 from atomdiff.latents import Encoder, LatentCache, join
 from atomdiff.masks import read_masks
+from atomdiff.prompt_tags import has_word
 from atomdiff.train_config import Subject, TrainConfig
 from atomdiff.trigger_words import check_addable
 from atomdiff.vector_words import words_of
 from atomdiff.views import View, views
-
-_OF_SCHEDULER = ("prediction_type", "rescale_betas_zero_snr", "flow_shift")  # they change what the base draws
 
 
 @dataclass(frozen=True)
@@ -146,7 +144,7 @@ def prepare_material(
 
     Args:
         config: The run.
-        pipe: The base; its parts are moved to the run's device.
+        pipe: The base, with the scheduler that the run draws with; its parts are moved to the run's device.
         accelerator: Of the run.
         whole: Whether the UNet will be trained as a whole, and so has to keep every bit.
 
@@ -250,8 +248,7 @@ def check_words(config: TrainConfig, pipe: BasePipeline, texts: Sequence[str]) -
     words = [each for subject in config.subjects for each in words_of(subject.trigger_word, config.num_vectors)]
     check_addable(pipe, words)
     for subject in config.subjects:
-        word = re.compile(rf"(?<!\w){re.escape(subject.trigger_word)}(?!\w)", re.IGNORECASE)
-        if not any(word.search(text) for text in texts):
+        if not any(has_word(text, subject.trigger_word) for text in texts):
             raise UserError(
                 f"trigger_word={subject.trigger_word!r}: no prompt names it ({texts[0]!r}, ...), so its vector cannot "
                 "be trained; write it into the prompts, or set train_token to false"
@@ -298,7 +295,6 @@ def draw_class_pictures(
         "side": side,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
-        **{name: getattr(config, name) for name in _OF_SCHEDULER if getattr(config, name) is not None},
     }
 
     def draw(numbers: list[int]) -> list[Picture]:

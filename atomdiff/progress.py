@@ -1,6 +1,7 @@
 """What a training run shows while it goes on: a bar, log lines, a contact sheet; and how it is asked to stop."""
 
 import json
+import re
 import signal
 import threading
 import time
@@ -16,6 +17,7 @@ from tqdm import tqdm
 from atomdiff.grid import grid
 
 _SAME = 1.0  # second
+_STEP = re.compile(r"step-(\d+)-\d+\.png")
 
 
 class RunLog:
@@ -75,22 +77,35 @@ class RunLog:
 def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> None:
     """Add a row to `contact_sheet.png`, one picture a prompt; the pictures themselves go to `validation/`.
 
-    Rows of this step and of later ones, left by a run that was stopped or by an earlier one, are replaced.
+    Rows of this step and of later ones, left by a run that was stopped or by an earlier one, are replaced. Earlier rows
+    may have more or fewer pictures, of other prompts; the place of one that cannot be read stays empty.
     """
     folder = output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
-    rows: dict[int, list[Image.Image]] = {}
+    rows: dict[int, list[Image.Image | None]] = {}
     for file in sorted(folder.glob("step-*.png")):
-        number = int(file.stem.split("-")[1])
+        if not (found := _STEP.match(file.name)):
+            continue
+        number = int(found[1])
         if number >= step:
             file.unlink()
         else:
-            rows.setdefault(number, []).append(Image.open(file))
+            rows.setdefault(number, []).append(_read(file))
     rows[step] = list(pictures)
-    sheet = grid(list(rows.values()), [f"step {number}" for number in rows], prompts)
+    unknown = [""] * (max(map(len, rows.values())) - len(prompts))
+    sheet = grid(list(rows.values()), [f"step {number}" for number in rows], [*prompts, *unknown])
     _save_whole(sheet, output_dir / "contact_sheet.png")
     for column, picture in enumerate(pictures):  # after the sheet, so that who finds all of them has the row
         _save_whole(picture, folder / f"step-{step:06d}-{column:02d}.png")
+
+
+def _read(file: Path) -> Image.Image | None:
+    """Return a picture and close its file; None if it cannot be read."""
+    try:
+        with Image.open(file) as picture:
+            return picture.convert("RGB")
+    except Exception:  # Pillow raises many kinds
+        return None
 
 
 def _save_whole(picture: Image.Image, file: Path) -> None:
@@ -105,6 +120,10 @@ class StopSignals:
 
     Launchers of several processes pass a Ctrl-C on to those who have heard it themselves: what comes within a second of
     the first is the same one.
+
+    Raises:
+        KeyboardInterrupt: At the block's end, in place of an error that it ends with once asked to stop. Such an error
+            may be the end of another process, which the signal was to follow.
     """
 
     def __init__(self) -> None:
@@ -124,6 +143,8 @@ class StopSignals:
         for number, handler in self._before.items():
             signal.signal(number, handler)
         self._before.clear()
+        if self.requested and isinstance(error, Exception):
+            raise KeyboardInterrupt(f"stopped; {type(error).__name__}: {error}") from error
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if not self.requested:

@@ -2,7 +2,7 @@
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from atomdiff.errors import UserError
@@ -71,16 +71,32 @@ def replace_words(text: str, replacements: Mapping[str, str]) -> str:
         text: the text.
         replacements: word or phrase -> what takes its place, blanks around it.
     """
-    if not replacements:
-        return text
-    longest_first = sorted(replacements, key=len, reverse=True)
-    anyone = "|".join(f"({_pattern(phrase)})" for phrase in longest_first)
+    pieces = split_at_words(text, replacements)
+    pieces[1::2] = [replacements[phrase] for phrase in pieces[1::2]]
+    return text if len(pieces) == 1 else " ".join(" ".join(pieces).split())
 
-    def replacement(found: re.Match[str]) -> str:
-        return f" {replacements[longest_first[(found.lastindex or 1) - 1]]} "
 
-    replaced = re.sub(anyone, replacement, text, flags=re.IGNORECASE)
-    return text if replaced == text else " ".join(replaced.split())
+def split_at_words(text: str, words: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+    """Split a text at words, or phrases of several; of those that begin alike the longest counts.
+
+    Args:
+        text: the text.
+        words: where CLIP would see them, in any case.
+        others: tokens in which words do not count: "mug" in "<mug-style>".
+
+    Returns:
+        Every other entry is one of the words; between them is the text that is left.
+    """
+    known = {" ".join(word.lower().split()): word for word in words}
+    patterns = {other: re.escape(other) for other in others} | {word: _pattern(word) for word in known.values()}
+    anyone = "|".join(patterns[each] for each in sorted(patterns, key=len, reverse=True))
+    pieces, end = [], 0
+    for found in re.finditer(anyone, text, re.IGNORECASE):
+        word = known.get(" ".join(found[0].lower().split()))
+        if word is not None:
+            pieces += [text[end : found.start()], word]
+            end = found.end()
+    return [*pieces, text[end:]]
 
 
 def _value(text: str) -> Any:

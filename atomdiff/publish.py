@@ -24,7 +24,7 @@ def row_of(config: TrainConfig, step: int) -> list[Path]:
     return sorted(Path(config.output_dir).glob(f"validation/step-{step:06d}-*.png"))
 
 
-def choose_repository(config: TrainConfig, adapter: PeftConfig | None, place: Path) -> str:
+def choose_repository(config: TrainConfig, adapter: PeftConfig | None) -> str:
     """Return the repository that the concept will be pushed to.
 
     Raises:
@@ -32,7 +32,7 @@ def choose_repository(config: TrainConfig, adapter: PeftConfig | None, place: Pa
     """
     if adapter is None:
         raise UserError("push_to_hub=True: a fully tuned pipeline is pushed by hand, with its own push_to_hub")
-    return check_upload(config.hub_model_id or place.name.partition(".")[0], config.hub_token)
+    return check_upload(config.repository, config.hub_token)
 
 
 def push_concept(config: TrainConfig, place: Path, repo_id: str) -> str:

@@ -245,7 +245,7 @@ def save_samples(config: SampleConfig) -> Path:
         schedulers = _schedulers(config, pipe, lines)
         if state.is_main_process:
             warn_of_prompts(pipe, lines)
-            _tell_schedulers(pipe, schedulers)
+            _tell_schedulers(pipe.scheduler, schedulers)
         bar = tqdm(_draw(config, pipe, share, schedulers), "pictures", len(share), disable=not state.is_main_process)
         for picture, image in bar:
             picture.save(image)
@@ -281,34 +281,44 @@ def _schedulers(config: SampleConfig, pipe: Any, lines: "Sequence[Line]") -> "di
     Raises:
         UserError: the base can have no such scheduler, or concepts of one prompt need different ones.
     """
-    base = pipe.scheduler
+    from atomdiff.packing import objectives
+
     asked = Objective(config.prediction_type, config.rescale_betas_zero_snr)
-    if asked != Objective():
-        return dict.fromkeys(lines, fitting_scheduler(asked, base))
-    made, chosen = [base], {}
+    advice = "draw them by themselves, or choose for all with prediction_type and rescale_betas_zero_snr"
+    made, chosen = {str(settings_of(pipe.scheduler)): pipe.scheduler}, {}
     for line in lines:
         try:
-            wanted = common_scheduler([(c.name, c.objective) for c, strength in line.concepts if strength.weight], base)
+            wanted = common_scheduler(objectives(line.concepts), pipe.scheduler, asked, advice)
         except UserError as error:
-            how = "draw them by themselves, or choose for all with prediction_type and rescale_betas_zero_snr"
-            raise UserError(f"the prompt {line.prompt!r}: {error}; {how}") from error
-        same = [scheduler for scheduler in made if settings_of(scheduler) == settings_of(wanted)]
-        made += [] if same else [wanted]
-        chosen[line] = same[0] if same else wanted
+            raise UserError(f"the prompt {line.prompt!r}: {error}") from error
+        chosen[line] = made.setdefault(str(settings_of(wanted)), wanted)
     return chosen
 
 
-def _tell_schedulers(pipe: Any, schedulers: "dict[Line, Any]") -> None:
-    """Print which concepts are drawn by another scheduler than the base's."""
-    told: dict[Any, list[str]] = {}
+def _tell_schedulers(base: Any, schedulers: "dict[Line, Any]") -> None:
+    """Print which concepts are drawn by another scheduler than the base's, or than was right for their training."""
+    from atomdiff.packing import objectives
+
+    told: dict[str, list[str]] = {}
     for line, scheduler in schedulers.items():
-        if scheduler is not pipe.scheduler:
-            told.setdefault(scheduler, []).extend(
-                concept.name for concept, strength in line.concepts if strength.weight
-            )
-    for scheduler, names in told.items():
-        shown = some(list(dict.fromkeys(names))) or "the base"
-        print(f"{shown}: drawn by {describe(scheduler)}; the base has {describe(pipe.scheduler)}")
+        worn: list[tuple[str, Objective | None]] = [*objectives(line.concepts)] or [("the base", None)]
+        for name, objective in worn:
+            facts = [f"drawn by {describe(scheduler)}"]
+            facts += [] if scheduler is base else [f"the base has {describe(base)}"]
+            facts += [] if objective is None else _trained_for(objective, base, scheduler)
+            if len(facts) > 1:
+                told.setdefault("; ".join(facts), []).append(name)
+    for said, names in told.items():
+        print(f"{some(list(dict.fromkeys(names)))}: {said}")
+
+
+def _trained_for(objective: Objective, base: Any, scheduler: Any) -> list[str]:
+    """What to say where a concept is not drawn as it was trained."""
+    try:
+        own = fitting_scheduler(objective, base)
+    except UserError as error:
+        return [f"trained with one that the base cannot have ({error})"]
+    return [] if settings_of(own) == settings_of(scheduler) else [f"trained for {describe(own)}"]
 
 
 def _draw(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,6 +11,8 @@ from atomdiff.delta_file import parse_json
 from atomdiff.errors import UserError
 from atomdiff.model_spec import prediction_type
 from atomdiff.train_config import PredictionType
+
+_LEAST_SHIFT, _MOST_SHIFT = 0.01, 1000.0  # beyond, noise levels fall together
 
 
 @dataclass(frozen=True)
@@ -35,20 +36,36 @@ class Objective:
         return cls(
             predicts if predicts in get_args(PredictionType) else None,
             zero_snr if isinstance(zero_snr, bool) else None,
-            float(shift) if type(shift) in (int, float) and shift > 0 and math.isfinite(shift) else None,
+            float(shift) if type(shift) in (int, float) and _LEAST_SHIFT <= shift <= _MOST_SHIFT else None,
+        )
+
+    def changed(self, asked: Objective) -> Objective:
+        """Return this with the prediction type and zero terminal SNR asked for, where they are.
+
+        Of its own values, those go that another prediction type has no use for: the shift, or zero terminal SNR.
+        """
+        predicts, zero_snr = asked.prediction_type, asked.rescale_betas_zero_snr
+        flow = predicts == "flow"
+        return Objective(
+            predicts or self.prediction_type,
+            zero_snr if zero_snr is not None or flow else self.rescale_betas_zero_snr,
+            self.flow_shift if predicts is None or flow else None,
         )
 
 
-def trained_objective(path: Path) -> Objective:
-    """Return the objective of a concept: of its file, or of a directory written by PEFT; only headers are read."""
+def trained_objective(path: Path) -> Objective | None:
+    """Return the objective of a concept: of its file, or of a directory written by PEFT; only headers are read.
+
+    None: nothing is known of its training.
+    """
     from peft.utils import SAFETENSORS_WEIGHTS_NAME
     from safetensors import SafetensorError, safe_open
 
     try:
         with safe_open(path / SAFETENSORS_WEIGHTS_NAME if path.is_dir() else path, framework="pt") as file:
             return Objective.read(parse_json((file.metadata() or {})["training"]))
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):  # nothing is known
-        return Objective()
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+        return None
 
 
 def fitting_scheduler(objective: Objective, scheduler: Any) -> Any:
@@ -61,12 +78,16 @@ def fitting_scheduler(objective: Objective, scheduler: Any) -> Any:
     return scheduler if settings_of(found) == settings_of(scheduler) else found
 
 
-def common_scheduler(concepts: Iterable[tuple[str, Objective]], scheduler: Any) -> Any:
+def common_scheduler(
+    concepts: Iterable[tuple[str, Objective]], scheduler: Any, asked: Objective = Objective(), advice: str = ""
+) -> Any:
     """Return the base's scheduler if it draws all of some concepts as trained, else one in its place that does.
 
     Args:
         concepts: their names and objectives.
         scheduler: the base's.
+        asked: what is set for all in place of their own.
+        advice: what to do where they need different ones.
 
     Raises:
         UserError: they need different ones, or the base can have none for one of them.
@@ -74,13 +95,13 @@ def common_scheduler(concepts: Iterable[tuple[str, Objective]], scheduler: Any) 
     wanted = []
     for name, objective in concepts:
         try:
-            wanted.append((name, fitting_scheduler(objective, scheduler)))
+            wanted.append((name, fitting_scheduler(objective.changed(asked), scheduler)))
         except UserError as error:
-            raise UserError(f"the concept {name!r} was trained with another scheduler: {error}") from error
-    found = wanted[0][1] if wanted else scheduler
+            raise UserError(f"no scheduler draws the concept {name!r}: {error}") from error
+    found = wanted[0][1] if wanted else fitting_scheduler(asked, scheduler)
     if any(settings_of(other) != settings_of(found) for _, other in wanted):
         needs = ", ".join(f"{name!r} for {describe(other)}" for name, other in wanted)
-        raise UserError(f"these concepts were trained for different schedulers: {needs}")
+        raise UserError(f"these concepts need different schedulers: {needs}; {advice}")
     return found
 
 
@@ -98,16 +119,30 @@ def describe(scheduler: Any) -> str:
     return f"a {type(scheduler).__name__} with {settings}"
 
 
+def scheduler_for(pipe: Any, scheduler: Any) -> Any:
+    """Return the scheduler, or what a diffusers pipeline with a UNet can draw with in place of a flow scheduler.
+
+    Its first-order steps are Euler's, too. Its noise levels are spaced evenly down to zero (before the shift), where
+    FlowMatchEuler's last step but one ends next to zero: with few steps the pictures differ somewhat. Diffusers fails
+    where (shift - 1) * steps comes to 1000, as its first timesteps, which are whole here, coincide.
+    """
+    if "unet" not in pipe.components or not type(scheduler).__name__.startswith("FlowMatch"):
+        return scheduler
+    from diffusers import DPMSolverMultistepScheduler
+
+    steps, shift = scheduler.config.num_train_timesteps, scheduler.config.shift
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    unused = {"steps_offset": 1}  # Stable Diffusion's pipelines warn of another
+    return DPMSolverMultistepScheduler(num_train_timesteps=steps, solver_order=1, **flow, **unused)
+
+
 def code_for(wanted: Any, scheduler: Any) -> str:
     """Return the Python that gives a pipeline, `pipe`, with this scheduler the wanted one, from `fitting_scheduler`."""
-    new = f"pipe.scheduler = diffusers.{type(wanted).__name__}"
-    if prediction_type(wanted) == "flow":
-        settings = {key: wanted.config[key] for key in ("num_train_timesteps", "shift")}
-        lacks = "pipe.scheduler.init_noise_sigma = 1.0; pipe.scheduler.scale_model_input = lambda latents, _: latents"
-        return f"{new}({_arguments(settings)}); {lacks}"  # what pipelines with a UNet look up
-    plain = type(wanted).from_config(scheduler.config).config
-    changes = {key: value for key, value in wanted.config.items() if key[0] != "_" and plain[key] != value}
-    return f"{new}.from_config(pipe.scheduler.config, {_arguments(changes)})"
+    kind, flow = type(wanted), prediction_type(wanted) == "flow"
+    plain = (kind() if flow else kind.from_config(scheduler.config)).config
+    changes = [f"{key}={value!r}" for key, value in wanted.config.items() if key[0] != "_" and plain[key] != value]
+    start = f"{kind.__name__}(" if flow else f"{kind.__name__}.from_config(pipe.scheduler.config, "
+    return f"pipe.scheduler = diffusers.{start}{', '.join(changes)})"
 
 
 def matching_scheduler(objective: Objective, scheduler: Any) -> Any:
@@ -133,7 +168,8 @@ def matching_scheduler(objective: Objective, scheduler: Any) -> Any:
         raise UserError(f"{found}; expected prediction_type flow")
     if said == "flow" or not hasattr(scheduler, "alphas_cumprod"):
         found = f"the base's {kind} has no noise schedule of diffusion (alphas_cumprod)"
-        raise UserError(f"prediction_type={predicts!r}: {found}; take a base with a DDIMScheduler, or train flow")
+        advice = "take a base with a DDIMScheduler, or prediction_type flow"
+        raise UserError(f"prediction_type={predicts!r}: {found}; {advice}")
     said_zero = bool(base.get("rescale_betas_zero_snr"))
     zero_snr = said_zero if objective.rescale_betas_zero_snr is None else objective.rescale_betas_zero_snr
     if zero_snr and predicts == "epsilon":
@@ -152,13 +188,9 @@ def _flow_scheduler(objective: Objective, scheduler: Any) -> Any:
     base = scheduler.config
     if objective.rescale_betas_zero_snr:
         raise UserError("rescale_betas_zero_snr=True: expected no value, as flow ends in pure noise anyway")
-    shift = objective.flow_shift if objective.flow_shift is not None else base.get("shift", base.get("flow_shift", 1.0))
+    shift = settings_of(scheduler).get("flow_shift", 1.0) if objective.flow_shift is None else objective.flow_shift
     same = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not base.use_dynamic_shifting
     if not same or base.shift != shift:
         steps = base.get("num_train_timesteps", 1000)
         scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
     return scheduler
-
-
-def _arguments(values: Mapping[str, Any]) -> str:
-    return ", ".join(f"{key}={value!r}" for key, value in values.items())

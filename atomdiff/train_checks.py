@@ -26,7 +26,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_FROM_ZERO, (0, math.inf)),
     **dict.fromkeys(("caption_dropout", "unmasked_weight", "adam_beta1", "adam_beta2", "ema_decay"), (0, 1)),
     "logit_mean": (-100, 100),
-    "flow_shift": (0.01, math.inf),
+    "flow_shift": (0.01, 1000.0),
 }
 _ATTENTION = ("plain_attention", "enable_xformers_memory_efficient_attention", "enable_attention_slicing")
 _QUANTIZED = ("load_in_8bit", "load_in_4bit")
@@ -50,6 +50,8 @@ def check_run(config: TrainConfig) -> None:
             raise UserError(f"found {' and '.join(given)}: expected one of them at most")
     _check_data(config)
     _check_subjects(config)
+    if config.push_to_hub:
+        _check_repositories(config)
 
 
 def _check_ranges(config: TrainConfig) -> None:
@@ -156,6 +158,24 @@ def _check_subjects(config: TrainConfig) -> None:
             raise UserError(f"{config.concepts_list}: {name}={repeated!r} stands for two subjects; give each {what}")
 
 
+def _check_repositories(config: TrainConfig) -> None:
+    """Check the names of all repositories, before the first subject is trained and pushed."""
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    pushed: dict[str, str] = {}
+    for run in config.runs():
+        try:
+            validate_repo_id(run.repository)
+        except HFValidationError as error:
+            expected = "name another hub_model_id, or rename the folder"
+            raise UserError(f"cannot push {run.name!r} to {run.repository!r}: {error} {expected}") from error
+        other = pushed.setdefault(run.repository.lower(), run.name)
+        if other != run.name:
+            found = f"{other!r} and {run.name!r} would both be pushed to {run.repository}"
+            raise UserError(f"{config.concepts_list}: {found}; rename one of the folders")
+
+
 def _check_together(config: TrainConfig, words: list[str]) -> None:
     """Check the trigger words of one concept."""
     if len(words) * config.num_vectors > _MOST_WORDS:
@@ -182,6 +202,8 @@ def _check_words(config: TrainConfig, subject: Subject) -> None:
     if config.with_prior_preservation:
         prompts["class_prompt"] = subject.class_prompt
     if config.validation_steps:
+        if not config.validation_prompts:
+            raise UserError("validation_prompts=(): expected a prompt at least, or validation_steps 0")
         prompts["validation_prompts"] = " ".join(config.validation_prompts)
     for name, text in prompts.items():
         if "{class_name}" in text and not subject.class_name:

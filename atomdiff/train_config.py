@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
@@ -285,7 +286,8 @@ class TrainConfig:
     """Push the concept to the Hugging Face Hub after the run, with the last validation pictures and a model card."""
     hub_model_id: str | None = None
     """Repository to push to, as user/repo. Default: one of your own, named like the concept's file. The concepts of a
-    concepts_list get a repository each: user/repo-NAME, NAME being the name of the subject's folder of photos."""
+    concepts_list get a repository each: user/repo-NAME, NAME being the name of the subject's folder of photos, with "-"
+    for what the Hub does not allow."""
     hub_token: str | None = field(default=None, repr=False)
     """Access token that may write. Default: the one logged in with, which keeps it out of the command line."""
     hub_private_repo: bool = False
@@ -333,13 +335,18 @@ class TrainConfig:
 
     def _own(self, subject: Subject) -> dict[str, Any]:
         """Return the fields of a subject's run that are its own: what it writes must not replace that of another."""
-        repository = self.hub_model_id and f"{self.hub_model_id}-{subject.name}"
+        repository = self.hub_model_id and f"{self.hub_model_id}-{_repository_name(subject.name)}"
         return asdict(subject) | {"output_dir": str(Path(self.output_dir) / subject.name), "hub_model_id": repository}
 
     @property
     def name(self) -> str:
         """Name of what the run writes: that of the folder of photos, or of the list of concepts."""
         return self.subjects[0].name if self.concepts_list is None else Path(self.concepts_list).stem
+
+    @property
+    def repository(self) -> str:
+        """The repository that the run is pushed to: user/repo, or repo for one of your own."""
+        return self.hub_model_id or _repository_name(self.name)
 
     def recipe(self) -> dict[str, Any]:
         """Return the fields that the trained numbers depend on, ready for JSON, without the folders of this machine."""
@@ -352,6 +359,12 @@ class TrainConfig:
         subjects = [asdict(subject) for subject in self.subjects]
         folders = ("instance_data_dir", "class_data_dir")
         return recipe | {"subjects": [{k: v for k, v in subject.items() if k not in folders} for subject in subjects]}
+
+
+def _repository_name(folder: str) -> str:
+    """Return a folder's name with "-" for what the Hub does not allow in the names of repositories."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+|-{2,}|\.{2,}", "-", folder)
+    return re.sub(r"-{2,}", "-", name).strip("-.")
 
 
 def _read_subjects(file: Path) -> list[dict[str, Any]]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -13,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.errors import UserError
+from atomdiff.prompt_tags import split_at_words
 from atomdiff.vector_words import group_words as group_words
 from atomdiff.vector_words import words_of as words_of
 
@@ -26,8 +26,8 @@ class TriggerWord:
     owner: str | None = None
     """The adapter that brought it; None where it was added by hand."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
-    several: bool = False
-    """Whether it is the first of several that stand for one, see `words_of`."""
+    group: list[str] = field(default_factory=list)
+    """What it is written as for a tokenizer: itself, and the words of its further vectors, see `words_of`."""
 
 
 @dataclass
@@ -86,9 +86,8 @@ def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None)
     check_addable(pipe, words)
     if not words:
         return
-    several = _of_several(words)
-    vocabulary = _vocabulary(pipe)
-    vocabulary.words.update({word: TriggerWord(owner, several=word in several) for word in words})
+    vocabulary, groups = _vocabulary(pipe), group_words(words)
+    vocabulary.words.update({word: TriggerWord(owner, group=groups.get(word, [word])) for word in words})
     if hasattr(pipe, "maybe_convert_prompt"):
         pipe.maybe_convert_prompt = partial(_convert_prompt, vocabulary)
     _make_tokens(pipe, words)
@@ -164,33 +163,11 @@ def remove_trigger_words(pipe: Any, words: Iterable[str]) -> None:
         del pipe._atomdiff_vocabulary
         pipe.__dict__.pop("maybe_convert_prompt", None)
         return
+    for entry in vocabulary.words.values():
+        entry.group = [each for each in entry.group if each not in gone]
     _make_tokens(pipe, vocabulary.words)
     for word, entry in vocabulary.words.items():
         set_trigger_embedding(pipe, word, entry.vectors)
-
-
-def check_free(pipe: Any, word: str) -> None:
-    """Check that a word can become a trigger word.
-
-    Raises:
-        UserError: it has blanks, is one already, or has a meaning for a tokenizer.
-    """
-    if not word or word.split() != [word]:
-        raise UserError(f"{word!r} cannot be a trigger word: it must be one word without blanks")
-    for encoder, tokenizer, _ in _text_encoders(pipe):
-        if word in tokenizer.all_special_tokens or _known_id(tokenizer, word) in tokenizer.all_special_ids:
-            raise UserError(
-                f"{word!r} cannot be a trigger word: it is a special token of {encoder}, in every prompt; "
-                "load with trigger_word='another word'"
-            )
-    for other, entry in trigger_words(pipe).items():
-        if word.lower() == other.lower():
-            by = f" by {entry.owner!r}" if entry.owner else ""
-            spelt = "" if word == other else f" as {other!r}, and CLIP sees no case"
-            raise UserError(
-                f"the trigger word {word!r} is taken{by}{spelt}: "
-                "load with trigger_word='another word', or unload the other concept first"
-            )
 
 
 def check_addable(pipe: Any, words: Sequence[str]) -> None:
@@ -200,7 +177,7 @@ def check_addable(pipe: Any, words: Sequence[str]) -> None:
         UserError: one cannot be a trigger word, two differ in case only, or the pipeline has no text encoder.
     """
     for word in words:
-        check_free(pipe, word)
+        _check_free(pipe, word)
     if words and not any(_text_encoders(pipe)):
         raise UserError(f"{type(pipe).__name__} has no text encoder with a tokenizer to teach {words[0]!r}")
     spellings = {word.lower(): word for word in words}
@@ -208,7 +185,7 @@ def check_addable(pipe: Any, words: Sequence[str]) -> None:
         if (other := spellings[word.lower()]) != word:
             found = f"the trigger words {word!r} and {other!r} differ in case only, which CLIP does not see"
             raise UserError(f"{found}: give each a word of its own")
-    several = _of_several(words)
+    several = {first for first, group in group_words(words).items() if len(group) > 1}
     for encoder, tokenizer, _ in _text_encoders(pipe):
         for word in words:
             new = word in several or _known_id(tokenizer, word) is None
@@ -238,6 +215,26 @@ def check_vectors(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> None:
             )
 
 
+def _check_free(pipe: Any, word: str) -> None:
+    """Refuse a word with blanks, one that is taken, and one that has a meaning for a tokenizer."""
+    if not word or word.split() != [word]:
+        raise UserError(f"{word!r} cannot be a trigger word: it must be one word without blanks")
+    for encoder, tokenizer, _ in _text_encoders(pipe):
+        if word in tokenizer.all_special_tokens or _known_id(tokenizer, word) in tokenizer.all_special_ids:
+            raise UserError(
+                f"{word!r} cannot be a trigger word: it is a special token of {encoder}, in every prompt; "
+                "load with trigger_word='another word'"
+            )
+    for other, entry in trigger_words(pipe).items():
+        if word.lower() == other.lower():
+            by = f" by {entry.owner!r}" if entry.owner else ""
+            spelt = "" if word == other else f" as {other!r}, and CLIP sees no case"
+            raise UserError(
+                f"the trigger word {word!r} is taken{by}{spelt}: "
+                "load with trigger_word='another word', or unload the other concept first"
+            )
+
+
 def _vocabulary(pipe: Any) -> _Vocabulary:
     if not hasattr(pipe, "_atomdiff_vocabulary"):
         pipe._atomdiff_vocabulary = _Vocabulary()
@@ -258,11 +255,6 @@ def _known_id(tokenizer: Any, word: str) -> int | None:
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
-def _of_several(words: Iterable[str]) -> set[str]:
-    """The words that are the first of several."""
-    return {first for first, group in group_words(words).items() if len(group) > 1}
-
-
 def _convert_prompt(vocabulary: _Vocabulary, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
     """Write out the trigger words of a prompt or of several: in place of a pipeline's own `maybe_convert_prompt`."""
     if isinstance(prompt, list):
@@ -277,13 +269,10 @@ def _write_out(words: Mapping[str, TriggerWord], prompt: str, tokenizer: Any) ->
     """
     from diffusers.loaders import TextualInversionLoaderMixin
 
-    written = {word.lower(): word for word in words}
-    written |= {word.lower(): " ".join(group) for word, group in group_words(words).items() if words[word].several}
-    anyone = "|".join(map(re.escape, sorted(words, key=len, reverse=True)))
-    parts = re.split(rf"(?<!\w)({anyone})(?!\w)", prompt, flags=re.IGNORECASE)  # every other one is a word
-    parts[1::2] = [written.get(part.lower(), part) for part in parts[1::2]]
+    parts = split_at_words(prompt, words, tokenizer.added_tokens_encoder)
+    parts[1::2] = [" ".join(words[word].group) for word in parts[1::2]]
     parts[::2] = TextualInversionLoaderMixin().maybe_convert_prompt(parts[::2], tokenizer)
-    return "".join(parts)
+    return " ".join(part.strip() for part in parts).strip()
 
 
 def _make_tokens(pipe: Any, words: Iterable[str]) -> None:
@@ -292,7 +281,8 @@ def _make_tokens(pipe: Any, words: Iterable[str]) -> None:
 
     vocabulary, words = _vocabulary(pipe), list(words)
     for encoder, tokenizer, table in list(_text_encoders(pipe)):
-        several = {word for word in words if vocabulary.words[word].several} - tokenizer.added_tokens_encoder.keys()
+        several = {word for word in words if len(vocabulary.words[word].group) > 1}
+        several -= tokenizer.added_tokens_encoder.keys()
         unknown = [word for word in words if _known_id(tokenizer, word) is None or word in several]
         if not unknown:
             continue
@@ -301,22 +291,24 @@ def _make_tokens(pipe: Any, words: Iterable[str]) -> None:
             vocabulary.tokenizers[encoder] = tokenizer
             tokenizer = copy.deepcopy(tokenizer)
             setattr(pipe, encoder.replace("text_encoder", "tokenizer"), tokenizer)
-        tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=False) for word in unknown])
-        missing = len(tokenizer) - len(table.weight)
-        if missing > 0:
+        # Normalized, "mug" stays out of "<mug-style>"; but of "Mug" diffusers would not find further vectors then.
+        added = [AddedToken(word, single_word=True, normalized=word == word.lower()) for word in unknown]
+        tokenizer.add_tokens(added)
+        if len(tokenizer) > len(table.weight):
             vocabulary.table_sizes.setdefault(encoder, len(table.weight))
-            mean = table.weight.data.mean(dim=0, keepdim=True)
-            _set_table(getattr(pipe, encoder), torch.cat([table.weight.data, mean.expand(missing, -1)]))
+            _resize_table(getattr(pipe, encoder), len(tokenizer))
             _find_end(vocabulary, encoder, getattr(pipe, encoder), tokenizer.eos_token_id)
 
 
-def _set_table(model: Any, rows: Tensor) -> None:
-    """Give a text encoder another embedding table, in the same parameter."""
+def _resize_table(model: Any, size: int) -> None:
+    """Cut or lengthen a text encoder's embedding table, in the same parameter; new rows are the mean of the others."""
     table = model.get_input_embeddings()
     if model.config.vocab_size == table.num_embeddings:
-        model.config.vocab_size = len(rows)
-    table.weight.data = rows
-    table.num_embeddings = len(rows)
+        model.config.vocab_size = size
+    rows = table.weight.data
+    new = rows.mean(dim=0, keepdim=True).expand(max(size - len(rows), 0), -1)
+    table.weight.data = torch.cat([rows[:size], new])
+    table.num_embeddings = size
 
 
 def _find_end(vocabulary: _Vocabulary, encoder: str, model: Any, end: int) -> None:
@@ -337,16 +329,27 @@ def _set_end(model: Any, end: int) -> None:
 
 
 def _reset(pipe: Any, vocabulary: _Vocabulary) -> None:
-    """Tokenizers and tables as they were before the first trigger word."""
+    """Tokenizers and tables as they were before the first trigger word, and with what others have added since."""
+    since = []
     for encoder, tokenizer in vocabulary.tokenizers.items():
-        setattr(pipe, encoder.replace("text_encoder", "tokenizer"), tokenizer)
+        model, name = getattr(pipe, encoder), encoder.replace("text_encoder", "tokenizer")
+        added, known = getattr(pipe, name).added_tokens_decoder, {*tokenizer.added_tokens_encoder, *vocabulary.words}
+        rows = model.get_input_embeddings().weight.data
+        ids = [number for number in sorted(added) if added[number].content not in known and number < len(rows)]
+        since.append((model, tokenizer, [added[number] for number in ids], rows[ids]))
+        setattr(pipe, name, tokenizer)
     for encoder, rows in vocabulary.rows.items():
         table = getattr(pipe, encoder).get_input_embeddings()
         for row, values in rows.items():
             table.weight.data[row] = values.to(table.weight)
     for encoder, size in vocabulary.table_sizes.items():
-        model = getattr(pipe, encoder)
-        _set_table(model, model.get_input_embeddings().weight.data[:size].clone())
+        _resize_table(getattr(pipe, encoder), size)
     for encoder in vocabulary.ends:
         _set_end(getattr(pipe, encoder), _OLD_END)
+    for model, tokenizer, tokens, vectors in since:
+        table = model.get_input_embeddings()
+        tokenizer.add_tokens(tokens)
+        if tokens and len(tokenizer) > len(table.weight):
+            _resize_table(model, len(tokenizer))
+        table.weight.data[tokenizer.convert_tokens_to_ids([token.content for token in tokens])] = vectors
     vocabulary.tokenizers, vocabulary.rows, vocabulary.table_sizes, vocabulary.ends = {}, {}, {}, set()

@@ -13,7 +13,7 @@ from atomdiff.active import set_active
 from atomdiff.errors import UserError
 from atomdiff.mixed import mixed_batch
 from atomdiff.packing import Concept, Line
-from atomdiff.pipeline import load_atoms, unload_atoms
+from atomdiff.pipeline import load_concept, unload_atoms
 from atomdiff.strength import Strength
 from atomdiff.trigger_words import add_trigger_word, check_vectors, group_words, set_trigger_embedding
 
@@ -85,14 +85,14 @@ class Wardrobe:
         self._count += 1
         name = f"{re.sub(r'[^A-Za-z0-9_]', '_', concept.name)[:_NAME_LENGTH]}-{self._count}"
         if concept.read is None:
-            load_atoms(self.pipe, concept.path, name, trigger_word=concept.trigger_word)
+            load_concept(self.pipe, concept.path, name, trigger_word=concept.trigger_word)
             self._loaded[concept], self._words[concept] = name, {word: word for word in concept.words}
             return
         delta = concept.read()
         for word, vectors in delta.tokens.items():
             check_vectors(self.pipe, word, vectors)
         if delta.layers:
-            load_atoms(self.pipe, replace(delta, tokens={}), name)
+            load_concept(self.pipe, replace(delta, tokens={}), name)
         inside = {word: self._teach(vectors) for word, vectors in delta.tokens.items()}
         groups = group_words(inside)
         self._words[concept] = {word: " ".join(inside[each] for each in groups.get(word, [word])) for word in inside}

@@ -76,7 +76,9 @@ def test_another_recipe_is_refused_but_rates_and_steps_may_change(tmp_path):
         ((1, 2), (1, 2), None),
         ((1, 2), (2, 1), None),
         ((3, 4), (6, 2), None),
-        ((4, None), (4, 3), None),  # it was not noted
+        ((4, None), (4, 1), None),  # it was not noted
+        ((4, None), (2, 2), None),
+        ((4, None), (4, 2), r"=4 on 1 process\(es\), now .*=4 on 2 .*were \(4\): take .*_steps=2, or start"),
         (
             (1, 2),
             (1, 1),

@@ -11,6 +11,7 @@ import torch
 import atomdiff
 from atomdiff import cli, dreambooth, sample
 from atomdiff.cli import main
+from atomdiff.errors import UserError
 from atomdiff.pipeline import add_trigger_word, set_trigger_embedding
 
 ROOT = Path(__file__).parents[1]
@@ -137,6 +138,37 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tiny_pipe_folder, tmp_path, capsy
     monkeypatch.setitem(cli.VERBS, "train", stop)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "stopped\n"
+
+
+@pytest.mark.parametrize(
+    ("rank", "processes", "end", "told", "waits"),
+    [
+        (0, 1, RuntimeError("bug"), "", 0),
+        (0, 2, RuntimeError("bug"), "", 1),
+        (0, 2, UserError("wrong"), "atomdiff train: error: wrong", 0),
+        (0, 2, KeyboardInterrupt("saved"), "saved", 0),
+        (1, 2, RuntimeError("bug"), "", 1),
+        (1, 2, UserError("wrong"), "atomdiff train: error: wrong", 1),
+        (1, 2, SystemExit("no such option"), "no such option", 1),
+        (1, 2, KeyboardInterrupt("saved"), "", 0),
+    ],
+)
+def test_processes_after_the_first_wait_before_they_tell(rank, processes, end, told, waits, monkeypatch, capsys):
+    def verb(_):
+        raise end
+
+    slept = []
+    monkeypatch.setattr(cli.time, "sleep", lambda _: slept.append(capsys.readouterr().err))
+    monkeypatch.setenv("RANK", str(rank))
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    monkeypatch.setitem(cli.VERBS, "train", verb)
+    if isinstance(end, RuntimeError):
+        with pytest.raises(RuntimeError):
+            main(["train"])
+    else:
+        assert main(["train"]) == (130 if isinstance(end, KeyboardInterrupt) else 2)
+    assert slept == [""] * waits
+    assert capsys.readouterr().err.strip() == told
 
 
 def test_warnings_are_short_and_only_ours(monkeypatch, tiny_pipe_folder, tmp_path, capsys):

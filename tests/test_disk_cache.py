@@ -133,11 +133,12 @@ def bits(*numbers):
     return torch.tensor(numbers, dtype=torch.int64).view(torch.float32)
 
 
-def test_quick_keys_tell_every_number_but_no_names():
+def test_quick_keys_tell_every_number():
     random = torch.Generator().manual_seed(0)
     weight, bias = torch.randn(64, 32, 3, 3, generator=random), torch.randn(64, generator=random)
     keys = [quick_key([weight, bias])]
-    assert quick_key([bias.clone(), weight.clone().to(memory_format=torch.channels_last)]) == keys[0]
+    assert quick_key([weight.clone().to(memory_format=torch.channels_last), bias.clone()]) == keys[0]
+    keys.append(quick_key([bias, weight]))
     for place in (0, 777, 18431):  # first, within, last
         other = weight.clone()
         other.view(-1)[place] *= 1 + 2**-20
@@ -146,6 +147,26 @@ def test_quick_keys_tell_every_number_but_no_names():
     keys += [quick_key([bits(1, 2)]), quick_key([bits(2, 1)]), quick_key([bits(1, 1)])]
     half = torch.ones(3, dtype=torch.bfloat16)  # not a whole number of 8 bytes
     keys += [quick_key([half]), quick_key([half * 2]), quick_key([half[0]]), quick_key([half[:0]]), quick_key([])]
+    assert len(set(keys)) == len(keys)
+
+
+@pytest.mark.parametrize("second", [5, 3 + 7 * 1024, 3 + 2 * 512 * 1024])  # in the row, the column, another square
+def test_quick_keys_tell_two_signs(second):
+    weight = torch.randn(3 * 512 * 1024, generator=torch.Generator().manual_seed(0))
+    other = weight.clone()
+    other[[3, second]] *= -1  # each the highest bit of a 64-bit word: twice 2^63 is nothing
+    assert quick_key([other]) != quick_key([weight])
+
+
+def test_quick_keys_tell_what_was_swapped():
+    random = torch.Generator().manual_seed(0)
+    one, two = torch.randn(2, 4096, 512, generator=random)
+    keys = [quick_key([one, two]), quick_key([two, one])]
+    for first, second in ((1, 2), (1, 1 + 512 * 3), (1, 1 + 512 * 1500)):  # in a row, in a column, in two squares
+        other = one.clone()
+        words = other.view(-1).view(torch.int64)
+        words[[first, second]] = words[[second, first]]
+        keys.append(quick_key([other, two]))
     assert len(set(keys)) == len(keys)
 
 

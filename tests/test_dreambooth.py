@@ -384,6 +384,15 @@ def test_class_pictures_of_another_base_are_refused(config, tiny_pipe, tmp_path)
     assert json.loads(record.read_text()) == then
 
 
+def test_class_pictures_are_told_by_the_scheduler_and_not_by_what_is_written_out(config):
+    config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=1, max_train_steps=1)
+    train(config)
+    train(dataclasses.replace(config, prediction_type="v_prediction", rescale_betas_zero_snr=False))  # as it is
+    for changes in ({"prediction_type": "epsilon"}, {"rescale_betas_zero_snr": True}, {"prediction_type": "flow"}):
+        with pytest.raises(UserError, match=r"made with other settings \(scheduler '\w+', now '\w+'\)"):
+            train(dataclasses.replace(config, **changes))
+
+
 def test_captions_are_the_photos_prompts(config, photos, monkeypatch):
     (photos / "1.txt").write_text("a picture of sks on the beach")
     prompts = {}
@@ -453,6 +462,38 @@ def test_a_row_that_a_stopped_run_owes_is_drawn_when_it_goes_on(config, step, un
     steps.clear()
     train(resumed)
     assert not steps  # nothing is owed
+
+
+def test_a_run_goes_on_with_more_or_fewer_prompts_on_its_sheet(config):
+    config = dataclasses.replace(config, checkpointing_steps=2, validation_steps=2)
+    expected = contents(train(config))
+    for prompts in (("a {class_name}", "{trigger_word}"), ("a {class_name}",)):
+        fields = {"resume_from_checkpoint": "checkpoint-2", "validation_prompts": prompts}
+        assert contents(train(dataclasses.replace(config, **fields))) == expected
+
+
+def test_a_last_row_that_cannot_be_drawn_does_not_cost_the_concept(config, monkeypatch):
+    config = dataclasses.replace(config, validation_steps=4)
+    draw = dreambooth.validate
+
+    def fail(run, step):
+        if step == config.max_train_steps:
+            raise RuntimeError("out of memory")
+        draw(run, step)
+
+    monkeypatch.setattr(dreambooth, "validate", fail)
+    with pytest.raises(RuntimeError, match="out of memory"):
+        train(config)
+    assert read_delta_file(Path(config.output_dir) / "teapot.atoms.safetensors").training["steps"] == 4
+
+
+def test_a_row_that_cannot_be_written_is_warned_of(config, monkeypatch):
+    def fail(picture, file):
+        raise OSError("no space left")
+
+    monkeypatch.setattr(progress, "_save_whole", fail)
+    with pytest.warns(UserWarning, match=r"step [04]: the contact sheet cannot be written \(no space left\)"):
+        train(dataclasses.replace(config, validation_steps=4))
 
 
 def test_a_run_that_was_asked_to_stop_at_a_row_draws_it_later(config, tmp_path, monkeypatch):

@@ -2,11 +2,13 @@
 
 import copy
 import json
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import (
     DDIMScheduler,
+    DiffusionPipeline,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -171,10 +173,60 @@ def test_a_pipeline_folder_has_the_scheduler_that_the_concepts_were_trained_for(
     assert "trained for a DDIMScheduler with prediction_type=epsilon" in capsys.readouterr().out
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "merged", subfolder="scheduler")
     assert scheduler.config.prediction_type == "epsilon"
-    with pytest.raises(UserError, match="'epsilon' for a .*, 'v_prediction' for a DDIM"):
-        export_concepts(ExportConfig(str(tiny_pipe_folder), tuple(paths), "diff", str(tmp_path / "x")))
     export_concepts(ExportConfig(str(tiny_pipe_folder), (paths[1],), "diff", str(tmp_path / "x")))
     assert capsys.readouterr().out == ""
+    both = ExportConfig(str(tiny_pipe_folder), tuple(paths), "pipeline", str(tmp_path / "both"))
+    with pytest.raises(
+        UserError, match="'epsilon' for a .*, 'v_prediction' for a DDIM.*; export them by themselves, or"
+    ):
+        export_concepts(both)
+    export_concepts(replace(both, prediction_type="epsilon"))
+    scheduler = DDIMScheduler.from_pretrained(tmp_path / "both", subfolder="scheduler")
+    assert scheduler.config.prediction_type == "epsilon"
+
+
+def test_a_file_of_concepts_for_different_schedulers_is_written_and_says_so(
+    pipe_template, tiny_pipe_folder, tmp_path, capsys
+):
+    pipe, paths = fresh(pipe_template), []
+    teach(pipe, "atoms")
+    for predicts in ("epsilon", "v_prediction"):
+        facts = {"config": {"prediction_type": predicts}}
+        paths.append(str(atomdiff.save_atoms(pipe, tmp_path / f"{predicts}.atoms.safetensors", training=facts)))
+    for to in ("diff", "lora"):
+        report = export_concepts(ExportConfig(str(tiny_pipe_folder), tuple(paths), to, str(tmp_path / to)))
+        assert report.path.is_file()
+        told = capsys.readouterr().out
+        assert "'epsilon' for a DDIM" in told and told.endswith("; choose one where you draw with the file\n")
+        with pytest.raises(UserError, match=f"prediction_type='flow': a file of {to} has no scheduler; leave it out"):
+            ExportConfig(str(tiny_pipe_folder), tuple(paths), to, str(tmp_path / to), prediction_type="flow")
+
+
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_diffusers_draws_a_folder_with_a_flow_concept(pipe_template, sdxl_template, tmp_path, kind):
+    pipe = fresh({"sd": pipe_template, "sdxl": sdxl_template}[kind])
+    pipe.save_pretrained(tmp_path / "base")
+    teach(pipe, "atoms")
+    facts = {"config": {"prediction_type": "flow", "flow_shift": 3.0}}
+    path = atomdiff.save_atoms(pipe, tmp_path / "mug.atoms.safetensors", training=facts)
+    export_concepts(ExportConfig(str(tmp_path / "base"), (str(path),), "pipeline", str(tmp_path / "merged")))
+    loaded = DiffusionPipeline.from_pretrained(tmp_path / "merged")  # in float32, so that no dtype is needed
+    assert {part.dtype for part in pipeline_models(loaded).values()} == {torch.float32}
+    assert loaded.scheduler.config.prediction_type == "flow_prediction" and loaded.scheduler.config.flow_shift == 3
+    found = draw(loaded)
+    pipe.scheduler = loaded.scheduler
+    torch.testing.assert_close(draw(pipe), found, atol=1e-3, rtol=0)
+
+
+def test_a_folder_in_another_precision_says_how_to_open_it(pipe_template, tiny_pipe_folder, tmp_path, capsys):
+    pipe = fresh(pipe_template)
+    teach(pipe, "atoms")
+    path = str(atomdiff.save_atoms(pipe, tmp_path / "mug.atoms.safetensors"))
+    config = ExportConfig(str(tiny_pipe_folder), (path,), "pipeline", str(tmp_path / "half"), dtype="float16")
+    report = export_concepts(config)
+    assert "open it with dtype=torch.float16" in capsys.readouterr().out
+    loaded = DiffusionPipeline.from_pretrained(report.path, dtype=torch.float16)
+    assert {part.dtype for part in pipeline_models(loaded).values()} == {torch.float16}
 
 
 def test_a_word_stays_a_word_in_a_folder(pipe_template, tmp_path):

@@ -743,6 +743,13 @@ def test_every_concept_of_a_list_has_a_repository_of_its_own(server, run_config,
         assert card_of(files["README.md"].decode())[0]["instance_prompt"] == phrase
 
 
+def test_a_folders_dots_stay_in_the_name_of_its_repository(server, run_config, tmp_path):
+    (tmp_path / "teapot").rename(tmp_path / "mug.v1")
+    changes = {"instance_data_dir": str(tmp_path / "mug.v1"), "max_train_steps": 1, "validation_steps": 0}
+    dreambooth.train(dataclasses.replace(run_config, hub_token="hf_writer", **changes))
+    assert server.repositories.keys() == {"ada/mug.v1"}
+
+
 def test_a_run_that_cannot_push_does_not_start(server, run_config, tmp_path):
     with pytest.raises(UserError, match="cannot push to teapot: nobody is logged in"):
         dreambooth.train(run_config)

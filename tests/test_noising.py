@@ -214,7 +214,7 @@ def test_a_resumed_run_draws_the_same(config):
 def test_class_pictures_of_another_scheduler_are_refused(config):
     fields = {"with_prior_preservation": True, "num_class_images": 1, "max_train_steps": 1, "validation_steps": 0}
     train(TrainConfig(**config | fields, prediction_type="sample"))
-    with pytest.raises(UserError, match=r"made with other settings .*prediction_type 'sample', now "):
+    with pytest.raises(UserError, match=r"made with other settings .*scheduler '.*', now '"):
         train(TrainConfig(**config | fields))
 
 

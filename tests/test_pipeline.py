@@ -561,6 +561,29 @@ def test_loading_warns_of_a_scheduler_that_does_not_draw_as_trained(tiny_pipe, t
         atomdiff.load_atoms(tiny_pipe, path, "mug")
 
 
+@pytest.mark.parametrize("shift", [10**400, 1e-320, 1e308])
+def test_a_shift_that_cannot_be_is_no_shift(tiny_pipe, tmp_path, shift):
+    train(tiny_pipe)
+    facts = {"config": {"prediction_type": "flow", "flow_shift": shift}}
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training=facts)
+    atomdiff.unload_atoms(tiny_pipe)
+    with pytest.warns(UserWarning, match="was trained for a .* with prediction_type=flow, flow_shift=1.0"):
+        atomdiff.load_atoms(tiny_pipe, path)
+
+
+def test_a_warning_of_the_scheduler_that_is_an_error_leaves_the_pipeline_as_it_was(tiny_pipe, tmp_path):
+    train(tiny_pipe, word="ohwx")
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training=V_ZERO_SNR)
+    atomdiff.unload_atoms(tiny_pipe)
+    before = bits(tiny_pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="was trained for"):
+            atomdiff.load_atoms(tiny_pipe, path)
+    assert not atomdiff.list_atoms(tiny_pipe)
+    assert_same(bits(tiny_pipe), before)
+
+
 def test_a_concept_loads_whatever_the_scheduler(tiny_pipe, tmp_path):
     train(tiny_pipe)
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training=V_ZERO_SNR)

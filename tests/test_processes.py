@@ -16,6 +16,7 @@ from atomdiff.dreambooth import train
 from atomdiff.train_config import load_config
 
 ROOT = Path(__file__).parents[1]
+HOW = "go on with the same command and --resume_from_checkpoint latest"
 EVERYTHING = {
     "train_text_encoder": True,
     "num_vectors": 2,
@@ -37,9 +38,10 @@ EVERYTHING = {
     "validation_steps": 2,
 }
 # One launch after the other, each with what `atomdiff train` is told and what goes wrong. Like other launchers, this
-# ends all processes when one fails; they are forked, so that they need not import everything again.
+# ends all processes when one fails, but waits for all where they are asked to stop; they are forked, so that they need
+# not import everything again.
 LAUNCHES = """
-import json, multiprocessing, os, shutil, socket, sys, time
+import json, multiprocessing, os, shutil, signal, socket, sys, time
 from pathlib import Path
 import accelerate, diffusers, peft
 from atomdiff import cli, dreambooth
@@ -50,13 +52,18 @@ def work(rank, port, options, spoilt):
     if rank:
         for name in ("save_checkpoint", "save_concept", "extend_contact_sheet"):
             setattr(dreambooth, name, None)
-    elif spoilt == "disk":
+    elif spoilt in ("disk", "late"):
         def save_checkpoint(*_):
             raise OSError(28, "No space left on device")
         dreambooth.save_checkpoint = save_checkpoint
-    if rank and spoilt == "loss":
-        usual = dreambooth.batch_loss
-        dreambooth.batch_loss = lambda run, number: usual(run, number) * float("nan")
+    usual = dreambooth.batch_loss
+    def spoilt_loss(run, number):
+        if not number and (spoilt == "both" or (rank and spoilt == "one")):
+            os.kill(os.getpid(), signal.SIGTERM if spoilt == "both" else signal.SIGINT)
+        while rank and spoilt == "late" and number and not signal.getsignal(signal.SIGTERM).__self__.requested:
+            time.sleep(0.01)
+        return usual(run, number) * (float("nan") if rank and spoilt == "loss" else 1)
+    dreambooth.batch_loss = spoilt_loss
     sys.exit(cli.main(["train", *options]))
 
 folder, launches = Path(sys.argv[1]), json.loads(sys.argv[2])
@@ -67,7 +74,8 @@ for name, (options, spoilt) in launches.items():
     both = [fork.Process(target=work, args=(rank, port, options, spoilt)) for rank in (0, 1)]
     for process in both:
         process.start()
-    while any(process.is_alive() for process in both) and not any(process.exitcode for process in both):
+    stops = spoilt in ("one", "both")
+    while any(process.is_alive() for process in both) and (stops or not any(process.exitcode for process in both)):
         time.sleep(0.05)
     failed = next((process.exitcode for process in both if process.exitcode), 0)
     for process in both:
@@ -111,7 +119,7 @@ def folder(tmp_path_factory, tiny_pipe_folder):
 
 @pytest.fixture(scope="module")
 def told(folder):
-    """What the launches print: "trained", "resumed" and three that fail."""
+    """What the launches print: "trained", "resumed", four that fail and two that are stopped."""
     (folder / "bad").mkdir()
     for name in ("bad.png", "worse.png"):
         (folder / "bad" / name).write_text("no picture")
@@ -123,7 +131,10 @@ def told(folder):
         "resumed": ([*run, "--resume_from_checkpoint", "checkpoint-1"], ""),
         "photos": ([*run, *plain, "--instance_data_dir", str(folder / "bad")], ""),
         "disk": ([*run, *plain, *photos], "disk"),
+        "late": ([*run, *plain, *photos, "--gradient_accumulation_steps", "1"], "late"),
         "loss": ([*run, *plain, *photos], "loss"),
+        "one": ([*run, *plain, *photos], "one"),
+        "both": ([*run, *plain, *photos], "both"),
     }
     (folder / "launches.py").write_text(LAUNCHES)
     command = [sys.executable, str(folder / "launches.py"), str(folder), json.dumps(launches)]
@@ -181,9 +192,14 @@ def test_only_the_main_process_writes_and_tells(told, folder):
 
 def test_what_goes_wrong_in_one_process_ends_both_with_one_message(told, folder):
     ends = [line.rpartition(" ")[2] for line in told.stdout.splitlines() if "ends with" in line]
-    assert ends == ["0", "0", "2", "2", "2"]
-    photos, disk, loss = [line for line in told.stderr.splitlines() if line.startswith("atomdiff train: error:")]
+    assert ends == ["0", "0", "2", "2", "2", "2", "130", "130"]
+    photos, disk, late, loss = [line for line in told.stderr.splitlines() if line.startswith("atomdiff train: error:")]
     assert photos.endswith("bad: cannot be read: bad.png, worse.png. Replace or remove them")
-    assert disk.endswith("No space left on device")
+    assert disk.endswith("No space left on device") and late == disk
     assert "step 1: the loss is nan" in loss
     assert "Traceback" not in told.stderr
+
+
+def test_asked_to_stop_both_processes_end_at_once_with_one_message(told, folder):
+    stopped = [line for line in told.stderr.splitlines() if "stopped" in line]
+    assert stopped == [f"stopped; {folder / 'failed' / 'checkpoint-1'} is saved: {HOW}"] * 2

@@ -60,6 +60,27 @@ def test_the_sheet_grows_and_forgets_rows_of_a_run_that_was_stopped(tmp_path):
     assert len(list((tmp_path / "validation").iterdir())) == 4
 
 
+def test_the_sheet_takes_rows_of_other_lengths_and_pictures_that_cannot_be_read(tmp_path):
+    def add(step, prompts):
+        extend_contact_sheet(tmp_path, step, [Image.new("RGB", (32, 32), (step, 0, 0))] * len(prompts), prompts)
+        return Image.open(tmp_path / "contact_sheet.png")
+
+    def shows(sheet, step):
+        return any(pixel == (step, 0, 0) for _, pixel in sheet.convert("RGB").getcolors(1 << 24))
+
+    narrow = add(50, ["one"])
+    wide = add(100, ["one", "two"])
+    assert wide.width > narrow.width
+    assert add(150, ["one"]).width >= wide.width
+    folder = tmp_path / "validation"
+    (folder / "step-000050-00.png").write_bytes(b"")
+    (folder / "step-000100-00.png").write_bytes((folder / "step-000100-00.png").read_bytes()[:40])
+    (folder / "step-mine.png").write_bytes(b"")
+    sheet = add(200, ["one", "two"])
+    assert not shows(sheet, 50) and all(shows(sheet, step) for step in (100, 150, 200))
+    assert (folder / "step-mine.png").exists()
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_the_first_signal_asks_and_a_later_one_acts(number, monkeypatch):
     def handler(*_):
@@ -81,6 +102,15 @@ def test_the_first_signal_asks_and_a_later_one_acts(number, monkeypatch):
         assert signal.getsignal(number) is handler
     finally:
         signal.signal(number, before)
+
+
+@pytest.mark.parametrize("asked", [False, True])
+def test_an_error_after_a_signal_is_the_end_that_was_asked_for(asked):
+    with pytest.raises(KeyboardInterrupt if asked else OSError) as ended, StopSignals():
+        if asked:
+            os.kill(os.getpid(), signal.SIGTERM)
+        raise OSError("disk full")
+    assert str(ended.value) == ("stopped; OSError: disk full" if asked else "disk full")
 
 
 def test_other_threads_train_without_signals():

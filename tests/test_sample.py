@@ -4,8 +4,8 @@ import copy
 import io
 import json
 import os
+import shutil
 import threading
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 import atomdiff
 from atomdiff import sample, wardrobe
@@ -721,9 +722,7 @@ def test_each_prompt_is_drawn_as_its_own_concepts_were_trained(config, trained, 
     names = {"a cat": None, "sks mug <atoms:noise>": "noise", "a mug <atoms:zero>": "zero", "a mug <atoms:plain>": None}
     names |= {"a robot <atoms:noise:0.5>": "noise", "a mug <atoms:noise:0>": None}
     config = replace(config, library=str(trained[0]), prompts=tuple(names), seeds=(0,), sample_batch_size=6)
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*was trained for a DDIM")  # of the one with no strength
-        save_samples(config)
+    save_samples(config)
     said = [settings_of(scheduler) for scheduler in used]
     assert len(said) == 3 and sum(each == settings_of(tiny_pipe.scheduler) for each in said) == 1
     shown = capsys.readouterr().out.splitlines()
@@ -734,6 +733,7 @@ def test_each_prompt_is_drawn_as_its_own_concepts_were_trained(config, trained, 
     assert abs(picture(config, "a robot <atoms:noise:0.5>") - expected).max() <= 1
 
 
+@pytest.mark.filterwarnings("ignore:.*by which it is called")
 def test_a_prompt_with_concepts_of_two_schedulers_is_refused_unless_one_is_chosen(config, trained, used):
     prompts = ("a cat", "a sks mug <atoms:zero>")
     both = {"library": str(trained[0]), "concepts": (str(trained[0] / f"plain{CONCEPT_SUFFIX}"),), "seeds": (0,)}
@@ -743,10 +743,41 @@ def test_a_prompt_with_concepts_of_two_schedulers_is_refused_unless_one_is_chose
     ):
         save_samples(config)
     assert not used  # before anything is drawn
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", ".*was trained for a DDIM|.*by which it is called")
-        save_samples(replace(config, rescale_betas_zero_snr=False))
+    save_samples(replace(config, rescale_betas_zero_snr=False))
     assert [scheduler.config.get("rescale_betas_zero_snr") for scheduler in used] == [False]
+
+
+@pytest.mark.parametrize(
+    ("name", "asked", "settings"),
+    [
+        ("noise", {"rescale_betas_zero_snr": False}, {"prediction_type": "epsilon", "rescale_betas_zero_snr": False}),
+        ("flow", {"prediction_type": "flow"}, {"prediction_type": "flow", "flow_shift": 3.0}),
+    ],
+)
+def test_what_is_not_chosen_stays_as_trained(config, trained, used, name, asked, settings):
+    path = str(trained[0] / f"{name}{CONCEPT_SUFFIX}")
+    save_samples(replace(config, prompts=("a sks mug",), seeds=(0,), concepts=(path,), **asked))
+    assert [settings_of(scheduler) for scheduler in used] == [settings]
+
+
+def test_a_choice_against_the_training_is_told_in_a_line(config, trained, used, capsys):
+    config = replace(config, prompts=("a sks mug",), seeds=(0,), concepts=(str(trained[0] / "lora"),))
+    save_samples(replace(config, prediction_type="v_prediction"))  # warns of nothing
+    told = capsys.readouterr().out
+    chosen = (
+        "lora: drawn by a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False; trained for"
+    )
+    assert told == f"{chosen} a DDIMScheduler with prediction_type=epsilon, rescale_betas_zero_snr=False\n"
+
+
+def test_a_lora_that_does_not_tell_its_training_is_drawn_with_any_concept(config, trained, used, tmp_path):
+    foreign = tmp_path / "foreign"
+    shutil.copytree(trained[0] / "lora", foreign, ignore=shutil.ignore_patterns("learned_embeds*"))
+    weights = foreign / "adapter_model.safetensors"
+    save_file(load_file(weights), weights)
+    concepts = (str(foreign), str(trained[0] / f"flow{CONCEPT_SUFFIX}"))
+    save_samples(replace(config, prompts=("a sks mug",), seeds=(0,), concepts=concepts))
+    assert [settings_of(scheduler)["prediction_type"] for scheduler in used] == ["flow"]
 
 
 def test_what_is_predicted_can_be_chosen(config, used, tiny_pipe, capsys):

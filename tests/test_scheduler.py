@@ -1,6 +1,9 @@
 """Which scheduler draws a concept as it was trained."""
 
+from types import SimpleNamespace
+
 import diffusers
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -19,6 +22,7 @@ from atomdiff.scheduler import (
     code_for,
     common_scheduler,
     fitting_scheduler,
+    scheduler_for,
     settings_of,
     trained_objective,
 )
@@ -37,6 +41,10 @@ STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_lin
         ({"config": {"prediction_type": ["flow"], "rescale_betas_zero_snr": "yes", "flow_shift": True}}, Objective()),
         ({"config": {"prediction_type": "noise", "flow_shift": float("nan")}}, Objective()),
         ({"config": {"flow_shift": -1}}, Objective()),
+        ({"config": {"flow_shift": 10**400}}, Objective()),
+        ({"config": {"flow_shift": 1e308}}, Objective()),
+        ({"config": {"flow_shift": 1e-320}}, Objective()),
+        ({"config": {"flow_shift": 1000}}, Objective(flow_shift=1000.0)),
     ],
 )
 def test_an_objective_is_what_can_be_of_the_facts_of_a_run(training, found):
@@ -44,12 +52,12 @@ def test_an_objective_is_what_can_be_of_the_facts_of_a_run(training, found):
 
 
 def test_where_nothing_can_be_read_nothing_is_known(tmp_path):
-    assert trained_objective(tmp_path) == trained_objective(tmp_path / "missing") == Objective()
+    assert trained_objective(tmp_path) is trained_objective(tmp_path / "missing") is None
     (tmp_path / "adapter_model.safetensors").write_bytes(b"\xff" * 50)
-    assert trained_objective(tmp_path) == Objective()
+    assert trained_objective(tmp_path) is None
     for facts in ({}, {"training": "[" * 100_000}, {"training": '{"config": {"prediction_type": "flow"}'}):
         save_file({"x": torch.zeros(1)}, tmp_path / "adapter_model.safetensors", facts)
-        assert trained_objective(tmp_path) == Objective()
+        assert trained_objective(tmp_path) is None
 
 
 @pytest.mark.parametrize(
@@ -83,6 +91,7 @@ def test_a_scheduler_that_says_the_same_stays(scheduler, objective):
 def test_the_code_makes_the_scheduler_that_draws_as_trained(base, objective, settings, tiny_pipe):
     wanted = fitting_scheduler(objective, base)
     assert settings_of(wanted) == settings
+    wanted = scheduler_for(tiny_pipe, wanted)
     tiny_pipe.scheduler = base
     exec(code_for(wanted, base), {"pipe": tiny_pipe, "diffusers": diffusers})
     found, expected = tiny_pipe.scheduler, wanted
@@ -101,7 +110,53 @@ def test_concepts_of_different_schedulers_have_none_in_common():
     base = DDIMScheduler()
     both = [("mug", Objective("v_prediction")), ("cat", Objective("v_prediction", False))]
     assert common_scheduler(both, base).config.prediction_type == "v_prediction"
-    with pytest.raises(UserError, match=r"different schedulers: 'mug' for a DDIM.*=v_prediction.*, 'cat' for a .*=eps"):
-        common_scheduler([both[0], ("cat", Objective())], base)
-    with pytest.raises(UserError, match="'mug' was trained with another scheduler: .*epsilon says nothing"):
+    apart = r"different schedulers: 'mug' for a DDIM.*=v_prediction.*, 'cat' for a .*=epsilon.*; one by one"
+    with pytest.raises(UserError, match=apart):
+        common_scheduler([both[0], ("cat", Objective())], base, advice="one by one")
+    asked = Objective("sample")
+    for concepts in ([both[0], ("cat", Objective())], []):
+        assert settings_of(common_scheduler(concepts, base, asked))["prediction_type"] == "sample"
+    with pytest.raises(UserError, match="no scheduler draws the concept 'mug': .*epsilon says nothing"):
         common_scheduler([("mug", Objective(None, True))], base)
+
+
+@pytest.mark.parametrize(
+    ("objective", "asked", "expected"),
+    [
+        (Objective("epsilon"), Objective(None, False), Objective("epsilon", False)),
+        (Objective("v_prediction", True), Objective("sample"), Objective("sample", True)),
+        (Objective("flow", None, 3.0), Objective("flow"), Objective("flow", None, 3.0)),
+        (Objective("flow", None, 3.0), Objective(None, False), Objective("flow", False, 3.0)),
+        (Objective("flow", None, 3.0), Objective("epsilon"), Objective("epsilon")),
+        (Objective("v_prediction", True), Objective("flow"), Objective("flow")),
+        (Objective("flow", None, 3.0), Objective(), Objective("flow", None, 3.0)),
+    ],
+)
+def test_what_is_asked_for_leaves_the_rest_as_trained(objective, asked, expected):
+    assert objective.changed(asked) == expected
+
+
+def test_diffusers_takes_the_steps_of_euler_for_flow(tiny_pipe):
+    flow = FlowMatchEulerDiscreteScheduler(shift=3.0)
+    assert scheduler_for(SimpleNamespace(components={"transformer": None}), flow) is flow
+    assert scheduler_for(tiny_pipe, tiny_pipe.scheduler) is tiny_pipe.scheduler
+    solver = scheduler_for(tiny_pipe, flow)
+    assert settings_of(solver) == settings_of(flow)
+    solver.set_timesteps(5)
+    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for timestep, level, following in zip(solver.timesteps, solver.sigmas[:-1], solver.sigmas[1:], strict=True):
+        assert abs(level * 1000 - timestep) < 1  # as in training
+        velocity = latents.flip(-1).sin()
+        expected = latents + (following - level) * velocity
+        latents = solver.step(velocity, timestep, latents).prev_sample
+        torch.testing.assert_close(latents, expected)
+    assert solver.sigmas[0] > 0.999 and solver.sigmas[-1] == 0
+
+
+def test_flow_is_drawn_alike_by_both_schedulers(tiny_pipe):
+    drawn = []
+    for scheduler in (flow := FlowMatchEulerDiscreteScheduler(shift=3.0), scheduler_for(tiny_pipe, flow)):
+        tiny_pipe.scheduler = scheduler
+        (picture,) = generate(tiny_pipe, ["a mug"], seeds=[0], num_inference_steps=25, progress=False)
+        drawn.append(np.asarray(picture).astype(int))
+    assert abs(drawn[0] - drawn[1]).mean() < 2

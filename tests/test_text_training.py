@@ -18,6 +18,7 @@ from atomdiff.delta_file import _MAX_WORDS, read_delta_file
 from atomdiff.dreambooth import TrainConfig, train
 from atomdiff.errors import UserError
 from atomdiff.pipeline import load_atoms, save_atoms, unload_atoms
+from atomdiff.prepare import check_words
 from atomdiff.sample import SampleConfig, save_samples
 from atomdiff.tuner import AtomConfig
 
@@ -331,6 +332,14 @@ def test_a_word_within_another_cannot_have_several_vectors(config_for, tmp_path,
     config_for(**fields)
     with pytest.raises(UserError, match="trigger_word='sks' is part of trigger_word='sks2'"):
         config_for(**fields, num_vectors=2)
+
+
+def test_a_word_is_named_where_pipelines_see_it(config_for):
+    config = config_for()
+    pipe = fresh(config)
+    check_words(config, pipe, ["a mug", "a SKS_mug"])
+    with pytest.raises(UserError, match="no prompt names it"):
+        check_words(config, pipe, ["a mug", "asks"])
 
 
 def test_other_atoms_on_the_text_encoders_are_refused(config_for, tmp_path):

@@ -117,6 +117,37 @@ def test_the_concepts_of_a_list_have_a_repository_each(tmp_path):
     assert one.hub_model_id == "ada/shelf"
 
 
+def test_repositories_have_names_that_the_hub_allows(tmp_path):
+    folders = ["my mug", "a--b", "c..d", "mug.v1", "mug.v2", "-e_(2)"]
+    entries = [LISTED[0] | {"instance_data_dir": f"photos/{folder}"} for folder in folders]
+    names = ["my-mug", "a-b", "c-d", "mug.v1", "mug.v2", "e_-2"]
+    assert [run.repository for run in listed(tmp_path, entries, push_to_hub=True).runs()] == names
+    shelf = listed(tmp_path, entries, push_to_hub=True, hub_model_id="ada/x").runs()
+    assert [run.repository for run in shelf] == [f"ada/x-{name}" for name in names]
+
+
+@pytest.mark.parametrize(
+    ("folders", "repository", "message"),
+    [
+        (["my mug", "My-mug"], None, "shelf.yaml: 'my mug' and 'My-mug' would both be pushed to My-mug; rename one"),
+        (["a--b", "a-b"], "ada/x", "'a--b' and 'a-b' would both be pushed to ada/x-a-b; rename one"),
+        (["mug", "m" * 100], None, "cannot push 'm+' to 'm+': .*96.* name another hub_model_id, or rename"),
+        (["mug", "カップ"], "ada/x", "cannot push 'カップ' to 'ada/x-': .* name another hub_model_id, or rename"),
+        (["mug", "rex"], "ada/x y", "cannot push 'mug' to 'ada/x y-mug': "),
+    ],
+)
+def test_repositories_that_cannot_be_are_refused_before_the_first_run(tmp_path, folders, repository, message):
+    entries = [LISTED[0] | {"instance_data_dir": f"photos/{folder}"} for folder in folders]
+    listed(tmp_path, entries, hub_model_id=repository)
+    with pytest.raises(UserError, match=message):
+        listed(tmp_path, entries, hub_model_id=repository, push_to_hub=True)
+
+
+def test_a_sheet_needs_a_prompt():
+    with pytest.raises(UserError, match="validation_prompts=.*: expected a prompt at least, or validation_steps 0"):
+        TrainConfig(**NEEDED, validation_steps=2, validation_prompts=())
+
+
 def test_a_list_of_concepts_can_make_up_one_run(tmp_path):
     config = listed(tmp_path, one_file=True)
     assert config.runs() == (config,) and config.name == "shelf"

@@ -10,6 +10,7 @@ from safetensors.torch import save_file
 import atomdiff
 from atomdiff import trigger_words as trigger_words_module
 from atomdiff.errors import UserError
+from atomdiff.prompt_tags import replace_words
 from atomdiff.trigger_words import (
     add_trigger_word,
     add_trigger_words,
@@ -130,8 +131,8 @@ def test_many_words_come_and_go_with_one_copy_of_the_table(tiny_pipe, tmp_path, 
     words = {f"<new-{number}>": {"text_encoder": torch.full((32,), float(number))} for number in range(30)}
     sizes = []
     monkeypatch.setattr(
-        "atomdiff.trigger_words._set_table",
-        lambda model, rows, real=trigger_words_module._set_table: (sizes.append(len(rows)), real(model, rows)),
+        "atomdiff.trigger_words._resize_table",
+        lambda model, size, real=trigger_words_module._resize_table: (sizes.append(size), real(model, size)),
     )
     add_trigger_words(tiny_pipe, words)
     for word, vectors in words.items():
@@ -225,7 +226,8 @@ def test_a_word_of_several_vectors_comes_and_goes(tiny_pipe, word):
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("word", ["mu", "Ohwx", "<mu>"])
 def test_added_words_count_in_any_case_but_not_within_others(tiny_pipe, word, count):
-    plain = {prompt: encoded(tiny_pipe, prompt) for prompt in ("a mug", f"x{word} {word}x {word}5 {word}_x")}
+    within = f"x{word} {word}x" if word.isalpha() else f"x{word} {word}x {word}5 {word}_x"
+    plain = {prompt: encoded(tiny_pipe, prompt) for prompt in ("a mug", within)}
     words = words_of(word, count)
     add_trigger_words(tiny_pipe, words)
     for number, each in enumerate(words):
@@ -245,6 +247,64 @@ def test_added_words_count_in_any_case_but_not_within_others(tiny_pipe, word, co
     assert "maybe_convert_prompt" not in vars(tiny_pipe)
 
 
+@pytest.mark.parametrize("count", [1, 2])
+@pytest.mark.parametrize("word", ["sks", "ohwx", "Ohwx", "s1", "<s1>"])
+def test_words_are_where_sampling_replaces_them(tiny_pipe, word, count):
+    words, tokenizer = words_of(word, count), tiny_pipe.tokenizer
+    add_trigger_words(tiny_pipe, words)
+    for text in ("X, x's mug", "X2 2X", "X_mug mug_X", "(X)-X", "Xx", "a\tX X"):
+        text = text.replace("X", word)
+        written = tiny_pipe.maybe_convert_prompt(text, tokenizer)
+        replaced = replace_words(text, {word: " ".join(words)})
+        assert tiny_pipe.tokenizer(written).input_ids == tiny_pipe.tokenizer(replaced).input_ids, text
+        ids, found = tiny_pipe.tokenizer(written).input_ids, replace_words(text, {word: "!"}).count("!")
+        assert [ids.count(token_id(tiny_pipe, each)) for each in words] == [found] * count, text
+
+
+@pytest.mark.parametrize("words", [["mug"], ["mug", "mug_1"], ["style"], ["style", "style_1"]])
+def test_words_do_not_count_within_textual_inversions(tiny_pipe, words):
+    tiny_pipe.load_textual_inversion(torch.randn(2, 32), token="<mug-style>")
+    expected = encoded(tiny_pipe, "a cat <mug-style>"), encoded(tiny_pipe, "a <MUG-STYLE> cat")
+    add_trigger_words(tiny_pipe, words)
+    for each in words:
+        set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.randn(32)})
+    assert torch.equal(encoded(tiny_pipe, "a cat <mug-style>"), expected[0])
+    assert torch.equal(encoded(tiny_pipe, "a <MUG-STYLE> cat"), expected[1])
+    now = tiny_pipe.maybe_convert_prompt(f"a {words[0]}, <mug-style>", tiny_pipe.tokenizer)
+    assert now == f"a {' '.join(words)} , <mug-style> <mug-style>_1"
+
+
+def test_textual_inversions_that_came_after_words_stay(tiny_pipe):
+    before = state(tiny_pipe)
+    for word, inversion in (("ohwx", "<first>"), ("zwx", "<second>")):
+        add_trigger_word(tiny_pipe, word)
+        set_trigger_embedding(tiny_pipe, word, {"text_encoder": torch.randn(32)})
+        tiny_pipe.load_textual_inversion(torch.randn(2, 32), token=inversion)
+    prompts = {each: encoded(tiny_pipe, f"a {each} cat") for each in ("zwx", "<first>", "<second>", "sks")}
+    remove_trigger_word(tiny_pipe, "ohwx")
+    assert all(torch.equal(encoded(tiny_pipe, f"a {each} cat"), shown) for each, shown in prompts.items())
+    remove_trigger_word(tiny_pipe, "zwx")
+    del prompts["zwx"]
+    assert all(torch.equal(encoded(tiny_pipe, f"a {each} cat"), shown) for each, shown in prompts.items())
+    now = state(tiny_pipe)
+    assert now["size"] == tuple(size + 4 for size in before["size"]) and now["tokenizer"] is before["tokenizer"]
+    assert torch.equal(now["table"][:-4], before["table"])
+
+
+def test_words_stand_for_the_vectors_that_came_with_them(tiny_pipe):
+    def written(prompt):
+        return tiny_pipe.maybe_convert_prompt(prompt, tiny_pipe.tokenizer)
+
+    add_trigger_words(tiny_pipe, ["sks", "sks_1", "sks_2"], owner="first")
+    add_trigger_words(tiny_pipe, ["sks_3"], owner="second")
+    assert written("a sks mug") == "a sks sks_1 sks_2 mug" and written("a sks_3 mug") == "a sks_3 mug"
+    remove_trigger_words(tiny_pipe, ["sks_3"])
+    assert written("a sks mug") == "a sks sks_1 sks_2 mug"
+    remove_trigger_words(tiny_pipe, ["sks_2"])
+    add_trigger_words(tiny_pipe, ["sks_2"], owner="second")
+    assert written("a sks mug") == "a sks sks_1 mug"
+
+
 def test_diffusers_own_words_of_several_vectors_stay(tiny_pipe):
     tiny_pipe.load_textual_inversion(torch.randn(2, 32), token="<cat>")
     prompt = "a <cat> and mu mug, <cat>s"
@@ -253,12 +313,18 @@ def test_diffusers_own_words_of_several_vectors_stay(tiny_pipe):
     assert now == "a <cat> <cat>_1 and mu mu_1 mug, <cat> <cat>_1s"
 
 
-def test_pieces_of_other_words_are_not_added(tiny_pipe):
+def test_pieces_of_other_words_are_not_added(tiny_pipe, tmp_path, monkeypatch):
     before = state(tiny_pipe)
     for word, words in (("tea", ["ohwx", "tea"]), ("m", ["m", "m_1"])):  # a piece of teapot, and of any word with an m
         with pytest.raises(UserError, match=f"'{word}' cannot be a trigger word.*makes other words of it"):
             add_trigger_words(tiny_pipe, words)
         assert_same(state(tiny_pipe), before)
+    add_trigger_words(tiny_pipe, ["ohwx"])
+    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
+    saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "word.atoms.safetensors")
+    with monkeypatch.context() as patch, pytest.raises(UserError, match="^'tea' cannot be a trigger word"):
+        patch.setattr("atomdiff.pipeline.attach.undone_on_error", None)  # it is refused before layers are attached
+        atomdiff.load_atoms(tiny_pipe, saved, trigger_word="tea")
     add_trigger_words(tiny_pipe, ["m"])  # a word of its own that CLIP knows
     assert token_id(tiny_pipe, "m") != tiny_pipe.tokenizer.convert_tokens_to_ids("m")
 

@@ -37,13 +37,13 @@ def library(tiny_pipe, tmp_path):
 @pytest.fixture
 def loads(monkeypatch):
     """Counts how often each concept is loaded, by the name of its adapter."""
-    counted, load = Counter(), wardrobe.load_atoms
+    counted, load = Counter(), wardrobe.load_concept
 
     def count(pipe, delta, name, **settings):
         counted[name.partition("-")[0]] += 1
         return load(pipe, delta, name, **settings)
 
-    monkeypatch.setattr(wardrobe, "load_atoms", count)
+    monkeypatch.setattr(wardrobe, "load_concept", count)
     return counted
 
 
