@@ -62,7 +62,8 @@ class Part:
 
 
 PARTS = {
-    "sd15_cpu": Part("sd-1.5", "cpu", 32, 5),
+    "sd15_cpu": Part("sd-1.5", "cpu", 32, 3),
+    "sd15_512_cpu": Part("sd-1.5", "cpu", 64, 3),
     "sd15_gpu": Part("sd-1.5", "cuda", 64, 20),
     "sdxl_gpu": Part("sdxl", "cuda", 128, 10),
     "tiny_cpu": Part("tiny", "cpu", 16, 3),
@@ -74,7 +75,8 @@ class BenchmarkConfig:
     """What to measure; 0 stands for what suits the part."""
 
     parts: tuple[str, ...] = ()
-    """Models and devices: sd15_cpu, sd15_gpu, sdxl_gpu, tiny_cpu. None: the first, and with a GPU the two for it."""
+    """Models and devices: sd15_cpu, sd15_512_cpu, sd15_gpu, sdxl_gpu, tiny_cpu. None: the first, and with a
+    GPU the two for it."""
     methods: tuple[str, ...] = ()
     """Methods to compare; none: all."""
     checkpointing: tuple[bool, ...] = (False, True)
