@@ -15,8 +15,9 @@ from atomdiff.errors import UserError
 from atomdiff.method import make_trainable
 from atomdiff.text_states import TextStates, encode, encode_known, look_up, start_vectors, text_encoders, tokenize
 from atomdiff.train_config import TrainConfig
-from atomdiff.trigger_words import add_trigger_words, token_id, words_of
+from atomdiff.trigger_words import add_trigger_words, token_id
 from atomdiff.unet_memory import save_memory
+from atomdiff.vector_words import words_of
 
 ParameterGroup = Literal["adapter", "text_encoder", "token"]
 

@@ -23,7 +23,7 @@ from atomdiff.pipeline import renamed_tokens
 from atomdiff.prompt_tags import describe_strength, has_word, replace_words, split_tags
 from atomdiff.scheduler import Objective, trained_objective
 from atomdiff.strength import Strength, given_strengths
-from atomdiff.trigger_words import group_words
+from atomdiff.vector_words import group_words
 
 Item = TypeVar("Item")
 

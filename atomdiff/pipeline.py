@@ -25,16 +25,15 @@ from atomdiff.trigger_words import (
     add_trigger_words,
     check_addable,
     check_vectors,
-    group_words,
     remove_trigger_word,
     remove_trigger_words,
     set_trigger_embedding,
     token_id,
     trigger_words,
-    words_of,
 )
 from atomdiff.tuner import attach
 from atomdiff.tuner.config import AtomConfig
+from atomdiff.vector_words import group_words, words_of
 
 __all__ = [
     "LoadedConcept",

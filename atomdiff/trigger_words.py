@@ -13,8 +13,7 @@ from torch import Tensor, nn
 
 from atomdiff.errors import UserError
 from atomdiff.prompt_tags import split_at_words
-from atomdiff.vector_words import group_words as group_words
-from atomdiff.vector_words import words_of as words_of
+from atomdiff.vector_words import group_words
 
 _OLD_END = 2
 

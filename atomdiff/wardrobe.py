@@ -15,7 +15,8 @@ from atomdiff.mixed import mixed_batch
 from atomdiff.packing import Concept, Line
 from atomdiff.pipeline import load_concept, unload_atoms
 from atomdiff.strength import Strength
-from atomdiff.trigger_words import add_trigger_word, check_vectors, group_words, set_trigger_embedding
+from atomdiff.trigger_words import add_trigger_word, check_vectors, set_trigger_embedding
+from atomdiff.vector_words import group_words
 
 MOST_LOADED = 32  # concepts kept in a pipeline, unless one batch has more
 _NAME_LENGTH = 60

@@ -14,14 +14,13 @@ from atomdiff.prompt_tags import replace_words
 from atomdiff.trigger_words import (
     add_trigger_word,
     add_trigger_words,
-    group_words,
     remove_trigger_word,
     remove_trigger_words,
     set_trigger_embedding,
     token_id,
     trigger_words,
-    words_of,
 )
+from atomdiff.vector_words import group_words, words_of
 
 
 class TwoEncoders:
