@@ -265,13 +265,15 @@ def test_a_sparse_code_follows_the_base_weight_and_the_atoms():
     assert not torch.equal(layer.adapted_weight(["a"]), before)
 
 
-def test_a_sparse_code_made_for_inference_serves_training_and_moves_along(monkeypatch):
+def test_a_sparse_code_made_for_inference_serves_training_and_merging_and_moves_along(monkeypatch):
     layer, x = coded_layer(), torch.randn(1, 8, 5, 5)
     with torch.inference_mode():
         layer(x)
     layer(x).sum().backward()
     assert layer.tensors("atom_delta")["a"].grad.abs().max() > 0
     monkeypatch.setattr("atomdiff.tuner.layer.sparse_codes", lambda *_: pytest.fail("worked out again"))
+    layer.merge()
+    layer.unmerge()
     expected = layer(x).double()
     torch.testing.assert_close(layer.double()(x.double()), expected, rtol=0, atol=1e-5)
 
