@@ -7,7 +7,7 @@ import os
 import re
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -78,9 +78,7 @@ class ExportConfig:
                 )
         if not self.concepts:
             raise UserError("found no concept; give --concepts")
-        if self.prediction_type not in (None, *get_args(PredictionType)):
-            allowed = ", ".join(get_args(PredictionType))
-            raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
+        Objective(self.prediction_type)  # refuses what it does not know
         for name in ("prediction_type", "rescale_betas_zero_snr"):
             if self.to != "pipeline" and getattr(self, name) is not None:
                 found = f"{name}={getattr(self, name)!r}: a file of {self.to} has no scheduler"

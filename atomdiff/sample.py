@@ -4,7 +4,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, get_args
+from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
@@ -92,9 +92,7 @@ class SampleConfig:
             raise UserError(
                 f"negative_prompt={self.negative_prompt!r}: only prompts can wear concepts; take the tag out"
             )
-        if self.prediction_type not in (None, *get_args(PredictionType)):
-            allowed = ", ".join(get_args(PredictionType))
-            raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
+        Objective(self.prediction_type)  # refuses what it does not know
         for name in ("num_inference_steps", "height", "width", "sample_batch_size"):
             value = getattr(self, name)
             if value is not None and value < 1:

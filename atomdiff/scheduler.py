@@ -10,9 +10,8 @@ from typing import Any, get_args
 from atomdiff.delta_file import parse_json
 from atomdiff.errors import UserError
 from atomdiff.model_spec import prediction_type
+from atomdiff.train_checks import FLOW_SHIFTS
 from atomdiff.train_config import PredictionType
-
-_LEAST_SHIFT, _MOST_SHIFT = 0.01, 1000.0  # beyond, noise levels fall together
 
 
 @dataclass(frozen=True)
@@ -26,6 +25,11 @@ class Objective:
     flow_shift: float | None = None
     """Of flow: how much more noise levels lie near pure noise."""
 
+    def __post_init__(self) -> None:
+        if self.prediction_type not in (None, *get_args(PredictionType)):
+            allowed = ", ".join(get_args(PredictionType))
+            raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
+
     @classmethod
     def read(cls, training: Mapping[str, Any]) -> Objective:
         """Return what the facts of a run in a concept file say; values that cannot be are left out."""
@@ -36,7 +40,7 @@ class Objective:
         return cls(
             predicts if predicts in get_args(PredictionType) else None,
             zero_snr if isinstance(zero_snr, bool) else None,
-            float(shift) if type(shift) in (int, float) and _LEAST_SHIFT <= shift <= _MOST_SHIFT else None,
+            float(shift) if type(shift) in (int, float) and FLOW_SHIFTS[0] <= shift <= FLOW_SHIFTS[1] else None,
         )
 
     def changed(self, asked: Objective) -> Objective:

@@ -12,6 +12,7 @@ from atomdiff.vector_words import group_words, words_of
 if TYPE_CHECKING:
     from atomdiff.train_config import Subject, TrainConfig
 
+FLOW_SHIFTS = (0.01, 1000.0)  # beyond, noise levels fall together
 _FROM_ONE = (
     "resolution num_class_images sample_batch_size num_inference_steps lr_num_cycles max_train_steps train_batch_size "
     "gradient_accumulation_steps checkpoints_total_limit logging_steps max_timestep num_vectors repeats"
@@ -26,7 +27,7 @@ _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_FROM_ZERO, (0, math.inf)),
     **dict.fromkeys(("caption_dropout", "unmasked_weight", "adam_beta1", "adam_beta2", "ema_decay"), (0, 1)),
     "logit_mean": (-100, 100),
-    "flow_shift": (0.01, 1000.0),
+    "flow_shift": FLOW_SHIFTS,
 }
 _ATTENTION = ("plain_attention", "enable_xformers_memory_efficient_attention", "enable_attention_slicing")
 _QUANTIZED = ("load_in_8bit", "load_in_4bit")
