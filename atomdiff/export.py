@@ -5,7 +5,9 @@ from __future__ import annotations
 import math
 import os
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, field
+from itertools import chain, count
 from pathlib import Path
 from typing import Any, Literal
 
@@ -16,7 +18,7 @@ from atomdiff.active import set_active
 from atomdiff.delta_file import some
 from atomdiff.differences import layer_differences, without_adapters
 from atomdiff.errors import UserError
-from atomdiff.kohya import as_written, embedding_rows, layer_name, metadata, missing_out_proj, save_tensors
+from atomdiff.kohya import as_written, embedding_rows, layer_name, metadata, save_tensors, unread_by, zero_layers
 from atomdiff.low_rank import low_rank
 from atomdiff.open_pipeline import open_pipeline
 from atomdiff.packing import given_concepts, objectives
@@ -24,6 +26,7 @@ from atomdiff.pipeline import list_atoms, load_concept, trigger_words
 from atomdiff.scheduler import Objective, common_scheduler, describe, scheduler_for
 from atomdiff.strength import given_strengths
 from atomdiff.train_config import PredictionType
+from atomdiff.vector_words import group_words
 
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -119,6 +122,8 @@ class ExportReport:
     """Trigger word -> the file of its embedding, without which the concept is incomplete."""
     biases_left_out: tuple[str, ...] = ()
     """Layers whose biases change, which a LoRA cannot hold."""
+    unread: dict[str, tuple[str, ...]] = field(default_factory=dict)
+    """Program -> layers that it does not read."""
 
     @property
     def error(self) -> float:
@@ -272,7 +277,6 @@ def export_lora(
         tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # diffusers mistakes alphas that differ between layers
         size, residual = float(weight.norm()), float(missed.norm())
         layers.append(ExportedLayer(name, tuple(weight.shape), len(down), size, residual))
-    tensors |= missing_out_proj(pipe, tensors)
     return _write(pipe, Path(path), tensors, layers, dtype, trigger_phrase, rank, biases)
 
 
@@ -291,6 +295,9 @@ def describe_export(report: ExportReport) -> str:
         lines.append("")
     if report.biases_left_out:
         lines.append(f"left out, because a LoRA holds no biases: those of {some(report.biases_left_out)}")
+    for program, names in report.unread.items():
+        all_of_it = len(names) == len(report.layers)
+        lines.append(f"{program} leaves out {'everything: it reads LoRAs only' if all_of_it else some(names)}")
     if report.layers or not report.embeddings:
         lines.append(f"saved {report.path}")
     for word, path in report.embeddings.items():
@@ -312,18 +319,40 @@ def _write(
     biases: list[str] | None = None,
 ) -> ExportReport:
     path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-    inactive = {concept.name for concept in list_atoms(pipe) if concept.layers and not concept.active}
-    words = [word for word, entry in trigger_words(pipe).items() if entry.vectors and entry.owner not in inactive]
+    words = _words(pipe)
     if not tensors and not words:
         raise UserError("found nothing to export: no active concept changes the pipeline; load one, or give it weight")
     if tensors:
+        tensors = tensors | zero_layers(pipe, tensors, float(rank or 1))
         save_tensors(path, tensors, metadata(pipe, path.stem, trigger_phrase, rank))
     embeddings = {}
+    for word, beside in _files_beside(path, words).items():
+        rows = embedding_rows(pipe, words[word])
+        save_tensors(beside, {key: as_written(row, dtype, word) for key, row in rows.items()}, {})
+        embeddings[word] = beside
+    unread = unread_by([layer.name for layer in layers], whole=rank is None)
+    return ExportReport(path, tuple(layers), embeddings, tuple(biases or ()), unread)
+
+
+def _words(pipe: Any) -> dict[str, list[str]]:
+    """The trigger words of active concepts -> the words that their vectors are kept under."""
+    inactive = {concept.name for concept in list_atoms(pipe) if concept.layers and not concept.active}
+    by_owner: dict[str | None, list[str]] = {}
+    for word, entry in trigger_words(pipe).items():
+        if entry.vectors and entry.owner not in inactive:
+            by_owner.setdefault(entry.owner, []).append(word)
+    return {word: group for words in by_owner.values() for word, group in group_words(words).items()}
+
+
+def _files_beside(path: Path, words: Iterable[str]) -> dict[str, Path]:
+    """Word -> the file of its embedding, named as every system allows."""
+    files: dict[str, Path] = {}
     for word in words:
         in_name = re.sub(r"[^\w.-]", "_", word)
-        beside = embeddings[word] = path.with_name(f"{path.stem}-{in_name}.safetensors")
-        save_tensors(beside, {key: as_written(row, dtype, word) for key, row in embedding_rows(pipe, word).items()}, {})
-    return ExportReport(path, tuple(layers), embeddings, tuple(biases or ()))
+        taken = {file.stem.lower() for file in files.values()}
+        names = (f"{path.stem}-{in_name}{number}" for number in chain([""], (f"-{n}" for n in count(2))))
+        files[word] = path.with_name(next(name for name in names if name.lower() not in taken) + ".safetensors")
+    return files
 
 
 def _check_rank(rank: int) -> None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,9 @@ _SDXL_RESNET = {
 }
 _IN_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _ENCODER = re.compile("text_encoder(_2)?").fullmatch
+_IN_KOHYA = re.compile(  # what sd-scripts puts its layers on: in the blocks of a UNet, in the layers of text encoders
+    r"lora_(unet_((down|up)_blocks|mid_block|input_blocks_[1-9]|middle_block|output_blocks)_.+|te\d?_text_model_.+)"
+).fullmatch
 _BASE_VERSIONS = {
     "stable-diffusion-v1": "sd_v1",
     "stable-diffusion-v2-512": "sd_v2",
@@ -105,40 +108,65 @@ def metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> di
     return fields | {f"modelspec.{key}": value for key, value in spec.items()}
 
 
-def missing_out_proj(pipe: Any, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """What a LoRA lacks for diffusers, which reads that of a text encoder only if an `out_proj` is among its layers.
+def zero_layers(pipe: Any, tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
+    """Layers that change nothing, without which other programs do not take a file for what it is.
+
+    InvokeAI tells the base by the width of the first cross-attention's keys, and refuses a file without, such as one of
+    convolutions; and diffusers reads the LoRA of a text encoder only if an `out_proj` is among its layers.
 
     Args:
         pipe: the pipeline.
         tensors: those of the file.
+        alpha: of the added LoRAs, which diffusers mistakes where it differs between layers.
 
     Returns:
-        A LoRA of rank 1 that changes nothing, for each text encoder that needs it.
+        A LoRA of rank 1 of zeros for each layer that the file lacks.
     """
-    added = {}
+    names = {key.partition(".")[0] for key in tensors}
+    added: dict[str, Tensor] = {}
     for component, model in pipe.components.items():
-        layers = supported_modules(model) if _ENCODER(component) and model is not None else {}
-        outs = {path: module for path, module in layers.items() if path.endswith("out_proj")}
-        names = {layer_name(pipe, component, path): module.weight for path, module in outs.items()}
-        prefix = next(iter(names), "").partition("_text_")[0]
-        used = [key for key in tensors if prefix and key.startswith(f"{prefix}_")]
-        if used and not any(key.partition(".")[0] in names for key in used):
-            name, weight = next(iter(names.items()))
-            like = tensors[used[0]]
+        ends = "attn2.to_k" if component == "unet" else "out_proj" if _ENCODER(component) else None
+        if model is None or ends is None:
+            continue
+        paths = {path: module for path, module in supported_modules(model).items() if path.endswith(ends)}
+        found = {layer_name(pipe, component, path): module.weight for path, module in paths.items()}
+        if component == "unet":
+            found = {name: found[name] for name in sorted(found)[:1]}  # in the order that files are read in
+        else:
+            prefix = next(iter(found), "").partition("_text_")[0]
+            if not any(prefix and key.startswith(f"{prefix}_") and key.endswith(".lora_up.weight") for key in tensors):
+                continue
+        if found and not names & found.keys():
+            name, weight = next(iter(found.items()))
+            like = next(tensor for tensor in tensors.values() if tensor.ndim > 1)
             added[f"{name}.lora_up.weight"] = like.new_zeros(weight.shape[0], 1)
             added[f"{name}.lora_down.weight"] = like.new_zeros(1, weight.shape[1])
-            added[f"{name}.alpha"] = tensors[f"{used[0].partition('.')[0]}.alpha"].clone()
+            added[f"{name}.alpha"] = torch.tensor(alpha)
     return added
 
 
-def embedding_rows(pipe: Any, word: str) -> dict[str, Tensor]:
-    """A word's rows (1, hidden) of the embedding tables, under the names of Stable Diffusion WebUI and ComfyUI."""
+def unread_by(names: Iterable[str], *, whole: bool) -> dict[str, tuple[str, ...]]:
+    """The programs that do not read all layers of a file, and which they leave out.
+
+    Args:
+        names: of its layers.
+        whole: whether it holds whole differences, of which kohya's `merge_lora` reads nothing, and not a LoRA.
+    """
+    unread = {
+        "kohya's merge_lora": tuple(name for name in names if whole or not _IN_KOHYA(name)),
+        "Stable Diffusion WebUI": tuple(name for name in names if name.endswith("_text_projection")),
+    }
+    return {program: layers for program, layers in unread.items() if layers}
+
+
+def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
+    """The rows (n, hidden) of n words in the embedding tables, named as in files for ComfyUI and others."""
     keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if is_sdxl(pipe) else {"text_encoder": "emb_params"}
     rows = {}
     for encoder, key in keys.items():
         if pipe.components.get(encoder) is not None:
             table = getattr(pipe, encoder).get_input_embeddings()
-            rows[key] = table.weight.detach()[token_id(pipe, word, encoder)][None]
+            rows[key] = table.weight.detach()[[token_id(pipe, word, encoder) for word in words]]
     return rows
 
 

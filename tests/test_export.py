@@ -2,7 +2,10 @@
 
 import copy
 import json
+import re
 from dataclasses import replace
+from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -31,12 +34,14 @@ from atomdiff.command_line import parse_config
 from atomdiff.differences import layer_differences
 from atomdiff.errors import UserError
 from atomdiff.export import ExportConfig, describe_export, export_concepts, export_diff, export_lora, export_pipeline
-from atomdiff.kohya import layer_name
+from atomdiff.kohya import layer_name, zero_layers
 from atomdiff.low_rank import low_rank
-from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding
+from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding, trigger_words
+from atomdiff.trigger_words import add_trigger_words
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.model import supported_modules
 
+ENCODERS = ("text_encoder", "text_encoder_2")
 METHODS = {
     "atoms": (
         lambda: AtomConfig(target_modules="all"),
@@ -138,8 +143,9 @@ def sdxl_template(pipe_template):
 
 
 def load_in_diffusers(pipe, report, word="ohwx"):
-    pipe.load_lora_weights(str(report.path))
-    for path in report.embeddings.values():
+    if report.path is not None:
+        pipe.load_lora_weights(str(report.path))
+    for path in [report.embeddings[word]] if report.embeddings else []:
         for key, rows in load_file(path).items():
             number = "_2" if key == "clip_g" else ""
             parts = {part: getattr(pipe, part + number) for part in ("text_encoder", "tokenizer")}
@@ -410,6 +416,125 @@ def test_a_concept_that_is_only_a_word_is_only_its_embedding(tiny_pipe, tmp_path
     report = export_lora(tiny_pipe, tmp_path / "mug.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["mug-ohwx.safetensors"]
     assert "mug.safetensors" not in describe_export(report).replace("mug-ohwx.safetensors", "")
+
+
+def test_a_word_of_several_vectors_is_one_file(pipe_template, sdxl_template, tmp_path):
+    for template, keys in ((pipe_template, ["emb_params"]), (sdxl_template, ["clip_l", "clip_g"])):
+        pipe = fresh(template)
+        add_trigger_words(pipe, ["ohwx", "ohwx_1", "ohwx_2", "<a>", "[a]"])
+        for number, word in enumerate(trigger_words(pipe)):
+            sizes = {part: getattr(pipe, part).config.hidden_size for part in ENCODERS if hasattr(pipe, part)}
+            set_trigger_embedding(pipe, word, {part: torch.full((n,), float(number)) for part, n in sizes.items()})
+        report = export_lora(pipe, tmp_path / "mug", dtype=torch.float32)
+        assert {word: file.name for word, file in report.embeddings.items()} == {
+            "ohwx": "mug-ohwx.safetensors",
+            "<a>": "mug-_a_.safetensors",
+            "[a]": "mug-_a_-2.safetensors",  # not the same file
+        }
+        rows = load_file(report.embeddings["ohwx"])
+        assert sorted(rows) == sorted(keys) and all(value[:, 0].tolist() == [0, 1, 2] for value in rows.values())
+        other = fresh(template)
+        load_in_diffusers(other, SimpleNamespace(embeddings=report.embeddings, path=None), "ohwx")
+        pipe.set_progress_bar_config(disable=True)
+        torch.testing.assert_close(draw(other), draw(pipe), atol=1e-4, rtol=0)
+        assert not torch.allclose(draw(template), draw(pipe), atol=1e-3)
+
+
+def test_the_lines_of_the_readme_load_a_word_in_diffusers(pipe_template, sdxl_template, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    lines = [code for code in re.findall(r"```py\n(.*?)```", readme, re.DOTALL) if "load_textual_inversion" in code]
+    monkeypatch.chdir(tmp_path)
+    for template, code in zip((pipe_template, sdxl_template), lines, strict=True):
+        pipe, other = fresh(template), fresh(template)
+        teach(pipe, word="sks")
+        file = export_lora(pipe, "out/mug", 1, dtype=torch.float32).embeddings["sks"]
+        assert str(file) in code
+        exec(code, {"pipe": other})
+        for part in ENCODERS[: len(load_file(file))]:
+            tokenizer = getattr(other, part.replace("text_encoder", "tokenizer"))
+            (token,) = tokenizer("sks", add_special_tokens=False).input_ids
+            found = getattr(other, part).get_input_embeddings().weight[token]
+            assert torch.equal(found, trigger_words(pipe)["sks"].vectors[part])
+
+
+def invokeai_width(file):
+    """The width by which InvokeAI tells the base: of the first keys that it looks at."""
+    widths = {}
+    for key, tensor in sorted(file.items()):
+        stem, kind = key.split(".", 1)
+        if kind not in ("diff", "lora_down.weight"):
+            continue
+        if stem.startswith("lora_unet_") and stem.endswith(("_attn2_to_k", "_attn2_to_v")):
+            return tensor.shape[1]
+        if stem.endswith("time_emb_proj") and kind == "lora_down.weight":
+            return tensor.shape[1]
+        if stem.startswith("lora_te") and "_self_attn_" in stem:
+            widths[stem[:8]] = tensor.shape[1]
+        if "lora_te_" in widths or len(widths) == 2:
+            return sum(widths.values())
+    return None
+
+
+@pytest.mark.parametrize("form", [export_diff, export_lora])
+@pytest.mark.parametrize("kind", ["sd", "sdxl"])
+def test_the_base_of_every_file_is_known_by_its_cross_attention(pipe_template, sdxl_template, tmp_path, kind, form):
+    template = {"sd": pipe_template, "sdxl": sdxl_template}[kind]
+    width = template.unet.config.cross_attention_dim
+    for part, targets in {
+        "unet": ["conv_in", "conv1"],
+        "text_encoder": ["fc1"],
+        "text_encoder_2": ["self_attn.q_proj", "text_projection"],
+    }.items():
+        pipe = fresh(template)
+        if not hasattr(pipe, part):
+            continue
+        model = getattr(pipe, part)
+        model.add_adapter(LoraConfig(r=2, target_modules=targets, init_lora_weights=False))
+        report = form(pipe, tmp_path / "x", dtype=torch.float32)
+        file = load_file(report.path)
+        assert invokeai_width(file) == width
+        added = {key for key in file if key.split(".")[0] not in {layer.name for layer in report.layers}}
+        names = {key.split(".")[0] for key in added if "attn2_to_k" in key}
+        assert len(names) == 1 and not any(file[key].any() for key in added if not key.endswith(".alpha"))
+        if form is export_lora:  # and diffusers loads it all the same
+            other = fresh(template)
+            other.load_lora_weights(str(report.path))
+            pipe.set_progress_bar_config(disable=True)
+            torch.testing.assert_close(draw(other, "a mug"), draw(pipe, "a mug"), atol=1e-3, rtol=0)
+
+
+@pytest.mark.parametrize(("architecture", "width"), [("sd-1.5", 768), ("sd-2.1", 1024), ("sdxl", 2048)])
+def test_files_for_the_real_architectures_are_known(architecture, width):
+    unet = open_architecture(architecture)
+    pipe = SimpleNamespace(unet=unet, components={"unet": unet})
+    layers = supported_modules(unet)
+    for ends in (("conv_in",), ("conv1", "conv2"), ("conv1", "time_emb_proj"), ("up_blocks.1.resnets.0.conv1",)):
+        names = {layer_name(pipe, "unet", path): layers[path].weight for path in layers if path.endswith(ends)}
+        diff = {f"{name}.diff": weight for name, weight in names.items()}
+        lora = {f"{name}.lora_down.weight": weight[:1] for name, weight in names.items()}
+        for file in (diff, lora):
+            assert invokeai_width(file) != width
+            assert invokeai_width(file | zero_layers(pipe, file, 1.0)) == width
+
+
+def test_what_programs_do_not_read_is_told(sdxl_template, tmp_path):
+    pipe = fresh(sdxl_template)
+    teach(pipe)
+    report = export_lora(pipe, tmp_path / "x", 1)
+    kohya = set(report.unread.pop("kohya's merge_lora"))
+    assert kohya == {
+        f"lora_unet_{name}"
+        for name in (
+            "input_blocks_0_0",
+            "out_2",
+            *(f"{part}_{number}" for part in ("time_embed", "label_emb_0") for number in (0, 2)),
+        )
+    } | {"lora_te2_text_projection"}
+    assert report.unread == {"Stable Diffusion WebUI": ("lora_te2_text_projection",)}
+    shown = describe_export(report)
+    assert "Stable Diffusion WebUI leaves out lora_te2_text_projection" in shown
+    shown = describe_export(export_diff(pipe, tmp_path / "x"))
+    assert "kohya's merge_lora leaves out everything: it reads LoRAs only" in shown
 
 
 def convert(keys, config):
