@@ -1,0 +1,103 @@
+"""A training loop that ends when its seconds are over, with a learning rate that follows the time."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from torch import Tensor, nn
+
+_REPORT_STEPS = 20
+
+
+@dataclass
+class Stage:
+    """How long and how fast a network trains, and how it went."""
+
+    name: str
+    seconds: float
+    learning_rate: float
+    weight_decay: float = 0.01
+    warmup: float = 0.02
+    losses: list[float] = field(default_factory=list)
+    steps: int = 0
+
+
+def rate_at(progress: float, warmup: float) -> float:
+    """Share of the highest learning rate: a linear warm-up, then half a cosine down to 2 %."""
+    if progress < warmup:
+        return progress / warmup
+    return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1.0)))
+
+
+def run_stage(
+    stage: Stage,
+    model: nn.Module,
+    loss_of: Callable[[float], Tensor],
+    after_step: Callable[[int], None] | None = None,
+) -> None:
+    """Train `model` with AdamW on `loss_of(progress)` until the stage's seconds are over.
+
+    Args:
+        stage: receives the losses, every 20 steps their mean, and the number of steps.
+        model: what is trained: its parameters that require a gradient.
+        loss_of: the loss of a fresh batch; progress goes from 0 to 1.
+        after_step: called with the number of steps done.
+
+    Raises:
+        FloatingPointError: a loss is not finite.
+    """
+    parameters = [p for p in model.parameters() if p.requires_grad]
+    fused = parameters[0].is_cuda
+    optimizer = torch.optim.AdamW(
+        parameters, stage.learning_rate, betas=(0.9, 0.99), weight_decay=stage.weight_decay, fused=fused
+    )
+    model.train()
+    begin, progress = time.perf_counter(), 0.0
+    total = torch.zeros((), device=parameters[0].device)
+    while progress < 1.0 or stage.steps < 2:
+        for group in optimizer.param_groups:
+            group["lr"] = stage.learning_rate * max(rate_at(progress, stage.warmup), 1e-3)
+        loss = loss_of(progress)
+        loss.backward()
+        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
+        optimizer.step()
+        optimizer.zero_grad()
+        total += loss.detach()
+        stage.steps += 1
+        if after_step is not None:
+            after_step(stage.steps)
+        if stage.steps % _REPORT_STEPS == 0:
+            stage.losses.append(round(total.item() / _REPORT_STEPS, 5))
+            total.zero_()
+            if not math.isfinite(stage.losses[-1]):
+                raise FloatingPointError(f"{stage.name}: the loss is {stage.losses[-1]} after {stage.steps} steps")
+            if len(stage.losses) % 10 == 1:
+                print(f"{stage.name}: {progress:.2f} step {stage.steps} loss {stage.losses[-1]:.4f}", flush=True)
+        progress = (time.perf_counter() - begin) / stage.seconds
+    model.eval()
+    print(f"{stage.name}: {stage.steps} steps in {time.perf_counter() - begin:.0f} s", flush=True)
+
+
+class Average:
+    """Moving averages of a model's parameters, one a decay; early steps count less (as in EMA with warm-up)."""
+
+    def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
+        self.parameters = list(model.parameters())
+        self.decays = decays
+        self.copies = [[p.detach().clone() for p in self.parameters] for _ in decays]
+
+    @torch.no_grad()
+    def update(self, step: int) -> None:
+        """Take the parameters after `step` steps in."""
+        for decay, copy in zip(self.decays, self.copies, strict=True):
+            torch._foreach_lerp_(copy, self.parameters, 1 - min(decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def write_to_model(self, index: int) -> None:
+        """Replace the model's parameters by the average of the decay at `index`."""
+        for parameter, copy in zip(self.parameters, self.copies[index], strict=True):
+            parameter.copy_(copy)

@@ -1,0 +1,226 @@
+"""Pretrain the second edition of the toybox within a given number of seconds, on a GPU where there is one.
+
+    python -m benchmarks.pretrain.train --out out/pretrain --seconds 540
+    python -m benchmarks.pretrain.train --out out/pretrain --seconds 60 --tiny   # every line of it, in miniature
+
+The world is rendered on the device and stays there. Then the judge learns, the autoencoder, and with the time that is
+left text encoder and UNet. The folder receives `weights-<i>.safetensors` (judge, autoencoder, text encoder and UNet in
+half precision, 15 MiB at most each), `report.json` and `sheet.png`; weights are written every few minutes, too, so that
+a run that is stopped leaves what it has. `--start_from FOLDER` goes on from such weights. `--pipeline FOLDER` makes no
+training but a pipeline folder and a judge folder of the weights in `--out`.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import subprocess
+import sys
+import time
+from dataclasses import asdict
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
+from benchmarks.pretrain.data import World, render_families, render_world, token_ids
+from benchmarks.pretrain.stage import Stage
+from benchmarks.pretrain.train_autoencoder import center_latents, encode, train_autoencoder
+from benchmarks.pretrain.train_denoiser import Denoiser, make_loss, train_denoiser
+from benchmarks.pretrain.train_judge import train_judge
+from benchmarks.pretrain.weights import load_shards, make_pipeline, save_pipeline, save_shards
+
+from atomdiff.toybox.world import CLASSES, SCENES
+from atomdiff.toybox.world.judge import Judge, save_judge
+
+
+def parse() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("out/pretrain"), help="folder of the results")
+    parser.add_argument("--seconds", type=float, default=540, help="all of it, from start to end")
+    parser.add_argument("--images", type=int, default=400_000, help="most captioned images")
+    parser.add_argument("--families", type=int, default=8_000, help="most families of the judge, 12 images each")
+    parser.add_argument("--batch", type=int, default=512, help="images in a step of the UNet")
+    parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest of the UNet")
+    parser.add_argument("--start_from", type=Path, help="folder of weights to go on from")
+    parser.add_argument("--pipeline", type=Path, help="only make pipeline and judge folders of the weights in --out")
+    parser.add_argument("--tiny", action="store_true", help="few images and small batches, to try it out")
+    parser.add_argument("--warm", action="store_true", help="only compile the UNet, to fill the compiler's cache")
+    parser.add_argument("--seed", type=int, default=1)
+    return parser.parse_args()
+
+
+def channels_last(module: Any, device: torch.device) -> Any:
+    """The module on the device with its weights channels last."""
+    return module.to(device, memory_format=torch.channels_last)
+
+
+def build_denoiser(device: torch.device) -> tuple[Any, Denoiser]:
+    """Tokenizer, and text encoder and UNet on the device."""
+    tokenizer = build_tokenizer()
+    denoiser = Denoiser(build_text_encoder(tokenizer), build_unet()).to(device)
+    channels_last(denoiser.unet, device)
+    return tokenizer, denoiser
+
+
+def warm(batch: int, device: torch.device) -> None:
+    """Compile the UNet once for a batch."""
+    tokenizer, denoiser = build_denoiser(device)
+    latents = channels_last(torch.randn(batch, 16, 16, 16), device)
+    denoiser.train().compile_unet(latents, token_ids(tokenizer, ["a mug"] * (batch - 1), device))
+
+
+class Run:
+    """One pretraining: the parts, the clock and what is written."""
+
+    def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
+        self.options, self.device, self.begin = options, device, time.perf_counter()
+        torch.manual_seed(options.seed)
+        self.vae = channels_last(build_vae(), device)
+        self.judge = channels_last(Judge(), device)
+        self.tokenizer, self.denoiser = build_denoiser(device)
+        self.stages: list[Stage] = []
+        self.notes: dict[str, Any] = {}
+        if options.start_from is not None:
+            states = load_shards(options.start_from.glob("weights-*.safetensors"))
+            for part, module in self.parts().items():
+                module.load_state_dict(states[part])
+            report = json.loads((options.start_from / "report.json").read_text())
+            self.vae.register_to_config(scaling_factor=report["scaling_factor"])
+
+    def parts(self) -> dict[str, torch.nn.Module]:
+        """What is trained and saved."""
+        text_encoder, unet = self.denoiser.text_encoder, self.denoiser.unet
+        return {"judge": self.judge, "vae": self.vae, "text_encoder": text_encoder, "unet": unet}
+
+    def left(self) -> float:
+        """Seconds until the end."""
+        return self.options.seconds - (time.perf_counter() - self.begin)
+
+    def stage(self, name: str, seconds: float, learning_rate: float, **others: float) -> Stage:
+        """A new stage, which the report will list."""
+        self.stages.append(Stage(name, seconds, learning_rate, **others))
+        return self.stages[-1]
+
+    def save(self) -> None:
+        """Write weights and report."""
+        save_shards(self.parts(), self.options.out)
+        card = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
+        report = {
+            "scaling_factor": self.vae.config.scaling_factor,
+            "device": card,
+            "torch": torch.__version__,
+            "date": date.today().isoformat(),
+            "seconds": round(time.perf_counter() - self.begin),
+            "options": {key: value for key, value in vars(self.options).items() if key != "warm"},
+            **self.notes,
+            "stages": [asdict(stage) for stage in self.stages],
+        }
+        (self.options.out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
+
+    def learn(self, world: World) -> None:
+        """Judge and autoencoder (unless weights were given), then the denoiser with the time that is left."""
+        small = self.options.tiny
+        total = self.options.seconds
+        if self.options.start_from is None:
+            families = render_families(
+                self.options.families, 0.05 * total, self.options.seed + 1, self.device, batch=8 if small else 64
+            )
+            train_judge(self.judge, world, families, self.stage("judge", 0.08 * total, 2e-3))
+            del families
+            size = 4 if small else 96
+            train_autoencoder(self.vae, self.judge, world.images, self.stage("vae", 0.2 * total, 1e-3), size)
+        self.judge.eval()
+        latents = encode(self.vae, world.images, 8 if small else 512)
+        self.notes["autoencoder"] = self.measure_autoencoder(world)
+        if self.options.start_from is None:
+            latents = center_latents(self.vae, latents)
+        else:
+            latents = latents * self.vae.config.scaling_factor
+        self.notes["channel_std"] = [round(v, 3) for v in latents[:4096].float().std((0, 2, 3)).tolist()]
+        self.save()
+        world.images = world.images[:0]
+        ids = token_ids(self.tokenizer, world.texts, self.device)
+        batch = self.options.batch
+        if self.device.type == "cuda":
+            self.denoiser.train().compile_unet(latents[:batch].float(), ids[:batch])
+        stage = self.stage("denoiser", self.left() - 0.06 * total, self.options.learning_rate, warmup=0.03)
+        loss = make_loss(self.denoiser, latents, world.masks, ids, batch)
+        self.notes["average"] = train_denoiser(self.denoiser, loss, stage, self.save)
+        self.save()
+
+    @torch.no_grad()
+    def measure_autoencoder(self, world: World) -> dict[str, float]:
+        """Mean PSNR (dB) of restored images and of real ones the judge's similarity to them."""
+        x = world.images[:256].float() / 127.5 - 1
+        restored = torch.cat([self.vae.decode(self.vae.encode(c).latent_dist.mean).sample for c in x.split(32)])
+        restored = restored.clamp(-1, 1)
+        error = (restored - x).square().mean((1, 2, 3)) / 4
+        alike = (self.judge(x)[1] * self.judge(restored)[1]).sum(1)
+        psnr = (-10 * error.log10()).mean().item()
+        print(f"autoencoder: PSNR {psnr:.2f} dB, similarity {alike.mean().item():.4f}", flush=True)
+        return {"psnr_db": round(psnr, 2), "similarity": round(alike.mean().item(), 4)}
+
+    def draw_sheet(self) -> None:
+        """Write an image of some classes in some scenes."""
+        from atomdiff.toybox.base import assemble
+
+        pipe = assemble(self.vae, self.tokenizer, self.denoiser.text_encoder.eval(), self.denoiser.unet.eval())
+        pipe.set_progress_bar_config(disable=True)
+        scenes = list(SCENES.values())
+        names = CLASSES[:2] if self.options.tiny else CLASSES
+        images = []
+        for row, name in enumerate(names):
+            looks = ("red striped ", "blue dotted ", "", "green ", "", "yellow checked ", "", "purple ")
+            prompts = [f"a photo of a {look}{name} {scene}" for look, scene in zip(looks, scenes, strict=False)]
+            prompts = prompts[:2] if self.options.tiny else prompts
+            generator = torch.Generator().manual_seed(row)
+            steps = 4 if self.options.tiny else 30
+            images += pipe(prompts, num_inference_steps=steps, guidance_scale=2.5, generator=generator).images
+        width = len(images) // len(names)
+        from PIL import Image
+
+        sheet = Image.new("RGB", (132 * width, 132 * len(names)), "white")
+        for index, image in enumerate(images):
+            sheet.paste(image, (132 * (index % width) + 2, 132 * (index // width) + 2))
+        sheet.save(self.options.out / "sheet.png")
+
+
+def main() -> None:
+    """Parse, train, save."""
+    options = parse()
+    if options.pipeline is not None:
+        states = load_shards(options.out.glob("weights-*.safetensors"))
+        report = json.loads((options.out / "report.json").read_text())
+        judge = Judge()
+        judge.load_state_dict(states["judge"])
+        save_judge(judge, options.pipeline.with_name(f"{options.pipeline.name}-judge"))
+        save_pipeline(make_pipeline(states, report["scaling_factor"]), options.pipeline)
+        return
+    if options.tiny:
+        options.images, options.families, options.batch = 48, 12, 4
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    torch.set_float32_matmul_precision("high")
+    torch.backends.cudnn.benchmark = True
+    if options.warm:
+        warm(options.batch, device)
+        return
+    options.out.mkdir(parents=True, exist_ok=True)
+    warming = None
+    if device.type == "cuda":
+        command = [sys.executable, "-m", "benchmarks.pretrain.train", "--warm", "--batch", str(options.batch)]
+        warming = subprocess.Popen(command)
+    run = Run(options, device)
+    world = render_world(
+        options.images, 0.14 * options.seconds, options.seed, device, batch=8 if options.tiny else 512
+    )
+    run.learn(world)
+    if warming is not None:
+        warming.wait(timeout=60)
+    run.draw_sheet()
+
+
+if __name__ == "__main__":
+    main()
