@@ -10,7 +10,19 @@ import torch
 from einops import rearrange
 from torch import Tensor
 
-from atomdiff.toybox.world import CLASSES, Individuals, individuals_of, render, sample_captions, sample_views
+from atomdiff.toybox.world import (
+    CLASSES,
+    FAMILY_NAMES,
+    SCENES,
+    Individuals,
+    draw_individuals,
+    individuals_of,
+    render,
+    sample_captions,
+    sample_views,
+)
+from atomdiff.toybox.world.held_out import is_near
+from atomdiff.toybox.world.subjects import all_subjects
 
 if TYPE_CHECKING:
     from transformers import CLIPTokenizer
@@ -56,7 +68,7 @@ def render_world(
         captions = sample_captions(min(batch, count), generator, held_out=held_out)
         individuals = individuals_of(captions, generator, device)
         scenes = captions.scene_index
-        scenes = torch.where(scenes < 0, torch.randint(_scenes(), scenes.shape, generator=generator), scenes)
+        scenes = torch.where(scenes < 0, torch.randint(len(SCENES), scenes.shape, generator=generator), scenes)
         views = sample_views(len(captions.texts), generator, device, scene_index=scenes)
         picture = render(individuals, views)
         images.append(as_bytes(picture.images))
@@ -72,12 +84,6 @@ def render_world(
     return World(torch.cat(images), torch.cat(masks), {k: torch.cat(v) for k, v in labels.items()}, texts)
 
 
-def _scenes() -> int:
-    from atomdiff.toybox.world import SCENES
-
-    return len(SCENES)
-
-
 def relatives(originals: Individuals, donors: Individuals) -> list[Individuals]:
     """Individuals that differ from the originals in one thing: shape, pattern or colors, taken from the donors."""
     changed = []
@@ -90,6 +96,18 @@ def relatives(originals: Individuals, donors: Individuals) -> list[Individuals]:
     return changed
 
 
+def _unlike_subjects(classes: Tensor, generator: torch.Generator) -> Individuals:
+    """Individuals of the classes (n,), of any family and color, but none like one of the subjects."""
+    families = torch.randint(len(FAMILY_NAMES), classes.shape, generator=generator)
+    result = draw_individuals(len(classes), generator, classes, families)
+    while (again := is_near(result, all_subjects())).any():
+        rows = again.nonzero()[:, 0]
+        fresh = draw_individuals(len(rows), generator, classes[rows], families[rows])
+        for name in ("shape", "pattern", "colors"):
+            getattr(result, name)[rows] = getattr(fresh, name)
+    return result
+
+
 def render_families(
     count: int, seconds: float, seed: int, device: torch.device, views: int = 3, batch: int = 64
 ) -> Tensor:
@@ -97,14 +115,12 @@ def render_families(
 
     The four of a row are an individual and three that differ from it in shape, pattern or colors alone.
     """
-    from atomdiff.toybox.world import sample_individuals
-
     generator = torch.Generator().manual_seed(seed)
     begin, rows = time.perf_counter(), []
     while sum(map(len, rows)) < count and time.perf_counter() - begin < seconds:
         n = min(batch, count)
         classes = torch.randint(len(CLASSES), (n,), generator=generator)
-        pair = [sample_individuals(n, generator, device, class_index=classes, **OPEN) for _ in range(2)]
+        pair = [_unlike_subjects(classes, generator).to(device) for _ in range(2)]
         images = []
         for relative in (pair[0], *relatives(*pair)):
             for _ in range(views):
@@ -112,9 +128,6 @@ def render_families(
         rows.append(rearrange(torch.stack(images), "(r v) n c h w -> n r v c h w", v=views))
     print(f"rendered {sum(map(len, rows))} families in {time.perf_counter() - begin:.0f} s", flush=True)
     return torch.cat(rows)
-
-
-OPEN: dict[str, bool] = {}
 
 
 def token_ids(tokenizer: CLIPTokenizer, texts: list[str], device: torch.device) -> Tensor:

@@ -77,7 +77,7 @@ def run_stage(
                 raise FloatingPointError(f"{stage.name}: the loss is {stage.losses[-1]} after {stage.steps} steps")
             if len(stage.losses) % 10 == 1:
                 print(f"{stage.name}: {progress:.2f} step {stage.steps} loss {stage.losses[-1]:.4f}", flush=True)
-        progress = (time.perf_counter() - begin) / stage.seconds
+        progress = (time.perf_counter() - begin) / max(stage.seconds, 1e-3)
     model.eval()
     print(f"{stage.name}: {stage.steps} steps in {time.perf_counter() - begin:.0f} s", flush=True)
 

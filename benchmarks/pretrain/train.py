@@ -23,6 +23,9 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+from atomdiff.toybox.world import CLASSES, SCENES
+from atomdiff.toybox.world.judge import Judge, save_judge
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
 from benchmarks.pretrain.stage import Stage
@@ -30,9 +33,6 @@ from benchmarks.pretrain.train_autoencoder import center_latents, encode, train_
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss, train_denoiser
 from benchmarks.pretrain.train_judge import train_judge
 from benchmarks.pretrain.weights import load_shards, make_pipeline, save_pipeline, save_shards
-
-from atomdiff.toybox.world import CLASSES, SCENES
-from atomdiff.toybox.world.judge import Judge, save_judge
 
 
 def parse() -> argparse.Namespace:
@@ -126,7 +126,7 @@ class Run:
         total = self.options.seconds
         if self.options.start_from is None:
             families = render_families(
-                self.options.families, 0.05 * total, self.options.seed + 1, self.device, batch=8 if small else 64
+                self.options.families, 0.05 * total, self.options.seed + 1, self.device, batch=8 if small else 256
             )
             train_judge(self.judge, world, families, self.stage("judge", 0.08 * total, 2e-3))
             del families
@@ -213,9 +213,8 @@ def main() -> None:
         command = [sys.executable, "-m", "benchmarks.pretrain.train", "--warm", "--batch", str(options.batch)]
         warming = subprocess.Popen(command)
     run = Run(options, device)
-    world = render_world(
-        options.images, 0.14 * options.seconds, options.seed, device, batch=8 if options.tiny else 512
-    )
+    batch = 8 if options.tiny else 2048
+    world = render_world(options.images, 0.14 * options.seconds, options.seed, device, batch)
     run.learn(world)
     if warming is not None:
         warming.wait(timeout=60)

@@ -1,16 +1,16 @@
-"""How the autoencoder learns: absolute error, edges, the judge's features, and latents that survive scaling and noise."""
+"""How the autoencoder learns: absolute error, edges, features of the judge; latents survive scaling and noise."""
 
 from __future__ import annotations
 
 import torch
-from benchmarks.pretrain.architecture import LATENT_CHANNELS
-from benchmarks.pretrain.data import as_signal
-from benchmarks.pretrain.stage import Average, Stage, run_stage
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
 from atomdiff.toybox.world.judge import Judge
+from benchmarks.pretrain.architecture import LATENT_CHANNELS
+from benchmarks.pretrain.data import as_signal
+from benchmarks.pretrain.stage import Average, Stage, run_stage
 
 
 def edge_error(restored: Tensor, x: Tensor) -> Tensor:
@@ -46,7 +46,8 @@ def train_autoencoder(vae: AutoencoderKL, judge: Judge, images: Tensor, stage: S
             if torch.rand(()) < 0.25:
                 z, x = F.avg_pool2d(z, 2), F.avg_pool2d(x, 2)
             else:
-                z = z + 0.1 * torch.rand(len(z), 1, 1, 1, device=device) * torch.randn_like(z)
+                noise = 0.1 * z.detach().std() * torch.rand(len(z), 1, 1, 1, device=device)
+                z = z + noise * torch.randn_like(z)
             restored = vae.decode(z).sample.float()
             perceived = feature_error(judge, restored, x)
         error = (restored - x).abs().mean() + (restored - x).square().mean() + edge_error(restored, x)

@@ -5,12 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
-from benchmarks.pretrain.stage import Average, Stage, run_stage
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from atomdiff.toybox.base import build_scheduler
+from benchmarks.pretrain.stage import Average, Stage, run_stage
 
 DECAYS = (0.999, 0.9996)
 KEEP_STEPS = 2000
@@ -53,9 +53,7 @@ class Denoiser(nn.Module):
             self.predict = compiled
 
 
-def make_loss(
-    denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, batch: int
-) -> Callable[[float], Tensor]:
+def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, batch: int) -> Callable[[float], Tensor]:
     """The loss of a random batch: v-prediction, weighed by noise and by the object's mask.
 
     The error of the clean latents weighs min(SNR + 1, 10), which for v is min(SNR + 1, 10) / (SNR + 1): min-SNR (Hang
@@ -95,7 +93,9 @@ def make_loss(
     return loss_of
 
 
-def train_denoiser(denoiser: Denoiser, loss_of: Callable[[float], Tensor], stage: Stage, keep: Callable[[], None]) -> int:
+def train_denoiser(
+    denoiser: Denoiser, loss_of: Callable[[float], Tensor], stage: Stage, keep: Callable[[], None]
+) -> int:
     """Train, and leave the moving average with the lower loss in the model.
 
     Args:

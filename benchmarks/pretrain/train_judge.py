@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import torch
-from benchmarks.pretrain.data import World, as_signal
-from benchmarks.pretrain.stage import Stage, run_stage
 from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
 from atomdiff.toybox.world.judge import Judge
+from benchmarks.pretrain.data import World, as_signal
+from benchmarks.pretrain.stage import Stage, run_stage
 
 _CAPTIONED, _FAMILIES, _DEGRADED = 96, 24, 32
 

@@ -1,4 +1,4 @@
-"""The judge of 128x128 images: names what an image shows, and embeds individuals so that the same are near each other."""
+"""The judge of 128x128 images: names what an image shows, and embeds individuals: the same are near each other."""
 
 from __future__ import annotations
 
