@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from atomdiff.errors import UserError
+from atomdiff.precision import training_precision
 from atomdiff.train_config import TrainConfig
 
 # Field and value -> the package that they need, and the extra that it comes with.
@@ -41,7 +42,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     AcceleratorState._reset_state()  # or the precision of this process's first run would stay for all
     try:
         accelerator = Accelerator(
-            mixed_precision=config.mixed_precision,
+            mixed_precision=training_precision(config.mixed_precision).name,
             cpu=not torch.accelerator.is_available(),  # unasked, accelerate takes CPU processes for unrelated ones
             gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
             log_with=config.report_to,
@@ -49,8 +50,6 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         )
     except (ValueError, ImportError) as error:
         raise UserError(f"accelerate cannot start: {error}") from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("mixed_precision='fp16': needs a GPU; a CPU can do 'bf16' or 'no'")
     if config.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
         expected = "PyTorch's own attention (the default) or plain_attention serve this machine"
         raise UserError(f"enable_xformers_memory_efficient_attention=True: needs a GPU; {expected}")

@@ -14,6 +14,7 @@ from atomdiff.delta_file import some
 from atomdiff.errors import UserError
 from atomdiff.open_pipeline import open_pipeline
 from atomdiff.picture_files import PictureFile, listing_hash, write_overview
+from atomdiff.precision import choose_precision, compute_device, tell
 from atomdiff.prompt_tags import split_tags
 from atomdiff.scheduler import Objective, common_scheduler, describe, fitting_scheduler, settings_of
 from atomdiff.strength import given_strengths
@@ -42,8 +43,9 @@ class SampleConfig:
     single_file_config: str | None = None
     """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
     diffusers finds out, from the Hub, which takes every 2.x for the v-predicting 2.1."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision of the base while drawing."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision of the base. Default: what accelerate is configured to, else bfloat16 where the processor or GPU has
+    instructions for it, else float32."""
     prediction_type: PredictionType | None = None
     """What is predicted, in all pictures. Default: what each picture's concepts were trained to predict, else what the
     base's scheduler config says."""
@@ -220,7 +222,8 @@ def save_samples(config: SampleConfig) -> Path:
 
     folder = Path(config.output_dir)
     folder.mkdir(parents=True, exist_ok=True)
-    settings = _settings(config)
+    precision = choose_precision(config.dtype, compute_device(), field="dtype")
+    settings = _settings(config, str(precision.dtype).removeprefix("torch."))
     jobs = [
         (PictureFile(folder, line.prompt, seed, settings | {"concepts": line.facts}), line)
         for line in lines
@@ -234,13 +237,14 @@ def save_samples(config: SampleConfig) -> Path:
     if share:
         pipe = open_pipeline(
             config.pretrained_model_name_or_path,
-            getattr(torch, config.dtype),
+            precision.dtype,
             revision=config.revision,
             variant=config.variant,
             single_file_config=config.single_file_config,
         ).to(state.device)
         lines = list(dict.fromkeys(line for _, line in missing))
         schedulers = _schedulers(config, pipe, lines)
+        tell(precision, state.device)
         if state.is_main_process:
             warn_of_prompts(pipe, lines)
             _tell_schedulers(pipe.scheduler, schedulers)
@@ -253,14 +257,14 @@ def save_samples(config: SampleConfig) -> Path:
     return folder
 
 
-def _settings(config: SampleConfig) -> dict[str, str]:
+def _settings(config: SampleConfig, dtype: str) -> dict[str, str]:
     """What all pictures of a job depend on, with a place for the concepts of each."""
     base = Path(config.pretrained_model_name_or_path)
     facts = {
         "base_model": config.pretrained_model_name_or_path,
         "base_files": listing_hash(base) if base.exists() else config.revision,
         "variant": config.variant,
-        "dtype": config.dtype,
+        "dtype": dtype,
         "prediction_type": config.prediction_type,
         "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
         "concepts": None,

@@ -248,7 +248,8 @@ class TrainConfig:
     max_timestep: int | None = None
     """End of the timesteps trained on, itself left out. Default: all, 1000 in Stable Diffusion."""
     mixed_precision: Precision | None = None
-    """Precision of the frozen weights and of the arithmetic. Default: what accelerate is configured to."""
+    """Precision of the frozen weights and of the arithmetic. Default: what accelerate is
+    configured to, else bfloat16 where the processor or GPU has instructions for it, else float32."""
     allow_tf32: bool = False
     """Let NVIDIA GPUs round the factors of float32 products to 10 bits: faster from the Ampere generation on."""
     plain_attention: bool = False

@@ -76,7 +76,7 @@ def train(folder: Path, **fields: Any) -> dict[str, Any]:
     if (folder / "report.json").is_file():
         report: dict[str, Any] = json.loads((folder / "report.json").read_text())
         return report
-    common = {"random_flip": True, "random_resized_crop": 0.8, "mixed_precision": "bf16", "output_dir": str(folder)}
+    common = {"random_flip": True, "random_resized_crop": 0.8, "output_dir": str(folder)}
     return train_classifier(ClassifyConfig(**common, **fields))
 
 

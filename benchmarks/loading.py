@@ -29,6 +29,7 @@ import torch
 
 from atomdiff._quiet import quiet_libraries
 from atomdiff.command_line import parse_config
+from atomdiff.precision import choose_precision
 
 LORA_LAYERS = {
     "lora_attn": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -43,8 +44,8 @@ class BenchmarkConfig:
 
     parts: tuple[str, ...] = ("switch", "many", "mixed")
     """Comparisons to run."""
-    dtypes: tuple[str, ...] = ("float32", "bfloat16")
-    """Precisions of the UNet."""
+    dtypes: tuple[str, ...] = ()
+    """Precisions of the UNet. Default: float32, and bfloat16 where the processor or GPU has instructions for it."""
     repeats: int = 5
     """Times each thing takes its turn, after one round to warm up."""
     many: int = 200
@@ -281,7 +282,9 @@ def main(config: BenchmarkConfig) -> None:
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(config.output)
     figures = json.loads(output.read_text())["figures"] if output.is_file() else {}
-    for name in config.dtypes:
+    fastest = choose_precision(None, torch.device(device)).dtype
+    able = dict.fromkeys(("float32", str(fastest).removeprefix("torch.")))
+    for name in config.dtypes or able:
         short = {"float32": "fp32", "bfloat16": "bf16", "float16": "fp16"}[name]
         suffix = f"_{'cpu' if device == 'cpu' else 'gpu'}_{short}"
         for part in config.parts:

@@ -45,6 +45,7 @@ from torch.nn import functional
 
 from atomdiff._quiet import quiet_libraries
 from atomdiff.command_line import parse_config
+from atomdiff.precision import choose_precision
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiments"
 OTHERS = ("lora_attn", "lora_conv", "oft", "reference", "full")
@@ -81,8 +82,8 @@ class BenchmarkConfig:
     """Methods to compare; none: all."""
     checkpointing: tuple[bool, ...] = (False, True)
     """Gradient checkpointing off, on, or both."""
-    dtype: str = "bfloat16"
-    """Precision: bfloat16, float16 or float32."""
+    dtype: str | None = None
+    """Precision: bfloat16, float16 or float32. Default: bfloat16 where the processor or GPU has instructions for it."""
     channels_last: bool = False
     """Keep the weights in the channels-last format."""
     latent_size: int = 0
@@ -91,6 +92,11 @@ class BenchmarkConfig:
     """Rounds that count."""
     output_dir: str = "benchmarks/results"
     """Folder of the result files, training_step_<part>.json."""
+
+
+def precision(config: BenchmarkConfig, part: Part) -> torch.dtype:
+    """The dtype to measure a part in."""
+    return choose_precision(config.dtype, torch.device(part.device), field="dtype").dtype
 
 
 class TwoConvolutions(nn.Module):
@@ -132,7 +138,7 @@ def make_unet(part: Part) -> Any:
 def make_weights(part: Part, config: BenchmarkConfig) -> dict[str, Tensor]:
     """Random weights, which all methods share."""
     layout = torch.channels_last if config.channels_last else torch.preserve_format
-    unet = make_unet(part).to(getattr(torch, config.dtype)).to_empty(device=part.device).to(memory_format=layout)
+    unet = make_unet(part).to(precision(config, part)).to_empty(device=part.device).to(memory_format=layout)
     for parameter in unet.parameters():
         parameter.data.normal_(0, 0.02)
     weights: dict[str, Tensor] = unet.state_dict()
@@ -171,7 +177,7 @@ def adapter_of(method: str, unet: nn.Module) -> Any:
 
 def make_step(unet: Any, part: Part, config: BenchmarkConfig) -> Callable[[], None]:
     """A function that trains for one step, each time on the same random numbers."""
-    settings, dtype = unet.config, getattr(torch, config.dtype)
+    settings, dtype = unet.config, precision(config, part)
     size, noise = config.latent_size or part.latent_size, partial(torch.randn, device=part.device)
     latents, target = noise(2, 1, 4, size, size)
     inputs: dict[str, Any] = {"timestep": torch.tensor([500], device=part.device)}

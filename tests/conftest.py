@@ -20,15 +20,24 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
+from atomdiff.precision import has_instructions
+
 transformers_logging.disable_progress_bar()
 
 # The tensors are small: threads only wait for each other, and on a busy machine much longer than they work.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
+os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # or results would depend on what the processor can do
 
 # Each of these words is one token of the tiny tokenizer; all other text falls apart into letters.
 WORDS = "a an the photo picture of on in at with red blue green mug teapot robot cat beach forest city table sks"
 SYMBOLS = list(string.ascii_lowercase + string.digits + string.punctuation)
+
+
+@pytest.fixture
+def half_precision() -> str:
+    """A `mixed_precision`: bf16, or no where the processor would emulate it, which takes many times as long."""
+    return "bf16" if has_instructions("bf16", torch.device("cpu")) else "no"
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:

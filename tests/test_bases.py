@@ -116,8 +116,9 @@ def test_a_run_with_class_pictures_and_a_sheet_gives_a_concept(config, pipe, tmp
     assert (drawn / "grid.png").is_file()
 
 
-def test_bf16_and_gradient_checkpointing_go_through(config):
-    train(dataclasses.replace(config, gradient_checkpointing=True, mixed_precision="bf16", validation_steps=3))
+def test_bf16_and_gradient_checkpointing_go_through(config, half_precision):
+    precise = {"gradient_checkpointing": True, "mixed_precision": half_precision}
+    train(dataclasses.replace(config, **precise, validation_steps=3))
     assert all(np.isfinite(line["loss"]) for line in log_of(config))
 
 

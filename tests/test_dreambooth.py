@@ -240,7 +240,7 @@ dreambooth.train(dreambooth.load_config(["--config", sys.argv[1]]))
 """
 
 
-def test_a_killed_run_ends_with_the_same_bytes(config, tmp_path):
+def test_a_killed_run_ends_with_the_same_bytes(config, half_precision, tmp_path):
     config = dataclasses.replace(
         config,
         max_train_steps=7,
@@ -248,7 +248,7 @@ def test_a_killed_run_ends_with_the_same_bytes(config, tmp_path):
         with_prior_preservation=True,
         num_class_images=3,
         class_data_dir=str(tmp_path / "class"),
-        mixed_precision="bf16",
+        mixed_precision=half_precision,
     )
     fields = {**dataclasses.asdict(config), "validation_prompts": list(config.validation_prompts)}
     (tmp_path / "run.yaml").write_text(json.dumps(fields))
@@ -579,8 +579,8 @@ def test_every_batch_is_drawn_anew_and_every_photo_in_turn(config, photos, monke
     assert all(sorted(prompts[first : first + 3]) == [0, 1, 2] for first in range(0, 12, 3))
 
 
-def test_full_tuning_in_bf16_keeps_every_bit_that_does_not_learn(config, tiny_pipe_folder):
-    changes = {"adapter": "full", "mixed_precision": "bf16", "learning_rate": 0.0, "train_token": False}
+def test_full_tuning_in_bf16_keeps_every_bit_that_does_not_learn(config, half_precision, tiny_pipe_folder):
+    changes = {"adapter": "full", "mixed_precision": half_precision, "learning_rate": 0.0, "train_token": False}
     with_class = {"with_prior_preservation": True, "num_class_images": 2}
     folder = train(dataclasses.replace(config, max_train_steps=1, **changes, **with_class))
     for part in ("unet", "text_encoder"):

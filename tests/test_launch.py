@@ -40,12 +40,14 @@ def test_missing_packages_are_user_errors(config, field, value, package, extra, 
         start_accelerator(dataclasses.replace(config, **{field: value}))
 
 
-def test_fp16_needs_a_gpu(config):
+def test_fp16_needs_a_gpu(config, half_precision):
     if torch.cuda.is_available():
         pytest.skip("this machine has one")
     with pytest.raises(UserError, match="mixed_precision='fp16'"):
         start_accelerator(dataclasses.replace(config, mixed_precision="fp16"))
-    assert start_accelerator(dataclasses.replace(config, mixed_precision="bf16")).mixed_precision == "bf16"
+    assert (
+        start_accelerator(dataclasses.replace(config, mixed_precision=half_precision)).mixed_precision == half_precision
+    )
 
 
 @pytest.fixture

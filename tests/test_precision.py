@@ -42,6 +42,7 @@ def config(tmp_path, tiny_pipe_folder):
 def fp16(monkeypatch):
     """Let runs be in fp16 on the CPU, from the scale that is put into the list."""
     usual, scale = dreambooth.start_accelerator, [2.0**16]
+    monkeypatch.setattr("atomdiff.precision.has_instructions", lambda *_: True)  # not to be warned
 
     def start(config):
         accelerator = usual(dataclasses.replace(config, mixed_precision="bf16"))

@@ -12,10 +12,10 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from atomdiff._quiet import quiet_libraries
 from atomdiff.command_line import parse_config
+from atomdiff.precision import choose_precision, compute_device, tell
 from atomdiff.toybox.dataset import render_world
 
 
@@ -56,7 +56,8 @@ def main(config: PretrainConfig) -> None:
     from atomdiff.toybox import pretrain as p
     from atomdiff.toybox.pretrain_judge import make_judge
 
-    device, output = torch.device("cuda" if torch.cuda.is_available() else "cpu"), config.output_dir
+    device, output = compute_device(), config.output_dir
+    tell(choose_precision(None, device), device)
     config.work_dir.mkdir(parents=True, exist_ok=True)
     world = p.cached_world(config.work_dir, config.pictures, config.seed, render_world)
     losses = {}

@@ -72,7 +72,8 @@ class ClassifyConfig:
     adam_weight_decay: float = 1e-2
     """AdamW's weight decay."""
     mixed_precision: Precision | None = None
-    """Precision of the arithmetic; weights stay in float32. Default: what accelerate is configured to."""
+    """Precision of the arithmetic; weights stay in float32. Default: what accelerate is
+    configured to, else bfloat16 where the processor or GPU has instructions for it, else float32."""
     dataloader_num_workers: int = 0
     """Processes that read pictures; 0 for the training process itself."""
     seed: int = 0

@@ -44,6 +44,7 @@ from atomdiff.data import derive_seed
 from atomdiff.demo import versions
 from atomdiff.errors import UserError
 from atomdiff.method import describe_adapter
+from atomdiff.precision import training_precision
 from atomdiff.progress import RunLog
 
 _DEFAULT_RATES = {"full": 1e-4, "adapter": 5e-3}
@@ -135,12 +136,10 @@ def _start(config: ClassifyConfig) -> Accelerator:
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     AcceleratorState._reset_state()  # or the precision of this process's first run would stay for all
     try:
-        accelerator = Accelerator(mixed_precision=config.mixed_precision, cpu=not torch.accelerator.is_available())
+        precision = training_precision(config.mixed_precision)
+        return Accelerator(mixed_precision=precision.name, cpu=not torch.accelerator.is_available())
     except ValueError as error:
         raise UserError(f"accelerate cannot start: {error}") from error
-    if accelerator.mixed_precision == "fp16" and accelerator.device.type == "cpu":
-        raise UserError("mixed_precision='fp16': needs a GPU; a CPU can do 'bf16' or 'no'")
-    return accelerator
 
 
 @torch.no_grad()

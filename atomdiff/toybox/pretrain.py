@@ -19,6 +19,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from atomdiff.precision import autocast
 from atomdiff.toybox.base import (
     DOWNSAMPLING,
     LATENT_CHANNELS,
@@ -120,7 +121,7 @@ def train_vae(vae: AutoencoderKL, pictures: Tensor, stage: Stage, folder: Path, 
         index = torch.randint(len(pictures), (batch,))
         top, left = (4 * int(torch.randint((pictures.shape[1] - crop) // 4 + 1, ())) for _ in range(2))
         x = as_signal(pictures[index, top : top + crop, left : left + crop]).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             posterior = vae.encode(x).latent_dist
             restored = vae.decode(posterior.sample()).sample
         anchor = F.conv2d(x, kernel, stride=DOWNSAMPLING)
@@ -145,7 +146,7 @@ def encode(vae: AutoencoderKL, pictures: Tensor, device: torch.device, batch: in
     """Mean latents (n, 8, 16, 16) of pictures (n, 64, 64, 3), not yet scaled."""
     means = []
     for chunk in tqdm(pictures.split(batch), desc="encoding", mininterval=10):
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             means.append(vae.encode(as_signal(chunk).to(device)).latent_dist.mean.float().cpu())
     return torch.cat(means)
 
@@ -205,7 +206,7 @@ def train_denoiser(
         noise = torch.randn_like(clean)
         timesteps = (torch.rand(stage.batch_size, device=device).square() * len(alphas)).long()
         noisy = scheduler.add_noise(clean, noise, timesteps).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             prediction = denoiser(noisy, timesteps, ids)
         target = scheduler.get_velocity(clean, noise, timesteps)
         errors = (prediction.float() - target).square().mean((1, 2, 3))

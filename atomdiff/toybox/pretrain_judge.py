@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
+from atomdiff.precision import autocast
 from atomdiff.toybox.dataset import render_individuals
 from atomdiff.toybox.judge import LABELS, Judge, individual_loss, save_judge
 from atomdiff.toybox.pretrain import Stage, as_signal, run_stage
@@ -81,7 +82,7 @@ def train_judge(
         pair = torch.rand(len(chosen), individuals.shape[1]).topk(2).indices
         seen = torch.cat([individuals[chosen, pair[:, 0]], individuals[chosen, pair[:, 1]]])
         x = _degrade(as_signal(torch.cat([pictures[index], seen]))).to(device)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             logits, vectors = judge(x)
         count = len(index)
         loss = individual_loss(vectors[count:].float(), identities[chosen, 1].repeat(2).to(device))

@@ -201,9 +201,9 @@ def test_a_run_without_progress_stops_early(config, monkeypatch):
     assert [validation["step"] for validation in report["validations"]] == [2, 4, 6, 8] and report["best_step"] == 4
 
 
-def test_same_config_same_numbers_and_the_seed_changes_all_choices(config, tmp_path, monkeypatch):
+def test_same_config_same_numbers_and_the_seed_changes_all_choices(config, half_precision, tmp_path, monkeypatch):
     config = dataclasses.replace(config, random_flip=True, random_resized_crop=0.5, max_train_steps=2)
-    config = with_method(config, "lora", tmp_path, mixed_precision="bf16")
+    config = with_method(config, "lora", tmp_path, mixed_precision=half_precision)
     trained = keep_trained(monkeypatch)
     reports = [train_classifier(run) for run in (config, config, dataclasses.replace(config, seed=1))]
     for report in reports:
