@@ -11,6 +11,7 @@ from pathlib import Path
 from atomdiff._quiet import quiet_libraries
 from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
+from atomdiff.paths import PathText, expand_paths
 
 _PATIENCE = 20.0  # seconds in which a launcher ends the other processes, once one has ended
 
@@ -50,16 +51,17 @@ def sample(args: Sequence[str]) -> None:
 class InspectConfig:
     """Show what a concept file holds, or what an adapter would take on a base."""
 
-    file: str | None = None
+    file: PathText | None = None
     """The concept file."""
-    base: str | None = None
+    base: PathText | None = None
     """With a file, a base to measure its distance to: a folder or a Hub id. With --config, the architecture: sd-1.5,
     sd-2.1, sdxl, resnet-50, convnext-base, or a folder or Hub id; its weights are not needed."""
-    config: str | None = None
+    config: PathText | None = None
     """What to count numbers and bytes of: a JSON file with the settings of any PEFT method, or atoms, or full."""
 
     def __post_init__(self) -> None:
         """Refuse what names neither or both."""
+        expand_paths(self)
         if (self.file is None) == (self.config is None):
             raise UserError("give a concept file, or --base and --config to count what an adapter takes")
         if self.config is not None and self.base is None:

@@ -9,21 +9,21 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from PIL import Image, ImageCms, ImageOps
+from PIL import Image, ImageCms
 from tqdm import tqdm
 
+from atomdiff.captions import read_captions
 from atomdiff.errors import UserError
+from atomdiff.image_files import picture_files, upright
 
 Picture = Image.Image
 
-# Suffixes that promise a picture although Pillow may not read it: such a file is reported, not passed over.
-_UNREAD = {".heic", ".heif", ".jxl", ".raw", ".dng", ".cr2", ".nef", ".arw"}
 _GENERATED = re.compile(r"class-\d{5}\.png")
 
 
 @dataclass(frozen=True)
 class Photo:
-    """One picture of a folder: its file name, its pixels in RGB, upright, and the text of the .txt file beside it."""
+    """One picture of a folder: its file name, its pixels in RGB, upright, and its caption."""
 
     name: str
     picture: Picture
@@ -36,7 +36,7 @@ def read_photos(folder: str | Path, minimum_side: int, limit: int | None = None)
     """Read the pictures of `folder` (not of its subfolders) in the order of their names.
 
     Every mode that Pillow reads becomes RGB: 16-bit and float pictures are scaled to 8 bits, transparent ones are laid
-    on white. EXIF orientation is applied.
+    on white. EXIF orientation is applied. Captions are those that `read_captions` finds.
 
     Args:
         folder: The folder.
@@ -44,27 +44,29 @@ def read_photos(folder: str | Path, minimum_side: int, limit: int | None = None)
         limit: Read only the first so many pictures.
 
     Raises:
-        UserError: No such folder, no picture in it, or a message that names the unreadable and the tiny files.
+        UserError: No such folder, no picture in it, captions that cannot be used, or a message that names the
+            unreadable and the tiny files.
     """
     folder = Path(folder)
     if not folder.is_dir():
         raise UserError(f"{folder}: no such folder; expected a folder of pictures")
-    files = picture_files(folder)[:limit]
+    files = picture_files(folder)
     if not files:
-        raise UserError(f"{folder}: no picture in it; expected files such as photo.jpg or photo.png")
+        inside = [each.name for each in sorted(folder.iterdir()) if each.is_dir() and picture_files(each)]
+        found = f"; found some in its folder {inside[0]}: name that" if inside else ""
+        raise UserError(f"{folder}: no picture in it; expected files such as photo.jpg or photo.png{found}")
+    captions = read_captions(folder, files)
     photos, unreadable, tiny = [], [], []
-    for file in files:
+    for file in files[:limit]:
         try:
             whole = upright(file)
-            picture, alpha = to_rgb(whole), _alpha(whole)
-        except Exception:  # Pillow's plugins raise whatever their parsers raise
-            unreadable.append(file.name)
+        except UserError as error:
+            unreadable.append(f"{file.name} ({error})")
             continue
+        picture = to_rgb(whole)
         if min(picture.size) < minimum_side:
             tiny.append(f"{file.name} ({picture.width}x{picture.height})")
-        caption = file.with_suffix(".txt")
-        text = caption.read_text(encoding="utf-8-sig", errors="replace").strip() if caption.is_file() else ""
-        photos.append(Photo(file.name, picture, text or None, alpha))
+        photos.append(Photo(file.name, picture, captions.get(file.name), _alpha(whole)))
     if unreadable or tiny:
         complaints = [f"cannot be read: {', '.join(unreadable)}"] if unreadable else []
         complaints += [f"shorter side under {minimum_side} pixels: {', '.join(tiny)}"] if tiny else []
@@ -72,26 +74,9 @@ def read_photos(folder: str | Path, minimum_side: int, limit: int | None = None)
     return photos
 
 
-def picture_files(folder: Path) -> list[Path]:
-    """List the files of `folder` whose suffix promises a picture, sorted by name; hidden files are passed over."""
-    suffixes = _UNREAD | {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
-    return sorted(
-        file
-        for file in folder.iterdir()
-        if file.is_file() and file.suffix.lower() in suffixes and not file.name.startswith(".")
-    )
-
-
 def read_picture(file: Path) -> Picture:
-    """Read one picture of any mode as upright RGB; raises whatever Pillow raises."""
+    """Read one image of any mode as upright RGB; as `atomdiff.image_files.upright`."""
     return to_rgb(upright(file))
-
-
-def upright(file: Path) -> Picture:
-    """Read one picture in the mode of its file, turned as its EXIF orientation says; raises whatever Pillow raises."""
-    with Image.open(file) as opened:
-        opened.load()
-        return ImageOps.exif_transpose(opened)
 
 
 def to_rgb(picture: Picture, background: str = "white") -> Picture:

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from atomdiff.errors import UserError
+from atomdiff.paths import PathText, expand_paths
 
 ROOT = Path(__file__).parents[1]
 
@@ -25,20 +26,21 @@ class DemoConfig:
         UserError: a path does not exist.
     """
 
-    instance_data_dir: str = str(ROOT / "samples" / "subjects" / "mug")
+    instance_data_dir: PathText = str(ROOT / "samples" / "subjects" / "mug")
     """Folder of the subject's photos; photos in a folder `unseen` inside it are only compared with."""
     class_name: str | None = None
     """What the subject is, in the base's words: mug, robot, cat ... Default: the folder's name."""
-    run: str = str(ROOT / "configs" / "demo.yaml")
+    run: PathText = str(ROOT / "configs" / "demo.yaml")
     """YAML file of the training run."""
-    adapter: str | None = None
+    adapter: PathText | None = None
     """JSON file of the method, in place of the run's."""
     learning_rate: float | None = None
     """Learning rate of the adapter, in place of the run's."""
-    output_dir: str = "out/demo"
+    output_dir: PathText = "out/demo"
     """Folder for everything that the demo leaves."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         for name in ("instance_data_dir", "run"):
             if not Path(getattr(self, name)).exists():
                 raise UserError(f"{name}={getattr(self, name)!r}: nothing is there; expected an existing path")

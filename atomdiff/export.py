@@ -22,6 +22,7 @@ from atomdiff.kohya import as_written, embedding_rows, layer_name, metadata, sav
 from atomdiff.low_rank import low_rank
 from atomdiff.open_pipeline import open_pipeline
 from atomdiff.packing import given_concepts, objectives
+from atomdiff.paths import PathText, expand_paths
 from atomdiff.pipeline import list_atoms, load_concept, trigger_words
 from atomdiff.scheduler import Objective, common_scheduler, describe, scheduler_for
 from atomdiff.strength import given_strengths
@@ -39,15 +40,15 @@ class ExportConfig:
         UserError: a field has a value that cannot be used.
     """
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: PathText
     """The base: a folder or a Hub id."""
-    concepts: tuple[str, ...]
+    concepts: tuple[PathText, ...]
     """Concepts: files, directories written by PEFT, or user/repo on the Hub."""
     to: Literal["pipeline", "diff", "lora"]
     """pipeline: a diffusers folder with the concepts merged in. diff: the exact differences of the weights, as large as
     the weights, for ComfyUI, Stable Diffusion WebUI and InvokeAI. lora: their best approximation of a rank, for these
     and diffusers."""
-    output: str
+    output: PathText
     """The folder (pipeline) or the .safetensors file (diff, lora) to write."""
     rank: int = 16
     """Rank of the LoRA."""
@@ -63,7 +64,7 @@ class ExportConfig:
     """Revision of a base on the Hub."""
     variant: str | None = None
     """Variant of the base's files, such as fp16."""
-    single_file_config: str | None = None
+    single_file_config: PathText | None = None
     """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
     diffusers finds out, from the Hub."""
     prediction_type: PredictionType | None = None
@@ -73,6 +74,7 @@ class ExportConfig:
     """Whether the noise schedule of a pipeline ends in pure noise. Default: as for prediction_type."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         for strength in given_strengths(self.concepts, self.weights, self.trigger_words):
             if strength.steps:
                 raise UserError(

@@ -20,6 +20,7 @@ from atomdiff.fit_delta import fit_layer
 from atomdiff.method import read_adapter
 from atomdiff.model_spec import atomdiff_version, model_spec
 from atomdiff.open_pipeline import open_pipeline
+from atomdiff.paths import PathText, expand_paths
 from atomdiff.pipeline import pipeline_models
 from atomdiff.tuner import attach
 from atomdiff.tuner.config import AtomConfig
@@ -30,13 +31,13 @@ from atomdiff.tuner.model import find_targets
 class ExtractConfig:
     """Find the atoms that best explain a fully tuned model, and write them to a concept file."""
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: PathText
     """The base: a pipeline's folder or Hub id, or a UNet's folder."""
-    tuned: str
+    tuned: PathText
     """The tuned one, likewise."""
-    output: str
+    output: PathText
     """The concept file to write, by custom <concept>.atoms.safetensors."""
-    adapter: str = "atoms"
+    adapter: PathText = "atoms"
     """Which atoms: a JSON file with the settings of an AtomConfig, or atoms for the default."""
     trigger_phrase: str = ""
     """What to write in a prompt to get what was tuned."""
@@ -48,9 +49,12 @@ class ExtractConfig:
     """Revision of a base on the Hub."""
     variant: str | None = None
     """Variant of both models' files, such as fp16."""
-    single_file_config: str | None = None
+    single_file_config: PathText | None = None
     """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
     diffusers finds out, from the Hub."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
 
 
 @dataclass(frozen=True)

@@ -9,8 +9,9 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from atomdiff.data import Photo, Picture, picture_files, to_rgb, upright
+from atomdiff.data import Photo, Picture, to_rgb
 from atomdiff.errors import UserError
+from atomdiff.image_files import normal, picture_files, upright
 
 _LIGHT = 128  # what the lightest pixel of a mask must reach: one of 0 and 1 was not meant to be black
 
@@ -27,20 +28,20 @@ def read_masks(folder: str | Path, photos: Sequence[Photo]) -> list[Picture | No
     beside = Path(folder) / "mask"
     files: dict[str, Path] = {}
     complaints: dict[str, list[str]] = {}
-    stems = {Path(photo.name).stem for photo in photos}
+    stems = {_stem(photo.name) for photo in photos}
     for file in picture_files(beside) if beside.is_dir() else ():
-        if file.stem not in stems:
+        if _stem(file.name) not in stems:
             complaints.setdefault("no photo of this name", []).append(file.name)
-        elif file.stem in files:
+        elif _stem(file.name) in files:
             complaints.setdefault("a second one of this name", []).append(file.name)
-        files.setdefault(file.stem, file)
+        files.setdefault(_stem(file.name), file)
     masks: list[Picture | None] = []
     for photo in photos:
-        named = files.get(Path(photo.name).stem)
+        named = files.get(_stem(photo.name))
         try:
             mask = to_rgb(upright(named), background="black").convert("L") if named else photo.alpha
-        except Exception:  # Pillow's plugins raise whatever their parsers raise
-            complaints.setdefault("cannot be read", []).append(str(named and named.name))
+        except UserError as error:
+            complaints.setdefault("cannot be read", []).append(f"{named and named.name} ({error})")
             continue
         if mask is not None:
             name = named.name if named else f"alpha channel of {photo.name}"
@@ -68,6 +69,10 @@ def latent_weights(masks: Sequence[Picture | None], size: tuple[int, int], unmas
             light = torch.from_numpy(np.array(mask, dtype=np.float32))[None] / 255  # (1, height, width)
             weights[number] = unmasked_weight + (1 - unmasked_weight) * adaptive_avg_pool2d(light, size)
     return weights
+
+
+def _stem(name: str) -> str:
+    return normal(Path(name).stem)
 
 
 def _same_shape(mask: Picture, photo: Picture) -> bool:

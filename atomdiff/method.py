@@ -15,6 +15,7 @@ from atomdiff.data import derive_seed
 from atomdiff.delta_file import CONCEPT_SUFFIX
 from atomdiff.errors import UserError
 from atomdiff.pipeline import save_atoms
+from atomdiff.text_files import read_yaml
 from atomdiff.tuner import AtomConfig
 
 FULL = "FULL"
@@ -137,10 +138,7 @@ def save_trained(pipe: StableDiffusionPipeline, adapter: PeftConfig | None, path
 def _read_json(file: Path) -> dict[str, Any]:
     if not file.is_file():
         raise UserError(f'adapter={str(file)!r}: no such file; expected a JSON file, "atoms" or "full"')
-    try:
-        fields = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file}: not JSON ({error})") from error
+    fields = read_yaml(file)
     if not isinstance(fields, dict):
         raise UserError(f"{file}: expected a JSON object with peft_type and the method's fields")
     return fields

@@ -13,12 +13,13 @@ from pathlib import Path
 from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants
-from PIL import Image, ImageOps
+from PIL import Image
 
 from atomdiff import peft_directory
 from atomdiff.delta_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file
 from atomdiff.errors import UserError
 from atomdiff.hub import PathLike, Pictures, adapter_files, files_in, locate, names_repository
+from atomdiff.image_files import upright
 from atomdiff.picture_files import content_hash
 from atomdiff.tuner.layer import TRAINED_KINDS
 
@@ -288,11 +289,10 @@ def _text(file: Path, key: str) -> str:
 def _open_picture(file: Path) -> Image.Image:
     """A picture as it is seen, without its metadata."""
     try:
-        with Image.open(file) as image:
-            upright = ImageOps.exif_transpose(image).convert("RGB")
-    except _BROKEN_PICTURE as error:
+        image = upright(file).convert("RGB")
+    except UserError as error:
         raise UserError(f"cannot read the picture {file}: {error}") from error
-    return Image.frombytes("RGB", upright.size, upright.tobytes())
+    return Image.frombytes("RGB", image.size, image.tobytes())
 
 
 def _code(text: str) -> str:

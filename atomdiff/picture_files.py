@@ -50,7 +50,7 @@ class PictureFile:
     def save(self, image: Image.Image) -> None:
         """Write the picture; it gets its name once it is whole."""
         text = PngImagePlugin.PngInfo()
-        for key, value in self.facts.items():
+        for key, value in {**self.facts, "size": _size(image)}.items():
             text.add_text(key, value)
         unfinished = self.path.with_suffix(".unfinished")
         image.save(unfinished, format="png", pnginfo=text)
@@ -67,7 +67,8 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
     prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
     seeds = list(dict.fromkeys(picture.seed for picture in pictures))
     side = max(32, math.isqrt(SHEET_PIXELS // len(pictures)))
-    small = iter([_thumbnail(picture.path, side) for picture in pictures])
+    sizes, thumbnails = zip(*[_thumbnail(picture.path, side) for picture in pictures], strict=True)
+    small = iter(thumbnails)
     sheet = grid([[next(small) for _ in seeds] for _ in prompts], prompts, [f"seed {seed}" for seed in seeds])
     unfinished = folder / "overview.unfinished"
     sheet.save(unfinished, format="png")
@@ -76,9 +77,9 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
     manifest = {
         "settings": {key: value for key, value in pictures[0].settings.items() if key in shared},
         "images": [
-            {"file": picture.path.name, "prompt": picture.prompt, "seed": picture.seed}
+            {"file": picture.path.name, "prompt": picture.prompt, "seed": picture.seed, "size": size}
             | {key: value for key, value in picture.settings.items() if key not in shared}
-            for picture in pictures
+            for picture, size in zip(pictures, sizes, strict=True)
         ],
     }
     unfinished.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
@@ -103,7 +104,13 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def _thumbnail(file: Path, side: int) -> Image.Image:
+def _thumbnail(file: Path, side: int) -> tuple[str, Image.Image]:
+    """Return the size of an image, as text, and a small copy."""
     with Image.open(file) as image:
+        size = _size(image)
         image.thumbnail((side, side))
-        return image.convert("RGB")
+        return size, image.convert("RGB")
+
+
+def _size(image: Image.Image) -> str:
+    return f"{image.width}x{image.height}"

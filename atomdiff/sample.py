@@ -1,5 +1,6 @@
 """Prompts x seeds x concepts -> pictures: in memory, or as files that a stopped job goes on from."""
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from operator import itemgetter
@@ -13,15 +14,27 @@ from tqdm import tqdm
 from atomdiff.delta_file import some
 from atomdiff.errors import UserError
 from atomdiff.open_pipeline import open_pipeline
+from atomdiff.paths import PathText, expand_paths
 from atomdiff.picture_files import PictureFile, listing_hash, write_overview
 from atomdiff.precision import choose_precision, compute_device, tell
 from atomdiff.prompt_tags import split_tags
 from atomdiff.scheduler import Objective, common_scheduler, describe, fitting_scheduler, settings_of
 from atomdiff.strength import given_strengths
+from atomdiff.text_files import read_text
 from atomdiff.train_config import PredictionType
 
 if TYPE_CHECKING:
     from atomdiff.packing import Line
+
+_SIZE_UNIT = 8  # pixels; what every pipeline of Stable Diffusion asks for
+_SEEDS = 2**64  # of PyTorch's generators
+_RANGES = {
+    "num_inference_steps": (1, 1000),
+    "guidance_scale": (0, 1000),
+    "height": (_SIZE_UNIT, 8192),
+    "width": (_SIZE_UNIT, 8192),
+    "sample_batch_size": (1, 4096),
+}
 
 
 @dataclass(frozen=True)
@@ -32,15 +45,15 @@ class SampleConfig:
         UserError: a field has a value that cannot be used.
     """
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: PathText
     """The base, or a fully tuned pipeline: a folder, a Hub id, or a checkpoint file (.safetensors, .ckpt)."""
-    output_dir: str = "out/samples"
+    output_dir: PathText = "out/samples"
     """Folder for the pictures, grid.png and manifest.json. What is there with the same settings is not drawn again."""
     revision: str | None = None
     """Revision of a base on the Hub."""
     variant: str | None = None
     """Variant of the base's files, such as fp16."""
-    single_file_config: str | None = None
+    single_file_config: PathText | None = None
     """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
     diffusers finds out, from the Hub, which takes every 2.x for the v-predicting 2.1."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
@@ -52,7 +65,7 @@ class SampleConfig:
     rescale_betas_zero_snr: bool | None = None
     """Whether the noise schedule ends in pure noise, in all pictures. Default: as for prediction_type."""
 
-    concepts: tuple[str, ...] = ()
+    concepts: tuple[PathText, ...] = ()
     """Concepts that all prompts wear: files, directories written by PEFT, or user/repo on the Hub. Default: the bare
     base."""
     weights: tuple[float | dict[Any, Any], ...] = ()
@@ -61,14 +74,14 @@ class SampleConfig:
     trigger_words: tuple[str, ...] = ()
     """Word to use for each concept in the prompts, where two come with the same one. Default: their own."""
 
-    library: str | None = None
+    library: PathText | None = None
     """Folder of concept files for single prompts: "a photo of sks mug <atoms:NAME:0.8>" wears NAME.atoms.safetensors of
     that folder with the strength 0.8 (or JSON as for weights; 1 if left out). A prompt takes any number of such tags.
     One that names a concept of --concepts sets its strength there."""
 
     prompts: tuple[str, ...] = ()
     """What to draw."""
-    prompts_file: str | None = None
+    prompts_file: PathText | None = None
     """Text file with further prompts, one a line; blank lines and those that begin with "# " are left out."""
     negative_prompt: str | None = None
     """What to stay away from."""
@@ -79,13 +92,14 @@ class SampleConfig:
     guidance_scale: float = 7.5
     """Classifier-free guidance; 1 is none."""
     height: int | None = None
-    """Height in pixels. Default: that of the base."""
+    """Height in pixels, a multiple of 8. Default: that of the base."""
     width: int | None = None
-    """Width in pixels. Default: that of the base."""
+    """Width in pixels, a multiple of 8. Default: that of the base."""
     sample_batch_size: int = 4
     """Pictures drawn together, on each process."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         for path in filter(None, (self.prompts_file, self.library)):
             if not Path(path).exists():
                 raise UserError(f"found nothing at {path!r}: check the path")
@@ -95,12 +109,16 @@ class SampleConfig:
                 f"negative_prompt={self.negative_prompt!r}: only prompts can wear concepts; take the tag out"
             )
         Objective(self.prediction_type)  # refuses what it does not know
-        for name in ("num_inference_steps", "height", "width", "sample_batch_size"):
+        for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value}: expected at least 1")
-        if not self.seeds or min(self.seeds) < 0:
-            raise UserError(f"seeds={list(self.seeds)}: expected whole numbers from 0, at least one")
+            if value is not None and not least <= value <= most:
+                raise UserError(f"{name}={value}: expected {least} to {most}")
+        for name in ("height", "width"):
+            value = getattr(self, name)
+            if value is not None and value % _SIZE_UNIT:
+                raise UserError(f"{name}={value}: expected a multiple of {_SIZE_UNIT}")
+        if not self.seeds or not 0 <= min(self.seeds) <= max(self.seeds) < _SEEDS:
+            raise UserError(f"seeds={list(self.seeds)}: expected whole numbers from 0 to 2^64 - 1, at least one")
 
     def read_prompts(self) -> list[str]:
         """Return the prompts given and those in the file, each once, in their order.
@@ -110,10 +128,7 @@ class SampleConfig:
         """
         lines = list(self.prompts)
         if self.prompts_file is not None:
-            try:
-                written = Path(self.prompts_file).read_text(encoding="utf-8-sig").splitlines()
-            except (OSError, UnicodeDecodeError) as error:
-                raise UserError(f"prompts_file={self.prompts_file!r}: cannot be read as text ({error})") from error
+            written = read_text(self.prompts_file).split("\n")
             lines += [line for line in written if not f"{line.strip()} ".startswith("# ")]
         prompts = list(dict.fromkeys(line.strip() for line in lines if line.strip()))
         if not prompts:
@@ -174,6 +189,8 @@ def draw_each(
     seeds: Sequence[int],
     batch_size: int,
     negative_prompt: str | Sequence[str] | None = None,
+    height: int | None = None,
+    width: int | None = None,
     **settings: Any,
 ) -> Iterator[Image.Image]:
     """Yield what `generate` returns, as soon as a batch is drawn; `settings` go to the pipeline as they are.
@@ -182,6 +199,7 @@ def draw_each(
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one of each a picture")
+    height, width = image_size(pipe, height, width)
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
     if type(pipe.scheduler).__name__.startswith("FlowMatch"):  # it lacks what pipelines with a UNet look up
         pipe.scheduler.init_noise_sigma = 1.0
@@ -193,9 +211,35 @@ def draw_each(
             batch = slice(first, first + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
             negative = None if negatives is None else list(negatives[batch])
-            yield from pipe(list(prompts[batch]), negative_prompt=negative, generator=generators, **settings).images
+            yield from pipe(
+                list(prompts[batch]),
+                negative_prompt=negative,
+                generator=generators,
+                height=height,
+                width=width,
+                **settings,
+            ).images
     finally:
         pipe.set_progress_bar_config(**bar)
+
+
+def image_size(pipe: Any, height: int | None, width: int | None) -> tuple[int | None, int | None]:
+    """Return the height and width in pixels that a pipeline takes: both, or None for both.
+
+    One that is not given is that of the base; diffusers would ignore the other without a word.
+
+    Raises:
+        UserError: The base needs multiples of another number.
+    """
+    unit = math.lcm(_SIZE_UNIT, pipe.vae_scale_factor)
+    for name, value in (("height", height), ("width", width)):
+        if value is not None and value % unit:
+            raise UserError(f"{name}={value}: this base needs a multiple of {unit}")
+    if (height is None) == (width is None):
+        return height, width
+    side = pipe.unet.config.sample_size
+    usual = [each * pipe.vae_scale_factor for each in (side if isinstance(side, (list, tuple)) else (side, side))]
+    return height or usual[0], width or usual[1]
 
 
 def save_samples(config: SampleConfig) -> Path:

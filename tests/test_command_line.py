@@ -61,6 +61,53 @@ def test_mistakes_end_the_program_and_are_named(wrong, named, tmp_path):
     assert named in said
 
 
+@pytest.mark.parametrize("nothing", ["none", "None", "null"])
+def test_nothing_is_spelled_in_several_ways(tmp_path, nothing):
+    (tmp_path / "a.yaml").write_text(f"path: {nothing}x\nrate: {nothing}\n")
+    assert parse_config(Config, ["--path", nothing, "--rate", nothing]) == Config(nothing)
+    assert parse_config(Config, ["--path", "x", f"--rate={nothing}"]) == Config("x")
+    assert parse_config(Config, ["--rate", "1", "--config", str(tmp_path / "a.yaml")]) == Config(f"{nothing}x")
+
+
+@pytest.mark.parametrize(
+    ("written", "expected"),
+    [
+        ("rate: 1e-4", Config("x", rate=1e-4)),
+        ("flag: yes", Config("x", flag=True)),
+        ("flag: off", Config("x", flag=False)),
+        ("words: [no, 'yes']", Config("x", words=("no", "yes"))),
+        ("words: no", Config("x", words=("no",))),
+        ("# nothing", Config("x")),
+    ],
+)
+def test_files_mean_what_people_mean(tmp_path, written, expected):
+    (tmp_path / "a.yaml").write_text(written, encoding="utf-16")
+    assert parse_config(Config, ["--path", "x", "--config", str(tmp_path / "a.yaml")]) == expected
+
+
+@pytest.mark.parametrize("written", ["path: null", "kind:", "path: x\npath: y", "- path", "rate: fast", "flag: 3"])
+def test_files_that_mean_nothing_are_refused(tmp_path, written):
+    (tmp_path / "a.yaml").write_text(written)
+    with pytest.raises(SystemExit) as ended:
+        parse_config(Config, ["--path", "x", "--config", str(tmp_path / "a.yaml")])
+    assert len(ended.value.code.splitlines()) == 1
+
+
+def test_whole_numbers_may_be_written_as_floats(tmp_path):
+    @dataclass(frozen=True)
+    class Steps:
+        """Steps."""
+
+        steps: int | None = 1
+        """Steps."""
+
+    (tmp_path / "a.yaml").write_text("steps: 1e3")
+    assert parse_config(Steps, ["--config", str(tmp_path / "a.yaml")]) == parse_config(Steps, ["--steps", "1e3"])
+    assert parse_config(Steps, ["--steps", "1e3"]) == Steps(1000)
+    with pytest.raises(SystemExit):
+        parse_config(Steps, ["--steps", "1.5"])
+
+
 def test_help_reads_the_field_docstrings(capsys):
     with pytest.raises(SystemExit):
         parse_config(Config, ["--help"])

@@ -91,9 +91,7 @@ def test_photos_come_upright_by_name_with_their_captions(tmp_path):
     ramp().save(tmp_path / "b.JPG", format="jpeg", exif=exif, quality=100)
     ramp().save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("\ufeffa photo of sks mug in a café \n", encoding="utf-8")
-    (tmp_path / "notes.txt").write_text("not a caption")
     (tmp_path / ".hidden.png").write_text("no picture")
-    (tmp_path / "folder.png").mkdir()
     first, second = read_photos(tmp_path, minimum_side=32)
     assert (first.name, first.caption) == ("a.png", "a photo of sks mug in a café")
     assert (second.name, second.caption) == ("b.JPG", None)
@@ -111,7 +109,9 @@ def test_one_error_names_every_bad_file(tmp_path):
     with pytest.raises(UserError) as error:
         read_photos(tmp_path, minimum_side=32)
     assert str(error.value) == (
-        f"{tmp_path}: cannot be read: cut.png, empty.png, phone.HEIC, text.jpg; "
+        f"{tmp_path}: cannot be read: cut.png (image file is truncated), empty.png (empty), "
+        "phone.HEIC (Pillow cannot read .heic here: save it as JPEG or PNG), "
+        "text.jpg (no jpg nor any other image that Pillow knows); "
         "shorter side under 32 pixels: small.png (9x50). Replace or remove them"
     )
 
@@ -120,7 +120,11 @@ def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         read_photos(tmp_path / "nowhere", minimum_side=1)
     (tmp_path / "readme.txt").write_text("no picture")
-    with pytest.raises(UserError, match="no picture in it"):
+    with pytest.raises(UserError, match=r"no picture in it; expected files such as photo.jpg or photo.png$"):
+        read_photos(tmp_path, minimum_side=1)
+    (tmp_path / "10_sks mug").mkdir()
+    ramp().save(tmp_path / "10_sks mug" / "a.png")
+    with pytest.raises(UserError, match="found some in its folder 10_sks mug: name that"):
         read_photos(tmp_path, minimum_side=1)
 
 

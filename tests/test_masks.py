@@ -27,6 +27,12 @@ def masks_of(folder):
     return {photo.name: mask for photo, mask in zip(photos, read_masks(folder, photos), strict=True)}
 
 
+def test_names_are_compared_in_one_unicode_form(folder):
+    Image.new("RGB", (40, 20), "red").save(folder / "caf\u00e9.png")
+    left_half().save(folder / "mask" / "cafe\u0301.png")
+    assert masks_of(folder)["caf\u00e9.png"].tobytes() == left_half().tobytes()
+
+
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "LA", "RGBA"])
 def test_a_mask_is_a_picture_of_that_name_in_the_folder_mask(folder, mode):
     left_half(mode=mode).save(folder / "mask" / "b.png")
@@ -75,7 +81,8 @@ def test_one_error_names_every_mask_that_cannot_be_used(folder):
         masks_of(folder)
     assert str(error.value) == (
         f"{folder}: masks that cannot be used: a second one of this name: d.png; no photo of this name: other.png; "
-        "cannot be read: a.png; shaped unlike the photo: b.png (20x20, its photo 40x20); "
+        "cannot be read: a.png (no png nor any other image that Pillow knows); "
+        "shaped unlike the photo: b.png (20x20, its photo 40x20); "
         "nowhere white: c.png, alpha channel of e.png. Replace or remove them"
     )
 

@@ -30,7 +30,7 @@ def test_reading(tmp_path):
 @pytest.mark.parametrize(
     ("content", "message"),
     [
-        ("{", "not JSON"),
+        ("{", "cannot be read as YAML or JSON"),
         ("[1]", "expected a JSON object"),
         ({"r": 4}, "peft_type=None; expected one of FULL, .*LORA"),
         ({"peft_type": "LORE"}, "peft_type='LORE'; expected one of FULL"),

@@ -22,7 +22,7 @@ def test_facts_of_any_text_are_read_back(tmp_path, prompt):
     picture = saved(tmp_path, prompt, 3)
     assert picture.is_saved()
     with Image.open(picture.path) as image:
-        assert image.text == {"prompt": prompt, "seed": "3", **SETTINGS}
+        assert image.text == {"prompt": prompt, "seed": "3", "size": "16x16", **SETTINGS}
     assert [path.name for path in tmp_path.iterdir()] == [picture.path.name]
 
 

@@ -242,7 +242,7 @@ def test_prompts_come_from_arguments_and_file_once_each(config, tmp_path):
     path.write_bytes(b"#1 mug\n")
     assert config.read_prompts()[2:] == ["#1 mug"]
     path.write_bytes(b"\xff\xfe\x00")
-    with pytest.raises(UserError, match="prompts.txt.*cannot be read as text"):
+    with pytest.raises(UserError, match="prompts.txt: not text in UTF-16"):
         config.read_prompts()
 
 
@@ -564,6 +564,30 @@ def test_equal_strengths_are_the_same_picture_and_numbers_are_told_as_ever(confi
     assert len(loads) == 2
 
 
+# sizes
+
+
+@pytest.mark.parametrize(("asked", "size"), [({"height": 48}, (32, 48)), ({"width": 40}, (40, 32)), ({}, (32, 32))])
+def test_a_lone_side_is_kept_the_other_is_the_bases_and_files_tell_both(config, asked, size):
+    folder = save_samples(replace(config, prompts=("a mug",), seeds=(0,), **asked))
+    (entry,) = json.loads((folder / "manifest.json").read_text())["images"]
+    with Image.open(folder / entry["file"]) as image:
+        assert image.size == size
+        assert entry["size"] == image.text["size"] == f"{size[0]}x{size[1]}"
+
+
+def test_a_base_that_needs_larger_multiples_says_so(tiny_pipe, monkeypatch):
+    monkeypatch.setattr(tiny_pipe, "vae_scale_factor", 16)
+    with pytest.raises(UserError, match="height=40: this base needs a multiple of 16"):
+        generate(tiny_pipe, ["a mug"], seeds=[0], height=40, progress=False, **QUICK)
+
+
+def test_a_lone_side_of_a_base_that_is_not_square(tiny_pipe):
+    tiny_pipe.unet.register_to_config(sample_size=[8, 12])
+    assert sample.image_size(tiny_pipe, 64, None) == (64, 48)
+    assert sample.image_size(tiny_pipe, None, 64) == (32, 64)
+
+
 # errors and warnings
 
 
@@ -581,7 +605,13 @@ def test_equal_strengths_are_the_same_picture_and_numbers_are_told_as_ever(confi
         ({"seeds": (-1,)}, "seeds"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"sample_batch_size": 0}, "sample_batch_size=0"),
-        ({"height": 0}, "height=0"),
+        ({"height": 0}, "height=0: expected 8 to 8192"),
+        ({"height": 500, "width": 64}, "height=500: expected a multiple of 8"),
+        ({"width": 10**6}, "width=1000000: expected 8 to 8192"),
+        ({"seeds": (2**64,)}, "seeds"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001: expected 1 to 1000"),
+        ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
+        ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     ],
 )
 def test_wrong_fields_are_named(config, change, message):

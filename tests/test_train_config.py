@@ -182,6 +182,16 @@ def test_a_list_of_concepts_that_cannot_be_used(tmp_path, entries, changes, mess
         listed(tmp_path, entries, **changes)
 
 
+def test_nothing_in_a_list_of_concepts_and_encodings_as_people_have_them(tmp_path):
+    file = tmp_path / "shelf.yaml"
+    entries = "- instance_data_dir: ~/mug\n  class_name: none\n  initializer_token: null\n  trigger_word: no\n"
+    file.write_text(entries, encoding="utf-16")
+    config = TrainConfig("base", concepts_list=str(file), class_name="cup", train_token=False, instance_prompt="a")
+    (subject,) = config.subjects
+    assert subject.instance_data_dir == str(Path.home() / "mug")
+    assert (subject.class_name, subject.initializer_token, subject.trigger_word) == (None, None, "no")
+
+
 def test_the_recipe_has_no_folders_and_fits_json():
     one = TrainConfig(**NEEDED, output_dir="here", checkpointing_steps=1)
     two = TrainConfig(**{**NEEDED, "instance_data_dir": "elsewhere"}, output_dir="there", checkpointing_steps=2)

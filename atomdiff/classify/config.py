@@ -6,6 +6,7 @@ from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
 from atomdiff.errors import UserError
+from atomdiff.paths import PathText, expand_paths
 from atomdiff.train_config import Precision, Schedule, parse_with_overrides
 
 LINEAR = "linear"
@@ -23,12 +24,12 @@ class ClassifyConfig:
         UserError: A field has a value that cannot be used; the message names field, value and what is allowed.
     """
 
-    pretrained_model_name_or_path: str
+    pretrained_model_name_or_path: PathText
     """The base: a folder or a Hub id of any image classifier of transformers (ResNet, ConvNeXt, ...)."""
-    train_data_dir: str
+    train_data_dir: PathText
     """Folder with a sub-folder of pictures for each class; or with sub-folders train, validation and test, each of them
     such a folder."""
-    output_dir: str = "out/classifier"
+    output_dir: PathText = "out/classifier"
     """Folder for the trained classifier, the log and the report."""
     revision: str | None = None
     """Revision of a base on the Hub."""
@@ -46,7 +47,7 @@ class ClassifyConfig:
     random_resized_crop: float = 1.0
     """Cut this share of a training picture's area or more, at random, and resize it; 1 for none."""
 
-    adapter: str = "atoms"
+    adapter: PathText = "atoms"
     """What is trained beside the head: a JSON file with the config of any PEFT method, or "atoms" (its defaults),
     "linear" (nothing) or "full" (everything)."""
     learning_rate: float | None = None
@@ -87,6 +88,7 @@ class ClassifyConfig:
     """Steps between lines of the log."""
 
     def __post_init__(self) -> None:
+        expand_paths(self)
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:

@@ -12,8 +12,9 @@ from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 from tqdm import tqdm
 
-from atomdiff.data import Picture, derive_seed, picture_files, read_picture, sample_order
+from atomdiff.data import Picture, derive_seed, read_picture, sample_order
 from atomdiff.errors import UserError
+from atomdiff.image_files import normal, picture_files
 
 _SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
@@ -94,13 +95,13 @@ def _sub_folders(folder: Path) -> list[Path]:
 
 def _read_classes(folder: Path, known: Mapping[str, object] | None = None) -> dict[str, list[Path]]:
     """List the pictures of every class, in the order of the names; all names must be `known` ones, if given."""
-    classes = {path.name: picture_files(path) for path in _sub_folders(folder)}
+    classes = {normal(path.name): picture_files(path) for path in _sub_folders(folder)}
     if known is None and len(classes) < 2:
         names = ", ".join(classes) or "none"
         raise UserError(
             f"{folder}: found {len(classes)} sub-folders ({names}); expected one for each of several classes"
         )
-    if deeper := [path for name in classes for path in _sub_folders(folder / name) if picture_files(path)]:
+    if deeper := [path for each in _sub_folders(folder) for path in _sub_folders(each) if picture_files(path)]:
         expected = "a class's pictures directly in its folder, and splits called train, validation (or val) and test"
         raise UserError(f"{deeper[0]}: pictures too deep inside, they would be passed over; expected {expected}")
     if empty := [name for name, files in classes.items() if not files]:
@@ -142,8 +143,8 @@ def _refuse_unreadable(files: Sequence[Path], folder: Path) -> None:
     for file in tqdm(files, "checking pictures", disable=len(files) < 2000, leave=False):
         try:
             read_picture(file)
-        except Exception:  # Pillow's plugins raise whatever their parsers raise
-            unreadable.append(str(file.relative_to(folder)))
+        except UserError as error:
+            unreadable.append(f"{file.relative_to(folder)} ({error})")
     if unreadable:
         shown = ", ".join(unreadable[:10]) + (f" and {len(unreadable) - 10} more" if len(unreadable) > 10 else "")
         raise UserError(f"{folder}: cannot be read: {shown}. Replace or remove them")
