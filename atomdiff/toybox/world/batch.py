@@ -47,3 +47,12 @@ class Batch:
         """Several batches as one."""
         names = batches[0]._tensors()
         return cls(**{name: torch.cat([getattr(batch, name) for batch in batches]) for name in names})
+
+
+def groups(index: Tensor) -> list[tuple[int, Tensor]]:
+    """The values of an index (n,) and, for each, the rows that have it; one round trip to the device in all."""
+    kept = index.cpu()
+    order = kept.argsort(stable=True)
+    values, counts = kept.unique(return_counts=True)
+    rows = order.to(index.device).split(counts.tolist())
+    return list(zip(values.tolist(), rows, strict=True))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from functools import lru_cache
+
 import torch
 from torch import Tensor
 
@@ -14,11 +16,17 @@ INK = (38, 32, 42)
 INK_WIDTH = 0.019  # of an outline, in object units
 
 
+@lru_cache(maxsize=4096)
+def _constant(color: RGB, device: torch.device) -> Tensor:
+    """A color as (1, 3, 1, 1); kept, since each copy to a GPU would wait for what runs there."""
+    return torch.tensor(color, dtype=torch.float32).view(1, 3, 1, 1).div(255).to(device)
+
+
 def paint_of(color: RGB | Tensor, like: Tensor) -> Tensor:
     """A color as (1 or n, 3, 1, 1) or, where it already varies, (n, 3, h, w)."""
     if isinstance(color, Tensor):
         return color if color.ndim == 4 else color[:, :, None, None]
-    return torch.tensor(color, device=like.device, dtype=like.dtype).view(1, 3, 1, 1) / 255
+    return _constant(color, like.device)
 
 
 class ObjectCanvas:
@@ -31,20 +39,30 @@ class ObjectCanvas:
         surface: the share of the second color (n, h, w).
         colors: first, second and accent color (n, 3, 3).
         side: where the light comes from, -1 (left) to 1 (right), (n, 1, 1).
+        supersampling: pixels per pixel of the final image, a side; what the parts are is kept for the final pixels.
     """
 
     def __init__(
-        self, x: Tensor, y: Tensor, pixel: Tensor, shape: Tensor, surface: Tensor, colors: Tensor, side: Tensor
+        self,
+        x: Tensor,
+        y: Tensor,
+        pixel: Tensor,
+        shape: Tensor,
+        surface: Tensor,
+        colors: Tensor,
+        side: Tensor,
+        supersampling: int,
     ) -> None:
         self.x, self.y, self.pixel, self._shape = x, y, pixel, shape
         first, second, self.accent = colors[:, :, :, None, None].unbind(1)
         self.body = torch.lerp(first, second, surface[:, None])  # (n, 3, h, w)
-        self._motif = torch.where(surface > 0.5, float(MOTIF), float(BODY))
-        self._toward = side * x + 0.35 * (y - 0.5)  # grows towards the light
-        self._light = 1.02 + 0.26 * self._toward
+        step = self.supersampling = supersampling
+        self._motif = torch.where(surface[:, ::step, ::step] > 0.5, float(MOTIF), float(BODY))
+        toward = side * x + 0.35 * (y - 0.5)  # grows towards the light
+        self._light, self._dim = 1.02 + 0.26 * toward, 1 - 1.1 * toward
         self._ink = paint_of(INK, x)
         self.rgb = self._ink.expand(x.shape[0], 3, *x.shape[1:]).clone()
-        self.alpha, self.kind = torch.zeros_like(x), torch.zeros_like(x)
+        self.alpha, self.kind = torch.zeros_like(x), torch.zeros_like(self._motif)
 
     def p(self, index: int, low: float, high: float) -> Tensor:
         """Shape parameter `index` between `low` and `high`, (n, 1, 1)."""
@@ -59,19 +77,23 @@ class ObjectCanvas:
             round_: how much darker the part gets towards its edge, which makes it look round.
             ink: width of its outline; 0 for none.
         """
-        outer = (0.5 - (distance - ink / 2) / self.pixel).clamp_(0, 1)
-        inner = (0.5 - (distance + ink / 2) / self.pixel).clamp_(0, 1) if ink else outer
+        edge = distance / self.pixel  # in pixels
+        outer = (0.5 + ink / 2 / self.pixel - edge).clamp_(0, 1)
+        inner = (0.5 - ink / 2 / self.pixel - edge).clamp_(0, 1) if ink else outer
         color = self.body if fill == "body" else self.accent if fill == "accent" else paint_of(fill, self.x)  # type: ignore[arg-type]
-        rim = (1 + distance * 9).clamp_(0, 1)
-        shade = self._light - round_ * rim * rim * (1.0 - 1.1 * self._toward)
+        shade = self._light
+        if round_:
+            rim = (1 + distance * 9).clamp_(0, 1)
+            shade = torch.addcmul(shade, rim * rim, self._dim, value=-round_)
         if ink:
             self.rgb.lerp_(self._ink.expand_as(self.rgb), outer[:, None])
         self.rgb.lerp_(color * shade[:, None], inner[:, None])
         self.alpha = torch.maximum(self.alpha, outer)
         kind = self._motif if fill == "body" else float(ACCENT if fill == "accent" else DETAIL)
+        step = self.supersampling
         if ink:
-            self.kind = torch.where(outer > 0.5, float(OUTLINE), self.kind)
-        self.kind = torch.where(inner > 0.5, kind, self.kind)
+            self.kind = torch.where(outer[:, ::step, ::step] > 0.5, float(OUTLINE), self.kind)
+        self.kind = torch.where(inner[:, ::step, ::step] > 0.5, kind, self.kind)
 
     def glow(self, distance: Tensor, color: RGB, opacity: Value, soft: float) -> None:
         """Lighten or darken what is there, fading over `soft` object units; a shine or a shadow, no part of its own."""

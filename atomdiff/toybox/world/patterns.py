@@ -25,7 +25,7 @@ class Surface:
     def __init__(self, x: Tensor, y: Tensor, parameters: Tensor, pixel: Tensor) -> None:
         angle, frequency, phase, other, duty, own = parameters[:, :, None, None].unbind(1)
         self.angle, self.phase, self.other, self.duty, self.own = angle, phase, other, duty, own
-        self.frequency = 2.2 * 2.4**frequency  # periods in one unit: 2.2 to 5.3
+        self.frequency = 2.8 * 2.2**frequency  # periods in one unit: 2.8 to 6.2
         cosine, sine = (angle * math.pi).cos(), (angle * math.pi).sin()
         self.x, self.y, self.pixel = x, y - 0.5, pixel
         self.u = x * cosine + self.y * sine
@@ -135,7 +135,7 @@ def _diamonds(s: Surface) -> Tensor:
 
 def _rays(s: Surface) -> Tensor:
     x, y = s.x - s.between(-0.25, 0.25, s.phase), s.y - s.between(-0.25, 0.25, s.other)
-    count = torch.round(5 + 3 * (s.frequency - 2.2))
+    count = torch.round(5 + 2.5 * (s.frequency - 2.8))
     turned = torch.atan2(x, y) / (2 * math.pi) * count + s.angle
     twist = s.between(-1.2, 1.2, s.own) * length(x, y)
     return s.edge(_band(turned + twist, s.between(0.35, 0.65, s.duty)) * 2 * math.pi * length(x, y) / count)
@@ -223,13 +223,3 @@ def named_ranges() -> tuple[Tensor, Tensor]:
     """Lowest and highest parameters of each pattern word: two tensors (words, P)."""
     ranges = torch.tensor([spans for _, spans in _NAMED.values()])
     return ranges[..., 0], ranges[..., 1]
-
-
-def coverage(family: Tensor, parameters: Tensor, x: Tensor, y: Tensor, pixel: Tensor) -> Tensor:
-    """The share of the second color (n, h, w) for families (n,), parameters (n, P) and coordinates (n, h, w)."""
-    result = torch.zeros_like(x)
-    for index in family.unique().tolist():
-        rows = (family == index).nonzero()[:, 0]
-        surface = Surface(x[rows], y[rows], parameters[rows], pixel[rows])
-        result[rows] = FAMILIES[FAMILY_NAMES[index]](surface)
-    return result

@@ -26,7 +26,7 @@ from atomdiff.toybox.world import (
     sample_views,
 )
 from atomdiff.toybox.world.held_out import color_is_held_out
-from atomdiff.toybox.world.patterns import NAMED_FAMILY, coverage, named_ranges
+from atomdiff.toybox.world.patterns import FAMILIES, NAMED_FAMILY, Surface, named_ranges
 
 SIZE = 48
 
@@ -100,7 +100,7 @@ def test_every_family_shows_both_colors_and_follows_its_parameters():
     pixel = torch.full((6, 1, 1), 1 / 48)
     for index, name in enumerate(FAMILY_NAMES):
         parameters = torch.rand(6, 6, generator=seeded(index))
-        shares = coverage(torch.full((6,), index), parameters, x.expand(6, -1, -1), y.expand(6, -1, -1), pixel)
+        shares = FAMILIES[name](Surface(x.expand(6, -1, -1), y.expand(6, -1, -1), parameters, pixel))
         assert shares.min() >= 0 and shares.max() <= 1
         if name == "plain":
             assert shares.max() == 0

@@ -11,16 +11,16 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atomdiff.toybox.world import scenes_other, scenes_outside
+from atomdiff.toybox.world.batch import groups
 from atomdiff.toybox.world.canvas import OUTLINE, ObjectCanvas, SceneCanvas
 from atomdiff.toybox.world.distances import ellipse
 from atomdiff.toybox.world.individuals import Individuals
-from atomdiff.toybox.world.patterns import coverage
+from atomdiff.toybox.world.patterns import FAMILIES, FAMILY_NAMES, Surface
 from atomdiff.toybox.world.things import CLASSES, THINGS
 from atomdiff.toybox.world.views import Views
 from atomdiff.toybox.world.words import SCENES
 
 IMAGE_SIZE = 128
-_SUPERSAMPLING = 2
 _PAINTERS: dict[str, Callable[[SceneCanvas], None]] = {
     "beach": scenes_outside.beach,
     "forest": scenes_outside.forest,
@@ -59,24 +59,33 @@ def _object_coordinates(views: Views, size: int) -> tuple[Tensor, Tensor, Tensor
     return x, up * cosine - right * sine, 1 / (size * scale)
 
 
-def _paint_objects(individuals: Individuals, views: Views, size: int) -> tuple[Tensor, Tensor, Tensor]:
+def _paint_surfaces(individuals: Individuals, views: Views, size: int) -> Tensor:
+    """The share of the second color at each pixel (n, h, w), as if the objects filled the images."""
+    result = torch.empty(len(views), size, size, device=views.device)
+    for family, rows in groups(individuals.family):
+        x, y, pixel = _object_coordinates(views[rows], size)
+        surface = Surface(x, y, individuals.pattern[rows], pixel)
+        result[rows] = FAMILIES[FAMILY_NAMES[family]](surface)
+    return result
+
+
+def _paint_objects(
+    individuals: Individuals, views: Views, size: int, supersampling: int
+) -> tuple[Tensor, Tensor, Tensor]:
     """Colors (n, 3, h, w), multiplied by the coverage (n, 1, h, w), and parts (n, h, w) of the objects alone."""
-    n = len(individuals)
-    x, y, pixel = _object_coordinates(views, size * _SUPERSAMPLING)
-    surface = coverage(individuals.family, individuals.pattern, x, y, pixel)
-    side = (views.light * views.mirror)[:, None, None]
-    color = x.new_empty(n, 3, size, size)
-    alpha, parts = x.new_empty(n, 1, size, size), torch.empty(n, size, size, dtype=torch.long, device=x.device)
-    for index in individuals.class_index.unique().tolist():
-        rows = (individuals.class_index == index).nonzero()[:, 0]
-        canvas = ObjectCanvas(
-            x[rows], y[rows], pixel[rows], individuals.shape[rows], surface[rows], individuals.colors[rows], side[rows]
-        )
+    n, device = len(individuals), views.device
+    surfaces = _paint_surfaces(individuals, views, size * supersampling)
+    color, alpha = torch.empty(n, 3, size, size, device=device), torch.empty(n, 1, size, size, device=device)
+    parts = torch.empty(n, size, size, dtype=torch.long, device=device)
+    for index, rows in groups(individuals.class_index):
+        some, seen = individuals[rows], views[rows]
+        x, y, pixel = _object_coordinates(seen, size * supersampling)
+        side = (seen.light * seen.mirror)[:, None, None]
+        canvas = ObjectCanvas(x, y, pixel, some.shape, surfaces[rows], some.colors, side, supersampling)
         THINGS[CLASSES[index]](canvas)
-        color[rows] = F.avg_pool2d(canvas.rgb.clamp(0, 1) * canvas.alpha[:, None], _SUPERSAMPLING)
-        covered = F.avg_pool2d(canvas.alpha[:, None], _SUPERSAMPLING)
-        kind = canvas.kind[:, ::_SUPERSAMPLING, ::_SUPERSAMPLING]
-        kind = torch.where(kind == 0, float(OUTLINE), kind) * (covered[:, 0] >= 0.5)
+        color[rows] = F.avg_pool2d(canvas.rgb.clamp_(0, 1).mul_(canvas.alpha[:, None]), supersampling)
+        covered = F.avg_pool2d(canvas.alpha[:, None], supersampling)
+        kind = torch.where(canvas.kind == 0, float(OUTLINE), canvas.kind) * (covered[:, 0] >= 0.5)
         alpha[rows], parts[rows] = covered, kind.long()
     return color, alpha, parts
 
@@ -85,8 +94,7 @@ def _paint_scenes(views: Views, size: int) -> Tensor:
     """The scenes alone, with the shadow that the object casts, (n, 3, h, w)."""
     result = torch.empty(len(views), 3, size, size, device=views.device)
     names = list(SCENES)
-    for index in views.scene_index.unique().tolist():
-        rows = (views.scene_index == index).nonzero()[:, 0]
+    for index, rows in groups(views.scene_index):
         canvas = SceneCanvas(views.layout[rows], size)
         _PAINTERS[names[index]](canvas)
         foot, width = views.foot[rows, :, None, None], views.size[rows, None, None]
@@ -97,20 +105,22 @@ def _paint_scenes(views: Views, size: int) -> Tensor:
     return result
 
 
-def render(individuals: Individuals, views: Views, size: int = IMAGE_SIZE) -> Rendering:
+@torch.no_grad()
+def render(individuals: Individuals, views: Views, size: int = IMAGE_SIZE, supersampling: int = 2) -> Rendering:
     """Paint individuals in views, one each.
 
     Args:
         individuals: n individuals.
         views: as many views, on the same device.
         size: pixels a side.
+        supersampling: pixels a side at which each pixel of the objects is painted.
 
     Raises:
         ValueError: the numbers of individuals and views differ.
     """
     if len(individuals) != len(views):
         raise ValueError(f"{len(individuals)} individuals and {len(views)} views: one view an individual is expected")
-    color, alpha, parts = _paint_objects(individuals, views, size)
+    color, alpha, parts = _paint_objects(individuals, views, size, supersampling)
     images = _paint_scenes(views, size) * (1 - alpha) + color
     images = (images * rearrange(views.tint, "n c -> n c 1 1")).clamp(0, 1)
     return Rendering(images, alpha, parts)
