@@ -33,12 +33,20 @@ class Individuals(Batch):
     colors: Tensor
 
 
+def _from_hue(hue: Tensor, saturation: Tensor, value: Tensor) -> Tensor:
+    """Colors (..., 3) of a hue (in turns), saturation and value, as in HSV."""
+    sixths = torch.remainder(torch.tensor([5.0, 3.0, 1.0]) + hue[..., None] * 6, 6)
+    return value[..., None] * (1 - saturation[..., None] * torch.minimum(sixths, 4 - sixths).clamp(0, 1))
+
+
 def random_colors(n: int, generator: torch.Generator) -> Tensor:
-    """Clearly different first and second colors and an accent, (n, 3, 3), from anywhere in the cube.
+    """Clearly different first and second colors and an accent, (n, 3, 3): half of them vivid, half from all the cube.
 
     The accent is a darker tone of the first color in two of three individuals, else free.
     """
-    colors = 0.09 + 0.88 * torch.rand(n, 3, 3, generator=generator)
+    draw = torch.rand(n, 3, 3, generator=generator)
+    vivid = _from_hue(draw[..., 0], 0.45 + 0.5 * draw[..., 1], 0.6 + 0.38 * draw[..., 2])
+    colors = torch.where(torch.rand(n, 3, 1, generator=generator) < 0.5, vivid, 0.09 + 0.88 * draw)
     # A second color too like the first is pushed to the far side of the cube.
     first, second = colors[:, 0], colors[:, 1]
     close = (first - second).abs().sum(1, keepdim=True) < 0.75

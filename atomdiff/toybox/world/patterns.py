@@ -158,14 +158,16 @@ def _crosses(s: Surface) -> Tensor:
 
 
 def _scales(s: Surface) -> Tensor:
-    u, v = s.u * s.frequency + s.phase, s.v * s.frequency * 1.05 + s.other
-    row = (v * 4).floor()
-    rest, shift = v - row / 4, 0.5 * torch.remainder(row, 2)
-    behind = length(torch.remainder(u + shift, 1) - 0.5, rest)
-    front = length(torch.remainder(u + shift + 0.5, 1) - 0.5, rest + 0.25)
-    reach = torch.where(front < 0.5, front, behind)
-    rim = s.between(0.30, 0.40, s.duty)
-    return s.edge(torch.maximum(reach - rim, s.between(0.08, 0.2, s.own) - reach) / s.frequency)
+    # Rows of round scales, each row overlapping the one above it: the lowest circle that holds a point is in front.
+    f = s.frequency * 0.85
+    u, v = s.u * f + s.phase, s.v * f + s.other
+    row = (v * 2).floor()
+    rest, shift = v - row / 2, 0.5 * torch.remainder(row, 2)
+    behind = length(torch.remainder(u + shift, 1) - 0.5, rest - 0.5)
+    front = length(torch.remainder(u + shift + 0.5, 1) - 0.5, rest)
+    reach = torch.where(behind < 0.5, behind, front)
+    rim = s.between(0.30, 0.38, s.duty)
+    return s.edge(torch.maximum(reach - rim, s.between(-0.1, 0.17, s.own) - reach) / f)
 
 
 def _stars(s: Surface) -> Tensor:
@@ -208,7 +210,7 @@ _Range = tuple[float, float]
 # freely, the pictures of a word would look gray on average, and the training loss would hardly tell words apart.
 _NAMED: dict[str, tuple[str, tuple[_Range, ...]]] = {
     "plain": ("plain", ((0, 1),) * PARAMETERS),
-    "striped": ("stripes", ((0.0, 0.03), (0.42, 0.52), (0.22, 0.28), (0, 1), (0.45, 0.55), (0, 1))),
+    "striped": ("stripes", ((0.0, 0.03), (0.35, 0.45), (0.22, 0.28), (0, 1), (0.45, 0.55), (0, 1))),
     "dotted": ("dots", ((0.0, 0.03), (0.55, 0.65), (0.47, 0.53), (0.47, 0.53), (0.5, 0.7), (0.6, 0.9))),
     "checked": ("checks", ((0.0, 0.03), (0.50, 0.60), (0.22, 0.28), (0.22, 0.28), (0, 1), (0.38, 0.48))),
     "zigzag": ("zigzag", ((0.0, 0.03), (0.45, 0.55), (0.22, 0.28), (0.47, 0.53), (0.45, 0.55), (0.55, 0.7))),

@@ -38,12 +38,22 @@ def hills(s: SceneCanvas, height: Value, swing: Value, run: float, key: Tensor) 
     return (height + swing * wave - s.y) * 0.9
 
 
-def firs(s: SceneCanvas, count: float, key: Tensor, foot: Value, low: float, high: float, wide: float) -> Tensor:
-    """Distance to a row of fir trees of heights between `low` and `high`, standing at y = foot."""
-    across, tall, _ = columns(s, count, key)
-    depth = s.y - (foot - low - (high - low) * tall)  # below the tree's top
-    step = torch.remainder(depth * 26, 1) / 26
-    return torch.maximum((across.abs() - wide * (0.55 * depth + 0.9 * step)) * 0.8, torch.maximum(-depth, s.y - foot))
+def _fir(across: Tensor, depth: Tensor, height: Value, half: Value) -> Tensor:
+    """Distance to a fir tree of a half width at its foot, by the offset from its middle and the depth below its top."""
+    share = (depth / height).clamp(min=0)
+    tier = torch.remainder(share * 6, 1)
+    width = half * (0.86 * share + 0.20 * tier - 0.06)
+    return torch.maximum((across.abs() - width) * 0.8, torch.maximum(-depth, depth - height))
+
+
+def firs(s: SceneCanvas, count: float, key: Tensor, foot: Value, low: float, high: float) -> Tensor:
+    """Distance to a wood of fir trees of heights between `low` and `high`, standing at y = foot."""
+    rows = []
+    for shift in (0.0, 0.5):
+        across, tall, _ = columns(s, count, key + shift, 0.2)
+        height = low + (high - low) * tall
+        rows.append(_fir(across, s.y - foot + height, height, 0.39 / count))
+    return torch.minimum(*rows)
 
 
 def beach(s: SceneCanvas) -> None:
@@ -104,17 +114,17 @@ def forest(s: SceneCanvas) -> None:
     )
     sun(s, s.q(1, 0.2, 0.8), 0.16, 0.05, (255, 252, 220), (255, 250, 205))
     ground = 0.60
-    s.fill(firs(s, 11.0, s.q(2), ground + 0.02, 0.20, 0.34, 0.42), (142, 186, 160), 1.0, 2.0)
-    s.fill(firs(s, 7.0, s.q(3), ground + 0.03, 0.30, 0.48, 0.40), (86, 146, 110), 1.0, 1.6)
+    s.fill(firs(s, 9.0, s.q(2), ground + 0.02, 0.16, 0.36), (150, 194, 166), 1.0, 2.0)
+    s.fill(firs(s, 6.0, s.q(3), ground + 0.03, 0.24, 0.50), (92, 152, 114), 1.0, 1.6)
     s.fill(hills(s, ground, 0.008, 9.0, s.q(4)), s.gradient((122, 166, 84), (58, 110, 52), ground, 1.0), 1.0, 2.0)
     s.fill(ellipse(s.x, s.y, 0.5, 0.86, 0.48, 0.2), (164, 190, 104), 0.6, 22.0)
-    near = torch.where((s.x > 0.22) & (s.x < 0.78), 1.0, 0.0)
-    across, tall, _ = columns(s, 5.0, s.q(5), 0.3)
-    trunk = torch.maximum(across.abs() - 0.02, (s.y - 0.70).abs() - 0.06)
-    s.fill(trunk + near, (96, 68, 48))
-    tree = firs(s, 5.0, s.q(5), 0.66, 0.46, 0.66, 0.36)
-    s.fill(tree + near, (40, 102, 66), 1.0, 1.3)
-    s.fill(tree + near + (across * 0.4 + 0.014).clamp(min=0) * 2, (58, 124, 78), 0.7, 3.0)
+    for k, cx in enumerate((s.q(8, 0.14, 0.24), s.q(9, 0.78, 0.88), s.q(10, -0.02, 0.06), s.q(11, 0.94, 1.02))):
+        foot, height = 0.66 + 0.025 * k, s.q(12 + k, 0.44, 0.60)
+        across = s.x - cx
+        s.fill(torch.maximum(across.abs() - 0.016, (s.y - foot - 0.02).abs() - 0.03), (98, 70, 50))
+        tree = _fir(across, s.y - foot + height, height, 0.10)
+        s.fill(tree, (44, 108, 70), 1.0, 1.3)
+        s.fill(tree + 0.004 + across.clamp(min=0), (66, 134, 86), 0.8, 2.5)
     tuft_x, tuft_y, chance = grid(s, 9.0, s.q(6), 0.7, 2.0)
     blade = torch.maximum(tuft_x.abs() - (0.012 - tuft_y.abs() * 0.35), 0.66 - s.y)
     s.fill(blade + torch.where(chance > 0.35, 0.0, 1.0), (44, 96, 46), 0.8, 1.5)
@@ -135,7 +145,7 @@ def desert(s: SceneCanvas) -> None:
     sun(s, s.q(1, 0.15, 0.85), s.q(2, 0.12, 0.32), 0.07, (255, 246, 206), (255, 226, 150))
     across, tall, wide = columns(s, 4.0, s.q(3), 0.4)
     top = 0.44 - 0.14 * tall
-    mesa = torch.maximum(across.abs() - 0.05 - 0.05 * wide - (s.y - top) * 0.25, top - s.y)
+    mesa = torch.maximum(across.abs() - 0.03 - 0.04 * wide - (s.y - top) * 0.25, top - s.y)
     s.fill(mesa, s.gradient((206, 120, 84), (226, 160, 116), 0.3, 0.55), 1.0, 1.8)
     s.fill((torch.sin(s.y * 110) - 0.5) * 0.01 + (mesa + 0.01).clamp(min=0) * 2, (180, 98, 72), 0.5, 2.0)
     for k, (height, light, dark) in enumerate((
@@ -171,17 +181,17 @@ def snow(s: SceneCanvas) -> None:
             s.mix(late, (132, 180, 228), (150, 150, 206)), s.mix(late, (222, 236, 248), (250, 220, 214)), 0.0, 0.58
         )
     )
-    across, tall, _ = columns(s, 2.6, s.q(1), 0.5)
-    peak = 0.34 - 0.20 * tall
-    ridge = s.y - peak - across.abs() * 1.25
-    s.fill(-ridge * 0.6, s.gradient((116, 140, 176), (170, 190, 214), 0.15, 0.6), 1.0, 1.5)
-    s.fill(-ridge * 0.6 + (across * 0.8).clamp(min=0), (140, 162, 194), 0.7, 2.0)
     jag = 0.09 + 0.03 * (torch.remainder(s.x * 22, 1) - 0.5).abs() * 2
-    s.fill(torch.maximum(-ridge * 0.6, (s.y - peak - jag) * 0.7), (250, 252, 255), 1.0, 1.5)
+    for k, cx in enumerate((s.q(8, 0.40, 0.60), s.q(9, 0.0, 0.25), s.q(10, 0.75, 1.0))):
+        peak, across = s.q(11 + k, 0.14, 0.32), s.x - cx
+        ridge = (peak + across.abs() * 1.25 - s.y) * 0.6
+        s.fill(ridge, s.gradient((112, 136, 172), (176, 194, 216), 0.15, 0.58), 1.0, 1.5)
+        s.fill(ridge + (across * 0.8 + 0.02 * torch.sin(s.y * 40)).clamp(min=0), (146, 168, 198), 0.8, 2.0)
+        s.fill(torch.maximum(ridge, (s.y - peak - jag) * 0.7), (250, 252, 255), 1.0, 1.5)
     s.fill(hills(s, 0.54, 0.015, 6.0, s.q(2)), (214, 226, 242), 1.0, 2.0)
-    fir = firs(s, 7.0, s.q(3), 0.62, 0.14, 0.28, 0.42)
+    fir = firs(s, 6.0, s.q(3), 0.62, 0.14, 0.28)
     s.fill(fir, (86, 124, 132), 1.0, 1.4)
-    s.fill(fir + 0.012 + torch.remainder(s.y * 26 + 0.3, 1) * 0.03, (240, 246, 252), 0.9, 2.0)
+    s.fill(fir + 0.010 + torch.remainder(s.y * 26 + 0.3, 1) * 0.02, (240, 246, 252), 0.9, 2.0)
     s.fill(hills(s, 0.61, 0.015, 5.0, s.q(4)), s.gradient((250, 252, 255), (214, 226, 244), 0.58, 0.85), 1.0, 2.0)
     s.fill(hills(s, 0.76, 0.02, 4.0, s.q(5)), s.gradient((255, 255, 255), (206, 220, 242), 0.73, 1.0), 1.0, 3.0)
     for key, count, size in ((6, 8.0, 0.007), (7, 5.0, 0.011)):

@@ -19,8 +19,8 @@ def _eye(c: ObjectCanvas, x: Tensor, y: Tensor, cx: Value, cy: Value, size: Valu
 
 def cat(c: ObjectCanvas) -> None:
     """A sitting cat; head, ears, body and tail vary."""
-    half, tall = c.p(3, 0.20, 0.31), c.p(4, 0.42, 0.56)
-    head, wide = c.p(0, 0.17, 0.225), c.p(7, 1.0, 1.3)
+    half, tall = c.p(3, 0.18, 0.33), c.p(4, 0.38, 0.58)
+    head, wide = c.p(0, 0.155, 0.235), c.p(7, 1.0, 1.3)
     face = tall + head * 0.62
     side = c.x.abs()
     curl = c.p(5, 0.09, 0.17)
@@ -30,7 +30,7 @@ def cat(c: ObjectCanvas) -> None:
     c.paint(body, "body", 0.2)
     for foot in (-1.0, 1.0):
         c.paint(both(ellipse(c.x, c.y, foot * half * 0.42, 0.035, 0.075, 0.06), -c.y, 0.03), "accent", 0.1)
-    ear, lean = c.p(1, 0.13, 0.24), c.p(2, 0.0, 0.09)
+    ear, lean = c.p(1, 0.09, 0.25), c.p(2, 0.0, 0.09)
     base = face + head * 0.30
     tip = (head * wide * 0.72 + lean, base + ear + 0.06)
     outer = polygon(side, c.y, (head * 0.18, base), (head * wide * 0.98, base - 0.03), tip, radius=0.03)
@@ -59,7 +59,7 @@ def cat(c: ObjectCanvas) -> None:
 
 def bird(c: ObjectCanvas) -> None:
     """A standing bird; body, head, beak, tail, wing, crest and legs vary."""
-    leg, rx, ry = c.p(5, 0.08, 0.2), c.p(0, 0.24, 0.31), c.p(1, 0.18, 0.25)
+    leg, rx, ry = c.p(5, 0.06, 0.25), c.p(0, 0.21, 0.31), c.p(1, 0.16, 0.26)
     head = c.p(2, 0.125, 0.18)
     x, y = c.x, c.y
     middle = leg + ry
@@ -68,13 +68,13 @@ def bird(c: ObjectCanvas) -> None:
         c.paint(line(x, y, foot, leg + 0.06, foot - 0.01, 0.015, 0.013), BEAK, 0.0, 0.014)
         c.paint(line(x, y, foot - 0.07, 0.016, foot + 0.03, 0.016, 0.013), BEAK, 0.0, 0.014)
     u, v = turn(x, y, rx * 0.7, middle + 0.03, c.p(7, -0.15, 0.55))
-    far = c.p(4, 0.20, 0.32)
-    fan = c.p(4, 0.05, 0.10)
+    far = c.p(4, 0.15, 0.36)
+    fan = c.p(7, 0.10, 0.05)
     c.paint(polygon(u, v, (0.0, -0.05), (far, -fan), (far + 0.02, fan), (0.0, 0.06), radius=0.03), "accent")
-    crest = c.p(3, 0.0, 0.12)
+    crest = c.p(3, -0.02, 0.15)
     for lean in (-0.03, 0.05):
         c.paint(cone(x, y, hx, hy + head * 0.5, hx + lean + 0.02, hy + head + crest, 0.035, 0.012), "accent", 0.0)
-    beak = c.p(3, 0.08, 0.19)
+    beak = c.p(4, 0.19, 0.07)
     c.paint(
         polygon(
             x,
@@ -100,8 +100,8 @@ def bird(c: ObjectCanvas) -> None:
 
 def fish(c: ObjectCanvas) -> None:
     """A fish; length, height, tail, fins and eye vary."""
-    rx, ry = c.p(0, 0.28, 0.36), c.p(1, 0.15, 0.29)
-    x, y = c.x + 0.09, c.y - 0.42
+    rx, ry = c.p(0, 0.26, 0.37), c.p(1, 0.14, 0.30)
+    x, y = c.x + 0.09, c.y - ry - 0.10
     reach, fork, tall = c.p(2, 0.13, 0.21), c.p(4, 0.0, 0.09), c.p(2, 0.13, 0.24)
     sx, sy = x - rx * 0.88, y.abs()
     half = polygon(

@@ -101,8 +101,8 @@ def backpack(c: ObjectCanvas) -> None:
 
 def house(c: ObjectCanvas) -> None:
     """A house; walls, roof, chimney, door and windows vary."""
-    half, wall = c.p(0, 0.28, 0.42), c.p(1, 0.36, 0.56)
-    ridge, eave = wall + c.p(2, 0.20, 0.40), half + c.p(3, 0.03, 0.08)
+    half, wall = c.p(0, 0.25, 0.43), c.p(1, 0.32, 0.58)
+    ridge, eave = wall + c.p(2, 0.16, 0.38), half + c.p(3, 0.03, 0.08)
     chimney = half * c.p(4, 0.35, 0.65)
     c.paint(box(c.x, c.y, chimney, ridge - 0.11, 0.045, 0.12), (176, 92, 74))
     c.paint(box(c.x, c.y, chimney, ridge + 0.01, 0.06, 0.022), (205, 190, 180))

@@ -69,7 +69,7 @@ def boat(c: ObjectCanvas) -> None:
 
 def rocket(c: ObjectCanvas) -> None:
     """A rocket; hull, nose, fins, windows and flame vary."""
-    base, top, half = 0.20, c.p(1, 0.86, 0.99), c.p(0, 0.12, 0.19)
+    base, top, half = 0.20, c.p(1, 0.84, 0.99), c.p(0, 0.15, 0.23)
     x, y = c.x, c.y
     side = x.abs()
     long = c.p(6, 0.08, 0.16)
@@ -99,20 +99,20 @@ def rocket(c: ObjectCanvas) -> None:
     )
     c.paint(wing, "accent")
     t = ((y - base) / (top - base)).clamp(0, 1)
-    blunt = c.p(2, 1.5, 3.2)
+    blunt = c.p(2, 1.9, 4.0)
     radius = half * (1 - t**blunt) * (0.80 + 0.20 * (t * 3).clamp(max=1))
     hull = both((side - radius) * 0.85, base - y, 0.03)
     hull = torch.maximum(hull, y - top)
     c.paint(hull, "body", 0.22)
-    nose = base + (top - base) * c.p(5, 0.66, 0.78)
+    nose = base + (top - base) * c.p(5, 0.74, 0.84)
     c.paint(torch.maximum(hull, nose - y), "accent", 0.2)
     c.paint(taper(x, y, base - 0.04, base + 0.025, half * 0.75, half * 0.86, 0.015), STEEL, 0.1)
-    pane = half * c.p(5, 0.42, 0.6)
-    high = base + (top - base) * 0.52
+    pane = half * c.p(5, 0.34, 0.52)
+    high = base + (top - base) * 0.60
     c.paint(circle(x, y, 0.0, high, pane + 0.02), LIGHT, 0.1, 0.014)
     c.paint(circle(x, y, 0.0, high, pane), GLASS, 0.0, 0.012)
     c.glow(line(x, y, -pane * 0.4, high, -pane * 0.1, high + pane * 0.45, 0.008), SHINE, 0.9, 0.02)
-    second = half * 0.36 * c.p(7, 0.0, 1.0)
+    second = half * 0.30 * c.p(7, 0.0, 1.0)
     c.paint(circle(x, y, 0.0, base + (top - base) * 0.25, second), GLASS, 0.0, 0.013)
     c.glow(line(x, y, -half * 0.55, base + 0.15, -half * 0.5, nose - 0.1, 0.006), SHINE, 0.45, 0.045)
 

@@ -59,8 +59,8 @@ def sample_views(
     draw = torch.rand(n, 8, generator=generator)
     size = 0.60 + 0.20 * draw[:, 0]
     foot = torch.stack([0.5 + (draw[:, 1] - 0.5) * (1 - size) * 0.6, 0.88 + 0.07 * draw[:, 2]], 1)
-    warmth = (draw[:, 6] - 0.5) * 0.09
-    tint = (0.90 + 0.14 * draw[:, 5])[:, None] * (1 + warmth[:, None] * torch.tensor([1.0, 0.0, -1.0]))
+    warmth = (draw[:, 6] - 0.5) * 0.08
+    tint = (0.95 + 0.12 * draw[:, 5])[:, None] * (1 + warmth[:, None] * torch.tensor([1.0, 0.0, -1.0]))
     views = Views(
         scenes,
         layout,
