@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atomdiff import kept_base
 from atomdiff.errors import UserError
 from atomdiff.kept_base import Place
-from atomdiff.pipeline import concept_names, denoiser_name, pipeline_models, stop_schedule
+from atomdiff.pipeline import concept_names, denoiser_name, pipeline_models, stop_schedule, tidy
 from atomdiff.strength import StepSchedule, Strength
 from atomdiff.tuner import attach
 
@@ -37,6 +37,7 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
     Raises:
         UserError: there is no such concept, a strength cannot be used, or no file has the base weights.
     """
+    tidy(pipe)
     strengths = read_strengths(pipe, concepts)
     kept_base.check_place(keep_base)
     models = pipeline_models(pipe)

@@ -152,6 +152,7 @@ def load_concept(
         place, found_name = None, adapter_name
     else:
         place, found_name = hub.locate(path, **where)
+    tidy(pipe)
     name = _free_name(pipe, adapter_name or re.sub(r"\W", "_", found_name.partition(".")[0]))
     models = pipeline_models(pipe)
     delta: DeltaFile | None = None
@@ -188,6 +189,7 @@ def load_concept(
     for model in models.values():
         attach.activate(model, [name])
         attach.encode(model, name)
+        attach.keep_when_merged(model)
     return name
 
 
@@ -220,6 +222,7 @@ def save_atoms(
         UserError: there is no such adapter or word, its settings differ between components, or a value is not finite.
     """
     path = Path(path)
+    tidy(pipe)
     models = pipeline_models(pipe)
     configs = {part: attach.adapter_configs(m)[adapter_name] for part, m in models.items() if _has(m, adapter_name)}
     tokens = {
@@ -274,6 +277,7 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
     Raises:
         UserError: there is no such concept.
     """
+    tidy(pipe)
     if adapter_name is not None and adapter_name not in concept_names(pipe):
         raise UserError(f"there is no concept {adapter_name!r} to unload; there are: {_names(pipe)}")
     restore(pipe)
@@ -292,6 +296,7 @@ def merge(pipe: Any) -> None:
     Later changes of weights or of active concepts have no effect until the next `merge` or `restore`; `set_active` does
     all at once.
     """
+    tidy(pipe)
     stop_schedule(pipe)
     for model in pipeline_models(pipe).values():
         attach.merge(model)
@@ -299,6 +304,7 @@ def merge(pipe: Any) -> None:
 
 def restore(pipe: Any) -> None:
     """Undo `merge` and `set_active`: every weight has the bits it had; concepts stay loaded, and act unmerged."""
+    tidy(pipe)
     stop_schedule(pipe)
     for model in pipeline_models(pipe).values():
         attach.restore(model)
@@ -313,6 +319,7 @@ def stop_schedule(pipe: Any) -> None:
 
 def list_atoms(pipe: Any) -> list[LoadedConcept]:
     """The concepts in a pipeline, of any PEFT method, in the order they came."""
+    tidy(pipe)
     return [_concept(pipe, name) for name in concept_names(pipe)]
 
 
@@ -320,6 +327,12 @@ def pipeline_models(pipe: Any) -> dict[str, nn.Module]:
     """Component name -> model, for all parts that are models; of what `torch.compile` gave the model within."""
     parts = {name: getattr(part, "_orig_mod", part) for name, part in pipe.components.items()}
     return {name: part for name, part in parts.items() if isinstance(part, nn.Module)}
+
+
+def tidy(pipe: Any) -> None:
+    """Look at what there is before it is believed: others delete adapters, too, and leave parts of them behind."""
+    for model in pipeline_models(pipe).values():
+        attach.tidy(model)
 
 
 def _under(component: str, layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -7,20 +7,22 @@ import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.tuners.tuners_utils import BaseTunerLayer
+from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
+from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from atomdiff.tuner import kept
 from atomdiff.tuner.allocation import trial
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import TENSOR_KINDS, AtomLayer, attribute
 from atomdiff.tuner.model import find_atom_layer, supported_modules
 
 _PEFT_PREFIX = "base_model.model."
-_KEPT = "kept_base_"  # what an adapter layer sets aside while it is merged: `kept_base_weight`, `kept_base_bias`
 
 
 def adapter_layers(model: nn.Module, name: str | None = None) -> list[Any]:
@@ -54,13 +56,9 @@ def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Module path -> weight of every layer that atoms can adapt, as it is without any adapter, merged or not."""
     weights: dict[str, Tensor] = {}
     for path, module in supported_modules(model).items():
-        weights[path] = module.weight.detach()
-        for layer in reversed(_merge_order(model.get_submodule(path))):
-            if isinstance(layer, AtomLayer):
-                weights[path] = layer.unmerged_weight().detach() if layer.holds_merged else weights[path]
-            else:
-                weights[path] = getattr(layer, f"{_KEPT}weight", weights[path])
-    return weights
+        stored, of_device = kept.get_stored(module), kept.get(module)
+        weights[path] = stored().to(module.weight) if stored else (module.weight if of_device is None else of_device)
+    return {path: weight.detach() for path, weight in weights.items()}
 
 
 def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
@@ -173,15 +171,37 @@ def detach(model: Any, name: str) -> None:
             layer.set_adapter([active for active in layer.active_adapters if active != name])
             layer.delete_adapter(name)
             if not layer._all_available_adapter_names():
-                parent, _, child = paths[layer].rpartition(".")
-                setattr(model.get_submodule(parent), child, layer.base_layer)
+                _take_away(model, paths[layer], layer)
+    _set_configs(model, {other: config for other, config in adapter_configs(model).items() if other != name})
+
+
+def tidy(model: Any) -> None:
+    """Take away what others leave of adapters that they delete: layers without any, and names without layers."""
+    names: set[str] = set()
+    for path, layer in reversed(list(model.named_modules())):
+        if isinstance(layer, AuxiliaryTrainingWrapper):
+            names.update(layer._adapters)
+        if isinstance(layer, BaseTunerLayer):
+            found = layer._all_available_adapter_names()
+            names.update(found)
+            if not found:
+                _take_away(model, path, layer)
     configs = adapter_configs(model)
-    configs.pop(name, None)
+    if not configs or not names.issuperset(configs):
+        _set_configs(model, {name: config for name, config in configs.items() if name in names})
+
+
+def _take_away(model: nn.Module, path: str, layer: Any) -> None:
+    parent, _, child = path.rpartition(".")
+    setattr(model.get_submodule(parent), child, layer.base_layer)
+
+
+def _set_configs(model: Any, configs: dict[str, Any]) -> None:
     if configs:
         model.peft_config = configs
-    elif hasattr(model, "peft_config"):
-        del model.peft_config
-        model.__dict__.pop("_hf_peft_config_loaded", None)
+        return
+    vars(model).pop("peft_config", None)
+    vars(model).pop("_hf_peft_config_loaded", None)
 
 
 def activate(model: nn.Module, names: list[str]) -> None:
@@ -270,40 +290,64 @@ def _set_scale(layer: Any, name: str, weight: float) -> bool:
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `merge`: every weight has the bits it had, and the adapters act unmerged again."""
-    restore_others(model)
-    for layer in adapter_layers(model):
-        if isinstance(layer, AtomLayer):
-            layer.unmerge()
+    """Undo `merge`: every weight has the bits it had, and the adapters act unmerged again.
+
+    That includes weights whose adapter layers others have taken away meanwhile.
+    """
+    for layer in other_layers(model):
+        if layer.merged and kept.is_kept(layer.get_base_layer()):
+            layer.merged_adapters.clear()  # the weight is given back below
+        elif layer.merged:
+            layer.unmerge()  # merged by others, without a copy: as exact as its method can
+    for layer in atom_layers(model).values():
+        layer.unmerge()
+    _give_back(model.modules())
 
 
 def restore_others(model: nn.Module) -> None:
-    """Undo `merge` of other methods than atoms, which lie on top of atoms."""
-    for layer in reversed(_merge_order(model)):
-        if isinstance(layer, AtomLayer):
-            continue
-        kept = {name: buffer for name, buffer in layer.named_buffers(recurse=False) if name.startswith(_KEPT)}
-        for name, buffer in kept.items():
-            getattr(layer.get_base_layer(), name.removeprefix(_KEPT)).data.copy_(buffer)
-            delattr(layer, name)
-        if kept:
-            layer.merged_adapters.clear()
-        elif layer.merged:
+    """Undo `merge` of other methods than atoms, which lie on top of atoms, and of layers that are gone."""
+    atoms = {layer.get_base_layer(): layer for layer in atom_layers(model).values() if layer.holds_merged}
+    for layer in other_layers(model):
+        base = layer.get_base_layer()
+        if base in atoms and (layer.merged or layer in kept.merged_layers(base)):
+            atoms[base].write(list(atoms[base].merged_adapters), atoms[base].stored_base_weight)
+        elif layer.merged and not kept.is_kept(base):
             layer.unmerge()  # merged by others, without a copy: as exact as its method can
+        layer.merged_adapters.clear()
+    _give_back([module for module in model.modules() if module not in atoms])
+
+
+def _give_back(modules: Iterable[nn.Module]) -> None:
+    for module in modules:
+        if kept.is_kept(module):
+            kept.release(module)
+            kept.give_back(module)
+
+
+def keep_when_merged(model: nn.Module) -> None:
+    """Let the layers of other methods than atoms keep the base whoever merges them: `fuse_lora` does not."""
+    for layer in other_layers(model):
+        vars(layer).setdefault("merge", partial(_merge_kept, layer))
+
+
+def _merge_kept(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
+    """As the layer's own `merge`; the base is kept, and its memory stays where it is."""
+    if not check_adapters_to_merge(layer, adapter_names):
+        return
+    base = layer.get_base_layer()
+    kept.keep_for(base, layer)
+    in_place = {parameter: parameter.data for _, parameter in base.named_parameters(recurse=False)}
+    type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+    for parameter, data in in_place.items():
+        if parameter.data_ptr() != data.data_ptr():  # some put a new tensor there
+            parameter.data = data.copy_(parameter.data)
 
 
 def _merge(layer: Any) -> None:
     if isinstance(layer, AtomLayer):
         layer.merge()
-        return
-    in_place = {}
-    for key, parameter in layer.get_base_layer().named_parameters(recurse=False):
-        layer.register_buffer(_KEPT + key, parameter.data.clone(), persistent=False)  # others subtract what they added
-        in_place[parameter] = parameter.data
-    layer.merge()
-    for parameter, data in in_place.items():
-        if parameter.data_ptr() != data.data_ptr():  # some put a new tensor there
-            parameter.data = data.copy_(parameter.data)
+    else:
+        _merge_kept(layer)
 
 
 def _merge_order(model: nn.Module) -> list[Any]:

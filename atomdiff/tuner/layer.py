@@ -26,7 +26,7 @@ from atomdiff.atoms import (
     write_adapted,
 )
 from atomdiff.sparse import sparse_atoms, sparse_codes
-from atomdiff.tuner import lean, taps
+from atomdiff.tuner import kept, lean, taps
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.register import PREFIX
@@ -83,15 +83,11 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = tuple(map(attribute, TRAINED_KINDS))
     other_param_names = (*map(attribute, BASIS_KINDS), "settings", "factors", "scaling")
     base_layer: nn.Module
-    kept_base_weight: Tensor | None
-    stored_base_weight: Callable[[], Tensor] | None
     rows: tuple[Batch, list[Change]] | None
     holds_merged: bool
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.register_buffer("kept_base_weight", None, persistent=False)  # the untouched weight while merged,
-        self.stored_base_weight = None  # or what reads it from where it takes no memory of the device
         self.rows = None  # while a batch is mixed
         self.holds_merged = False  # by no adapter, too; compiled code would look at the length of a list
         self.written: dict[str, float] | None = None  # adapter -> weight, with which it was merged
@@ -114,6 +110,24 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
+
+    @property
+    def kept_base_weight(self) -> Tensor | None:
+        """The untouched weight while merged; it lies in the base module, which outlives this layer."""
+        return kept.get(self.get_base_layer())
+
+    @kept_base_weight.setter
+    def kept_base_weight(self, weight: Tensor | None) -> None:
+        kept.put(self.get_base_layer(), weight)
+
+    @property
+    def stored_base_weight(self) -> Callable[[], Tensor] | None:
+        """What reads the untouched weight while merged from where it takes no memory of the device."""
+        return cast(Callable[[], Tensor] | None, kept.get_stored(self.get_base_layer()))
+
+    @stored_base_weight.setter
+    def stored_base_weight(self, stored: Callable[[], Tensor] | None) -> None:
+        kept.put_stored(self.get_base_layer(), stored)
 
     @property
     def r(self) -> dict[str, float]:
@@ -283,6 +297,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             adapter_names: of this layer, none for the base weight; each counts with its weight.
             stored: reads the base weight; None: a copy of it is kept on its device.
         """
+        self._release_others()
         weight = cast(Tensor, self.get_base_layer().weight)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             if stored is not None:
@@ -300,6 +315,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """Copy the base weight back, every bit as it was; without effect where nothing is merged."""
         if not self.holds_merged:
             return
+        self._release_others()
         weight = cast(Tensor, self.get_base_layer().weight)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             base = self.unmerged_weight()
@@ -307,6 +323,18 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self.kept_base_weight = self.stored_base_weight = self.written = None
         self.merged_adapters.clear()
         self.holds_merged = False
+
+    def _release_others(self) -> None:
+        """Let layers of other methods act unmerged: the weight is about to be written from the base weight."""
+        base = self.get_base_layer()
+        kept.release(base)
+        inside = cast(Any, self.base_layer)
+        while isinstance(inside, BaseTunerLayer):
+            if inside.merged and kept.is_kept(base):
+                inside.merged_adapters.clear()
+            elif inside.merged:
+                inside.unmerge()  # it came first, without a copy: as exact as its method can
+            inside = cast(Any, inside).base_layer
 
     def delete_adapter(self, adapter_name: str) -> None:
         """Remove an adapter; where it is merged, the others stay merged without it."""
