@@ -1,5 +1,6 @@
 import pytest
 import torch
+from PIL import Image
 
 from atomdiff.toybox.world import (
     CLASSES,
@@ -24,6 +25,8 @@ from atomdiff.toybox.world import (
     sample_captions,
     sample_individuals,
     sample_views,
+    subject_photos,
+    write_photos,
 )
 from atomdiff.toybox.world.held_out import color_is_held_out
 from atomdiff.toybox.world.patterns import FAMILIES, NAMED_FAMILY, Surface, named_ranges
@@ -179,3 +182,28 @@ def test_batches_are_indexed_joined_and_repeated():
         individuals[len(CLASSES)]
     with pytest.raises(ValueError, match="one view an individual"):
         render(individuals, views[:2])
+
+
+def test_photos_of_a_subject_are_always_the_same_and_the_unseen_ones_are_others(tmp_path):
+    name = next(iter(TUNING_SUBJECTS))
+    photos, scenes = subject_photos(name, size=32)
+    again, _ = subject_photos(name, size=32)
+    unseen, places = subject_photos(name, unseen=True, size=32)
+    assert len(scenes.unique()) == len(photos.images) == 5 and sorted(places.unique().tolist()) == list(
+        range(len(SCENES))
+    )
+    assert torch.equal(photos.images, again.images)
+    assert min((a - b).abs().mean() for a in photos.images for b in unseen.images) > 0.01
+    write_photos(tmp_path, (name,))
+    folder = tmp_path / name.replace(" ", "-")
+    assert len(list((folder / "training").iterdir())) == 5 and len(list((folder / "unseen").iterdir())) == 16
+    assert Image.open(folder / "training" / "00.png").size == (128, 128)
+
+
+def test_no_thing_is_cut_off_by_the_image():
+    generator = seeded(14)
+    count = 4 * len(CLASSES)
+    individuals = sample_individuals(count, generator, class_index=torch.arange(count) % len(CLASSES))
+    mask = render(individuals, sample_views(count, generator), 32, supersampling=1).mask[:, 0]
+    edges = torch.stack([mask[:, 0], mask[:, -1], mask[:, :, 0], mask[:, :, -1]])
+    assert (edges < 0.5).all()
