@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import dataclasses
 import math
 import warnings
 from collections.abc import Hashable, Mapping
+from contextlib import suppress
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +16,17 @@ from atomdiff.delta_file import DeltaFile, shown, some
 from atomdiff.errors import UserError
 from atomdiff.tuner.attach import base_weights
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.factor import factors_of
+from atomdiff.tuner.factor import Factor, factors_of
 
 # Distances measured on the toybox: the base rounded to bfloat16 0.00004; every weight changed at random by a tenth of
 # its size 0.006; the base as it was earlier in its pretraining 0.11; an untrained model 0.23.
 SAME_BASE = 0.002
 DERIVED_BASE = 0.15
+
+# Layers that differ between UNets of one base for inpainting, depth, super-resolution: axis of the weight that counts
+# the channels of latents and of what else comes with them.
+LATENT_AXES = {"conv_in": 1, "conv_out": 0}
+_MOST_LATENT_CHANNELS = 32
 
 # A few small tensors can stand for matrices of (row, row) numbers, or for a sparse code of (blocks, atoms).
 _LONGEST_ROW = 4096
@@ -33,14 +40,21 @@ _MOST_FOUND = 4096
 
 def check_base(
     delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False, stacklevel: int = 3
-) -> float:
-    """Check that a concept fits these models, and give the distance between its base and them.
+) -> tuple[DeltaFile, list[str], float]:
+    """Check that a concept fits these models.
+
+    Layers of components that the models lack, and the first and last convolution where they are of another number of
+    latent channels (inpainting, depth, super-resolution), are left out; with `allow_mismatch` all that do not fit.
 
     Args:
         delta: the concept.
         models: component -> model.
-        allow_mismatch: accept any distance.
+        allow_mismatch: accept any distance, and load what fits.
         stacklevel: of the warning.
+
+    Returns:
+        The part of the concept that fits, what is left out of it, for a message, and the distance between its base and
+        these models.
 
     Warns:
         UserWarning: the models look like a derived base.
@@ -49,7 +63,7 @@ def check_base(
         UserError: shapes differ, or the distance is that of wholly different weights.
     """
     weights = weights_below(delta, models)
-    check_layers(delta, weights)
+    delta, left_out = _fitting_part(delta, models, weights, allow_mismatch)
     distance = base_distance(delta, weights)
     base = f" {shown(repr(delta.base_model))}" if delta.base_model else ""
     found = f"this base is at distance {distance:.3g} from the one that the concept was made on{base}"
@@ -60,7 +74,12 @@ def check_base(
         )
     if distance > SAME_BASE:
         warnings.warn(f"{found} (0: the same): the concept may look different here", stacklevel=stacklevel)
-    return distance
+    return delta, left_out, distance
+
+
+def may_leave_out(module: str, allow_mismatch: bool = False) -> bool:
+    """Whether the rest of an adapter can be used where a layer, by its path in the model, does not fit."""
+    return allow_mismatch or module in LATENT_AXES
 
 
 def weights_below(delta: DeltaFile, models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
@@ -95,6 +114,10 @@ def _content_key(weight: Tensor) -> Hashable:
     return weight.data_ptr(), version, weight.shape, weight.dtype, weight.device, hash(sample.cpu().numpy().tobytes())
 
 
+def _channels(weight: Tensor) -> str:
+    return f"from {weight.shape[1]} to {weight.shape[0]} channels"
+
+
 def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
     """Check that every layer of a concept fits the layer of that name in the base.
 
@@ -105,21 +128,36 @@ def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
     Raises:
         UserError: layers are missing in the base, or have other shapes, or lack tensors.
     """
-    missing = [module for module in delta.layers if module not in weights]
-    if missing:
-        raise UserError(f"this base has no {some(missing)}: the concept was made for another architecture")
-    wrong = []
+    _refuse(delta, _unfit_layers(delta, weights), weights)
+
+
+def _refuse(delta: DeltaFile, unfit: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+    fits = len(delta.layers) - len(unfit)
+    way_out = f"; allow_base_mismatch=True loads the {fits} of {len(delta.layers)} layers that fit" if fits else ""
+    if missing := [module for module in unfit if module not in weights]:
+        raise UserError(f"this base has no {some(missing)}: the concept was made for another architecture{way_out}")
+    if unfit:
+        raise UserError(f"the concept does not fit this base: {some(list(unfit.values()))}{way_out}")
+
+
+def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Module -> why it does not fit the base, for the layers of a concept that do not.
+
+    Raises:
+        UserError: a layer takes more memory or time than there may be, whatever the base.
+    """
+    unfit = {}
     for module, tensors in delta.layers.items():
+        if module not in weights:
+            unfit[module] = f"{module} is not there"
+            continue
         try:
-            factors = factors_of(delta.config, module.partition(".")[2], weights[module].shape)
+            factors, expected = _expected(delta, module, tuple(weights[module].shape))
         except ValueError as error:
-            raise UserError(f"the concept does not fit this base: {error}") from error
-        expected = {kind: shape for factor in factors for kind, shape in factor.stored(delta.config).items()}
-        expected["fingerprint"] = (factors[0].size,)
-        found: dict[str, tuple[int, ...]] = {kind: tuple(tensor.shape) for kind, tensor in tensors.items()}
-        found["fingerprint"] = (len(delta.fingerprint[module]),)
-        if found != expected:
-            wrong.append(f"{module} (found {found}, this base takes {expected})")
+            unfit[module] = str(error)
+            continue
+        if (found := _found(delta, module)) != expected:
+            unfit[module] = f"{module} (found {found}, this base takes {expected})"
         elif large := [f for f in factors if f.size > _LONGEST_ROW or f.num_atoms > _MOST_ATOMS * f.size]:
             count, size = large[0].num_atoms, large[0].size
             raise UserError(
@@ -131,8 +169,55 @@ def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
                 f"the concept is damaged: the sparse atoms of {module} are longer than 1 or hold numbers next to 0; "
                 "copy or download it again"
             )
-    if wrong:
-        raise UserError(f"the concept does not fit this base: {some(wrong)}")
+    return unfit
+
+
+def _found(delta: DeltaFile, module: str) -> dict[str, tuple[int, ...]]:
+    shapes = {kind: tuple(tensor.shape) for kind, tensor in delta.layers[module].items()}
+    return {**shapes, "fingerprint": (len(delta.fingerprint[module]),)}
+
+
+def _expected(
+    delta: DeltaFile, module: str, shape: tuple[int, ...]
+) -> tuple[tuple[Factor, ...], dict[str, tuple[int, ...]]]:
+    """The factors of a layer, and the shapes that a concept has for it; ValueError: its weight is too small."""
+    factors = factors_of(delta.config, module.partition(".")[2], shape)
+    expected = {kind: shape for factor in factors for kind, shape in factor.stored(delta.config).items()}
+    return factors, {**expected, "fingerprint": (factors[0].size,)}
+
+
+def _fits_other_latents(delta: DeltaFile, module: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a layer would fit a first or last convolution like the base's, of another number of latent channels."""
+    axis = LATENT_AXES.get(module.partition(".")[2])
+    if axis is None or module not in weights:
+        return False
+    shape, found = tuple(weights[module].shape), _found(delta, module)
+    for channels in range(1, _MOST_LATENT_CHANNELS + 1):
+        with suppress(ValueError):
+            if found == _expected(delta, module, (*shape[:axis], channels, *shape[axis + 1 :]))[1]:
+                return True
+    return False
+
+
+def _fitting_part(
+    delta: DeltaFile, models: Mapping[str, nn.Module], weights: Mapping[str, Tensor], allow_mismatch: bool
+) -> tuple[DeltaFile, list[str]]:
+    """A concept without the layers that it can do without here, and what they are."""
+    unfit = _unfit_layers(delta, weights)
+    absent = {module: module.partition(".")[0] for module in unfit if module.partition(".")[0] not in models}
+    others = [module for module in unfit if module not in absent]
+    if not allow_mismatch and any(not _fits_other_latents(delta, module, weights) for module in others):
+        _refuse(delta, unfit, weights)
+    if len(unfit) == len(delta.layers) and not delta.tokens:
+        _refuse(delta, unfit, weights)
+    if not unfit:
+        return delta, []
+    left_out = [f"the layers of {part}, which this pipeline does not have" for part in sorted({*absent.values()})]
+    if others:
+        left_out.append(some([f"{m} ({_channels(weights[m])} here)" if m in weights else m for m in sorted(others)]))
+    layers = {module: kinds for module, kinds in delta.layers.items() if module not in unfit}
+    fingerprint = {module: delta.fingerprint[module] for module in layers}
+    return dataclasses.replace(delta, layers=layers, fingerprint=fingerprint), left_out
 
 
 def _have_codes(atoms: Tensor) -> bool:

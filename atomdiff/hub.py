@@ -35,7 +35,7 @@ Pictures = PathLike | Sequence[PathLike] | Mapping[Any, str]  # the last from fi
 
 _CONFIG, _WEIGHTS, _WORDS = map(re.escape, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LEARNED_EMBEDS_NAME))
 _ADAPTER_FILE = re.compile(rf"(\w+/)?({_CONFIG}|{_WEIGHTS})|{_WORDS}")
-_ADAPTER_SIGN = re.compile(rf"(text_encoder\w*/)?{_CONFIG}|{_WORDS}")
+_ADAPTER_SIGN = re.compile(rf"((unet|transformer|text_encoder\w*)/)?{_CONFIG}|{_WORDS}")
 _EXPECTED = f"one *{CONCEPT_SUFFIX}, or {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN or pass token"
 

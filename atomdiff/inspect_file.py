@@ -53,9 +53,12 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         models = pipeline_models(_open(base))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            rows["distance"] = f"{check_base(delta, models, allow_mismatch=True):.3g} (0: made on this base)"
+            fitting, left_out, distance = check_base(delta, models, allow_mismatch=True)
+        rows["distance"] = f"{distance:.3g} (0: made on this base)"
+        if left_out:
+            rows["does not fit"] = "; ".join(left_out)
         if delta.config.basis == "sparse":
-            rows["code"] = _code(delta, weights_below(delta, models))
+            rows["code"] = _code(fitting, weights_below(fitting, models))
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {shown(value)}" for label, value in rows.items()]
     return "\n".join([*lines, "", *_layer_table(delta)])

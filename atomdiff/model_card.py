@@ -178,7 +178,7 @@ def _model_card(
 def _read_adapter(path: Path, title: str) -> _Concept:
     files = {file: path / file for file in adapter_files(files_in(path))}
     components = {file.rpartition("/")[0] for file in files}  # "" is the denoiser
-    adapters, words = peft_directory.read(path, components, denoiser="")
+    adapters, words, _ = peft_directory.read(path, components, denoiser="")
     config = next((config for config, _ in adapters.values()), None)
     kind = str(config.peft_type.value) if config else "a word"
     tensors = [*(tensors for _, tensors in adapters.values()), *words.values()]

@@ -65,29 +65,32 @@ def write(
         save_file(vectors, path / LEARNED_EMBEDS_NAME, metadata={"format": "pt"})
 
 
-def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters, Tokens]:
-    """Read a concept written by `write`, or an adapter of the denoiser saved by PEFT itself.
+def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters, Tokens, list[str]]:
+    """Read a concept written by `write`, or adapters saved by PEFT itself, in a folder for each component.
 
     Args:
         path: the directory.
         components: those that may have an adapter.
-        denoiser: the component whose adapter lies in `path` itself.
+        denoiser: the component whose adapter lies in `path` itself, or in a folder of that name as those of others do.
 
     Returns:
-        The adapters by component, and the trigger words.
+        The adapters by component, the trigger words, and what is left out, for a message.
 
     Raises:
         UserError: the directory holds neither an adapter nor a word, or one that cannot be read.
     """
     adapters: Adapters = {}
-    components = list(components)
-    encoders = [folder.parent.name for folder in path.glob(f"text_encoder*/{CONFIG_NAME}")]
-    if missing := sorted(set(encoders) - set(components)):
-        raise UserError(f"{path} has adapters for {some(missing)}, which this pipeline does not have")
-    for component in components:
-        folder = _folder(path, component, denoiser)
-        if (folder / CONFIG_NAME).is_file():
-            adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)[0])
+    found = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{CONFIG_NAME}"))}
+    if (path / CONFIG_NAME).is_file():
+        if denoiser in found:
+            raise UserError(f"{path} and {found[denoiser]} both hold an adapter for {denoiser}: take one of them out")
+        found[denoiser] = path
+    components = set(components)
+    for component in sorted(found.keys() & components):
+        folder = found.pop(component)
+        adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)[0])
+    absent = sorted(found)
+    left_out = [f"the adapters in {some(absent)}, which this pipeline does not have"] if absent else []
     tokens: Tokens = {}
     if (path / LEARNED_EMBEDS_NAME).is_file():
         for key, vector in read_tensors(path / LEARNED_EMBEDS_NAME)[0].items():
@@ -96,9 +99,14 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
             word, encoder = split_token_key(key)
             tokens.setdefault(word, {})[encoder] = vector
         check_words(path / LEARNED_EMBEDS_NAME, tokens)
+    if absent and not adapters and not tokens:
+        raise UserError(
+            f"{path} has adapters for {some(absent)}, which this pipeline does not have: expected some for "
+            f"{some(sorted(components))}; where they are concepts of their own, choose one by subfolder"
+        )
     if not adapters and not tokens:
         raise UserError(f"{path} holds no concept: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} in it")
-    return adapters, tokens
+    return adapters, tokens, left_out
 
 
 def _folder(path: Path, component: str, denoiser: str) -> Path:

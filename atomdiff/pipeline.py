@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import re
 import warnings
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
@@ -15,16 +14,17 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff import hub, peft_directory
-from atomdiff.base_check import check_base, fingerprint
-from atomdiff.delta_file import DeltaFile, read_delta_file, write_delta_file
+from atomdiff.adapter_names import derived_name, given_name
+from atomdiff.base_check import fingerprint
+from atomdiff.concept_parts import attach_parts, read_parts, take_fitting_tokens, warn_of_left_out
+from atomdiff.delta_file import DeltaFile, write_delta_file
 from atomdiff.errors import UserError
 from atomdiff.model_spec import atomdiff_version, model_spec
-from atomdiff.scheduler import Objective, code_for, describe, fitting_scheduler, scheduler_for, trained_objective
+from atomdiff.scheduler import Objective, code_for, describe, fitting_scheduler, scheduler_for
 from atomdiff.trigger_words import (
     add_trigger_word,
     add_trigger_words,
     check_addable,
-    check_vectors,
     remove_trigger_word,
     remove_trigger_words,
     set_trigger_embedding,
@@ -95,8 +95,9 @@ def load_atoms(
         path: a delta file, or a directory written by PEFT, of any method, with or without a trained word; a directory
             or a repository on the Hub, "user/repo", with one of these in it. What exists on this disk goes first. Or a
             concept in memory, such as `ConceptLibrary` gives.
-        adapter_name: name for `pipe.set_adapters`; None: that of the file or repository up to its first dot.
-        allow_base_mismatch: load even if the concept was made on a wholly different base of the same shapes.
+        adapter_name: name for `pipe.set_adapters`; None: that of the file or repository up to its first dot,
+            with a number where no adapter can have it or one has it already.
+        allow_base_mismatch: load even if the concept was made on a wholly different base, and of it what fits.
         trigger_word: word to use in prompts instead of the file's.
         weight_name: the file to take where a directory or repository holds several concepts.
         subfolder: folder of the concept within the directory or repository.
@@ -110,9 +111,9 @@ def load_atoms(
         The adapter's name.
 
     Warns:
-        UserWarning: the base differs somewhat from the one that the concept was made on; the distance is stated. Or the
-            pipeline's scheduler does not draw what the concept was trained to predict; the line that changes it is
-            stated.
+        UserWarning: the base differs somewhat from the one that the concept was made on; the distance is stated. Or
+            parts of the concept cannot be loaded here; they are named. Or the pipeline's scheduler does not draw what
+            the concept was trained to predict; the line that changes it is stated.
 
     Raises:
         UserError: there is no such file or repository, it is damaged or does not fit the pipeline, or a name or word is
@@ -153,32 +154,24 @@ def load_concept(
     else:
         place, found_name = hub.locate(path, **where)
     tidy(pipe)
-    name = _free_name(pipe, adapter_name or re.sub(r"\W", "_", found_name.partition(".")[0]))
-    models = pipeline_models(pipe)
-    delta: DeltaFile | None = None
-    foreign: peft_directory.Adapters = {}
-    if place is not None and place.is_dir():
-        foreign, tokens = peft_directory.read(place, models, denoiser_name(models))
+    models, taken = pipeline_models(pipe), concept_names(pipe)
+    if adapter_name is None:
+        name = derived_name(found_name, models.values(), taken)
     else:
-        delta = path if isinstance(path, DeltaFile) else read_delta_file(cast(Path, place))
-        check_base(delta, models, allow_base_mismatch, stacklevel=4)
-        tokens = delta.tokens
-    tokens = renamed_tokens(tokens, trigger_word)
-    for word, vectors in tokens.items():
-        check_vectors(pipe, word, vectors)
-    check_addable(pipe, list(tokens))
+        name = given_name(adapter_name, models.values(), taken)
+    source = path if isinstance(path, DeltaFile) else cast(Path, place)
+    parts = read_parts(source, models, denoiser_name(models), allow_base_mismatch, stacklevel=4)
+    parts.tokens = renamed_tokens(parts.tokens, trigger_word)
+    take_fitting_tokens(parts, pipe, allow_base_mismatch)
+    check_addable(pipe, list(parts.tokens))
     if warns_of_scheduler:
-        objective = Objective.read(delta.training) if delta else trained_objective(cast(Path, place))
-        _warn_of_scheduler(pipe, name, objective)
+        _warn_of_scheduler(pipe, name, parts.objective)
     try:
         with attach.undone_on_error(models.values(), name):
-            for component, model in models.items():
-                if delta is not None and (layers := _under(component, delta.layers)):
-                    attach.attach_atoms(model, delta.config, layers, name)
-                elif component in foreign:
-                    attach.attach_peft(model, *foreign[component], name)
-            add_trigger_words(pipe, tokens, owner=name)
-            for word, vectors in tokens.items():
+            attach_parts(parts, models, name, allow_base_mismatch)
+            warn_of_left_out(name, parts.left_out, 3)
+            add_trigger_words(pipe, parts.tokens, owner=name)
+            for word, vectors in parts.tokens.items():
                 set_trigger_embedding(pipe, word, vectors)
     except BaseException as error:
         remove_trigger_words(pipe, _words_of(pipe, [name]))
@@ -335,12 +328,6 @@ def tidy(pipe: Any) -> None:
         attach.tidy(model)
 
 
-def _under(component: str, layers: Mapping[str, Any]) -> dict[str, Any]:
-    """The layers of one component, by path within it."""
-    prefix = f"{component}."
-    return {module.removeprefix(prefix): value for module, value in layers.items() if module.startswith(prefix)}
-
-
 def concept_names(pipe: Any) -> list[str]:
     """The names of the concepts in a pipeline, in the order they came."""
     adapters = [name for model in pipeline_models(pipe).values() for name in attach.adapter_configs(model)]
@@ -393,18 +380,6 @@ def _has(model: nn.Module, name: str) -> bool:
 
 def _names(pipe: Any) -> str:
     return ", ".join(map(repr, concept_names(pipe))) or "none"
-
-
-def _free_name(pipe: Any, name: str) -> str:
-    # PEFT keeps adapters as attributes, and finds their tensors by ".name." in a path.
-    parts = {part for m in pipeline_models(pipe).values() for path, _ in m.named_modules() for part in path.split(".")}
-    if not re.fullmatch(r"[A-Za-z0-9_-]+", name) or hasattr(nn.ParameterDict(), name) or name in parts:
-        raise UserError(
-            f"{name!r} cannot be an adapter name: use letters, digits, '_' and '-', and no name that a layer has"
-        )
-    if name in concept_names(pipe):
-        raise UserError(f"a concept {name!r} is loaded already: choose another adapter_name, or unload it first")
-    return name
 
 
 def renamed_tokens(tokens: dict[str, dict[str, Tensor]], word: str | None) -> dict[str, dict[str, Tensor]]:

@@ -214,6 +214,34 @@ def check_vectors(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> None:
             )
 
 
+def fitting_tokens(
+    pipe: Any, tokens: Mapping[str, Mapping[str, Tensor]], allow_mismatch: bool = False
+) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
+    """The embeddings of trigger words that a pipeline has text encoders for.
+
+    Args:
+        pipe: the pipeline.
+        tokens: trigger word -> text encoder -> embedding (hidden,).
+        allow_mismatch: leave out embeddings of other sizes, too.
+
+    Returns:
+        The tokens that fit, and what is left out, for a message.
+
+    Raises:
+        UserError: an embedding has another size than a text encoder takes.
+    """
+    sizes = {encoder: table.embedding_dim for encoder, _, table in _text_encoders(pipe)}
+    fitting: dict[str, dict[str, Tensor]] = {}
+    left_out = []
+    for word, vectors in tokens.items():
+        fitting[word] = {e: v for e, v in vectors.items() if e in sizes and not (allow_mismatch and len(v) != sizes[e])}
+        check_vectors(pipe, word, fitting[word])
+        for encoder in vectors.keys() - fitting[word].keys():
+            why = "takes another size" if encoder in sizes else "this pipeline does not have"
+            left_out.append(f"the embedding of {word!r} for {encoder}, which {why}")
+    return {word: vectors for word, vectors in fitting.items() if vectors}, sorted(left_out)
+
+
 def _check_free(pipe: Any, word: str) -> None:
     """Refuse a word with blanks, one that is taken, and one that has a meaning for a tokenizer."""
     if not word or word.split() != [word]:

@@ -10,12 +10,13 @@ from dataclasses import replace
 from typing import Any
 
 from atomdiff.active import set_active
+from atomdiff.concept_parts import warn_of_left_out
 from atomdiff.errors import UserError
 from atomdiff.mixed import mixed_batch
 from atomdiff.packing import Concept, Line
 from atomdiff.pipeline import load_concept, unload_atoms
 from atomdiff.strength import Strength
-from atomdiff.trigger_words import add_trigger_word, check_vectors, set_trigger_embedding
+from atomdiff.trigger_words import add_trigger_word, fitting_tokens, set_trigger_embedding
 from atomdiff.vector_words import group_words
 
 MOST_LOADED = 32  # concepts kept in a pipeline, unless one batch has more
@@ -90,13 +91,14 @@ class Wardrobe:
             self._loaded[concept], self._words[concept] = name, {word: word for word in concept.words}
             return
         delta = concept.read()
-        for word, vectors in delta.tokens.items():
-            check_vectors(self.pipe, word, vectors)
+        tokens, left_out = fitting_tokens(self.pipe, delta.tokens)
         if delta.layers:
             load_concept(self.pipe, replace(delta, tokens={}), name)
-        inside = {word: self._teach(vectors) for word, vectors in delta.tokens.items()}
+        warn_of_left_out(concept.name, left_out)
+        inside = {word: self._teach(vectors) for word, vectors in tokens.items()}
         groups = group_words(inside)
-        self._words[concept] = {word: " ".join(inside[each] for each in groups.get(word, [word])) for word in inside}
+        spelled = {word: " ".join(inside[each] for each in groups.get(word, [word])) for word in inside}
+        self._words[concept] = {word: spelled.get(word, word) for word in concept.words}
         self._inside[concept] = tuple(inside.values())
         self._loaded[concept] = name if delta.layers else None
 

@@ -212,7 +212,7 @@ def load_classifier(folder: str | Path, pretrained_model_name_or_path: str | Non
         )
     head = read_tensors(folder / HEAD_FILE)[0]
     if (folder / CONFIG_NAME).is_file():
-        adapter, tensors = peft_directory.read(folder, [_COMPONENT], denoiser=_COMPONENT)[0][_COMPONENT]
+        adapter, tensors = peft_directory.read(folder, [_COMPONENT], _COMPONENT)[0][_COMPONENT]
         try:
             attach_peft(model, adapter, tensors, ADAPTER_NAME)
         except ValueError as error:

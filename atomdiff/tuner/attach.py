@@ -5,13 +5,14 @@ from __future__ import annotations
 import copy
 import re
 import warnings
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
@@ -76,7 +77,8 @@ def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 
 def peft_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter of any PEFT method, under the keys that PEFT saves them with."""
-    return {key: tensor.detach().cpu().contiguous() for key, tensor in _peft_state(model, name).items()}
+    state = _peft_state(model, name)
+    return {_without_wrapping(key): tensor.detach().cpu().contiguous() for key, tensor in state.items()}
 
 
 @contextmanager
@@ -120,7 +122,13 @@ def attach_atoms(model: Any, config: AtomConfig, layers: Mapping[str, Mapping[st
     model.peft_config[name] = _changed(config)
 
 
-def attach_peft(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], name: str) -> None:
+def attach_peft(
+    model: Any,
+    config: PeftConfig,
+    tensors: Mapping[str, Tensor],
+    name: str,
+    may_leave_out: Callable[[str], bool] = lambda module: False,
+) -> list[str]:
     """Add an adapter of any PEFT method with given tensors.
 
     It is tried out first with tensors that take no memory: settings may ask for any amount of it.
@@ -130,30 +138,77 @@ def attach_peft(model: Any, config: PeftConfig, tensors: Mapping[str, Tensor], n
         config: settings of the adapter.
         tensors: as `peft_tensors` gives them.
         name: the adapter's name.
+        may_leave_out: tells of a module's path whether the rest is added where its tensors do not fit.
+
+    Returns:
+        Paths of the modules that were left out.
 
     Raises:
         ValueError: the tensors are not those of this method on this model.
     """
     atoms = is_atoms(config)
-    changes = {"init_weights": False} if atoms else {}
-    with trial():
-        _inject(model, _changed(config, **changes), name, low_cpu_mem_usage=True)
-        expected = {key: tensor.shape for key, tensor in _peft_state(model, name).items()}
-        detach(model, name)
-    found = {_PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX): tensor for key, tensor in tensors.items()}
+    changes: dict[str, Any] = {"init_weights": False} if atoms else {}
+    found = {_without_wrapping(key): tensor for key, tensor in tensors.items()}
     if atoms:  # as they were named at first
         found = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): found[key] for key in found}
-    shapes = {key: tensor.shape for key, tensor in found.items()}
-    wrong = sorted(key for key in expected.keys() | shapes.keys() if expected.get(key) != shapes.get(key))
+    expected = _try_out(model, _changed(config, **changes), name)
+    wrong = _differing(found, expected)
+    left_out = sorted({_module_of(key, config) for key in wrong})
+    rest = {_module_of(key, config) for key in found} - set(left_out)
+    if left_out and rest and all(map(may_leave_out, left_out)):
+        found = {key: tensor for key, tensor in found.items() if _module_of(key, config) in rest}
+        there = {_module_of(key, config) for key in expected}
+        changes["exclude_modules"] = _excluding(config, sorted(there.intersection(left_out)))
+        expected = _try_out(model, _changed(config, **changes), name)
+        wrong = _differing(found, expected)
     if wrong:
-        of_file, of_model = (tuple(of[wrong[0]]) if wrong[0] in of else "none" for of in (shapes, expected))
+        of_file = tuple(found[wrong[0]].shape) if wrong[0] in found else "none"
+        of_model = tuple(expected[wrong[0]][1]) if wrong[0] in expected else "none"
+        way_out = f", or allow_base_mismatch=True for the {len(rest)} layers that fit" if rest else ""
         raise ValueError(
             f"its tensors do not fit this model: {wrong[0]!r:.200}: found {of_file}, by its settings expected "
-            f"{of_model} ({len(wrong)} in all); load it into the base that it was made for, or download it again"
+            f"{of_model} ({len(wrong)} in all); load it into the base that it was made for, download it again{way_out}"
         )
     _inject(model, _changed(config, **changes), name)
-    set_peft_model_state_dict(model, found, adapter_name=name)
+    set_peft_model_state_dict(model, {expected[key][0]: found[key] for key in found}, adapter_name=name)
     model.peft_config[name] = _changed(config)
+    return left_out
+
+
+def _try_out(model: Any, config: PeftConfig, name: str) -> dict[str, tuple[str, torch.Size]]:
+    """Key of each tensor that an adapter has, as files have it -> its key in this model, and its shape."""
+    with trial():
+        _inject(model, config, name, low_cpu_mem_usage=True)
+        state = _peft_state(model, name)
+        detach(model, name)
+    return {_without_wrapping(key): (key, tensor.shape) for key, tensor in state.items()}
+
+
+def _differing(found: Mapping[str, Tensor], expected: Mapping[str, tuple[str, torch.Size]]) -> list[str]:
+    """Keys that only one of the two has, or with another shape."""
+    shapes = {key: tensor.shape for key, tensor in found.items()}
+    wanted = {key: shape for key, (_, shape) in expected.items()}
+    return sorted(key for key in wanted.keys() | shapes.keys() if wanted.get(key) != shapes.get(key))
+
+
+def _without_wrapping(key: str) -> str:
+    """The key of a tensor as it is where its layer wraps no layers of other adapters, with PEFT's prefix."""
+    return _PEFT_PREFIX + key.removeprefix(_PEFT_PREFIX).replace(".base_layer.", ".")
+
+
+def _module_of(key: str, config: PeftConfig) -> str:
+    """Path of the module that the tensor of a key belongs to."""
+    prefix = PEFT_TYPE_TO_PREFIX_MAPPING[cast(Any, config).peft_type]
+    return key.removeprefix(_PEFT_PREFIX).partition(f".{prefix}")[0]
+
+
+def _excluding(config: Any, modules: Sequence[str]) -> Any:
+    """The modules that an adapter of these settings and without some modules leaves out."""
+    if not modules:
+        return config.exclude_modules
+    if isinstance(config.exclude_modules, str):
+        return "|".join(f"(?:{each})" for each in (config.exclude_modules, *map(re.escape, modules)))
+    return [*(config.exclude_modules or ()), *modules]
 
 
 def encode(model: nn.Module, name: str) -> None:
