@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 import os
 import re
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from itertools import chain, count
 from pathlib import Path
@@ -24,6 +23,7 @@ from atomdiff.open_pipeline import open_pipeline
 from atomdiff.packing import given_concepts, objectives
 from atomdiff.paths import PathText, expand_paths
 from atomdiff.pipeline import list_atoms, load_concept, trigger_words
+from atomdiff.portable import save_portable
 from atomdiff.scheduler import Objective, common_scheduler, describe, scheduler_for
 from atomdiff.strength import given_strengths
 from atomdiff.train_config import PredictionType
@@ -126,6 +126,10 @@ class ExportReport:
     """Layers whose biases change, which a LoRA cannot hold."""
     unread: dict[str, tuple[str, ...]] = field(default_factory=dict)
     """Program -> layers that it does not read."""
+    longer_tables: dict[str, str] = field(default_factory=dict)
+    """Text encoder of a folder -> why its embedding table is longer than the base's, which ComfyUI refuses."""
+    is_folder: bool = False
+    """Whether a pipeline was written, which knows the words."""
 
     @property
     def error(self) -> float:
@@ -194,7 +198,8 @@ def _set_scheduler(config: ExportConfig, pipe: Any, concepts: list[tuple[str, Ob
 def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
     """Save a pipeline with its active concepts merged in, their words in tokenizers and text encoders.
 
-    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype.
+    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype. Words are also embedding
+    files in the folder's `embeddings`, for programs that take a checkpoint made of it.
 
     Raises:
         UserError: the folder is not empty.
@@ -203,8 +208,10 @@ def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} is there already: give a new or empty folder")
     with without_adapters(pipe):
-        pipe.save_pretrained(folder)
-    return ExportReport(folder)
+        longer = save_portable(pipe, folder)
+    written = pipe.components["text_encoder"].dtype if (words := _words(pipe)) else torch.float32
+    embeddings = _save_embeddings(pipe, folder / "embeddings", "", words, written)
+    return ExportReport(folder, embeddings=embeddings, longer_tables=longer, is_folder=True)
 
 
 def export_diff(
@@ -300,12 +307,15 @@ def describe_export(report: ExportReport) -> str:
     for program, names in report.unread.items():
         all_of_it = len(names) == len(report.layers)
         lines.append(f"{program} leaves out {'everything: it reads LoRAs only' if all_of_it else some(names)}")
-    if report.layers or not report.embeddings:
+    if report.layers or not report.embeddings or report.is_folder:
         lines.append(f"saved {report.path}")
+    for encoder, why in report.longer_tables.items():
+        lines.append(f"ComfyUI refuses a checkpoint made of it, for the size of {encoder}'s embedding table: {why}")
     for word, path in report.embeddings.items():
+        needed = "which only diffusers finds in the folder" if report.is_folder else "without which it is incomplete"
         lines.append(
-            f"saved {path}, the embedding of {word!r}, without which the concept is incomplete: put it among the "
-            f"embeddings and write {path.stem} (ComfyUI: embedding:{path.stem}) for {word!r} in prompts"
+            f"saved {path}, the embedding of {word!r}, {needed}: put it among the embeddings and write {path.stem} "
+            f"(ComfyUI: embedding:{path.stem}) for {word!r} in prompts"
         )
     return "\n".join(lines)
 
@@ -327,11 +337,7 @@ def _write(
     if tensors:
         tensors = tensors | zero_layers(pipe, tensors, float(rank or 1))
         save_tensors(path, tensors, metadata(pipe, path.stem, trigger_phrase, rank))
-    embeddings = {}
-    for word, beside in _files_beside(path, words).items():
-        rows = embedding_rows(pipe, words[word])
-        save_tensors(beside, {key: as_written(row, dtype, word) for key, row in rows.items()}, {})
-        embeddings[word] = beside
+    embeddings = _save_embeddings(pipe, path.parent, f"{path.stem}-", words, dtype)
     unread = unread_by([layer.name for layer in layers], whole=rank is None)
     return ExportReport(path, tuple(layers), embeddings, tuple(biases or ()), unread)
 
@@ -346,14 +352,17 @@ def _words(pipe: Any) -> dict[str, list[str]]:
     return {word: group for words in by_owner.values() for word, group in group_words(words).items()}
 
 
-def _files_beside(path: Path, words: Iterable[str]) -> dict[str, Path]:
-    """Word -> the file of its embedding, named as every system allows."""
+def _save_embeddings(
+    pipe: Any, folder: Path, prefix: str, words: dict[str, list[str]], dtype: torch.dtype
+) -> dict[str, Path]:
+    """Write a file for each word, named as every system allows. Returns word -> its file."""
     files: dict[str, Path] = {}
-    for word in words:
-        in_name = re.sub(r"[^\w.-]", "_", word)
-        taken = {file.stem.lower() for file in files.values()}
-        names = (f"{path.stem}-{in_name}{number}" for number in chain([""], (f"-{n}" for n in count(2))))
-        files[word] = path.with_name(next(name for name in names if name.lower() not in taken) + ".safetensors")
+    for word, group in words.items():
+        name, taken = prefix + re.sub(r"[^\w.-]", "_", word), {file.stem.lower() for file in files.values()}
+        names = chain([name], (f"{name}-{number}" for number in count(2)))
+        files[word] = folder / f"{next(each for each in names if each.lower() not in taken)}.safetensors"
+        rows = embedding_rows(pipe, group)
+        save_tensors(files[word], {key: as_written(row, dtype, word) for key, row in rows.items()}, {})
     return files
 
 
