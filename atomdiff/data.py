@@ -15,6 +15,7 @@ from tqdm import tqdm
 from atomdiff.captions import read_captions
 from atomdiff.errors import UserError
 from atomdiff.image_files import picture_files, upright
+from atomdiff.whole_file import whole_file
 
 Picture = Image.Image
 
@@ -157,18 +158,16 @@ def ensure_class_pictures(
         )
     rank, processes = share
     if rank == 0:
-        unfinished = record.with_suffix(".unfinished")
-        unfinished.write_text(json.dumps(recipe, indent=2) + "\n")
-        unfinished.replace(record)
+        with whole_file(record) as unfinished:
+            unfinished.write_text(json.dumps(recipe, indent=2) + "\n")
     seeds = range(max(0, count - foreign))
     batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
     named = [{folder / f"class-{seed:05d}.png": seed for seed in batch} for batch in batches[rank::processes]]
     missing = [batch for batch in named if not all(file.is_file() for file in batch)]
     for batch in tqdm(missing, "class pictures", unit="batch", disable=not missing or rank > 0):
         for file, picture in zip(batch, generate(list(batch.values())), strict=True):
-            unfinished = file.with_suffix(".unfinished")
-            picture.save(unfinished, format="png")
-            unfinished.replace(file)
+            with whole_file(file) as unfinished:
+                picture.save(unfinished, format="png")
 
 
 def sample_order(count: int, position: int, batch_size: int, seed: int) -> list[int]:

@@ -10,7 +10,9 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from atomdiff.errors import UserError
 from atomdiff.grid import SHEET_PIXELS, grid
+from atomdiff.whole_file import locked, whole_file
 
 
 @dataclass(frozen=True)
@@ -39,22 +41,25 @@ class PictureFile:
         return {"prompt": self.prompt, "seed": str(self.seed), **self.settings}
 
     def is_saved(self) -> bool:
-        """Tell whether the picture is there, whole, and made with these very settings."""
+        """Tell whether the picture is there, whole, not black all over, and made with these very settings."""
         try:
             with Image.open(self.path) as image:
                 image.load()
-                return all(image.info.get(key) == value for key, value in self.facts.items())
+                return self.is_told_by(image) and image.getbbox() is not None
         except (OSError, SyntaxError):  # what Pillow raises for damaged files
             return False
+
+    def is_told_by(self, image: Image.Image) -> bool:
+        """Tell whether the text in an open PNG is that of this picture."""
+        return all(image.info.get(key) == value for key, value in self.facts.items())
 
     def save(self, image: Image.Image) -> None:
         """Write the picture; it gets its name once it is whole."""
         text = PngImagePlugin.PngInfo()
         for key, value in {**self.facts, "size": _size(image)}.items():
             text.add_text(key, value)
-        unfinished = self.path.with_suffix(".unfinished")
-        image.save(unfinished, format="png", pnginfo=text)
-        unfinished.replace(self.path)
+        with whole_file(self.path) as unfinished:
+            image.save(unfinished, format="png", pnginfo=text)
 
 
 def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
@@ -63,16 +68,16 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
     Args:
         folder: where the pictures are.
         pictures: of one job, saved: for each prompt one from each seed.
+
+    Raises:
+        UserError: another job has replaced a picture.
     """
     prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
     seeds = list(dict.fromkeys(picture.seed for picture in pictures))
     side = max(32, math.isqrt(SHEET_PIXELS // len(pictures)))
-    sizes, thumbnails = zip(*[_thumbnail(picture.path, side) for picture in pictures], strict=True)
+    sizes, thumbnails = zip(*[_thumbnail(picture, side) for picture in pictures], strict=True)
     small = iter(thumbnails)
     sheet = grid([[next(small) for _ in seeds] for _ in prompts], prompts, [f"seed {seed}" for seed in seeds])
-    unfinished = folder / "overview.unfinished"
-    sheet.save(unfinished, format="png")
-    unfinished.replace(folder / "grid.png")
     shared = dict(set.intersection(*[set(picture.settings.items()) for picture in pictures]))
     manifest = {
         "settings": {key: value for key, value in pictures[0].settings.items() if key in shared},
@@ -82,8 +87,10 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
             for picture, size in zip(pictures, sizes, strict=True)
         ],
     }
-    unfinished.write_text(json.dumps(manifest, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
-    unfinished.replace(folder / "manifest.json")
+    written = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
+    with locked(folder), whole_file(folder / "grid.png") as image, whole_file(folder / "manifest.json") as text:
+        sheet.save(image, format="png")
+        text.write_text(written, encoding="utf-8")
 
 
 def content_hash(path: Path) -> str:
@@ -104,9 +111,11 @@ def _files(path: Path) -> list[Path]:
     return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
 
 
-def _thumbnail(file: Path, side: int) -> tuple[str, Image.Image]:
+def _thumbnail(picture: PictureFile, side: int) -> tuple[str, Image.Image]:
     """Return the size of an image, as text, and a small copy."""
-    with Image.open(file) as image:
+    with Image.open(picture.path) as image:
+        if not picture.is_told_by(image):
+            raise UserError(f"{picture.path}: another job replaced it; name another --output_dir for one of them")
         size = _size(image)
         image.thumbnail((side, side))
         return size, image.convert("RGB")

@@ -11,6 +11,7 @@ import torch
 from PIL import Image
 from tqdm import tqdm
 
+from atomdiff.checked_images import checked_images
 from atomdiff.delta_file import some
 from atomdiff.errors import UserError
 from atomdiff.open_pipeline import open_pipeline
@@ -168,6 +169,7 @@ def generate(
 
     Raises:
         ValueError: the numbers of prompts and seeds differ.
+        UserError: an image is not finite or black, or the base's safety checker blacked it out.
     """
     drawn = draw_each(
         pipe,
@@ -180,7 +182,12 @@ def generate(
         height=height,
         width=width,
     )
-    return list(tqdm(drawn, "pictures", len(prompts), disable=not progress))
+    images = []
+    for number, image in enumerate(tqdm(drawn, "pictures", len(prompts), disable=not progress)):
+        if image is None:
+            raise UserError(f"{hidden_images([(prompts[number], seeds[number])])}; load it with safety_checker=None")
+        images.append(image)
+    return images
 
 
 def draw_each(
@@ -192,10 +199,10 @@ def draw_each(
     height: int | None = None,
     width: int | None = None,
     **settings: Any,
-) -> Iterator[Image.Image]:
+) -> Iterator[Image.Image | None]:
     """Yield what `generate` returns, as soon as a batch is drawn; `settings` go to the pipeline as they are.
 
-    There may be a negative prompt for each picture.
+    There may be a negative prompt for each picture. None stands for one that the safety checker blacked out.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one of each a picture")
@@ -211,14 +218,16 @@ def draw_each(
             batch = slice(first, first + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
             negative = None if negatives is None else list(negatives[batch])
-            yield from pipe(
-                list(prompts[batch]),
+            yield from checked_images(
+                pipe,
+                prompts[batch],
+                seeds[batch],
                 negative_prompt=negative,
                 generator=generators,
                 height=height,
                 width=width,
                 **settings,
-            ).images
+            )
     finally:
         pipe.set_progress_bar_config(**bar)
 
@@ -242,6 +251,12 @@ def image_size(pipe: Any, height: int | None, width: int | None) -> tuple[int | 
     return height or usual[0], width or usual[1]
 
 
+def hidden_images(images: Sequence[tuple[str, int]]) -> str:
+    """Say which images, by prompt and seed, a safety checker blacked out."""
+    named = some([f"{prompt!r} with seed {seed}" for prompt, seed in images])
+    return f"not saved, as the safety checker of the base blacked them out: {named}"
+
+
 def save_samples(config: SampleConfig) -> Path:
     """Draw what is missing in `config.output_dir` and lay all of it out in a labelled grid and a JSON manifest.
 
@@ -252,10 +267,11 @@ def save_samples(config: SampleConfig) -> Path:
         The folder.
 
     Raises:
-        UserError: a prompt, the base or a concept is missing or cannot be used, or a prompt wears concepts that cannot
-            be drawn by one scheduler.
+        UserError: a prompt, the base or a concept is missing or cannot be used, a prompt wears concepts that cannot be
+            drawn by one scheduler, or a picture is not finite, black or blacked out, which then is not saved.
     """
     from accelerate import Accelerator
+    from accelerate.utils import gather_object
 
     from atomdiff.library import ConceptLibrary
     from atomdiff.packing import given_concepts, in_order, read_lines, share_of, warn_of_prompts
@@ -278,6 +294,7 @@ def save_samples(config: SampleConfig) -> Path:
     state = Accelerator(cpu=not torch.accelerator.is_available())
     state.wait_for_everyone()  # all have seen the same files missing
     share = share_of(missing, state.process_index, state.num_processes)
+    hidden: list[tuple[str, int]] = []
     if share:
         pipe = open_pipeline(
             config.pretrained_model_name_or_path,
@@ -294,8 +311,13 @@ def save_samples(config: SampleConfig) -> Path:
             _tell_schedulers(pipe.scheduler, schedulers)
         bar = tqdm(_draw(config, pipe, share, schedulers), "pictures", len(share), disable=not state.is_main_process)
         for picture, image in bar:
-            picture.save(image)
+            if image is None:
+                hidden.append((picture.prompt, picture.seed))
+            else:
+                picture.save(image)
     state.wait_for_everyone()
+    if hidden := gather_object(hidden):
+        raise UserError(f"{hidden_images(hidden)}; the others are in {folder}: change these prompts or seeds")
     if state.is_main_process:
         write_overview(folder, [picture for picture, _ in jobs])
     return folder
@@ -369,7 +391,7 @@ def _trained_for(objective: Objective, base: Any, scheduler: Any) -> list[str]:
 
 def _draw(
     config: SampleConfig, pipe: Any, jobs: "Sequence[tuple[PictureFile, Line]]", schedulers: "dict[Line, Any]"
-) -> Iterator[tuple[PictureFile, Image.Image]]:
+) -> Iterator[tuple[PictureFile, Image.Image | None]]:
     """Yield pictures as their batches are drawn; those of one scheduler share batches."""
     from atomdiff.packing import pack
     from atomdiff.wardrobe import Wardrobe

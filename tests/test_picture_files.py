@@ -2,10 +2,12 @@
 
 import json
 import os
+import threading
 
 import pytest
 from PIL import Image
 
+from atomdiff.errors import UserError
 from atomdiff.picture_files import PictureFile, content_hash, listing_hash, write_overview
 
 SETTINGS = {"concepts": "[]", "negative_prompt": "", "num_inference_steps": "3"}
@@ -57,6 +59,38 @@ def test_large_jobs_get_a_small_grid(tmp_path, monkeypatch):
         ("one", 1),
         ("two", 0),
     ]
+
+
+def test_two_jobs_in_one_folder_never_tear_each_others_files(tmp_path):
+    pictures = [PictureFile(tmp_path, "a mug", seed, SETTINGS) for seed in range(3)]
+    failures = []
+
+    def job():
+        try:
+            for _ in range(10):
+                for picture in pictures:
+                    picture.save(Image.new("RGB", (16, 16), "red"))
+                write_overview(tmp_path, pictures)
+                with Image.open(tmp_path / "grid.png") as image:
+                    image.load()
+                assert len(json.loads((tmp_path / "manifest.json").read_text())["images"]) == 3
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=job) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
+
+
+def test_a_picture_that_another_job_replaced_is_told(tmp_path):
+    picture = saved(tmp_path, "a mug", 0)
+    PictureFile(tmp_path, "a mug", 0, SETTINGS | {"concepts": "[1]"}).save(Image.new("RGB", (16, 16), "red"))
+    with pytest.raises(UserError, match="another job replaced it"):
+        write_overview(tmp_path, [picture])
 
 
 def test_hashes_follow_content_and_listing(tmp_path):

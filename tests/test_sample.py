@@ -13,7 +13,7 @@ import accelerate
 import numpy as np
 import pytest
 import torch
-from PIL import Image
+from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file, save_file
 
 import atomdiff
@@ -586,6 +586,68 @@ def test_a_lone_side_of_a_base_that_is_not_square(tiny_pipe):
     tiny_pipe.unet.register_to_config(sample_size=[8, 12])
     assert sample.image_size(tiny_pipe, 64, None) == (64, 48)
     assert sample.image_size(tiny_pipe, None, 64) == (32, 64)
+
+
+# images that are no results
+
+
+def spoiled(template, tmp_path, part):
+    """A base whose VAE or UNet gives numbers that are not finite."""
+    pipe = copy.deepcopy(template)
+    model = pipe.vae.decoder.conv_out if part == "vae" else pipe.unet.conv_out
+    model.bias.data.fill_(float("nan"))
+    pipe.save_pretrained(tmp_path / "spoiled")
+    return str(tmp_path / "spoiled")
+
+
+@pytest.mark.parametrize(
+    ("part", "cause"),
+    [("vae", "the VAE cannot decode"), ("unet", "the numbers of the UNet overflow; lower the weights")],
+)
+def test_images_that_are_not_finite_are_never_saved(config, pipe_template, tmp_path, part, cause):
+    wrong = replace(config, pretrained_model_name_or_path=spoiled(pipe_template, tmp_path, part))
+    for _ in range(2):  # they count as done the second time as little as the first
+        with pytest.raises(UserError, match=f"'a red mug' with seed 0 has numbers that are not finite: {cause}"):
+            save_samples(wrong)
+        assert not files(config) and not (config_folder(config) / "manifest.json").exists()
+
+
+def test_weights_that_overflow_are_named(config, tiny_pipe, tmp_path):
+    path = concept_file(tiny_pipe, tmp_path / "mug.atoms.safetensors")
+    with pytest.raises(UserError, match="lower the weights of the concepts"):
+        save_samples(replace(config, concepts=(path,), weights=(1e30,)))
+    assert not files(config)
+
+
+def test_black_images_are_drawn_again_and_refused(config, tiny_pipe, monkeypatch):
+    save_samples(config)
+    for name in files(config):
+        path = config_folder(config) / name
+        with Image.open(path) as image:
+            info = PngImagePlugin.PngInfo()
+            for key, value in image.text.items():
+                info.add_text(key, value)
+        Image.new("RGB", (32, 32)).save(path, pnginfo=info)
+    monkeypatch.setattr(
+        type(tiny_pipe.vae), "decode", lambda self, latents, **_: (-torch.ones(len(latents), 3, 32, 32),)
+    )
+    with pytest.raises(UserError, match="is black all over: the VAE"):
+        save_samples(config)
+
+
+def test_what_the_safety_checker_blacks_out_is_told_and_the_others_are_drawn(config, tiny_pipe, monkeypatch):
+    def check(self, image, device, dtype):
+        image[0] = 0
+        return image, [True] + [False] * (len(image) - 1)
+
+    monkeypatch.setattr(type(tiny_pipe), "run_safety_checker", check)
+    with pytest.raises(
+        UserError, match="safety checker of the base blacked them out: 'a red mug' with seed 0; the oth"
+    ):
+        save_samples(config)
+    assert len(files(config)) == 3
+    with pytest.raises(UserError, match="'a red mug' with seed 0; load it with safety_checker=None"):
+        generate(tiny_pipe, ["a red mug"], seeds=[0], progress=False, **QUICK)
 
 
 # errors and warnings
