@@ -17,6 +17,7 @@ from atomdiff.errors import UserError
 from atomdiff.pipeline import save_atoms
 from atomdiff.text_files import read_yaml
 from atomdiff.tuner import AtomConfig
+from atomdiff.tuner.removable import lasting_change
 
 FULL = "FULL"
 ADAPTER_NAME = "default"
@@ -30,7 +31,8 @@ def read_adapter(adapter: str) -> PeftConfig | None:
             `peft_type` "FULL" stands for the whole UNet.
 
     Raises:
-        UserError: No such file, no such method, or a field that the method does not know or refuses.
+        UserError: No such file, no such method, a field that the method does not know or refuses, or one by which it
+            changes the base itself.
     """
     if adapter == "atoms":
         return AtomConfig()
@@ -48,9 +50,12 @@ def read_adapter(adapter: str) -> PeftConfig | None:
             f"{adapter}: {kind.__name__} has no field {', '.join(sorted(unknown))}; see PEFT's documentation"
         )
     try:
-        return kind(**fields)
+        config: PeftConfig = kind(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{adapter}: {error}") from error
+    if change := lasting_change(config):
+        raise UserError(f"{adapter}: {change}")
+    return config
 
 
 def describe_adapter(adapter: PeftConfig | None) -> dict[str, Any]:
@@ -108,8 +113,9 @@ def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
                 added = copy.deepcopy(adapter)
                 model.add_adapter(added, ADAPTER_NAME)
                 added.base_model_name_or_path = adapter.base_model_name_or_path  # transformers sets the base's folder
-            except (ValueError, TypeError) as error:
-                raise UserError(f"the adapter does not fit the base: {error}") from error
+            except (ValueError, TypeError, LookupError, AttributeError) as error:  # so PEFT answers strange settings
+                said = error if isinstance(error, (ValueError, TypeError)) else repr(error)
+                raise UserError(f"the adapter does not fit the base: {said}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import copy
-import re
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -25,12 +24,12 @@ from atomdiff.delta_file import (
 )
 from atomdiff.errors import UserError
 from atomdiff.tuner.config import check_patterns
+from atomdiff.tuner.removable import lasting_change
 
 LEARNED_EMBEDS_NAME = "learned_embeds.safetensors"
 
 _MAX_CONFIG_BYTES = 1 << 20
 _ELSEWHERE = ("adapters", "megatron_config", "shadow_model")  # make PEFT open other files, or import modules
-_REWRITING = re.compile("pissa.*|olora|corda|loftq|lora_ga")  # initialisations that change the base weights
 
 Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
 Tokens = dict[str, dict[str, Tensor]]
@@ -57,6 +56,7 @@ def write(
             if isinstance(value, set):
                 setattr(stored, key, sorted(value))
         stored.save_pretrained(str(folder))
+        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # some methods share them between layers
         data = sort_header(save(tensors, {"format": "pt", **(metadata or {})}))
         (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
     if tokens:
@@ -127,20 +127,8 @@ def _read_config(folder: Path) -> PeftConfig:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT checks little: a value that it does not expect can fail anywhere
         raise UserError(f"cannot read {file}: {shown(str(error))}") from error
-    replaced = getattr(config, "modules_to_save", None)
-    if replaced:
-        raise UserError(f"{folder} replaces whole modules ({some(replaced)}), which atomdiff does not load")
-    if getattr(config, "trainable_token_indices", None):
-        raise UserError(
-            f"{folder} replaces rows of embeddings (trainable_token_indices), which atomdiff does not load: train a "
-            "trigger word instead"
-        )
-    start = getattr(config, "init_lora_weights", True)
-    if isinstance(start, str) and _REWRITING.fullmatch(start):
-        raise UserError(
-            f"{folder} was trained with init_lora_weights={start!r}, which rewrites the base weights: "
-            "convert it with PEFT's save_pretrained(path_initial_model_for_weight_conversion=...)"
-        )
+    if change := lasting_change(config):
+        raise UserError(f"{folder} was not trained to be taken out again: {change}")
     return config
 
 

@@ -36,6 +36,14 @@ def test_reading(tmp_path):
         ({"peft_type": "LORE"}, "peft_type='LORE'; expected one of FULL"),
         ({"peft_type": "LORA", "rank": 4}, "LoraConfig has no field rank"),
         ({"peft_type": "ATOMS", "channel_block": 0}, "channel_block=0"),
+        ({"peft_type": "ATOMS", "modules_to_save": ["conv_in"]}, "replaces whole modules: leave it out"),
+        *(
+            ({"peft_type": kind, "bias": "all"}, "bias='all' trains biases of the base")
+            for kind in ("LORA", "OFT", "HRA", "BOFT")
+        ),
+        ({"peft_type": "LORA", "bias": "lora_only"}, "bias='lora_only' trains biases of the base"),
+        ({"peft_type": "LORA", "init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
+        ({"peft_type": "LORA", "target_parameters": ["weight"]}, "target_parameters=.* leave it out"),
     ],
 )
 def test_bad_files_are_user_errors(tmp_path, content, message):

@@ -505,9 +505,11 @@ def test_a_concept_may_be_a_word_only(tiny_pipe, tmp_path):
 @pytest.mark.parametrize(
     ("field", "value", "message"),
     [
-        ("init_lora_weights", "pissa_niter_4", "init_lora_weights='pissa_niter_4', which rewrites the base"),
+        ("init_lora_weights", "pissa_niter_4", "init_lora_weights='pissa_niter_4' rewrites the base"),
         ("modules_to_save", ["conv_in"], "replaces whole modules"),
-        ("trainable_token_indices", [1], r"replaces rows of embeddings \(trainable_token_indices\)"),
+        ("trainable_token_indices", [1], "replaces rows of embeddings"),
+        ("bias", "all", "bias='all' trains biases of the base"),
+        ("bias", "lora_only", "bias='lora_only' trains biases of the base"),
         ("peft_type", "NO_SUCH", "cannot read .*adapter_config.json"),
     ],
 )

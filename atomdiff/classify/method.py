@@ -7,7 +7,6 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
-from atomdiff import peft_directory
 from atomdiff.classify.config import LINEAR, ClassifyConfig
 from atomdiff.classify.model import head_parameters, in_base
 from atomdiff.errors import UserError
@@ -24,12 +23,6 @@ def read_method(config: ClassifyConfig) -> PeftConfig | str | None:
     if config.from_scratch and method is not None:
         found = f"adapter={config.adapter!r}"
         raise UserError(f'{found}: from_scratch has random weights, which only adapter "full" trains and saves')
-    if getattr(method, "modules_to_save", None):
-        raise UserError(f"{config.adapter}: modules_to_save; leave it out, the head is trained and saved in any case")
-    start = getattr(method, "init_lora_weights", True)
-    if isinstance(start, str) and peft_directory._REWRITING.fullmatch(start):
-        found = f"{config.adapter}: init_lora_weights={start!r}"
-        raise UserError(f"{found} rewrites the base, to which the result could not be added again; leave it out")
     return method
 
 
@@ -49,10 +42,7 @@ def make_trained(model: Any, method: PeftConfig | str | None, seed: int) -> None
         UserError: The adapter does not fit the model, or changes the head.
     """
     if not isinstance(method, str):
-        try:
-            make_trainable(model, method, seed)
-        except TypeError as error:
-            raise UserError(f"the adapter does not fit the base: {error}") from error
+        make_trainable(model, method, seed)
     adapted = [path for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)]
     if heads := [path for path in adapted if not in_base(model, path)]:
         raise UserError(f"the adapter targets the head ({heads[0]}), which is trained in any case: use exclude_modules")

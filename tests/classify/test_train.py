@@ -294,7 +294,7 @@ def test_mistakes_are_user_errors(config, fields, message):
             {**LORA, "target_modules": ["convolution", "classifier.1"], "exclude_modules": ["embedder.convolution"]},
             r"targets the head \(classifier.1\)",
         ),
-        ({**LORA, "modules_to_save": ["classifier"]}, "modules_to_save; leave it out"),
+        ({**LORA, "modules_to_save": ["classifier"]}, "modules_to_save=.*: leave it out"),
         ({**LORA, "init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
         ({**LORA, "target_modules": ["nothing"]}, "the adapter does not fit the base"),
         ({"peft_type": "ATOMS", "target_modules": ["normalization"]}, "atoms adapt"),
