@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from atomdiff import kept_base
 from atomdiff.errors import UserError
 from atomdiff.kept_base import Place
-from atomdiff.pipeline import concept_names, denoiser_name, pipeline_models, stop_schedule, tidy
+from atomdiff.pipeline import concept_names, denoiser_name, pipeline_models, restore, stop_schedule, tidy
 from atomdiff.strength import StepSchedule, Strength
 from atomdiff.tuner import attach
 
@@ -53,6 +53,30 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
     if any(strength.steps for strength in strengths.values()):
         rewrite = partial(writers[denoiser], changed_only=True)
         pipe._atomdiff_schedule = StepSchedule(pipe, pipe.components[denoiser], rewrite)
+
+
+def set_weights(pipe: Any, concepts: Concepts) -> None:
+    """Make exactly these concepts active, with their strengths, without writing them into the weights.
+
+    They act unmerged, and weights stay where they are; `set_active` is for drawing.
+
+    Args:
+        pipe: a pipeline with the concepts loaded; what is merged is restored.
+        concepts: as for `set_active`; of strengths by step, those of no particular step count.
+
+    Raises:
+        UserError: there is no such concept, or a strength cannot be used.
+    """
+    restore(pipe)
+    strengths = read_strengths(pipe, concepts)
+    models = pipeline_models(pipe)
+    others = _weights_of_others(models, strengths)
+    for part, model in models.items():
+        attach.activate(model, list(strengths))
+        for path, layer in attach.atom_layers(model).items():
+            for name, strength in strengths.items():
+                layer.set_scale(name, strength.at(f"{part}.{path}", None))
+        attach.set_weights_of_others(model, others)
 
 
 @dataclass(frozen=True)

@@ -13,22 +13,34 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from atomdiff.active import set_active
+from atomdiff.active import set_weights
 from atomdiff.delta_file import some
 from atomdiff.differences import layer_differences, without_adapters
 from atomdiff.errors import UserError
-from atomdiff.kohya import as_written, embedding_rows, layer_name, metadata, save_tensors, unread_by, zero_layers
+from atomdiff.kohya import (
+    as_written,
+    embedding_rows,
+    layer_name,
+    metadata,
+    named_rows,
+    save_tensors,
+    unread_by,
+    zero_layers,
+)
 from atomdiff.low_rank import low_rank
 from atomdiff.open_pipeline import open_pipeline
-from atomdiff.packing import given_concepts, objectives
+from atomdiff.packing import Concept, given_concepts, objectives
 from atomdiff.paths import PathText, expand_paths
-from atomdiff.pipeline import list_atoms, load_concept, trigger_words
+from atomdiff.pipeline import list_atoms, load_concept, pipeline_models, trigger_words, unload_atoms
 from atomdiff.portable import save_portable
 from atomdiff.scheduler import Objective, common_scheduler, describe, scheduler_for
 from atomdiff.strength import given_strengths
 from atomdiff.train_config import PredictionType
+from atomdiff.tuner import attach
 from atomdiff.vector_words import group_words
 
+_Embeddings = dict[str, dict[str, Tensor]]  # word -> rows (n, hidden), named as in a file
+_HALVES = (torch.float16, torch.bfloat16)
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -144,12 +156,16 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     Raises:
         UserError: the base or a concept cannot be used, or cannot be written in that form.
     """
+    _check_output(config)
     given = given_concepts(config.concepts, config.weights, config.trigger_words)
     dtype = config.dtype or ("float32" if config.to == "pipeline" else "float16")
     written = getattr(torch, dtype)
+    if config.to != "pipeline" and (words := _words_alone([concept for concept, _ in given])) is not None:
+        path = _file(config.output)
+        return ExportReport(path, embeddings=_save_embeddings(path.parent, f"{path.stem}-", words, written))
     pipe = open_pipeline(
         config.pretrained_model_name_or_path,
-        written if config.to == "pipeline" else torch.float32,
+        written if config.to == "pipeline" else None,
         revision=config.revision,
         variant=config.variant,
         single_file_config=config.single_file_config,
@@ -157,10 +173,14 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     _set_scheduler(config, pipe, objectives(given))
     strengths = {}
     for number, (concept, strength) in enumerate(given, start=1):
-        name = load_concept(pipe, concept.path, f"concept{number}", trigger_word=concept.trigger_word)
+        name = f"concept{number}"
+        load_concept(pipe, concept.path, name, trigger_word=concept.trigger_word)
+        if concept.read is None and _widened(pipe, name):
+            unload_atoms(pipe, name)
+            load_concept(pipe, concept.path, name, trigger_word=concept.trigger_word)
         strengths[name] = strength
     try:
-        set_active(pipe, strengths)
+        set_weights(pipe, strengths)
     except UserError:
         raise
     except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
@@ -174,6 +194,58 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     if config.to == "diff":
         return export_diff(pipe, config.output, dtype=written, trigger_phrase=phrase)
     return export_lora(pipe, config.output, config.rank, dtype=written, trigger_phrase=phrase)
+
+
+def _widened(pipe: Any, name: str) -> bool:
+    """Cast the layers below an adapter to float32, whose dtype other methods than atoms give to their parameters."""
+    layers = [layer for model in pipeline_models(pipe).values() for layer in attach.adapter_layers(model, name)]
+    narrow = [base for layer in layers if (base := layer.get_base_layer()).weight.dtype in _HALVES]
+    for base in narrow:
+        base.float()
+    return bool(narrow)
+
+
+def _check_output(config: ExportConfig) -> None:
+    """Refuse an output that is in the way, before anything is loaded: a folder in use, or what is read."""
+    if config.to == "pipeline":
+        _check_free(Path(config.output))
+        return
+    path = _file(config.output)
+    if path.is_dir():
+        raise UserError(f"output={str(path)!r} is a folder: give the name of a file")
+    for source in (config.pretrained_model_name_or_path, *config.concepts):
+        if path.exists() and Path(source).exists() and path.samefile(source):
+            raise UserError(f"output={str(path)!r} is what is exported from: give another name")
+
+
+def _check_free(folder: Path) -> None:
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} is there already: give a new or empty folder")
+
+
+def _file(output: str | os.PathLike[str]) -> Path:
+    path = Path(output)
+    return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+
+
+def _words_alone(concepts: list[Concept]) -> _Embeddings | None:
+    """The embeddings of concepts that are only words, which need no base; None: there are others."""
+    words: _Embeddings = {}
+    for concept in concepts:
+        delta = concept.read() if concept.read is not None else None
+        if delta is None or delta.layers:
+            return None
+        sdxl = "-xl-" in delta.modelspec.get("architecture", "")
+        encoders = ["text_encoder", "text_encoder_2"] if sdxl else ["text_encoder"]
+        if any(sorted(vectors) != encoders for vectors in delta.tokens.values()):
+            return None
+        groups = group_words(delta.tokens)
+        if groups.keys() & words.keys():
+            return None
+        for word, group in groups.items():
+            rows = {encoder: torch.stack([delta.tokens[each][encoder] for each in group]) for encoder in encoders}
+            words[word] = named_rows(rows, sdxl)
+    return words
 
 
 def _set_scheduler(config: ExportConfig, pipe: Any, concepts: list[tuple[str, Objective]]) -> None:
@@ -205,12 +277,11 @@ def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
         UserError: the folder is not empty.
     """
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} is there already: give a new or empty folder")
+    _check_free(folder)
     with without_adapters(pipe):
         longer = save_portable(pipe, folder)
     written = pipe.components["text_encoder"].dtype if (words := _words(pipe)) else torch.float32
-    embeddings = _save_embeddings(pipe, folder / "embeddings", "", words, written)
+    embeddings = _save_embeddings(folder / "embeddings", "", words, written)
     return ExportReport(folder, embeddings=embeddings, longer_tables=longer, is_folder=True)
 
 
@@ -330,38 +401,35 @@ def _write(
     rank: int | None = None,
     biases: list[str] | None = None,
 ) -> ExportReport:
-    path = path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
-    words = _words(pipe)
+    path, words = _file(path), _words(pipe)
     if not tensors and not words:
         raise UserError("found nothing to export: no active concept changes the pipeline; load one, or give it weight")
     if tensors:
         tensors = tensors | zero_layers(pipe, tensors, float(rank or 1))
         save_tensors(path, tensors, metadata(pipe, path.stem, trigger_phrase, rank))
-    embeddings = _save_embeddings(pipe, path.parent, f"{path.stem}-", words, dtype)
+    embeddings = _save_embeddings(path.parent, f"{path.stem}-", words, dtype)
     unread = unread_by([layer.name for layer in layers], whole=rank is None)
     return ExportReport(path, tuple(layers), embeddings, tuple(biases or ()), unread)
 
 
-def _words(pipe: Any) -> dict[str, list[str]]:
-    """The trigger words of active concepts -> the words that their vectors are kept under."""
+def _words(pipe: Any) -> _Embeddings:
+    """The trigger words of active concepts, as their rows in the embedding tables."""
     inactive = {concept.name for concept in list_atoms(pipe) if concept.layers and not concept.active}
     by_owner: dict[str | None, list[str]] = {}
     for word, entry in trigger_words(pipe).items():
         if entry.vectors and entry.owner not in inactive:
             by_owner.setdefault(entry.owner, []).append(word)
-    return {word: group for words in by_owner.values() for word, group in group_words(words).items()}
+    groups = [group_words(words) for words in by_owner.values()]
+    return {word: embedding_rows(pipe, group) for found in groups for word, group in found.items()}
 
 
-def _save_embeddings(
-    pipe: Any, folder: Path, prefix: str, words: dict[str, list[str]], dtype: torch.dtype
-) -> dict[str, Path]:
+def _save_embeddings(folder: Path, prefix: str, words: _Embeddings, dtype: torch.dtype) -> dict[str, Path]:
     """Write a file for each word, named as every system allows. Returns word -> its file."""
     files: dict[str, Path] = {}
-    for word, group in words.items():
+    for word, rows in words.items():
         name, taken = prefix + re.sub(r"[^\w.-]", "_", word), {file.stem.lower() for file in files.values()}
         names = chain([name], (f"{name}-{number}" for number in count(2)))
         files[word] = folder / f"{next(each for each in names if each.lower() not in taken)}.safetensors"
-        rows = embedding_rows(pipe, group)
         save_tensors(files[word], {key: as_written(row, dtype, word) for key, row in rows.items()}, {})
     return files
 

@@ -19,7 +19,7 @@ from torch import Tensor
 
 from atomdiff.errors import UserError
 from atomdiff.model_spec import atomdiff_version, model_spec
-from atomdiff.trigger_words import token_id
+from atomdiff.trigger_words import token_id, trigger_words
 from atomdiff.tuner.model import supported_modules
 
 _SDXL_LAYERS = {
@@ -161,13 +161,20 @@ def unread_by(names: Iterable[str], *, whole: bool) -> dict[str, tuple[str, ...]
 
 def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
     """The rows (n, hidden) of n words in the embedding tables, named as in files for ComfyUI and others."""
-    keys = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if is_sdxl(pipe) else {"text_encoder": "emb_params"}
     rows = {}
-    for encoder, key in keys.items():
+    for encoder in ("text_encoder", "text_encoder_2"):
         if pipe.components.get(encoder) is not None:
-            table = getattr(pipe, encoder).get_input_embeddings()
-            rows[key] = table.weight.detach()[[token_id(pipe, word, encoder) for word in words]]
-    return rows
+            table, known = getattr(pipe, encoder).get_input_embeddings().weight.detach(), trigger_words(pipe)
+            own = [known[word].vectors if word in known else {} for word in words]  # not rounded to the table's dtype
+            found = [table[token_id(pipe, word, encoder)] for word in words]
+            rows[encoder] = torch.stack([mine.get(encoder, row.float()) for mine, row in zip(own, found, strict=True)])
+    return named_rows(rows, is_sdxl(pipe))
+
+
+def named_rows(rows: Mapping[str, Tensor], sdxl: bool) -> dict[str, Tensor]:
+    """The rows (n, hidden) of words, by text encoder, named as in files for ComfyUI and others."""
+    names = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"} if sdxl else {"text_encoder": "emb_params"}
+    return {names[encoder]: rows[encoder] for encoder in names if encoder in rows}
 
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +17,13 @@ _KINDS_OF_FILES = {  # what diffusers calls a checkpoint -> its pipeline
     "v2": "StableDiffusionPipeline",
     "xl_base": "StableDiffusionXLPipeline",
 }
+_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # what safetensors calls a dtype
 _DESCRIBE = "name a pipeline of its architecture, a folder or a Hub id, with single_file_config"
 
 
 def open_pipeline(
     name: str,
-    dtype: torch.dtype = torch.float32,
+    dtype: torch.dtype | None = torch.float32,
     *,
     revision: str | None = None,
     variant: str | None = None,
@@ -32,7 +35,8 @@ def open_pipeline(
     Args:
         name: a folder, a Hub id, or a checkpoint file in the layout of the original code, .safetensors or .ckpt. Of a
             .ckpt only tensors are unpickled.
-        dtype: precision of its weights.
+        dtype: precision of its weights; None: as they are stored. Weights stored so are read from their file where and
+            when they are needed, and take no memory before.
         revision: on the Hub.
         variant: of its files, such as fp16.
         single_file_config: folder or Hub id of a pipeline whose configs describe the checkpoint file; None: the one
@@ -47,7 +51,8 @@ def open_pipeline(
     if is_single_file(name):
         return _open_single_file(name, dtype, single_file_config, parts)
     try:
-        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=dtype, **parts)
+        loaded_as = dtype or _stored_dtypes(name, revision, variant)
+        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=loaded_as, **parts)
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
 
@@ -81,13 +86,42 @@ def is_single_file(name: str) -> bool:
     return name.endswith(_SINGLE_FILES) and not Path(name).is_dir()
 
 
-def _open_single_file(name: str, dtype: torch.dtype, config: str | None, parts: dict[str, Any]) -> Any:
+def _stored_dtypes(name: str, revision: str | None, variant: str | None) -> dict[str, torch.dtype]:
+    """The dtype of each model in the folder of a pipeline, downloaded where it has to be."""
+    from diffusers import DiffusionPipeline
+
+    here = Path(name)
+    folder = here if here.is_dir() else Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
+    files: dict[str, list[Path]] = {}
+    for file in folder.glob("*/*.safetensors"):
+        files.setdefault(file.parent.name, []).append(file)
+    found = {"default": torch.float32}
+    for part, there in files.items():
+        of_variant = [file for file in there if variant and f".{variant}." in file.name]
+        found[part] = _stored_dtype(of_variant or [file for file in there if "." not in file.stem])
+    return found
+
+
+def _stored_dtype(files: Iterable[Path]) -> torch.dtype:
+    """The dtype of the floating-point tensors in safetensors files; float32 where there are several."""
+    kinds = set()
+    for file in files:
+        with file.open("rb") as opened:
+            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
+        kinds |= {value["dtype"] for key, value in header.items() if key != "__metadata__"}
+    floating = {kind for kind in kinds if "F" in kind}
+    return _HALVES[floating.pop()] if len(floating) == 1 and floating <= _HALVES.keys() else torch.float32
+
+
+def _open_single_file(name: str, dtype: torch.dtype | None, config: str | None, parts: dict[str, Any]) -> Any:
     import diffusers
     from diffusers.loaders.single_file_utils import SingleFileComponentError
 
     kind = pipeline_class(name, single_file_config=config)
     lacks = f"the checkpoint {name!r} lacks weights of a {kind}: it is damaged, or of another architecture; {_DESCRIBE}"
     try:
+        if dtype is None:
+            dtype = _stored_dtype([Path(name)] if Path(name).is_file() and name.endswith(".safetensors") else [])
         pipe = getattr(diffusers, kind).from_single_file(name, config=config, dtype=dtype, **parts)
     except NotImplementedError as error:  # of weights that have no numbers
         raise UserError(lacks) from error

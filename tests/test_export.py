@@ -29,6 +29,7 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import atomdiff
+from atomdiff import export as export_module
 from atomdiff.accounting import open_architecture
 from atomdiff.command_line import parse_config
 from atomdiff.differences import layer_differences
@@ -496,7 +497,7 @@ def test_the_base_of_every_file_is_known_by_its_cross_attention(pipe_template, s
         added = {key for key in file if key.split(".")[0] not in {layer.name for layer in report.layers}}
         names = {key.split(".")[0] for key in added if "attn2_to_k" in key}
         assert len(names) == 1 and not any(file[key].any() for key in added if not key.endswith(".alpha"))
-        if form is export_lora:  # and diffusers loads it all the same
+        if form is export_lora and kind == "sd":  # and diffusers loads it all the same
             other = fresh(template)
             other.load_lora_weights(str(report.path))
             pipe.set_progress_bar_config(disable=True)
@@ -519,7 +520,10 @@ def test_files_for_the_real_architectures_are_known(architecture, width):
 
 def test_what_programs_do_not_read_is_told(sdxl_template, tmp_path):
     pipe = fresh(sdxl_template)
-    teach(pipe)
+    targets = ["conv_in", "conv_out", "linear_1", "linear_2", "conv1"]
+    pipe.unet.add_adapter(LoraConfig(r=1, target_modules=targets, init_lora_weights=False))
+    targets = ["fc1", "text_projection"]
+    pipe.text_encoder_2.add_adapter(LoraConfig(r=1, target_modules=targets, init_lora_weights=False))
     report = export_lora(pipe, tmp_path / "x", 1)
     kohya = set(report.unread.pop("kohya's merge_lora"))
     assert kohya == {
@@ -731,3 +735,69 @@ def test_other_methods_are_weighted_as_far_as_they_can(pipe_template, tiny_pipe_
         with pytest.raises(UserError, match=said):
             export_concepts(ExportConfig(base, (folder,), "diff", "x", weights=(weight,)))
         assert export_concepts(ExportConfig(base, (folder,), "diff", str(tmp_path / f"{method}-out"))).layers
+
+
+def test_bases_in_half_precision_are_not_loaded_wider_than_they_are(pipe_template, tmp_path, monkeypatch):
+    half = fresh(pipe_template)
+    half.to(torch.float16)
+    half.save_pretrained(tmp_path / "half")
+    half.to(torch.float32)
+    half.save_pretrained(tmp_path / "wide")
+    opened = []
+    real = export_module.open_pipeline
+    monkeypatch.setattr(
+        export_module, "open_pipeline", lambda *args, **kw: opened.append(real(*args, **kw)) or opened[-1]
+    )
+    for method in ("atoms", "sparse", "lora", "loha"):
+        pipe = fresh(pipe_template)
+        teach(pipe, method, word="ohwx", seed=3)
+        concept = str(atomdiff.save_atoms(pipe, tmp_path / f"{method}.atoms.safetensors", dtype=torch.float32))
+        files = {}
+        for base in ("half", "wide"):
+            config = ExportConfig(str(tmp_path / base), (concept,), "diff", str(tmp_path / "out"), dtype="float32")
+            report = export_concepts(config)
+            files[base] = load_file(report.path) | load_file(report.embeddings["ohwx"])
+        for key, value in files["wide"].items():
+            torch.testing.assert_close(files["half"][key], value, atol=2e-6, rtol=2e-4)
+        from_half, _ = opened
+        opened.clear()
+        adapted = {part.get_submodule(path) for part in (from_half.unet,) for path in ("time_embedding.linear_1",)}
+        assert {layer.weight.dtype for layer in adapted} == {torch.float16}  # no method above changes it but atoms
+        assert from_half.vae.dtype == torch.float16
+
+
+def test_a_lone_word_needs_no_base(pipe_template, sdxl_template, tmp_path):
+    for template in (pipe_template, sdxl_template):
+        pipe = fresh(template)
+        words = ["ohwx", "ohwx_1"]
+        add_trigger_words(pipe, words)
+        sizes = {part: getattr(pipe, part).config.hidden_size for part in ENCODERS if hasattr(pipe, part)}
+        for word in words:
+            set_trigger_embedding(pipe, word, {part: torch.randn(size) for part, size in sizes.items()})
+        file = str(atomdiff.save_atoms(pipe, tmp_path / "word.atoms.safetensors", dtype=torch.float32))
+        expected = load_file(export_lora(pipe, tmp_path / "x", dtype=torch.float32).embeddings["ohwx"])
+        config = ExportConfig("no/such/base", (file,), "lora", str(tmp_path / "y"), dtype="float32")
+        report = export_concepts(config)
+        assert not report.layers and not report.path.exists() and "embedding:y-ohwx" in describe_export(report)
+        found = load_file(report.embeddings["ohwx"])
+        assert found.keys() == expected.keys() and all(torch.equal(found[key], expected[key]) for key in expected)
+        report = export_concepts(replace(config, trigger_words=("zzz",)))
+        assert report.embeddings["zzz"].name == "y-zzz.safetensors" and len(load_file(report.embeddings["zzz"])) == len(
+            found
+        )
+
+
+def test_outputs_that_are_in_the_way_are_refused_before_anything_is_loaded(concepts, tmp_path, monkeypatch):
+    monkeypatch.setattr(export_module, "open_pipeline", None)
+    (tmp_path / "used.safetensors").mkdir()
+    (tmp_path / "used.safetensors" / "x").touch()
+    file = concepts[0]
+    for base, to, output, said in [
+        ("base", "pipeline", str(tmp_path), "is there already: give a new or empty folder"),
+        ("base", "pipeline", file, "is there already: give a new or empty folder"),
+        ("base", "diff", str(tmp_path / "used"), "is a folder: give the name of a file"),
+        ("base", "lora", file, "is what is exported from: give another name"),
+        (file, "lora", file.removesuffix(".safetensors"), "is what is exported from: give another name"),
+    ]:
+        with pytest.raises(UserError, match=said):
+            export_concepts(ExportConfig(base, (concepts[0],), to, output))

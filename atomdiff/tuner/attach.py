@@ -322,6 +322,13 @@ def merge_others(model: nn.Module, weights: Mapping[str, float]) -> None:
                 _merge(layer)
 
 
+def set_weights_of_others(model: nn.Module, weights: Mapping[str, float]) -> None:
+    """Give adapters of other methods weights, such as `can_be_weighted` allows; they are not merged."""
+    for layer in other_layers(model):
+        for name in weights.keys() & set(layer._all_available_adapter_names()):
+            _set_scale(layer, name, weights[name])
+
+
 def can_be_weighted(model: nn.Module, name: str, weight: float) -> bool:
     """Whether an adapter of another method can have a weight; all can have 1."""
     for layer in adapter_layers(model, name) if weight != 1 else ():
