@@ -9,6 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
+from weakref import WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -25,6 +26,7 @@ from atomdiff.trigger_words import (
     add_trigger_word,
     add_trigger_words,
     check_addable,
+    look_again,
     remove_trigger_word,
     remove_trigger_words,
     set_trigger_embedding,
@@ -154,7 +156,7 @@ def load_concept(
     else:
         place, found_name = hub.locate(path, **where)
     tidy(pipe)
-    models, taken = pipeline_models(pipe), concept_names(pipe)
+    models, taken = pipeline_models(pipe), _taken_names(pipe)
     if adapter_name is None:
         name = derived_name(found_name, models.values(), taken)
     else:
@@ -163,16 +165,20 @@ def load_concept(
     parts = read_parts(source, models, denoiser_name(models), allow_base_mismatch, stacklevel=4)
     parts.tokens = renamed_tokens(parts.tokens, trigger_word)
     take_fitting_tokens(parts, pipe, allow_base_mismatch)
-    check_addable(pipe, list(parts.tokens))
+    left_over = _left_over(pipe, name)
+    check_addable(pipe, list(parts.tokens), left_over)
     if warns_of_scheduler:
         _warn_of_scheduler(pipe, name, parts.objective)
     try:
         with attach.undone_on_error(models.values(), name):
             attach_parts(parts, models, name, allow_base_mismatch)
             warn_of_left_out(name, parts.left_out, 3)
+            remove_trigger_words(pipe, left_over)
             add_trigger_words(pipe, parts.tokens, owner=name)
+            carriers = [model for model in models.values() if _has(model, name)]
             for word, vectors in parts.tokens.items():
                 set_trigger_embedding(pipe, word, vectors)
+                trigger_words(pipe)[word].came_with = WeakSet(carriers) if carriers else None
     except BaseException as error:
         remove_trigger_words(pipe, _words_of(pipe, [name]))
         if isinstance(error, Exception):  # PEFT answers strange settings with any of them
@@ -324,6 +330,7 @@ def pipeline_models(pipe: Any) -> dict[str, nn.Module]:
 
 def tidy(pipe: Any) -> None:
     """Look at what there is before it is believed: others delete adapters, too, and leave parts of them behind."""
+    look_again(pipe)
     for model in pipeline_models(pipe).values():
         attach.tidy(model)
 
@@ -396,6 +403,22 @@ def renamed_tokens(tokens: dict[str, dict[str, Tensor]], word: str | None) -> di
     ((_, group),) = groups.items()
     new = dict(zip(group, words_of(word, len(group)), strict=True))
     return {new[old]: vectors for old, vectors in tokens.items()}
+
+
+def _taken_names(pipe: Any) -> list[str]:
+    """The names of concepts that are there: those of which others have left only words are free."""
+    loaded = {name for model in pipeline_models(pipe).values() for name in attach.adapter_configs(model)}
+    return [
+        name
+        for name in concept_names(pipe)
+        if name in loaded or len(_left_over(pipe, name)) < len(_words_of(pipe, [name]))
+    ]
+
+
+def _left_over(pipe: Any, name: str) -> list[str]:
+    """The words of a concept whose layers others have taken away everywhere."""
+    words = {word: trigger_words(pipe)[word].came_with for word in _words_of(pipe, [name])}
+    return [word for word, models in words.items() if models is not None and not any(_has(m, name) for m in models)]
 
 
 def _words_of(pipe: Any, owners: Collection[str]) -> list[str]:

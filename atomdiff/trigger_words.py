@@ -3,10 +3,10 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
+from weakref import WeakKeyDictionary, WeakSet
 
 import torch
 from torch import Tensor, nn
@@ -27,29 +27,89 @@ class TriggerWord:
     vectors: dict[str, Tensor] = field(default_factory=dict)
     group: list[str] = field(default_factory=list)
     """What it is written as for a tokenizer: itself, and the words of its further vectors, see `words_of`."""
+    came_with: WeakSet[nn.Module] | None = None
+    """The models that got layers with it; None: it came alone."""
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Copies know that there were layers, and look for their own."""
+        return vars(self) | {"came_with": None if self.came_with is None else WeakSet()}
 
 
-@dataclass
+@dataclass(eq=False)
+class _Tokens:
+    """A tokenizer that was taught trigger words."""
+
+    name: str
+    """The text encoder that it is for."""
+    tokenizer: Any
+    original: dict[str, Any] | None = None
+    """Its attributes before the first added word; tokenizers cannot forget one."""
+    added: set[str] = field(default_factory=set)
+    """Words that it learned."""
+
+
 class _Vocabulary:
-    """The trigger words of a pipeline, and what it takes to forget them."""
+    """The trigger words of text encoders and tokenizers that pipelines bring together.
 
-    words: dict[str, TriggerWord] = field(default_factory=dict)
-    tokenizers: dict[str, Any] = field(default_factory=dict)  # as they were before the first added word
-    table_sizes: dict[str, int] = field(default_factory=dict)
-    rows: dict[str, dict[int, Tensor]] = field(default_factory=dict)  # overwritten rows of the tables
-    ends: set[str] = field(default_factory=set)  # text encoders that look for the end of a prompt by another id
+    The words lie where they act: text encoders hold their vocabulary (in their `_Table`), so that all pipelines which
+    share one know the same words, and a copy of a text encoder has a vocabulary of its own.
+    """
+
+    def __init__(self) -> None:
+        self.words: dict[str, TriggerWord] = {}
+        self.tokens: list[_Tokens] = []
+        self.tables: WeakSet[_Table] = WeakSet()
+
+    def tokenizer_of(self, table: _Table) -> Any:
+        """A tokenizer for a text encoder; all that there are give its words the same ids."""
+        return next(entry.tokenizer for entry in self.tokens if entry.name == table.name)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {"words": self.words, "tokens": self.tokens}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__init__()  # type: ignore[misc]
+        vars(self).update(state)
+        for entry in self.tokens:
+            _OF_TOKENIZER[entry.tokenizer] = self
+
+
+class _Table:
+    """The embedding table of a text encoder, and what it takes to forget trigger words."""
+
+    def __init__(self, vocabulary: _Vocabulary, name: str, encoder: Any) -> None:
+        self.vocabulary, self.name, self.encoder = vocabulary, name, encoder
+        self.size: int | None = None  # rows before the first added word
+        self.vocab_size = 0  # as the config said then
+        self.rows: dict[int, Tensor] = {}  # as they were before they were overwritten
+        self.old_end = False  # whether the encoder looks for the end of a prompt by another id meanwhile
+        vocabulary.tables.add(self)
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state)
+        self.vocabulary.tables.add(self)
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        found: nn.Embedding = self.encoder.get_input_embeddings()
+        return found
+
+
+_TABLE = "_atomdiff_table"  # attribute of a text encoder
+_OF_TOKENIZER: WeakKeyDictionary[Any, _Vocabulary] = WeakKeyDictionary()
 
 
 def trigger_words(pipe: Any) -> dict[str, TriggerWord]:
-    """The trigger words of a pipeline."""
-    return dict(_vocabulary(pipe).words) if hasattr(pipe, "_atomdiff_vocabulary") else {}
+    """The trigger words that a pipeline's text encoders and tokenizers know, whichever pipeline brought them."""
+    return {word: entry for vocabulary in _vocabularies(pipe) for word, entry in vocabulary.words.items()}
 
 
 def add_trigger_word(pipe: Any, word: str, owner: str | None = None) -> int:
     """Make a word one token for every text encoder of a pipeline.
 
-    A word that is one known token already keeps its id and embedding. Any other is added: the pipeline gets a copy of
-    its tokenizer that knows it, and the embedding table a row, the mean of the table until an embedding is set.
+    A word that is one known token already keeps its id and embedding. Any other is added to the tokenizer itself,
+    and to the embedding table as a row, the mean of the table until an embedding is set: all pipelines that share them
+    know it.
 
     Args:
         pipe: the pipeline.
@@ -85,11 +145,9 @@ def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None)
     check_addable(pipe, words)
     if not words:
         return
-    vocabulary, groups = _vocabulary(pipe), group_words(words)
+    vocabulary, groups = _link(pipe), group_words(words)
     vocabulary.words.update({word: TriggerWord(owner, group=groups.get(word, [word])) for word in words})
-    if hasattr(pipe, "maybe_convert_prompt"):
-        pipe.maybe_convert_prompt = partial(_convert_prompt, vocabulary)
-    _make_tokens(pipe, words)
+    _make_tokens(vocabulary, words)
 
 
 def token_id(pipe: Any, word: str, text_encoder: str = "text_encoder") -> int:
@@ -115,18 +173,12 @@ def set_trigger_embedding(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -
     Raises:
         UserError: the word was not added, or a vector does not fit a text encoder; nothing is changed.
     """
-    vocabulary = _vocabulary(pipe)
-    if word not in vocabulary.words:
+    if word not in trigger_words(pipe):
         raise UserError(f"{word!r} is not a trigger word yet: call add_trigger_word(pipe, {word!r}) first")
     check_vectors(pipe, word, vectors)
-    for encoder, _, table in _text_encoders(pipe):
-        if encoder not in vectors:
-            continue
-        row = token_id(pipe, word, encoder)
-        if row < vocabulary.table_sizes.get(encoder, len(table.weight)):
-            vocabulary.rows.setdefault(encoder, {}).setdefault(row, table.weight.data[row].clone())
-        vocabulary.words[word].vectors[encoder] = vectors[encoder].detach().clone()
-        table.weight.data[row] = vectors[encoder].detach().to(table.weight)
+    vocabulary = _link(pipe)
+    vocabulary.words[word].vectors.update({name: vector.detach().clone() for name, vector in vectors.items()})
+    _write_rows(vocabulary, [word])
 
 
 def remove_trigger_word(pipe: Any, word: str) -> None:
@@ -155,28 +207,51 @@ def remove_trigger_words(pipe: Any, words: Iterable[str]) -> None:
         raise UserError(f"{word!r} is not a trigger word; there are: {', '.join(there) or 'none'}")
     if not gone:
         return
-    vocabulary = _vocabulary(pipe)
-    _reset(pipe, vocabulary)
-    vocabulary.words = {word: entry for word, entry in vocabulary.words.items() if word not in gone}
-    if not vocabulary.words:
-        del pipe._atomdiff_vocabulary
-        pipe.__dict__.pop("maybe_convert_prompt", None)
-        return
-    for entry in vocabulary.words.values():
-        entry.group = [each for each in entry.group if each not in gone]
-    _make_tokens(pipe, vocabulary.words)
-    for word, entry in vocabulary.words.items():
-        set_trigger_embedding(pipe, word, entry.vectors)
+    for vocabulary in _vocabularies(pipe):
+        if not gone.isdisjoint(vocabulary.words):
+            _reset(vocabulary)
+            _forget(vocabulary, gone)
+            _lay_out(vocabulary)
+    if not trigger_words(pipe) and vars(pipe).get("maybe_convert_prompt") is _convert_prompt:
+        del pipe.maybe_convert_prompt
 
 
-def check_addable(pipe: Any, words: Sequence[str]) -> None:
-    """Check that words can be added together.
+def look_again(pipe: Any) -> None:
+    """Look at what there is before it is believed: others exchange text encoders and tokenizers, and take out words.
+
+    Words that are gone from a tokenizer are forgotten; parts that came since learn the words that others know.
 
     Raises:
-        UserError: one cannot be a trigger word, two differ in case only, or the pipeline has no text encoder.
+        UserError: as for `check_addable`.
+    """
+    for vocabulary in _vocabularies(pipe):
+        gone = {
+            word for entry in vocabulary.tokens for word in entry.added - entry.tokenizer.added_tokens_encoder.keys()
+        }
+        if gone:
+            _reset(vocabulary)
+            _forget(vocabulary, gone)
+            _lay_out(vocabulary)
+    if trigger_words(pipe):
+        _link(pipe)
+
+
+def check_addable(pipe: Any, words: Sequence[str], instead_of: Collection[str] = ()) -> None:
+    """Check that words can be added together.
+
+    Args:
+        pipe: the pipeline.
+        words: the words.
+        instead_of: trigger words that will be taken out before.
+
+    Raises:
+        UserError: one cannot be a trigger word, two differ in case only, or the pipeline has no text encoder, or one
+            that was brought together with a tokenizer that does not fit.
     """
     for word in words:
-        _check_free(pipe, word)
+        _check_free(pipe, word, instead_of)
+    if words:
+        _check_linkable(pipe)
     if words and not any(_text_encoders(pipe)):
         raise UserError(f"{type(pipe).__name__} has no text encoder with a tokenizer to teach {words[0]!r}")
     spellings = {word.lower(): word for word in words}
@@ -242,7 +317,7 @@ def fitting_tokens(
     return {word: vectors for word, vectors in fitting.items() if vectors}, sorted(left_out)
 
 
-def _check_free(pipe: Any, word: str) -> None:
+def _check_free(pipe: Any, word: str, instead_of: Collection[str]) -> None:
     """Refuse a word with blanks, one that is taken, and one that has a meaning for a tokenizer."""
     if not word or word.split() != [word]:
         raise UserError(f"{word!r} cannot be a trigger word: it must be one word without blanks")
@@ -253,7 +328,7 @@ def _check_free(pipe: Any, word: str) -> None:
                 "load with trigger_word='another word'"
             )
     for other, entry in trigger_words(pipe).items():
-        if word.lower() == other.lower():
+        if word.lower() == other.lower() and other not in instead_of:
             by = f" by {entry.owner!r}" if entry.owner else ""
             spelt = "" if word == other else f" as {other!r}, and CLIP sees no case"
             raise UserError(
@@ -262,19 +337,72 @@ def _check_free(pipe: Any, word: str) -> None:
             )
 
 
-def _vocabulary(pipe: Any) -> _Vocabulary:
-    if not hasattr(pipe, "_atomdiff_vocabulary"):
-        pipe._atomdiff_vocabulary = _Vocabulary()
-    found: _Vocabulary = pipe._atomdiff_vocabulary
-    return found
+def _vocabularies(pipe: Any) -> list[_Vocabulary]:
+    """What the text encoders and tokenizers of a pipeline know; one vocabulary, unless they came from several."""
+    found = [vars(encoder)[_TABLE].vocabulary for _, encoder, _ in _parts(pipe) if _TABLE in vars(encoder)]
+    found += [_OF_TOKENIZER[tokenizer] for _, _, tokenizer in _parts(pipe) if tokenizer in _OF_TOKENIZER]
+    return [vocabulary for vocabulary in dict.fromkeys(found) if vocabulary.words]
+
+
+def _parts(pipe: Any) -> Iterator[tuple[str, Any, Any]]:
+    """Name, text encoder and tokenizer, of every text encoder that has a tokenizer."""
+    for name, encoder in pipe.components.items():
+        tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
+        if name.startswith("text_encoder") and encoder is not None and tokenizer is not None:
+            yield name, getattr(encoder, "_orig_mod", encoder), tokenizer
 
 
 def _text_encoders(pipe: Any) -> Iterator[tuple[str, Any, nn.Embedding]]:
     """Name, tokenizer and embedding table of every text encoder that has a tokenizer."""
-    for name, encoder in pipe.components.items():
-        tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
-        if name.startswith("text_encoder") and encoder is not None and tokenizer is not None:
-            yield name, tokenizer, encoder.get_input_embeddings()
+    for name, encoder, tokenizer in _parts(pipe):
+        yield name, tokenizer, encoder.get_input_embeddings()
+
+
+def _check_linkable(pipe: Any) -> None:
+    """Refuse parts that know different trigger words, and tokenizers that would give a word another id."""
+    found = _vocabularies(pipe)
+    if len(found) > 1:
+        words = " and ".join(", ".join(map(repr, vocabulary.words)) for vocabulary in found)
+        raise UserError(
+            f"the text encoders and tokenizers of this {type(pipe).__name__} know different trigger words, {words}, "
+            "from pipelines that they were in before: unload the concepts there, or take tokenizer and text encoder "
+            "from one pipeline"
+        )
+    for vocabulary in found:
+        for name, _, tokenizer in _parts(pipe):
+            others = [entry.tokenizer for entry in vocabulary.tokens if entry.name == name]
+            if tokenizer not in others:
+                tokenizer = copy.deepcopy(tokenizer)
+                _teach(tokenizer, vocabulary, vocabulary.words)
+            if any(_ids(other, vocabulary.words) != _ids(tokenizer, vocabulary.words) for other in others):
+                raise UserError(
+                    f"{name} knows trigger words by another tokenizer, which gives them other ids than that of this "
+                    f"{type(pipe).__name__}: let pipelines that share a text encoder share the tokenizer, too"
+                )
+
+
+def _ids(tokenizer: Any, words: Iterable[str]) -> list[int | None]:
+    """The ids of words, and of the next one."""
+    return [*(_known_id(tokenizer, word) for word in words), len(tokenizer)]
+
+
+def _link(pipe: Any) -> _Vocabulary:
+    """Let all text encoders and tokenizers of a pipeline know the words that one of them knows."""
+    _check_linkable(pipe)
+    vocabulary = next(iter(_vocabularies(pipe)), None) or _Vocabulary()
+    for name, encoder, tokenizer in _parts(pipe):
+        known = any(entry.tokenizer is tokenizer and entry.name == name for entry in vocabulary.tokens)
+        if not known:
+            vocabulary.tokens.append(_Tokens(name, tokenizer))
+            _OF_TOKENIZER[tokenizer] = vocabulary
+        if _TABLE not in vars(encoder):
+            vars(encoder)[_TABLE] = _Table(vocabulary, name, encoder)
+        elif known:
+            continue
+        _lay_out(vocabulary)
+    if hasattr(pipe, "maybe_convert_prompt"):
+        pipe.maybe_convert_prompt = _convert_prompt
+    return vocabulary
 
 
 def _known_id(tokenizer: Any, word: str) -> int | None:
@@ -282,11 +410,13 @@ def _known_id(tokenizer: Any, word: str) -> int | None:
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
-def _convert_prompt(vocabulary: _Vocabulary, prompt: str | list[str], tokenizer: Any) -> str | list[str]:
+def _convert_prompt(prompt: str | list[str], tokenizer: Any) -> str | list[str]:
     """Write out the trigger words of a prompt or of several: in place of a pipeline's own `maybe_convert_prompt`."""
+    vocabulary = _OF_TOKENIZER.get(tokenizer)
+    words = vocabulary.words if vocabulary is not None else {}
     if isinstance(prompt, list):
-        return [_write_out(vocabulary.words, each, tokenizer) for each in prompt]
-    return _write_out(vocabulary.words, prompt, tokenizer)
+        return [_write_out(words, each, tokenizer) for each in prompt]
+    return _write_out(words, prompt, tokenizer)
 
 
 def _write_out(words: Mapping[str, TriggerWord], prompt: str, tokenizer: Any) -> str:
@@ -302,29 +432,28 @@ def _write_out(words: Mapping[str, TriggerWord], prompt: str, tokenizer: Any) ->
     return " ".join(part.strip() for part in parts).strip()
 
 
-def _make_tokens(pipe: Any, words: Iterable[str]) -> None:
-    """Make each word one token of every tokenizer."""
-    from transformers import AddedToken
-
-    vocabulary, words = _vocabulary(pipe), list(words)
-    for encoder, tokenizer, table in list(_text_encoders(pipe)):
-        several = {word for word in words if len(vocabulary.words[word].group) > 1}
-        several -= tokenizer.added_tokens_encoder.keys()
-        unknown = [word for word in words if _known_id(tokenizer, word) is None or word in several]
-        if not unknown:
+def _make_tokens(vocabulary: _Vocabulary, words: Iterable[str]) -> None:
+    """Make each word one token of every tokenizer, with a row in every table."""
+    words = list(words)
+    for entry in vocabulary.tokens:
+        if not (unknown := _unknown(entry.tokenizer, vocabulary, words)):
             continue
-        if encoder not in vocabulary.tokenizers:
-            # Tokenizers cannot forget a word, so the original is set aside.
-            vocabulary.tokenizers[encoder] = tokenizer
-            tokenizer = copy.deepcopy(tokenizer)
-            setattr(pipe, encoder.replace("text_encoder", "tokenizer"), tokenizer)
-        # Normalized, "mug" stays out of "<mug-style>"; but of "Mug" diffusers would not find further vectors then.
-        added = [AddedToken(word, single_word=True, normalized=word == word.lower()) for word in unknown]
-        tokenizer.add_tokens(added)
-        if len(tokenizer) > len(table.weight):
-            vocabulary.table_sizes.setdefault(encoder, len(table.weight))
-            _resize_table(getattr(pipe, encoder), len(tokenizer))
-            _find_end(vocabulary, encoder, getattr(pipe, encoder), tokenizer.eos_token_id)
+        if entry.original is None:
+            # Tokenizers cannot forget a word, so what one was is set aside; others share the object itself.
+            attributes = vars(entry.tokenizer)
+            entry.original, taught = dict(attributes), vars(copy.deepcopy(entry.tokenizer))
+            attributes.clear()
+            attributes.update(taught)
+        _teach(entry.tokenizer, vocabulary, words)
+        entry.added.update(unknown)
+    for table in vocabulary.tables:
+        tokenizer = vocabulary.tokenizer_of(table)
+        last = max((_known_id(tokenizer, word) or 0 for word in words), default=0)
+        if last >= len(table.embedding.weight):
+            if table.size is None:
+                table.size, table.vocab_size = len(table.embedding.weight), table.encoder.config.vocab_size
+            _resize_table(table.encoder, len(tokenizer))
+            _find_end(table, tokenizer.eos_token_id)
 
 
 def _resize_table(model: Any, size: int) -> None:
@@ -338,15 +467,64 @@ def _resize_table(model: Any, size: int) -> None:
     table.num_embeddings = size
 
 
-def _find_end(vocabulary: _Vocabulary, encoder: str, model: Any, end: int) -> None:
+def _unknown(tokenizer: Any, vocabulary: _Vocabulary, words: Iterable[str]) -> list[str]:
+    """The words that a tokenizer has to learn: those that are not one token, and those of several vectors."""
+    words, known = list(words), tokenizer.added_tokens_encoder.keys()
+    several = {word for word in words if len(vocabulary.words[word].group) > 1} - known
+    return [word for word in words if _known_id(tokenizer, word) is None or word in several]
+
+
+def _teach(tokenizer: Any, vocabulary: _Vocabulary, words: Iterable[str]) -> None:
+    from transformers import AddedToken
+
+    # Normalized, "mug" stays out of "<mug-style>"; but of "Mug" diffusers would not find further vectors then.
+    unknown = _unknown(tokenizer, vocabulary, words)
+    tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=word == word.lower()) for word in unknown])
+
+
+def _lay_out(vocabulary: _Vocabulary) -> None:
+    """Let all tokenizers and tables have all words."""
+    _make_tokens(vocabulary, vocabulary.words)
+    _write_rows(vocabulary, vocabulary.words)
+
+
+def _write_rows(vocabulary: _Vocabulary, words: Iterable[str]) -> None:
+    """Write the embeddings of words into the tables, and keep the rows of words that were known before."""
+    words = list(words)
+    for table in vocabulary.tables:
+        tokenizer, rows = vocabulary.tokenizer_of(table), table.embedding.weight.data
+        for word in words:
+            vector, row = vocabulary.words[word].vectors.get(table.name), _known_id(tokenizer, word)
+            if vector is None or row is None or vector.shape != rows[row].shape:
+                continue
+            if row < (len(rows) if table.size is None else table.size):
+                table.rows.setdefault(row, rows[row].clone())
+            rows[row] = vector.to(rows)
+
+
+def _forget(vocabulary: _Vocabulary, words: Collection[str]) -> None:
+    """Forget words, after `_reset`; a vocabulary without any leaves its text encoders and tokenizers."""
+    vocabulary.words = {word: entry for word, entry in vocabulary.words.items() if word not in words}
+    for entry in vocabulary.words.values():
+        entry.group = [each for each in entry.group if each not in words]
+    if not vocabulary.words:
+        for table in vocabulary.tables:
+            del vars(table.encoder)[_TABLE]
+        for tokens in vocabulary.tokens:
+            _OF_TOKENIZER.pop(tokens.tokenizer, None)
+        vocabulary.tables.clear()
+        vocabulary.tokens.clear()
+
+
+def _find_end(table: _Table, end: int) -> None:
     """Let a text encoder look for the true id of a prompt's end, whose state it pools.
 
     In old configs, such as SDXL's, that id is 2; transformers then takes the highest id of a prompt for its end, which
     an added word would be.
     """
-    if model.config.eos_token_id == _OLD_END != end:
-        vocabulary.ends.add(encoder)
-        _set_end(model, end)
+    if table.encoder.config.eos_token_id == _OLD_END != end:
+        table.old_end = True
+        _set_end(table.encoder, end)
 
 
 def _set_end(model: Any, end: int) -> None:
@@ -355,28 +533,46 @@ def _set_end(model: Any, end: int) -> None:
             module.eos_token_id = end
 
 
-def _reset(pipe: Any, vocabulary: _Vocabulary) -> None:
+def _reset(vocabulary: _Vocabulary) -> None:
     """Tokenizers and tables as they were before the first trigger word, and with what others have added since."""
-    since = []
-    for encoder, tokenizer in vocabulary.tokenizers.items():
-        model, name = getattr(pipe, encoder), encoder.replace("text_encoder", "tokenizer")
-        added, known = getattr(pipe, name).added_tokens_decoder, {*tokenizer.added_tokens_encoder, *vocabulary.words}
-        rows = model.get_input_embeddings().weight.data
-        ids = [number for number in sorted(added) if added[number].content not in known and number < len(rows)]
-        since.append((model, tokenizer, [added[number] for number in ids], rows[ids]))
-        setattr(pipe, name, tokenizer)
-    for encoder, rows in vocabulary.rows.items():
-        table = getattr(pipe, encoder).get_input_embeddings()
-        for row, values in rows.items():
-            table.weight.data[row] = values.to(table.weight)
-    for encoder, size in vocabulary.table_sizes.items():
-        _resize_table(getattr(pipe, encoder), size)
-    for encoder in vocabulary.ends:
-        _set_end(getattr(pipe, encoder), _OLD_END)
-    for model, tokenizer, tokens, vectors in since:
-        table = model.get_input_embeddings()
-        tokenizer.add_tokens(tokens)
-        if tokens and len(tokenizer) > len(table.weight):
-            _resize_table(model, len(tokenizer))
-        table.weight.data[tokenizer.convert_tokens_to_ids([token.content for token in tokens])] = vectors
-    vocabulary.tokenizers, vocabulary.rows, vocabulary.table_sizes, vocabulary.ends = {}, {}, {}, set()
+    since = [(table, *_added_by_others(vocabulary, table)) for table in vocabulary.tables]
+    for entry in vocabulary.tokens:
+        if entry.original is not None:
+            attributes = vars(entry.tokenizer)
+            others = _tokens_of_others(entry, vocabulary)
+            attributes.clear()
+            attributes.update(entry.original)
+            entry.tokenizer.add_tokens([token for _, token in others])
+            entry.original, entry.added = None, set()
+    for table, tokens, vectors in since:
+        rows, tokenizer = table.embedding.weight.data, vocabulary.tokenizer_of(table)
+        for row, values in table.rows.items():
+            rows[row] = values.to(rows)
+        if table.size is not None:
+            size = max(table.size, len(tokenizer)) if tokens else table.size
+            _resize_table(table.encoder, size)
+            table.encoder.config.vocab_size = table.vocab_size + size - table.size
+        if tokens:
+            ids = tokenizer.convert_tokens_to_ids([token.content for token in tokens])
+            table.embedding.weight.data[ids] = vectors
+        if table.old_end:
+            _set_end(table.encoder, _OLD_END)
+        table.size, table.rows, table.old_end = None, {}, False
+
+
+def _added_by_others(vocabulary: _Vocabulary, table: _Table) -> tuple[list[Any], Tensor]:
+    """The tokens that others gave a text encoder's tokenizer after ours, and their rows."""
+    rows = table.embedding.weight.data
+    entries = [entry for entry in vocabulary.tokens if entry.name == table.name and entry.original is not None]
+    found = _tokens_of_others(entries[0], vocabulary) if entries else []
+    found = [(number, token) for number, token in found if number < len(rows)]
+    return [token for _, token in found], rows[[number for number, _ in found]]
+
+
+def _tokens_of_others(entry: _Tokens, vocabulary: _Vocabulary) -> list[tuple[int, Any]]:
+    """Id and token of what others added to a tokenizer after ours."""
+    before = object.__new__(type(entry.tokenizer))
+    vars(before).update(entry.original or {})
+    known = {*before.added_tokens_encoder, *vocabulary.words}
+    added = entry.tokenizer.added_tokens_decoder
+    return [(number, added[number]) for number in sorted(added) if added[number].content not in known]

@@ -8,6 +8,7 @@ import torch
 from peft import LoraConfig
 
 import atomdiff
+import atomdiff.errors
 from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding
 from atomdiff.tuner import AtomConfig
 
@@ -86,6 +87,7 @@ THEIRS = {
     "delete all": lambda pipe: pipe.delete_adapters(["mug", "style"]),
     "fuse and delete": lambda pipe: (pipe.fuse_lora(components=PARTS), pipe.delete_adapters(["mug", "style"])),
     "disable_lora": lambda pipe: (pipe.disable_lora(), predict(pipe)),
+    "unload_textual_inversion": lambda pipe: pipe.unload_textual_inversion(),
     "unload_lora of the UNet": lambda pipe: pipe.unet.unload_lora(),
 }
 
@@ -110,3 +112,76 @@ def test_unloading_is_exact_whatever_others_did(tiny_pipe, files, theirs, order,
     atomdiff.unload_atoms(tiny_pipe)
     assert_same(bits(tiny_pipe), before)
     assert layout(tiny_pipe) == seen
+
+
+def test_a_name_whose_layers_are_gone_is_free(tiny_pipe, files):
+    atomdiff.load_atoms(tiny_pipe, files["mug"], "x")
+    expected = predict(tiny_pipe)
+    tiny_pipe.unload_lora_weights()
+    assert [(c.name, c.layers) for c in atomdiff.list_atoms(tiny_pipe)] == [("x", {})]  # the word is still there
+    atomdiff.load_atoms(tiny_pipe, files["mug"], "x")
+    assert torch.equal(predict(tiny_pipe), expected)
+    tiny_pipe.delete_adapters("x")
+    atomdiff.load_atoms(tiny_pipe, files["cat"], "x")
+    assert [(c.name, c.trigger_words) for c in atomdiff.list_atoms(tiny_pipe)] == [("x", ("zwx",))]
+
+
+def shared(pipe, *own):
+    """Another pipeline of the same components, but for copies of those named."""
+    parts = {name: copy.deepcopy(part) if name in own else part for name, part in pipe.components.items()}
+    return type(pipe)(**parts, requires_safety_checker=False)
+
+
+@pytest.mark.parametrize("own", [(), ("unet",), ("tokenizer",), ("tokenizer", "unet")], ids="-".join)
+@pytest.mark.parametrize("first_out", ["mug", "cat"])
+def test_pipelines_that_share_a_text_encoder_know_each_others_words(tiny_pipe, files, own, first_out):
+    one, two = tiny_pipe, shared(tiny_pipe, *own)
+    before, seen, others = bits(one), layout(one), (bits(two), layout(two))
+    lone = {}
+    for name, (_, word) in list(CONCEPTS.items())[:2]:
+        atomdiff.load_atoms(one, files[name], name)
+        lone[word] = one.encode_prompt(f"a {word} mug", "cpu", 1, False)[0] if name == "mug" else None
+        atomdiff.unload_atoms(one)
+    atomdiff.load_atoms(one, files["mug"], "mug")
+    atomdiff.load_atoms(two, files["cat"], "cat")
+    ids = [[pipe.tokenizer.encode(word, add_special_tokens=False) for word in ("ohwx", "zwx")] for pipe in (one, two)]
+    assert ids[0] == ids[1] and all(len(each) == 1 for each in ids[0]) and ids[0][0] != ids[0][1]
+    table = one.text_encoder.get_input_embeddings().weight
+    assert (table[ids[0][0][0]] == 1).all() and (table[ids[0][1][0]] == 2).all()
+    with pytest.raises(atomdiff.errors.UserError, match="'ohwx' is taken by 'mug'"):
+        atomdiff.load_atoms(two, files["mug"], "another")
+    for name in (first_out, {"mug": "cat", "cat": "mug"}[first_out]):
+        atomdiff.unload_atoms(one if name == "mug" else two, name)
+    assert_same(bits(one), before)
+    assert_same(bits(two), others[0])
+    assert layout(one) == seen and layout(two) == others[1]
+
+
+def test_a_concept_that_came_before_a_component_was_exchanged(tiny_pipe, files):
+    before, fresh = (
+        layout(tiny_pipe),
+        {part: copy.deepcopy(getattr(tiny_pipe, part)) for part in ("text_encoder", "tokenizer")},
+    )
+    old = {part: getattr(tiny_pipe, part) for part in fresh}
+    atomdiff.load_atoms(tiny_pipe, files["mug"], "mug")
+    for part, model in fresh.items():
+        setattr(tiny_pipe, part, model)
+        atomdiff.list_atoms(tiny_pipe)
+    assert tiny_pipe.tokenizer.tokenize("ohwx") == ["ohwx"]
+    assert (tiny_pipe.text_encoder.get_input_embeddings().weight[-1] == 1).all()
+    atomdiff.unload_atoms(tiny_pipe)
+    now = layout(tiny_pipe)
+    assert now == before
+    for part, model in old.items():
+        setattr(tiny_pipe, part, model)
+    atomdiff.unload_atoms(tiny_pipe)
+    assert layout(tiny_pipe) == before
+
+
+def test_parts_of_pipelines_with_different_words_are_refused_together(tiny_pipe, pipe_template, files):
+    other = copy.deepcopy(pipe_template)
+    atomdiff.load_atoms(tiny_pipe, files["mug"], "mug")
+    atomdiff.load_atoms(other, files["cat"], "cat")
+    mixed = type(other)(**{**other.components, "tokenizer": tiny_pipe.tokenizer}, requires_safety_checker=False)
+    with pytest.raises(atomdiff.errors.UserError, match="know different trigger words, 'zwx' and 'ohwx'"):
+        atomdiff.load_atoms(mixed, files["style"], "style")
