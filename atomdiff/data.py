@@ -12,10 +12,10 @@ import torch
 from PIL import Image, ImageCms
 from tqdm import tqdm
 
+from atomdiff.atomic import write_json, write_png
 from atomdiff.captions import read_captions
 from atomdiff.errors import UserError
 from atomdiff.image_files import picture_files, upright
-from atomdiff.whole_file import whole_file
 
 Picture = Image.Image
 
@@ -158,16 +158,14 @@ def ensure_class_pictures(
         )
     rank, processes = share
     if rank == 0:
-        with whole_file(record) as unfinished:
-            unfinished.write_text(json.dumps(recipe, indent=2) + "\n")
+        write_json(record, recipe, indent=2)
     seeds = range(max(0, count - foreign))
     batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
     named = [{folder / f"class-{seed:05d}.png": seed for seed in batch} for batch in batches[rank::processes]]
     missing = [batch for batch in named if not all(file.is_file() for file in batch)]
     for batch in tqdm(missing, "class pictures", unit="batch", disable=not missing or rank > 0):
         for file, picture in zip(batch, generate(list(batch.values())), strict=True):
-            with whole_file(file) as unfinished:
-                picture.save(unfinished, format="png")
+            write_png(file, picture)
 
 
 def sample_order(count: int, position: int, batch_size: int, seed: int) -> list[int]:

@@ -7,7 +7,6 @@ import json
 import os
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,6 +15,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from atomdiff.atomic import write_bytes
 from atomdiff.errors import UserError
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import TENSOR_KINDS
@@ -94,11 +94,7 @@ def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torc
     data = sort_header(save(tensors, metadata))
     if len(data) > _MAX_FILE_BYTES:
         raise UserError(f"cannot save a concept of {len(data):,} bytes, only {_MAX_FILE_BYTES:,}: use fewer numbers")
-    target = Path(path)
-    target.parent.mkdir(parents=True, exist_ok=True)
-    partial = target.with_name(target.name + ".partial")
-    partial.write_bytes(data)
-    partial.replace(target)
+    write_bytes(path, data)
 
 
 def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import platform
 import time
 from dataclasses import dataclass
@@ -12,6 +11,7 @@ from typing import Any
 
 import torch
 
+from atomdiff.atomic import new_file, write_json, write_png
 from atomdiff.errors import UserError
 from atomdiff.paths import PathText, expand_paths
 
@@ -93,7 +93,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     concept = sit(exam, pipe, f"{run.trigger_word} {config.kind}")
     figures = score(exam, judge, references, base, concept)
 
-    draw_sheet(photos, exam, base.subject, concept.subject).save(output / "before_after.png")
+    write_png(output / "before_after.png", draw_sheet(photos, exam, base.subject, concept.subject))
     draw_curve(output / "training_log.jsonl", output / "training_curve.png")
     report = {
         "subject": Path(config.instance_data_dir).resolve().name,
@@ -105,7 +105,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "references": "unseen photos" if unseen else "training photos",
         "versions": versions(),
     }
-    (output / "report.json").write_text(json.dumps(report, indent=2) + "\n")
+    write_json(output / "report.json", report, indent=2)
     return report | {"concept": str(concept_path)}
 
 
@@ -142,13 +142,16 @@ def draw_curve(log: Path, path: Path) -> None:
     """Plot the loss of the training log over the steps."""
     from matplotlib.figure import Figure
 
-    lines = [json.loads(line) for line in log.read_text().splitlines()]
+    from atomdiff.progress import read_log
+
+    lines = read_log(log)
     figure = Figure(figsize=(6, 3.5), layout="constrained")
     axes = figure.subplots()
     axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
     axes.set(xlabel="step", ylabel="loss", title="training")
     axes.grid(alpha=0.3)
-    figure.savefig(path, dpi=120)
+    with new_file(path) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def versions() -> dict[str, str]:

@@ -2,8 +2,7 @@
 
 import hashlib
 import json
-import os
-import tempfile
+import warnings
 from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any
@@ -14,7 +13,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atomdiff.errors import UserError
+from atomdiff.atomic import WriteError, new_file
 
 Tensors = dict[str, Tensor]
 
@@ -41,8 +40,7 @@ class DiskCache:
             key: From `content_key`, of all that the tensors depend on.
             make: Gives the tensors.
 
-        Raises:
-            UserError: They cannot be written.
+        They are given, with a warning, also where they cannot be written.
         """
         found = self._read(key)
         if found is not None:
@@ -55,26 +53,27 @@ class DiskCache:
         return self.folder / f"{key}.safetensors"
 
     def _read(self, key: str) -> Tensors | None:
-        try:
-            with safe_open(self._file(key), "pt") as file:
-                metadata = file.metadata() or {}
-                tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        except (OSError, SafetensorError, ValueError):  # missing, unreadable or damaged
+        file = self._file(key)
+        if not file.exists():
             return None
-        return tensors if metadata == _metadata(key, tensors) else None
+        try:
+            with safe_open(file, "pt") as opened:
+                metadata = opened.metadata() or {}
+                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+        except (OSError, SafetensorError, ValueError):  # unreadable or damaged
+            metadata, tensors = {}, {}
+        if metadata == _metadata(key, tensors):
+            return tensors
+        warnings.warn(f"{file}: damaged, or no file of this cache; made anew", stacklevel=3)
+        return None
 
     def _write(self, key: str, tensors: Tensors) -> None:
-        unfinished = None
         try:
-            self.folder.mkdir(parents=True, exist_ok=True)
-            handle, unfinished = tempfile.mkstemp(suffix=".unfinished", dir=self.folder)
-            os.close(handle)
-            save_file(tensors, unfinished, _metadata(key, tensors))
-            os.replace(unfinished, self._file(key))
-        except (OSError, SafetensorError) as error:
-            if unfinished is not None:
-                Path(unfinished).unlink(missing_ok=True)
-            raise UserError(f"{self.folder}: cannot be written ({error}); name another --cache_dir") from error
+            with new_file(self._file(key)) as file:
+                save_file(tensors, file, _metadata(key, tensors))
+        except WriteError as error:  # told once for the folder, not for every file
+            advice = f"{error.advice}, or name another --cache_dir; until then it is worked out anew each time"
+            warnings.warn(f"{self.folder}: cannot be written ({error.reason}); {advice}", stacklevel=3)
 
 
 def _metadata(key: str, tensors: Tensors) -> dict[str, str]:

@@ -6,11 +6,12 @@ Inversion", arXiv 2208.01618.
 """
 
 import math
+import tempfile
 import time
 import warnings
 from collections.abc import Callable
-from contextlib import closing
-from dataclasses import dataclass, replace
+from contextlib import closing, nullcontext
+from dataclasses import MISSING, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from diffusers.training_utils import EMAModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from atomdiff.atomic import WriteError
 from atomdiff.averages import averaged
 from atomdiff.base_model import BasePipeline, draw_pictures, load_base, whole
 from atomdiff.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
@@ -27,6 +29,7 @@ from atomdiff.concept import Concept, build_concept
 from atomdiff.data import derive_seed
 from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
+from atomdiff.folder_lock import locked
 from atomdiff.launch import frozen_dtype, start_accelerator, start_trackers
 from atomdiff.method import describe_adapter, place_for, read_adapter, read_text_adapter, save_trained
 from atomdiff.noising import NoiseProcess, match_scheduler, noise_process
@@ -81,8 +84,14 @@ def train(config: TrainConfig) -> Path:
             the concept cannot be pushed, which is found out before training if it can be.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved, and the message says how to go on, or what failed.
     """
-    output_dir = Path(config.output_dir)
     accelerator = start_accelerator(config)
+    with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
+        return run_training(config, accelerator)
+
+
+def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
+    """Do what `train` says in a folder that is this run's alone."""
+    output_dir = Path(config.output_dir)
     adapter = read_adapter(config.adapter)
     place = place_for(adapter, output_dir / config.name)
     repo_id = choose_repository(config, adapter) if config.push_to_hub and accelerator.is_main_process else None
@@ -132,7 +141,8 @@ def read_state(config: TrainConfig, recipe: dict[str, Any]) -> dict[str, Any] | 
     checkpoint = choose_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
     if checkpoint is None:
         return None
-    state = checkpoint.load(recipe)
+    defaults = {field.name: field.default for field in fields(config) if field.name in recipe}
+    state = checkpoint.load(recipe, {name: value for name, value in defaults.items() if value is not MISSING})
     if state["step"] > config.max_train_steps:
         found = f"max_train_steps={config.max_train_steps}, but {checkpoint.folder} is at step {state['step']}"
         raise UserError(f"{found}; take at least as many steps, or go on from an earlier checkpoint")
@@ -183,7 +193,7 @@ def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -
             if stopped or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
                 if accelerator.is_main_process:
                     state = {"step": step, "average_loss": average_loss, **state_of(run)}
-                    save_checkpoint(output_dir, step, state, recipe, config.checkpoints_total_limit)
+                    keep_checkpoint(run, step, state, recipe, stopped)
             if stopped:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
                 how = "go on with the same command and --resume_from_checkpoint latest"
@@ -191,6 +201,20 @@ def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -
             if step < config.max_train_steps and shows(config, step, done):
                 validate(run, step)
     return average_loss
+
+
+def keep_checkpoint(run: Run, step: int, state: dict[str, Any], recipe: dict[str, Any], last: bool) -> None:
+    """Save a checkpoint; one that cannot be written is only warned of, unless it is the last, as the run goes on.
+
+    Raises:
+        KeyboardInterrupt: The last one cannot be written.
+    """
+    try:
+        save_checkpoint(Path(run.config.output_dir), step, state, recipe, run.config.checkpoints_total_limit)
+    except WriteError as error:
+        if last:
+            raise KeyboardInterrupt(f"stopped at step {step}, which is not saved: {error}") from error
+        warnings.warn(f"step {step}: {error}. The training goes on without this checkpoint", stacklevel=1)
 
 
 def train_step(run: Run, step: int) -> float:
@@ -332,7 +356,7 @@ def validate(run: Run, step: int) -> None:
             model.train()
         try:
             extend_contact_sheet(Path(config.output_dir), step, pictures, prompts)
-        except OSError as error:
+        except (OSError, WriteError) as error:
             warnings.warn(f"step {step}: the contact sheet cannot be written ({error})", stacklevel=1)
 
 
@@ -354,6 +378,16 @@ def save_concept(run: Run, adapter: PeftConfig | None, place: Path, final_loss: 
         "image_count": run.material.image_count,
         "final_loss": final_loss,
     }
-    base = config.pretrained_model_name_or_path
+    about = {"trigger_phrase": trigger_phrase(config), "training": facts}
+    about["base_model"] = config.pretrained_model_name_or_path
     with whole(config, pipe):
-        save_trained(pipe, adapter, place, trigger_phrase=trigger_phrase(config), training=facts, base_model=base)
+        try:
+            save_trained(pipe, adapter, place, **about)
+        except WriteError as error:
+            spare = Path(tempfile.mkdtemp(prefix="atomdiff-")) / place.name
+            try:
+                save_trained(pipe, adapter, spare, **about)
+            except WriteError:
+                spare.parent.rmdir()
+                raise error from None
+            raise WriteError(place, error.reason, f"what was trained is in {spare}: move it from there") from error

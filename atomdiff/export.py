@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.active import set_weights
+from atomdiff.atomic import new_folder
 from atomdiff.delta_file import some
 from atomdiff.differences import layer_differences, without_adapters
 from atomdiff.errors import UserError
@@ -279,9 +280,11 @@ def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
     folder = Path(folder)
     _check_free(folder)
     with without_adapters(pipe):
-        longer = save_portable(pipe, folder)
-    written = pipe.components["text_encoder"].dtype if (words := _words(pipe)) else torch.float32
-    embeddings = _save_embeddings(folder / "embeddings", "", words, written)
+        with new_folder(folder) as unfinished:
+            longer = save_portable(pipe, unfinished)
+            written = pipe.components["text_encoder"].dtype if (words := _words(pipe)) else torch.float32
+            embeddings = _save_embeddings(unfinished / "embeddings", "", words, written)
+    embeddings = {word: folder / file.relative_to(unfinished) for word, file in embeddings.items()}
     return ExportReport(folder, embeddings=embeddings, longer_tables=longer, is_folder=True)
 
 

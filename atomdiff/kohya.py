@@ -17,6 +17,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from atomdiff.atomic import new_file
 from atomdiff.errors import UserError
 from atomdiff.model_spec import atomdiff_version, model_spec
 from atomdiff.trigger_words import token_id, trigger_words
@@ -179,10 +180,8 @@ def named_rows(rows: Mapping[str, Tensor], sdxl: bool) -> dict[str, Tensor]:
 
 def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
     """Write a safetensors file with metadata; whatever it replaces is replaced at once."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_name(path.name + ".partial")
-    save_file(tensors, partial, metadata={"format": "pt", **facts})
-    partial.replace(path)
+    with new_file(path) as file:
+        save_file(tensors, file, metadata={"format": "pt", **facts})
 
 
 def as_written(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:

@@ -10,6 +10,7 @@ from accelerate import Accelerator
 from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
+from atomdiff.atomic import writing
 from atomdiff.errors import UserError
 from atomdiff.precision import training_precision
 from atomdiff.train_config import TrainConfig
@@ -38,7 +39,8 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     AcceleratorState._reset_state()  # or the precision of this process's first run would stay for all
     try:
         accelerator = Accelerator(

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from atomdiff.atomic import new_folder
 from atomdiff.data import derive_seed
 from atomdiff.delta_file import CONCEPT_SUFFIX
 from atomdiff.errors import UserError
@@ -21,6 +22,12 @@ from atomdiff.tuner.removable import lasting_change
 
 FULL = "FULL"
 ADAPTER_NAME = "default"
+
+# Parts of Stable Diffusion pipelines, in a folder that one was saved to.
+_PIPELINE_ENTRIES = (
+    "model_index.json vae unet text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler safety_checker "
+    "feature_extractor image_encoder"
+).split()
 
 
 def read_adapter(adapter: str) -> PeftConfig | None:
@@ -136,9 +143,19 @@ def save_trained(pipe: StableDiffusionPipeline, adapter: PeftConfig | None, path
         **facts: For `atomdiff.save_atoms`: trigger_phrase, training, base_model.
     """
     if adapter is None:
-        pipe.save_pretrained(path)
+        write_pipeline(pipe, path)
     else:
         save_atoms(pipe, path, adapter_name=ADAPTER_NAME, **facts)
+
+
+def write_pipeline(pipe: Any, folder: Path) -> None:
+    """Save a pipeline whole or not at all; of what the folder holds, only the parts of another pipeline are replaced.
+
+    Raises:
+        WriteError: It cannot be written.
+    """
+    with new_folder(folder, own=(*_PIPELINE_ENTRIES, *pipe.components)) as unfinished:
+        pipe.save_pretrained(unfinished)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

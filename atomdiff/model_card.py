@@ -16,6 +16,7 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 from PIL import Image
 
 from atomdiff import peft_directory
+from atomdiff.atomic import new_folder
 from atomdiff.delta_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file
 from atomdiff.errors import UserError
 from atomdiff.hub import PathLike, Pictures, adapter_files, files_in, locate, names_repository
@@ -109,13 +110,14 @@ def write_repository(
         for number, (file, prompt) in enumerate(_example_pictures(pictures, concept.path))
     }
     card = _model_card(concept, repo_id, {name: prompt for name, (_, prompt) in shown.items()}, license, tags)
-    for name, file in concept.files.items():
-        (folder / name).parent.mkdir(parents=True, exist_ok=True)
-        shutil.copyfile(file, folder / name)
-    for name, (image, _) in shown.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        image.save(folder / name, format="png")
-    (folder / "README.md").write_text(card, encoding="utf-8")
+    with new_folder(folder) as unfinished:
+        for name, file in concept.files.items():
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, unfinished / name)
+        for name, (image, _) in shown.items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            image.save(unfinished / name, format="png")
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
     return folder
 
 

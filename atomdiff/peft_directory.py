@@ -12,6 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+from atomdiff.atomic import new_folder
 from atomdiff.delta_file import (
     check_words,
     parse_json,
@@ -38,31 +39,35 @@ Tokens = dict[str, dict[str, Tensor]]
 def write(
     path: Path, adapters: Adapters, tokens: Tokens, denoiser: str, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a concept, the same bytes for the same input.
+    """Write a concept, the same bytes for the same input; what it replaces goes once all of it is written.
 
     Args:
-        path: the directory, made if it is missing.
+        path: the directory, made if it is missing; what else it holds stays.
         adapters: component -> settings and tensors; other components than the denoiser get a subfolder each.
         tokens: trigger word -> text encoder -> embedding (hidden,).
         denoiser: the component whose adapter lies in `path` itself.
         metadata: facts for the headers of the adapters.
     """
-    path.mkdir(parents=True, exist_ok=True)
-    for component, (config, tensors) in adapters.items():
-        folder = _folder(path, component, denoiser)
-        stored = copy.deepcopy(config)
-        stored.inference_mode = True
-        for key, value in vars(config).items():
-            if isinstance(value, set):
-                setattr(stored, key, sorted(value))
-        stored.save_pretrained(str(folder))
-        tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # some methods share them between layers
-        data = sort_header(save(tensors, {"format": "pt", **(metadata or {})}))
-        (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
-    if tokens:
-        vectors = {token_key(word, encoder): vector for word, of in tokens.items() for encoder, vector in of.items()}
-        vectors = {key: vector.detach().cpu().contiguous() for key, vector in vectors.items()}
-        save_file(vectors, path / LEARNED_EMBEDS_NAME, metadata={"format": "pt"})
+    names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+    own = [LEARNED_EMBEDS_NAME, *names, *(f"text_encoder*/{name}" for name in names)]
+    with new_folder(path, own) as unfinished:
+        for component, (config, tensors) in adapters.items():
+            folder = _folder(unfinished, component, denoiser)
+            stored = copy.deepcopy(config)
+            stored.inference_mode = True
+            for key, value in vars(config).items():
+                if isinstance(value, set):
+                    setattr(stored, key, sorted(value))
+            stored.save_pretrained(str(folder))
+            tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # some methods share them between layers
+            data = sort_header(save(tensors, {"format": "pt", **(metadata or {})}))
+            (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
+        if tokens:
+            vectors = {
+                token_key(word, encoder): vector for word, of in tokens.items() for encoder, vector in of.items()
+            }
+            vectors = {key: vector.detach().cpu().contiguous() for key, vector in vectors.items()}
+            save_file(vectors, unfinished / LEARNED_EMBEDS_NAME, metadata={"format": "pt"})
 
 
 def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters, Tokens, list[str]]:

@@ -10,9 +10,10 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from atomdiff.atomic import new_file, write_png
 from atomdiff.errors import UserError
+from atomdiff.folder_lock import in_turn
 from atomdiff.grid import SHEET_PIXELS, grid
-from atomdiff.whole_file import locked, whole_file
 
 
 @dataclass(frozen=True)
@@ -58,8 +59,7 @@ class PictureFile:
         text = PngImagePlugin.PngInfo()
         for key, value in {**self.facts, "size": _size(image)}.items():
             text.add_text(key, value)
-        with whole_file(self.path) as unfinished:
-            image.save(unfinished, format="png", pnginfo=text)
+        write_png(self.path, image, pnginfo=text)
 
 
 def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
@@ -88,7 +88,7 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
         ],
     }
     written = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    with locked(folder), whole_file(folder / "grid.png") as image, whole_file(folder / "manifest.json") as text:
+    with in_turn(folder), new_file(folder / "grid.png") as image, new_file(folder / "manifest.json") as text:
         sheet.save(image, format="png")
         text.write_text(written, encoding="utf-8")
 

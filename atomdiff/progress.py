@@ -1,10 +1,13 @@
 """What a training run shows while it goes on: a bar, log lines, a contact sheet; and how it is asked to stop."""
 
+import errno
 import json
+import os
 import re
 import signal
 import threading
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from types import FrameType, TracebackType
@@ -14,6 +17,7 @@ from accelerate import Accelerator
 from PIL import Image
 from tqdm import tqdm
 
+from atomdiff.atomic import WriteError, write_png, write_text, writing
 from atomdiff.grid import grid
 
 _SAME = 1.0  # second
@@ -38,8 +42,8 @@ class RunLog:
         self._losses: list[float] = []
         self._seconds = 0.0
         if accelerator.is_main_process:
-            lines = file.read_text().splitlines(keepends=True) if step and file.is_file() else []
-            file.write_text("".join(line for line in lines if json.loads(line)["step"] <= step))
+            kept = [line for line in read_log(file) if line["step"] <= step] if step else []
+            write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
         self._bar = tqdm(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
 
     def step(self, step: int, loss: float, average_loss: float, lr: float, seconds: float) -> None:
@@ -64,14 +68,47 @@ class RunLog:
             "samples_per_second": self._samples * len(self._losses) / self._seconds,
         }
         self._losses, self._seconds = [], 0.0
-        self._accelerator.log(values, step=step)
         if self._accelerator.is_main_process:
-            with self._file.open("a") as lines:
-                lines.write(json.dumps({"step": step, **values}) + "\n")
+            try:
+                with writing(self._file):
+                    _append(self._file, json.dumps({"step": step, **values}) + "\n")
+                    self._accelerator.log(values, step=step)
+            except WriteError as error:
+                warnings.warn(f"{error}. The training goes on; lines are missing there", stacklevel=1)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
         self._bar.close()
+
+
+def read_log(file: Path) -> list[dict[str, Any]]:
+    """Return the lines of a run's log; those that are damaged are warned of and left out. No file has no lines."""
+    lines, damaged = [], []
+    texts = file.read_bytes().splitlines() if file.is_file() else []
+    for number, text in enumerate(texts, start=1):
+        try:
+            line = json.loads(text)
+        except ValueError:
+            line = None
+        if isinstance(line, dict) and isinstance(line.get("step"), int):
+            lines.append(line)
+        else:
+            damaged.append(str(number))
+    if damaged:
+        warnings.warn(f"{file}: left out what cannot be read, line {', '.join(damaged)}", stacklevel=2)
+    return lines
+
+
+def _append(file: Path, text: str) -> None:
+    """Append a line, whole or not at all."""
+    with file.open("ab", buffering=0) as lines:
+        size = lines.seek(0, os.SEEK_END)
+        try:
+            if lines.write(text.encode()) < len(text):
+                raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        except OSError:
+            lines.truncate(size)
+            raise
 
 
 def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> None:
@@ -84,7 +121,7 @@ def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.I
     folder.mkdir(parents=True, exist_ok=True)
     rows: dict[int, list[Image.Image | None]] = {}
     for file in sorted(folder.glob("step-*.png")):
-        if not (found := _STEP.match(file.name)):
+        if not (found := _STEP.fullmatch(file.name)) or not file.is_file():
             continue
         number = int(found[1])
         if number >= step:
@@ -94,25 +131,19 @@ def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.I
     rows[step] = list(pictures)
     unknown = [""] * (max(map(len, rows.values())) - len(prompts))
     sheet = grid(list(rows.values()), [f"step {number}" for number in rows], [*prompts, *unknown])
-    _save_whole(sheet, output_dir / "contact_sheet.png")
+    write_png(output_dir / "contact_sheet.png", sheet)
     for column, picture in enumerate(pictures):  # after the sheet, so that who finds all of them has the row
-        _save_whole(picture, folder / f"step-{step:06d}-{column:02d}.png")
+        write_png(folder / f"step-{step:06d}-{column:02d}.png", picture)
 
 
 def _read(file: Path) -> Image.Image | None:
-    """Return a picture and close its file; None if it cannot be read."""
+    """Return a picture and close its file; None, with a warning, if it cannot be read."""
     try:
         with Image.open(file) as picture:
             return picture.convert("RGB")
-    except Exception:  # Pillow raises many kinds
+    except Exception as error:  # Pillow raises many kinds
+        warnings.warn(f"{file}: cannot be read ({error}); its place in the contact sheet stays empty", stacklevel=1)
         return None
-
-
-def _save_whole(picture: Image.Image, file: Path) -> None:
-    """Write a picture whole or not at all."""
-    unfinished = file.with_suffix(".unfinished")
-    picture.save(unfinished, format="png")
-    unfinished.replace(file)
 
 
 class StopSignals:

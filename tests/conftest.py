@@ -2,8 +2,11 @@
 
 import copy
 import os
+import resource
 import string
 from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -187,6 +190,22 @@ def saved(template: Any, factory: pytest.TempPathFactory, name: str) -> Path:
     folder = factory.mktemp("pipe") / name
     template.save_pretrained(folder)
     return folder
+
+
+@contextmanager
+def _small_files(size: int) -> Iterator[None]:
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size, limits[1]))
+    try:
+        yield
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+
+@pytest.fixture
+def small_files() -> Callable[[int], AbstractContextManager[None]]:
+    """A `with` block in which files can have so many bytes: as a disk that is full then."""
+    return _small_files
 
 
 @pytest.fixture(scope="session")

@@ -1,12 +1,14 @@
 import multiprocessing
 import os
+from contextlib import nullcontext
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from atomdiff import disk_cache
 from atomdiff.disk_cache import DiskCache, content_key, quick_key, tensors_key, weights_key
-from atomdiff.errors import UserError
 
 MADE = {"mean": torch.arange(6.0).reshape(2, 3), "half": torch.ones(2, dtype=torch.bfloat16)}
 KEY = content_key("some", 1)
@@ -74,7 +76,8 @@ def test_files_that_are_not_what_was_written_are_made_anew(tmp_path, damage):
     (file,) = tmp_path.iterdir()
     whole = file.read_bytes()
     damage(file)
-    found, made = get(cache)
+    with pytest.warns(UserWarning, match=f"{file.name}: damaged") if file.exists() else nullcontext():
+        found, made = get(cache)
     assert made and same(found, MADE)
     assert file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
 
@@ -88,10 +91,22 @@ def test_what_cannot_be_made_leaves_nothing_behind(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
-def test_a_folder_that_cannot_be_is_a_user_error(tmp_path):
-    (tmp_path / "file").write_text("in the way")
-    with pytest.raises(UserError, match="file: cannot be written .*name another --cache_dir"):
-        get(DiskCache(tmp_path / "file"))
+@pytest.mark.parametrize("write", ["cannot be", "is full"])
+def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, write, monkeypatch):
+    folder = tmp_path / "file"
+    if write == "cannot be":
+        folder.write_text("in the way")
+    else:
+        full = SafetensorError("Error while serializing: I/O error: No space left on device (os error 28)")
+        monkeypatch.setattr(disk_cache, "save_file", lambda *_: (_ for _ in ()).throw(full))
+    with pytest.warns(
+        UserWarning, match=r"file: cannot be written \((No space|File exists).*another --cache_dir"
+    ) as told:
+        found, made = get(DiskCache(folder))
+        get(DiskCache(folder))
+    assert made and same(found, MADE)
+    assert len({str(each.message) for each in told}) == 1
+    assert folder.is_file() or not list(folder.iterdir())
 
 
 def fill(folder, rounds):

@@ -256,7 +256,8 @@ def test_a_killed_run_ends_with_the_same_bytes(config, half_precision, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": threads}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml")], env=environment)
     assert killed.returncode == -signal.SIGKILL
-    assert sorted(file.name for file in Path(config.output_dir).iterdir() if file.name != "training_log.jsonl") == [
+    left = (".lock", "training_log.jsonl")
+    assert sorted(file.name for file in Path(config.output_dir).iterdir() if file.name not in left) == [
         "cache",
         "checkpoint-2",
         "checkpoint-4",
@@ -438,21 +439,21 @@ def test_a_row_that_a_stopped_run_owes_is_drawn_when_it_goes_on(config, step, un
     config = dataclasses.replace(config, learning_rate=0.05, **fields)
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     train(whole)
-    usual, steps = progress._save_whole, []
+    usual, steps = progress.write_png, []
     extend = dreambooth.extend_contact_sheet
 
     def note(folder, step, *rest):
         steps.append(step)
         extend(folder, step, *rest)
 
-    def die(picture, file):
+    def die(file, picture):
         if steps[-1] == step and file.name == unwritten:
             raise RuntimeError("died")
-        usual(picture, file)
+        usual(file, picture)
 
     monkeypatch.setattr(dreambooth, "extend_contact_sheet", note)
     with monkeypatch.context() as patch:
-        patch.setattr(progress, "_save_whole", die)
+        patch.setattr(progress, "write_png", die)
         with pytest.raises(RuntimeError, match="died"):
             train(config)
     assert shown(config) != shown(whole)
@@ -488,10 +489,10 @@ def test_a_last_row_that_cannot_be_drawn_does_not_cost_the_concept(config, monke
 
 
 def test_a_row_that_cannot_be_written_is_warned_of(config, monkeypatch):
-    def fail(picture, file):
+    def fail(file, picture):
         raise OSError("no space left")
 
-    monkeypatch.setattr(progress, "_save_whole", fail)
+    monkeypatch.setattr(progress, "write_png", fail)
     with pytest.warns(UserWarning, match=r"step [04]: the contact sheet cannot be written \(no space left\)"):
         train(dataclasses.replace(config, validation_steps=4))
 

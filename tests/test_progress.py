@@ -76,9 +76,35 @@ def test_the_sheet_takes_rows_of_other_lengths_and_pictures_that_cannot_be_read(
     (folder / "step-000050-00.png").write_bytes(b"")
     (folder / "step-000100-00.png").write_bytes((folder / "step-000100-00.png").read_bytes()[:40])
     (folder / "step-mine.png").write_bytes(b"")
-    sheet = add(200, ["one", "two"])
+    (folder / "step-000300-00.png").mkdir()
+    with pytest.warns(UserWarning, match=r"step-000(050|100)-00.png: cannot be read .* stays empty"):
+        sheet = add(200, ["one", "two"])
     assert not shows(sheet, 50) and all(shows(sheet, step) for step in (100, 150, 200))
     assert (folder / "step-mine.png").exists()
+
+
+def test_damaged_lines_of_a_log_do_not_block_whole_ones(tmp_path):
+    file = tmp_path / "log.jsonl"
+    whole = [json.dumps({"step": step, "loss": 0.1 + step}) for step in (2, 4, 6)]
+    file.write_bytes(f"{whole[0]}\n\n[]\n{whole[1]}\n\0\0\xff\n{whole[2]}\n".encode("latin-1") + b'{"step": 8, "lo')
+    with pytest.warns(UserWarning, match=r"log.jsonl: left out what cannot be read, line 2, 3, 5, 7"):
+        log = RunLog(Accelerator(), file, step=4, steps=8, every=1, samples=8)
+    assert file.read_text().splitlines() == whole[:2]
+    feed(log, [5])
+    assert [line["step"] for line in lines(file)] == [2, 4, 5]
+
+
+def test_a_log_that_cannot_be_written_is_warned_of(tmp_path, small_files):
+    file = tmp_path / "log.jsonl"
+    log = RunLog(Accelerator(), file, step=0, steps=3, every=1, samples=8)
+    feed(log, [1])
+    whole = file.read_bytes()
+    told = r"log.jsonl: cannot be written \((No space|File too large).*training goes on"
+    with small_files(len(whole) + 10), pytest.warns(UserWarning, match=told):
+        feed(log, [2])
+    assert file.read_bytes() == whole
+    feed(log, [3])
+    assert [line["step"] for line in lines(file)] == [1, 3]
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

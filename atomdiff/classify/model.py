@@ -2,7 +2,6 @@
 
 import hashlib
 import json
-import shutil
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -19,6 +18,7 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from atomdiff import peft_directory
+from atomdiff.atomic import new_folder
 from atomdiff.data import derive_seed
 from atomdiff.delta_file import read_tensors, some
 from atomdiff.errors import UserError
@@ -152,17 +152,16 @@ def save_classifier(
         method: From `read_method`.
         base: Facts by which the base is found and known again: base_model, revision, base_sha256.
         updates_batch_norm: Whether the statistics of batch norms belong to what was trained.
+
+    Raises:
+        WriteError: It cannot be written; what the folder holds is as it was.
     """
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)
-    unfinished.mkdir(parents=True)
-    processor.save_pretrained(unfinished)
-    if method is None:
-        model.save_pretrained(unfinished)
-    else:
-        _write_changes(unfinished, model, method, base, updates_batch_norm)
-    shutil.rmtree(folder, ignore_errors=True)
-    unfinished.rename(folder)
+    with new_folder(folder) as unfinished:
+        processor.save_pretrained(unfinished)
+        if method is None:
+            model.save_pretrained(unfinished)
+        else:
+            _write_changes(unfinished, model, method, base, updates_batch_norm)
 
 
 def _write_changes(

@@ -1,6 +1,5 @@
 """The training run of a classifier: folders of pictures in, a tuned classifier and a report out."""
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -19,6 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
+from atomdiff.atomic import write_json
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.data import (
     Augmentation,
@@ -126,7 +126,7 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
     }
     if accelerator.is_main_process:
         save_classifier(place, model, processor, method, base, config.updates_batch_norm)
-        place.with_name("report.json").write_text(json.dumps(report, indent=1) + "\n")
+        write_json(place.with_name("report.json"), report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report

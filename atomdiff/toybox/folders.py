@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import shutil
 from collections.abc import Callable, Iterable
 from dataclasses import replace
 from functools import partial
@@ -11,6 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from atomdiff.atomic import new_folder
 from atomdiff.errors import UserError
 from atomdiff.toybox.scenes import CLASSES, COLOURS, SCENES, Caption, base_individual, draw
 from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
@@ -59,14 +59,12 @@ def write_folder(
             expected = f"{per_class} of each of {', '.join(names)}; remove it, or name another folder"
             raise UserError(f"{folder}: holds {len(found)} other pictures; expected {expected}")
         return
-    unfinished = folder.with_name(f"{folder.name}.unfinished")
-    shutil.rmtree(unfinished, ignore_errors=True)  # a stopped call may have wanted other pictures
-    for number, name in enumerate(names):
-        (unfinished / name).mkdir(parents=True)
-        for index in range(per_class):
-            rng = np.random.default_rng([seed, number, index])
-            picture(name, rng).save(unfinished / name / f"{index:04d}.png")
-    unfinished.rename(folder)
+    with new_folder(folder) as unfinished:
+        for number, name in enumerate(names):
+            (unfinished / name).mkdir(parents=True)
+            for index in range(per_class):
+                rng = np.random.default_rng([seed, number, index])
+                picture(name, rng).save(unfinished / name / f"{index:04d}.png")
 
 
 write_classes = partial(write_folder, names=CLASSES, picture=class_picture)

@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atomdiff.atomic import new_folder
 from atomdiff.toybox.scenes import CLASSES, COLOURS, PICTURE_SIZE, SCENES
 from atomdiff.toybox.shapes import PATTERNS
 
@@ -97,10 +98,10 @@ def individual_loss(vectors: Tensor, individuals: Tensor, temperature: float = 0
 
 def save_judge(judge: Judge, folder: Path) -> None:
     """Write the weights (fp16) and the words they were trained on."""
-    folder.mkdir(parents=True, exist_ok=True)
     state = {key: (t.half() if t.is_floating_point() else t).contiguous() for key, t in judge.state_dict().items()}
-    save_file(state, folder / "judge.safetensors")
-    (folder / "labels.json").write_text(json.dumps(LABELS, indent=1) + "\n")
+    with new_folder(folder, own=("judge.safetensors", "labels.json")) as unfinished:
+        save_file(state, unfinished / "judge.safetensors")
+        (unfinished / "labels.json").write_text(json.dumps(LABELS, indent=1) + "\n")
 
 
 def load_judge(folder: str | Path = JUDGE_FOLDER) -> Judge:

@@ -19,6 +19,8 @@ from torch.nn import functional as F
 from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
+from atomdiff.atomic import new_file
+from atomdiff.method import write_pipeline
 from atomdiff.precision import autocast
 from atomdiff.toybox.base import (
     DOWNSAMPLING,
@@ -93,8 +95,8 @@ def run_stage(
             bar.set_postfix(loss=f"{np.mean(losses[-200:]):.4f}", refresh=False)
         if (step + 1) % checkpoint_steps == 0 or step + 1 == stage.steps:
             state = {"model": model.state_dict(), "optimizer": optimizer.state_dict(), "losses": losses}
-            torch.save({**state, "schedule": schedule.state_dict()}, path.with_suffix(".tmp"))
-            path.with_suffix(".tmp").rename(path)
+            with new_file(path) as file, file.open("wb") as opened:
+                torch.save({**state, "schedule": schedule.state_dict()}, opened)
     model.eval()
     return losses
 
@@ -197,7 +199,8 @@ def train_denoiser(
             with torch.no_grad():
                 torch._foreach_lerp_(list(average.parameters()), list(denoiser.parameters()), 1 - decay)
         if step % CHECKPOINT_STEPS == 0:
-            torch.save(average.state_dict(), average_path)
+            with new_file(average_path) as file, file.open("wb") as opened:
+                torch.save(average.state_dict(), opened)
         rng = np.random.default_rng([stage.seed, step])
         index = torch.randint(len(latents), (stage.batch_size,))
         texts = ["" if rng.random() < 0.1 else str(shorten(captions[i], rng)) for i in index.tolist()]
@@ -226,7 +229,8 @@ def cached_world(
     path = folder / f"world-{seed}-{count}.npy"
     first = render(min(count, 32), seed)[0]
     if not path.exists() or not np.array_equal(np.load(path, mmap_mode="r")[: len(first)], first):
-        np.save(path, render(count, seed)[0])
+        with new_file(path) as file, file.open("wb") as opened:
+            np.save(opened, render(count, seed)[0])
     return torch.from_numpy(np.load(path)), [caption_of(index, seed)[0] for index in range(count)]
 
 
@@ -284,5 +288,5 @@ def make_base(
     pipe.to("cpu", memory_format=torch.contiguous_format)
     for part in (pipe.vae, pipe.unet):  # not the text encoder: it would be loaded in half, the others in float32
         part.half()
-    pipe.save_pretrained(output)
+    write_pipeline(pipe, output)
     return losses

@@ -18,6 +18,7 @@ from transformers import (
     ViTForImageClassification,
 )
 
+from atomdiff.atomic import WriteError
 from atomdiff.classify import train as training
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.model import load_classifier, open_model, open_processor
@@ -406,7 +407,7 @@ def test_a_save_that_fails_leaves_the_earlier_classifier(config, monkeypatch):
         raise OSError("No space left on device")
 
     monkeypatch.setattr("atomdiff.classify.model.save_file", fail)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(WriteError, match="classifier: cannot be written .No space"):
         train_classifier(dataclasses.replace(config, seed=1))
     assert torch.equal(logits(load_classifier(classifier(config))), before)
 
