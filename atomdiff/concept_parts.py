@@ -14,6 +14,7 @@ from atomdiff import peft_directory
 from atomdiff.base_check import check_base, may_leave_out
 from atomdiff.delta_file import DeltaFile, read_delta_file
 from atomdiff.errors import UserError
+from atomdiff.lora_file import is_lora_file, read_lora
 from atomdiff.peft_directory import Adapters, Tokens
 from atomdiff.scheduler import Objective, trained_objective
 from atomdiff.trigger_words import fitting_tokens
@@ -42,7 +43,7 @@ def read_parts(
     """Read a concept and check it against the models of a pipeline.
 
     Args:
-        source: a concept file, a directory written by PEFT, or a concept in memory.
+        source: a concept file, a LoRA file of another program, a directory written by PEFT, or a concept in memory.
         models: component -> model.
         denoiser: the component that denoises.
         allow_mismatch: see `check_base`.
@@ -54,6 +55,9 @@ def read_parts(
     if isinstance(source, Path) and source.is_dir():
         adapters, tokens, left_out = peft_directory.read(source, models, denoiser)
         return ConceptParts(None, adapters, tokens, left_out, trained_objective(source))
+    if isinstance(source, Path) and is_lora_file(source):
+        adapters, left_out = read_lora(source, models, allow_mismatch)
+        return ConceptParts(None, adapters, {}, left_out, None)
     delta = source if isinstance(source, DeltaFile) else read_delta_file(source)
     delta, left_out, _ = check_base(delta, models, allow_mismatch, stacklevel + 1)
     return ConceptParts(delta, {}, dict(delta.tokens), left_out, Objective.read(delta.training))

@@ -148,7 +148,7 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
     Raises:
         UserError: the file is damaged or cut off, or of another format or version.
     """
-    metadata, dtypes = _read_header(path)
+    metadata, dtypes = read_any_header(path)
     if metadata.get("format") != FORMAT:
         found = shown(repr(metadata.get("format")))
         raise UserError(f"{path} is not an atomdiff file: its format is {found}, not {FORMAT!r}")
@@ -166,7 +166,7 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         UserError: the file is damaged, or holds values that are not finite.
     """
-    metadata, _ = _read_header(path)
+    metadata, _ = read_any_header(path)
     return _read_tensors(path), metadata
 
 
@@ -223,8 +223,12 @@ def shown(text: str) -> str:
     return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
 
 
-def _read_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """Metadata and dtypes by key of any safetensors file; takes memory for its header only, whatever that says."""
+def read_any_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
+    """Metadata and dtypes by key of any safetensors file; takes memory for its header only, whatever that says.
+
+    Raises:
+        UserError: the file is damaged or cut off.
+    """
     if not os.path.isfile(path):
         found = "is a folder" if os.path.isdir(path) else "is no file"
         raise UserError(f"{path} {found}; expected a concept file such as mug{CONCEPT_SUFFIX}")

@@ -36,7 +36,7 @@ Pictures = PathLike | Sequence[PathLike] | Mapping[Any, str]  # the last from fi
 _CONFIG, _WEIGHTS, _WORDS = map(re.escape, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LEARNED_EMBEDS_NAME))
 _ADAPTER_FILE = re.compile(rf"(\w+/)?({_CONFIG}|{_WEIGHTS})|{_WORDS}")
 _ADAPTER_SIGN = re.compile(rf"((unet|transformer|text_encoder\w*)/)?{_CONFIG}|{_WORDS}")
-_EXPECTED = f"one *{CONCEPT_SUFFIX}, or {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
+_EXPECTED = f"one *{CONCEPT_SUFFIX} or LoRA file, or {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
 _LOG_IN = "log in with `hf auth login`, set HF_TOKEN or pass token"
 
 
@@ -213,6 +213,8 @@ def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
     found = [name for name in names if name.endswith(CONCEPT_SUFFIX) and "/" not in name]
     if any(_ADAPTER_SIGN.fullmatch(name) for name in names):
         found.append(SAFETENSORS_WEIGHTS_NAME)
+    if not found:  # LoRA files of other programs have any name
+        found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if weight_name is None:
         if len(found) > 1:
             raise UserError(f"{where} holds {len(found)} concepts: choose one by weight_name: {', '.join(found)}")

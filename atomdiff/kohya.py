@@ -196,6 +196,14 @@ def as_written(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
     return written
 
 
+def sgm_path(module: str, unet: Any) -> str | None:
+    """As files for SDXL name a layer of a UNet by its path in Stability AI's code; None: it has no name there."""
+    try:
+        return _sdxl_path(module, unet)
+    except UserError:
+        return None
+
+
 def _sdxl_path(module: str, unet: Any) -> str:
     """A path in diffusers' UNet -> the path of the same layer in Stability AI's code."""
     if module in _SDXL_LAYERS:

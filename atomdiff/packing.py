@@ -17,6 +17,7 @@ from atomdiff import hub
 from atomdiff.delta_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file, read_tensors, split_token_key
 from atomdiff.errors import UserError
 from atomdiff.library import ConceptLibrary
+from atomdiff.lora_file import is_lora_file, trigger_phrase
 from atomdiff.peft_directory import LEARNED_EMBEDS_NAME
 from atomdiff.picture_files import content_hash
 from atomdiff.pipeline import renamed_tokens
@@ -43,7 +44,7 @@ class Concept:
     phrase: str = ""
     """What to write in a prompt to get it."""
     read: Callable[[], DeltaFile] | None = None
-    """Gives what it holds, its tokens under `words`; None: it is a directory written by PEFT, of any method."""
+    """Gives what it holds, its tokens under `words`; None: it is a LoRA file or a directory written by PEFT."""
     trigger_word: str | None = None
     """What it was asked to be called in prompts instead of its own word."""
 
@@ -113,7 +114,7 @@ class Line:
 
 
 def given_concept(source: str, trigger_word: str | None = None) -> Concept:
-    """A concept from a file, a directory written by PEFT, or the Hub ("user/repo").
+    """A concept from a file, a LoRA file of another program, a directory written by PEFT, or the Hub ("user/repo").
 
     Args:
         source: where it is.
@@ -129,6 +130,10 @@ def given_concept(source: str, trigger_word: str | None = None) -> Concept:
         own = {split_token_key(key)[0] for key in (read_tensors(embeddings)[0] if embeddings.is_file() else ())}
         words = tuple(sorted(own)) if trigger_word is None else (trigger_word,)
         return Concept(name, file, path, words, trigger_word=trigger_word)
+    if is_lora_file(path):
+        if trigger_word is not None:
+            raise UserError(f"trigger_word={trigger_word!r}: {file} is a LoRA file, which has no word to rename")
+        return Concept(name.removesuffix(".safetensors"), file, path, (), trigger_phrase(path))
     delta = read_delta_file(path)
     tokens = renamed_tokens(delta.tokens, trigger_word)
     phrase = replace_words(delta.trigger_phrase, dict(zip(delta.tokens, tokens, strict=True)))

@@ -94,8 +94,9 @@ def load_atoms(
 
     Args:
         pipe: a diffusers pipeline.
-        path: a delta file, or a directory written by PEFT, of any method, with or without a trained word; a directory
-            or a repository on the Hub, "user/repo", with one of these in it. What exists on this disk goes first. Or a
+        path: a delta file, a LoRA file of another program (kohya, LyCORIS, diffusers), or a directory written by PEFT,
+            of any method, with or without a trained word; a directory or a repository on the Hub, "user/repo", with one
+            of these in it. What exists on this disk goes first. Or a
             concept in memory, such as `ConceptLibrary` gives.
         adapter_name: name for `pipe.set_adapters`; None: that of the file or repository up to its first dot,
             with a number where no adapter can have it or one has it already.

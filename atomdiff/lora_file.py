@@ -1,0 +1,286 @@
+"""LoRA files of other programs (kohya, LyCORIS, OneTrainer, diffusers) -> adapters of a pipeline's models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any
+
+import torch
+from peft import LoraConfig
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from atomdiff.delta_file import FORMAT, parse_json, read_any_header, read_tensors, shown, some
+from atomdiff.errors import UserError
+from atomdiff.kohya import sgm_path
+from atomdiff.peft_directory import Adapters
+from atomdiff.tuner.config import check_patterns
+from atomdiff.tuner.model import supported_modules
+
+_DOWN = r"lora_down\.weight|lora_A(?:\.default)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight"
+_UP = r"lora_up\.weight|lora_B(?:\.default)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight"
+_FACTORS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
+_OTHER = r"alpha|diff|diff_b|w_norm|b_norm|lora_B\.bias|dora_scale|lora_magnitude_vector(?:\.weight)?"
+_KEY = re.compile(rf"(.+?)[._](?:({_DOWN})|({_UP})|(lora_mid)\.weight|({_FACTORS})|({_OTHER}))")
+_PREFIXES = {"unet": ["lora_unet", "unet"], "text_encoder": ["lora_te", "lora_te1", "text_encoder"]}
+_PREFIXES["text_encoder_2"] = ["lora_te2", "text_encoder_2"]
+
+_LARGEST = 1e9  # rank or alpha
+
+Layer = dict[str, Tensor]
+
+
+def is_lora_file(path: Path) -> bool:
+    """Whether a safetensors file is not a concept file, but may be read by `read_lora`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return read_any_header(path)[0].get("format") != FORMAT
+
+
+def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool) -> tuple[Adapters, list[str]]:
+    """Read a LoRA, LoCon, LoHa, LoKr or whole differences, with the names of kohya's programs or of diffusers.
+
+    What is no plain LoRA becomes one of full rank, which is exact.
+
+    Args:
+        path: the safetensors file.
+        models: component -> model.
+        allow_mismatch: leave out layers that the models lack or have in other shapes.
+
+    Returns:
+        The adapters by component, and what is left out, for a message.
+
+    Raises:
+        UserError: it is no such file, is damaged, or does not fit the models.
+    """
+    metadata, keys = read_any_header(path)
+    found = {key: _KEY.fullmatch(key) for key in keys}
+    if not any(found.values()):
+        raise UserError(f"{path} is no concept and no LoRA: {_what_it_is(keys, metadata)}")
+    tensors = read_tensors(path)[0]
+    layers: dict[str, Layer] = {}
+    left_out = [f"{some(unknown)}, which is no LoRA"] if (unknown := [key for key in keys if not found[key]]) else []
+    for key, match in found.items():
+        if match is not None:
+            kind = "down" if match[2] else "up" if match[3] else match[4] or match[5] or match[6]
+            layers.setdefault(match[1], {})[kind] = tensors[key]
+    modules = _modules_by_name(models)
+    scales = _scales_of_diffusers(path, metadata)
+    parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    missing, wrong = [], []
+    for name, layer in layers.items():
+        place = modules.get(flat := _flat(name)) or modules.get(f"{flat}_0")
+        if "dora_scale" in layer or any(kind.startswith("lora_magnitude") for kind in layer):
+            raise UserError(f"{path} is a DoRA ({shown(name)}), which has no exact form here: use a LoRA without it")
+        if gone := sorted(layer.keys() & {"diff_b", "w_norm", "b_norm", "lora_B.bias"}):
+            left_out.append(f"{shown(name)}.{some(gone)}, as only weights change")
+            layer = {kind: tensor for kind, tensor in layer.items() if kind not in gone}
+        if not layer.keys() - {"alpha"}:
+            continue
+        if place is None:
+            missing.append(name)
+            continue
+        component, module, weight = place
+        try:
+            factors = _factors(layer, tuple(weight.shape), scales(component, module))
+        except (ValueError, RuntimeError) as error:
+            wrong.append(f"{name} ({error})")
+            continue
+        if factors is not None:
+            parts.setdefault(component, {})[module] = factors
+    left_out += _refuse_or_leave_out(path, models, missing, wrong, bool(parts), allow_mismatch, metadata, keys)
+    return {component: _adapter(of_part) for component, of_part in parts.items()}, left_out
+
+
+def trigger_phrase(path: Path) -> str:
+    """What to write in a prompt to get what a LoRA file changes, if it says so."""
+    return read_any_header(path)[0].get("modelspec.trigger_phrase", "")
+
+
+def _refuse_or_leave_out(
+    path: Path,
+    models: Mapping[str, nn.Module],
+    missing: list[str],
+    wrong: list[str],
+    any_fits: bool,
+    allow_mismatch: bool,
+    metadata: Mapping[str, str],
+    keys: Iterable[str],
+) -> list[str]:
+    """What of a file has no place here, for a message; where it is too much, or nothing is left, an error."""
+    of = {name: _component_of(name) for name in missing}
+    absent = {name: part for name, part in of.items() if part and part not in models}
+    ends = {name for name in (*missing, *wrong) if re.search(r"(?:conv_(?:in|out)|input_blocks_0_0|_out_2)\b", name)}
+    others = [name for name in (*missing, *wrong) if name not in absent and name not in ends]
+    if (others and not allow_mismatch) or not any_fits:
+        way_out = "; allow_base_mismatch=True loads what fits" if any_fits else ""
+        unfit = some(others or [*missing, *wrong]) if missing or wrong else "it changes nothing"
+        raise UserError(f"{path} ({_what_it_is(keys, metadata)}) does not fit this pipeline: {unfit}{way_out}")
+    left_out = [f"the layers of {part}, which this pipeline does not have" for part in sorted({*absent.values()})]
+    rest = [name for name in (*missing, *wrong) if name not in absent]
+    return left_out + ([some(rest)] if rest else [])
+
+
+def _factors(layer: Layer, shape: tuple[int, ...], scale: float | None) -> tuple[Tensor, Tensor] | None:
+    """Down (r, in, ...) and up (out, r, 1, ...), scaled, whose product is a layer's difference; None: it is zero.
+
+    Raises:
+        ValueError: they are not of this weight's shape, or not complete.
+        RuntimeError: likewise.
+    """
+    ones = [1] * (len(shape) - 2)
+    if layer.keys() >= {"up", "down"} and "lora_mid" not in layer:
+        up, down = layer["up"].flatten(1), layer["down"]
+        rank = len(down)
+        if up.shape != (shape[0], rank) or down.numel() != rank * prod(shape[1:]):
+            raise ValueError(f"found {tuple(layer['up'].shape)} x {tuple(down.shape)} for {shape} here")
+        up = up * (scale if scale is not None else _scale(layer, rank))
+        return (down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *ones)) if up.any() else None
+    delta = _difference(layer, shape)
+    if delta.numel() != prod(shape):
+        raise ValueError(f"found {tuple(delta.shape)} for {shape} here")
+    whole = torch.eye(shape[0]).reshape(shape[0], shape[0], *ones)
+    return (delta.reshape(shape), whole) if delta.any() else None
+
+
+def _difference(layer: Layer, shape: tuple[int, ...]) -> Tensor:
+    """The difference of a weight of this shape that LyCORIS makes of its factors (arXiv 2309.14859)."""
+    if "diff" in layer:
+        return layer["diff"]
+    if layer.keys() >= {"up", "down", "lora_mid"}:
+        down, up = layer["down"].flatten(1), layer["up"].flatten(1)
+        return _scale(layer, len(down)) * _tucker(layer["lora_mid"], up.T, down, shape)
+    if layer.keys() >= {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+        sides = []
+        for side in ("1", "2"):
+            a, b, core = layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"], layer.get(f"hada_t{side}")
+            sides.append(_product(a, b, shape) if core is None else _tucker(core, a, b, shape))
+        return _scale(layer, len(layer["hada_w1_b"])) * sides[0] * sides[1]
+    if any(kind.startswith("lokr_w1") for kind in layer) and any(kind.startswith("lokr_w2") for kind in layer):
+        first, second, ranks = *(_lokr_side(layer, side, shape) for side in ("1", "2")), _lokr_ranks(layer)
+        if first.numel() * second.numel() != prod(shape):
+            raise ValueError(f"found {tuple(first.shape)} and {tuple(second.shape)} for {shape} here")
+        first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+        return (_scale(layer, ranks[0]) if ranks else 1.0) * torch.kron(first, second)
+    raise ValueError(f"found {', '.join(sorted(layer))}, expected all tensors of a LoRA, LoHa, LoKr or difference")
+
+
+def _lokr_side(layer: Layer, side: str, shape: tuple[int, ...]) -> Tensor:
+    if (whole := layer.get(f"lokr_w{side}")) is not None:
+        return whole
+    a, b = layer[f"lokr_w{side}_a"], layer[f"lokr_w{side}_b"]
+    return a @ b if "lokr_t2" not in layer or side == "1" else _tucker(layer["lokr_t2"], a, b, shape)
+
+
+def _lokr_ranks(layer: Layer) -> list[int]:
+    return [len(layer[key]) for key in ("lokr_w1_b", "lokr_w2_b") if key in layer]
+
+
+def _product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if a.shape[0] * b.shape[1] != prod(shape):
+        raise ValueError(f"found {tuple(a.shape)} x {tuple(b.shape)} for {shape} here")
+    return a @ b
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Core (i, j, k, l), a (i, out), b (j, in) -> (out, in, k, l)."""
+    if a.shape[1] * b.shape[1] * prod(core.shape[2:]) > prod(shape):
+        raise ValueError(f"found {tuple(core.shape)}, {tuple(a.shape)}, {tuple(b.shape)} for {shape} here")
+    return torch.einsum("ij..., ip, jr -> pr...", core, a, b)
+
+
+def _scale(layer: Layer, rank: int) -> float:
+    """By which programs multiply what they load: alpha / rank."""
+    return float(layer["alpha"]) / rank if "alpha" in layer else 1.0
+
+
+def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[str, str], float | None]:
+    """(component, module) -> the scale that diffusers wrote into a file's metadata; None: there is none."""
+    try:
+        values = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+        check_patterns(key for name, value in values.items() if name.endswith("_pattern") for key in value or ())
+    except (ValueError, RecursionError, TypeError) as error:
+        raise UserError(f"{path} is damaged: lora_adapter_metadata: {shown(str(error))}") from error
+
+    def scale(component: str, module: str) -> float | None:
+        found = []
+        for whole, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern")):
+            exceptions = values.get(f"{component}.{pattern}") or {}
+            number = exceptions.get(get_pattern_key(list(exceptions), module), values.get(f"{component}.{whole}"))
+            if number is None:
+                return None
+            if type(number) not in (int, float) or not 0 < number < _LARGEST:
+                raise UserError(f"{path} is damaged: lora_adapter_metadata: {component}.{whole} is {number!r:.50}")
+            found.append(number)
+        return float(found[0] / (found[1] ** 0.5 if values.get(f"{component}.use_rslora") else found[1]))
+
+    return scale
+
+
+def _adapter(modules: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The factors of a model's layers, already scaled, as PEFT has them."""
+    ranks = {module: len(down) for module, (down, _) in modules.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    unusual = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        rank_pattern=dict(unusual),
+        alpha_pattern=dict(unusual),
+        target_modules=rf"(?:{'|'.join(map(re.escape, modules))})",
+    )
+    tensors = {f"{module}.lora_A.weight": down for module, (down, _) in modules.items()}
+    return config, tensors | {f"{module}.lora_B.weight": up for module, (_, up) in modules.items()}
+
+
+def _modules_by_name(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str, Tensor]]:
+    """Name of a layer in files, without dots -> component, path and weight."""
+    found = {}
+    for component, prefixes in _PREFIXES.items():
+        model: Any = models.get(component)
+        for path, module in supported_modules(model).items() if model is not None else ():
+            paths = [path, f"text_model.{path}"] if component != "unet" else [path]
+            if component == "unet" and (other := sgm_path(path, model)):
+                paths.append(other)
+            names = [_flat(f"{prefix}.{each}") for prefix in prefixes for each in paths]
+            names += [_flat(path)] if component == "unet" else []
+            found.update(dict.fromkeys(names, (component, path, module.weight)))
+    return found
+
+
+def _component_of(name: str) -> str | None:
+    flat = _flat(name)
+    for component in ("text_encoder_2", "text_encoder", "unet"):
+        if any(flat.startswith(f"{prefix}_") for prefix in _PREFIXES[component]):
+            return component
+    return None
+
+
+def _flat(name: str) -> str:
+    name = name.removeprefix("base_model.model.").replace(".processor.", ".")
+    return name.replace(".", "_")
+
+
+def _what_it_is(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """What a safetensors file is, and where it belongs if not here."""
+    text = "\n".join(keys)
+    said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    made_for = f", made for {shown(said)}" if said else ""
+    if re.search(r"^(model\.diffusion_model|cond_stage_model|first_stage_model)\.", text, re.MULTILINE):
+        return "it is a whole checkpoint, to be opened as the base"
+    if re.search(r"^(emb_params|clip_[lg]|string_to_param.*)$", text, re.MULTILINE):
+        return "it is a textual inversion; load it with pipe.load_textual_inversion"
+    transformer = r"double_blocks|single_(transformer_)?blocks|^transformer\.|^diffusion_model\.|^lora_transformer"
+    if re.search(transformer, text, re.MULTILINE):
+        return f"it is for a transformer such as FLUX or SD 3, not for a UNet{made_for}"
+    if re.search(r"lora_|hada_|lokr_|\.diff$", text, re.MULTILINE):
+        return f"a LoRA file{made_for}"
+    declared = json.dumps(metadata.get("format"))
+    return f"its format is {shown(declared)}, and it holds {some(sorted(keys)) or 'nothing'}"
