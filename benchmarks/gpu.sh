@@ -17,15 +17,20 @@ pretrain)
   timeout $((${SECONDS_:-540} + 40)) python3 -m benchmarks.pretrain.train --out "$out" --seconds "${SECONDS_:-540}" ${OPTIONS:-} 2>&1 | grep -v -i warning | tee "$out/pretrain.log"
   ;;
 figures)
-  step="python3 benchmarks/training_step.py --output_dir $out"
-  timeout 75 $step --parts sd15_gpu --methods spatial conv default attention joint lora_attn lora_conv oft reference --repeats 10 2>&1 | tail -25
-  timeout 75 $step --parts sdxl_gpu --methods spatial conv lora_attn lora_conv --repeats 5 2>&1 | tail -12
-  timeout 75 python3 benchmarks/loading.py --parts switch mixed --dtypes float16 --output "$out/loading_gpu.json" 2>&1 | tail -15
-  run="timeout 40 python3 -m atomdiff.cli train --config configs/demo.yaml --instance_data_dir samples/subjects/mug --class_name mug --max_train_steps 20 --validation_prompt null"
-  for options in "--mixed_precision fp16" "--mixed_precision bf16 --use_8bit_adam" "--enable_xformers_memory_efficient_attention"; do
-    echo "train $options"
-    $run $options --output_dir "/tmp/run$RANDOM" 2>&1 | tail -2 | cut -c1-300
+  # Every piece has its own limit and writes what it has, so that a stop costs one piece. 200 s were too few for all nine
+  # methods of a part: a few methods each.
+  piece() { echo "== $*"; timeout "${LIMIT:-100}" "$@" >"$out/piece.log" 2>&1; echo "ended with $?"; grep -v -i warning "$out/piece.log" | cut -c1-200 | tail -n 14; }
+  for methods in "spatial lora_attn" "conv lora_attn"; do
+    # shellcheck disable=SC2086
+    piece python3 benchmarks/training_step.py --output_dir "$out/${methods%% *}" --parts sd15_gpu --methods $methods --repeats 10
   done
+  for options in "--mixed_precision fp16" "--mixed_precision bf16 --use_8bit_adam" "--enable_xformers_memory_efficient_attention"; do
+    # shellcheck disable=SC2086
+    LIMIT=50 piece python3 -m atomdiff.cli train --config configs/demo.yaml --instance_data_dir samples/subjects/mug \
+      --class_name mug --max_train_steps 20 --validation_prompt null --output_dir "$(mktemp -d)" $options
+  done
+  piece python3 benchmarks/training_step.py --output_dir "$out" --parts sdxl_gpu --methods spatial lora_attn --repeats 5
+  piece python3 benchmarks/loading.py --parts switch mixed --dtypes float16 --output "$out/loading_gpu.json"
   ;;
 *) echo "expected pretrain or figures, found $part"; exit 2 ;;
 esac
