@@ -16,6 +16,7 @@ from atomdiff.data import derive_seed
 from atomdiff.delta_file import CONCEPT_SUFFIX
 from atomdiff.errors import UserError
 from atomdiff.pipeline import save_atoms
+from atomdiff.portable import save_portable
 from atomdiff.text_files import read_yaml
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.removable import lasting_change
@@ -155,7 +156,7 @@ def write_pipeline(pipe: Any, folder: Path) -> None:
         WriteError: It cannot be written.
     """
     with new_folder(folder, own=(*_PIPELINE_ENTRIES, *pipe.components)) as unfinished:
-        pipe.save_pretrained(unfinished)
+        save_portable(pipe, unfinished)
 
 
 def _read_json(file: Path) -> dict[str, Any]:

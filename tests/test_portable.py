@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from atomdiff.export import describe_export, export_pipeline
+from atomdiff.method import save_trained
 from atomdiff.pipeline import set_trigger_embedding
 from atomdiff.portable import _prefix_keys
 from atomdiff.trigger_words import add_trigger_words
@@ -106,6 +107,13 @@ def test_more_words_than_places_are_told(tiny_pipe, tmp_path):
     assert "ComfyUI refuses a checkpoint made of it" in describe_export(report)
     loaded = DiffusionPipeline.from_pretrained(report.path)
     torch.testing.assert_close(draw(loaded, "a <mug>"), draw(tiny_pipe, "a <mug>"), atol=1e-5, rtol=0)
+
+
+def test_fully_tuned_pipelines_are_saved_so_too(tiny_pipe, tmp_path):
+    save_trained(tiny_pipe, None, tmp_path / "tuned")
+    assert (tmp_path / "tuned" / "tokenizer" / "merges.txt").is_file()
+    with safe_open(tmp_path / "tuned" / "text_encoder" / "model.safetensors", "pt") as file:
+        assert "text_model.final_layer_norm.weight" in file.keys()  # noqa: SIM118
 
 
 def test_keys_get_their_prefix_once(tmp_path):
