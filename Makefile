@@ -3,22 +3,28 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: setup demo test check
+.PHONY: help setup demo test test-fast check
 
-setup: $(READY)
+help:  ## Show this list.
+	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
+
+setup: $(READY)  ## Make .venv with everything that the project needs.
 
 $(READY): pyproject.toml constraints.txt
 	@test -x $(BIN)/python || $(PYTHON) -m venv .venv
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: $(READY)
+demo: $(READY)  ## Train on samples/subjects/mug, draw and measure; about two minutes.
 	$(BIN)/atomdiff demo
 
-test: $(READY)
+test: $(READY)  ## Run all tests.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
 
-check: $(READY)
+test-fast: $(READY)  ## Run the tests that take no longer than a second or so.
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow"
+
+check: $(READY)  ## Check style, format and types.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

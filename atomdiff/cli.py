@@ -6,9 +6,10 @@ import time
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from pathlib import Path
+from importlib.metadata import version
 
 from atomdiff._quiet import quiet_libraries
+from atomdiff.bars import say
 from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
 from atomdiff.paths import PathText, expand_paths
@@ -104,24 +105,23 @@ def extract(args: Sequence[str]) -> None:
 
 def demo(args: Sequence[str]) -> None:
     """Train on a folder of photos, draw, measure: the whole path on the embedded model."""
-    from atomdiff.demo import DemoConfig, run_demo
+    from atomdiff.demo import DemoConfig, describe_report, run_demo
 
     config = parse_config(DemoConfig, args, prog="atomdiff demo")
+    say("loading torch and diffusers")
     quiet_libraries()
-    report = run_demo(config)
-    from atomdiff.delta_file import read_delta_file
-
-    concept = Path(report["concept"])
-    print(f"{concept} ({report['file_bytes']:,} bytes)")
-    for name in ("before_after.png", "training_curve.png", "report.json"):
-        print(concept.parent / name)
-    if concept.is_file():
-        print("\nIn Python, with the base as `pipe`:")
-        print(f'    atomdiff.load_atoms(pipe, "{concept}")')
-        print(f'    image = pipe("a photo of {read_delta_file(concept).trigger_phrase}").images[0]')
+    print(describe_report(run_demo(config)))
 
 
-VERBS = {verb.__name__: verb for verb in (train, sample, inspect, export, extract, demo)}
+def doctor(args: Sequence[str]) -> None:
+    """Show what a bug report needs: versions, device, precision, optional packages, memory, disk, caches."""
+    from atomdiff.doctor import DoctorConfig, examine
+
+    parse_config(DoctorConfig, args, prog="atomdiff doctor")
+    print(examine())
+
+
+VERBS = {verb.__name__: verb for verb in (train, sample, inspect, export, extract, demo, doctor)}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -134,6 +134,9 @@ def main(args: Sequence[str] | None = None) -> int:
         The exit status: 0; 2 for a mistake in what was asked, told in one line; 130 if stopped.
     """
     args = sys.argv[1:] if args is None else list(args)
+    if args == ["--version"]:
+        print(f"atomdiff {version('atomdiff')}")
+        return 0
     if not args or args[0] not in VERBS:
         asked = args[:1] in (["-h"], ["--help"])
         print(_usage(), file=sys.stdout if asked else sys.stderr)
@@ -187,7 +190,7 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _usage() -> str:
     verbs = "\n".join(f"  {name:<9}{verb.__doc__}" for name, verb in VERBS.items())
-    return f"usage: atomdiff VERB [OPTIONS]\n\n{verbs}\n\natomdiff VERB --help lists the options."
+    return f"usage: atomdiff VERB [OPTIONS]\n\n{verbs}\n\natomdiff VERB --help lists the options; atomdiff --version."
 
 
 if __name__ == "__main__":

@@ -10,9 +10,9 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image, ImageCms
-from tqdm import tqdm
 
 from atomdiff.atomic import write_json, write_png
+from atomdiff.bars import Bar
 from atomdiff.captions import read_captions
 from atomdiff.errors import UserError
 from atomdiff.image_files import picture_files, upright
@@ -163,7 +163,7 @@ def ensure_class_pictures(
     batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
     named = [{folder / f"class-{seed:05d}.png": seed for seed in batch} for batch in batches[rank::processes]]
     missing = [batch for batch in named if not all(file.is_file() for file in batch)]
-    for batch in tqdm(missing, "class pictures", unit="batch", disable=not missing or rank > 0):
+    for batch in Bar(missing, "generating class images", unit="batches", disable=not missing or rank > 0):
         for file, picture in zip(batch, generate(list(batch.values())), strict=True):
             write_png(file, picture)
 

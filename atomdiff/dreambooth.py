@@ -23,6 +23,7 @@ from torch import Tensor, nn
 
 from atomdiff.atomic import WriteError
 from atomdiff.averages import averaged
+from atomdiff.bars import say
 from atomdiff.base_model import BasePipeline, draw_pictures, load_base, whole
 from atomdiff.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from atomdiff.concept import Concept, build_concept
@@ -153,6 +154,8 @@ def build_run(
     config: TrainConfig, accelerator: Accelerator, adapter: PeftConfig | None, text_adapter: PeftConfig | None
 ) -> Run:
     """Load the base, prepare what it learns from, and put what is trained into it."""
+    if accelerator.is_main_process:
+        say(f"loading the base {config.pretrained_model_name_or_path}")
     pipe = load_base(config)
     match_scheduler(config, pipe)
     material = prepare_material(config, pipe, accelerator, adapter is None)

@@ -7,7 +7,7 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-SHEET_PIXELS = 40_000_000  # for all pictures together; so many that they need more are enlarged less
+SHEET_PIXELS = 40_000_000  # for all pictures together; those that need more are enlarged less, or made smaller
 _COMFORTABLE_SIDE = 192  # pixels; smaller pictures are enlarged to about this
 _LABEL_WIDTH = 160  # pixels; what a label beside a row may take at least
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
@@ -18,7 +18,7 @@ def grid(
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),
     *,
-    scale: int | None = None,
+    scale: float | None = None,
 ) -> Image.Image:
     """Draw rows of pictures on a white sheet with word-wrapped labels.
 
@@ -28,7 +28,8 @@ def grid(
         rows: the pictures, of any mode.
         row_labels: one a row, or none at all.
         column_labels: one a column, or none at all.
-        scale: whole factor by which every picture is enlarged; by default what brings small ones to about 192 pixels.
+        scale: factor by which every picture is enlarged; by default the whole one that brings small ones to about 192
+            pixels, or less than 1 where all pictures together would take more than SHEET_PIXELS.
 
     Returns:
         An RGB picture.
@@ -44,10 +45,9 @@ def grid(
         if labels and len(labels) != count:
             raise ValueError(f"found {len(labels)} {name} labels for {count} {name}s; give one each, or none")
 
-    side = min(_COMFORTABLE_SIDE, math.isqrt(SHEET_PIXELS // len(pictures)))
-    scale = scale or max(1, round(side / max(max(picture.size) for picture in pictures)))
-    width = scale * max(picture.width for picture in pictures)
-    height = scale * max(picture.height for picture in pictures)
+    largest = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
+    scale = scale or _scale(largest, len(pictures), len(rows) * columns)
+    width, height = (max(1, round(scale * side)) for side in largest)
     gap, size = max(width // 32, 4), min(max(width // 12, 12), 28)
     font = ImageFont.load_default(size)
     line = round(1.3 * size)
@@ -69,10 +69,19 @@ def grid(
     for row, contents in enumerate(rows):
         for column, picture in enumerate(contents):
             if picture is not None:
-                large = picture.convert("RGB").resize([scale * side for side in picture.size], Image.Resampling.LANCZOS)
+                sides = [max(1, round(scale * side)) for side in picture.size]
+                large = picture.convert("RGB").resize(sides, Image.Resampling.LANCZOS)
                 x, y = left + column * (width + gap), top + row * (height + gap)
                 sheet.paste(large, (x + (width - large.width) // 2, y + (height - large.height) // 2))
     return sheet
+
+
+def _scale(largest: tuple[int, int], pictures: int, places: int) -> float:
+    """Return the factor for pictures of up to these sides, in so many places on the sheet."""
+    pixels = places * largest[0] * largest[1]
+    if pixels > SHEET_PIXELS:
+        return math.sqrt(SHEET_PIXELS / pixels)
+    return max(1, round(min(_COMFORTABLE_SIDE, math.isqrt(SHEET_PIXELS // pictures)) / max(largest)))
 
 
 def _wrap(text: str, font: Font, width: int, most: int | None = None) -> list[str]:

@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
+from atomdiff.assets import locate
 from atomdiff.atomic import new_folder
 from atomdiff.data import derive_seed
 from atomdiff.delta_file import CONCEPT_SUFFIX
@@ -44,7 +45,7 @@ def read_adapter(adapter: str) -> PeftConfig | None:
     """
     if adapter == "atoms":
         return AtomConfig()
-    fields = {"peft_type": FULL} if adapter == "full" else _read_json(Path(adapter))
+    fields = {"peft_type": FULL} if adapter == "full" else _read_json(Path(locate(adapter)))
     peft_type = fields.get("peft_type")
     if peft_type == FULL:
         return None

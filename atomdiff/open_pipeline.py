@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 
+from atomdiff.assets import locate
 from atomdiff.errors import UserError
 
 _SINGLE_FILES = (".safetensors", ".ckpt")
@@ -48,6 +49,7 @@ def open_pipeline(
     """
     from diffusers import DiffusionPipeline
 
+    name = locate(name)
     if is_single_file(name):
         return _open_single_file(name, dtype, single_file_config, parts)
     try:
@@ -71,6 +73,7 @@ def pipeline_class(name: str, *, revision: str | None = None, single_file_config
     """
     from diffusers import DiffusionPipeline
 
+    name = locate(name)
     if is_single_file(name):
         if single_file_config is None:
             return _class_of_file(name)

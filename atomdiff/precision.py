@@ -73,7 +73,7 @@ def choose_precision(asked: str | None, device: torch.device, *, field: str = "m
         kind = str(chosen.dtype).removeprefix("torch.")
         cost = ", about 12 times slower than float32" if device.type == "cpu" else ", slower than float32"
         found = f"{_describe(device)} has no {kind} instructions and emulates them{cost}"
-        warnings.warn(f"{source}: {found}; leave it out, or ask for float32", stacklevel=2)
+        warnings.warn(f"{source}: {found}; leave it out, or ask for float32", stacklevel=1)  # shown once
     return chosen
 
 

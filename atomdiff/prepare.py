@@ -9,6 +9,7 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from atomdiff.bars import Bar
 from atomdiff.base_keys import base_keys
 from atomdiff.base_model import BasePipeline, draw_pictures, place, size_unit, training_resolution
 from atomdiff.buckets import Size, bucket_sizes, nearest_bucket
@@ -269,7 +270,8 @@ def encode_together(
         for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
             encoder(cut())
         accelerator.wait_for_everyone()
-    return join([encoder(cut()) for cut in cuts])
+    shown = Bar(cuts, "encoding images", unit="images", disable=not accelerator.is_main_process)
+    return join([encoder(cut()) for cut in shown])
 
 
 def draw_class_pictures(

@@ -15,9 +15,9 @@ from typing import Any
 
 from accelerate import Accelerator
 from PIL import Image
-from tqdm import tqdm
 
 from atomdiff.atomic import WriteError, write_png, write_text, writing
+from atomdiff.bars import Bar
 from atomdiff.grid import grid
 
 _SAME = 1.0  # second
@@ -44,7 +44,7 @@ class RunLog:
         if accelerator.is_main_process:
             kept = [line for line in read_log(file) if line["step"] <= step] if step else []
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
-        self._bar = tqdm(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
+        self._bar = Bar(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
 
     def step(self, step: int, loss: float, average_loss: float, lr: float, seconds: float) -> None:
         """Note a finished step.

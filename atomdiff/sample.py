@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 from PIL import Image
-from tqdm import tqdm
 
+from atomdiff.bars import Bar
 from atomdiff.checked_images import checked_images
 from atomdiff.delta_file import some
 from atomdiff.errors import UserError
@@ -183,7 +183,7 @@ def generate(
         width=width,
     )
     images = []
-    for number, image in enumerate(tqdm(drawn, "pictures", len(prompts), disable=not progress)):
+    for number, image in enumerate(Bar(drawn, "images", len(prompts), unit="images", disable=not progress)):
         if image is None:
             raise UserError(f"{hidden_images([(prompts[number], seeds[number])])}; load it with safety_checker=None")
         images.append(image)
@@ -309,7 +309,13 @@ def save_samples(config: SampleConfig) -> Path:
         if state.is_main_process:
             warn_of_prompts(pipe, lines)
             _tell_schedulers(pipe.scheduler, schedulers)
-        bar = tqdm(_draw(config, pipe, share, schedulers), "pictures", len(share), disable=not state.is_main_process)
+        bar = Bar(
+            _draw(config, pipe, share, schedulers),
+            "images",
+            len(share),
+            unit="images",
+            disable=not state.is_main_process,
+        )
         for picture, image in bar:
             if image is None:
                 hidden.append((picture.prompt, picture.seed))

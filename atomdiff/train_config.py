@@ -10,6 +10,8 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
 
+from atomdiff.articles import fit_article
+from atomdiff.assets import locate
 from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
 from atomdiff.paths import PathText, expand_paths
@@ -59,7 +61,8 @@ class Subject:
         """Put the trigger word and the class name where a prompt names them in braces."""
         for name in ("{trigger_word}", "{trigger}"):
             prompt = prompt.replace(name, self.trigger_word)
-        return prompt.replace("{class_name}", self.class_name or "")
+        class_name = self.class_name or ""
+        return fit_article(prompt, class_name).replace("{class_name}", class_name)
 
     @property
     def name(self) -> str:
@@ -424,7 +427,7 @@ def parse_with_overrides(config_class: Any, arguments: Sequence[str] | None, pro
     """Parse a config with a field `adapter`; the overrides.yaml beside that file, if it is one, changes defaults."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = parse_config(config_class, arguments, prog=prog)
-    adapter = Path(config.adapter)
+    adapter = Path(locate(config.adapter))
     overrides = adapter.with_name("overrides.yaml")
     if adapter.is_file() and overrides.is_file():
         config = parse_config(config_class, ["--config", str(overrides), *arguments], prog=prog)

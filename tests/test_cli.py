@@ -40,7 +40,7 @@ def test_sample_draws_and_says_where(tiny_pipe_folder, tmp_path, capfd):
     assert main(["sample", *options]) == 0
     shown = capfd.readouterr()
     assert shown.out == f"the pictures, grid.png and manifest.json are in {tmp_path / 'out'}\n"
-    assert all("pictures:" in line for line in shown.err.split("\r") if line.strip())  # the progress bar
+    assert [line.split(" (")[0] for line in shown.err.splitlines()] == ["precision: float32", "images: 4 images"]
     assert len(list((tmp_path / "out").glob("*-seed*.png"))) == 4
 
 
@@ -98,17 +98,27 @@ def test_train_hands_its_config_over(monkeypatch, capsys):
 def test_demo_says_where_things_are_and_how_to_use_them(tiny_pipe, monkeypatch, tmp_path, capsys):
     tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv1"]))
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", trigger_phrase="sks mug")
-    report = {"concept": str(path), "file_bytes": 12345}
+    report = {
+        "similarity": {"base": 0.1, "concept": 0.7, "real": None},
+        "scene_accuracy": {"base": 1.0, "concept": 0.95},
+        **{"drift": 0.138, "file_bytes": 12345, "trained_numbers": 81, "total_seconds": 99, "train_seconds": 70.4},
+        **{"precision": "float32", "concept": str(path), "base": "samples/toybox-sd"},
+    }
     monkeypatch.setattr("atomdiff.demo.run_demo", lambda config: report)
     assert main(["demo", "--instance_data_dir", str(tmp_path), "--class_name", "mug"]) == 0
     shown = capsys.readouterr().out
-    assert f"{path} (12,345 bytes)" in shown and "before_after.png" in shown
-    code = [line.strip() for line in shown.splitlines() if line.startswith("    ")]
-    assert len(code) == 2
-    exec(
-        "\n".join(code).replace(").images", ", num_inference_steps=1).images"),
-        {"atomdiff": atomdiff, "pipe": tiny_pipe},
-    )
+    assert [line.split() for line in shown.splitlines()[:4]] == [
+        ["base", "concept", "between", "photos"],
+        ["similarity", "0.100", "0.700", "-"],
+        ["scenes", "right", "1.000", "0.950"],
+        ["drift", "0.138"],
+    ]
+    assert "12,345 bytes, 81 numbers" in shown and "99 s, 70 s of them training" in shown
+    assert str(path) in shown and str(tmp_path / "before_after.png") in shown
+    code = [line.strip() for line in shown.splitlines() if line.startswith("    ") and "pipe" in line]
+    assert len(code) == 2 and "from_pretrained('samples/toybox-sd')" in code[0]
+    exec(code[1].replace("guidance_scale=4", "num_inference_steps=1"), {"atomdiff": atomdiff, "pipe": tiny_pipe})
+    assert (tmp_path / "image.png").is_file()
 
 
 @pytest.mark.parametrize(
@@ -187,4 +197,4 @@ def test_the_script_splits_a_job_over_processes(tiny_pipe_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("are in") == 1
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["images"]) == 3
-    assert "2/2" in done.stderr and "3/3" not in done.stderr  # the main process drew two of three
+    assert done.stderr.count("images: 2 images") == 1  # the main process drew two of three

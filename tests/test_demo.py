@@ -1,21 +1,36 @@
 import json
+import re
 from pathlib import Path
 
 import pytest
 import yaml
 from PIL import Image
 
+from atomdiff import grid
 from atomdiff.cli import main
-from atomdiff.demo import DemoConfig, run_demo
+from atomdiff.demo import DemoConfig, draw_sheet, run_demo
 from atomdiff.errors import UserError
+from atomdiff.evaluate.concept import Exam
 
 ROOT = Path(__file__).parents[1]
 
 
+PHASES = [
+    "loading torch and diffusers",
+    "precision",
+    "loading the base samples/toybox-sd",
+    "encoding images",
+    "training",
+    "images by the base",
+    "images with the concept",
+    "judging the images",
+]
+
+
 @pytest.fixture
 def quick(tmp_path, monkeypatch):
-    """The demo's run with as few steps as there can be, started from the project's root."""
-    monkeypatch.chdir(ROOT)
+    """The demo's run with as few steps as there can be, started from an empty folder."""
+    monkeypatch.chdir(tmp_path)
     run = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     run |= {"max_train_steps": 2, "num_class_images": 2, "num_inference_steps": 2, "lr_warmup_steps": 1}
     run |= {"logging_steps": 1, "class_data_dir": str(tmp_path / "class")}
@@ -27,11 +42,18 @@ def quick(tmp_path, monkeypatch):
 def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     output = tmp_path / "demo"
     assert main(["demo", "--run", str(quick), "--output_dir", str(output)]) == 0
-    printed = capsys.readouterr().out
+    printed, phases = capsys.readouterr()
+    named = [line.split(":")[0] for line in phases.splitlines()]
+    assert named == PHASES and "\r" not in phases
     concept = output / "mug.atoms.safetensors"
     for path in (concept, output / "before_after.png", output / "training_curve.png", output / "report.json"):
         assert str(path) in printed and path.is_file()
-    assert f'atomdiff.load_atoms(pipe, "{concept}")' in printed
+    assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +0\.\d{3}\nscenes right .*\ndrift +0\.\d{3}\n", printed)
+    assert re.search(r"size +[\d,]+ bytes, [\d,]+ numbers\ntime +\d+ s, \d+ s of them training\nin +float32 ", printed)
+    first, second = (line.strip() for line in printed.splitlines()[-2:])
+    assert f'atomdiff.load_atoms(pipe, "{concept}")' in second
+    exec(f"{first}\n{second.replace('guidance_scale=4', 'num_inference_steps=2')}", {})
+    assert Image.open(output / "image.png").size == (64, 64)
     report = json.loads((output / "report.json").read_text())
     assert report["subject"] == "mug" and report["references"] == "unseen photos"
     assert report["file_bytes"] == concept.stat().st_size < 64_000
@@ -57,6 +79,32 @@ def test_any_method_objective_and_folder_go_the_same_way(quick, tmp_path):
     report = run_demo(config)
     assert report["subject"] == "my-photos" and report["references"] == "training photos"
     assert report["trained_numbers"] > 250_000
+
+
+def test_one_large_photo_of_a_class_without_a_word(quick, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    photo = Image.open(ROOT / "samples" / "subjects" / "robot" / "01.png").resize((1500, 1000))
+    photo.save(photos / "01.jpg")
+    options = ["--instance_data_dir", str(photos), "--class_name", "ogre", "--output_dir", str(tmp_path / "out")]
+    assert main(["demo", "--run", str(quick), *options]) == 0
+    printed, told = capsys.readouterr()
+    assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +-\n", printed)
+    assert "warning: the base has no word 'ogre'; give --class_name what comes closest of mug, " in told
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["similarity"]["real"] is None and report["similarity"]["gain"] is None
+    assert max(Image.open(tmp_path / "out" / "before_after.png").size) < 2500
+
+
+def test_the_sheet_names_an_umbrella(monkeypatch):
+    labels = []
+    monkeypatch.setattr(grid, "grid", lambda rows, beside, above: labels.extend(beside))
+    exam = Exam("umbrella", "sks", ("snow",), num_inference_steps=2, guidance_scale=1, seeds_per_scene=2)
+    pictures = [Image.new("RGB", (64, 64))] * 2
+    draw_sheet(pictures, exam, pictures, pictures)
+    assert labels[1] == 'the base: "an umbrella"'
+    assert "a photo of an umbrella on the beach" in exam.bystanders()
+    assert not any("a umbrella" in prompt for prompt in Exam("mug", "sks", (), 2, 1).bystanders())
 
 
 def test_a_missing_folder_is_one_clear_line(capsys):

@@ -50,6 +50,14 @@ def test_many_pictures_are_enlarged_less(monkeypatch):
     assert grid([[picture(RED, 16)]]).width > 192
 
 
+def test_sheets_of_large_pictures_stay_within_bounds(monkeypatch):
+    monkeypatch.setattr(atomdiff.grid, "SHEET_PIXELS", 100_000)
+    sheet = grid([[picture(RED, 200)] * 3, [picture(BLUE, 300)]])
+    left, top, right, bottom = boxes(sheet, BLUE)
+    assert abs((right - left) - (bottom - top)) <= 1 and 120 <= right - left <= 130  # 3 * 2 of them are 100,000 pixels
+    assert sheet.width * sheet.height < 130_000
+
+
 def test_labels_stand_beside_and_above_and_never_in_the_pictures():
     plain, labelled = grid([[picture(RED)] * 2] * 2), grid([[picture(RED)] * 2] * 2, ["one", "two"], ["left", "right"])
     assert labelled.width > plain.width and labelled.height > plain.height

@@ -3,23 +3,27 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
+from atomdiff.articles import with_article
+from atomdiff.bars import Bar
 from atomdiff.data import read_photos
 from atomdiff.evaluate.drift import drift
 from atomdiff.evaluate.fidelity import fidelity, mean_pairwise_similarity
 from atomdiff.evaluate.prompt_match import prompt_match
-from atomdiff.sample import generate
+from atomdiff.sample import draw_each
 from atomdiff.toybox.judge import Judge
 from atomdiff.toybox.places import PLACES
 
 Pictures = list[Image.Image]
 UNSEEN = "unseen"
 _OTHER_CLASSES = ("cat", "house", "boat", "fish", "umbrella")
+_BATCH = 12  # images at a time: larger batches are no faster, and the bar would stand still
 
 
 @dataclass(frozen=True)
@@ -48,19 +52,8 @@ class Exam:
     def bystanders(self) -> list[str]:
         """Prompts that do not name the concept: its class, and other classes, in all scenes of the world."""
         kinds = (self.class_name, *(kind for kind in _OTHER_CLASSES if kind != self.class_name))
-        return [f"a photo of a {kinds[i % len(kinds)]} {PLACES[scene][0]}" for i, scene in enumerate([*PLACES] * 2)]
-
-    def draw(self, pipe: Any, prompts: list[str]) -> Pictures:
-        """One picture a prompt, each from a seed of its own."""
-        return generate(
-            pipe,
-            prompts,
-            seeds=range(self.first_seed, self.first_seed + len(prompts)),
-            num_inference_steps=self.num_inference_steps,
-            guidance_scale=self.guidance_scale,
-            batch_size=len(prompts),
-            progress=False,
-        )
+        subjects = [with_article(kind) for kind in kinds]
+        return [f"a photo of {subjects[i % len(kinds)]} {PLACES[scene][0]}" for i, scene in enumerate([*PLACES] * 2)]
 
 
 @dataclass(frozen=True)
@@ -71,9 +64,23 @@ class Answers:
     bystanders: Pictures
 
 
-def sit(exam: Exam, pipe: Any, subject: str) -> Answers:
-    """Let a pipeline, with or without a concept in it, draw the exam."""
-    return Answers(exam.draw(pipe, exam.prompts(subject)), exam.draw(pipe, exam.bystanders()))
+def sit(exam: Exam, pipe: Any, subject: str, phase: str = "images", precision: Any = None) -> Answers:
+    """Let a pipeline, with or without a concept in it, draw the exam, each picture from a seed of its own.
+
+    Args:
+        exam: the prompts.
+        pipe: the pipeline.
+        subject: what the prompts name, such as "sks mug" or "a mug".
+        phase: name of the progress bar.
+        precision: a context manager such as autocast to draw in.
+    """
+    named, unrelated = exam.prompts(subject), exam.bystanders()
+    prompts = [*named, *unrelated]
+    seeds = [exam.first_seed + number for group in (named, unrelated) for number in range(len(group))]
+    settings: dict[str, Any] = {"num_inference_steps": exam.num_inference_steps, "guidance_scale": exam.guidance_scale}
+    with precision or nullcontext():
+        pictures = list(Bar(draw_each(pipe, prompts, seeds, _BATCH, **settings), phase, len(prompts), unit="images"))
+    return Answers(pictures[: len(named)], pictures[len(named) :])
 
 
 def unseen_scenes(judge: Judge, photos: Pictures) -> tuple[str, ...]:
@@ -98,24 +105,28 @@ def score(exam: Exam, judge: Judge, references: Pictures, base: Answers, concept
 
     Returns:
         similarity: `base`, `concept`: mean cosine similarity to the reference photos; `real`: of those to each other;
-            `gain`: the concept's share of the way from base to real.
+            `gain`: the concept's share of the way from base to real. A single photo leaves the last two None.
         scene_accuracy: share of pictures whose scene the judge recognises, `base` and `concept`.
         drift: root mean square distance, 0 to 1, of the bystanders' pictures from the base's.
     """
     embed: Callable[[Pictures], Any] = judge.embed
     real = embed(references)
-    similarity = {
-        "base": fidelity(embed(base.subject), real),
-        "concept": fidelity(embed(concept.subject), real),
-        "real": mean_pairwise_similarity(real),
-    }
-    similarity["gain"] = (similarity["concept"] - similarity["base"]) / (similarity["real"] - similarity["base"])
+
+    def near(pictures: Pictures) -> float:
+        return fidelity(embed(pictures), real)
+
+    similarity: dict[str, float | None] = {"base": near(base.subject), "concept": near(concept.subject)}
+    similarity |= {"real": None, "gain": None}
+    if len(references) > 1:
+        between = mean_pairwise_similarity(real)
+        way = between - near(base.subject)
+        similarity |= {"real": between, "gain": (near(concept.subject) - near(base.subject)) / way if way else None}
     scenes = {
         name: prompt_match(judge.classify(answers.subject)["scene"], exam.rows)
         for name, answers in (("base", base), ("concept", concept))
     }
     return {
-        "similarity": {name: round(value, 4) for name, value in similarity.items()},
+        "similarity": {name: None if value is None else round(value, 4) for name, value in similarity.items()},
         "scene_accuracy": {name: round(value, 4) for name, value in scenes.items()},
         "drift": round(drift(base.bystanders, concept.bystanders), 4),
     }

@@ -10,6 +10,7 @@ from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+from atomdiff.assets import locate
 from atomdiff.toybox.places import PLACES
 from atomdiff.toybox.scenes import CLASSES, COLOURS, PICTURE_SIZE
 from atomdiff.toybox.shapes import PATTERNS
@@ -128,4 +129,4 @@ def assemble(
 
 def load_toybox(folder: str | Path = "samples/toybox-sd") -> StableDiffusionPipeline:
     """The pretrained base in float32."""
-    return StableDiffusionPipeline.from_pretrained(folder)
+    return StableDiffusionPipeline.from_pretrained(locate(str(folder)))

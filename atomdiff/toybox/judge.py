@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atomdiff.assets import ASSETS
 from atomdiff.atomic import new_folder
 from atomdiff.toybox.scenes import CLASSES, COLOURS, PICTURE_SIZE, SCENES
 from atomdiff.toybox.shapes import PATTERNS
@@ -23,7 +24,7 @@ LABELS: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "pattern": tuple(PATTERNS),
 }
-JUDGE_FOLDER = Path(__file__).parents[2] / "samples" / "toybox-judge"
+JUDGE_FOLDER = ASSETS / "samples" / "toybox-judge"
 
 
 class _Residual(nn.Module):

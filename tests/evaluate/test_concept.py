@@ -64,3 +64,9 @@ def test_forgotten_scenes_are_seen(judge):
     subject = SUBJECTS["mug"]
     base, forgetful = answers(subject), answers(subject, scenes=("snow",))
     assert score(EXAM, judge, views(subject, 4, seed=2), base, forgetful)["scene_accuracy"]["concept"] == 0.5
+
+
+def test_a_single_photo_to_compare_with_leaves_open_how_alike_photos_are(judge):
+    base, perfect = answers(SUBJECTS["cat"]), answers(SUBJECTS["mug"])
+    similarity = score(EXAM, judge, views(SUBJECTS["mug"], 1, seed=9), base, perfect)["similarity"]
+    assert similarity["base"] < similarity["concept"] and similarity["real"] is similarity["gain"] is None

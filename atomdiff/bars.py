@@ -1,0 +1,42 @@
+"""What programs show of phases that take long: a bar on a terminal, one line in a log."""
+
+import sys
+from collections.abc import Iterable
+from typing import Any
+
+from tqdm import tqdm
+
+
+def say(phase: str) -> None:
+    """Name a phase whose progress cannot be counted, such as loading."""
+    print(phase, file=sys.stderr, flush=True)
+
+
+class Bar(tqdm):  # type: ignore[misc]
+    """tqdm's bar where errors go to a terminal; elsewhere one line that names the phase and what it counts.
+
+    Args:
+        iterable: What to count; None: count with `update`.
+        desc: What the phase does.
+        total: How many there are, if the iterable cannot tell.
+        unit: What is counted, in the plural.
+        disable: Show nothing at all, as on other processes than the first.
+        **options: Of tqdm.
+    """
+
+    def __init__(
+        self,
+        iterable: Iterable[Any] | None = None,
+        desc: str = "",
+        total: int | None = None,
+        *,
+        unit: str = "steps",
+        disable: bool = False,
+        **options: Any,
+    ) -> None:
+        terminal = sys.stderr.isatty()
+        if not disable and not terminal:
+            count = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None  # type: ignore[arg-type]
+            done = f", {options['initial']} of them done" if options.get("initial") else ""
+            say(desc if count is None else f"{desc}: {count} {unit}{done}")
+        super().__init__(iterable, desc, total, unit=f" {unit}", disable=disable or not terminal, **options)
