@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from atomdiff.errors import UserError
 from atomdiff.pipeline import merge, pipeline_models, restore
 from atomdiff.tuner import attach
-from atomdiff.tuner.lean import SUPPORTED
+from atomdiff.tuner.stateless import PLAIN
 
 _PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")  # a model that has these saves its adapters only
 
@@ -55,7 +55,7 @@ def layer_differences(pipe: Any) -> Iterator[LayerDifference]:
                 raise UserError(f"{component}.{path} cannot be merged, and so not exported: {error}") from error
             if not any(difference.any() for difference in parameters.values()):
                 continue
-            if not isinstance(base, SUPPORTED):
+            if not isinstance(base, PLAIN):
                 raise UserError(
                     f"the concept changes {component}.{path}, a {type(base).__name__}, and other programs read changes "
                     "of Linear and convolutions only: use --to pipeline"

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+import threading
+import warnings
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -13,10 +15,12 @@ from atomdiff.active import read_strengths
 from atomdiff.errors import UserError
 from atomdiff.pipeline import denoiser_name, pipeline_models
 from atomdiff.strength import StepSchedule, Strength, before_calls
+from atomdiff.threads import ThisThread
 from atomdiff.tuner import attach
 from atomdiff.tuner.layer import Batch
 
 Row = str | Mapping[str, Any] | None
+_LOCK = threading.Lock()  # of what several threads do to one pipeline
 
 
 @contextmanager
@@ -24,12 +28,16 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
     """Draw one batch in which every prompt has its own concepts; weights stay as they are.
 
     Call the pipeline with one prompt a row. Guidance and `num_images_per_prompt` work as ever. Trigger words are the
-    loaded concepts' own, so two concepts with the same word are loaded with different ones.
+    loaded concepts' own, so two concepts with the same word are loaded with different ones. Only the thread that opens
+    it mixes: others generate as before, or mix rows of their own.
 
     Args:
         pipe: a pipeline with the concepts loaded, of any variant of atoms; merged or not.
         rows: for each prompt the name of its concept, a mapping name -> strength as `set_active` takes it, or None for
             the bare base.
+
+    Warns:
+        UserWarning: the models were called in other threads only.
 
     Raises:
         UserError: there is no such concept, or it is none of atoms; or, in the pipeline's call, there is not one prompt
@@ -45,12 +53,10 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
     for model in models.values():
         _refuse_others(model, {name for row in wanted for name in row})
     with ExitStack() as undo:
-        if "_guidance_scale" in vars(pipe):  # of an earlier call, which says nothing about calls of the model itself
-            undo.callback(vars(pipe).setdefault, "_guidance_scale", vars(pipe).pop("_guidance_scale"))
         if (schedule := pipe.__dict__.get("_atomdiff_schedule")) is not None:
-            schedule.paused = True  # it would write weights that no row wears
-            undo.callback(setattr, schedule, "paused", False)
-        noted = undo.enter_context(_noted_latents(pipe))
+            schedule.paused.value = True  # it would write weights that no row wears
+            undo.callback(setattr, schedule.paused, "value", None)
+        noted, calls = undo.enter_context(_noted_latents(pipe)), _Calls()
         for part, model in models.items():
             layers, batch = attach.atom_layers(model), Batch(len(wanted))
             undo.callback(_end, layers)
@@ -62,12 +68,42 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
 
             mix(0.0 if part == denoiser else None)
             if part == denoiser:
-                undo.callback(before_calls(pipe.components[part], partial(_count_images, batch, pipe, noted)))
+                check = calls.here(partial(_count_images, batch, pipe, noted))
+                undo.callback(before_calls(pipe.components[part], check))
             elif layers or part.startswith("text_encoder"):
-                undo.callback(before_calls(pipe.components[part], partial(_check_prompts, batch)))
+                undo.callback(before_calls(pipe.components[part], calls.here(partial(_check_prompts, batch))))
             if part == denoiser and any(strength.steps for row in wanted for strength in row.values()):
-                undo.callback(StepSchedule(pipe, pipe.components[part], mix).remove)
+                schedule = StepSchedule(pipe, pipe.components[part], mix, calls.here)
+                undo.callback(schedule.remove)
         yield
+        calls.check()
+
+
+class _Calls:
+    """Tells the calls of the thread that mixes from those of others."""
+
+    def __init__(self) -> None:
+        self._thread = threading.get_ident()
+        self._threads: set[int] = set()
+
+    def here(self, hook: Callable[..., None]) -> Callable[..., None]:
+        """A hook that acts in this thread only."""
+
+        def run(*args: Any) -> None:
+            self._threads.add(threading.get_ident())
+            if threading.get_ident() == self._thread:
+                hook(*args)
+
+        return run
+
+    def check(self) -> None:
+        """Warn if all calls came from other threads, whose rows were not mixed."""
+        if self._threads and self._thread not in self._threads:
+            warnings.warn(
+                "the pipeline was called in other threads than that of its mixed_batch only, and no rows were mixed: "
+                "open mixed_batch in the thread that generates",
+                stacklevel=5,
+            )
 
 
 def _strengths(pipe: Any, row: Row) -> dict[str, Strength]:
@@ -79,25 +115,51 @@ def _end(layers: Mapping[str, Any]) -> None:
         layer.rows = None
 
 
-@contextmanager
-def _noted_latents(pipe: Any) -> Iterator[list[int]]:
-    """Note how many latents the pipeline makes, one an image, before guidance makes groups of them: two, or more."""
-    noted: list[int] = []
-    own = {key: value for key, value in vars(pipe).items() if key == "prepare_latents"}
-    prepare: Any = getattr(pipe, "prepare_latents", None)
+class _Watch:
+    """Notes, for each thread, how many latents a pipeline makes, one an image, before guidance makes groups of them."""
 
-    def note(*args: Any, **kwargs: Any) -> Any:
-        made = prepare(*args, **kwargs)
-        noted[:] = [len(made[0] if isinstance(made, tuple) else made)]
-        return made
+    of: dict[int, _Watch] = {}
 
-    try:
+    def __init__(self, pipe: Any) -> None:
+        self.noted, self.users, self._pipe = ThisThread(), 0, pipe
+        # The guidance of an earlier call says nothing about calls of the model itself.
+        kept = ("prepare_latents", "_guidance_scale")
+        self._own = {key: vars(pipe).pop(key) for key in kept if key in vars(pipe)}
+        prepare = self._own.get("prepare_latents", getattr(pipe, "prepare_latents", None))
+
+        def note(*args: Any, **kwargs: Any) -> Any:
+            made = prepare(*args, **kwargs)
+            if (noted := self.noted.value) is not None:
+                noted[:] = [len(made[0] if isinstance(made, tuple) else made)]
+            return made
+
         if callable(prepare):
             vars(pipe)["prepare_latents"] = note
+
+    def remove(self) -> None:
+        """Give the pipeline back what it had."""
+        vars(self._pipe).pop("prepare_latents", None)
+        vars(self._pipe).update({key: self._own[key] for key in self._own if key not in vars(self._pipe)})
+
+
+@contextmanager
+def _noted_latents(pipe: Any) -> Iterator[list[int]]:
+    """Note how many latents the pipeline makes in this thread: two groups of them with guidance, or more."""
+    noted: list[int] = []
+    with _LOCK:
+        watch = _Watch.of.get(id(pipe)) or _Watch(pipe)
+        _Watch.of[id(pipe)] = watch
+        watch.users += 1
+    try:
+        watch.noted.value = noted
         yield noted
     finally:
-        vars(pipe).pop("prepare_latents", None)
-        vars(pipe).update(own)
+        watch.noted.value = None
+        with _LOCK:
+            watch.users -= 1
+            if not watch.users:
+                del _Watch.of[id(pipe)]
+                watch.remove()
 
 
 def _count_images(

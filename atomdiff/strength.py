@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 import sys
+import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -11,6 +12,10 @@ from typing import Any
 import numpy as np
 
 from atomdiff.errors import UserError
+from atomdiff.threads import ThisThread
+
+Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_LOCK = threading.Lock()  # of what several threads do to one model
 
 _PARTS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 _EXPECTED = (
@@ -109,16 +114,22 @@ def given_strengths(
 class StepSchedule:
     """Calls a function with the share of the denoising steps done, before each step at which it changes."""
 
-    def __init__(self, pipe: Any, denoiser: Any, apply: Callable[[float], None]) -> None:
-        self.paused = False
+    def __init__(
+        self,
+        pipe: Any,
+        denoiser: Any,
+        apply: Callable[[float], None],
+        when: Callable[[Hook], Hook] = lambda hook: hook,
+    ) -> None:
+        self.paused = ThisThread()  # calls of a thread whose value is true are passed over
         self._pipe, self._apply = pipe, apply
         self._last: float | None = None
-        self.remove = before_calls(denoiser, self._before)
+        self.remove = before_calls(denoiser, when(self._before))
 
     def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         steps = getattr(self._pipe.scheduler, "timesteps", None)
-        if self.paused or timestep is None or steps is None or len(steps) == 0:
+        if self.paused.value or timestep is None or steps is None or len(steps) == 0:
             return
         now = float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
         scales = 1, self._pipe.scheduler.config.get("num_train_timesteps", 1)  # some transformers get them from 0 to 1
@@ -129,25 +140,40 @@ class StepSchedule:
             self._apply(progress)
 
 
-def before_calls(model: Any, hook: Callable[[Any, tuple[Any, ...], dict[str, Any]], None]) -> Callable[[], None]:
+def before_calls(model: Any, hook: Hook) -> Callable[[], None]:
     """Call a function before each call of a model, given the model, arguments and keywords; the result ends that.
 
     Code compiled by `model.compile()` has hooks within it; the function is called before it, and nothing is recompiled.
     """
-    compiled = model._compiled_call_impl
-    if compiled is None:
+    if model._compiled_call_impl is None:
         remove: Callable[[], None] = model.register_forward_pre_hook(hook, with_kwargs=True).remove
         return remove
-
-    def call(*args: Any, **kwargs: Any) -> Any:
-        hook(model, args, kwargs)
-        return compiled(*args, **kwargs)
+    with _LOCK:
+        if not isinstance(model._compiled_call_impl, _HooksBefore):
+            model._compiled_call_impl = _HooksBefore(model, model._compiled_call_impl)
+        before = model._compiled_call_impl
+        before.hooks = (*before.hooks, hook)
 
     def undo() -> None:
-        model._compiled_call_impl = compiled
+        with _LOCK:
+            before.hooks = tuple(each for each in before.hooks if each is not hook)
+            if not before.hooks and model._compiled_call_impl is before:
+                model._compiled_call_impl = before.compiled
 
-    model._compiled_call_impl = call
     return undo
+
+
+class _HooksBefore:
+    """Compiled code with functions that are called before it."""
+
+    def __init__(self, model: Any, compiled: Callable[..., Any]) -> None:
+        self.model, self.compiled = model, compiled
+        self.hooks: tuple[Hook, ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        for hook in self.hooks:
+            hook(self.model, args, kwargs)
+        return self.compiled(*args, **kwargs)
 
 
 def _is_number(value: Any) -> bool:

@@ -13,7 +13,7 @@ from einops import rearrange
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
-from torch.func import functional_call, vmap
+from torch.func import vmap
 
 from atomdiff.atoms import (
     Change,
@@ -26,7 +26,8 @@ from atomdiff.atoms import (
     write_adapted,
 )
 from atomdiff.sparse import sparse_atoms, sparse_codes
-from atomdiff.tuner import kept, lean, taps
+from atomdiff.threads import ThisThread
+from atomdiff.tuner import kept, lean, stateless, taps
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.register import PREFIX
@@ -83,12 +84,11 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     adapter_layer_names = tuple(map(attribute, TRAINED_KINDS))
     other_param_names = (*map(attribute, BASIS_KINDS), "settings", "factors", "scaling")
     base_layer: nn.Module
-    rows: tuple[Batch, list[Change]] | None
     holds_merged: bool
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self.rows = None  # while a batch is mixed
+        self._rows = ThisThread()  # while it mixes a batch
         self.holds_merged = False  # by no adapter, too; compiled code would look at the length of a list
         self.written: dict[str, float] | None = None  # adapter -> weight, with which it was merged
         self.base_layer = base_layer
@@ -110,6 +110,16 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             if name == "base_layer" or name.startswith("_"):
                 raise
             return getattr(self.base_layer, name)
+
+    @property
+    def rows(self) -> tuple[Batch, list[Change]] | None:
+        """The batch that this thread mixes, with the changes of each row; None: it mixes none."""
+        mixed: tuple[Batch, list[Change]] | None = self._rows.value
+        return mixed
+
+    @rows.setter
+    def rows(self, mixed: tuple[Batch, list[Change]] | None) -> None:
+        self._rows.value = mixed
 
     @property
     def kept_base_weight(self) -> Tensor | None:
@@ -169,9 +179,12 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def adapted_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight changed by these adapters, each times its weight; like the base weight in all else."""
-        weight = self.unmerged_weight()
+        return self._adapt(self.unmerged_weight(), {name: self.scaling[name] for name in adapter_names})
+
+    def _adapt(self, weight: Tensor, weights: Mapping[str, float]) -> Tensor:
+        """A weight changed by adapters, each times its weight."""
         with torch.autocast(weight.device.type, enabled=False):  # bfloat16 would blur the small matrices
-            return adapt_weight(weight, self._changes({name: self.scaling[name] for name in adapter_names}))
+            return adapt_weight(weight, self._changes(weights))
 
     def tensors(self, kind: str) -> Any:
         """The tensors of a kind, by adapter."""
@@ -223,8 +236,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the adapted weight where adapters are active."""
-        if self.rows is not None:
-            return self._forward_rows(*self.rows, x, *args, **kwargs)
+        if (mixed := self.rows) is not None:
+            return self._forward_rows(*mixed, x, *args, **kwargs)
         if self.holds_merged and not self.disable_adapters:  # no look at names: compiled code outlives a switch
             return self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -232,27 +245,47 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         names = [name for name in self.active_adapters if self.scaling.get(name)]
         if self.disable_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
-        if lean.fits(self.base_layer, x, *args, *kwargs):
+        base = cast(Any, self.base_layer)
+        if not stateless.is_plain(base):
+            weights = {name: self.scaling[name] for name in names}
+            return self._call_with(lambda weight: self._adapt(weight, weights), None, x, *args, **kwargs)
+        if lean.fits(base, x, *args, *kwargs):
             changes = self._changes({name: self.scaling[name] for name in names})
-            return lean.call(self.base_layer, self.unmerged_weight(), changes, x)
-        weights = {self._weight_path(): self.adapted_weight(names)}
-        return functional_call(self.base_layer, weights, (x, *args), kwargs)
+            return lean.call(base, self.unmerged_weight(), changes, x)
+        return stateless.call(base, self.adapted_weight(names), base.bias, x, *args, **kwargs)
 
     def _forward_rows(self, batch: Batch, changes: list[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward with a weight for each row; all rows share one product."""
+        base = cast(Any, self.base_layer)
+
+        def adapt(weight: Tensor) -> Tensor:
+            with torch.autocast(weight.device.type, enabled=False):
+                return adapt_weight_by_row(weight, changes)
+
+        def by_row(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, adapted: Tensor) -> Tensor:
+            return cast(Tensor, batch.join(vmap(call)(batch.split(x), adapted)))
+
+        if not stateless.is_plain(base):
+            if not changes:
+                return self._call_with(lambda weight: weight, None, x, *args, **kwargs)
+            return self._call_with(adapt, by_row, x, *args, **kwargs)
         weight = self.unmerged_weight()
         if not changes:
-            weights = {self._weight_path(): weight}
-            return functional_call(self.base_layer, weights, (x, *args), kwargs)
-        if not (args or kwargs) and taps.pays(self.base_layer, changes, x.numel() // (x.shape[1] * batch.rows)):
-            return batch.join(taps.convolve(cast(nn.Conv2d, self.base_layer), weight, changes, batch.split(x)))
-        with torch.autocast(weight.device.type, enabled=False):
-            adapted = adapt_weight_by_row(weight, changes)
+            return stateless.call(base, weight, base.bias, x, *args, **kwargs)
+        if not (args or kwargs) and taps.pays(base, changes, x.numel() // (x.shape[1] * batch.rows)):
+            return batch.join(taps.convolve(base, weight, changes, batch.split(x)))
+        return by_row(lambda x, row: stateless.call(base, row, base.bias, x, *args, **kwargs), x, adapt(weight))
 
-        def call(of_row: Tensor, x: Tensor) -> Any:
-            return functional_call(self.base_layer, {self._weight_path(): of_row}, (x, *args), kwargs)
+    def _call_with(self, adapt: Callable[[Tensor], Tensor], by_row: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
+        """The base module's own call, in which what `adapt` makes of the unmerged weight takes the weight's place."""
 
-        return batch.join(vmap(call)(adapted, batch.split(x)))
+        def of_base(weight: Tensor) -> Tensor:
+            return adapt(self.unmerged_weight().to(weight) if self.holds_merged else weight)
+
+        with stateless.OtherWeight(self.get_base_layer(), of_base, by_row) as other:
+            result = self.base_layer(x, *args, **kwargs)
+        other.check()
+        return result
 
     @torch.no_grad()
     def mix(self, batch: Batch, rows: Sequence[Mapping[str, float]]) -> None:
@@ -383,13 +416,6 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         codes = self.codes(name, factor)
         matrix = update_matrix(self.tensors(f"{factor.kind}_basis")[name], delta) if codes is None else delta
         return Change(factor.view, matrix, codes)
-
-    def _weight_path(self) -> str:
-        """Path of the weight below `base_layer`, through the layers of other methods."""
-        path, module = "weight", cast(Any, self.base_layer)
-        while isinstance(module, BaseTunerLayer):
-            path, module = f"base_layer.{path}", cast(Any, module).base_layer
-        return path
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base weight's device, in float32 whatever the base's dtype."""

@@ -12,43 +12,33 @@ import torch
 from einops import rearrange
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
-from torch.func import functional_call
 from torch.nn.modules.conv import _ConvNd
 
 from atomdiff.atoms import Change, MatrixGradients, adapted_like, parts_of
 from atomdiff.blocks import Block, View, as_kernels
-from atomdiff.tuner import taps
+from atomdiff.tuner import stateless, taps
 
 _NUMBERS_AT_ONCE = 1 << 21  # of a weight: parts that a CPU was fast with, in memory that it has at hand
 _FEW = 128  # positions
 
-SUPPORTED = (
-    nn.Conv1d,
-    nn.Conv2d,
-    nn.Conv3d,
-    nn.ConvTranspose1d,
-    nn.ConvTranspose2d,
-    nn.ConvTranspose3d,
-    nn.Linear,
-)
-
 
 def fits(module: nn.Module, x: Tensor, *more: Any) -> bool:
-    """Whether `call` can take the place of a module's own call: a frozen layer of PyTorch's own, padded with zeros.
+    """Whether `call` can take the place of a plain module's own call: a frozen layer, padded with zeros.
 
     Args:
-        module: the module.
+        module: one that `stateless.is_plain`.
         x: what it is called with.
         *more: further arguments of the call, such as the output size of a transposed convolution.
     """
-    if not taps.is_plain(module, SUPPORTED) or more or torch.compiler.is_compiling():
+    if more or torch.compiler.is_compiling():
         return False
-    same = x.dtype == cast(Tensor, module.weight).dtype or torch.is_autocast_enabled(x.device.type)
-    if not (same and x.is_floating_point() and x.ndim >= cast(Tensor, module.weight).ndim):  # batched, and no mistake
+    weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
+    same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    if not (same and x.is_floating_point() and x.ndim >= weight.ndim):  # batched, and no mistake
         return False
     if isinstance(module, _ConvNd) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
         return False
-    return not any(parameter.requires_grad for parameter in module.parameters())
+    return not (weight.requires_grad or (bias is not None and bias.requires_grad))
 
 
 def call(module: nn.Module, weight: Tensor, changes: Sequence[Change], x: Tensor) -> Tensor:
@@ -109,10 +99,7 @@ class _AdaptedWeight(torch.autograd.Function):
         adapted = adapted_like(weight, ctx.changes, x.dtype)
         if by_taps:
             return _output(module, adapted.flatten(1) @ _columns(module, x).flatten(0, 2), x)
-        tensors = {"weight": adapted}
-        if module.bias is not None:
-            tensors["bias"] = module.bias.to(x.dtype)
-        return functional_call(module, tensors, (x,))
+        return stateless.call(module, adapted, None if module.bias is None else module.bias.to(x.dtype), x)
 
     @staticmethod
     @once_differentiable

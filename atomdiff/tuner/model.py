@@ -23,8 +23,8 @@ from torch import nn
 from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.layer import AtomLayer
-from atomdiff.tuner.lean import SUPPORTED
 from atomdiff.tuner.register import PREFIX
+from atomdiff.tuner.stateless import PLAIN
 
 ATTENTION_PROJECTIONS = re.compile(
     r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|query|key|value|attention\.output\.dense"
@@ -143,8 +143,8 @@ def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
     found = {}
     for name, module in modules.items():
         kind, weight = type(module).__name__, weights[name]
-        if not isinstance(module, SUPPORTED):
-            names = ", ".join(supported.__name__ for supported in SUPPORTED)
+        if not isinstance(module, PLAIN):
+            names = ", ".join(supported.__name__ for supported in PLAIN)
             found[name] = f"{name} is a {kind}; atoms adapt {names}: leave it out of target_modules"
         elif weight is None:
             found[name] = f"the weight of {name} ({kind}) comes from a parametrization, where atoms cannot act"

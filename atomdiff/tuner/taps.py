@@ -12,6 +12,7 @@ from torch.nn import functional
 
 from atomdiff.atoms import Change, multiply_by_row
 from atomdiff.blocks import View
+from atomdiff.tuner.stateless import is_plain
 
 
 def pays(module: nn.Module, changes: Sequence[Change], positions: int) -> bool:
@@ -41,12 +42,6 @@ def are_separable(changes: Sequence[Change]) -> bool:
     """Whether kernels, and the channels of blocks of one size, are all that changes, and without codes."""
     blocks = {change.view for change in changes} - {View()}
     return len(blocks) <= 1 and not any(view.whole for view in blocks) and all(c.codes is None for c in changes)
-
-
-def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]]) -> bool:
-    """Whether a call of the module does what PyTorch's own layer of one of these kinds does, and nothing more."""
-    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
-    return type(module) in kinds and "forward" not in vars(module) and not any(hooks)
 
 
 def mixed(taps: Tensor, matrix: Tensor) -> Tensor:

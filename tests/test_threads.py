@@ -1,0 +1,205 @@
+"""Two threads on one model: each image is the one that it would be alone, and every bit of the base is back."""
+
+import copy
+import threading
+
+import pytest
+import torch
+from diffusers import StableDiffusionPipeline
+from peft import LoraConfig
+
+import atomdiff
+from atomdiff.errors import UserError
+from atomdiff.pipeline import pipeline_models
+from atomdiff.threads import ThisThread
+from atomdiff.tuner import AtomConfig, attach
+
+ROUNDS = 6
+CONFIGS = {
+    "a": AtomConfig(channel_block=4, target_modules="all"),
+    "b": AtomConfig(channel_block=1, target_modules="conv"),
+}
+
+
+def add(pipe, name, config, parts=("unet",), seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    for part in parts:
+        model = pipe.components[part]
+        model.add_adapter(copy.deepcopy(config), adapter_name=name)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.endswith(f".{name}") or f".{name}." in key:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
+        model.requires_grad_(False)
+
+
+@pytest.fixture
+def pipe(pipe_template):
+    pipe = copy.deepcopy(pipe_template)
+    pipe.set_progress_bar_config(disable=True)
+    before = bits(pipe)
+    add(pipe, "a", CONFIGS["a"])
+    add(pipe, "a", AtomConfig(channel_block=2, target_modules="attention"), ("text_encoder",))
+    add(pipe, "b", CONFIGS["b"], seed=1)
+    for model in (pipe.unet, pipe.text_encoder):
+        attach.activate(model, ["a"])
+    yield pipe
+    atomdiff.unload_atoms(pipe)
+    after = bits(pipe)
+    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+
+
+def bits(pipe):
+    return {
+        f"{part}.{key}": tensor.detach().clone()
+        for part, model in pipeline_models(pipe).items()
+        for key, tensor in model.state_dict().items()
+    }
+
+
+def together(*calls, rounds=ROUNDS):
+    """What each function gives, called so many times, all at the same time."""
+    results, errors = [[] for _ in calls], []
+    start = threading.Barrier(len(calls))
+
+    def run(call, results):
+        try:
+            start.wait()
+            for _ in range(rounds):
+                results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(calls, results, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results
+
+
+def predict(pipe, count, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    latents, text = torch.randn(count, 4, 8, 8, generator=generator), torch.randn(count, 7, 32, generator=generator)
+    with torch.no_grad():
+        return pipe.unet(latents, 500, encoder_hidden_states=text).sample
+
+
+def draw(pipe, prompts, seed=0):
+    latents = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
+    return pipe(prompts, latents=latents, num_inference_steps=2, guidance_scale=4.0, output_type="latent").images
+
+
+def assert_all(results, expected):
+    assert len(results) == ROUNDS and all(torch.equal(result, expected) for result in results)
+
+
+def hooked(pipe):
+    """Layers that are not plain: hooks of others, and layers of another method around."""
+    for place, module in enumerate(list(pipe.unet.modules())):
+        if type(module) in (torch.nn.Conv2d, torch.nn.Linear) and place % 2:
+            module.register_forward_hook(lambda module, inputs, output: output + 1e-3)
+
+
+UNDER = {
+    "unmerged": lambda pipe: None,
+    "hooked": hooked,
+    "below another method": lambda pipe: (
+        add(pipe, "lora", LoraConfig(r=2, target_modules=["to_q", "conv1"])),
+        pipe.unet.set_adapters(["a", "lora"]),
+    ),
+    "merged": atomdiff.merge,
+    "written": lambda pipe: atomdiff.set_active(pipe, {"a": 0.5, "b": 1.0}, keep_base="cpu"),
+    "disabled": lambda pipe: (atomdiff.merge(pipe), pipe.disable_lora()),
+}
+
+
+@pytest.mark.parametrize("under", UNDER)
+def test_two_threads_on_one_unet(pipe, under):
+    UNDER[under](pipe)
+    expected = [predict(pipe, 2, seed) for seed in (0, 1)]
+    for results, alone in zip(together(*[lambda s=s: predict(pipe, 2, s) for s in (0, 1)]), expected, strict=True):
+        assert_all(results, alone)
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_two_pipelines_over_one_unet_and_text_encoder(pipe, merged):
+    other = StableDiffusionPipeline(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    other.set_progress_bar_config(disable=True)
+    if merged:
+        atomdiff.merge(pipe)
+    expected = [draw(pipe, ["a red mug"]), draw(other, ["a cat", "a robot"], 1)]
+    found = together(lambda: draw(pipe, ["a red mug"]), lambda: draw(other, ["a cat", "a robot"], 1), rounds=3)
+    for results, alone in zip(found, expected, strict=True):
+        assert all(torch.equal(result, alone) for result in results)
+
+
+def mixing(pipe, rows, seed):
+    def call():
+        with atomdiff.mixed_batch(pipe, rows):
+            return predict(pipe, len(rows), seed)
+
+    return call
+
+
+ROWS = ["a", None, {"a": 0.5, "b": 1.0}], ["b", {"b": -0.5}]
+
+
+@pytest.mark.parametrize("under", ["unmerged", "hooked", "written"])
+def test_each_thread_mixes_rows_of_its_own_or_none(pipe, under):
+    UNDER[under](pipe)
+    calls = [mixing(pipe, ROWS[0], 0), mixing(pipe, ROWS[1], 1), lambda: predict(pipe, 2, 2)]
+    expected = [call() for call in calls]
+    before = sorted(vars(pipe))
+    for results, alone in zip(together(*calls), expected, strict=True):
+        assert_all(results, alone)
+    assert sorted(vars(pipe)) == before and not pipe.unet._forward_pre_hooks
+
+
+def test_rows_with_schedules_in_two_threads(pipe):
+    other = StableDiffusionPipeline(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
+    other.set_progress_bar_config(disable=True)
+    rows = [{"a": {"steps": {0: 1, 1: 0.1}}}, None], [{"b": {"weight": 2, "steps": {0: 0, 1: 1}}}, "a"]
+
+    def call(pipe, rows, seed):
+        with atomdiff.mixed_batch(pipe, rows):
+            return draw(pipe, ["a red mug", "a cat"], seed)
+
+    expected = [call(pipe, rows[0], 0), call(other, rows[1], 1)]
+    found = together(lambda: call(pipe, rows[0], 0), lambda: call(other, rows[1], 1), rounds=3)
+    for results, alone in zip(found, expected, strict=True):
+        assert all(torch.equal(result, alone) for result in results)
+
+
+def test_a_batch_that_only_another_thread_draws_is_told(pipe):
+    with pytest.warns(UserWarning, match="called in other threads than that of its mixed_batch only"):
+        with atomdiff.mixed_batch(pipe, ["a", None]):
+            together(lambda: predict(pipe, 2), rounds=1)
+
+
+def test_compiled_models_of_two_threads(pipe):
+    torch._dynamo.reset()
+    calls = [mixing(pipe, ROWS[0][::2], 0), mixing(pipe, ROWS[1], 1), lambda: predict(pipe, 2, 2)]
+    expected = [call() for call in calls]
+    compiled = pipe.unet.conv_in, pipe.unet.conv_out
+    for layer in compiled:
+        layer.compile(backend="eager", fullgraph=True)
+    for call, alone in zip(calls, expected, strict=True):  # one after the other: the compiler itself is not for threads
+        torch.testing.assert_close(together(call, rounds=1)[0][0], alone, atol=1e-5, rtol=0)
+    pipe.unet.compile(backend="eager")
+    with atomdiff.mixed_batch(pipe, ["a", None]):
+        with pytest.raises(UserError, match="found a batch of 3 for 2 rows"):
+            predict(pipe, 3)
+        assert together(lambda: predict(pipe, 3, 2), rounds=1)
+        predict(pipe, 2)
+    assert not hasattr(pipe.unet._compiled_call_impl, "hooks")
+    torch._dynamo.reset()
+
+
+def test_values_of_threads_are_copied_empty():
+    here = ThisThread()
+    here.value = 1
+    assert copy.deepcopy(here).value is None and here.value == 1
+    assert together(lambda: here.value, rounds=1) == [[None]]
