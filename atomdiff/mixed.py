@@ -125,7 +125,7 @@ class _Watch:
         # The guidance of an earlier call says nothing about calls of the model itself.
         kept = ("prepare_latents", "_guidance_scale")
         self._own = {key: vars(pipe).pop(key) for key in kept if key in vars(pipe)}
-        prepare = self._own.get("prepare_latents", getattr(pipe, "prepare_latents", None))
+        prepare: Any = self._own.get("prepare_latents", getattr(pipe, "prepare_latents", None))
 
         def note(*args: Any, **kwargs: Any) -> Any:
             made = prepare(*args, **kwargs)

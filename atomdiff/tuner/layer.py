@@ -263,7 +263,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 return adapt_weight_by_row(weight, changes)
 
         def by_row(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, adapted: Tensor) -> Tensor:
-            return cast(Tensor, batch.join(vmap(call)(batch.split(x), adapted)))
+            return batch.join(vmap(call)(batch.split(x), adapted))
 
         if not stateless.is_plain(base):
             if not changes:
