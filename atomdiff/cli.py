@@ -26,8 +26,12 @@ def train(args: Sequence[str]) -> None:
     from accelerate import PartialState
 
     from atomdiff import dreambooth
+    from atomdiff.first_look import look_first
 
-    for run in config.runs():
+    runs = config.runs()
+    if len(runs) > 1:  # a lone one is looked at when it begins
+        look_first(runs)
+    for run in runs:
         written = dreambooth.train(run)
         PartialState().print(f"saved {written}")
     PartialState().destroy_process_group()

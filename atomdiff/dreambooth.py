@@ -30,6 +30,7 @@ from atomdiff.concept import Concept, build_concept
 from atomdiff.data import derive_seed
 from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
+from atomdiff.first_look import look_first
 from atomdiff.folder_lock import locked
 from atomdiff.launch import frozen_dtype, start_accelerator, start_trackers
 from atomdiff.method import describe_adapter, place_for, read_adapter, read_text_adapter, save_trained
@@ -85,6 +86,7 @@ def train(config: TrainConfig) -> Path:
             the concept cannot be pushed, which is found out before training if it can be.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved, and the message says how to go on, or what failed.
     """
+    look_first([config])
     accelerator = start_accelerator(config)
     with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         return run_training(config, accelerator)

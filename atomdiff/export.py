@@ -18,6 +18,7 @@ from atomdiff.atomic import new_folder
 from atomdiff.delta_file import some
 from atomdiff.differences import layer_differences, without_adapters
 from atomdiff.errors import UserError
+from atomdiff.first_look import check_writable, refuse_overlap
 from atomdiff.kohya import (
     as_written,
     embedding_rows,
@@ -159,6 +160,9 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     """
     _check_output(config)
     given = given_concepts(config.concepts, config.weights, config.trigger_words)
+    sources = {f"the concept {concept.file}": concept.path for concept, _ in given}
+    refuse_overlap({"output": config.output}, {"the base": config.pretrained_model_name_or_path, **sources})
+    check_writable(Path(config.output).parent, f"output={config.output!r}", Path(config.output).name)
     dtype = config.dtype or ("float32" if config.to == "pipeline" else "float16")
     written = getattr(torch, dtype)
     if config.to != "pipeline" and (words := _words_alone([concept for concept, _ in given])) is not None:

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atomdiff.base_check import fingerprint
 from atomdiff.delta_file import DeltaFile, some, write_delta_file
 from atomdiff.errors import UserError
+from atomdiff.first_look import check_writable, refuse_overlap
 from atomdiff.fit_delta import fit_layer
 from atomdiff.method import read_adapter
 from atomdiff.model_spec import atomdiff_version, model_spec
@@ -113,6 +114,13 @@ def extract_concept(config: ExtractConfig) -> Extraction:
     adapter = read_adapter(config.adapter)
     if not isinstance(adapter, AtomConfig):
         raise UserError(f"adapter={config.adapter!r} is no AtomConfig: extraction finds atoms only")
+    sources = {
+        "the base": config.pretrained_model_name_or_path,
+        "the tuned model": config.tuned,
+        "adapter": config.adapter,
+    }
+    refuse_overlap({"output": config.output}, sources, inside=False)
+    check_writable(Path(config.output).parent, f"output={config.output!r}", Path(config.output).name)
     base = _open(config.pretrained_model_name_or_path, config, config.revision)
     found = extract(
         base,

@@ -25,9 +25,9 @@ from atomdiff.data import (
 )
 from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
+from atomdiff.first_look import check_named
 from atomdiff.latents import Encoder, LatentCache, join
 from atomdiff.masks import read_masks
-from atomdiff.prompt_tags import has_word
 from atomdiff.train_config import Subject, TrainConfig
 from atomdiff.trigger_words import check_addable
 from atomdiff.vector_words import words_of
@@ -248,12 +248,7 @@ def check_words(config: TrainConfig, pipe: BasePipeline, texts: Sequence[str]) -
     """
     words = [each for subject in config.subjects for each in words_of(subject.trigger_word, config.num_vectors)]
     check_addable(pipe, words)
-    for subject in config.subjects:
-        if not any(has_word(text, subject.trigger_word) for text in texts):
-            raise UserError(
-                f"trigger_word={subject.trigger_word!r}: no prompt names it ({texts[0]!r}, ...), so its vector cannot "
-                "be trained; write it into the prompts, or set train_token to false"
-            )
+    check_named(config, texts)
 
 
 def encode_together(
@@ -288,8 +283,7 @@ def draw_class_pictures(
     Raises:
         UserError: The folder holds pictures that were drawn with other settings, or by another base.
     """
-    usual = Path(config.output_dir) / "class_images" / (subject.name if len(config.subjects) > 1 else "")
-    folder = Path(subject.fill(subject.class_data_dir)) if subject.class_data_dir else usual
+    folder = config.class_folder(subject)
     prompt = subject.fill(subject.class_prompt)
     recipe = {
         "prompt": prompt,

@@ -273,6 +273,7 @@ def save_samples(config: SampleConfig) -> Path:
     from accelerate import Accelerator
     from accelerate.utils import gather_object
 
+    from atomdiff.first_look import check_writable, refuse_foreign_images, refuse_overlap
     from atomdiff.library import ConceptLibrary
     from atomdiff.packing import given_concepts, in_order, read_lines, share_of, warn_of_prompts
 
@@ -281,7 +282,10 @@ def save_samples(config: SampleConfig) -> Path:
     lines = read_lines(config.read_prompts(), given, library)
 
     folder = Path(config.output_dir)
-    folder.mkdir(parents=True, exist_ok=True)
+    directories = {f"the concept {concept.file}": concept.path for line in lines for concept, _ in line.concepts}
+    refuse_overlap({"output_dir": folder}, {"the base": config.pretrained_model_name_or_path, **directories})
+    refuse_foreign_images(folder)
+    check_writable(folder, f"output_dir={config.output_dir!r}")
     precision = choose_precision(config.dtype, compute_device(), field="dtype")
     settings = _settings(config, str(precision.dtype).removeprefix("torch."))
     jobs = [

@@ -328,6 +328,12 @@ class TrainConfig:
         """Where latents and states are kept for further runs."""
         return Path(self.cache_dir or Path(self.output_dir) / "cache")
 
+    def class_folder(self, subject: Subject) -> Path:
+        """Where the class images of a subject are."""
+        if subject.class_data_dir:
+            return Path(subject.fill(subject.class_data_dir))
+        return Path(self.output_dir) / "class_images" / (subject.name if len(self.subjects) > 1 else "")
+
     @property
     def token_steps(self) -> int:
         """The number of steps in which the trigger words' embeddings learn."""

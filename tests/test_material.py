@@ -161,6 +161,7 @@ def test_repeats_balance_subjects(config, tmp_path, photos, drawn):
 def test_masks_weigh_the_loss_and_turn_with_the_photo(config, drawn, photos):
     for name in "bcde":
         (photos / f"{name}.png").unlink()
+        (photos / f"{name}.txt").unlink(missing_ok=True)
     fields = {"aspect_ratio_buckets": "32,64", "masked_loss": True, "random_flip": True}
     train(dataclasses.replace(config, **fields, unmasked_weight=0.25))
     left = torch.full((1, 8, 16), 0.25)
@@ -190,6 +191,7 @@ def test_the_loss_is_weighted(config, photos):
 def test_views_without_the_subject_are_left_out(config, photos, drawn):
     for name in "bcde":
         (photos / f"{name}.png").unlink()
+        (photos / f"{name}.txt").unlink(missing_ok=True)
     mask = Image.new("L", SIZES["a"])
     mask.paste(255, (0, 0, 8, 32))
     mask.save(photos / "mask" / "a.png")

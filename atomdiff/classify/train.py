@@ -43,6 +43,7 @@ from atomdiff.classify.model import (
 from atomdiff.data import derive_seed
 from atomdiff.demo import versions
 from atomdiff.errors import UserError
+from atomdiff.first_look import check_writable, refuse_overlap
 from atomdiff.method import describe_adapter
 from atomdiff.precision import training_precision
 from atomdiff.progress import RunLog
@@ -86,7 +87,10 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
     """
     method = read_method(config)
     place = Path(config.output_dir) / "classifier"
+    sources = {"train_data_dir": config.train_data_dir, "the base": config.pretrained_model_name_or_path}
+    refuse_overlap({"output_dir": config.output_dir}, sources)
     check_place(place, (config.pretrained_model_name_or_path, config.train_data_dir))
+    check_writable(Path(config.output_dir), f"output_dir={config.output_dir!r}")
     accelerator = _start(config)
     splits = read_splits(config.train_data_dir, config.validation_share, config.test_share, config.seed)
     name, revision = config.pretrained_model_name_or_path, config.revision
