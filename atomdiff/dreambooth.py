@@ -11,7 +11,7 @@ import time
 import warnings
 from collections.abc import Callable
 from contextlib import closing, nullcontext
-from dataclasses import MISSING, dataclass, fields, replace
+from dataclasses import MISSING, dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,9 @@ from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
 from atomdiff.first_look import look_first
 from atomdiff.folder_lock import locked
+from atomdiff.identity import differences
 from atomdiff.launch import frozen_dtype, start_accelerator, start_trackers
-from atomdiff.method import describe_adapter, place_for, read_adapter, read_text_adapter, save_trained
+from atomdiff.method import check_place, describe_adapter, place_for, read_adapter, read_text_adapter, save_trained
 from atomdiff.noising import NoiseProcess, match_scheduler, noise_process
 from atomdiff.objective import prior_preservation_loss, sample_losses
 from atomdiff.optimizer import build_optimizer, current_rate, load_optimizer
@@ -69,6 +70,8 @@ class Run:
     noising: NoiseProcess
     moving_average: EMAModel | None
     """Of the trained parameters, if it is asked for."""
+    started: float = field(default_factory=time.time)
+    """Seconds since 1970."""
 
 
 def train(config: TrainConfig) -> Path:
@@ -97,6 +100,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     output_dir = Path(config.output_dir)
     adapter = read_adapter(config.adapter)
     place = place_for(adapter, output_dir / config.name)
+    check_place(place, adapter, (config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path))
     repo_id = choose_repository(config, adapter) if config.push_to_hub and accelerator.is_main_process else None
     text_adapter = read_text_adapter(config.text_encoder_adapter, adapter) if config.train_text_encoder else None
     recipe = recipe_of(config, accelerator, adapter, text_adapter)
@@ -109,7 +113,9 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     final_loss = take_steps(run, recipe, state)
     if accelerator.is_main_process:
         with averaged(run.trained.values(), run.optimizer, run.moving_average):
-            save_concept(run, adapter, place, final_loss)
+            none_done = state is not None and state["step"] == config.max_train_steps
+            recorded = state.get("config", config.recipe()) if state and none_done else config.recipe()
+            save_concept(run, adapter, place, final_loss, recorded)
     if shows(config, config.max_train_steps, state["step"] if state else 0):  # now that nothing can be lost any more
         validate(run, config.max_train_steps)
     accelerator.wait_for_everyone()
@@ -144,12 +150,12 @@ def read_state(config: TrainConfig, recipe: dict[str, Any]) -> dict[str, Any] | 
     checkpoint = choose_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
     if checkpoint is None:
         return None
-    defaults = {field.name: field.default for field in fields(config) if field.name in recipe}
+    defaults = {each.name: each.default for each in fields(config) if each.name in recipe}
     state = checkpoint.load(recipe, {name: value for name, value in defaults.items() if value is not MISSING})
     if state["step"] > config.max_train_steps:
         found = f"max_train_steps={config.max_train_steps}, but {checkpoint.folder} is at step {state['step']}"
         raise UserError(f"{found}; take at least as many steps, or go on from an earlier checkpoint")
-    return state
+    return {**state, "checkpoint": str(checkpoint.folder)}
 
 
 def build_run(
@@ -198,6 +204,7 @@ def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -
             if stopped or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
                 if accelerator.is_main_process:
                     state = {"step": step, "average_loss": average_loss, **state_of(run)}
+                    state |= {"config": config.recipe(), "known_by": run.material.known_by}
                     keep_checkpoint(run, step, state, recipe, stopped)
             if stopped:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
@@ -294,6 +301,8 @@ def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:
     if math.isfinite(value):
         return
     found = find_checkpoints(Path(run.config.output_dir))
+    if run.config.resume_from_checkpoint is None:  # others are of an earlier run
+        found = [checkpoint for checkpoint in found if checkpoint.run["saved"] >= run.started]
     back = f"go on from {found[-1].folder} (--resume_from_checkpoint latest)" if found else "start again"
     rates = run.config.learning_rates
     raise UserError(
@@ -315,14 +324,30 @@ def state_of(run: Run) -> dict[str, Any]:
 
 
 def load_state(run: Run, state: dict[str, Any]) -> None:
-    """Put back what `state_of` returned; learning rates stay those of the config."""
+    """Put back what `state_of` returned; learning rates stay those of the config.
+
+    Raises:
+        UserError: It is of a run that learned from something else, or has other parameters.
+    """
+    again = "or start anew, without resume_from_checkpoint, in another output_dir"
+    if "known_by" not in state:
+        said = "does not note what it learned from; photos, captions and base are taken for the same"
+        warnings.warn(f"{state['checkpoint']}: {said}", stacklevel=1)
+    elif found := differences(state["known_by"], run.material.known_by):
+        raise UserError(
+            f"{state['checkpoint']}: written with {'; '.join(found)}. Put back what it learned from, {again}"
+        )
+    needed = {"optimizer", "average_loss"} | ({"moving_average"} if run.moving_average else set())
+    shapes = {name: parameter.shape for name, parameter in run.trained.items()}
+    if {name: tensor.shape for name, tensor in state["trained"].items()} != shapes or not needed <= state.keys():
+        raise UserError(f"{state['checkpoint']}: of another version, with other parameters. Use that version, {again}")
     for name, parameter in run.trained.items():
         parameter.data.copy_(state["trained"][name])
     load_optimizer(run.optimizer, state["optimizer"])
     if run.moving_average is not None:
         run.moving_average.load_state_dict(state["moving_average"])
         run.moving_average.to(run.accelerator.device)
-    if run.accelerator.scaler:
+    if run.accelerator.scaler and state.get("scaler"):
         run.accelerator.scaler.load_state_dict(state["scaler"])
 
 
@@ -354,11 +379,16 @@ def validate(run: Run, step: int) -> None:
         models = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part.training]
         for model in models:
             model.eval()
-        with averaged(run.trained.values(), run.optimizer, run.moving_average):
-            with whole(config, pipe), accelerator.autocast():
-                pictures = draw_pictures(config, pipe, prompts, seeds)
-        for model in models:
-            model.train()
+        try:
+            with averaged(run.trained.values(), run.optimizer, run.moving_average):
+                with whole(config, pipe), accelerator.autocast():
+                    pictures = draw_pictures(config, pipe, prompts, seeds)
+        except UserError as error:
+            warnings.warn(f"step {step}: no row of the contact sheet: {error}", stacklevel=1)
+            return
+        finally:
+            for model in models:
+                model.train()
         try:
             extend_contact_sheet(Path(config.output_dir), step, pictures, prompts)
         except (OSError, WriteError) as error:
@@ -371,13 +401,26 @@ def samples_per_step(run: Run) -> int:
     return batch * run.config.gradient_accumulation_steps * run.accelerator.num_processes
 
 
-def save_concept(run: Run, adapter: PeftConfig | None, place: Path, final_loss: float) -> None:
-    """Write what was trained, the trigger words included, and the facts of the run."""
+def save_concept(
+    run: Run, adapter: PeftConfig | None, place: Path, final_loss: float, recorded: dict[str, Any]
+) -> None:
+    """Write what was trained, the trigger words included, and the facts of the run.
+
+    Args:
+        run: The run.
+        adapter: The method.
+        place: From `place_for`.
+        final_loss: The average loss at the end.
+        recorded: The settings that it was trained with.
+
+    Raises:
+        WriteError: It cannot be written there; if it can be in the folder for temporary files, the message says where.
+    """
     config, pipe = run.config, run.pipe
     for word, vectors in run.concept.word_vectors().items():
         set_trigger_embedding(pipe, word, vectors)
     facts = {
-        "config": config.recipe(),
+        "config": recorded,
         "steps": config.max_train_steps,
         "seed": config.seed,
         "image_count": run.material.image_count,

@@ -3,6 +3,7 @@
 import copy
 import dataclasses
 import json
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -133,6 +134,27 @@ def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
 def place_for(adapter: PeftConfig | None, path: Path) -> Path:
     """Return where `save_trained` writes to: `path`, with the suffix of a concept file if it will be one."""
     return path.with_name(f"{path.name}{CONCEPT_SUFFIX}") if isinstance(adapter, AtomConfig) else path
+
+
+def check_place(place: Path, adapter: PeftConfig | None, read: Iterable[str | None]) -> None:
+    """Refuse a place for `save_trained` that holds what the run reads, or that is no such result.
+
+    Args:
+        place: From `place_for`.
+        adapter: The method.
+        read: Files and folders that the run reads.
+
+    Raises:
+        UserError: It is such a place.
+    """
+    target = place.resolve()
+    for path in filter(None, read):
+        source = Path(path).resolve()
+        if source.exists() and (source.is_relative_to(target) or target.is_relative_to(source)):
+            advice = "name another output_dir, or rename the folder of the photos, whose name it has"
+            raise UserError(f"{place}: the result would replace {path!r}, which the run reads; {advice}")
+    if adapter is None and place.is_dir() and any(place.iterdir()) and not (place / "model_index.json").is_file():
+        raise UserError(f"{place}: holds something else than a pipeline; move it away, or name another output_dir")
 
 
 def save_trained(pipe: StableDiffusionPipeline, adapter: PeftConfig | None, path: Path, **facts: Any) -> None:

@@ -1,9 +1,10 @@
 """What a run learns from: photos and class pictures, their prompts and latents, and what each step draws of them."""
 
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -23,9 +24,11 @@ from atomdiff.data import (
     read_photos,
     sample_order,
 )
+from atomdiff.delta_file import some
 from atomdiff.disk_cache import DiskCache
 from atomdiff.errors import UserError
 from atomdiff.first_look import check_named
+from atomdiff.identity import Row, image_key, text_key
 from atomdiff.latents import Encoder, LatentCache, join
 from atomdiff.masks import read_masks
 from atomdiff.train_config import Subject, TrainConfig
@@ -74,6 +77,8 @@ class Material:
     """With prior preservation: all of them for every bucket."""
     caption_dropout: float = 0.0
     """Share of samples that get the empty prompt."""
+    known_by: Mapping[str, Any] = field(default_factory=dict)
+    """What tells it and the base from others, as `identity.differences` compares it."""
 
     @property
     def image_count(self) -> int:
@@ -136,6 +141,8 @@ class Source:
     """Whether it has a mask."""
     repeats: int = 1
     """How often it comes in an epoch."""
+    known_by: Row = ()
+    """What tells it from others, see `identity.py`."""
 
 
 def prepare_material(
@@ -162,13 +169,16 @@ def prepare_material(
         raise UserError(f"masked_loss=True: no photo has a mask; expected {expected}")
     if config.train_token:
         check_words(config, pipe, [prompt for photo in photos for prompt in photo.prompts])
-    drawn_by = base_keys(pipe) if config.with_prior_preservation else {}
+    base = base_keys(pipe)
     of_class = []
     for subject in config.subjects if config.with_prior_preservation else ():
-        folder = draw_class_pictures(config, subject, pipe, accelerator, side, drawn_by, whole)
-        for photo in read_photos(folder, minimum_side=side // 2, limit=config.num_class_images):
+        folder = draw_class_pictures(config, subject, pipe, accelerator, side, base, whole)
+        pictures = read_photos(folder, minimum_side=side // 2, limit=config.num_class_images)
+        refuse_black(folder, pictures)
+        for photo in pictures:
             orders = tag_texts(config, subject.fill(photo.caption or subject.class_prompt))
-            of_class.append(Source(orders, partial(views, photo.picture, center_crop=True)))
+            known_by = (photo.name, image_key(photo.picture), text_key(orders), "")
+            of_class.append(Source(orders, partial(views, photo.picture, center_crop=True), known_by=known_by))
     texts = [prompt for source in [*photos, *of_class] for prompt in source.prompts]
     texts += [""] if config.caption_dropout else []
     prompts = {text: number for number, text in enumerate(dict.fromkeys(texts))}
@@ -188,6 +198,11 @@ def prepare_material(
         tuple(encode([photo for photo in photos if photo.bucket == size], size) for size in used),
         tuple(encode(of_class, size) for size in used) if of_class else None,
         config.caption_dropout,
+        {
+            "base": base,
+            "photos": [list(photo.known_by) for photo in photos],
+            "class_images": [list(picture.known_by) for picture in of_class],
+        },
     )
     pipe.vae = None
     place(pipe, accelerator, trained_whole=whole)
@@ -211,10 +226,22 @@ def read_subject(config: TrainConfig, subject: Subject, sizes: Sequence[Size]) -
             tiny.append(f"{photo.name} ({width}x{height} for {bucket[1]}x{bucket[0]})")
         orders = tag_texts(config, subject.fill(photo.caption or subject.instance_prompt))
         cut = partial(cut_photo, config, photo, mask)
-        sources.append(Source(orders, cut, bucket, mask is not None, subject.repeats))
+        known_by = (photo.name, image_key(photo.picture), text_key(orders), image_key(mask) if mask else "")
+        sources.append(Source(orders, cut, bucket, mask is not None, subject.repeats, known_by))
     if tiny:
         raise UserError(f"{folder}: less than half as large as their bucket: {', '.join(tiny)}. Replace or remove them")
     return sources
+
+
+def refuse_black(folder: Path, pictures: Sequence[Photo]) -> None:
+    """Refuse class images that show nothing, as a network whose numbers overflow or a safety checker leaves them.
+
+    Raises:
+        UserError: There are such; the message names them.
+    """
+    if black := [photo.name for photo in pictures if photo.picture.getbbox() is None]:
+        cause = "black all over, as a VAE whose numbers overflow or a safety checker leaves them"
+        raise UserError(f"{folder}: {some(black)}: {cause}; remove them: generated ones are generated anew")
 
 
 def cut_photo(config: TrainConfig, photo: Photo, mask: Picture | None, size: Size) -> list[View]:

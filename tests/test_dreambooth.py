@@ -3,9 +3,11 @@ import itertools
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -16,10 +18,12 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from atomdiff import dreambooth, prepare, progress
+from atomdiff.atomic import WriteError
 from atomdiff.concept import build_concept
 from atomdiff.delta_file import read_delta_file
 from atomdiff.dreambooth import TrainConfig, train
 from atomdiff.errors import UserError
+from atomdiff.folder_lock import locked
 from atomdiff.noising import NoiseProcess
 from atomdiff.pipeline import load_atoms
 from atomdiff.prepare import Material
@@ -597,3 +601,194 @@ def test_a_checkpoint_beyond_the_last_step_is_refused(config):
     again = dataclasses.replace(config, resume_from_checkpoint="latest", max_train_steps=2)
     with pytest.raises(UserError, match="max_train_steps=2, but .*checkpoint-4 is at step 4"):
         train(again)
+
+
+@pytest.fixture
+def stopped(config, tmp_path):
+    """A run that is to go on from its second step, with masks; and its photos, in a folder of their own."""
+    folder = tmp_path / "mine" / "teapot"
+    shutil.copytree(config.instance_data_dir, folder)
+    (folder / "mask").mkdir()
+    for file in folder.glob("*.png"):
+        Image.new("L", Image.open(file).size, 255).save(folder / "mask" / file.name)
+    config = dataclasses.replace(config, instance_data_dir=str(folder), masked_loss=True, max_train_steps=2)
+    config = dataclasses.replace(config, checkpointing_steps=2)
+    place = train(config)
+    return dataclasses.replace(config, resume_from_checkpoint="latest"), folder, place
+
+
+def another_photo(folder):
+    Image.effect_noise(Image.open(folder / "1.png").size, 90).convert("RGB").save(folder / "1.png")
+
+
+def a_new_photo(folder):
+    shutil.copy(folder / "1.png", folder / "9.png")
+    shutil.copy(folder / "mask" / "1.png", folder / "mask" / "9.png")
+    Image.effect_noise(Image.open(folder / "9.png").size, 90).convert("RGB").save(folder / "9.png")
+
+
+def another_caption(folder):
+    (folder / "0.txt").write_text("a blue sks teapot")
+
+
+def another_mask(folder):
+    mask = Image.open(folder / "mask" / "2.png")
+    mask.putpixel((3, 3), 0)
+    mask.save(folder / "mask" / "2.png")
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        (another_photo, r"other photos \(changed: 1.png\)"),
+        (a_new_photo, r"other photos \(new: 9.png\)"),
+        (another_caption, r"other photos \(caption changed: 0.png\)"),
+        (another_mask, r"other photos \(mask changed: 2.png\)"),
+    ],
+)
+@pytest.mark.parametrize("steps", [2, 3])
+def test_a_run_goes_on_with_what_it_began_with_only(stopped, change, said, steps):
+    config, folder, place = stopped
+    change(folder)
+    before = place.read_bytes()
+    with pytest.raises(UserError, match=f"checkpoint-2: written with {said}. Put back .*another output_dir"):
+        train(dataclasses.replace(config, max_train_steps=steps))
+    assert place.read_bytes() == before
+
+
+def test_another_base_of_the_same_shape_is_refused(stopped, tiny_pipe, tmp_path):
+    config, _, place = stopped
+    before = place.read_bytes()
+    tiny_pipe.unet.conv_in.bias.data[0] += 1e-3
+    tiny_pipe.save_pretrained(tmp_path / "other")
+    with pytest.raises(UserError, match=r"checkpoint-2: written with another base \(unet\)"):
+        train(dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "other")))
+    assert place.read_bytes() == before
+
+
+def test_the_same_photos_and_base_may_lie_elsewhere_and_the_run_go_on_for_longer(stopped, tiny_pipe_folder, tmp_path):
+    config, folder, _ = stopped
+    shutil.copytree(tiny_pipe_folder, tmp_path / "copied base")
+    folder = folder.rename(tmp_path / "mine" / "moved")
+    for name in ("0.png", "mask/0.png"):
+        (folder / name).rename((folder / name).with_name("00.png"))
+    moved = {"instance_data_dir": str(folder), "pretrained_model_name_or_path": str(tmp_path / "copied base")}
+    place = train(dataclasses.replace(config, max_train_steps=3, **moved))
+    assert read_delta_file(place).training["steps"] == 3
+
+
+def test_a_file_that_no_step_was_done_for_says_how_it_was_trained(stopped):
+    config, _, place = stopped
+    before = read_delta_file(place).training
+    train(dataclasses.replace(config, learning_rate=0.7, lr_scheduler="cosine"))
+    assert read_delta_file(place).training == before
+
+
+def test_a_checkpoint_that_does_not_note_what_it_learned_from_is_told_and_used(stopped):
+    config, _, _ = stopped
+    file = Path(config.output_dir) / "checkpoint-2" / "state.pt"
+    state = torch.load(file, weights_only=True)
+    del state["known_by"], state["config"]
+    torch.save(state, file)
+    with pytest.warns(UserWarning, match="checkpoint-2: does not note what it learned from"):
+        train(dataclasses.replace(config, max_train_steps=3))
+    del state["trained"][next(iter(state["trained"]))]
+    torch.save(state, file)
+    with pytest.warns(UserWarning, match="does not note"), pytest.raises(UserError, match="of another version, with"):
+        train(dataclasses.replace(config, resume_from_checkpoint="checkpoint-2"))
+
+
+def test_checkpoints_that_cannot_be_written_cost_only_themselves(config, small_files):
+    config = dataclasses.replace(config, checkpointing_steps=2)
+    expected = contents(train(config))
+    size = (Path(config.output_dir) / "checkpoint-2" / "state.pt").stat().st_size
+    before = {file: file.read_bytes() for file in Path(config.output_dir).glob("checkpoint-*/*")}
+    told = r"step 2: .*checkpoint-2: cannot be written \(File too large\)"
+    with small_files(size - 100), pytest.warns(UserWarning, match=told):
+        assert contents(train(config)) == expected
+    assert {file: file.read_bytes() for file in Path(config.output_dir).glob("checkpoint-*/*")} == before
+    assert not [file for file in Path(config.output_dir).iterdir() if "unfinished" in file.name]
+
+
+def test_a_result_that_cannot_be_written_is_kept_elsewhere(config, monkeypatch, tmp_path):
+    usual, spare = dreambooth.save_trained, tmp_path / "spare"
+
+    def full(pipe, adapter, place, **facts):
+        if place.is_relative_to(config.output_dir):
+            raise WriteError(place, "No space left on device", "free some space")
+        usual(pipe, adapter, place, **facts)
+
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    monkeypatch.setattr(dreambooth, "save_trained", full)
+    with pytest.raises(
+        WriteError, match=r"teapot.atoms.safetensors: cannot be written \(No space.* is in .*spare"
+    ) as told:
+        train(config)
+    (kept,) = spare.rglob("teapot.atoms.safetensors")
+    assert str(kept) in str(told.value) and read_delta_file(kept).training["steps"] == 4
+
+
+def test_a_folder_in_which_another_run_writes_is_refused(config):
+    with locked(Path(config.output_dir)):
+        with pytest.raises(UserError, match=rf"another run is writing there \(process {os.getpid()} on"):
+            train(config)
+
+
+@pytest.mark.parametrize("adapter", ["full", "lora"])
+def test_a_result_that_would_replace_its_own_base_is_refused(config, tiny_pipe_folder, adapter, tmp_path):
+    base = tmp_path / "models" / "teapot"
+    shutil.copytree(tiny_pipe_folder, base)
+    before = {file: file.read_bytes() for file in base.rglob("*") if file.is_file()}
+    (tmp_path / "lora.json").write_text('{"peft_type": "LORA", "target_modules": ["to_q"]}')
+    method = {"adapter": "full" if adapter == "full" else str(tmp_path / "lora.json")}
+    fields = {"pretrained_model_name_or_path": str(base), "output_dir": str(base.parent), **method}
+    with pytest.raises(UserError, match="teapot: the result would replace .* the run reads; name another output_dir"):
+        train(dataclasses.replace(config, **fields))
+    assert {file: file.read_bytes() for file in base.rglob("*") if file.is_file()} == before
+
+
+def test_a_tuned_pipeline_that_cannot_be_written_leaves_the_earlier_one(config, monkeypatch, small_files, tmp_path):
+    config = dataclasses.replace(config, adapter="full", train_token=False, max_train_steps=1, learning_rate=1e-3)
+    folder = train(config)
+    (folder / "README.md").write_text("mine")
+    before = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    size = (folder / "unet" / "diffusion_pytorch_model.safetensors").stat().st_size
+    with small_files(size - 100), pytest.raises(WriteError, match="teapot: cannot be written"):
+        train(dataclasses.replace(config, learning_rate=1e-2))
+    assert {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()} == before
+    train(dataclasses.replace(config, learning_rate=1e-2))
+    after = {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+    assert after.keys() == before.keys() and after[folder / "README.md"] == b"mine" and after != before
+
+
+def blind_base(tiny_pipe, folder):
+    """A base whose VAE gives numbers that are not finite when it decodes."""
+    tiny_pipe.vae.decoder.conv_out.bias.data.fill_(float("nan"))
+    tiny_pipe.save_pretrained(folder)
+    return {"pretrained_model_name_or_path": str(folder)}
+
+
+def test_class_images_that_are_not_finite_or_black_are_not_trained_on(config, tiny_pipe, tmp_path):
+    config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=2, max_train_steps=1)
+    blind = dataclasses.replace(config, **blind_base(tiny_pipe, tmp_path / "blind"))
+    with pytest.raises(UserError, match="not finite.*VAE"):
+        train(blind)
+    folder = Path(config.output_dir) / "class_images"
+    assert not list(folder.glob("*.png"))
+    shutil.rmtree(folder)
+    train(config)
+    whole = (folder / "class-00001.png").read_bytes()
+    Image.new("RGB", (32, 32)).save(folder / "class-00001.png")
+    with pytest.raises(UserError, match=r"class_images: class-00001.png: black all over.*remove them"):
+        train(config)
+    (folder / "class-00001.png").unlink()
+    train(config)
+    assert (folder / "class-00001.png").read_bytes() == whole
+
+
+def test_validation_images_that_are_not_finite_cost_only_their_row(config, tiny_pipe, tmp_path):
+    blind = dataclasses.replace(config, validation_steps=2, **blind_base(tiny_pipe, tmp_path / "blind"))
+    with pytest.warns(UserWarning, match="step 2: no row of the contact sheet: .*not finite"):
+        place = train(blind)
+    assert read_delta_file(place).training["steps"] == 4
