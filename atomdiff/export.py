@@ -283,10 +283,11 @@ def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
     """
     folder = Path(folder)
     _check_free(folder)
+    words = _words(pipe)  # of what is active, while there are layers to ask
+    written = pipe.components["text_encoder"].dtype if words else torch.float32
     with without_adapters(pipe):
         with new_folder(folder) as unfinished:
             longer = save_portable(pipe, unfinished)
-            written = pipe.components["text_encoder"].dtype if (words := _words(pipe)) else torch.float32
             embeddings = _save_embeddings(unfinished / "embeddings", "", words, written)
     embeddings = {word: folder / file.relative_to(unfinished) for word, file in embeddings.items()}
     return ExportReport(folder, embeddings=embeddings, longer_tables=longer, is_folder=True)

@@ -20,7 +20,7 @@ from atomdiff.first_look import check_writable, refuse_overlap
 from atomdiff.fit_delta import fit_layer
 from atomdiff.method import read_adapter
 from atomdiff.model_spec import atomdiff_version, model_spec
-from atomdiff.open_pipeline import open_pipeline
+from atomdiff.open_pipeline import open_pipeline, stored_dtype
 from atomdiff.paths import PathText, expand_paths
 from atomdiff.pipeline import pipeline_models
 from atomdiff.tuner import attach
@@ -42,8 +42,8 @@ class ExtractConfig:
     """Which atoms: a JSON file with the settings of an AtomConfig, or atoms for the default."""
     trigger_phrase: str = ""
     """What to write in a prompt to get what was tuned."""
-    dtype: Literal["float32", "float16", "bfloat16"] = "float32"
-    """Precision to load both in; float16 saves memory and loses nothing where both are stored so."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision to load both in. Default: as they are stored, which takes least memory."""
     save_dtype: Literal["float32", "float16"] = "float16"
     """Precision of the written numbers."""
     revision: str | None = None
@@ -231,7 +231,7 @@ def describe_extraction(found: Extraction) -> str:
 
 def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:
     """A pipeline, or the UNet in a folder of its own."""
-    dtype, folder = getattr(torch, config.dtype), Path(name)
+    dtype, folder = getattr(torch, config.dtype) if config.dtype else None, Path(name)
     if not folder.is_dir() or not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
         described_by = config.single_file_config
         return open_pipeline(name, dtype, revision=revision, variant=config.variant, single_file_config=described_by)
@@ -241,7 +241,8 @@ def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:
     if kind != "UNet2DConditionModel":
         raise UserError(f"{name!r} holds a {kind}: expected the folder of a pipeline or of a UNet2DConditionModel")
     try:
-        return UNet2DConditionModel.from_pretrained(name, variant=config.variant, dtype=dtype)
+        loaded_as = dtype or stored_dtype(folder, config.variant)
+        return UNet2DConditionModel.from_pretrained(name, variant=config.variant, dtype=loaded_as)
     except (OSError, ValueError) as error:
         raise UserError(f"{name!r} is there, but cannot be loaded ({' '.join(str(error).split())})") from error
 

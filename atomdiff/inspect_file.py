@@ -97,7 +97,7 @@ def _open(base: Any) -> Any:
         return base
     from atomdiff.open_pipeline import open_pipeline
 
-    return open_pipeline(os.fspath(base))
+    return open_pipeline(os.fspath(base), None)
 
 
 def _code(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:

@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError, safe_open
 
 from atomdiff.assets import locate
 from atomdiff.errors import UserError
@@ -95,23 +94,21 @@ def _stored_dtypes(name: str, revision: str | None, variant: str | None) -> dict
 
     here = Path(name)
     folder = here if here.is_dir() else Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
-    files: dict[str, list[Path]] = {}
-    for file in folder.glob("*/*.safetensors"):
-        files.setdefault(file.parent.name, []).append(file)
-    found = {"default": torch.float32}
-    for part, there in files.items():
-        of_variant = [file for file in there if variant and f".{variant}." in file.name]
-        found[part] = _stored_dtype(of_variant or [file for file in there if "." not in file.stem])
-    return found
+    found = {part.name: stored_dtype(part, variant) for part in folder.iterdir() if part.is_dir()}
+    return {"default": torch.float32, **found}
 
 
-def _stored_dtype(files: Iterable[Path]) -> torch.dtype:
-    """The dtype of the floating-point tensors in safetensors files; float32 where there are several."""
+def stored_dtype(place: Path, variant: str | None = None) -> torch.dtype:
+    """The dtype of the floating-point tensors in a safetensors file or a model's folder; float32 where they differ."""
+    files = list(place.glob("*.safetensors")) if place.is_dir() else [place]
+    of_variant = [file for file in files if variant and f".{variant}." in file.name]
     kinds = set()
-    for file in files:
-        with file.open("rb") as opened:
-            header = json.loads(opened.read(int.from_bytes(opened.read(8), "little")))
-        kinds |= {value["dtype"] for key, value in header.items() if key != "__metadata__"}
+    try:
+        for file in of_variant or [file for file in files if file == place or "." not in file.stem]:
+            with safe_open(file, framework="pt") as opened:
+                kinds |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError:  # said where the file is loaded
+        return torch.float32
     floating = {kind for kind in kinds if "F" in kind}
     return _HALVES[floating.pop()] if len(floating) == 1 and floating <= _HALVES.keys() else torch.float32
 
@@ -124,7 +121,8 @@ def _open_single_file(name: str, dtype: torch.dtype | None, config: str | None, 
     lacks = f"the checkpoint {name!r} lacks weights of a {kind}: it is damaged, or of another architecture; {_DESCRIBE}"
     try:
         if dtype is None:
-            dtype = _stored_dtype([Path(name)] if Path(name).is_file() and name.endswith(".safetensors") else [])
+            here = name.endswith(".safetensors") and Path(name).is_file()
+            dtype = stored_dtype(Path(name)) if here else torch.float32
         pipe = getattr(diffusers, kind).from_single_file(name, config=config, dtype=dtype, **parts)
     except NotImplementedError as error:  # of weights that have no numbers
         raise UserError(lacks) from error

@@ -16,7 +16,7 @@ from atomdiff.base_model import draw_pictures, load_base, training_resolution, w
 from atomdiff.delta_file import read_delta_file
 from atomdiff.dreambooth import train
 from atomdiff.errors import UserError
-from atomdiff.open_pipeline import pipeline_class
+from atomdiff.open_pipeline import open_pipeline, pipeline_class
 from atomdiff.sample import SampleConfig, generate, save_samples
 from atomdiff.train_config import TrainConfig
 
@@ -241,6 +241,25 @@ def test_a_checkpoint_file_loads_with_configs_of_its_architecture(config, kind, 
     with whole(config, loaded):
         assert_same_models(loaded, pipe)
         assert loaded.vae is not vae
+
+
+def test_a_pipeline_opens_in_the_dtypes_that_it_is_stored_in(tiny_pipe, tmp_path):
+    tiny_pipe.unet.to(torch.float16)
+    tiny_pipe.text_encoder.to(torch.bfloat16)
+    tiny_pipe.save_pretrained(tmp_path / "pipe")
+    tiny_pipe.to(torch.float16)
+    tiny_pipe.save_pretrained(tmp_path / "pipe", variant="fp16")
+    dtypes = {"unet": torch.float16, "text_encoder": torch.bfloat16, "vae": torch.float32}
+    opened = open_pipeline(str(tmp_path / "pipe"), None)
+    assert {name: part.dtype for name, part in models(opened).items()} == dtypes
+    opened = open_pipeline(str(tmp_path / "pipe"), None, variant="fp16")
+    assert {part.dtype for part in models(opened).values()} == {torch.float16}
+    described(tiny_pipe, tmp_path)  # writes model.safetensors, all of it in float16
+    opened = open_pipeline(str(tmp_path / "model.safetensors"), None, single_file_config=str(tmp_path / "configs"))
+    assert {part.dtype for part in models(opened).values()} == {torch.float16}
+    (tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors").write_bytes(b"\xff" * 20)
+    with pytest.raises(UserError, match="cannot be loaded"):
+        open_pipeline(str(tmp_path / "pipe"), None)
 
 
 def test_atomdiff_sample_draws_with_a_checkpoint_file(tiny_pipe, tmp_path):

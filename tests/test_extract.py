@@ -11,6 +11,7 @@ from safetensors import safe_open
 from torch import nn
 
 import atomdiff
+from atomdiff import extract as extract_module
 from atomdiff.atoms import dct_atoms, svd_atoms
 from atomdiff.blocks import View
 from atomdiff.delta_file import write_delta_file
@@ -277,6 +278,17 @@ def test_folders_become_a_concept_file(tiny_pipe, tiny_pipe_folder, tmp_path, fo
         facts = file.metadata()
     assert facts["base_model"] == str(base) and facts["trigger_phrase"] == facts["modelspec.trigger_phrase"] == "a mug"
     assert json.loads(facts["training"])["explained"] > 0.999 and facts["modelspec.title"] == "mug"
+
+
+def test_models_are_loaded_as_they_are_stored(tiny_pipe, tmp_path, monkeypatch):
+    made = copy.deepcopy(tiny_pipe.unet)
+    concept(made, AtomConfig(channel_block=1))
+    merged(made).save_pretrained(tmp_path / "tuned")
+    tiny_pipe.unet.to(torch.float16).save_pretrained(tmp_path / "base")
+    seen = []
+    monkeypatch.setattr(extract_module, "_denoiser", lambda model: seen.append(model.dtype) or ("unet", model))
+    found = extract_concept(ExtractConfig(str(tmp_path / "base"), str(tmp_path / "tuned"), str(tmp_path / "x")))
+    assert set(seen) == {torch.float16, torch.float32} and found.explained > 0.9
 
 
 def test_wrong_folders_are_told(tiny_pipe_folder, tmp_path):
