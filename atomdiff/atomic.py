@@ -7,8 +7,9 @@ import re
 import secrets
 import shutil
 import socket
+import tempfile
 import zlib
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -146,6 +147,28 @@ def write_png(path: str | os.PathLike[str], image: Image.Image, **options: Any) 
     """
     with new_file(path) as file:
         image.save(file, format="png", **options)
+
+
+def write_result(path: Path, write: Callable[[Path], object]) -> None:
+    """Write what took long to make; where it cannot be, it is kept in a folder for temporary files.
+
+    Args:
+        path: The file or folder.
+        write: Writes it whole or not at all, to the path that it gets.
+
+    Raises:
+        WriteError: It cannot be written to `path`; the message says where it is kept, if it is.
+    """
+    try:
+        write(path)
+    except WriteError as error:
+        spare = Path(tempfile.mkdtemp(prefix="atomdiff-")) / path.name
+        try:
+            write(spare)
+        except WriteError:
+            spare.parent.rmdir()
+            raise error from None
+        raise WriteError(path, error.reason, f"what was trained is in {spare}: move it from there") from error
 
 
 def remove_folder(folder: Path) -> None:

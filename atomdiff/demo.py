@@ -62,6 +62,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     from atomdiff.dreambooth import load_config, train
     from atomdiff.evaluate.concept import score, subject_photos
     from atomdiff.evaluate.size import stored_bytes, trained_numbers
+    from atomdiff.picture_files import content_hash
     from atomdiff.precision import choose_precision, compute_device
     from atomdiff.toybox.judge import load_judge
 
@@ -88,6 +89,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     report = {
         "subject": Path(config.instance_data_dir).resolve().name,
         "file_bytes": stored_bytes(concept_path),
+        "file_sha256": content_hash(concept_path),
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),
         "trained_numbers": trained_numbers(concept_path),

@@ -6,7 +6,6 @@ Inversion", arXiv 2208.01618.
 """
 
 import math
-import tempfile
 import time
 import warnings
 from collections.abc import Callable
@@ -21,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from atomdiff.atomic import WriteError
+from atomdiff.atomic import WriteError, write_result
 from atomdiff.averages import averaged
 from atomdiff.bars import say
 from atomdiff.base_model import BasePipeline, draw_pictures, load_base, whole
@@ -429,13 +428,4 @@ def save_concept(
     about = {"trigger_phrase": trigger_phrase(config), "training": facts}
     about["base_model"] = config.pretrained_model_name_or_path
     with whole(config, pipe):
-        try:
-            save_trained(pipe, adapter, place, **about)
-        except WriteError as error:
-            spare = Path(tempfile.mkdtemp(prefix="atomdiff-")) / place.name
-            try:
-                save_trained(pipe, adapter, spare, **about)
-            except WriteError:
-                spare.parent.rmdir()
-                raise error from None
-            raise WriteError(place, error.reason, f"what was trained is in {spare}: move it from there") from error
+        write_result(place, lambda path: save_trained(pipe, adapter, path, **about))

@@ -250,7 +250,11 @@ def _figures(figures: Mapping[str, Any] | None, concept: _Concept) -> dict[str, 
             return {}
         if not isinstance(figures, dict) or figures.get("file_bytes") != _size(concept.files):
             return {}
-        figures = {k: v for k, v in figures.items() if k not in ("file_bytes", "trained_numbers", "versions")}
+        digest = content_hash(concept.path)
+        if figures.get("file_sha256", digest) != digest:
+            return {}
+        unshown = ("file_bytes", "file_sha256", "trained_numbers", "versions")
+        figures = {name: value for name, value in figures.items() if name not in unshown}
     rows: dict[str, Any] = {}
     for name, value in figures.items():
         rows |= {f"{name}, {key}": one for key, one in value.items()} if isinstance(value, Mapping) else {name: value}

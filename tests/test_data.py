@@ -168,6 +168,30 @@ def test_processes_share_the_work(tmp_path):
         assert len(list(tmp_path.glob("*.png"))) == [3, 5, 7][rank]
 
 
+def test_two_runs_share_the_work_in_one_folder(tmp_path):
+    made = []
+
+    def slow(seeds):
+        if not made:  # another run does the rest in the meantime
+            made.append(list(seeds))
+            ensure_class_pictures(tmp_path, 5, 2, {"prompt": "a mug"}, lambda seeds: fake_pictures(seeds, made))
+        return fake_pictures(seeds)
+
+    ensure_class_pictures(tmp_path, 5, 2, {"prompt": "a mug"}, slow)
+    assert made == [[0, 1], [0, 1], [2, 3], [4]]
+    assert len(list(tmp_path.iterdir())) == 6
+
+
+def test_a_damaged_record_blocks_no_class_pictures(tmp_path):
+    made = []
+    ensure_class_pictures(tmp_path, 1, 2, {"prompt": "a mug"}, fake_pictures)
+    whole = (tmp_path / "class_images.json").read_bytes()
+    (tmp_path / "class_images.json").write_bytes(b"")
+    with pytest.warns(UserWarning, match="class_images.json: damaged; the class images beside it are taken"):
+        ensure_class_pictures(tmp_path, 1, 2, {"prompt": "a mug"}, lambda seeds: fake_pictures(seeds, made))
+    assert not made and (tmp_path / "class_images.json").read_bytes() == whole
+
+
 def test_class_pictures_of_another_prompt_are_refused(tmp_path):
     ensure_class_pictures(tmp_path, 1, 2, {"prompt": "a mug"}, fake_pictures)
     with pytest.raises(UserError, match="prompt 'a mug', now 'a cat'"):

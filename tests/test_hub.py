@@ -611,9 +611,10 @@ def test_figures_come_from_the_report_about_this_file_or_are_given(concept, tmp_
     _, text = card_of((tmp_path / "repo" / "README.md").read_text())
     assert "| train seconds | 86.04 |\n| similarity, base | 0.139 |\n| similarity, concept | 0.68 |" in text
     assert "| drift | 0.1 |" in text and "torch" not in text and "file bytes" not in text
-    (file.parent / "report.json").write_text(json.dumps({**report, "file_bytes": 1}))
-    write_repository(tmp_path / "stale", file, "ada/mug")
-    assert "similarity" not in (tmp_path / "stale" / "README.md").read_text()
+    for number, of_another in enumerate(({"file_bytes": 1}, {"file_sha256": "0" * 64})):
+        (file.parent / "report.json").write_text(json.dumps({**report, **of_another}))
+        write_repository(tmp_path / f"stale{number}", file, "ada/mug")
+        assert "similarity" not in (tmp_path / f"stale{number}" / "README.md").read_text()
     write_repository(tmp_path / "given", file, "ada/mug", figures={"a | b": {"DINO": 0.5}})
     assert r"| a \| b, DINO | 0.5 |" in (tmp_path / "given" / "README.md").read_text()
 

@@ -3,7 +3,7 @@
 import math
 import time
 from collections.abc import Callable, Iterable
-from contextlib import closing
+from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from atomdiff.atomic import write_json
+from atomdiff.atomic import write_json, write_result
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.data import (
     Augmentation,
@@ -44,6 +44,7 @@ from atomdiff.data import derive_seed
 from atomdiff.demo import versions
 from atomdiff.errors import UserError
 from atomdiff.first_look import check_writable, refuse_overlap
+from atomdiff.folder_lock import locked
 from atomdiff.method import describe_adapter
 from atomdiff.precision import training_precision
 from atomdiff.progress import RunLog
@@ -92,6 +93,14 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
     check_place(place, (config.pretrained_model_name_or_path, config.train_data_dir))
     check_writable(Path(config.output_dir), f"output_dir={config.output_dir!r}")
     accelerator = _start(config)
+    with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
+        return run_training(config, method, place, accelerator)
+
+
+def run_training(
+    config: ClassifyConfig, method: PeftConfig | str | None, place: Path, accelerator: Accelerator
+) -> dict[str, Any]:
+    """Do what `train_classifier` says in a folder that is this run's alone."""
     splits = read_splits(config.train_data_dir, config.validation_share, config.test_share, config.seed)
     name, revision = config.pretrained_model_name_or_path, config.revision
     model = open_model(name, splits.classes, revision=revision, from_scratch=config.from_scratch, seed=config.seed)
@@ -129,8 +138,12 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     if accelerator.is_main_process:
-        save_classifier(place, model, processor, method, base, config.updates_batch_norm)
-        write_json(place.with_name("report.json"), report)
+        written = place.with_name("report.json")
+        written.unlink(missing_ok=True)  # it is of the classifier that is replaced
+        write_result(
+            place, lambda path: save_classifier(path, model, processor, method, base, config.updates_batch_norm)
+        )
+        write_json(written, report)
     accelerator.wait_for_everyone()
     accelerator.end_training()
     return report

@@ -2,6 +2,7 @@ import dataclasses
 import json
 import re
 import shutil
+import tempfile
 from pathlib import Path
 
 import numpy as np
@@ -24,6 +25,7 @@ from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.model import load_classifier, open_model, open_processor
 from atomdiff.classify.train import train_classifier
 from atomdiff.errors import UserError
+from atomdiff.folder_lock import locked
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_dropout": 0.2, "target_modules": ["convolution"]}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -410,6 +412,28 @@ def test_a_save_that_fails_leaves_the_earlier_classifier(config, monkeypatch):
     with pytest.raises(WriteError, match="classifier: cannot be written .No space"):
         train_classifier(dataclasses.replace(config, seed=1))
     assert torch.equal(logits(load_classifier(classifier(config))), before)
+
+
+def test_a_classifier_that_cannot_be_written_is_kept_elsewhere(config, monkeypatch, tmp_path):
+    usual, spare = training.save_classifier, tmp_path / "spare"
+
+    def full(folder, *rest):
+        if folder.is_relative_to(config.output_dir):
+            raise WriteError(folder, "No space left on device", "free some space")
+        usual(folder, *rest)
+
+    spare.mkdir()
+    monkeypatch.setattr(tempfile, "tempdir", str(spare))
+    monkeypatch.setattr(training, "save_classifier", full)
+    with pytest.raises(WriteError, match="classifier: cannot be written .No space.*spare"):
+        train_classifier(config)
+    load_classifier(next(spare.rglob("classifier")))
+    assert not (Path(config.output_dir) / "report.json").exists()
+
+
+def test_a_folder_in_which_another_run_writes_is_refused(config):
+    with locked(Path(config.output_dir)), pytest.raises(UserError, match="another run is writing there .process"):
+        train_classifier(config)
 
 
 def spoil(file, change):
