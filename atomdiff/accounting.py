@@ -57,7 +57,7 @@ def count_numbers(base: str | nn.Module, adapter: PeftConfig | None) -> AdapterC
         return AdapterCount(numbers, numbers, numbers * _HALF, {})
     if isinstance(adapter, AtomConfig):
         adapter = copy.copy(adapter)
-        adapter.init_weights = False  # there are no weights to fit atoms to
+        adapter.filled_by_loader = True  # there are no weights to fit atoms to
     model.requires_grad_(False)
     try:
         inject_adapter_in_model(adapter, model, _ADAPTER)

@@ -69,7 +69,7 @@ def test_counts_are_those_of_a_real_model(config):
 def test_counting_leaves_the_config_as_it_is():
     config = AtomConfig()
     count_numbers("resnet-50", config)
-    assert config.init_weights
+    assert not config.filled_by_loader
 
 
 def test_folders_are_architectures_too(tiny_pipe, tiny_pipe_folder):

@@ -113,7 +113,7 @@ def attach_atoms(model: Any, config: AtomConfig, layers: Mapping[str, Mapping[st
     """
     exactly = f"(?:{'|'.join(re.escape(module) for module in layers)})"  # no preset is written so
     chosen = {"target_modules": exactly, "exclude_modules": None, "layers_to_transform": None}
-    _inject(model, _changed(config, **chosen, init_weights=False), name)
+    _inject(model, _changed(config, **chosen, filled_by_loader=True), name)
     for module, tensors in layers.items():
         layer = cast(AtomLayer, find_atom_layer(model.get_submodule(module)))
         with torch.no_grad():
@@ -147,7 +147,7 @@ def attach_peft(
         ValueError: the tensors are not those of this method on this model.
     """
     atoms = is_atoms(config)
-    changes: dict[str, Any] = {"init_weights": False} if atoms else {}
+    changes: dict[str, Any] = {"filled_by_loader": True} if atoms else {}
     found = {_without_wrapping(key): tensor for key, tensor in tensors.items()}
     if atoms:  # as they were named at first
         found = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): found[key] for key in found}

@@ -104,12 +104,16 @@ class AtomConfig(PeftConfig):
     )
     init_weights: bool = field(
         default=True,
-        metadata={"help": "Fit the atoms when the adapter is added; False only where a loader fills them in."},
+        metadata={
+            "help": "Start without an effect; False: from random deltas, as tests of other methods do, too. (Atoms are "
+            "fitted in any case.)"
+        },
     )
 
     def __post_init__(self) -> None:
         """Check the fields and bring them into the form that is stored."""
         super().__post_init__()  # type: ignore[no-untyped-call]
+        self.filled_by_loader = False  # True: atoms and deltas are zeros until a loader fills them in; never stored
         self._check_kinds()
         from atomdiff.tuner.register import register
 

@@ -35,6 +35,7 @@ from atomdiff.tuner.register import PREFIX
 TRAINED_KINDS = ("atom_delta", "channel_delta", "recursion_delta", "recursion_mix")
 BASIS_KINDS = ("atom_basis", "channel_basis")
 TENSOR_KINDS = TRAINED_KINDS + BASIS_KINDS
+_RANDOM_START = 0.5  # size of a random start: about that of the change of a weight, relative to the weight
 
 
 def attribute(kind: str) -> str:
@@ -92,6 +93,9 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self.holds_merged = False  # by no adapter, too; compiled code would look at the length of a list
         self.written: dict[str, float] | None = None  # adapter -> weight, with which it was merged
         self.base_layer = base_layer
+        base: Any = self.get_base_layer()
+        self.in_features = base.in_features if isinstance(base, nn.Linear) else base.in_channels  # as all of PEFT have
+        self.out_features = base.out_features if isinstance(base, nn.Linear) else base.out_channels
         for kind in TRAINED_KINDS:
             setattr(self, attribute(kind), nn.ParameterDict())  # shapes: `Factor.trained`
         for kind in BASIS_KINDS:
@@ -145,7 +149,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         return self.scaling
 
     def update_layer(self, adapter_name: str, config: AtomConfig, module_name: str) -> None:
-        """Add an adapter: zero deltas in float32, and atoms fitted to the unmerged base weight.
+        """Add an adapter: deltas in float32, zero by default, and atoms fitted to the unmerged base weight.
 
         Raises:
             ValueError: `config.num_atoms` exceeds the numbers in a row, or the base weight is not finite.
@@ -159,6 +163,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 if kind == "recursion_mix":
                     generator = torch.Generator().manual_seed(seed)
                     start = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
+                elif not (config.init_weights or config.filled_by_loader):
+                    start = _RANDOM_START * torch.randn(shape) / shape[-1] ** 0.5
                 self.tensors(kind)[adapter_name] = nn.Parameter(start.to(weight.device))
             basis = _first_atoms(factor, config, weight, seed, module_name)
             # Fitted atoms are saved with the deltas: their signs and order are not the same everywhere.
@@ -439,7 +445,7 @@ def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int, 
     """
     if config.basis == "dct":
         return dct_atoms(factor.axes, factor.num_atoms)
-    if not config.init_weights:
+    if config.filled_by_loader:
         return torch.zeros(factor.num_atoms, factor.size)
     if weight.is_meta:
         raise ValueError(

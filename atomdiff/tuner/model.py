@@ -16,7 +16,7 @@ from peft.tuners.tuners_utils import (
     _maybe_include_all_linear_layers,
     check_target_module_exists,
 )
-from peft.utils import AuxiliaryTrainingWrapper
+from peft.utils import AuxiliaryTrainingWrapper, NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
@@ -85,7 +85,8 @@ def find_targets(model: nn.Module, config: AtomConfig) -> dict[str, nn.Module]:
     """The layers that an adapter of this config gets in a model, by module path.
 
     Raises:
-        ValueError: no layer matches, a setting has nothing to act on, or `num_atoms` exceeds a row.
+        NoMatchingPeftModuleError: no layer matches.
+        ValueError: a setting has nothing to act on, or `num_atoms` exceeds a row.
         TypeError: a module matches that atoms cannot adapt.
     """
     if config.target_modules == DUMMY_TARGET_MODULES:
@@ -98,8 +99,8 @@ def find_targets(model: nn.Module, config: AtomConfig) -> dict[str, nn.Module]:
     if wrong := [obstacles[name] for name in targets if name in obstacles]:
         raise TypeError(wrong[0])
     if not targets:
-        raise ValueError(_nothing_matches(model, config))
-    if config.init_weights:  # else a loader has checked the layers of a file one by one
+        raise NoMatchingPeftModuleError(_nothing_matches(model, config))
+    if not config.filled_by_loader:  # which has checked the layers of a file one by one
         _check_settings(config, {name: tuple(cast(Any, module).weight.shape) for name, module in targets.items()})
     return targets
 
