@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +39,7 @@ _SDXL_RESNET = {
 }
 _IN_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|downsamplers|upsamplers)\.(\d+)\.(.+)")
 _ENCODER = re.compile("text_encoder(_2)?").fullmatch
+_ATTENTION = ("q_proj", "k_proj", "v_proj", "out_proj")
 _IN_KOHYA = re.compile(  # what sd-scripts puts its layers on: in the blocks of a UNet, in the layers of text encoders
     r"lora_(unet_((down|up)_blocks|mid_block|input_blocks_[1-9]|middle_block|output_blocks)_.+|te\d?_text_model_.+)"
 ).fullmatch
@@ -110,10 +111,11 @@ def metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> di
 
 
 def zero_layers(pipe: Any, tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Layers that change nothing, without which other programs do not take a file for what it is.
+    """Layers that change nothing, without which other programs do not read all of a file.
 
     InvokeAI tells the base by the width of the first cross-attention's keys, and refuses a file without, such as one of
-    convolutions; and diffusers reads the LoRA of a text encoder only if an `out_proj` is among its layers.
+    convolutions. Stable Diffusion WebUI passes over an attention of OpenCLIP's text encoders (SD 2.x, SDXL) if not all
+    four layers are there. And diffusers reads the LoRA of a text encoder only if an `out_proj` is among its layers.
 
     Args:
         pipe: the pipeline.
@@ -124,26 +126,32 @@ def zero_layers(pipe: Any, tensors: Mapping[str, Tensor], alpha: float) -> dict[
         A LoRA of rank 1 of zeros for each layer that the file lacks.
     """
     names = {key.partition(".")[0] for key in tensors}
+    like = next(tensor for tensor in tensors.values() if tensor.ndim > 1)
     added: dict[str, Tensor] = {}
+    for name, weight in _missing_layers(pipe, names, any(key.endswith(".lora_up.weight") for key in tensors)):
+        added[f"{name}.lora_up.weight"] = like.new_zeros(weight.shape[0], 1)
+        added[f"{name}.lora_down.weight"] = like.new_zeros(1, weight.shape[1])
+        added[f"{name}.alpha"] = torch.tensor(alpha)
+    return added
+
+
+def _missing_layers(pipe: Any, names: Collection[str], lora: bool) -> Iterator[tuple[str, Tensor]]:
+    """Name and weight of each layer that a file with these layers, LoRAs or not, has to have beside."""
     for component, model in pipe.components.items():
-        ends = "attn2.to_k" if component == "unet" else "out_proj" if _ENCODER(component) else None
+        ends = "attn2.to_k" if component == "unet" else _ATTENTION if _ENCODER(component) else None
         if model is None or ends is None:
             continue
-        paths = {path: module for path, module in supported_modules(model).items() if path.endswith(ends)}
-        found = {layer_name(pipe, component, path): module.weight for path, module in paths.items()}
+        modules = {path: module for path, module in supported_modules(model).items() if path.endswith(ends)}
+        found = {layer_name(pipe, component, path): module.weight for path, module in modules.items()}
         if component == "unet":
-            found = {name: found[name] for name in sorted(found)[:1]}  # in the order that files are read in
+            needed = sorted(found)[:1]  # in the order that files are read in
         else:
-            prefix = next(iter(found), "").partition("_text_")[0]
-            if not any(prefix and key.startswith(f"{prefix}_") and key.endswith(".lora_up.weight") for key in tensors):
-                continue
-        if found and not names & found.keys():
-            name, weight = next(iter(found.items()))
-            like = next(tensor for tensor in tensors.values() if tensor.ndim > 1)
-            added[f"{name}.lora_up.weight"] = like.new_zeros(weight.shape[0], 1)
-            added[f"{name}.lora_down.weight"] = like.new_zeros(1, weight.shape[1])
-            added[f"{name}.alpha"] = torch.tensor(alpha)
-    return added
+            attentions = {name.rpartition("_self_attn_")[0] for name in found if name in names}
+            needed = [name for name in found if name.rpartition("_self_attn_")[0] in attentions]
+            prefix = f"{next(iter(found), '').partition('_text_')[0]}_"
+            if lora and not attentions and any(name.startswith(prefix) for name in names):
+                needed = [name for name in found if name.endswith("out_proj")][:1]
+        yield from ((name, found[name]) for name in needed if name not in names)
 
 
 def unread_by(names: Iterable[str], *, whole: bool) -> dict[str, tuple[str, ...]]:

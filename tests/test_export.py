@@ -504,6 +504,22 @@ def test_the_base_of_every_file_is_known_by_its_cross_attention(pipe_template, s
             torch.testing.assert_close(draw(other, "a mug"), draw(pipe, "a mug"), atol=1e-3, rtol=0)
 
 
+@pytest.mark.parametrize("form", [export_diff, export_lora])
+def test_an_attention_of_a_text_encoder_is_whole(sdxl_template, tmp_path, form):
+    pipe = fresh(sdxl_template)
+    targets = ["layers.1.self_attn.q_proj", "layers.1.self_attn.v_proj"]  # what PEFT trains by default
+    pipe.text_encoder_2.add_adapter(LoraConfig(r=1, target_modules=targets, init_lora_weights=False))
+    report = form(pipe, tmp_path / "x")
+    file = load_file(report.path)
+    names = {key.split(".")[0] for key in file if key.startswith("lora_te")}
+    attention = "lora_te2_text_model_encoder_layers_1_self_attn"
+    assert names == {f"{attention}_{part}_proj" for part in ("q", "k", "v", "out")}
+    trained = {layer.name for layer in report.layers}
+    assert trained == {f"{attention}_{part}_proj" for part in ("q", "v")}
+    kept = {key: tensor for key, tensor in file.items() if not key.endswith(".alpha")}
+    assert not any(kept[key].any() for key in kept if key.split(".")[0] not in trained)
+
+
 @pytest.mark.parametrize(("architecture", "width"), [("sd-1.5", 768), ("sd-2.1", 1024), ("sdxl", 2048)])
 def test_files_for_the_real_architectures_are_known(architecture, width):
     unet = open_architecture(architecture)
@@ -801,3 +817,19 @@ def test_outputs_that_are_in_the_way_are_refused_before_anything_is_loaded(conce
     ]:
         with pytest.raises(UserError, match=said):
             export_concepts(ExportConfig(base, (concepts[0],), to, output))
+
+
+def test_a_lora_of_another_program_is_exported_as_it_draws(pipe_template, tiny_pipe_folder, tmp_path):
+    pipe = fresh(pipe_template)
+    teach(pipe, "lora")
+    lora = str(export_lora(pipe, tmp_path / "kohya", 2, dtype=torch.float32).path)
+    expected = load_file(export_diff(pipe, tmp_path / "expected", dtype=torch.float32).path)
+    config = ExportConfig(str(tiny_pipe_folder), (lora,), "diff", str(tmp_path / "again"), dtype="float32")
+    found = load_file(export_concepts(config).path)
+    for key in expected.keys() | found.keys():
+        if key.endswith(".diff"):
+            torch.testing.assert_close(found[key], expected[key], atol=1e-6, rtol=1e-4)
+    folder = export_concepts(replace(config, to="pipeline", output=str(tmp_path / "merged"))).path
+    loaded = StableDiffusionPipeline.from_pretrained(folder)
+    loaded.set_progress_bar_config(disable=True)
+    torch.testing.assert_close(draw(loaded, "a mug"), draw(pipe, "a mug"), atol=1e-4, rtol=0)
