@@ -14,7 +14,7 @@ from weakref import WeakSet
 import torch
 from torch import Tensor, nn
 
-from atomdiff import hub, peft_directory
+from atomdiff import hub, model_calls, peft_directory
 from atomdiff.adapter_names import derived_name, given_name
 from atomdiff.base_check import fingerprint
 from atomdiff.concept_parts import attach_parts, read_parts, take_fitting_tokens, warn_of_left_out
@@ -26,6 +26,7 @@ from atomdiff.trigger_words import (
     add_trigger_word,
     add_trigger_words,
     check_addable,
+    has_words,
     look_again,
     remove_trigger_word,
     remove_trigger_words,
@@ -190,6 +191,7 @@ def load_concept(
         attach.activate(model, [name])
         attach.encode(model, name)
         attach.keep_when_merged(model)
+    _adopt_calls(pipe)
     return name
 
 
@@ -287,6 +289,7 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
             if _has(model, name):
                 attach.detach(model, name)
     remove_trigger_words(pipe, trigger_words(pipe) if adapter_name is None else _words_of(pipe, names))
+    _adopt_calls(pipe)
 
 
 def merge(pipe: Any) -> None:
@@ -334,6 +337,17 @@ def tidy(pipe: Any) -> None:
     look_again(pipe)
     for model in pipeline_models(pipe).values():
         attach.tidy(model)
+    _adopt_calls(pipe)
+
+
+def _adopt_calls(pipe: Any) -> None:
+    """Let diffusers' own calls know of the concepts that are loaded by now, if there are any."""
+    loaded = bool(concept_names(pipe))
+    for part in [*pipeline_models(pipe).values(), *(part for name, part in pipe.components.items() if "token" in name)]:
+        if loaded and (has_words(part) or (isinstance(part, nn.Module) and attach.adapter_configs(part))):
+            model_calls.adopt(part)
+        elif part is not None:
+            model_calls.release(part)
 
 
 def concept_names(pipe: Any) -> list[str]:

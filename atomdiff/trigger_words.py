@@ -576,3 +576,34 @@ def _tokens_of_others(entry: _Tokens, vocabulary: _Vocabulary) -> list[tuple[int
     known = {*before.added_tokens_encoder, *vocabulary.words}
     added = entry.tokenizer.added_tokens_decoder
     return [(number, added[number]) for number in sorted(added) if added[number].content not in known]
+
+
+def has_words(part: Any) -> bool:
+    """Whether a text encoder or a tokenizer knows trigger words."""
+    return part is not None and (_TABLE in vars(part) or part in _OF_TOKENIZER)
+
+
+def without_words(encoder: Any) -> None:
+    """Take the trigger words out of a copy of a text encoder that shares its tensors; they are left alone."""
+    table = vars(encoder).pop(_TABLE, None)
+    if table is None:
+        return
+    embedding = encoder.get_input_embeddings()
+    rows = embedding.weight.detach()[: table.size].clone()
+    for row, values in table.rows.items():
+        rows[row] = values.to(rows)
+    embedding.weight, embedding.num_embeddings = nn.Parameter(rows, embedding.weight.requires_grad), len(rows)
+    if table.size is not None:
+        encoder.config.vocab_size = table.vocab_size
+    if table.old_end:
+        _set_end(encoder, _OLD_END)
+
+
+def bare_tokenizer(tokenizer: Any) -> Any:
+    """A tokenizer as it was before its first trigger word, in an object of its own."""
+    vocabulary = _OF_TOKENIZER.get(tokenizer)
+    entries = [entry for entry in vocabulary.tokens if entry.tokenizer is tokenizer] if vocabulary else []
+    original = next((entry.original for entry in entries if entry.original is not None), vars(tokenizer))
+    bare = object.__new__(type(tokenizer))
+    vars(bare).update(original)
+    return bare

@@ -10,7 +10,7 @@ from peft import LoraConfig
 import atomdiff
 import atomdiff.errors
 from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding
-from atomdiff.tuner import AtomConfig
+from atomdiff.tuner import AtomConfig, AtomLayer
 
 CONCEPTS = {
     "mug": (AtomConfig(channel_block=4, target_modules=["conv1", "conv_in", "to_q", "q_proj"]), "ohwx"),
@@ -185,3 +185,71 @@ def test_parts_of_pipelines_with_different_words_are_refused_together(tiny_pipe,
     mixed = type(other)(**{**other.components, "tokenizer": tiny_pipe.tokenizer}, requires_safety_checker=False)
     with pytest.raises(atomdiff.errors.UserError, match="know different trigger words, 'zwx' and 'ohwx'"):
         atomdiff.load_atoms(mixed, files["style"], "style")
+
+
+def nested(weights):
+    return [{"unet": weights, "text_encoder": 1.0}]
+
+
+@pytest.mark.parametrize(
+    "weights", [{"down": 0.5, "mid": 0, "up": 1}, {"down": {"block_1": 0.3}}, {"up": {"block_0": [0.2, 0.6]}}]
+)
+def test_nested_blocks_mean_the_same_in_set_adapters_and_set_active(tiny_pipe, files, weights):
+    atomdiff.load_atoms(tiny_pipe, files["mug"], "mug")
+    full = predict(tiny_pipe)
+    tiny_pipe.set_adapters(["mug"], nested(weights))
+    theirs = predict(tiny_pipe)
+    atomdiff.set_active(tiny_pipe, {"mug": {"blocks": weights}})
+    torch.testing.assert_close(predict(tiny_pipe), theirs, atol=1e-5, rtol=0)
+    assert (theirs - full).abs().max() > 1e-4
+    with pytest.raises(atomdiff.errors.UserError, match="no layer in 'down_blocks.7'"):
+        tiny_pipe.set_adapters(["mug"], nested({"down": {"block_7": 1}}))
+
+
+def test_the_other_calls_of_diffusers_work(tiny_pipe, files):
+    for name in ("mug", "cat"):
+        atomdiff.load_atoms(tiny_pipe, files[name], name)
+    drawn = predict(tiny_pipe)
+    assert tiny_pipe.get_active_adapters() == ["cat"]
+    assert tiny_pipe.get_list_adapters() == dict.fromkeys(PARTS, ["mug", "cat"])
+    moved = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(AtomLayer, "_move_adapter_to_device_of_base_layer", lambda *args: moved.append(args[1:]))
+        tiny_pipe.set_lora_device(["mug"], "meta")
+    assert set(moved) == {("mug", torch.device("meta"))}
+    tiny_pipe.set_lora_device(["mug", "cat"], "cpu")
+    assert torch.equal(predict(tiny_pipe), drawn)
+    with pytest.raises(atomdiff.errors.UserError, match="fuse_qkv_projections copies weights that concepts adapt"):
+        tiny_pipe.fuse_qkv_projections(vae=False)
+
+
+@pytest.mark.parametrize("merged", [True, False])
+def test_saving_a_pipeline_with_concepts_writes_the_base(tiny_pipe, files, tmp_path, merged):
+    tiny_pipe.save_pretrained(tmp_path / "before")
+    for name in ("mug", "style"):
+        atomdiff.load_atoms(tiny_pipe, files[name], name)
+    if merged:
+        atomdiff.set_active(tiny_pipe, ["mug", "style"])
+    drawn, loaded = predict(tiny_pipe), bits(tiny_pipe)
+    with pytest.warns(UserWarning, match="base only, not the concepts that are loaded .'mug', 'style'"):
+        tiny_pipe.save_pretrained(tmp_path / "after")
+    written = {path.relative_to(tmp_path / "before"): path for path in (tmp_path / "before").rglob("*.*")}
+    assert [
+        str(path) for path, file in written.items() if file.read_bytes() != (tmp_path / "after" / path).read_bytes()
+    ] == []
+    assert torch.equal(predict(tiny_pipe), drawn)
+    assert_same(bits(tiny_pipe), loaded)
+    atomdiff.unload_atoms(tiny_pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        tiny_pipe.save_pretrained(tmp_path / "again")
+
+
+def test_fused_and_unloaded_concepts_are_saved_as_a_lora_is(tiny_pipe, files, tmp_path):
+    atomdiff.load_atoms(tiny_pipe, files["mug"], "mug")
+    tiny_pipe.fuse_lora(components=PARTS)
+    tiny_pipe.unload_lora_weights()
+    drawn = predict(tiny_pipe, "a mug")
+    tiny_pipe.unet.save_pretrained(tmp_path)
+    tiny_pipe.unet = type(tiny_pipe.unet).from_pretrained(tmp_path)
+    assert torch.equal(predict(tiny_pipe, "a mug"), drawn)

@@ -38,6 +38,11 @@ def atom_layers(model: nn.Module) -> dict[str, Any]:
     return {path.replace(".base_layer", ""): layer for path, layer in found.items()}
 
 
+def layers_by_path(model: nn.Module) -> dict[str, Any]:
+    """Path -> adapter layer of any method; of several on one module, each with its own path below the outer one's."""
+    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+
+
 def other_layers(model: nn.Module) -> list[Any]:
     """The adapter layers of other methods."""
     return [layer for layer in adapter_layers(model) if not isinstance(layer, AtomLayer)]
@@ -364,6 +369,21 @@ def restore(model: nn.Module) -> None:
     for layer in atom_layers(model).values():
         layer.unmerge()
     _give_back(model.modules())
+
+
+def strip(model: Any) -> None:
+    """Take all adapters out of a copy of a model that shares its tensors with the model, which is left alone."""
+    for path, module in reversed(list(model.named_modules())):
+        if (stored := kept.get_stored(module)) is not None:
+            module._parameters["weight"] = nn.Parameter(stored(), requires_grad=False)
+        for name in list(module._parameters):
+            value = kept.get(module, name)
+            if value is not None:
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+                kept.put(module, None, name)
+        if isinstance(module, BaseTunerLayer):
+            _take_away(model, path, module)
+    _set_configs(model, {})
 
 
 def restore_others(model: nn.Module) -> None:

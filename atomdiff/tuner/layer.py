@@ -148,6 +148,13 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """The adapters of this layer; diffusers counts them by the size of `r`."""
         return self.scaling
 
+    @property
+    def lora_A(self) -> dict[str, Any]:  # noqa: N802
+        """Adapter -> what moves its tensors by `.to(device)`; diffusers' `set_lora_device` asks LoRA layers for it."""
+        return {name: _Movable(self, name) for name in self.scaling}
+
+    lora_B = lora_A  # noqa: N815
+
     def update_layer(self, adapter_name: str, config: AtomConfig, module_name: str) -> None:
         """Add an adapter: deltas in float32, zero by default, and atoms fitted to the unmerged base weight.
 
@@ -430,6 +437,18 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             if adapter_name in self.tensors(kind):
                 tensor = self.tensors(kind)[adapter_name]
                 tensor.data = tensor.data.to(device, torch.float32)
+
+
+@dataclass(frozen=True)
+class _Movable:
+    """The tensors of one adapter in one layer."""
+
+    layer: AtomLayer
+    name: str
+
+    def to(self, device: torch.device | str | int) -> None:
+        """Move them."""
+        self.layer._move_adapter_to_device_of_base_layer(self.name, torch.device(device))
 
 
 def _by_row(change: Change, weights: Tensor) -> Change:
