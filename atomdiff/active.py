@@ -52,7 +52,7 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
         write(0.0 if part == denoiser else None)
     if any(strength.steps for strength in strengths.values()):
         rewrite = partial(writers[denoiser], changed_only=True)
-        pipe._atomdiff_schedule = StepSchedule(pipe, pipe.components[denoiser], rewrite)
+        vars(models[denoiser])["_atomdiff_schedule"] = StepSchedule(pipe, pipe.components[denoiser], rewrite)
 
 
 def set_weights(pipe: Any, concepts: Concepts) -> None:

@@ -12,6 +12,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from atomdiff.active import read_strengths
+from atomdiff.caller import find_caller
 from atomdiff.errors import UserError
 from atomdiff.pipeline import denoiser_name, pipeline_models
 from atomdiff.strength import StepSchedule, Strength, before_calls
@@ -53,7 +54,7 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
     for model in models.values():
         _refuse_others(model, {name for row in wanted for name in row})
     with ExitStack() as undo:
-        if (schedule := pipe.__dict__.get("_atomdiff_schedule")) is not None:
+        if (schedule := vars(models[denoiser]).get("_atomdiff_schedule")) is not None:
             schedule.paused.value = True  # it would write weights that no row wears
             undo.callback(setattr, schedule.paused, "value", None)
         noted, calls = undo.enter_context(_noted_latents(pipe)), _Calls()
@@ -163,17 +164,19 @@ def _noted_latents(pipe: Any) -> Iterator[list[int]]:
 
 
 def _count_images(
-    batch: Batch, pipe: Any, noted: Sequence[int], _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    batch: Batch, pipe: Any, noted: Sequence[int], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
 ) -> None:
     """Find out how many images there are a row; guidance gives each group of them the same order."""
     size = _batch_size(args, kwargs)
-    if noted:
-        groups = max(size // noted[0], 1)
+    caller = find_caller(model)  # not always the pipeline that `mixed_batch` was given: others share its models
+    made = caller.latents if caller is not None and caller.latents else next(iter(noted), None)
+    if made:
+        groups = max(size // made, 1)
     else:  # the model is called directly
-        guided = getattr(pipe, "do_classifier_free_guidance", False) and size > batch.rows
+        guided = getattr(caller.pipe if caller else pipe, "do_classifier_free_guidance", False) and size > batch.rows
         groups = 2 if guided else 1
     batch.images, left = divmod(size, batch.rows * groups)
-    if left or not batch.images or (noted and size % noted[0]):
+    if left or not batch.images or (made and size % made):
         raise UserError(f"found a batch of {size} for {batch.rows} rows of mixed_batch; give one prompt a row")
 
 

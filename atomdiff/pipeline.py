@@ -315,9 +315,9 @@ def restore(pipe: Any) -> None:
 
 def stop_schedule(pipe: Any) -> None:
     """Stop writing weights before denoising steps; those of the last one stay."""
-    schedule = pipe.__dict__.pop("_atomdiff_schedule", None)
-    if schedule is not None:
-        schedule.remove()
+    for model in pipeline_models(pipe).values():
+        if (schedule := vars(model).pop("_atomdiff_schedule", None)) is not None:
+            schedule.remove()
 
 
 def list_atoms(pipe: Any) -> list[LoadedConcept]:

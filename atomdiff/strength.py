@@ -11,6 +11,7 @@ from typing import Any
 
 import numpy as np
 
+from atomdiff.caller import find_caller
 from atomdiff.errors import UserError
 from atomdiff.threads import ThisThread
 
@@ -126,13 +127,15 @@ class StepSchedule:
         self._last: float | None = None
         self.remove = before_calls(denoiser, when(self._before))
 
-    def _before(self, _: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        steps = getattr(self._pipe.scheduler, "timesteps", None)
+        caller = find_caller(model)
+        scheduler = (caller.pipe if caller else self._pipe).scheduler
+        steps = getattr(scheduler, "timesteps", None)
         if self.paused.value or timestep is None or steps is None or len(steps) == 0:
             return
         now = float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
-        scales = 1, self._pipe.scheduler.config.get("num_train_timesteps", 1)  # some transformers get them from 0 to 1
+        scales = 1, scheduler.config.get("num_train_timesteps", 1)  # some transformers get them from 0 to 1
         nearest = min(((steps.float() - now * scale).abs().min(0) for scale in scales), key=lambda found: found.values)
         progress = int(nearest.indices) / max(len(steps) - 1, 1)
         if progress != self._last:

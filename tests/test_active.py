@@ -130,7 +130,7 @@ def places(pipe):
 def state(pipe):
     layers = [layer for m in pipeline_models(pipe).values() for layer in atom_layers(m).values()]
     scaling = [(layer.active_adapters, layer.disable_adapters, dict(layer.scaling)) for layer in layers]
-    return bits(pipe), scaling, "_atomdiff_schedule" in vars(pipe)
+    return bits(pipe), scaling, "_atomdiff_schedule" in vars(pipe.unet)
 
 
 @pytest.mark.parametrize("weights", SETS, ids=lambda weights: "+".join(weights))

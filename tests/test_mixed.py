@@ -6,6 +6,8 @@ import warnings
 import pytest
 import torch
 from diffusers import (
+    EulerDiscreteScheduler,
+    StableDiffusionImg2ImgPipeline,
     StableDiffusionInstructPix2PixPipeline,
     StableDiffusionPAGPipeline,
     StableDiffusionPipeline,
@@ -14,6 +16,7 @@ from diffusers import (
 from peft import LoraConfig
 
 import atomdiff
+from atomdiff import active
 from atomdiff.errors import UserError
 from atomdiff.pipeline import pipeline_models
 from atomdiff.tuner import AtomConfig
@@ -456,3 +459,44 @@ def test_a_pipeline_keeps_its_own_way_to_make_latents(pipe):
     with atomdiff.mixed_batch(pipe, ["spatial", None]):
         draw(pipe, PROMPTS[:2], noise(2))
     assert calls and pipe.prepare_latents is own
+
+
+def test_a_pipeline_that_shares_the_models_mixes_as_the_one_that_mixed_batch_was_given(pipe):
+    other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
+    other.set_progress_bar_config(disable=True)
+    pictures = torch.rand(2, 3, 32, 32, generator=torch.Generator().manual_seed(0))
+    rows = ["spatial", {"separable": {"steps": {0: 0, 1: 2}}}]
+
+    def redraw(prompts, which, **options):
+        generator = [torch.Generator().manual_seed(number) for number in range(2)][which]
+        options = {"num_inference_steps": 4, "guidance_scale": 3.0, "output_type": "pt", "strength": 0.5} | options
+        return other(prompts, pictures[which], generator=generator, **options).images
+
+    for scale in (3.0, 1.0):
+        expected = []
+        for number, row in enumerate(rows):
+            atomdiff.set_active(pipe, row)
+            expected.append(redraw(PROMPTS[number : number + 1], slice(number, number + 1), guidance_scale=scale))
+        atomdiff.restore(pipe)
+        with atomdiff.mixed_batch(pipe, rows):
+            mixed = redraw(PROMPTS[:2], slice(None), guidance_scale=scale)
+        torch.testing.assert_close(mixed, torch.cat(expected), atol=1e-5, rtol=0)
+        assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_draws(pipe):
+    other = type(pipe).from_pipe(pipe, scheduler=EulerDiscreteScheduler.from_config(pipe.scheduler.config))
+    other.set_progress_bar_config(disable=True)
+    shares = []
+    with pytest.MonkeyPatch.context() as patch:
+        write = active._Writer.__call__
+        patch.setattr(
+            active._Writer, "__call__", lambda self, share, **o: (shares.append(share), write(self, share, **o))[1]
+        )
+        atomdiff.set_active(pipe, {"spatial": {"steps": {0: 1, 1: 0}}})
+        shares.clear()
+        draw(pipe, PROMPTS[:1], noise(1), num_inference_steps=2)
+        draw(other, PROMPTS[:1], noise(1), num_inference_steps=3)
+    assert shares == [0.0, 1.0, 0.0, 0.5, 1.0]
+    atomdiff.restore(other)
+    assert "_atomdiff_schedule" not in vars(pipe.unet)

@@ -235,7 +235,7 @@ def test_a_schedule_ends(pipe, end):
     assert len(pipe.unet._forward_pre_hooks) == hooks + 1
     draw(pipe)
     ENDS[end](pipe)
-    assert len(pipe.unet._forward_pre_hooks) == hooks and not hasattr(pipe, "_atomdiff_schedule")
+    assert len(pipe.unet._forward_pre_hooks) == hooks and "_atomdiff_schedule" not in vars(pipe.unet)
     assert len(set(worn(pipe))) == 1
 
 
