@@ -8,6 +8,7 @@ import re
 import stat
 import sys
 import threading
+import unicodedata
 import warnings
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator
@@ -23,12 +24,14 @@ from atomdiff.delta_file import (
     CONCEPT_SUFFIX,
     DeltaFile,
     check_words,
+    read_any_header,
     read_delta_file,
     read_header,
     some,
     split_token_key,
 )
 from atomdiff.errors import UserError
+from atomdiff.lora_file import has_lora_keys
 
 _READERS = 8  # threads that read headers
 _TENSOR_BYTES = 520  # what torch and Python keep about a tensor besides its numbers; measured
@@ -41,7 +44,7 @@ class ConceptInfo:
     """What the header of a concept file says."""
 
     name: str
-    """Path in the library's folder, with `/` and without the ending."""
+    """Path in the library's folder, with `/` and without the ending, in Unicode's form NFC."""
     path: Path
     """The file."""
     trigger_phrase: str
@@ -56,6 +59,8 @@ class ConceptInfo:
     """When the file was last changed, in nanoseconds."""
     inode: int
     """Number of the file in its file system; one that was put in another's place has another."""
+    is_lora: bool = False
+    """Whether it is a LoRA file of another program, which `load_atoms` takes by its path."""
 
 
 class _Held(NamedTuple):
@@ -69,10 +74,11 @@ class _Held(NamedTuple):
 class ConceptLibrary:
     """The concepts of a folder: `library["animals/cat"]` is what `animals/cat.atoms.safetensors` holds.
 
-    All files with that ending are listed, in subfolders, too; hidden ones are left out, links to files are followed,
-    links to folders are not. A file is read when its concept is first asked for; the concepts asked for last stay in
-    memory. Any number of threads may use a library at once: each file is read by one of them, the others wait for it
-    and for nothing else. A `DeltaFile` is shared by all who ask for it and must not be changed.
+    All files with that ending are listed, and LoRA files of other programs, in subfolders, too; hidden ones are left
+    out, links to files are followed, links to folders are not. A file is read when its concept is first asked for; the
+    concepts asked for last stay in memory. Any number of threads may use a library at once: each file is read by one of
+    them, the others wait for it and for nothing else. A `DeltaFile` is shared by all who ask for it and must not be
+    changed.
 
     Length, iteration over the sorted names, and `in` tell what the last look at the folder found. What is new, changed
     or removed is noticed by `refresh`, and when a name or a phrase that nobody knows is asked for.
@@ -105,15 +111,18 @@ class ConceptLibrary:
         return iter(self._index.concepts)
 
     def __contains__(self, name: object) -> bool:
-        return name in self._index.concepts
+        return isinstance(name, str) and _composed(name) in self._index.concepts
 
     def __getitem__(self, name: str) -> DeltaFile:
         """The concept of that name, from memory or from its file; shared, not to be changed.
 
         Raises:
-            UserError: there is no such concept, or its file is damaged.
+            UserError: there is no such concept, its file is damaged, or it is a LoRA file.
         """
         info = self.info(name)
+        if info.is_lora:
+            raise UserError(f"{name!r} is a LoRA file and holds no atoms: load it by its path, {info.path}")
+        name = info.name
         with self._lock:
             held = self._held.get(name)
             if held is not None and held.info is info:
@@ -133,7 +142,7 @@ class ConceptLibrary:
         """
         if name not in self:
             self.refresh()
-        if info := self._index.concepts.get(name):
+        if info := self._index.concepts.get(_composed(name)):
             return info
         raise UserError(self._unknown(name))
 
@@ -206,8 +215,9 @@ class ConceptLibrary:
 
     def _unknown(self, name: str) -> str:
         index = self._index
-        if reason := index.damaged.get(self.folder / f"{name}{CONCEPT_SUFFIX}"):
-            return f"the concept {name!r} cannot be used: {reason}"
+        for ending in (CONCEPT_SUFFIX, ".safetensors"):
+            if reason := index.damaged.get(self.folder / f"{name}{ending}"):
+                return f"the concept {name!r} cannot be used: {reason}"
         ends = {other.rpartition("/")[2]: other for other in index.concepts}
         asked = name.removesuffix(CONCEPT_SUFFIX).rpartition("/")[2]
         near = [ends[end] for end in difflib.get_close_matches(asked, ends)]
@@ -244,20 +254,31 @@ def _look(folder: Path, old: _Index) -> _Index:
         reading = {file: pool.submit(_read_info, folder, Path(file), stamps[file]) for file in others}
     for file, future in reading.items():
         try:
-            infos[file] = future.result()
+            if (info := future.result()) is not None:
+                infos[file] = info
         except UserError as error:
             if os.path.exists(file):  # not gone since it was listed
                 damaged[Path(file)] = str(error)
+    first: dict[str, str] = {}
+    for file in sorted(infos, key=lambda file: (infos[file].is_lora, file)):
+        if (other := first.setdefault(infos[file].name, file)) != file:
+            damaged[Path(file)] = f"{file} has the same name in the library as {other}: rename one"
+            del infos[file]
     return old if (infos, damaged) == (known, old.damaged) else _Index(infos.values(), damaged)
 
 
-def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo:
-    metadata, keys = read_header(path)
+def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo | None:
+    """What the header of a file says; None: it is neither a concept nor a LoRA."""
+    is_lora = not path.name.endswith(CONCEPT_SUFFIX)
+    metadata, keys = read_any_header(path) if is_lora else read_header(path)
+    if is_lora and not has_lora_keys(keys):
+        return None
     words = sorted({split_token_key(key)[0] for key in keys if key.startswith("token.")})
     check_words(path, words)
-    name = path.relative_to(folder).as_posix().removesuffix(CONCEPT_SUFFIX)
-    phrase, base_model = metadata.get("trigger_phrase", ""), metadata.get("base_model", "")
-    return ConceptInfo(name, path, phrase, tuple(words), base_model, *stamp)
+    name = path.relative_to(folder).as_posix().removesuffix(".safetensors" if is_lora else CONCEPT_SUFFIX)
+    phrase = metadata.get("trigger_phrase") or metadata.get("modelspec.trigger_phrase", "")
+    base_model = metadata.get("base_model") or metadata.get("ss_sd_model_name", "")
+    return ConceptInfo(_composed(name), path, phrase, tuple(words), base_model, *stamp, is_lora)
 
 
 def _list(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
@@ -274,7 +295,7 @@ def _list(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
     for below, subfolders, files in os.walk(folder, onerror=note):
         subfolders[:] = [name for name in subfolders if not name.startswith(".")]
         for name in files:
-            if name.endswith(CONCEPT_SUFFIX) and not name.startswith("."):
+            if name.endswith(".safetensors") and not name.startswith("."):
                 file = os.path.join(below, name)
                 with suppress(OSError):  # a link to nothing, or gone since it was listed
                     found = os.stat(file)
@@ -297,6 +318,11 @@ def _memory(delta: DeltaFile) -> int:
         elif isinstance(value, (list, tuple, set, frozenset)):
             pending += value
     return total
+
+
+def _composed(name: str) -> str:
+    """The name as one sequence of characters: file systems and keyboards give "é" as one or as two."""
+    return unicodedata.normalize("NFC", name)
 
 
 def _plain(phrase: str) -> str:

@@ -44,6 +44,11 @@ def is_lora_file(path: Path) -> bool:
     return read_any_header(path)[0].get("format") != FORMAT
 
 
+def has_lora_keys(keys: Iterable[str]) -> bool:
+    """Whether a safetensors file with these keys holds layers that `read_lora` knows."""
+    return any(map(_KEY.fullmatch, keys))
+
+
 def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool) -> tuple[Adapters, list[str]]:
     """Read a LoRA, LoCon, LoHa, LoKr or whole differences, with the names of kohya's programs or of diffusers.
 

@@ -169,8 +169,9 @@ def library_concept(library: ConceptLibrary, name: str) -> Concept:
         UserError: there is none of that name.
     """
     info = library.info(name)
-    file = name + CONCEPT_SUFFIX
-    return Concept(name, file, info.path, info.trigger_words, info.trigger_phrase, read=lambda: library[name])
+    file = info.name + (".safetensors" if info.is_lora else CONCEPT_SUFFIX)
+    read = None if info.is_lora else lambda: library[name]
+    return Concept(name, file, info.path, info.trigger_words, info.trigger_phrase, read)
 
 
 def read_lines(

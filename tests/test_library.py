@@ -6,6 +6,7 @@ import random
 import shutil
 import threading
 import time
+import unicodedata
 import warnings
 from collections import Counter
 from concurrent.futures import ThreadPoolExecutor
@@ -22,7 +23,9 @@ from atomdiff import library as library_module
 from atomdiff.delta_file import MAX_HEADER_BYTES, DeltaFile, read_delta_file, write_delta_file
 from atomdiff.errors import UserError
 from atomdiff.library import ConceptLibrary
+from atomdiff.packing import read_lines
 from atomdiff.tuner import AtomConfig
+from atomdiff.wardrobe import Wardrobe
 
 SECONDS = 30  # no thread waits longer: a test that would hang fails instead
 
@@ -122,6 +125,34 @@ def test_names_are_paths_without_the_ending_and_other_files_are_left_out(tmp_pat
     library = atomdiff.ConceptLibrary(tmp_path)
     assert list(library) == ["animals/cat", "animals/wild/cat", "mug"] and len(library) == 3
     assert "animals/cat" in library and "cat" not in library and not library.damaged
+
+
+def test_lora_files_are_listed_and_loaded_by_their_path(tmp_path, tiny_pipe):
+    write(tmp_path, "cat")
+    module = "mid_block.resnets.0.conv1"
+    name = f"lora_unet_{module.replace('.', '_')}"
+    layer = {f"{name}.lora_down.weight": torch.ones(1, 64, 3, 3), f"{name}.lora_up.weight": torch.ones(64, 1, 1, 1)}
+    for file in ("old mug", "cat"):
+        save_file(layer, tmp_path / f"{file}.safetensors", {"modelspec.trigger_phrase": "a blue mug"})
+    save_file({"emb_params": torch.ones(1, 32)}, tmp_path / "word.safetensors")
+    with pytest.warns(UserWarning, match="cat.safetensors has the same name in the library as .*cat.atoms.safetensors"):
+        library = ConceptLibrary(tmp_path)
+    assert list(library) == ["cat", "old mug"] and library.find("blue mug") == ["old mug"]
+    assert library.info("old mug").is_lora and not library.info("cat").is_lora
+    with pytest.raises(UserError, match="'old mug' is a LoRA file and holds no atoms: load it by its path"):
+        library["old mug"]
+    before = tiny_pipe.unet.get_submodule(module).weight.clone()
+    with Wardrobe(tiny_pipe).worn(read_lines(["a mug <lora:old mug:0.5>"], library=library)):
+        weight = tiny_pipe.unet.get_submodule(module).get_base_layer().weight
+        assert torch.allclose(weight, before + 0.5, atol=1e-6)
+
+
+def test_a_name_is_found_however_its_accents_are_written(tmp_path):
+    write(tmp_path, unicodedata.normalize("NFD", "müll"))
+    library = ConceptLibrary(tmp_path)
+    for form in ("NFC", "NFD"):
+        name = unicodedata.normalize(form, "müll")
+        assert name in library and library[name] is library["müll"]
 
 
 def test_info_comes_from_the_header(tmp_path, reads):
