@@ -1,8 +1,11 @@
 """The command line: `atomdiff <verb>`, one thin function a verb."""
 
+import contextlib
 import os
 import sys
+import tempfile
 import time
+import traceback
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -135,7 +138,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line without the program's name; by default that of this process.
 
     Returns:
-        The exit status: 0; 2 for a mistake in what was asked, told in one line; 130 if stopped.
+        The exit status: 0; 1 for a bug and 2 for a mistake in what was asked, each told in one line; 130 if stopped;
+        141 if nobody reads the output any more.
     """
     args = sys.argv[1:] if args is None else list(args)
     if args == ["--version"]:
@@ -168,7 +172,14 @@ def run_program(name: str, work: Callable[[], None]) -> int:
         print(message, file=sys.stderr)
 
     try:
-        work()
+        try:
+            work()
+        finally:
+            sys.stdout.flush()
+    except BrokenPipeError:  # whoever reads the output has gone, as head does
+        with contextlib.suppress(OSError, ValueError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
+        return 141
     except (UserError, OSError) as error:
         tell(f"{name}: error: {error}")
         return 2
@@ -181,11 +192,28 @@ def run_program(name: str, work: Callable[[], None]) -> int:
         if first:
             print(str(stop) or "stopped", file=sys.stderr)
         return 130
-    except Exception:
-        if several:
+    except Exception as error:
+        if several and first:
             time.sleep(_PATIENCE)
-        raise
+        tell(f"{name}: {_unforeseen(error)}")
+        return 1
     return 0
+
+
+def _unforeseen(error: Exception) -> str:
+    """Say in one line what happened that no check has foreseen; its traceback goes to a file."""
+    what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+    if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
+        return f"error: out of memory ({what}); take smaller images or batches, or shorten the list of prompts"
+    told = "".join(traceback.format_exception(error))
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", encoding="utf-8", prefix="atomdiff-error-", suffix=".txt", delete=False
+        ) as file:
+            file.write(told)
+    except OSError:
+        return f"error: {what}. This is a bug in atomdiff; please report it with these lines:\n{told}"
+    return f"error: {what}. This is a bug in atomdiff; please report it with {file.name}"
 
 
 def _show_warning(message: Warning | str, *_: object, **__: object) -> None:

@@ -150,14 +150,17 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tiny_pipe_folder, tmp_path, capsy
     assert capsys.readouterr().err == "stopped\n"
 
 
+BUG = "atomdiff train: error: RuntimeError: bug. This is a bug in atomdiff;"
+
+
 @pytest.mark.parametrize(
     ("rank", "processes", "end", "told", "waits"),
     [
-        (0, 1, RuntimeError("bug"), "", 0),
-        (0, 2, RuntimeError("bug"), "", 1),
+        (0, 1, RuntimeError("bug"), BUG, 0),
+        (0, 2, RuntimeError("bug"), BUG, 1),
         (0, 2, UserError("wrong"), "atomdiff train: error: wrong", 0),
         (0, 2, KeyboardInterrupt("saved"), "saved", 0),
-        (1, 2, RuntimeError("bug"), "", 1),
+        (1, 2, RuntimeError("bug"), BUG, 1),
         (1, 2, UserError("wrong"), "atomdiff train: error: wrong", 1),
         (1, 2, SystemExit("no such option"), "no such option", 1),
         (1, 2, KeyboardInterrupt("saved"), "", 0),
@@ -172,13 +175,48 @@ def test_processes_after_the_first_wait_before_they_tell(rank, processes, end, t
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
     monkeypatch.setitem(cli.VERBS, "train", verb)
-    if isinstance(end, RuntimeError):
-        with pytest.raises(RuntimeError):
-            main(["train"])
-    else:
-        assert main(["train"]) == (130 if isinstance(end, KeyboardInterrupt) else 2)
+    statuses = {KeyboardInterrupt: 130, RuntimeError: 1}
+    assert main(["train"]) == statuses.get(type(end), 2)
     assert slept == [""] * waits
-    assert capsys.readouterr().err.strip() == told
+    said = capsys.readouterr().err.strip()
+    assert said.startswith(told) if told == BUG else said == told
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_what_nobody_foresaw_is_one_line_with_its_traceback_in_a_file(monkeypatch, tmp_path, capsys, full):
+    def verb(_):
+        raise RuntimeError("a\nbug")
+
+    monkeypatch.setattr(cli.tempfile, "tempdir", str(tmp_path / "none" if full else tmp_path))
+    monkeypatch.setitem(cli.VERBS, "train", verb)
+    assert main(["train"]) == 1
+    said = capsys.readouterr().err
+    if full:
+        assert "Traceback" in said and 'RuntimeError("a' in said
+        return
+    (file,) = tmp_path.iterdir()
+    assert said == f"{BUG.replace('bug.', 'a bug.', 1)} please report it with {file}\n"
+    assert 'raise RuntimeError("a' in file.read_text()
+
+
+@pytest.mark.parametrize(
+    "error", [MemoryError(), RuntimeError("CUDA out of memory. Tried"), RuntimeError("x can't allocate memory")]
+)
+def test_too_little_memory_is_no_bug(monkeypatch, capsys, error):
+    def verb(_):
+        raise error
+
+    monkeypatch.setitem(cli.VERBS, "train", verb)
+    assert main(["train"]) == 1
+    said = capsys.readouterr().err
+    assert "error: out of memory" in said and "bug" not in said and said.count("\n") == 1
+
+
+def test_a_reader_that_has_gone_is_no_error():
+    code = "import sys; from atomdiff.cli import run_program; sys.exit(run_program('x', lambda: print('y' * 10**6)))"
+    command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
+    done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (141, "y", "")
 
 
 def test_warnings_are_short_and_only_ours(monkeypatch, tiny_pipe_folder, tmp_path, capsys):
