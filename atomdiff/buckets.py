@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 from atomdiff.errors import UserError
 
+_MOST = 8192  # pixels of a side
+
 Size = tuple[int, int]
 """Height and width in pixels."""
 
@@ -20,8 +22,9 @@ def parse_buckets(text: str) -> tuple[Size, ...] | None:
         return None
     pairs = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", pair) for pair in text.split(";")]
     sizes = tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
-    if len(sizes) < len(pairs) or not all(min(size) for size in sizes):
-        raise UserError(f'aspect_ratio_buckets={text!r}: expected "auto", or "height,width;...", say 512,768;768,512')
+    if len(sizes) < len(pairs) or not all(0 < side <= _MOST for size in sizes for side in size):
+        expected = f'"auto", or "height,width;..." of at most {_MOST} pixels, say 512,768;768,512'
+        raise UserError(f"aspect_ratio_buckets={text!r}: expected {expected}")
     return sizes
 
 

@@ -40,6 +40,7 @@ from atomdiff.optimizer import build_optimizer, current_rate, load_optimizer
 from atomdiff.prepare import Material, prepare_material
 from atomdiff.progress import RunLog, StopSignals, extend_contact_sheet
 from atomdiff.publish import choose_repository, push_concept, row_of, trigger_phrase, validation_prompts
+from atomdiff.run_summary import describe_training
 from atomdiff.train_config import TrainConfig, load_config
 from atomdiff.trigger_words import set_trigger_embedding
 
@@ -107,6 +108,10 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     run = build_run(config, accelerator, adapter, text_adapter)
     if state:
         load_state(run, state)
+    if accelerator.is_main_process:
+        count = sum(parameter.numel() for parameter in run.trained.values())
+        done = state["step"] if state else 0
+        say(f"{run.material.description}\n{describe_training(config, count, accelerator.num_processes, done)}")
 
     start_trackers(replace(config, hub_token=None), accelerator)  # they show the config to others
     final_loss = take_steps(run, recipe, state)
@@ -369,7 +374,7 @@ def shows(config: TrainConfig, step: int, start: int) -> bool:
 def validate(run: Run, step: int) -> None:
     """Draw the validation prompts, each from a seed of its own, as a row of the contact sheet.
 
-    A row that cannot be written is only warned of: the training that would be lost is worth more.
+    A row that cannot be generated or written is only warned of: the training that would be lost is worth more.
     """
     config, pipe, accelerator = run.config, run.pipe, run.accelerator
     if accelerator.is_main_process:

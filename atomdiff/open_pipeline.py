@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 from pathlib import Path
 from typing import Any
 
@@ -81,6 +82,30 @@ def pipeline_class(name: str, *, revision: str | None = None, single_file_config
         return str(DiffusionPipeline.load_config(name, revision=revision)["_class_name"])
     except (OSError, ValueError, KeyError) as error:
         raise _cannot_load(name, error) from error
+
+
+def refuse_other_pipelines(name: str, *, revision: str | None = None, single_file_config: str | None = None) -> None:
+    """Refuse a pipeline that does not draw from text alone with a UNet of two dimensions, before it is loaded.
+
+    Args:
+        name: as for `open_pipeline`.
+        revision: on the Hub.
+        single_file_config: as for `open_pipeline`.
+
+    Raises:
+        UserError: it is another one, or cannot be read.
+    """
+    import diffusers
+
+    if is_single_file(name):  # only those that are known are opened
+        return
+    kind = pipeline_class(name, revision=revision, single_file_config=single_file_config)
+    made: Any = getattr(diffusers, kind, None)
+    parts = {} if made is None else inspect.signature(made.__init__).parameters
+    unet = str(parts["unet"].annotation) if {"unet", "vae", "text_encoder", "tokenizer"} <= parts.keys() else ""
+    if "UNet2DConditionModel" not in unet or "image" in inspect.signature(made.__call__).parameters:
+        expected = "a pipeline of Stable Diffusion 1.x, 2.x or XL, from text to images"
+        raise UserError(f"pretrained_model_name_or_path={name!r}: found a {kind}; expected {expected}")
 
 
 def is_single_file(name: str) -> bool:

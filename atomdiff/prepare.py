@@ -31,6 +31,8 @@ from atomdiff.first_look import check_named
 from atomdiff.identity import Row, image_key, text_key
 from atomdiff.latents import Encoder, LatentCache, join
 from atomdiff.masks import read_masks
+from atomdiff.publish import validation_prompts
+from atomdiff.run_summary import describe_images, warn_of_cut_prompts
 from atomdiff.train_config import Subject, TrainConfig
 from atomdiff.trigger_words import check_addable
 from atomdiff.vector_words import words_of
@@ -79,6 +81,8 @@ class Material:
     """Share of samples that get the empty prompt."""
     known_by: Mapping[str, Any] = field(default_factory=dict)
     """What tells it and the base from others, as `identity.differences` compares it."""
+    description: str = ""
+    """What was found, for people to read."""
 
     @property
     def image_count(self) -> int:
@@ -143,6 +147,8 @@ class Source:
     """How often it comes in an epoch."""
     known_by: Row = ()
     """What tells it from others, see `identity.py`."""
+    captioned: bool = False
+    """Whether it has a caption of its own."""
 
 
 def prepare_material(
@@ -162,7 +168,8 @@ def prepare_material(
     """
     side = training_resolution(config, pipe)
     sizes = bucket_sizes(config.aspect_ratio_buckets, side, size_unit(pipe))
-    photos = [source for subject in config.subjects for source in read_subject(config, subject, sizes)]
+    of_subjects = {subject.instance_data_dir: read_subject(config, subject, sizes) for subject in config.subjects}
+    photos = [source for sources in of_subjects.values() for source in sources]
     if config.masked_loss and not any(photo.masked for photo in photos):
         folder = Path(config.subjects[0].instance_data_dir) / "mask"
         expected = f"masks in {folder}, named like the photos, or photos with an alpha channel"
@@ -179,6 +186,11 @@ def prepare_material(
             orders = tag_texts(config, subject.fill(photo.caption or subject.class_prompt))
             known_by = (photo.name, image_key(photo.picture), text_key(orders), "")
             of_class.append(Source(orders, partial(views, photo.picture, center_crop=True), known_by=known_by))
+    if accelerator.is_main_process:
+        firsts = {"captions": photos, "class prompts": of_class}
+        checked = {what: [source.prompts[0] for source in sources] for what, sources in firsts.items()}
+        shown = validation_prompts(config) if config.validation_steps else []
+        warn_of_cut_prompts(pipe, config, checked | {"validation prompts": shown})
     texts = [prompt for source in [*photos, *of_class] for prompt in source.prompts]
     texts += [""] if config.caption_dropout else []
     prompts = {text: number for number, text in enumerate(dict.fromkeys(texts))}
@@ -203,6 +215,15 @@ def prepare_material(
             "photos": [list(photo.known_by) for photo in photos],
             "class_images": [list(picture.known_by) for picture in of_class],
         },
+        describe_images(
+            config,
+            {
+                folder: (len(found), sum(each.captioned for each in found), sum(each.masked for each in found))
+                for folder, found in of_subjects.items()
+            },
+            len(of_class),
+            [photo.bucket for photo in photos if photo.bucket is not None],
+        ),
     )
     pipe.vae = None
     place(pipe, accelerator, trained_whole=whole)
@@ -227,7 +248,8 @@ def read_subject(config: TrainConfig, subject: Subject, sizes: Sequence[Size]) -
         orders = tag_texts(config, subject.fill(photo.caption or subject.instance_prompt))
         cut = partial(cut_photo, config, photo, mask)
         known_by = (photo.name, image_key(photo.picture), text_key(orders), image_key(mask) if mask else "")
-        sources.append(Source(orders, cut, bucket, mask is not None, subject.repeats, known_by))
+        captioned = photo.caption is not None
+        sources.append(Source(orders, cut, bucket, mask is not None, subject.repeats, known_by, captioned))
     if tiny:
         raise UserError(f"{folder}: less than half as large as their bucket: {', '.join(tiny)}. Replace or remove them")
     return sources

@@ -14,7 +14,7 @@ from atomdiff.bars import Bar
 from atomdiff.checked_images import checked_images
 from atomdiff.delta_file import some
 from atomdiff.errors import UserError
-from atomdiff.open_pipeline import open_pipeline
+from atomdiff.open_pipeline import open_pipeline, refuse_other_pipelines
 from atomdiff.paths import PathText, expand_paths
 from atomdiff.picture_files import PictureFile, listing_hash, write_overview
 from atomdiff.precision import choose_precision, compute_device, tell
@@ -300,6 +300,9 @@ def save_samples(config: SampleConfig) -> Path:
     share = share_of(missing, state.process_index, state.num_processes)
     hidden: list[tuple[str, int]] = []
     if share:
+        refuse_other_pipelines(
+            config.pretrained_model_name_or_path, revision=config.revision, single_file_config=config.single_file_config
+        )
         pipe = open_pipeline(
             config.pretrained_model_name_or_path,
             precision.dtype,

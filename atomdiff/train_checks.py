@@ -23,11 +23,15 @@ _FROM_ZERO = (
     "validation_steps logit_std min_timestep keep_tokens"
 ).split()
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_FROM_ONE, (1, math.inf)),
+    **dict.fromkeys(_FROM_ONE, (1, 10**9)),
     **dict.fromkeys(_FROM_ZERO, (0, math.inf)),
     **dict.fromkeys(("caption_dropout", "unmasked_weight", "adam_beta1", "adam_beta2", "ema_decay"), (0, 1)),
     "logit_mean": (-100, 100),
     "flow_shift": FLOW_SHIFTS,
+    "resolution": (8, 8193),
+    "num_inference_steps": (1, 1001),
+    "guidance_scale": (0, 1000),
+    **dict.fromkeys(("sample_batch_size", "train_batch_size", "num_class_images"), (1, 100_001)),
 }
 _ATTENTION = ("plain_attention", "enable_xformers_memory_efficient_attention", "enable_attention_slicing")
 _QUANTIZED = ("load_in_8bit", "load_in_4bit")

@@ -655,6 +655,26 @@ def test_what_the_safety_checker_blacks_out_is_told_and_the_others_are_drawn(con
 
 
 @pytest.mark.parametrize(
+    "kind",
+    [
+        "StableDiffusion3Pipeline",
+        "TextToVideoSDPipeline",
+        "FluxPipeline",
+        "StableDiffusionInpaintPipeline",
+        "StableDiffusionImg2ImgPipeline",
+        "DDPMPipeline",
+        "NoSuchPipeline",
+    ],
+)
+def test_other_pipelines_are_named_before_they_are_loaded(config, tmp_path, loads, kind):
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model_index.json").write_text(json.dumps({"_class_name": kind}))
+    with pytest.raises(UserError, match=f"found a {kind}; expected a pipeline of Stable Diffusion"):
+        save_samples(replace(config, pretrained_model_name_or_path=str(tmp_path / "other")))
+    assert not loads
+
+
+@pytest.mark.parametrize(
     ("change", "message"),
     [
         ({"library": "none"}, "found nothing at 'none'"),

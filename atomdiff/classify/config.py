@@ -121,8 +121,11 @@ _FROM_ZERO = (
     "learning_rate head_learning_rate lr_warmup_steps max_grad_norm adam_weight_decay dataloader_num_workers"
 ).split()
 _RANGES: dict[str, tuple[float, float]] = {
-    **dict.fromkeys(_FROM_ONE, (1, math.inf)),
+    **dict.fromkeys(_FROM_ONE, (1, 10**9)),
     **dict.fromkeys(_FROM_ZERO, (0, math.inf)),
+    "resolution": (1, 8192),
+    **dict.fromkeys(("train_batch_size", "eval_batch_size"), (1, 100_000)),
+    "dataloader_num_workers": (0, 1024),
     "validation_share": (0.001, 0.9),
     "test_share": (0, 0.9),
     "random_resized_crop": (0.01, 1),

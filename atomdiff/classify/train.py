@@ -1,5 +1,6 @@
 """The training run of a classifier: folders of pictures in, a tuned classifier and a report out."""
 
+import copy
 import math
 import time
 from collections.abc import Callable, Iterable
@@ -166,7 +167,12 @@ def _try_out(run: Run) -> None:
     try:
         pixels, _ = PictureSet(run.splits.train, run.processor)[0, 0]
         run.model(pixel_values=_on_device(run, pixels[None]))
+        if run.config.train_batch_size == 1 and run.config.updates_batch_norm:
+            copy.deepcopy(run.model).train()(pixel_values=_on_device(run, pixels[None]))
     except Exception as error:  # models raise whatever they like
+        if "more than 1 value per channel" in str(error):
+            found = "train_batch_size=1: the batch norms of this base need more than one value a channel"
+            raise UserError(f"{found}; take at least 2, or batch_norm frozen") from error
         problem = " ".join(str(error).split())[:500]
         expected = "another resolution (some models take only their own), base or adapter"
         raise UserError(f"pictures do not go through the model ({problem}); use {expected}") from error

@@ -282,10 +282,14 @@ def test_another_base_is_refused(config, tmp_path):
         ({"train_data_dir": "nowhere"}, "train_data_dir='nowhere': no such folder"),
         ({"adapter": "nowhere.json"}, "adapter='nowhere.json': no such file"),
         ({"mixed_precision": "fp16"}, "needs a GPU"),
+        ({"train_batch_size": 1, "resolution": 8}, "train_batch_size=1: .*at least 2, or batch_norm frozen"),
+        ({"output_dir": "{pictures}/out"}, "output_dir=.*is inside train_data_dir"),
         ({"learning_rate": 1e30}, "step [23]: the (loss|gradient's norm) is (nan|inf); lower learning_rate"),
     ],
 )
 def test_mistakes_are_user_errors(config, fields, message):
+    if "output_dir" in fields:
+        fields = {"output_dir": fields["output_dir"].format(pictures=config.train_data_dir)}
     with pytest.raises(UserError, match=message):
         train_classifier(dataclasses.replace(config, **fields))
 
