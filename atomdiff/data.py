@@ -12,7 +12,7 @@ import numpy as np
 import torch
 from PIL import Image, ImageCms
 
-from atomdiff.atomic import write_json, write_png, writing
+from atomdiff.atomic import remove_leftovers, write_json, write_png, writing
 from atomdiff.bars import Bar
 from atomdiff.captions import read_captions
 from atomdiff.errors import UserError
@@ -153,10 +153,12 @@ def ensure_class_pictures(
         return
     record = folder / CLASS_RECORD
     rank, processes = share
+    remove_leftovers(folder)
     with in_turn(folder):  # or two runs with different settings could begin together
-        found = _read_record(record) or recipe
-        if found == recipe and rank == 0:
+        found = _read_record(record)
+        if found is None and rank == 0:
             write_json(record, recipe, indent=2)
+    found = found or recipe
     if found != recipe:
         differing = [key for key in {**found, **recipe} if found.get(key) != recipe.get(key)]
         then, now = ([repr(each[key]) if key in each else "not noted" for key in differing] for each in (found, recipe))

@@ -20,7 +20,7 @@ from diffusers.training_utils import EMAModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from atomdiff.atomic import WriteError, write_result
+from atomdiff.atomic import WriteError, remove_leftovers, write_result
 from atomdiff.averages import averaged
 from atomdiff.bars import say
 from atomdiff.base_model import BasePipeline, draw_pictures, load_base, whole
@@ -38,7 +38,7 @@ from atomdiff.noising import NoiseProcess, match_scheduler, noise_process
 from atomdiff.objective import prior_preservation_loss, sample_losses
 from atomdiff.optimizer import build_optimizer, current_rate, load_optimizer
 from atomdiff.prepare import Material, prepare_material
-from atomdiff.progress import RunLog, StopSignals, extend_contact_sheet
+from atomdiff.progress import RunLog, StopSignals, drop_rows, extend_contact_sheet
 from atomdiff.publish import choose_repository, push_concept, row_of, trigger_phrase, validation_prompts
 from atomdiff.run_summary import describe_training
 from atomdiff.train_config import TrainConfig, load_config
@@ -92,6 +92,8 @@ def train(config: TrainConfig) -> Path:
     look_first([config])
     accelerator = start_accelerator(config)
     with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
+        for folder in (config.cache_folder, Path(config.output_dir) / "validation"):
+            remove_leftovers(folder)
         return run_training(config, accelerator)
 
 
@@ -389,6 +391,7 @@ def validate(run: Run, step: int) -> None:
                     pictures = draw_pictures(config, pipe, prompts, seeds)
         except UserError as error:
             warnings.warn(f"step {step}: no row of the contact sheet: {error}", stacklevel=1)
+            drop_rows(Path(config.output_dir), step)  # or those of an earlier run would pass for it
             return
         finally:
             for model in models:

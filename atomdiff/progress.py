@@ -119,21 +119,29 @@ def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.I
     """
     folder = output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
+    drop_rows(output_dir, step)
     rows: dict[int, list[Image.Image | None]] = {}
-    for file in sorted(folder.glob("step-*.png")):
-        if not (found := _STEP.fullmatch(file.name)) or not file.is_file():
-            continue
-        number = int(found[1])
-        if number >= step:
-            file.unlink()
-        else:
-            rows.setdefault(number, []).append(_read(file))
+    for number, file in _row_files(output_dir):
+        rows.setdefault(number, []).append(_read(file))
     rows[step] = list(pictures)
     unknown = [""] * (max(map(len, rows.values())) - len(prompts))
     sheet = grid(list(rows.values()), [f"step {number}" for number in rows], [*prompts, *unknown])
     write_png(output_dir / "contact_sheet.png", sheet)
     for column, picture in enumerate(pictures):  # after the sheet, so that who finds all of them has the row
         write_png(folder / f"step-{step:06d}-{column:02d}.png", picture)
+
+
+def drop_rows(output_dir: Path, step: int) -> None:
+    """Remove the pictures of the rows of a step and of later ones."""
+    for number, file in _row_files(output_dir):
+        if number >= step:
+            file.unlink()
+
+
+def _row_files(output_dir: Path) -> list[tuple[int, Path]]:
+    """List the pictures of the contact sheet with their steps, in order."""
+    files = [(_STEP.fullmatch(file.name), file) for file in sorted((output_dir / "validation").glob("step-*.png"))]
+    return [(int(found[1]), file) for found, file in files if found and file.is_file()]
 
 
 def _read(file: Path) -> Image.Image | None:

@@ -788,7 +788,9 @@ def test_class_images_that_are_not_finite_or_black_are_not_trained_on(config, ti
 
 
 def test_validation_images_that_are_not_finite_cost_only_their_row(config, tiny_pipe, tmp_path):
+    train(dataclasses.replace(config, max_train_steps=2, validation_steps=2))
     blind = dataclasses.replace(config, validation_steps=2, **blind_base(tiny_pipe, tmp_path / "blind"))
     with pytest.warns(UserWarning, match="step 2: no row of the contact sheet: .*not finite"):
         place = train(blind)
     assert read_delta_file(place).training["steps"] == 4
+    assert not list((Path(config.output_dir) / "validation").glob("*.png"))
