@@ -29,6 +29,7 @@ _MAX_FILE_BYTES = 1 << 30
 _MAX_WORDS = 64
 _MAX_WORD_LENGTH = 100
 _MAX_SINGULAR_VALUE = 1e60  # beyond all float32 weights; its square is still finite
+_PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _DTYPES = ("F16", "BF16", "F32", "F64")
 _NAMED_SHOWN = 3
 _SHOWN_LENGTH = 300
@@ -232,6 +233,8 @@ def read_any_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
     if not os.path.isfile(path):
         found = "is a folder" if os.path.isdir(path) else "is no file"
         raise UserError(f"{path} {found}; expected a concept file such as mug{CONCEPT_SUFFIX}")
+    if str(path).lower().endswith(_PICKLED):
+        raise UserError(f"{path} may run code when it is opened, so it is not: convert it to safetensors")
     try:
         with open(path, "rb") as file:
             size = int.from_bytes(file.read(8), "little")

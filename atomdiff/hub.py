@@ -75,6 +75,8 @@ def locate(
     if local.is_file():
         if weight_name not in (None, local.name):
             raise UserError(f"{source} is a file, but weight_name={weight_name!r} names one in a folder: leave it out")
+        if local.name == SAFETENSORS_WEIGHTS_NAME and local.with_name(CONFIG_NAME).is_file():
+            local = Path(os.path.abspath(local)).parent  # its settings lie beside it
         return local, local.name
     if local.exists():
         folder = local / (subfolder or "")

@@ -15,7 +15,9 @@ from torch import Tensor
 
 from atomdiff.accounting import group_table
 from atomdiff.base_check import check_base, weights_below
-from atomdiff.delta_file import DeltaFile, read_delta_file, shown
+from atomdiff.delta_file import DeltaFile, read_any_header, read_delta_file, shown
+from atomdiff.errors import UserError
+from atomdiff.lora_file import has_lora_keys
 from atomdiff.pipeline import pipeline_models
 from atomdiff.sparse import code_quality, sparse_codes
 from atomdiff.tuner.factor import factors_of
@@ -33,6 +35,8 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
     Raises:
         UserError: the file is damaged, or does not fit the base.
     """
+    if has_lora_keys(read_any_header(path)[1]):
+        raise UserError(f"{path} is a LoRA file of another program, not a concept file; load_atoms takes it as it is")
     delta = read_delta_file(path)
     trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind in TRAINED_KINDS]
     vectors = [vector for of in delta.tokens.values() for vector in of.values()]

@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 from peft import LoraConfig
+from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
@@ -69,6 +70,8 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
     found = {key: _KEY.fullmatch(key) for key in keys}
     if not any(found.values()):
         raise UserError(f"{path} is no concept and no LoRA: {_what_it_is(keys, metadata)}")
+    if any(key.startswith("base_model.model.") for key in keys):
+        raise UserError(f"{path} is of a PEFT adapter, whose {CONFIG_NAME} is missing beside it: put it there")
     tensors = read_tensors(path)[0]
     layers: dict[str, Layer] = {}
     left_out = [f"{some(unknown)}, which is no LoRA"] if (unknown := [key for key in keys if not found[key]]) else []
@@ -95,7 +98,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
         component, module, weight = place
         try:
             factors = _factors(layer, tuple(weight.shape), scales(component, module))
-        except (ValueError, RuntimeError) as error:
+        except (ValueError, RuntimeError, LookupError) as error:
             wrong.append(f"{name} ({error})")
             continue
         if factors is not None:
@@ -139,6 +142,7 @@ def _factors(layer: Layer, shape: tuple[int, ...], scale: float | None) -> tuple
     Raises:
         ValueError: they are not of this weight's shape, or not complete.
         RuntimeError: likewise.
+        LookupError: likewise.
     """
     ones = [1] * (len(shape) - 2)
     if layer.keys() >= {"up", "down"} and "lora_mid" not in layer:
@@ -255,7 +259,6 @@ def _modules_by_name(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, st
             if component == "unet" and (other := sgm_path(path, model)):
                 paths.append(other)
             names = [_flat(f"{prefix}.{each}") for prefix in prefixes for each in paths]
-            names += [_flat(path)] if component == "unet" else []
             found.update(dict.fromkeys(names, (component, path, module.weight)))
     return found
 
@@ -269,8 +272,7 @@ def _component_of(name: str) -> str | None:
 
 
 def _flat(name: str) -> str:
-    name = name.removeprefix("base_model.model.").replace(".processor.", ".")
-    return name.replace(".", "_")
+    return name.replace(".processor.", ".").replace(".", "_")
 
 
 def _what_it_is(keys: Iterable[str], metadata: Mapping[str, str]) -> str:

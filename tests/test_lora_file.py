@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 import atomdiff
 from atomdiff.errors import UserError
 from atomdiff.export import ExportConfig, export_concepts, export_diff, export_lora
+from atomdiff.inspect_file import describe
 from atomdiff.kohya import layer_name
 from atomdiff.packing import given_concept, read_lines
 from atomdiff.pipeline import pipeline_models
@@ -227,6 +228,13 @@ OTHERS = {
     "an embedding": ({"emb_params": (1, 32)}, "a textual inversion; load it with pipe.load_textual_inversion"),
     "anything": ({"x": (1,)}, "its format is null, and it holds x"),
     "a half": ({"lora_unet_mid_block_resnets_0_conv1.lora_down.weight": (2, 64, 3, 3)}, "found down, expected all"),
+    "scalars": (
+        {f"lora_unet_conv_out.lora_{side}.weight": () for side in ("up", "down")},
+        "does not fit this pipeline",
+    ),
+    "vectors": ({f"lora_unet_conv_out.hada_w{side}": (5,) for side in ("1_a", "1_b", "2_a", "2_b")}, "does not fit"),
+    "half a LoKr": ({"lora_unet_conv_out.lokr_w1": (2, 2), "lora_unet_conv_out.lokr_w2_a": (2, 2)}, "does not fit"),
+    "a PEFT adapter": ({"base_model.model.conv_out.lora_A.weight": (2, 32, 3, 3)}, "adapter_config.json is missing"),
     "a DoRA": ({KEY: (2, 32, 3, 3), "lora_unet_conv_out.dora_scale": (4, 1, 1, 1)}, "is a DoRA"),
     "no change": ({KEY: (2, 32, 3, 3), "lora_unet_conv_out.lora_up.weight": (4, 2, 1, 1)}, "it changes nothing"),
 }
@@ -240,6 +248,30 @@ def test_what_cannot_be_loaded_is_told_by_what_it_is(tiny_pipe, tmp_path, case):
     with pytest.raises(UserError, match=message):
         atomdiff.load_atoms(tiny_pipe, tmp_path / "x.safetensors")
     assert bits(tiny_pipe).keys() == before.keys()
+
+
+def test_the_weights_of_a_peft_folder_stand_for_the_folder(tiny_pipe, tmp_path):
+    """Whose settings say by how much they count."""
+    config = LoraConfig(r=2, lora_alpha=8, target_modules=["to_q"], init_lora_weights=False)
+    tiny_pipe.unet.add_adapter(config)
+    atomdiff.save_atoms(tiny_pipe, tmp_path / "mug")
+    atomdiff.unload_atoms(tiny_pipe)
+    assert atomdiff.load_atoms(tiny_pipe, tmp_path / "mug" / "adapter_model.safetensors") == "mug"
+    layer = tiny_pipe.unet.mid_block.attentions[0].transformer_blocks[0].attn1.to_q
+    assert layer.scaling == {"mug": 4.0}
+
+
+@pytest.mark.parametrize("name", ["mug.pt", "mug.ckpt", "pytorch_lora_weights.bin"])
+def test_files_that_may_run_code_are_not_opened(tiny_pipe, tmp_path, name):
+    torch.save({}, tmp_path / name)
+    with pytest.raises(UserError, match="may run code when it is opened, so it is not: convert it to safetensors"):
+        atomdiff.load_atoms(tiny_pipe, tmp_path / name)
+
+
+def test_inspect_tells_what_a_lora_is(tiny_pipe, tmp_path):
+    write(tiny_pipe, tmp_path / "mug.safetensors", lora)
+    with pytest.raises(UserError, match="is a LoRA file of another program"):
+        describe(tmp_path / "mug.safetensors")
 
 
 def test_a_lora_for_another_base_is_refused_or_loads_what_fits(tiny_pipe, tiny_xl_pipe, tmp_path):
