@@ -5,10 +5,12 @@ import warnings
 
 import pytest
 import torch
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 from peft import LoraConfig
 
 import atomdiff
-import atomdiff.errors
+from atomdiff.errors import UserError
 from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding
 from atomdiff.tuner import AtomConfig, AtomLayer
 
@@ -148,7 +150,7 @@ def test_pipelines_that_share_a_text_encoder_know_each_others_words(tiny_pipe, f
     assert ids[0] == ids[1] and all(len(each) == 1 for each in ids[0]) and ids[0][0] != ids[0][1]
     table = one.text_encoder.get_input_embeddings().weight
     assert (table[ids[0][0][0]] == 1).all() and (table[ids[0][1][0]] == 2).all()
-    with pytest.raises(atomdiff.errors.UserError, match="'ohwx' is taken by 'mug'"):
+    with pytest.raises(UserError, match="'ohwx' is taken by 'mug'"):
         atomdiff.load_atoms(two, files["mug"], "another")
     for name in (first_out, {"mug": "cat", "cat": "mug"}[first_out]):
         atomdiff.unload_atoms(one if name == "mug" else two, name)
@@ -183,7 +185,7 @@ def test_parts_of_pipelines_with_different_words_are_refused_together(tiny_pipe,
     atomdiff.load_atoms(tiny_pipe, files["mug"], "mug")
     atomdiff.load_atoms(other, files["cat"], "cat")
     mixed = type(other)(**{**other.components, "tokenizer": tiny_pipe.tokenizer}, requires_safety_checker=False)
-    with pytest.raises(atomdiff.errors.UserError, match="know different trigger words, 'zwx' and 'ohwx'"):
+    with pytest.raises(UserError, match="know different trigger words, 'zwx' and 'ohwx'"):
         atomdiff.load_atoms(mixed, files["style"], "style")
 
 
@@ -202,7 +204,7 @@ def test_nested_blocks_mean_the_same_in_set_adapters_and_set_active(tiny_pipe, f
     atomdiff.set_active(tiny_pipe, {"mug": {"blocks": weights}})
     torch.testing.assert_close(predict(tiny_pipe), theirs, atol=1e-5, rtol=0)
     assert (theirs - full).abs().max() > 1e-4
-    with pytest.raises(atomdiff.errors.UserError, match="no layer in 'down_blocks.7'"):
+    with pytest.raises(UserError, match="no layer in 'down_blocks.7'"):
         tiny_pipe.set_adapters(["mug"], nested({"down": {"block_7": 1}}))
 
 
@@ -219,7 +221,7 @@ def test_the_other_calls_of_diffusers_work(tiny_pipe, files):
     assert set(moved) == {("mug", torch.device("meta"))}
     tiny_pipe.set_lora_device(["mug", "cat"], "cpu")
     assert torch.equal(predict(tiny_pipe), drawn)
-    with pytest.raises(atomdiff.errors.UserError, match="fuse_qkv_projections copies weights that concepts adapt"):
+    with pytest.raises(UserError, match="fuse_qkv_projections copies weights that concepts adapt"):
         tiny_pipe.fuse_qkv_projections(vae=False)
 
 
@@ -253,3 +255,94 @@ def test_fused_and_unloaded_concepts_are_saved_as_a_lora_is(tiny_pipe, files, tm
     tiny_pipe.unet.save_pretrained(tmp_path)
     tiny_pipe.unet = type(tiny_pipe.unet).from_pretrained(tmp_path)
     assert torch.equal(predict(tiny_pipe, "a mug"), drawn)
+
+
+NAMES = st.sampled_from(["mug", "cat", "style"])
+SOME = st.dictionaries(NAMES, st.sampled_from([1.0, 0.5, -0.3]), max_size=3)
+OUR_CALLS = {"load": NAMES, "unload": NAMES, "set_active": SOME, "mixed": NAMES}
+OUR_CALLS |= {"merge": st.none(), "restore": st.none()}
+CALLS_OF_OTHERS = {
+    "set_adapters": SOME,
+    "fuse_lora": st.none(),
+    "unfuse_lora": st.none(),
+    "disable_lora": st.none(),
+    "enable_lora": st.none(),
+    "delete_adapters": NAMES,
+    "unload_lora_weights": st.none(),
+    "unload_textual_inversion": st.none(),
+}
+STEPS = st.one_of(
+    *(st.tuples(st.just(call), st.integers(0, 1), value) for call, value in (OUR_CALLS | CALLS_OF_OTHERS).items()),
+    st.tuples(st.just("load"), st.integers(0, 1), NAMES),
+)
+
+
+def act(pipe, paths, call, value):
+    """One call; what it refuses is an error in one line."""
+    loaded = {concept.name for concept in atomdiff.list_atoms(pipe)}
+    adapters = {name for names in pipe.get_list_adapters().values() for name in names}
+    if call == "load":
+        atomdiff.load_atoms(pipe, paths[value], value)
+    elif call == "unload":
+        atomdiff.unload_atoms(pipe, value)
+    elif call == "set_active":
+        atomdiff.set_active(pipe, {name: weight for name, weight in value.items() if name in loaded})
+    elif call == "mixed":
+        with atomdiff.mixed_batch(pipe, [value]):
+            predict(pipe)
+    elif call in ("merge", "restore"):
+        getattr(atomdiff, call)(pipe)
+    elif call in ("fuse_lora", "unfuse_lora"):
+        getattr(pipe, call)(components=PARTS)
+    elif call == "set_adapters":
+        if chosen := {name: weight for name, weight in value.items() if name in adapters}:
+            pipe.set_adapters(list(chosen), list(chosen.values()))
+    elif call == "delete_adapters":
+        pipe.delete_adapters(value)
+    elif call == "unload_textual_inversion":
+        if pipe.tokenizer.added_tokens_encoder.keys() & {"ohwx", "zwx"}:
+            pipe.unload_textual_inversion()
+    else:
+        getattr(pipe, call)()
+
+
+def run(template, paths, steps, own):
+    pipes = [copy.deepcopy(template)]
+    pipes.append(shared(pipes[0], *own))
+    before = [(bits(pipe), layout(pipe)) for pipe in pipes]
+    drawn = [predict(pipe, "a mug") for pipe in pipes]
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        for call, which, value in steps:
+            try:
+                act(pipes[which], paths, call, value)
+            except UserError as error:
+                assert "\n" not in str(error)
+            assert torch.isfinite(predict(pipes[which], "a ohwx zwx mug")).all()
+        for pipe in pipes:
+            atomdiff.restore(pipe)
+            atomdiff.set_active(pipe, {})
+            table = pipe.text_encoder.get_input_embeddings().weight
+            assert table.shape[0] >= len(pipe.tokenizer)
+        assert all(torch.equal(predict(pipe, "a mug"), base) for pipe, base in zip(pipes, drawn, strict=True))
+        for pipe in pipes:
+            atomdiff.unload_atoms(pipe)
+    for pipe, (weights, seen) in zip(pipes, before, strict=True):
+        assert_same(bits(pipe), weights)
+        assert layout(pipe) == seen
+
+
+@given(steps=st.lists(STEPS, min_size=1, max_size=8), own=st.sampled_from([(), ("unet",), ("tokenizer",)]))
+@example(
+    steps=[
+        ("load", 0, "mug"),
+        ("load", 1, "style"),
+        ("set_active", 1, {"mug": 1.0, "style": 0.5}),
+        ("delete_adapters", 0, "mug"),
+        ("unload_lora_weights", 0, None),
+    ],
+    own=(),
+)
+@settings(max_examples=15, deadline=None, derandomize=True)
+def test_after_any_sequence_every_bit_is_back(pipe_template, files, steps, own):
+    run(pipe_template, files, steps, own)
