@@ -12,7 +12,7 @@ from atomdiff.errors import UserError
 
 
 def checked_images(
-    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], **settings: Any
+    pipe: Any, prompts: Sequence[str], seeds: Sequence[int], shown: Sequence[str], **settings: Any
 ) -> list[Image.Image | None]:
     """Generate one image a prompt, as `pipe` does.
 
@@ -20,6 +20,7 @@ def checked_images(
         pipe: A diffusers pipeline from text to images.
         prompts: The prompts.
         seeds: Their seeds, for messages.
+        shown: The prompts as their author wrote them, for messages.
         **settings: For the pipeline.
 
     Returns:
@@ -39,7 +40,7 @@ def checked_images(
     flagged = getattr(output, "nsfw_content_detected", None) or [False] * len(images)
     latents = last.get("latents", images)
     checked: list[Image.Image | None] = []
-    for image, latent, prompt, seed, hidden in zip(images, latents, prompts, seeds, flagged, strict=True):
+    for image, latent, prompt, seed, hidden in zip(images, latents, shown, seeds, flagged, strict=True):
         if not hidden and not (image.isfinite().all() and image.any()):
             raise UserError(_cause(pipe, f"the image of {prompt!r} with seed {seed}", image, latent))
         (made,) = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image[None]))

@@ -110,19 +110,24 @@ def _check_folders(run: TrainConfig, runs: Sequence[TrainConfig], place: Path) -
         "the cache": run.cache_folder,
     }
     photos = {
-        f"instance_data_dir of {subject.name}": Path(subject.instance_data_dir)
+        _named("instance_data_dir", subject, runs): Path(subject.instance_data_dir)
         for each in runs
         for subject in each.subjects
     }
     photos |= {f"{name} (its masks)": folder / "mask" for name, folder in photos.items()}
     of_class = run.subjects if run.with_prior_preservation else ()
-    folders = {f"class_data_dir of {subject.name}": run.class_folder(subject) for subject in of_class}
+    folders = {_named("class_data_dir", subject, runs): run.class_folder(subject) for subject in of_class}
     refuse_overlap(writes | folders | {"the result": place}, photos, inside=False)
     refuse_overlap(writes, folders, inside=False)
     bases = {"the base": run.pretrained_model_name_or_path, "the VAE": run.pretrained_vae_model_name_or_path or ""}
     refuse_overlap(writes | folders, {name: path for name, path in bases.items() if path})
     if place.exists() and place.is_dir() == (place.suffix == ".safetensors"):
         raise UserError(f"output_dir={run.output_dir!r}: {place} is in the way; remove it, or name another folder")
+
+
+def _named(field: str, subject: Subject, runs: Sequence[TrainConfig]) -> str:
+    several = sum(len(run.subjects) for run in runs) > 1
+    return f"{field} of {subject.name}" if several else field
 
 
 def check_named(run: TrainConfig, texts: Sequence[str]) -> None:

@@ -198,11 +198,13 @@ def draw_each(
     negative_prompt: str | Sequence[str] | None = None,
     height: int | None = None,
     width: int | None = None,
+    shown: Sequence[str] | None = None,
     **settings: Any,
 ) -> Iterator[Image.Image | None]:
     """Yield what `generate` returns, as soon as a batch is drawn; `settings` go to the pipeline as they are.
 
-    There may be a negative prompt for each picture. None stands for one that the safety checker blacked out.
+    There may be a negative prompt for each picture, and what messages call its prompt, `shown`. None stands for a
+    picture that the safety checker blacked out.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one of each a picture")
@@ -222,6 +224,7 @@ def draw_each(
                 pipe,
                 prompts[batch],
                 seeds[batch],
+                (shown or prompts)[batch],
                 negative_prompt=negative,
                 generator=generators,
                 height=height,
@@ -428,6 +431,7 @@ def _draw(
                 [wardrobe.spell(line, line.text) for line in lines],
                 [picture.seed for picture, _ in batch],
                 len(batch),
+                shown=[picture.prompt for picture, _ in batch],
                 negative_prompt=None if negative is None else [wardrobe.spell(line, negative) for line in lines],
                 num_inference_steps=config.num_inference_steps,
                 guidance_scale=config.guidance_scale,

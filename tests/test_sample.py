@@ -615,7 +615,8 @@ def test_images_that_are_not_finite_are_never_saved(config, pipe_template, tmp_p
 
 def test_weights_that_overflow_are_named(config, tiny_pipe, tmp_path):
     path = concept_file(tiny_pipe, tmp_path / "mug.atoms.safetensors")
-    with pytest.raises(UserError, match="lower the weights of the concepts"):
+    config = replace(config, prompts=("a sks mug",))
+    with pytest.raises(UserError, match="the image of 'a sks mug' with seed 0 .* lower the weights of the concepts"):
         save_samples(replace(config, concepts=(path,), weights=(1e30,)))
     assert not files(config)
 
