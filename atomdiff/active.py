@@ -35,7 +35,8 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
             more), "cpu", or "file" (takes none: the checkpoint is read again). None: where they are, at first "device".
 
     Raises:
-        UserError: there is no such concept, a strength cannot be used, or no file has the base weights.
+        UserError: there is no such concept, a strength cannot be used, no file has the base weights, or a method cannot
+            be merged (the pipeline is restored).
     """
     tidy(pipe)
     strengths = read_strengths(pipe, concepts)
@@ -48,8 +49,17 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
         writers[part] = _Writer(part, model, layers, strengths, others, kept_base.keep(model, layers, keep_base))
     denoiser = denoiser_name(models)
     stop_schedule(pipe)
-    for part, write in writers.items():
-        write(0.0 if part == denoiser else None)
+    try:
+        for part, write in writers.items():
+            write(0.0 if part == denoiser else None)
+    except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
+        restore(pipe)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"these concepts cannot be merged: {error}; the pipeline is restored, use them unmerged by "
+            "pipe.set_adapters([...])"
+        ) from error
     if any(strength.steps for strength in strengths.values()):
         rewrite = partial(writers[denoiser], changed_only=True)
         vars(models[denoiser])["_atomdiff_schedule"] = StepSchedule(pipe, pipe.components[denoiser], rewrite)

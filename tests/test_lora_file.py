@@ -268,6 +268,21 @@ def test_files_that_may_run_code_are_not_opened(tiny_pipe, tmp_path, name):
         atomdiff.load_atoms(tiny_pipe, tmp_path / name)
 
 
+def test_what_peft_cannot_merge_is_refused_and_the_pipeline_restored(tiny_pipe, tmp_path):
+    """A LoRA with biases of its own on layers that have none."""
+    before = bits(tiny_pipe)
+    tiny_pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_out.0", "to_q"], lora_bias=True), "mug")
+    atomdiff.save_atoms(tiny_pipe, tmp_path / "mug", "mug")
+    atomdiff.unload_atoms(tiny_pipe)
+    atomdiff.load_atoms(tiny_pipe, tmp_path / "mug")
+    with pytest.raises(UserError, match="these concepts cannot be merged: .*lora_bias"):
+        atomdiff.set_active(tiny_pipe, "mug")
+    assert not atomdiff.list_atoms(tiny_pipe)[0].merged
+    atomdiff.unload_atoms(tiny_pipe)
+    now = bits(tiny_pipe)
+    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+
+
 def test_inspect_tells_what_a_lora_is(tiny_pipe, tmp_path):
     write(tiny_pipe, tmp_path / "mug.safetensors", lora)
     with pytest.raises(UserError, match="is a LoRA file of another program"):
