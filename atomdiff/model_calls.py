@@ -125,6 +125,12 @@ def save_tokenizer(tokenizer: Any, save_directory: Any, *args: Any, **kwargs: An
     return type(tokenizer).save_pretrained(bare_tokenizer(tokenizer), save_directory, *args, **kwargs)
 
 
+def fuse_lora(model: Any, *args: Any, **kwargs: Any) -> Any:
+    """As diffusers'; what adapters of others are fused into is kept, too, so that it comes back exactly."""
+    attach.keep_when_merged(model)
+    return type(model).fuse_lora(model, *args, **kwargs)
+
+
 def fuse_qkv_projections(model: Any) -> None:
     """As diffusers', unless concepts adapt what would be fused.
 
@@ -144,5 +150,6 @@ _PROJECTION = re.compile(r"\.(to_[qkv]|add_[qkv]_proj)(\.|$)")
 _CALLS: dict[str, Callable[..., Any]] = {
     "set_adapters": set_adapters,
     "save_pretrained": save_pretrained,
+    "fuse_lora": fuse_lora,
     "fuse_qkv_projections": fuse_qkv_projections,
 }

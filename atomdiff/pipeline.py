@@ -190,7 +190,6 @@ def load_concept(
     for model in models.values():
         attach.activate(model, [name])
         attach.encode(model, name)
-        attach.keep_when_merged(model)
     _adopt_calls(pipe)
     return name
 
@@ -346,6 +345,8 @@ def _adopt_calls(pipe: Any) -> None:
     for part in [*pipeline_models(pipe).values(), *(part for name, part in pipe.components.items() if "token" in name)]:
         if loaded and (has_words(part) or (isinstance(part, nn.Module) and attach.adapter_configs(part))):
             model_calls.adopt(part)
+            if isinstance(part, nn.Module):
+                attach.keep_when_merged(part)
         elif part is not None:
             model_calls.release(part)
 

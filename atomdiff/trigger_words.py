@@ -32,7 +32,10 @@ class TriggerWord:
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies know that there were layers, and look for their own."""
-        return vars(self) | {"came_with": None if self.came_with is None else WeakSet()}
+        return vars(self) | {"came_with": self.came_with is not None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        vars(self).update(state, came_with=WeakSet() if state["came_with"] else None)
 
 
 @dataclass(eq=False)

@@ -1,13 +1,14 @@
 """Others act between our calls: diffusers' own calls leave nothing behind that unloading does not put right."""
 
 import copy
+import pickle
 import warnings
 
 import pytest
 import torch
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from peft import LoraConfig
+from peft import LoraConfig, get_peft_model_state_dict
 
 import atomdiff
 from atomdiff.errors import UserError
@@ -346,3 +347,35 @@ def run(template, paths, steps, own):
 @settings(max_examples=15, deadline=None, derandomize=True)
 def test_after_any_sequence_every_bit_is_back(pipe_template, files, steps, own):
     run(pipe_template, files, steps, own)
+
+
+def test_copies_and_pickles_have_words_and_calls_of_their_own(tiny_pipe, files):
+    before, seen = bits(tiny_pipe), layout(tiny_pipe)
+    for name in ("mug", "style"):
+        atomdiff.load_atoms(tiny_pipe, files[name], name)
+    atomdiff.set_active(tiny_pipe, {"mug": {"steps": {0: 1, 1: 0.5}}, "style": 0.5})
+    drawn, loaded = predict(tiny_pipe), bits(tiny_pipe)
+    for twin in (copy.deepcopy(tiny_pipe), pickle.loads(pickle.dumps(tiny_pipe))):
+        assert torch.equal(predict(twin), drawn)
+        twin.fuse_lora(components=PARTS)
+        twin.unload_lora_weights()
+        atomdiff.unload_atoms(twin)
+        assert_same(bits(twin), before)
+        assert layout(twin) == seen
+        assert_same(bits(tiny_pipe), loaded)
+        assert torch.equal(predict(tiny_pipe), drawn)
+
+
+def test_a_lora_that_diffusers_loaded_and_fused_comes_off_with_the_concept_below_it(tiny_pipe, pipe_template, files):
+    before, made = bits(tiny_pipe), copy.deepcopy(pipe_template)
+    made.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
+    tensors = {f"unet.{key}": value for key, value in get_peft_model_state_dict(made.unet).items()}
+    atomdiff.load_atoms(tiny_pipe, files["mug"], "mug")
+    tiny_pipe.load_lora_weights(tensors, adapter_name="lora")
+    tiny_pipe.set_adapters(["mug", "lora"])
+    drawn = predict(tiny_pipe)
+    tiny_pipe.fuse_lora(components=PARTS)
+    torch.testing.assert_close(predict(tiny_pipe), drawn, atol=1e-5, rtol=0)
+    tiny_pipe.delete_adapters("mug")
+    atomdiff.unload_atoms(tiny_pipe)
+    assert_same(bits(tiny_pipe), before)
