@@ -226,6 +226,7 @@ def test_warnings_are_short_and_only_ours(monkeypatch, tiny_pipe_folder, tmp_pat
     assert len(warned) == 1 and warned[0].startswith("warning: the base reads 77 of the 92 tokens of 'mug mug")
 
 
+@pytest.mark.slow
 def test_the_script_splits_a_job_over_processes(tiny_pipe_folder, tmp_path):
     launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
     script = str(ROOT / "train_scripts" / "generate_samples.py")

@@ -39,6 +39,7 @@ def quick(tmp_path, monkeypatch):
     return path
 
 
+@pytest.mark.slow
 def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     output = tmp_path / "demo"
     assert main(["demo", "--run", str(quick), "--output_dir", str(output)]) == 0
@@ -64,6 +65,7 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     assert Image.open(output / "before_after.png").width > 800
 
 
+@pytest.mark.slow
 def test_any_method_objective_and_folder_go_the_same_way(quick, tmp_path):
     quick.write_text(
         f"{quick.read_text()}rescale_betas_zero_snr: false\n"
@@ -81,6 +83,7 @@ def test_any_method_objective_and_folder_go_the_same_way(quick, tmp_path):
     assert report["trained_numbers"] > 250_000
 
 
+@pytest.mark.slow
 def test_one_large_photo_of_a_class_without_a_word(quick, tmp_path, capsys):
     photos = tmp_path / "photos"
     photos.mkdir()

@@ -244,6 +244,7 @@ dreambooth.train(dreambooth.load_config(["--config", sys.argv[1]]))
 """
 
 
+@pytest.mark.slow
 def test_a_killed_run_ends_with_the_same_bytes(config, half_precision, tmp_path):
     config = dataclasses.replace(
         config,

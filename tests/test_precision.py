@@ -118,6 +118,7 @@ torch.save(dreambooth.state_of(run), f"{sys.argv[2]}/{os.environ['RANK']}.pt")
 
 
 @pytest.mark.parametrize("fields", [{"optimizer": "prodigy", "use_ema": True}, {"optimizer": "adamw_schedulefree"}])
+@pytest.mark.slow
 def test_two_processes_have_the_same_numbers(config, fields, tmp_path):
     config = dataclasses.replace(config, **fields, mixed_precision="no")
     values = {**dataclasses.asdict(config), "validation_prompts": list(config.validation_prompts)}

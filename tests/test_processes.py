@@ -17,6 +17,8 @@ from atomdiff.dreambooth import train
 from atomdiff.train_config import load_config
 
 ROOT = Path(__file__).parents[1]
+
+pytestmark = pytest.mark.slow  # processes that import torch
 HOW = "go on with the same command and --resume_from_checkpoint latest"
 EVERYTHING = {
     "train_text_encoder": True,

@@ -12,6 +12,8 @@ from transformers import ResNetConfig, ResNetForImageClassification
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_scripts" / "train_classifier.py"
 
+pytestmark = pytest.mark.slow  # processes that import torch
+
 
 @pytest.fixture
 def command(tmp_path):

@@ -10,6 +10,8 @@ from PIL import Image
 ROOT = Path(__file__).parents[2]
 SCRIPT = ROOT / "train_scripts" / "train_dreambooth.py"
 
+pytestmark = pytest.mark.slow  # processes that import torch
+
 
 @pytest.fixture
 def command(tmp_path, tiny_pipe_folder):
