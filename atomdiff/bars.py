@@ -9,7 +9,8 @@ from tqdm import tqdm
 
 def say(phase: str) -> None:
     """Name a phase whose progress cannot be counted, such as loading."""
-    print(phase, file=sys.stderr, flush=True)
+    tqdm.write(phase, file=sys.stderr)  # beside a bar that stands there
+    sys.stderr.flush()
 
 
 class Bar(tqdm):  # type: ignore[misc]

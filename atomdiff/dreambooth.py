@@ -175,6 +175,8 @@ def build_run(
     material = prepare_material(config, pipe, accelerator, adapter is None)
     dtype = frozen_dtype(accelerator)
     cache = DiskCache(config.cache_folder)
+    if accelerator.is_main_process:
+        say("adding what is trained to the base")
     concept = build_concept(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)
     optimizer, rate_factor = build_optimizer(config, concept, accelerator.num_processes)
     model, optimizer = accelerator.prepare(concept, optimizer)
@@ -381,6 +383,7 @@ def validate(run: Run, step: int) -> None:
     config, pipe, accelerator = run.config, run.pipe, run.accelerator
     if accelerator.is_main_process:
         prompts = validation_prompts(config)
+        say(f"step {step}: drawing {len(prompts)} validation images")
         seeds = [derive_seed(0, "validation", number) for number in range(len(prompts))]
         models = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part.training]
         for model in models:

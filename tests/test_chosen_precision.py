@@ -114,3 +114,14 @@ def test_linux_is_asked_where_torch_does_not_say(monkeypatch):
     precision.cpu_capabilities.cache_clear()
     assert precision.cpu_capabilities()["avx512_bf16"] == known["avx512_bf16"]
     precision.cpu_capabilities.cache_clear()
+
+
+@pytest.mark.parametrize(("there", "kind"), [(True, "cuda"), (True, "mps"), (False, "cpu")])
+def test_a_gpu_is_used_where_there_is_one(there, kind, monkeypatch):
+    class State:
+        def __init__(self, cpu):
+            self.device = torch.device("cpu" if cpu else kind)
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr("accelerate.PartialState", State)
+    assert precision.compute_device().type == kind

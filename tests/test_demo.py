@@ -20,6 +20,7 @@ PHASES = [
     "precision",
     "loading the base samples/toybox-sd",
     "encoding images",
+    "adding what is trained to the base",
     "training",
     "images by the base",
     "images with the concept",

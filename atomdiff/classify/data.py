@@ -10,8 +10,8 @@ import torch
 from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
-from tqdm import tqdm
 
+from atomdiff.bars import Bar
 from atomdiff.data import Picture, derive_seed, read_picture, sample_order
 from atomdiff.errors import UserError
 from atomdiff.image_files import normal, picture_files
@@ -140,7 +140,7 @@ def _labelled(classes: Mapping[str, Sequence[Path]], names: Sequence[str]) -> La
 def _refuse_unreadable(files: Sequence[Path], folder: Path) -> None:
     """Read every picture once, so that a damaged one is told now and not in the middle of the run."""
     unreadable = []
-    for file in tqdm(files, "checking pictures", disable=len(files) < 2000, leave=False):
+    for file in Bar(files, "checking images", unit="images", disable=len(files) < 2000, leave=False):
         try:
             read_picture(file)
         except UserError as error:

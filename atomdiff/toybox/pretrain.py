@@ -16,10 +16,10 @@ from einops import rearrange
 from numpy.typing import NDArray
 from torch import Tensor, nn
 from torch.nn import functional as F
-from tqdm import tqdm
 from transformers import CLIPTextModel, CLIPTokenizer
 
 from atomdiff.atomic import new_file
+from atomdiff.bars import Bar
 from atomdiff.method import write_pipeline
 from atomdiff.precision import autocast
 from atomdiff.toybox.base import (
@@ -79,7 +79,7 @@ def run_stage(
         schedule.load_state_dict(state["schedule"])
         losses = state["losses"]
     model.train()
-    bar = tqdm(range(len(losses), stage.steps), initial=len(losses), total=stage.steps, desc=name, mininterval=10)
+    bar = Bar(range(len(losses), stage.steps), name, stage.steps, initial=len(losses), mininterval=10)
     for step in bar:
         torch.manual_seed(stage.seed * 1_000_003 + step)
         loss = loss_of(step)
@@ -147,7 +147,7 @@ def narrow_posterior(vae: AutoencoderKL) -> None:
 def encode(vae: AutoencoderKL, pictures: Tensor, device: torch.device, batch: int = 128) -> Tensor:
     """Mean latents (n, 8, 16, 16) of pictures (n, 64, 64, 3), not yet scaled."""
     means = []
-    for chunk in tqdm(pictures.split(batch), desc="encoding", mininterval=10):
+    for chunk in Bar(pictures.split(batch), "encoding images", unit="batches", mininterval=10):
         with autocast(device):
             means.append(vae.encode(as_signal(chunk).to(device)).latent_dist.mean.float().cpu())
     return torch.cat(means)
