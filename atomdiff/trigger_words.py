@@ -417,6 +417,10 @@ def _convert_prompt(prompt: str | list[str], tokenizer: Any) -> str | list[str]:
     """Write out the trigger words of a prompt or of several: in place of a pipeline's own `maybe_convert_prompt`."""
     vocabulary = _OF_TOKENIZER.get(tokenizer)
     words = vocabulary.words if vocabulary is not None else {}
+    if not words:  # they left through another pipeline
+        from diffusers.loaders import TextualInversionLoaderMixin
+
+        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)  # type: ignore[no-any-return]
     if isinstance(prompt, list):
         return [_write_out(words, each, tokenizer) for each in prompt]
     return _write_out(words, prompt, tokenizer)
