@@ -93,7 +93,8 @@ def inspect(args: Sequence[str]) -> None:
 
 def export(args: Sequence[str]) -> None:
     """Write concepts for other programs: a pipeline, weight differences or a LoRA."""
-    from atomdiff.export import ExportConfig, describe_export, export_concepts
+    from atomdiff.export import ExportConfig, export_concepts
+    from atomdiff.export_report import describe_export
 
     config = parse_config(ExportConfig, args, prog="atomdiff export")
     quiet_libraries()

@@ -75,7 +75,7 @@ def test_a_concept_is_exported_and_extracted_again(tiny_pipe, tiny_pipe_folder, 
     folder = str(tmp_path / "merged")
     options = ["--to", "pipeline", "--dtype", "float32", "--output", folder]
     assert main(["export", *base, "--concepts", path, *options]) == 0
-    assert capsys.readouterr().out == f"saved {folder}\n"
+    assert capsys.readouterr().out.startswith(f"saved {folder}\n")
     assert main(["extract", *base, "--tuned", folder, "--output", f"{tmp_path}/again.atoms.safetensors"]) == 0
     shown = capsys.readouterr().out
     assert "explained: 1.0000 of the squared change of 1 layers" in shown and "tensors of the text_encoder" in shown

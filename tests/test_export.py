@@ -34,7 +34,8 @@ from atomdiff.accounting import open_architecture
 from atomdiff.command_line import parse_config
 from atomdiff.differences import layer_differences
 from atomdiff.errors import UserError
-from atomdiff.export import ExportConfig, describe_export, export_concepts, export_diff, export_lora, export_pipeline
+from atomdiff.export import ExportConfig, export_concepts, export_diff, export_lora, export_pipeline
+from atomdiff.export_report import describe_export
 from atomdiff.kohya import layer_name, zero_layers
 from atomdiff.low_rank import low_rank
 from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding, trigger_words

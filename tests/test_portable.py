@@ -9,7 +9,8 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
-from atomdiff.export import describe_export, export_pipeline
+from atomdiff.export import export_pipeline
+from atomdiff.export_report import describe_export
 from atomdiff.method import save_trained
 from atomdiff.pipeline import set_trigger_embedding
 from atomdiff.portable import _prefix_keys
