@@ -348,7 +348,8 @@ def test_a_process_encodes_its_share_before_it_waits_for_the_others():
 
     def accelerator(processes):
         wait = partial(log.append, "wait")
-        return SimpleNamespace(num_processes=processes, process_index=processes - 1, wait_for_everyone=wait)
+        place = {"num_processes": processes, "process_index": processes - 1, "is_main_process": processes == 1}
+        return SimpleNamespace(**place, wait_for_everyone=wait)
 
     assert len(encode_together(encoder, cuts, accelerator(2))) == 5
     assert log == [1, 3, "wait", 0, 1, 2, 3, 4]
