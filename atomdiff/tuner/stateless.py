@@ -93,9 +93,9 @@ class OtherWeight(TorchFunctionMode):
         self.was_used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-        kwargs, weight = kwargs or {}, self.module.weight
+        kwargs, weight = kwargs or {}, getattr(self.module, "weight", None)  # sharding takes it away meanwhile
         given = [*args, *kwargs.values()]
-        if not any(_holds(value, weight) for value in given) or self._leaves_alone(func):
+        if weight is None or not any(_holds(value, weight) for value in given) or self._leaves_alone(func):
             return func(*args, **kwargs)
         if self.adapted is None:
             self.adapted = self.adapt(cast(Tensor, weight))
