@@ -43,6 +43,8 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
     kept_base.check_place(keep_base)
     models = pipeline_models(pipe)
     others = _weights_of_others(models, strengths)
+    for model in models.values():
+        attach.check_writable(model)
     writers = {}
     for part, model in models.items():
         layers = attach.atom_layers(model)

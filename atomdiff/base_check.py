@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atomdiff.atoms import singular_values
 from atomdiff.delta_file import DeltaFile, shown, some
 from atomdiff.errors import UserError
-from atomdiff.tuner.attach import base_weights
+from atomdiff.tuner.attach import base_weights, check_readable
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 
@@ -85,6 +85,9 @@ def may_leave_out(module: str, allow_mismatch: bool = False) -> bool:
 def weights_below(delta: DeltaFile, models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Module -> base weight of every layer that could be adapted, in the components that a concept adapts."""
     components = {module.partition(".")[0] for module in delta.layers} & models.keys()
+    for part in components:
+        modules = [module.removeprefix(f"{part}.") for module in delta.layers if module.startswith(f"{part}.")]
+        check_readable(models[part], modules)
     return {f"{part}.{module}": weight for part in components for module, weight in base_weights(models[part]).items()}
 
 

@@ -52,6 +52,7 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
         raise UserError("there is a mixed batch in this pipeline already: leave its `with` block first")
     denoiser = denoiser_name(models)
     for model in models.values():
+        attach.check_at_hand(model)
         _refuse_others(model, {name for row in wanted for name in row})
     with ExitStack() as undo:
         if (schedule := vars(models[denoiser]).get("_atomdiff_schedule")) is not None:

@@ -163,6 +163,8 @@ def load_concept(
         name = derived_name(found_name, models.values(), taken)
     else:
         name = given_name(adapter_name, models.values(), taken)
+    for model in models.values():
+        attach.check_restorable(model)
     source = path if isinstance(path, DeltaFile) else cast(Path, place)
     parts = read_parts(source, models, denoiser_name(models), allow_base_mismatch, stacklevel=4)
     parts.tokens = renamed_tokens(parts.tokens, trigger_word)
@@ -299,16 +301,22 @@ def merge(pipe: Any) -> None:
     all at once.
     """
     tidy(pipe)
+    models = pipeline_models(pipe)
+    for model in models.values():
+        attach.check_writable(model)
     stop_schedule(pipe)
-    for model in pipeline_models(pipe).values():
+    for model in models.values():
         attach.merge(model)
 
 
 def restore(pipe: Any) -> None:
     """Undo `merge` and `set_active`: every weight has the bits it had; concepts stay loaded, and act unmerged."""
     tidy(pipe)
+    models = pipeline_models(pipe)
+    for model in models.values():
+        attach.check_restorable(model)
     stop_schedule(pipe)
-    for model in pipeline_models(pipe).values():
+    for model in models.values():
         attach.restore(model)
 
 

@@ -17,11 +17,11 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from atomdiff.tuner import kept
+from atomdiff.tuner import kept, places
 from atomdiff.tuner.allocation import trial
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import TENSOR_KINDS, AtomLayer, attribute
-from atomdiff.tuner.model import find_atom_layer, supported_modules
+from atomdiff.tuner.model import base_modules, find_atom_layer, refuse_fused, supported_modules
 
 _PEFT_PREFIX = "base_model.model."
 
@@ -60,11 +60,47 @@ def adapter_configs(model: nn.Module) -> dict[str, Any]:
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Module path -> weight of every layer that atoms can adapt, as it is without any adapter, merged or not."""
-    weights: dict[str, Tensor] = {}
-    for path, module in supported_modules(model).items():
-        stored, of_device = kept.get_stored(module), kept.get(module)
-        weights[path] = stored().to(module.weight) if stored else (module.weight if of_device is None else of_device)
-    return {path: weight.detach() for path, weight in weights.items()}
+    return {path: kept.unmerged(module).detach() for path, module in supported_modules(model).items()}
+
+
+def check_readable(model: nn.Module, modules: Iterable[str]) -> None:
+    """Check that the weights of modules can be read where they are, and that calls use them.
+
+    Raises:
+        UserError: one cannot.
+    """
+    there = dict(base_modules(model))
+    places.check_read(model, [(path, there[path]) for path in modules if path in there])
+
+
+def check_at_hand(model: nn.Module) -> None:
+    """Check that the tensors of atom adapters can be read outside of calls.
+
+    Raises:
+        UserError: they cannot.
+    """
+    layers = atom_layers(model).values()
+    places.check_at_hand(model, [layer.tensors(kind) for layer in layers for kind in TENSOR_KINDS])
+
+
+def check_writable(model: nn.Module) -> None:
+    """Check that the weights of all adapted layers can be changed in place.
+
+    Raises:
+        UserError: one cannot.
+    """
+    layers = {path.replace(".base_layer", ""): m for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    places.check_written(model, [(path, cast(Any, layer).get_base_layer()) for path, layer in layers.items()])
+
+
+def check_restorable(model: nn.Module) -> None:
+    """Check that all weights that are merged can be given back.
+
+    Raises:
+        UserError: one cannot.
+    """
+    bases = [(path.replace(".base_layer", ""), m) for path, m in model.named_modules() if kept.is_kept(m)]
+    places.check_written(model, bases, exactly=True)
 
 
 def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
@@ -252,8 +288,12 @@ def tidy(model: Any) -> None:
 
 
 def _take_away(model: nn.Module, path: str, layer: Any) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, layer.base_layer)
+    parent_path, _, child = path.rpartition(".")
+    parent = model.get_submodule(parent_path)
+    setattr(parent, child, layer.base_layer)
+    if not any(isinstance(other, AtomLayer) for other in parent.children()):
+        for key in [key for key, hook in parent._forward_pre_hooks.items() if hook is refuse_fused]:
+            del parent._forward_pre_hooks[key]
 
 
 def _set_configs(model: Any, configs: dict[str, Any]) -> None:
@@ -471,4 +511,5 @@ def _kept_requires_grad(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         for parameter, flag in flags:
-            parameter.requires_grad_(flag)
+            with torch.inference_mode(parameter.is_inference()):
+                parameter.requires_grad_(flag)

@@ -6,10 +6,12 @@ must come back all the same.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+
+from atomdiff.tuner import places
 
 _KEPT = "kept_base_"  # buffers, which follow the module to other devices and dtypes and into copies
 _STORED = "stored_base_weight"  # what reads the weight from where it takes no memory of the device
@@ -24,6 +26,7 @@ def get(base: nn.Module, name: str = "weight") -> Tensor | None:
 def put(base: nn.Module, value: Tensor | None, name: str = "weight") -> None:
     """Keep a parameter of a base module, or with None keep it no more."""
     base._buffers.pop(_KEPT + name, None)
+    places.forget(base, _KEPT + name)
     base._non_persistent_buffers_set.discard(_KEPT + name)
     if value is not None:
         base.register_buffer(_KEPT + name, value, persistent=False)
@@ -39,6 +42,15 @@ def put_stored(base: nn.Module, stored: Any) -> None:
     vars(base).pop(_STORED, None)
     if stored is not None:
         vars(base)[_STORED] = stored
+
+
+def unmerged(base: nn.Module) -> Tensor:
+    """The weight of a base module without what is merged into it, wherever it is kept, as calls compute with it."""
+    stored, of_device = get_stored(base), get(base)
+    if stored is None:
+        return places.read(base) if of_device is None else places.as_computed(base, of_device)
+    weight, found = cast(Tensor, base.weight), cast(Tensor, stored())
+    return places.as_computed(base, found if weight.is_meta else found.to(weight, non_blocking=True))
 
 
 def merged_layers(base: nn.Module) -> list[Any]:
@@ -67,7 +79,8 @@ def release(base: nn.Module) -> None:
 
 def give_back(base: nn.Module, name: str = "weight") -> None:
     """Copy a kept parameter back, every bit as it was, and keep it no more; without effect where it is not kept."""
-    parameter, stored = base._parameters.get(name), get_stored(base) if name == "weight" else None
+    parameter = places.memory(base, name) if base._parameters.get(name) is not None else None
+    stored = get_stored(base) if name == "weight" else None
     kept = stored() if stored else get(base, name)
     if parameter is not None and kept is not None:
         with torch.inference_mode(parameter.is_inference()), torch.no_grad():

@@ -27,7 +27,7 @@ from atomdiff.atoms import (
 )
 from atomdiff.sparse import sparse_atoms, sparse_codes
 from atomdiff.threads import ThisThread
-from atomdiff.tuner import kept, lean, stateless, taps
+from atomdiff.tuner import kept, lean, places, stateless, taps
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.register import PREFIX
@@ -104,6 +104,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self.factors: dict[str, tuple[Factor, ...]] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
+        self.cast_input_dtype_enabled = True  # diffusers switches it where layers are cast for storage
         self._codes: dict[tuple[str, str], tuple[Any, Tensor]] = {}  # (adapter, kind of factor) -> (made from, codes)
 
     def __getattr__(self, name: str) -> Any:
@@ -184,11 +185,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def unmerged_weight(self) -> Tensor:
-        """The base weight without any adapter of this layer."""
-        weight = cast(Tensor, self.get_base_layer().weight)
-        if self.stored_base_weight is not None:
-            return self.stored_base_weight().to(weight, non_blocking=True)
-        return weight if self.kept_base_weight is None else self.kept_base_weight
+        """The base weight without any adapter of this layer, wherever it is kept."""
+        return kept.unmerged(self.get_base_layer())
 
     def adapted_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight changed by these adapters, each times its weight; like the base weight in all else."""
@@ -197,7 +195,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     def _adapt(self, weight: Tensor, weights: Mapping[str, float]) -> Tensor:
         """A weight changed by adapters, each times its weight."""
         with torch.autocast(weight.device.type, enabled=False):  # bfloat16 would blur the small matrices
-            return adapt_weight(weight, self._changes(weights))
+            return adapt_weight(weight, _on(weight.device, self._changes(weights)))
 
     def tensors(self, kind: str) -> Any:
         """The tensors of a kind, by adapter."""
@@ -211,12 +209,13 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         config = self.settings[adapter_name]
         if config.basis != "sparse":
             return None
-        key, basis = (adapter_name, factor.kind), self.tensors(f"{factor.kind}_basis")[adapter_name]
-        if key in self._codes and (torch.compiler.is_compiling() or self._codes[key][0] == self._source(*key)):
+        key, basis = (adapter_name, factor.kind), self._tensor(f"{factor.kind}_basis", adapter_name)
+        stays = torch.compiler.is_compiling() or places.moves(self.get_base_layer())
+        if key in self._codes and (stays or self._codes[key][0] == self._source(*key)):
             return self._codes[key][1]
         weight = self.unmerged_weight().detach()
         with torch.inference_mode(False), torch.no_grad():
-            codes = sparse_codes(factor.view.rows(weight), basis, config.sparsity).to(weight.dtype)
+            codes = sparse_codes(factor.view.rows(weight), basis.to(weight.device), config.sparsity).to(weight.dtype)
             codes = factor.view.code_columns(codes, weight.shape, by_input=factor.recursion is not None)
         self._codes[key] = self._source(*key), codes
         return codes
@@ -232,8 +231,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def _overwrite(self, fill: Callable[[Tensor], object]) -> None:
         """Let something write into the weight: autograd takes note, and codes, which are of the unmerged one, stay."""
-        weight, valid = cast(Tensor, self.get_base_layer().weight), self._valid_codes()
-        fill(weight.detach())
+        valid = self._valid_codes()
+        fill(places.memory(self.get_base_layer()).detach())
         self._codes = {key: (self._source(*key), codes) for key, codes in valid.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -273,7 +272,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
         def adapt(weight: Tensor) -> Tensor:
             with torch.autocast(weight.device.type, enabled=False):
-                return adapt_weight_by_row(weight, changes)
+                return adapt_weight_by_row(weight, _on(weight.device, changes))
 
         def by_row(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, adapted: Tensor) -> Tensor:
             return batch.join(vmap(call)(batch.split(x), adapted))
@@ -344,7 +343,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             stored: reads the base weight; None: a copy of it is kept on its device.
         """
         self._release_others()
-        weight = cast(Tensor, self.get_base_layer().weight)
+        weight = places.memory(self.get_base_layer())
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             if stored is not None:
                 self.kept_base_weight = None
@@ -352,7 +351,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 self.kept_base_weight = self.unmerged_weight().detach().clone()
             self.stored_base_weight = stored
             self.written = {name: self.scaling[name] for name in adapter_names}
-            base, changes = self.unmerged_weight().detach(), self._changes(self.written)
+            base, changes = self.unmerged_weight().detach(), _on(weight.device, self._changes(self.written))
             self._overwrite(lambda goal: write_adapted(goal, base, changes))
         self.merged_adapters = list(adapter_names)
         self.holds_merged = True
@@ -362,7 +361,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         if not self.holds_merged:
             return
         self._release_others()
-        weight = cast(Tensor, self.get_base_layer().weight)
+        weight = places.memory(self.get_base_layer())
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             base = self.unmerged_weight()
             self._overwrite(lambda goal: goal.copy_(base))
@@ -423,12 +422,17 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     def _change(self, name: str, factor: Factor) -> Change:
         """The change that one factor of an adapter makes at weight 1."""
         if factor.recursion is None:
-            delta = self.tensors(f"{factor.kind}_delta")[name]
+            delta = self._tensor(f"{factor.kind}_delta", name)
         else:
-            delta = recursive_delta(self.tensors("recursion_mix")[name], self.tensors("recursion_delta")[name])
+            delta = recursive_delta(self._tensor("recursion_mix", name), self._tensor("recursion_delta", name))
         codes = self.codes(name, factor)
-        matrix = update_matrix(self.tensors(f"{factor.kind}_basis")[name], delta) if codes is None else delta
+        matrix = update_matrix(self._tensor(f"{factor.kind}_basis", name), delta) if codes is None else delta
         return Change(factor.view, matrix, codes)
+
+    def _tensor(self, kind: str, name: str) -> Tensor:
+        """A tensor of an adapter, wherever it is kept."""
+        held = self.tensors(kind)
+        return places.read(held, name, held[name])
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base weight's device, in float32 whatever the base's dtype."""
@@ -449,6 +453,14 @@ class _Movable:
     def to(self, device: torch.device | str | int) -> None:
         """Move them."""
         self.layer._move_adapter_to_device_of_base_layer(self.name, torch.device(device))
+
+
+def _on(device: torch.device, changes: list[Change]) -> list[Change]:
+    """Changes on a device: offloaded ones are elsewhere."""
+    if all(change.matrix.device == device for change in changes):
+        return changes
+    codes = [None if change.codes is None else change.codes.to(device) for change in changes]
+    return [replace(c, matrix=c.matrix.to(device), codes=code) for c, code in zip(changes, codes, strict=True)]
 
 
 def _by_row(change: Change, weights: Tensor) -> Change:

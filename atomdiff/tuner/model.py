@@ -20,6 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper, NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from atomdiff.tuner import places
 from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.layer import AtomLayer
@@ -78,7 +79,28 @@ class AtomModel(BaseTuner):
         layer.update_layer(adapter_name, peft_config, current_key)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
-        self._replace_module(parent, target_name, layer, target)
+        setattr(parent, target_name, layer)  # on its device already: PEFT would follow weights to the meta device
+        if hasattr(parent, "fused_projections") and refuse_fused not in parent._forward_pre_hooks.values():
+            parent.register_forward_pre_hook(refuse_fused)
+
+
+def refuse_fused(attention: nn.Module, _: Any) -> None:
+    """Refuse, before a call, what `fuse_qkv_projections` leaves without effect.
+
+    Raises:
+        ValueError: adapters act on projections that were fused into a copy of their weights.
+    """
+    if not places.is_fused(attention):
+        return
+    for name, child in attention.named_children():
+        layer = find_atom_layer(child)
+        if layer is None or (layer.rows is None and (layer.holds_merged or layer.disable_adapters)):
+            continue
+        if layer.rows is not None or any(map(layer.scaling.get, layer.active_adapters)):
+            raise ValueError(
+                f"{name} has an adapter, and fuse_qkv_projections() has put a copy of its weight in its place: "
+                "call unfuse_qkv_projections(), or write the concept into the weights before (atomdiff.set_active)"
+            )
 
 
 def find_targets(model: nn.Module, config: AtomConfig) -> dict[str, nn.Module]:
@@ -92,7 +114,7 @@ def find_targets(model: nn.Module, config: AtomConfig) -> dict[str, nn.Module]:
     if config.target_modules == DUMMY_TARGET_MODULES:
         return {}
     config = _maybe_include_all_linear_layers(copy.copy(config), model)
-    modules = dict(_base_modules(model))
+    modules = dict(base_modules(model))
     obstacles = _obstacles(model, modules)
     preset = preset_targets(model, config.target_modules) if config.target_modules in PRESETS else modules.keys()
     targets = {name: module for name, module in modules.items() if name in preset and _matches(config, name) is True}
@@ -107,7 +129,7 @@ def find_targets(model: nn.Module, config: AtomConfig) -> dict[str, nn.Module]:
 
 def supported_modules(model: nn.Module) -> dict[str, Any]:
     """All layers that atoms can adapt, by module path, as they are below adapters that are there already."""
-    modules = dict(_base_modules(model))
+    modules = dict(base_modules(model))
     obstacles = _obstacles(model, modules)
     return {name: module for name, module in modules.items() if name not in obstacles}
 
@@ -123,7 +145,7 @@ def find_atom_layer(module: nn.Module) -> AtomLayer | None:
     return next((layer for layer in inside if isinstance(layer, AtomLayer)), None)
 
 
-def _base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by path; of adapted ones the base, and nothing inside."""
     inside: tuple[str, ...] = ()
     for name, module in model.named_modules():
@@ -153,6 +175,10 @@ def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
             found[name] = f"the weight of {name} ({kind}) is used by another module's forward, where atoms cannot act"
         elif not weight.is_floating_point():
             found[name] = f"the weight of {name} is {weight.dtype}; atoms adapt floating-point weights only"
+        elif reason := places.why_not_adapted(module):
+            found[name] = f"the weight of {name} cannot be adapted: {reason}"
+        elif attention := places.fused_parent(model, name):
+            found[name] = f"{name} is fused into a copy within {attention}: call unfuse_qkv_projections() first"
         elif uses[id(weight)] > 1:
             found[name] = f"the weight of {name} is shared with another module, which adapting it would change too"
     return found

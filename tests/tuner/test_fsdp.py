@@ -29,7 +29,9 @@ def group(tmp_path_factory):
 
 def model_of(name, frozen_hooks=False):
     torch.manual_seed(0)
-    block = nn.Sequential(nn.Conv2d(4, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding_mode="circular", padding=1))
+    block = nn.Sequential(
+        nn.Conv2d(4, 8, 3, padding=1), nn.Tanh(), nn.Conv2d(8, 8, 3, padding_mode="circular", padding=1)
+    )
     base = nn.Sequential(block, nn.Flatten(), nn.Linear(8 * 36, 4)).requires_grad_(False)
     model = get_peft_model(base, copy.deepcopy(CONFIGS[name]))
     generator = torch.Generator().manual_seed(1)
