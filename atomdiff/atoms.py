@@ -17,7 +17,9 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from typing import Any
 
 import torch
 from einops import einsum, rearrange, reduce
@@ -106,6 +108,11 @@ class Change:
     """Coefficients A as `View.code_columns` arranges them, or None: the rows themselves."""
 
 
+def without_autocast(tensor: Tensor) -> Any:
+    """Within, no autocast on a tensor's device; the meta device knows none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+
+
 def adapt_weight(weight: Tensor, changes: Sequence[Change]) -> Tensor:
     """The adapted weight: all changes of kernels and whole blocks are added to it, to that all changes of channels.
 
@@ -159,7 +166,7 @@ def multiply_by_row(weight: Tensor, changes: Sequence[Change], columns: Tensor) 
     """
     p, q = changes[0].view.block
     rows = len(columns)
-    with torch.autocast(weight.device.type, enabled=False):
+    with without_autocast(weight):
         matrix = torch.stack([change.matrix for change in changes]).sum(dim=0).to(weight.dtype)
         both = torch.cat([matrix, _identity(p * q, matrix).expand_as(matrix)], dim=1)  # (rows, 2 * p * q, p * q)
         factor = rearrange(both, "r d (p q) -> (r q p) d", p=p)
@@ -169,7 +176,7 @@ def multiply_by_row(weight: Tensor, changes: Sequence[Change], columns: Tensor) 
     products = []
     for part in parts:
         goal = None if memory is None else memory[: rows * part.numel()].view(len(factor), -1)
-        with torch.autocast(weight.device.type, enabled=False):
+        with without_autocast(weight):
             blocks = rearrange(part, "(o p) (i q) n -> (p q) (o i n)", p=p, q=q)
             adapted = torch.mm(factor, torch.cat([blocks, blocks]), out=goal)
         adapted = rearrange(adapted, "(r q p) (o k) -> (r q) (p o) k", r=rows, q=q, k=columns.shape[2])

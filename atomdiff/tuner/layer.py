@@ -23,6 +23,7 @@ from atomdiff.atoms import (
     recursive_delta,
     svd_atoms,
     update_matrix,
+    without_autocast,
     write_adapted,
 )
 from atomdiff.sparse import sparse_atoms, sparse_codes
@@ -194,7 +195,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def _adapt(self, weight: Tensor, weights: Mapping[str, float]) -> Tensor:
         """A weight changed by adapters, each times its weight."""
-        with torch.autocast(weight.device.type, enabled=False):  # bfloat16 would blur the small matrices
+        with without_autocast(weight):  # bfloat16 would blur the small matrices
             return adapt_weight(weight, _on(weight.device, self._changes(weights)))
 
     def tensors(self, kind: str) -> Any:
@@ -271,7 +272,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         base = cast(Any, self.base_layer)
 
         def adapt(weight: Tensor) -> Tensor:
-            with torch.autocast(weight.device.type, enabled=False):
+            with without_autocast(weight):
                 return adapt_weight_by_row(weight, _on(weight.device, changes))
 
         def by_row(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, adapted: Tensor) -> Tensor:

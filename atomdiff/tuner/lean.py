@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 
-from atomdiff.atoms import Change, MatrixGradients, adapted_like, parts_of
+from atomdiff.atoms import Change, MatrixGradients, adapted_like, parts_of, without_autocast
 from atomdiff.blocks import Block, View, as_kernels
 from atomdiff.tuner import stateless, taps
 
@@ -33,7 +33,7 @@ def fits(module: nn.Module, x: Tensor, *more: Any) -> bool:
     if more or torch.compiler.is_compiling():
         return False
     weight, bias = cast(Tensor, module.weight), cast("Tensor | None", module.bias)
-    same = x.dtype == weight.dtype or torch.is_autocast_enabled(x.device.type)
+    same = x.dtype == weight.dtype or stateless.is_autocast(x)
     if not (same and x.is_floating_point() and x.ndim >= weight.ndim):  # batched, and no mistake
         return False
     if isinstance(module, _ConvNd) and (module.padding_mode != "zeros" or isinstance(module.padding, str)):
@@ -55,7 +55,7 @@ def call(module: nn.Module, weight: Tensor, changes: Sequence[Change], x: Tensor
         changes: of the weight.
         x: what the module takes; under autocast in any precision.
     """
-    if torch.is_autocast_enabled(x.device.type) and x.dtype != torch.float64:
+    if stateless.is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
     kernels = [change.matrix for change in changes if change.view == View()]
     channels = [change for change in changes if change.view != View()]
@@ -63,7 +63,7 @@ def call(module: nn.Module, weight: Tensor, changes: Sequence[Change], x: Tensor
     of_each_input = any(matrix.ndim == 3 for matrix in kernels)  # then it matters which of a block's inputs it was
     separable = taps.are_separable(changes) and not (of_each_input and block[1] > 1)
     by_taps = torch.is_grad_enabled() and _has_small_taps(module, x)  # drawing gives the bits of a merged weight
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if by_taps and separable:
             sums = _sum(kernels), _sum([change.matrix for change in channels])
             result: Tensor = _SeparableByTaps.apply(module, block, x, weight, *sums)
@@ -107,7 +107,7 @@ class _AdaptedWeight(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         wants = ctx.needs_input_grad[3], any(ctx.needs_input_grad[5:])
         matrices: list[Tensor] | list[None] = [None] * len(ctx.changes)
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             # A convolution asks for a weight even where only the weight's gradient is wanted.
             adapted = adapted_like(weight, ctx.changes, x.dtype) if wants[0] else weight.to(x.dtype)
             gradients = _gradients_by_taps if ctx.by_taps else _gradients
@@ -140,7 +140,7 @@ class _SeparableByTaps(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient: Tensor) -> Any:
         x, weight, kernels, channels = ctx.saved_tensors
-        with torch.autocast(x.device.type, enabled=False):
+        with without_autocast(x):
             columns = _columns(ctx.module, x, ctx.block)
             mixed = columns if channels is None else _mixed(columns, kernels)
             of_y = rearrange(gradient, "b o h w -> o (b h w)")

@@ -24,6 +24,11 @@ _TRANSPOSED = {3: functional.conv_transpose1d, 4: functional.conv_transpose2d, 5
 _PRODUCTS = (functional.linear, functional.conv1d, functional.conv2d, functional.conv3d, *_TRANSPOSED.values())
 
 
+def is_autocast(tensor: Tensor) -> bool:
+    """Whether autocast is on for a tensor's device."""
+    return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
+
+
 def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]] = PLAIN) -> bool:
     """Whether a call of the module does what PyTorch's own layer of one of these kinds does, and nothing more."""
     return type(module) in kinds and not _is_managed(module)

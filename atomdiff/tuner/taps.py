@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atomdiff.atoms import Change, multiply_by_row
+from atomdiff.atoms import Change, multiply_by_row, without_autocast
 from atomdiff.blocks import View
 from atomdiff.tuner.stateless import is_plain
 
@@ -69,7 +69,7 @@ def convolve(module: nn.Conv2d, weight: Tensor, changes: Sequence[Change], x: Te
     found = windows(module, x)
     images, height, width = len(x[0]), *found.shape[-2:]
     taps = rearrange(found, "r g (i q) k l h w -> r q i (k l) (g h w)", q=side)
-    with torch.autocast(x.device.type, enabled=False):
+    with without_autocast(x):
         if kernels:
             matrix = torch.stack(kernels).sum(dim=0)  # (rows, n, n)
             taps = mixed(taps, matrix[:, None, None])
