@@ -186,21 +186,9 @@ def test_fused_projections_are_refused_wherever_a_concept_would_not_reach_them(p
         atomdiff.load_atoms(pipe, files["all"])
     pipe.unet.unfuse_qkv_projections()
     atomdiff.load_atoms(pipe, files["all"])
-    expected = predict(pipe)
-    pipe.unet.fuse_qkv_projections()
-    for call in (predict, mixed):
-        with pytest.raises(ValueError, match=r"has put a copy of its weight in its place"):
-            call(pipe)
-    with pytest.raises(UserError, match=r"call unfuse_qkv_projections\(\) first"):
-        atomdiff.set_active(pipe, "all")
-    pipe.unet.unfuse_qkv_projections()
-    assert torch.equal(predict(pipe), expected)
+    with pytest.raises(UserError, match="fuse_qkv_projections copies weights that concepts adapt"):
+        pipe.unet.fuse_qkv_projections()
     atomdiff.set_active(pipe, "all")
-    pipe.unet.fuse_qkv_projections()
-    torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
-    with pytest.raises(UserError, match=r"call unfuse_qkv_projections\(\) first"):
-        atomdiff.unload_atoms(pipe)
-    pipe.unet.unfuse_qkv_projections()
     atomdiff.unload_atoms(pipe)
     now = bits(pipe)
     assert_same({key: now[key] for key in before}, before)
