@@ -46,7 +46,7 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     assert main(["demo", "--run", str(quick), "--output_dir", str(output)]) == 0
     printed, phases = capsys.readouterr()
     named = [line.split(":")[0] for line in phases.splitlines()]
-    assert named == PHASES and "\r" not in phases
+    assert [name for name in named if name in PHASES] == PHASES and "\r" not in phases
     concept = output / "mug.atoms.safetensors"
     for path in (concept, output / "before_after.png", output / "training_curve.png", output / "report.json"):
         assert str(path) in printed and path.is_file()

@@ -194,6 +194,7 @@ KNOBS = {
 }
 
 
+@pytest.mark.slow
 def test_every_knob_turns_something(config, tmp_path):
     config = dataclasses.replace(
         config,
