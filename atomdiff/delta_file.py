@@ -258,7 +258,7 @@ def read_any_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
 def _read_tensors(path: Any) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
-            tensors = {key: _wide(file.get_tensor(key)) for key in sorted(file.keys())}
+            tensors = {key: _wide(file.get_tensor(key)).clone() for key in sorted(file.keys())}
         broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {shown(str(error))}; copy or download it again") from error

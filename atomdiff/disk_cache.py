@@ -59,7 +59,7 @@ class DiskCache:
         try:
             with safe_open(file, "pt") as opened:
                 metadata = opened.metadata() or {}
-                tensors = {name: opened.get_tensor(name) for name in opened.keys()}  # noqa: SIM118
+                tensors = {name: opened.get_tensor(name).clone() for name in opened.keys()}  # noqa: SIM118
         except (OSError, SafetensorError, ValueError):  # unreadable or damaged
             metadata, tensors = {}, {}
         if metadata == _metadata(key, tensors):
