@@ -62,9 +62,7 @@ def check_base(
     Raises:
         UserError: shapes differ, or the distance is that of wholly different weights.
     """
-    weights = weights_below(delta, models)
-    delta, left_out = _fitting_part(delta, models, weights, allow_mismatch)
-    distance = base_distance(delta, weights)
+    delta, left_out, distance = compare_base(delta, models, allow_mismatch)
     base = f" {shown(repr(delta.base_model))}" if delta.base_model else ""
     found = f"this base is at distance {distance:.3g} from the one that the concept was made on{base}"
     if distance > DERIVED_BASE and not allow_mismatch:
@@ -75,6 +73,15 @@ def check_base(
     if distance > SAME_BASE:
         warnings.warn(f"{found} (0: the same): the concept may look different here", stacklevel=stacklevel)
     return delta, left_out, distance
+
+
+def compare_base(
+    delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False
+) -> tuple[DeltaFile, list[str], float]:
+    """As `check_base`, at any distance and without a warning."""
+    weights = weights_below(delta, models)
+    delta, left_out = _fitting_part(delta, models, weights, allow_mismatch)
+    return delta, left_out, base_distance(delta, weights)
 
 
 def may_leave_out(module: str, allow_mismatch: bool = False) -> bool:

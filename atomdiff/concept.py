@@ -1,6 +1,5 @@
 """What a training run optimises, as one module: the adapted UNet, the trigger words' vectors, the text encoders."""
 
-import warnings
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any, Literal
 
@@ -176,9 +175,9 @@ def build_concept(
         for name, encoder in encoders.items():
             make_trainable(encoder.train(), text_adapter, derive_seed(config.seed, name))
             if config.gradient_checkpointing:
-                with warnings.catch_warnings():
-                    warnings.simplefilter("ignore", FutureWarning)  # the name of the call changes within transformers 5
-                    encoder.gradient_checkpointing_enable({"use_reentrant": False})
+                # The name of the call changes within transformers 5.
+                enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+                enable({"use_reentrant": False})
     elif not vectors:
         for name in encoders:
             setattr(pipe, name, None)

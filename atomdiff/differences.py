@@ -14,7 +14,8 @@ from torch import Tensor, nn
 
 from atomdiff.errors import UserError
 from atomdiff.pipeline import merge, pipeline_models, restore
-from atomdiff.tuner import attach
+from atomdiff.tuner import attach, places
+from atomdiff.tuner.allocation import structure_of
 from atomdiff.tuner.stateless import PLAIN
 
 _PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")  # a model that has these saves its adapters only
@@ -37,8 +38,8 @@ class LayerDifference:
 def layer_differences(pipe: Any) -> Iterator[LayerDifference]:
     """What the active concepts of any PEFT method change, layer by layer; layers that stay as they are are left out.
 
-    Merges one layer at a time, in float32 also where the base is in half precision, and restores it to the bit. A
-    pipeline that is merged is restored first.
+    Merges a copy of one layer at a time, in float32 also where the base is in half precision. A pipeline that is merged
+    is restored first.
 
     Raises:
         UserError: an adapter cannot be merged, replaces whole modules, or changes something else than Linear and
@@ -98,17 +99,14 @@ def _outer_layers(model: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def _differences(layer: Any) -> dict[str, Tensor]:
     """Parameter name -> merged minus base, in float32."""
+    layer = structure_of(layer)
     base = layer.get_base_layer()
-    stored = {name: parameter.data for name, parameter in base.named_parameters(recurse=False)}
-    try:
-        for name, tensor in stored.items():
-            getattr(base, name).data = tensor.to(torch.float32, copy=True)  # merging may write into it
-        attach.merge(layer)
-        return {name: getattr(base, name).data - tensor for name, tensor in stored.items()}
-    finally:
-        attach.restore(layer)
-        for name, tensor in stored.items():
-            getattr(base, name).data = tensor
+    before = {name: places.read(base, name).detach().float() for name, _ in base.named_parameters(recurse=False)}
+    for name, tensor in before.items():
+        base._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)  # merging may write into it
+    places.settle(base)
+    attach.merge(layer)
+    return {name: getattr(base, name).data - tensor for name, tensor in before.items()}
 
 
 def _put(model: nn.Module, path: str, module: nn.Module) -> None:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import os
-import warnings
 from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
@@ -14,7 +13,7 @@ from typing import Any
 from torch import Tensor
 
 from atomdiff.accounting import group_table
-from atomdiff.base_check import check_base, weights_below
+from atomdiff.base_check import compare_base, weights_below
 from atomdiff.delta_file import DeltaFile, read_any_header, read_delta_file, shown
 from atomdiff.errors import UserError
 from atomdiff.lora_file import has_lora_keys
@@ -55,9 +54,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
     }
     if base is not None:
         models = pipeline_models(_open(base))
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            fitting, left_out, distance = check_base(delta, models, allow_mismatch=True)
+        fitting, left_out, distance = compare_base(delta, models, allow_mismatch=True)
         rows["distance"] = f"{distance:.3g} (0: made on this base)"
         if left_out:
             rows["does not fit"] = "; ".join(left_out)

@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from atomdiff.disk_cache import quick_key
 from atomdiff.errors import UserError
 
 Place = Literal["device", "cpu", "file"]
@@ -24,6 +25,9 @@ class HostCopy:
 
     weight: Tensor
     """The weight, on the CPU."""
+
+    def check(self) -> None:
+        """Nothing can happen to it."""
 
     def __call__(self) -> Tensor:
         """The weight."""
@@ -40,19 +44,53 @@ class FileWeight:
     """Its name there."""
     dtype: torch.dtype
     """The dtype that it was loaded in."""
+    content: str
+    """`quick_key` of the stored tensor, when the base weight was left to the file."""
+    written: tuple[int, ...]
+    """What tells, without a look at the contents, that nobody has written to the file since."""
+
+    @classmethod
+    def of(cls, file: Path, key: str, dtype: torch.dtype) -> FileWeight:
+        """What the file holds by now."""
+        return cls(file, key, dtype, quick_key([_read(file, key)]), _written(file))
+
+    def check(self) -> None:
+        """Check that the file has the weight that was left to it.
+
+        Raises:
+            UserError: the file is not there any more, or the weight in it is another.
+        """
+        self._stored()
 
     def __call__(self) -> Tensor:
         """The weight as it was loaded.
 
         Raises:
-            UserError: the file is not there any more, or another.
+            UserError: the file is not there any more, or the weight in it is another.
         """
+        return self._stored().to(self.dtype)
+
+    def _stored(self) -> Tensor:
         try:
-            with safe_open(self.file, framework="pt") as opened:
-                found: Tensor = opened.get_tensor(self.key)
+            untouched = _written(self.file) == self.written
+            found = _read(self.file, self.key)
+            if untouched or quick_key([found]) == self.content:
+                return found
+            reason = f"{self.key} in it is another one now"
         except (OSError, SafetensorError) as error:
-            raise UserError(f"the base weights were kept in {self.file}, put it back as it was: {error}") from error
-        return found.to(self.dtype)
+            reason = str(error)
+        raise UserError(f"the base weights were kept in {self.file}, put it back as it was: {reason}")
+
+
+def _read(file: Path, key: str) -> Tensor:
+    with safe_open(file, framework="pt") as opened:
+        tensor: Tensor = opened.get_tensor(key)
+    return tensor
+
+
+def _written(file: Path) -> tuple[int, ...]:
+    found = file.stat()
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
 def check_place(place: str | None) -> None:
@@ -109,8 +147,8 @@ def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fi
         base = layer.unmerged_weight().detach()
         key = f"{path}.weight"
         keys = [key] if key in places else [other for other in places if other.endswith(f".{key}")]
-        candidates = [FileWeight(file, each, base.dtype) for each in keys for file in places[each]]
-        found = next((place for place in candidates if _holds(place, base)), None)
+        candidates = [(file, each) for each in keys for file in places[each]]
+        found = next((place for place in candidates if _holds(*place, base)), None)
         if found is None:
             where = (
                 f"the {len(files)} safetensors file(s) of {folder}" if files else f"a checkpoint (looked in {folder})"
@@ -119,9 +157,9 @@ def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fi
                 f"keep_base='file': the weight of {path} as it is now is not in {where}; "
                 "load the pipeline from a folder of safetensors files, or use keep_base='cpu'"
             )
-        yield path, found
+        yield path, FileWeight.of(*found, base.dtype)
 
 
-def _holds(place: FileWeight, base: Tensor) -> bool:
-    stored = place()
+def _holds(file: Path, key: str, base: Tensor) -> bool:
+    stored = _read(file, key).to(base.dtype)
     return stored.shape == base.shape and torch.equal(stored.to(base.device), base)

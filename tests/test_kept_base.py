@@ -3,6 +3,7 @@
 import copy
 import gc
 import itertools
+import os
 import shutil
 
 import pytest
@@ -237,6 +238,33 @@ def test_a_file_that_is_gone_or_damaged_is_named_and_can_be_put_back(tiny_pipe_f
     file.write_bytes(contents)
     atomdiff.set_active(pipe, "a")
     assert_same(bits(pipe), expected)
+    atomdiff.restore(pipe)
+    assert_same(bits(pipe), before)
+
+
+@pytest.mark.parametrize("how", ["in place", "same time", "moved there"])
+def test_another_base_in_the_file_is_never_given_back(tiny_pipe_folder, concept, tmp_path, how):
+    shutil.copytree(tiny_pipe_folder, tmp_path / "pipe")
+    pipe, before = load(tmp_path / "pipe", concept)
+    for parameter in pipe.unet.parameters():
+        parameter.data = parameter.data.clone()  # diffusers' are windows onto the file
+    atomdiff.set_active(pipe, "a", keep_base="file")
+    merged = bits(pipe)
+    file = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
+    contents, times = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
+    tensors = load_file(file)
+    save_file({**tensors, "conv_out.weight": tensors["conv_out.weight"] + 1}, tmp_path / "other")
+    if how == "moved there":
+        (tmp_path / "other").replace(file)
+    else:
+        file.write_bytes((tmp_path / "other").read_bytes())
+    if how == "same time":
+        os.utime(file, ns=times)
+    for call in (atomdiff.restore, atomdiff.unload_atoms, atomdiff.merge, lambda pipe: atomdiff.set_active(pipe, {})):
+        with pytest.raises(UserError, match=r"put it back as it was: conv_out.weight in it is another"):
+            call(pipe)
+        assert_same(bits(pipe), merged)
+    file.write_bytes(contents)
     atomdiff.restore(pipe)
     assert_same(bits(pipe), before)
 

@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import warnings
-from collections.abc import Iterator
-from contextlib import contextmanager
-from typing import Any
+import copy
+from collections import OrderedDict
+from typing import Any, TypeVar
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 _MOST_NUMBERS = 1 << 28  # 1 GiB in float32: no layer's adapter has a tensor as large
@@ -23,30 +23,60 @@ _MAKERS = (
     torch.randperm,
     torch.zeros,
 )
+_OWN = (dict, list, set, OrderedDict)  # what modules keep about themselves
+_Module = TypeVar("_Module", bound=nn.Module)
+_MOVES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 
 
-class _Limit(TorchFunctionMode):
-    """Refuses to make tensors that no adapter has, before there is memory for them."""
+class Trial(TorchFunctionMode):
+    """Within, and in this thread alone, an adapter can be added that takes no memory and no random numbers.
+
+    Args:
+        values: make tensors as they are asked for, for methods that look at the values in them.
+
+    Raises:
+        ValueError: a tensor is larger than any that an adapter has.
+    """
+
+    def __init__(self, values: bool = False) -> None:
+        super().__init__()
+        self.values = values
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
         if func in _MAKERS:
-            made = func(*args, **kwargs | {"device": "meta"})
+            generator = {"generator": None} if "generator" in kwargs else {}
+            made = func(*args, **{**kwargs, **generator, "device": "meta"})
             if made.numel() > _MOST_NUMBERS:
                 raise ValueError(
                     f"its settings ask for a tensor {tuple(made.shape)}, expected at most {_MOST_NUMBERS:,} numbers: "
                     "check its rank, or copy or download it again"
                 )
+            if not self.values:
+                return made
+        if func in _MOVES and args[0].is_meta:  # which nothing can leave
+            given = [*args[1:], *kwargs.values()]
+            return args[0].to(next((each for each in given if isinstance(each, torch.dtype)), args[0].dtype))
         return func(*args, **kwargs)
 
 
-@contextmanager
-def trial() -> Iterator[None]:
-    """Within, an adapter can be added without a warning or a change of the random numbers to come.
+def structure_of(model: _Module) -> _Module:
+    """A copy of a model's modules for adapters to be added, merged or taken out, which the model never notices.
 
-    Raises:
-        ValueError: it has tensors of absurd sizes.
+    It shares the memory of all tensors, and is not meant to be called.
     """
-    with warnings.catch_warnings(), torch.random.fork_rng(devices=[]), _Limit():
-        warnings.simplefilter("ignore")
-        yield
+    return _copied(model, {})
+
+
+def _copied(module: Any, known: dict[int, Any]) -> Any:
+    if id(module) not in known:
+        known[id(module)] = made = object.__new__(type(module))
+        for key, value in vars(module).items():  # the dictionaries of parameters and modules among them
+            vars(made)[key] = copy.copy(value) if type(value) in _OWN else value
+        for key, child in module._modules.items():
+            made._modules[key] = None if child is None else _copied(child, known)
+        for key, parameter in module._parameters.items():
+            if type(parameter) is nn.Parameter:  # with a requires_grad of its own
+                alias = known.setdefault(id(parameter), nn.Parameter(parameter.detach(), parameter.requires_grad))
+                made._parameters[key] = alias
+    return known[id(module)]

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any, cast
 
 import torch
-from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft import PeftConfig, get_peft_model_state_dict, set_peft_model_state_dict
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from atomdiff.tuner import kept, places
-from atomdiff.tuner.allocation import trial
+from atomdiff.tuner.allocation import Trial, structure_of
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import TENSOR_KINDS, AtomLayer, attribute
 from atomdiff.tuner.model import base_modules, find_atom_layer, refuse_fused, supported_modules
@@ -90,7 +89,10 @@ def check_writable(model: nn.Module) -> None:
         UserError: one cannot.
     """
     layers = {path.replace(".base_layer", ""): m for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
-    places.check_written(model, [(path, cast(Any, layer).get_base_layer()) for path, layer in layers.items()])
+    bases = {path: cast(Any, layer).get_base_layer() for path, layer in layers.items()}
+    places.check_written(model, bases.items())
+    for base in bases.values():
+        kept.check_stored(base)
 
 
 def check_restorable(model: nn.Module) -> None:
@@ -101,6 +103,8 @@ def check_restorable(model: nn.Module) -> None:
     """
     bases = [(path.replace(".base_layer", ""), m) for path, m in model.named_modules() if kept.is_kept(m)]
     places.check_written(model, bases, exactly=True)
+    for _, base in bases:
+        kept.check_stored(base)
 
 
 def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
@@ -218,11 +222,18 @@ def attach_peft(
 
 def _try_out(model: Any, config: PeftConfig, name: str) -> dict[str, tuple[str, torch.Size]]:
     """Key of each tensor that an adapter has, as files have it -> its key in this model, and its shape."""
-    with trial():
-        _inject(model, config, name, low_cpu_mem_usage=True)
-        state = _peft_state(model, name)
-        detach(model, name)
+    try:
+        state = _state_in_trial(model, config, name, Trial())
+    except (RuntimeError, TypeError):  # a method that looks at the values of its first tensors
+        state = _state_in_trial(model, config, name, Trial(values=True))
     return {_without_wrapping(key): (key, tensor.shape) for key, tensor in state.items()}
+
+
+def _state_in_trial(model: nn.Module, config: PeftConfig, name: str, trial: Trial) -> dict[str, Tensor]:
+    tried = structure_of(model)
+    with trial:
+        _inject(tried, config, name)
+        return _peft_state(tried, name)
 
 
 def _differing(found: Mapping[str, Tensor], expected: Mapping[str, tuple[str, torch.Size]]) -> list[str]:
@@ -386,13 +397,14 @@ def can_be_weighted(model: nn.Module, name: str, weight: float) -> bool:
 
 
 def _set_scale(layer: Any, name: str, weight: float) -> bool:
-    """Set an adapter's weight; False: its method has none, which some say by a warning."""
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
-        try:
-            layer.set_scale(name, weight)
-        except (AttributeError, UserWarning):
-            return False
+    """Set an adapter's weight; False: its method has none."""
+    set_scale: Any = getattr(type(layer), "set_scale", None)
+    if set_scale is None or "warn" in set_scale.__code__.co_names:  # such a one does nothing else than to say so
+        return False
+    try:
+        set_scale(layer, name, weight)
+    except AttributeError:
+        return False
     return True
 
 
@@ -415,7 +427,9 @@ def strip(model: Any) -> None:
     """Take all adapters out of a copy of a model that shares its tensors with the model, which is left alone."""
     for path, module in reversed(list(model.named_modules())):
         if (stored := kept.get_stored(module)) is not None:
-            module._parameters["weight"] = nn.Parameter(stored(), requires_grad=False)
+            module._parameters["weight"] = nn.Parameter(
+                stored().clone(), requires_grad=False
+            )  # no window onto the file
         for name in list(module._parameters):
             value = kept.get(module, name)
             if value is not None:
@@ -482,18 +496,32 @@ def _peft_state(model: nn.Module, name: str) -> dict[str, Tensor]:
     return {_PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
 
 
-def _inject(model: Any, config: PeftConfig, name: str, low_cpu_mem_usage: bool = False) -> None:
+def _inject(model: Any, config: PeftConfig, name: str) -> None:
+    """As PEFT's `inject_adapter_in_model`, without its warning that a model gets several adapters."""
     merged = [(layer, layer.merged_adapters) for layer in adapter_layers(model) if layer.merged]
     for layer, _ in merged:
         layer.merged_adapters = []  # PEFT would unmerge these layers, others than atoms in their own inexact way
     try:
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", message="Already found a `peft_config` attribute")
-            inject_adapter_in_model(config, model, name, low_cpu_mem_usage)
+        _quiet_tuner(config)(model, {**adapter_configs(model), name: config}, adapter_name=name)
     finally:
         for layer, names in merged:
             layer.merged_adapters = names
     model._hf_peft_config_loaded = True  # what diffusers and transformers look at
+
+
+def _quiet_tuner(config: Any) -> Any:
+    """The PEFT tuner of a method; it takes the settings of all adapters from its caller, not from the model."""
+    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
+    if tuner is None or tuner.uses_shared_state or config.is_prompt_learning or config.is_adaption_prompt:
+        raise ValueError(f"{config.peft_type} adapters are more than layers: use peft.get_peft_model")
+
+    class Quiet(tuner):  # type: ignore[misc]
+        def __getattr__(self, name: str) -> Any:
+            if name == "peft_config":  # where the model has one, PEFT warns of several adapters
+                raise AttributeError(name)
+            return super().__getattr__(name)
+
+    return Quiet
 
 
 def _changed(config: Any, **changes: Any) -> Any:

@@ -44,6 +44,16 @@ def put_stored(base: nn.Module, stored: Any) -> None:
         vars(base)[_STORED] = stored
 
 
+def check_stored(base: nn.Module) -> None:
+    """Check that the kept weight of a base module can be read from elsewhere, if it has to be.
+
+    Raises:
+        UserError: it cannot.
+    """
+    if (stored := get_stored(base)) is not None:
+        stored.check()
+
+
 def unmerged(base: nn.Module) -> Tensor:
     """The weight of a base module without what is merged into it, wherever it is kept, as calls compute with it."""
     stored, of_device = get_stored(base), get(base)

@@ -6,6 +6,7 @@ import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 from typing import Any, cast
 
 import torch
@@ -237,9 +238,15 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self._codes = {key: (self._source(*key), codes) for key, codes in valid.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move codes along to another device or dtype, unless something newer has been loaded."""
+        """Move codes along to another device or dtype, unless something newer has been loaded.
+
+        Deltas and atoms move, but are never rounded: they stay in float32 in a model of half precision.
+        """
         valid = self._valid_codes()
-        moved = super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        held = [self.tensors(kind) for kind in TENSOR_KINDS]
+        for child in self.children() if recurse else ():
+            child._apply(partial(_apply_unrounded, fn) if child in held else fn)
+        moved = super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
         self._codes = {key: (self._source(*key), fn(codes)) for key, codes in valid.items()}
         return moved
 
@@ -454,6 +461,12 @@ class _Movable:
     def to(self, device: torch.device | str | int) -> None:
         """Move them."""
         self.layer._move_adapter_to_device_of_base_layer(self.name, torch.device(device))
+
+
+def _apply_unrounded(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
+    """What a function makes of a tensor; where that is the tensor in a smaller dtype, in the tensor's own."""
+    moved = fn(tensor)
+    return moved if moved.itemsize >= tensor.itemsize else tensor.to(moved.device)
 
 
 def _on(device: torch.device, changes: list[Change]) -> list[Change]:

@@ -183,6 +183,12 @@ def forget(module: nn.Module, name: str) -> None:
         hook.original_devices.pop(name, None)
 
 
+def settle(module: nn.Module) -> None:
+    """Let a module whose parameters were replaced by some in memory be no longer taken for offloaded or cast."""
+    vars(module).pop("_hf_hook", None)
+    vars(module).pop("_diffusers_hook", None)
+
+
 _FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 

@@ -336,3 +336,21 @@ def test_the_layer_passes_for_its_base():
     assert copy.deepcopy(layer).stride == (1, 1)
     with pytest.raises(AttributeError):
         layer.no_such_thing  # noqa: B018
+
+
+@pytest.mark.parametrize("convert", ["half", "bfloat16", "to", "double"])
+@pytest.mark.parametrize("merged", [False, True])
+def test_deltas_and_atoms_are_never_rounded(convert, merged):
+    layer = make_layer(AtomConfig(channel_block=4), AtomConfig(basis="dct"))
+    model = nn.Sequential(layer)
+    before = {key: value.clone() for key, value in model.state_dict().items() if "base_layer" not in key}
+    if merged:
+        layer.merge()
+    model.to(torch.bfloat16) if convert == "to" else getattr(model, convert)()
+    after = model.state_dict()
+    assert before and all(torch.equal(after[key], before[key]) for key in before)
+    assert {after[key].dtype for key in before} == {torch.float64 if convert == "double" else torch.float32}
+    assert (
+        layer.weight.dtype != torch.float32
+        and layer(torch.randn(1, 8, 5, 5, dtype=layer.weight.dtype)).isfinite().all()
+    )
