@@ -136,12 +136,7 @@ def export_concepts(config: ExportConfig) -> ExportReport:
             unload_atoms(pipe, name)
             load_concept(pipe, concept.path, name, trigger_word=concept.trigger_word)
         strengths[name] = strength
-    try:
-        set_weights(pipe, strengths)
-    except UserError:
-        raise
-    except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
-        raise UserError(f"these concepts cannot be merged, and so not exported: {error}") from error
+    set_weights(pipe, strengths)
     if config.to == "pipeline":
         report = export_pipeline(pipe, config.output)
         if written != torch.float32:

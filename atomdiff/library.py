@@ -11,7 +11,7 @@ import threading
 import unicodedata
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
@@ -228,7 +228,10 @@ class ConceptLibrary:
 class _Index:
     """What is known of a folder at one time."""
 
-    def __init__(self, infos: Iterable[ConceptInfo], damaged: dict[Path, str]) -> None:
+    def __init__(
+        self, infos: Iterable[ConceptInfo], damaged: dict[Path, str], others: Mapping[str, _Stamp] | None = None
+    ) -> None:
+        self.others = others or {}  # files that are neither concepts nor LoRAs
         self.concepts = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
         self.damaged = dict(sorted(damaged.items()))
         self._names: dict[str, set[str]] = {}  # by word
@@ -245,17 +248,20 @@ class _Index:
 
 
 def _look(folder: Path, old: _Index) -> _Index:
-    """The index of a folder; the headers of good files that have not changed are not read again."""
+    """The index of a folder; the headers of files that have not changed are not read again, but for damaged ones."""
     stamps, damaged = _list(folder)
     known = {str(info.path): info for info in old.concepts.values()}
     infos = {file: info for file, info in known.items() if stamps.get(file) == (info.size, info.mtime_ns, info.inode)}
+    others = {file: stamp for file, stamp in old.others.items() if stamps.get(file) == stamp}
     with ThreadPoolExecutor(_READERS) as pool:  # they wait for the disk together
-        others = [file for file in stamps if file not in infos]
-        reading = {file: pool.submit(_read_info, folder, Path(file), stamps[file]) for file in others}
+        new = [file for file in stamps if file not in infos and file not in others]
+        reading = {file: pool.submit(_read_info, folder, Path(file), stamps[file]) for file in new}
     for file, future in reading.items():
         try:
             if (info := future.result()) is not None:
                 infos[file] = info
+            else:
+                others[file] = stamps[file]
         except UserError as error:
             if os.path.exists(file):  # not gone since it was listed
                 damaged[Path(file)] = str(error)
@@ -264,7 +270,8 @@ def _look(folder: Path, old: _Index) -> _Index:
         if (other := first.setdefault(infos[file].name, file)) != file:
             damaged[Path(file)] = f"{file} has the same name in the library as {other}: rename one"
             del infos[file]
-    return old if (infos, damaged) == (known, old.damaged) else _Index(infos.values(), damaged)
+    same = (infos, damaged, others) == (known, old.damaged, old.others)
+    return old if same else _Index(infos.values(), damaged, others)
 
 
 def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo | None:

@@ -8,7 +8,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping
 from math import prod
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 import torch
 from peft import LoraConfig
@@ -20,6 +20,7 @@ from atomdiff.delta_file import FORMAT, parse_json, read_any_header, read_tensor
 from atomdiff.errors import UserError
 from atomdiff.kohya import sgm_path
 from atomdiff.peft_directory import Adapters
+from atomdiff.tuner import kept
 from atomdiff.tuner.config import check_patterns
 from atomdiff.tuner.model import supported_modules
 
@@ -28,10 +29,17 @@ _UP = r"lora_up\.weight|lora_B(?:\.default)?\.weight|lora\.up\.weight|lora_linea
 _FACTORS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
 _OTHER = r"alpha|diff|diff_b|w_norm|b_norm|lora_B\.bias|dora_scale|lora_magnitude_vector(?:\.weight)?"
 _KEY = re.compile(rf"(.+?)[._](?:({_DOWN})|({_UP})|(lora_mid)\.weight|({_FACTORS})|({_OTHER}))")
-_PREFIXES = {"unet": ["lora_unet", "unet"], "text_encoder": ["lora_te", "lora_te1", "text_encoder"]}
-_PREFIXES["text_encoder_2"] = ["lora_te2", "text_encoder_2"]
+_MAGNITUDE = re.compile(r"dora_scale|lora_magnitude_vector(?:\.weight)?")
+_PREFIXES = {  # of kohya's programs, diffusers, ComfyUI, SimpleTuner
+    "unet": ["lora_unet", "unet", "diffusion_model", "lycoris"],
+    "text_encoder": ["lora_te", "lora_te1", "text_encoder", *(f"text_encoders.clip_{x}.transformer" for x in "lh")],
+    "text_encoder_2": ["lora_te2", "text_encoder_2", "text_encoders.clip_g.transformer"],
+}
 
 _LARGEST = 1e9  # rank or alpha
+_LARGEST_CORE = 4096  # ranks of a Tucker decomposition
+
+_LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
 Layer = dict[str, Tensor]
 
@@ -47,13 +55,14 @@ def is_lora_file(path: Path) -> bool:
 
 def has_lora_keys(keys: Iterable[str]) -> bool:
     """Whether a safetensors file with these keys holds layers that `read_lora` knows."""
-    return any(map(_KEY.fullmatch, keys))
+    return any(match and match[6] != "alpha" for match in map(_KEY.fullmatch, keys))
 
 
 def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool) -> tuple[Adapters, list[str]]:
     """Read a LoRA, LoCon, LoHa, LoKr or whole differences, with the names of kohya's programs or of diffusers.
 
-    What is no plain LoRA becomes one of full rank, which is exact.
+    What is no plain LoRA becomes one of as many ranks as it takes to be exact. A DoRA does so for the base that it is
+    loaded into; its weight then counts as in ComfyUI, by which the difference of weights is multiplied.
 
     Args:
         path: the safetensors file.
@@ -68,7 +77,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
     """
     metadata, keys = read_any_header(path)
     found = {key: _KEY.fullmatch(key) for key in keys}
-    if not any(found.values()):
+    if not has_lora_keys(keys):
         raise UserError(f"{path} is no concept and no LoRA: {_what_it_is(keys, metadata)}")
     if any(key.startswith("base_model.model.") for key in keys):
         raise UserError(f"{path} is of a PEFT adapter, whose {CONFIG_NAME} is missing beside it: put it there")
@@ -85,8 +94,6 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
     missing, wrong = [], []
     for name, layer in layers.items():
         place = modules.get(flat := _flat(name)) or modules.get(f"{flat}_0")
-        if "dora_scale" in layer or any(kind.startswith("lora_magnitude") for kind in layer):
-            raise UserError(f"{path} is a DoRA ({shown(name)}), which has no exact form here: use a LoRA without it")
         if gone := sorted(layer.keys() & {"diff_b", "w_norm", "b_norm", "lora_B.bias"}):
             left_out.append(f"{shown(name)}.{some(gone)}, as only weights change")
             layer = {kind: tensor for kind, tensor in layer.items() if kind not in gone}
@@ -95,9 +102,11 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
         if place is None:
             missing.append(name)
             continue
-        component, module, weight = place
+        component, module, base = place
         try:
-            factors = _factors(layer, tuple(weight.shape), scales(component, module))
+            if module in parts.get(component, {}):
+                raise ValueError("it stands there twice, by other names")
+            factors = _factors(layer, base, scales(component, module))
         except (ValueError, RuntimeError, LookupError) as error:
             wrong.append(f"{name} ({error})")
             continue
@@ -136,7 +145,7 @@ def _refuse_or_leave_out(
     return left_out + ([some(rest)] if rest else [])
 
 
-def _factors(layer: Layer, shape: tuple[int, ...], scale: float | None) -> tuple[Tensor, Tensor] | None:
+def _factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Tensor, Tensor] | None:
     """Down (r, in, ...) and up (out, r, 1, ...), scaled, whose product is a layer's difference; None: it is zero.
 
     Raises:
@@ -144,19 +153,73 @@ def _factors(layer: Layer, shape: tuple[int, ...], scale: float | None) -> tuple
         RuntimeError: likewise.
         LookupError: likewise.
     """
+    shape = tuple(cast(Tensor, base.weight).shape)
+    if odd := [kind for kind, tensor in layer.items() if kind != "alpha" and not tensor.is_floating_point()]:
+        raise ValueError(f"found {layer[odd[0]].dtype} in {odd[0]}")
+    magnitudes = [
+        tensor if kind == "dora_scale" else tensor.reshape(-1, 1)  # PEFT has only those of outputs
+        for kind, tensor in layer.items()
+        if _MAGNITUDE.fullmatch(kind)
+    ]
+    layer = {kind: tensor for kind, tensor in layer.items() if not _MAGNITUDE.fullmatch(kind)}
+    up, down = _as_product(layer, shape, scale)
+    if magnitudes:
+        up, down = _of_least_rank(_normed(kept.unmerged(base).detach(), up @ down, magnitudes[0]))
+    if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+        raise ValueError("its numbers are too large")
     ones = [1] * (len(shape) - 2)
+    return (down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones)) if up.any() and down.any() else None
+
+
+def _as_product(layer: Layer, shape: tuple[int, ...], scale: float | None) -> tuple[Tensor, Tensor]:
+    """Up (out, r) and down (r, in * ...), scaled."""
     if layer.keys() >= {"up", "down"} and "lora_mid" not in layer:
         up, down = layer["up"].flatten(1), layer["down"]
         rank = len(down)
-        if up.shape != (shape[0], rank) or down.numel() != rank * prod(shape[1:]):
+        if up.shape != (shape[0], rank) or not _has_inputs(down, shape):
             raise ValueError(f"found {tuple(layer['up'].shape)} x {tuple(down.shape)} for {shape} here")
-        up = up * (scale if scale is not None else _scale(layer, rank))
-        return (down.reshape(rank, *shape[1:]), up.reshape(shape[0], rank, *ones)) if up.any() else None
+        return up * (scale if scale is not None else _scale(layer, rank)), down.flatten(1)
+    if layer.keys() >= _LOHA and not layer.keys() & {"hada_t1", "hada_t2"}:
+        sides = [(layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"].flatten(1)) for side in ("1", "2")]
+        ranks = prod(len(b) for _, b in sides)
+        for a, b in sides:
+            if a.shape != (shape[0], len(b)) or not _has_inputs(b, shape):
+                raise ValueError(f"found {tuple(a.shape)} x {tuple(b.shape)} for {shape} here")
+        if ranks < min(shape[0], prod(shape[1:])):  # the product of two sums is the sum of all products
+            up = torch.einsum("oi,oj->oij", sides[0][0], sides[1][0]).flatten(1)
+            down = torch.einsum("ix,jx->ijx", sides[0][1], sides[1][1]).flatten(0, 1)
+            return up * _scale(layer, len(layer["hada_w1_b"])), down
     delta = _difference(layer, shape)
-    if delta.numel() != prod(shape):
+    if delta.shape[0] != shape[0] or not _has_inputs(delta, shape):
         raise ValueError(f"found {tuple(delta.shape)} for {shape} here")
-    whole = torch.eye(shape[0]).reshape(shape[0], shape[0], *ones)
-    return (delta.reshape(shape), whole) if delta.any() else None
+    return _of_least_rank(delta.flatten(1))
+
+
+def _has_inputs(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the rows of a tensor are those of a weight of this shape, as they are or flat."""
+    inputs = prod(shape[1:])
+    return tensor[:1].numel() == inputs and tensor.shape[1] in (shape[1], inputs)
+
+
+def _of_least_rank(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of a matrix, one of which is the identity."""
+    out, inputs = delta.shape
+    return (torch.eye(out), delta) if out <= inputs else (delta, torch.eye(inputs))
+
+
+def _normed(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """The difference (out, in * ...) of a weight that a DoRA makes (arXiv 2402.09353), of the difference of its LoRA.
+
+    The magnitudes are of the outputs or, as LyCORIS has them, of the inputs: (1, in, ...).
+    """
+    weight = weight.to(delta)
+    adapted = weight + delta.reshape(weight.shape)
+    by_inputs = len(magnitude) == 1 < len(weight)
+    if magnitude.numel() != weight.shape[by_inputs]:
+        raise ValueError(f"found magnitudes {tuple(magnitude.shape)} for {tuple(weight.shape)} here")
+    others = [axis for axis in range(weight.ndim) if axis != by_inputs]
+    sizes = torch.linalg.vector_norm(adapted, dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (magnitude.reshape(sizes.shape) / sizes * adapted - weight).flatten(1)
 
 
 def _difference(layer: Layer, shape: tuple[int, ...]) -> Tensor:
@@ -166,11 +229,12 @@ def _difference(layer: Layer, shape: tuple[int, ...]) -> Tensor:
     if layer.keys() >= {"up", "down", "lora_mid"}:
         down, up = layer["down"].flatten(1), layer["up"].flatten(1)
         return _scale(layer, len(down)) * _tucker(layer["lora_mid"], up.T, down, shape)
-    if layer.keys() >= {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}:
+    if layer.keys() >= _LOHA:
         sides = []
         for side in ("1", "2"):
             a, b, core = layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"], layer.get(f"hada_t{side}")
-            sides.append(_product(a, b, shape) if core is None else _tucker(core, a, b, shape))
+            factor = _product(a, b.flatten(1), shape) if core is None else _tucker(core, a, b, shape)
+            sides.append(factor.flatten(1))
         return _scale(layer, len(layer["hada_w1_b"])) * sides[0] * sides[1]
     if any(kind.startswith("lokr_w1") for kind in layer) and any(kind.startswith("lokr_w2") for kind in layer):
         first, second, ranks = *(_lokr_side(layer, side, shape) for side in ("1", "2")), _lokr_ranks(layer)
@@ -185,7 +249,9 @@ def _lokr_side(layer: Layer, side: str, shape: tuple[int, ...]) -> Tensor:
     if (whole := layer.get(f"lokr_w{side}")) is not None:
         return whole
     a, b = layer[f"lokr_w{side}_a"], layer[f"lokr_w{side}_b"]
-    return a @ b if "lokr_t2" not in layer or side == "1" else _tucker(layer["lokr_t2"], a, b, shape)
+    if "lokr_t2" in layer and side == "2":
+        return _tucker(layer["lokr_t2"], a, b, shape)
+    return _product(a, b, shape)
 
 
 def _lokr_ranks(layer: Layer) -> list[int]:
@@ -193,16 +259,16 @@ def _lokr_ranks(layer: Layer) -> list[int]:
 
 
 def _product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    if a.shape[0] * b.shape[1] != prod(shape):
+    if a.shape[0] * b.shape[1] > prod(shape):
         raise ValueError(f"found {tuple(a.shape)} x {tuple(b.shape)} for {shape} here")
     return a @ b
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
     """Core (i, j, k, l), a (i, out), b (j, in) -> (out, in, k, l)."""
-    if a.shape[1] * b.shape[1] * prod(core.shape[2:]) > prod(shape):
+    if max(core.shape[:2]) > _LARGEST_CORE or a.shape[1] * b.shape[1] * prod(core.shape[2:]) > prod(shape):
         raise ValueError(f"found {tuple(core.shape)}, {tuple(a.shape)}, {tuple(b.shape)} for {shape} here")
-    return torch.einsum("ij..., ip, jr -> pr...", core, a, b)
+    return torch.einsum("ij..., ip, jr -> pr...", core, a, b).contiguous()
 
 
 def _scale(layer: Layer, rank: int) -> float:
@@ -214,8 +280,8 @@ def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[s
     """(component, module) -> the scale that diffusers wrote into a file's metadata; None: there is none."""
     try:
         values = parse_json(metadata.get("lora_adapter_metadata", "{}"))
-        check_patterns(key for name, value in values.items() if name.endswith("_pattern") for key in value or ())
-    except (ValueError, RecursionError, TypeError) as error:
+        _check_scales(values)
+    except (ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: lora_adapter_metadata: {shown(str(error))}") from error
 
     def scale(component: str, module: str) -> float | None:
@@ -225,19 +291,38 @@ def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[s
             number = exceptions.get(get_pattern_key(list(exceptions), module), values.get(f"{component}.{whole}"))
             if number is None:
                 return None
-            if type(number) not in (int, float) or not 0 < number < _LARGEST:
-                raise UserError(f"{path} is damaged: lora_adapter_metadata: {component}.{whole} is {number!r:.50}")
             found.append(number)
         return float(found[0] / (found[1] ** 0.5 if values.get(f"{component}.use_rslora") else found[1]))
 
     return scale
 
 
+def _check_scales(values: Mapping[str, Any]) -> None:
+    """Check the ranks and alphas in what diffusers tells of an adapter; ValueError: they are none."""
+    patterns = {name: value for name, value in values.items() if re.search(r"\.(rank|alpha)_pattern$", name) and value}
+    if odd := [name for name, value in patterns.items() if not isinstance(value, dict)]:
+        raise ValueError(f"{odd[0]} is {patterns[odd[0]]!r:.50}")
+    check_patterns(key for value in patterns.values() for key in value)
+    for key in (key for value in patterns.values() for key in value):
+        try:
+            re.compile(rf"(.*\.)?({key})$")  # as it is used
+        except re.error as error:
+            raise ValueError(f"{key!r} is no regular expression: {error}") from error
+    numbers = {name: value for name, value in values.items() if re.search(r"\.(r|lora_alpha)$", name)}
+    numbers |= {f"{name}[{key!r}]": number for name, value in patterns.items() for key, number in value.items()}
+    for name, number in numbers.items():
+        if number is not None and (type(number) not in (int, float) or not 0 < number < _LARGEST):
+            raise ValueError(f"{name} is {number!r:.50}")
+
+
 def _adapter(modules: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[LoraConfig, dict[str, Tensor]]:
     """The factors of a model's layers, already scaled, as PEFT has them."""
     ranks = {module: len(down) for module, (down, _) in modules.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
-    unusual = {f"^{re.escape(module)}": rank for module, rank in ranks.items() if rank != usual}
+    by_rank: dict[int, list[str]] = {}  # an expression for each rank: PEFT tries all of them for each layer
+    for module, rank in ranks.items():
+        by_rank.setdefault(rank, []).append(re.escape(module))
+    unusual = {f"^(?:{'|'.join(names)})": rank for rank, names in by_rank.items() if rank != usual}
     config = LoraConfig(
         r=usual,
         lora_alpha=usual,
@@ -249,17 +334,20 @@ def _adapter(modules: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[LoraConfig, 
     return config, tensors | {f"{module}.lora_B.weight": up for module, (_, up) in modules.items()}
 
 
-def _modules_by_name(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str, Tensor]]:
-    """Name of a layer in files, without dots -> component, path and weight."""
+def _modules_by_name(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str, nn.Module]]:
+    """Name of a layer in files, without dots -> component, path and layer."""
     found = {}
     for component, prefixes in _PREFIXES.items():
         model: Any = models.get(component)
         for path, module in supported_modules(model).items() if model is not None else ():
-            paths = [path, f"text_model.{path}"] if component != "unet" else [path]
-            if component == "unet" and (other := sgm_path(path, model)):
-                paths.append(other)
+            if component == "unet":
+                paths = [path, other] if (other := sgm_path(path, model)) else [path]
+                found[_flat(path)] = component, path, module  # as diffusers' first training scripts named them
+            else:  # transformers 5 took the level text_model out of some text encoders
+                short = path.removeprefix("text_model.")
+                paths = [short, f"text_model.{short}"]
             names = [_flat(f"{prefix}.{each}") for prefix in prefixes for each in paths]
-            found.update(dict.fromkeys(names, (component, path, module.weight)))
+            found.update(dict.fromkeys(names, (component, path, module)))
     return found
 
 
@@ -284,7 +372,10 @@ def _what_it_is(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
         return "it is a whole checkpoint, to be opened as the base"
     if re.search(r"^(emb_params|clip_[lg]|string_to_param.*)$", text, re.MULTILINE):
         return "it is a textual inversion; load it with pipe.load_textual_inversion"
-    transformer = r"double_blocks|single_(transformer_)?blocks|^transformer\.|^diffusion_model\.|^lora_transformer"
+    transformer = (
+        r"double_blocks|single_(transformer_)?blocks|^transformer\.|^lora_transformer"
+        r"|^diffusion_model\.(?!(input|middle|output)_block|time_|label_emb|out\.)"
+    )
     if re.search(transformer, text, re.MULTILINE):
         return f"it is for a transformer such as FLUX or SD 3, not for a UNet{made_for}"
     if re.search(r"lora_|hada_|lokr_|\.diff$", text, re.MULTILINE):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import inspect
+import re
 from pathlib import Path
 from typing import Any
 
@@ -126,7 +127,8 @@ def _stored_dtypes(name: str, revision: str | None, variant: str | None) -> dict
 def stored_dtype(place: Path, variant: str | None = None) -> torch.dtype:
     """The dtype of the floating-point tensors in a safetensors file or a model's folder; float32 where they differ."""
     files = list(place.glob("*.safetensors")) if place.is_dir() else [place]
-    of_variant = [file for file in files if variant and f".{variant}." in file.name]
+    mark = re.compile(rf"\.{re.escape(variant or '')}[.-]")  # of a whole file, or of one of several
+    of_variant = [file for file in files if variant and mark.search(file.name)]
     kinds = set()
     try:
         for file in of_variant or [file for file in files if file == place or "." not in file.stem]:

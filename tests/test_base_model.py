@@ -16,7 +16,7 @@ from atomdiff.base_model import draw_pictures, load_base, training_resolution, w
 from atomdiff.delta_file import read_delta_file
 from atomdiff.dreambooth import train
 from atomdiff.errors import UserError
-from atomdiff.open_pipeline import open_pipeline, pipeline_class
+from atomdiff.open_pipeline import open_pipeline, pipeline_class, stored_dtype
 from atomdiff.sample import SampleConfig, generate, save_samples
 from atomdiff.train_config import TrainConfig
 
@@ -254,6 +254,9 @@ def test_a_pipeline_opens_in_the_dtypes_that_it_is_stored_in(tiny_pipe, tmp_path
     assert {name: part.dtype for name, part in models(opened).items()} == dtypes
     opened = open_pipeline(str(tmp_path / "pipe"), None, variant="fp16")
     assert {part.dtype for part in models(opened).values()} == {torch.float16}
+    tiny_pipe.unet.save_pretrained(tmp_path / "shards", variant="fp16", max_shard_size="100KB")
+    assert len(list((tmp_path / "shards").glob("*.fp16-*.safetensors"))) > 1
+    assert stored_dtype(tmp_path / "shards", "fp16") == torch.float16
     described(tiny_pipe, tmp_path)  # writes model.safetensors, all of it in float16
     opened = open_pipeline(str(tmp_path / "model.safetensors"), None, single_file_config=str(tmp_path / "configs"))
     assert {part.dtype for part in models(opened).values()} == {torch.float16}

@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig, get_peft_model
+from peft import GraloraConfig, LoraConfig, get_peft_model
 
 import atomdiff
 from atomdiff.errors import UserError
@@ -100,6 +100,17 @@ def test_a_base_without_some_layers_takes_the_rest_where_that_is_asked_for(tiny_
         atomdiff.load_atoms(tiny_pipe, path, "mug")
     assert_bits(tiny_pipe, before)
     with pytest.warns(UserWarning, match=r"without unet.mid_block\S+"):
+        atomdiff.load_atoms(tiny_pipe, path, "mug", allow_base_mismatch=True)
+    assert adapter_layers(tiny_pipe.unet, "mug")
+    atomdiff.unload_atoms(tiny_pipe)
+    assert_bits(tiny_pipe, before)
+
+
+@pytest.mark.parametrize("change", [{"mid_block_type": None}, {"cross_attention_dim": 48}])
+def test_methods_that_cannot_exclude_modules_leave_them_out_as_others_do(tiny_pipe, tmp_path, change):
+    path = saved(tiny_pipe, tmp_path / "mug", GraloraConfig(r=2, gralora_k=2, target_modules=["to_k"]))
+    before = bits(with_unet(tiny_pipe, **change))
+    with pytest.warns(UserWarning, match=r"without unet\.\S+to_k"):
         atomdiff.load_atoms(tiny_pipe, path, "mug", allow_base_mismatch=True)
     assert adapter_layers(tiny_pipe.unet, "mug")
     atomdiff.unload_atoms(tiny_pipe)

@@ -275,6 +275,19 @@ def test_refresh_reads_the_headers_of_new_and_changed_files_only(three, headers)
         library["cat"]
 
 
+def test_files_that_are_no_concepts_are_looked_at_once(three, monkeypatch):
+    for name in ("unet", "vae"):
+        save_file({"conv_in.weight": torch.zeros(2), "act.alpha": torch.ones(1)}, three / f"{name}.safetensors")
+    looks = Reads(monkeypatch, "read_any_header")
+    library = ConceptLibrary(three)
+    library.refresh()
+    assert looks.done == {"unet": 1, "vae": 1} and sorted(library) == ["ant", "bee", "cat"]
+    save_file({"lora_unet_conv_in.diff": torch.zeros(2)}, three / "vae.safetensors")
+    (three / "unet.safetensors").unlink()
+    library.refresh()
+    assert looks.done == {"unet": 1, "vae": 2} and "vae" in library
+
+
 def test_a_changed_file_is_read_again_even_with_the_size_and_time_of_the_old_one(three):
     library = ConceptLibrary(three)
     old, ant, before = library["bee"], library["ant"], (three / "bee.atoms.safetensors").stat()

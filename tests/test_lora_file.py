@@ -12,7 +12,7 @@ import atomdiff
 from atomdiff.errors import UserError
 from atomdiff.export import ExportConfig, export_concepts, export_diff, export_lora
 from atomdiff.inspect_file import describe
-from atomdiff.kohya import layer_name
+from atomdiff.kohya import layer_name, sgm_path
 from atomdiff.packing import given_concept, read_lines
 from atomdiff.pipeline import pipeline_models
 from atomdiff.strength import Strength
@@ -85,12 +85,22 @@ def lokr(shape, number):
     return {"lokr_w1": first, **factors, "alpha": torch.tensor(6.0)}, delta
 
 
+def lokr_tucker(shape, number):
+    if len(shape) == 2 or shape[2] == 1:
+        return lokr(shape, number)
+    right = 2 if shape[1] % 2 == 0 else 1
+    first, core, a, b = rand(2, right), rand(3, 3, *shape[2:]), rand(3, shape[0] // 2), rand(3, shape[1] // right)
+    second = torch.einsum("ijkl,ip,jr->prkl", core, a, b).contiguous()
+    tensors = {"lokr_w1": first, "lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(6.0)}
+    return tensors, 2 * torch.kron(first[..., None, None], second)
+
+
 def diff(shape, number):
     delta = rand(*shape)
     return {"diff": delta}, delta
 
 
-FORMS = {f.__name__: f for f in (lora, locon_tucker, loha, loha_tucker, lokr, diff)}
+FORMS = {f.__name__: f for f in (lora, locon_tucker, loha, loha_tucker, lokr, lokr_tucker, diff)}
 
 
 def write(pipe, path, form, name_of=layer_name):
@@ -141,7 +151,25 @@ def dotted_path(pipe, component, module):
     return f"{component}.{module}"
 
 
-@pytest.mark.parametrize("name_of", [layer_name, diffusers_path, dotted_path])
+def bare_path(pipe, component, module):
+    return module if component == "unet" else f"{component}.{module.removeprefix('text_model.')}"
+
+
+def comfy_path(pipe, component, module):
+    if component == "unet":
+        return f"diffusion_model.{sgm_path(module, pipe.unet)}"
+    encoder = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[component]
+    return f"text_encoders.{encoder}.transformer.text_model.{module.removeprefix('text_model.')}"
+
+
+def simpletuner_path(pipe, component, module):
+    return f"lycoris_{module.replace('.', '_')}" if component == "unet" else layer_name(pipe, component, module)
+
+
+NAMES = [layer_name, diffusers_path, dotted_path, bare_path, comfy_path, simpletuner_path]
+
+
+@pytest.mark.parametrize("name_of", NAMES)
 def test_all_names_of_sdxl_layers_are_known(tiny_xl_pipe, tmp_path, name_of):
     expected = write(tiny_xl_pipe, tmp_path / "mug.safetensors", lora, name_of)
     assert len(expected) == 9
@@ -221,6 +249,7 @@ def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
 
 
 KEY = "lora_unet_conv_out.lora_down.weight"
+WIDE = {"w1": (1, 1), "w2_a": (300_000, 1), "w2_b": (1, 300_000)}
 OTHERS = {
     "flux": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (2, 8)}, "for a transformer"),
     "kohya's flux": ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (2, 8)}, "for a transformer"),
@@ -235,7 +264,12 @@ OTHERS = {
     "vectors": ({f"lora_unet_conv_out.hada_w{side}": (5,) for side in ("1_a", "1_b", "2_a", "2_b")}, "does not fit"),
     "half a LoKr": ({"lora_unet_conv_out.lokr_w1": (2, 2), "lora_unet_conv_out.lokr_w2_a": (2, 2)}, "does not fit"),
     "a PEFT adapter": ({"base_model.model.conv_out.lora_A.weight": (2, 32, 3, 3)}, "adapter_config.json is missing"),
-    "a DoRA": ({KEY: (2, 32, 3, 3), "lora_unet_conv_out.dora_scale": (4, 1, 1, 1)}, "is a DoRA"),
+    "a difference on its side": ({"lora_unet_conv_out.diff": (32, 4, 3, 3)}, r"found \(32, 4, 3, 3\) for \(4, 32"),
+    "a parameter named alpha": ({"decoder.act.alpha": (3,)}, "it holds decoder.act.alpha"),
+    "too large factors": (
+        {f"lora_unet_conv_out.lokr_{name}": shape for name, shape in WIDE.items()},
+        r"found \(300000, 1\) x \(1, 300000\) for",
+    ),
     "no change": ({KEY: (2, 32, 3, 3), "lora_unet_conv_out.lora_up.weight": (4, 2, 1, 1)}, "it changes nothing"),
 }
 
@@ -315,12 +349,106 @@ def test_parts_that_have_no_place_are_named(tiny_pipe, tmp_path):
     assert len(caught) == 1
 
 
-def test_metadata_of_diffusers_that_is_damaged_is_a_user_error(tiny_pipe, tmp_path):
+DAMAGED_SCALES = [
+    {"unet.r": "x", "unet.lora_alpha": [1]},
+    {"unet.alpha_pattern": ["conv"]},
+    {"unet.alpha_pattern": {"(?i)conv": 2}},
+    {"unet.rank_pattern": {"conv": True}},
+]
+
+
+@pytest.mark.parametrize("scales", ["{", *map(json.dumps, DAMAGED_SCALES)])
+def test_metadata_of_diffusers_that_is_damaged_is_a_user_error(tiny_pipe, tmp_path, scales):
     path = tmp_path / "mug.safetensors"
     write(tiny_pipe, path, lora)
-    save_file(load_file(path), path, {"lora_adapter_metadata": "{"})
+    save_file(load_file(path), path, {"lora_adapter_metadata": scales})
     with pytest.raises(UserError, match="damaged: lora_adapter_metadata"):
+        atomdiff.load_atoms(tiny_pipe, path, allow_base_mismatch=True)
+
+
+ODD = {
+    "numbers that are too large": lambda up, down: {
+        "lora_up.weight": up * 1e30,
+        "lora_down.weight": down,
+        "alpha": BIG,
+    },
+    "complex numbers": lambda up, down: {"lora_up.weight": up.to(torch.complex64), "lora_down.weight": down},
+    "whole numbers": lambda up, down: {"lora_up.weight": up.long(), "lora_down.weight": down},
+}
+BIG = torch.tensor(3e38)
+
+
+@pytest.mark.parametrize("case", ODD)
+def test_odd_numbers_are_refused_or_left_out(tiny_pipe, tmp_path, case):
+    path, module = tmp_path / "mug.safetensors", "lora_unet_mid_block_resnets_0_conv1"
+    expected = write(tiny_pipe, path, lora)
+    odd = ODD[case](rand(64, 2), rand(2, 64, 3, 3))
+    save_file(load_file(path) | {f"{module}.{kind}": tensor for kind, tensor in odd.items()}, path)
+    with pytest.raises(UserError, match=f"does not fit this pipeline: {module}"):
         atomdiff.load_atoms(tiny_pipe, path)
-    save_file(load_file(path), path, {"lora_adapter_metadata": json.dumps({"unet.r": "x", "unet.lora_alpha": [1]})})
-    with pytest.raises(UserError, match="lora_adapter_metadata"):
+    with pytest.warns(UserWarning, match=module):
+        check(tiny_pipe, path, expected, allow_base_mismatch=True)
+
+
+def test_a_layer_that_stands_in_a_file_twice_is_refused(tiny_pipe, tmp_path):
+    path = tmp_path / "mug.safetensors"
+    write(tiny_pipe, path, lora)
+    shapes = {"up": (64, 2), "down": (2, 32)}
+    name = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
+    twice = {f"{name}.lora_{side}.weight": rand(*shape) for side, shape in shapes.items()}
+    save_file(load_file(path) | twice, path)
+    with pytest.raises(UserError, match="attn2.to_k .it stands there twice, by other names"):
         atomdiff.load_atoms(tiny_pipe, path)
+
+
+@pytest.mark.parametrize("targets", [["to_q", "ff.net.0.proj"], ["conv1"]])
+def test_a_dora_loads_as_diffusers_and_peft_load_it(tiny_pipe, tmp_path, targets):
+    config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=True, init_lora_weights=False)
+    tuned = copy.deepcopy(tiny_pipe)
+    tuned.unet.add_adapter(config)
+    x, e = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
+    with torch.no_grad():
+        for name, parameter in tuned.unet.named_parameters():
+            if "magnitude" in name:
+                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
+        expected = tuned.unet(x, 5, e).sample
+        tiny_pipe.save_lora_weights(
+            tmp_path, get_peft_model_state_dict(tuned.unet), unet_lora_adapter_metadata=config.to_dict()
+        )
+        before = bits(tiny_pipe)
+        atomdiff.load_atoms(tiny_pipe, tmp_path, "mug")
+        assert (tiny_pipe.unet(x, 5, e).sample - expected).abs().max() < 1e-5
+        atomdiff.set_active(tiny_pipe, "mug")  # a second one is worked out on the base, not on what is merged
+        atomdiff.load_atoms(tiny_pipe, tmp_path, "cat")
+        assert (tiny_pipe.unet(x, 5, e).sample - expected).abs().max() < 1e-5
+    atomdiff.unload_atoms(tiny_pipe)
+    now = bits(tiny_pipe)
+    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+
+
+@pytest.mark.parametrize("axis", [0, 1])
+def test_a_dora_of_lycoris_has_magnitudes_of_outputs_or_inputs(tiny_pipe, tmp_path, axis):
+    def dora(shape, number):
+        tensors, delta = loha(shape, number)
+        sizes = [shape[axis] if each == axis else 1 for each in range(len(shape))]
+        return tensors | {"dora_scale": rand(*sizes) + 1}, delta
+
+    expected = write(tiny_pipe, tmp_path / "mug.safetensors", dora)
+    for (component, module), weight in expected.items():
+        name = layer_name(tiny_pipe, component, module)
+        others = [each for each in range(weight.ndim) if each != axis]
+        magnitude = load_file(tmp_path / "mug.safetensors")[f"{name}.dora_scale"]
+        expected[component, module] = magnitude * weight / torch.linalg.vector_norm(weight, dim=others, keepdim=True)
+    check(tiny_pipe, tmp_path / "mug.safetensors", expected)
+
+
+def test_exact_loras_have_no_more_ranks_than_they_need(tiny_pipe, tmp_path):
+    """A difference of (out, in) needs min(out, in), and LoHas the product of theirs."""
+    module = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
+    shape = tiny_pipe.unet.get_submodule(module).weight.shape  # (512, 64)
+    for form, rank in ((diff, 64), (loha, 4)):
+        name = layer_name(tiny_pipe, "unet", module)
+        save_file({f"{name}.{kind}": each for kind, each in form(shape, 0)[0].items()}, tmp_path / "mug.safetensors")
+        atomdiff.load_atoms(tiny_pipe, tmp_path / "mug.safetensors", "mug")
+        assert tiny_pipe.unet.get_submodule(module).r == {"mug": rank}
+        atomdiff.unload_atoms(tiny_pipe)

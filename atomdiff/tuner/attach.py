@@ -203,7 +203,8 @@ def attach_peft(
     if left_out and rest and all(map(may_leave_out, left_out)):
         found = {key: tensor for key, tensor in found.items() if _module_of(key, config) in rest}
         there = {_module_of(key, config) for key in expected}
-        changes["exclude_modules"] = _excluding(config, sorted(there.intersection(left_out)))
+        if unfit := sorted(there.intersection(left_out)):
+            changes |= _excluding(config, unfit, sorted(there.difference(left_out)))
         expected = _try_out(model, _changed(config, **changes), name)
         wrong = _differing(found, expected)
     if wrong:
@@ -254,13 +255,14 @@ def _module_of(key: str, config: PeftConfig) -> str:
     return key.removeprefix(_PEFT_PREFIX).partition(f".{prefix}")[0]
 
 
-def _excluding(config: Any, modules: Sequence[str]) -> Any:
-    """The modules that an adapter of these settings and without some modules leaves out."""
-    if not modules:
-        return config.exclude_modules
+def _excluding(config: Any, modules: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
+    """The change of settings by which an adapter leaves out some of its modules and keeps the others."""
+    if not hasattr(config, "exclude_modules"):  # as in some of PEFT's methods
+        return {"target_modules": "|".join(map(re.escape, others))}
     if isinstance(config.exclude_modules, str):
-        return "|".join(f"(?:{each})" for each in (config.exclude_modules, *map(re.escape, modules)))
-    return [*(config.exclude_modules or ()), *modules]
+        names = (config.exclude_modules, *map(re.escape, modules))
+        return {"exclude_modules": "|".join(f"(?:{each})" for each in names)}
+    return {"exclude_modules": [*(config.exclude_modules or ()), *modules]}
 
 
 def encode(model: nn.Module, name: str) -> None:
