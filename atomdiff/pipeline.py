@@ -9,7 +9,7 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, cast
-from weakref import WeakSet
+from weakref import WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +23,7 @@ from atomdiff.errors import UserError
 from atomdiff.model_spec import atomdiff_version, model_spec
 from atomdiff.scheduler import Objective, code_for, describe, fitting_scheduler, scheduler_for
 from atomdiff.trigger_words import (
+    TriggerWord,
     add_trigger_word,
     add_trigger_words,
     check_addable,
@@ -182,7 +183,8 @@ def load_concept(
             carriers = [model for model in models.values() if _has(model, name)]
             for word, vectors in parts.tokens.items():
                 set_trigger_embedding(pipe, word, vectors)
-                trigger_words(pipe)[word].came_with = WeakSet(carriers) if carriers else None
+                entry = trigger_words(pipe)[word]
+                entry.came_with, entry.loaded_by = WeakSet(carriers) if carriers else None, ref(pipe)
     except BaseException as error:
         remove_trigger_words(pipe, _words_of(pipe, [name]))
         if isinstance(error, Exception):  # PEFT answers strange settings with any of them
@@ -275,7 +277,8 @@ def save_atoms(
 def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
     """Take a concept out, or all of them with None: weights, tokenizers and embedding tables are as before, to the bit.
 
-    A merged pipeline is restored; the other concepts stay loaded.
+    A merged pipeline is restored; the other concepts stay loaded. With None, words of concepts that another pipeline
+    loaded into models of its own stay for it.
 
     Raises:
         UserError: there is no such concept.
@@ -285,11 +288,14 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
         raise UserError(f"there is no concept {adapter_name!r} to unload; there are: {_names(pipe)}")
     restore(pipe)
     names = concept_names(pipe) if adapter_name is None else [adapter_name]
+    words = _words_of(pipe, names)
+    if adapter_name is None:
+        words = [word for word, entry in trigger_words(pipe).items() if not _is_of_another(pipe, entry)]
     for model in pipeline_models(pipe).values():
         for name in names:
             if _has(model, name):
                 attach.detach(model, name)
-    remove_trigger_words(pipe, trigger_words(pipe) if adapter_name is None else _words_of(pipe, names))
+    remove_trigger_words(pipe, words)
     _adopt_calls(pipe)
 
 
@@ -447,3 +453,11 @@ def _left_over(pipe: Any, name: str) -> list[str]:
 
 def _words_of(pipe: Any, owners: Collection[str]) -> list[str]:
     return [word for word, entry in trigger_words(pipe).items() if entry.owner in owners]
+
+
+def _is_of_another(pipe: Any, word: TriggerWord) -> bool:
+    """Whether a word's concept lies in models of another pipeline alone, which loaded it there."""
+    if word.came_with is None or word.loaded_by is None or word.loaded_by() is pipe:
+        return False
+    carriers = {model for model in word.came_with if word.owner is not None and _has(model, word.owner)}
+    return bool(carriers) and carriers.isdisjoint(pipeline_models(pipe).values())

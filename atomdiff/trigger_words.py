@@ -6,7 +6,7 @@ import copy
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
-from weakref import WeakKeyDictionary, WeakSet
+from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
@@ -29,10 +29,12 @@ class TriggerWord:
     """What it is written as for a tokenizer: itself, and the words of its further vectors, see `words_of`."""
     came_with: WeakSet[nn.Module] | None = None
     """The models that got layers with it; None: it came alone."""
+    loaded_by: ref[Any] | None = None
+    """The pipeline that it was loaded into."""
 
     def __getstate__(self) -> dict[str, Any]:
         """Copies know that there were layers, and look for their own."""
-        return vars(self) | {"came_with": self.came_with is not None}
+        return vars(self) | {"came_with": self.came_with is not None, "loaded_by": None}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         vars(self).update(state, came_with=WeakSet() if state["came_with"] else None)

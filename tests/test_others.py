@@ -160,6 +160,27 @@ def test_pipelines_that_share_a_text_encoder_know_each_others_words(tiny_pipe, f
     assert layout(one) == seen and layout(two) == others[1]
 
 
+def test_unloading_all_leaves_the_words_of_other_pipelines(tiny_pipe, pipe_template, tmp_path):
+    source, path = copy.deepcopy(pipe_template), {}
+    for seed, word in enumerate(("ohwx", "zwx")):
+        source.unet.add_adapter(AtomConfig(target_modules="attention"), word)
+        add_trigger_word(source, word)
+        set_trigger_embedding(source, word, {"text_encoder": torch.full((32,), float(seed + 1))})
+        path[word] = atomdiff.save_atoms(source, tmp_path / word, word)
+        atomdiff.unload_atoms(source)
+    one, two = tiny_pipe, shared(tiny_pipe, "unet")
+    before = bits(one), layout(one)
+    for pipe, word in ((one, "ohwx"), (two, "zwx")):
+        atomdiff.load_atoms(pipe, path[word], word)
+    drawn = predict(two, "a zwx mug")
+    atomdiff.unload_atoms(one)
+    assert torch.equal(predict(two, "a zwx mug"), drawn)
+    assert "ohwx" not in two.tokenizer.get_vocab()
+    atomdiff.unload_atoms(two)
+    assert_same(bits(one), before[0])
+    assert layout(one) == before[1]
+
+
 def test_a_concept_that_came_before_a_component_was_exchanged(tiny_pipe, files):
     before, fresh = (
         layout(tiny_pipe),
