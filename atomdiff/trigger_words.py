@@ -3,19 +3,23 @@
 from __future__ import annotations
 
 import copy
+import threading
 from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, ref
 
 import torch
 from torch import Tensor, nn
 
+from atomdiff.caller import find_caller
 from atomdiff.errors import UserError
 from atomdiff.prompt_tags import split_at_words
 from atomdiff.vector_words import group_words
 
 _OLD_END = 2
+_LOCK = threading.RLock()  # of tokenizers, which hold how they pad, and of what their calls teach others
 
 
 @dataclass
@@ -134,9 +138,9 @@ def add_trigger_word(pipe: Any, word: str, owner: str | None = None) -> int:
 def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None) -> None:
     """Add several words; the embedding tables are copied once for all of them.
 
-    Where "sks_1" is added with "sks", diffusers pipelines take "sks" in a prompt for "sks sks_1", and so on with
-    "sks_2", ...: one trigger word of several vectors. Then "sks" is added even if it is a known token. In this pipeline
-    a word counts in any case, as words that CLIP knows do, and only where it is a word of its own: not "mu" in "mug".
+    Where "sks_1" is added with "sks", the tokenizers take "sks" in a prompt for "sks sks_1", and so on with "sks_2",
+    ...: one trigger word of several vectors. Then "sks" is added even if it is a known token. A word counts in any
+    case, as words that CLIP knows do, and only where it is a word of its own: not "mu" in "mug".
 
     Args:
         pipe: the pipeline.
@@ -217,8 +221,6 @@ def remove_trigger_words(pipe: Any, words: Iterable[str]) -> None:
             _reset(vocabulary)
             _forget(vocabulary, gone)
             _lay_out(vocabulary)
-    if not trigger_words(pipe) and vars(pipe).get("maybe_convert_prompt") is _convert_prompt:
-        del pipe.maybe_convert_prompt
 
 
 def look_again(pipe: Any) -> None:
@@ -400,45 +402,105 @@ def _link(pipe: Any) -> _Vocabulary:
         if not known:
             vocabulary.tokens.append(_Tokens(name, tokenizer))
             _OF_TOKENIZER[tokenizer] = vocabulary
+            _listen(tokenizer)
         if _TABLE not in vars(encoder):
             vars(encoder)[_TABLE] = _Table(vocabulary, name, encoder)
+            encoder.register_forward_pre_hook(_check_tokenizer, with_kwargs=True)
         elif known:
             continue
         _lay_out(vocabulary)
-    if hasattr(pipe, "maybe_convert_prompt"):
-        pipe.maybe_convert_prompt = _convert_prompt
     return vocabulary
 
 
+def _pieces(tokenizer: Any, word: str) -> list[int]:
+    """The ids of a word as a tokenizer has it, not written out."""
+    found: list[int] = type(tokenizer)._encode_plus(tokenizer, word, add_special_tokens=False)["input_ids"]
+    return found
+
+
 def _known_id(tokenizer: Any, word: str) -> int | None:
-    ids = tokenizer.encode(word, add_special_tokens=False)
+    ids = _pieces(tokenizer, word)
     return ids[0] if len(ids) == 1 and ids[0] != tokenizer.unk_token_id else None
 
 
-def _convert_prompt(prompt: str | list[str], tokenizer: Any) -> str | list[str]:
-    """Write out the trigger words of a prompt or of several: in place of a pipeline's own `maybe_convert_prompt`."""
-    vocabulary = _OF_TOKENIZER.get(tokenizer)
-    words = vocabulary.words if vocabulary is not None else {}
-    if not words:  # they left through another pipeline
-        from diffusers.loaders import TextualInversionLoaderMixin
-
-        return TextualInversionLoaderMixin().maybe_convert_prompt(prompt, tokenizer)  # type: ignore[no-any-return]
-    if isinstance(prompt, list):
-        return [_write_out(words, each, tokenizer) for each in prompt]
-    return _write_out(words, prompt, tokenizer)
+def _listen(tokenizer: Any) -> None:
+    """Let a tokenizer write trigger words out, whichever pipeline calls it."""
+    vars(tokenizer).update({name: partial(call, tokenizer) for name, call in _TOKENIZER_CALLS.items()})
 
 
-def _write_out(words: Mapping[str, TriggerWord], prompt: str, tokenizer: Any) -> str:
-    """Write the trigger words of a prompt as its tokenizer knows them: "SKS mug" as "sks sks_1 mug".
+def _stop_listening(tokenizer: Any) -> None:
+    for name in _TOKENIZER_CALLS:
+        vars(tokenizer).pop(name, None)
 
-    What diffusers itself has loaded is left to it. It would replace our words within others too: "mu" in "mug".
+
+def _encode(tokenizer: Any, text: Any, *args: Any, **kwargs: Any) -> Any:
+    """As the tokenizer's own, in which all calls end; the pipeline that calls learns words that it does not know."""
+    with _LOCK:
+        if not kwargs.get("is_split_into_words"):
+            text = [_written(tokenizer, each) for each in text] if isinstance(text, list) else _written(tokenizer, text)
+        return type(tokenizer)._encode_plus(tokenizer, text, *args, **kwargs)
+
+
+def _tokenize(tokenizer: Any, *args: Any, **kwargs: Any) -> list[str]:
+    """As the tokenizer's own; a word of several vectors is one token, "sks sks_1", which diffusers leaves alone.
+
+    Diffusers would write "sks" out itself otherwise, also within other words.
     """
-    from diffusers.loaders import TextualInversionLoaderMixin
+    tokens = type(tokenizer).tokenize(tokenizer, *args, **kwargs)
+    vocabulary = _OF_TOKENIZER.get(tokenizer)
+    for entry in vocabulary.words.values() if vocabulary else ():
+        count = len(entry.group)
+        for place in range(len(tokens) - count, -1, -1) if count > 1 else ():
+            if tokens[place : place + count] == entry.group:
+                tokens[place : place + count] = [" ".join(entry.group)]
+    return tokens  # type: ignore[no-any-return]
 
-    parts = split_at_words(prompt, words, tokenizer.added_tokens_encoder)
+
+_TOKENIZER_CALLS: dict[str, Any] = {"_encode_plus": _encode, "tokenize": _tokenize}
+
+
+def _written(tokenizer: Any, text: Any) -> Any:
+    """A prompt with its trigger words as the tokenizer knows them: "SKS mug" as "sks sks_1 mug"."""
+    caller = find_caller(tokenizer)
+    found = _vocabularies(caller.pipe) if caller else [_OF_TOKENIZER[tokenizer]] if tokenizer in _OF_TOKENIZER else []
+    words = {" ".join(entry.group): entry for vocabulary in found for entry in vocabulary.words.values()}
+    words |= {word: entry for vocabulary in found for word, entry in vocabulary.words.items()}
+    if not words or not isinstance(text, str):
+        return text
+    parts = split_at_words(text, words, tokenizer.added_tokens_encoder)
+    if len(parts) == 1:
+        return text
+    if caller:
+        _link(caller.pipe)
     parts[1::2] = [" ".join(words[word].group) for word in parts[1::2]]
-    parts[::2] = TextualInversionLoaderMixin().maybe_convert_prompt(parts[::2], tokenizer)
     return " ".join(part.strip() for part in parts).strip()
+
+
+def _check_tokenizer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    """Refuse prompts whose trigger words a tokenizer that does not know them has taken apart; it learns them then."""
+    if torch.compiler.is_compiling() or (caller := find_caller(model)) is None:
+        return
+    vocabulary = vars(model)[_TABLE].vocabulary
+    known = [entry.tokenizer for entry in vocabulary.tokens]
+    for tokenizer in [tokenizer for _, encoder, tokenizer in _parts(caller.pipe) if encoder is model]:
+        if any(tokenizer is each for each in known):
+            continue
+        pieces = {word: _pieces(tokenizer, word) for word in vocabulary.words}
+        with _LOCK:
+            _link(caller.pipe)
+        ids = kwargs.get("input_ids", args[0] if args else None)
+        rows = ids.tolist() if isinstance(ids, Tensor) and ids.ndim > 1 else []
+        apart = [word for word in pieces if pieces[word] != _pieces(tokenizer, word)]
+        for word in apart:
+            if any(_holds(row, pieces[word]) for row in rows):
+                raise UserError(
+                    f"the tokenizer of this {type(caller.pipe).__name__} did not know the trigger word {word!r} of its "
+                    "text encoder, which came by another pipeline, and took it apart: it knows it now, call again"
+                )
+
+
+def _holds(ids: list[int], pieces: list[int]) -> bool:
+    return any(ids[place : place + len(pieces)] == pieces for place in range(len(ids)))
 
 
 def _make_tokens(vocabulary: _Vocabulary, words: Iterable[str]) -> None:
@@ -453,6 +515,7 @@ def _make_tokens(vocabulary: _Vocabulary, words: Iterable[str]) -> None:
             entry.original, taught = dict(attributes), vars(copy.deepcopy(entry.tokenizer))
             attributes.clear()
             attributes.update(taught)
+            _listen(entry.tokenizer)
         _teach(entry.tokenizer, vocabulary, words)
         entry.added.update(unknown)
     for table in vocabulary.tables:
@@ -519,10 +582,19 @@ def _forget(vocabulary: _Vocabulary, words: Collection[str]) -> None:
     if not vocabulary.words:
         for table in vocabulary.tables:
             del vars(table.encoder)[_TABLE]
+            _stop_checking(table.encoder)
         for tokens in vocabulary.tokens:
             _OF_TOKENIZER.pop(tokens.tokenizer, None)
+            _stop_listening(tokens.tokenizer)
         vocabulary.tables.clear()
         vocabulary.tokens.clear()
+
+
+def _stop_checking(encoder: Any) -> None:
+    hooks = encoder._forward_pre_hooks
+    for key in [key for key, hook in hooks.items() if hook is _check_tokenizer]:
+        del hooks[key]
+        encoder._forward_pre_hooks_with_kwargs.pop(key, None)
 
 
 def _find_end(table: _Table, end: int) -> None:
@@ -597,6 +669,7 @@ def without_words(encoder: Any) -> None:
     table = vars(encoder).pop(_TABLE, None)
     if table is None:
         return
+    _stop_checking(encoder)
     embedding = encoder.get_input_embeddings()
     rows = embedding.weight.detach()[: table.size].clone()
     for row, values in table.rows.items():
@@ -615,4 +688,5 @@ def bare_tokenizer(tokenizer: Any) -> Any:
     original = next((entry.original for entry in entries if entry.original is not None), vars(tokenizer))
     bare = object.__new__(type(tokenizer))
     vars(bare).update(original)
+    _stop_listening(bare)
     return bare

@@ -6,6 +6,7 @@ import warnings
 
 import pytest
 import torch
+from diffusers import StableDiffusionImg2ImgPipeline
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict
@@ -13,7 +14,9 @@ from peft import LoraConfig, get_peft_model_state_dict
 import atomdiff
 from atomdiff.errors import UserError
 from atomdiff.pipeline import add_trigger_word, pipeline_models, set_trigger_embedding
+from atomdiff.trigger_words import add_trigger_words, remove_trigger_words
 from atomdiff.tuner import AtomConfig, AtomLayer
+from atomdiff.vector_words import words_of
 
 CONCEPTS = {
     "mug": (AtomConfig(channel_block=4, target_modules=["conv1", "conv_in", "to_q", "q_proj"]), "ohwx"),
@@ -200,6 +203,73 @@ def test_a_concept_that_came_before_a_component_was_exchanged(tiny_pipe, files):
         setattr(tiny_pipe, part, model)
     atomdiff.unload_atoms(tiny_pipe)
     assert layout(tiny_pipe) == before
+
+
+def several_vectors(pipe, word="mu"):
+    add_trigger_words(pipe, words_of(word, 2))
+    for number, each in enumerate(words_of(word, 2)):
+        set_trigger_embedding(pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
+
+
+def embeds(pipe, prompt):
+    with torch.no_grad():
+        return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+
+
+WORD_PROMPTS = ["a mu mug", "a MU cat", "mu mug_mu xmu, mu", "a mug"]
+
+
+@pytest.mark.parametrize("first", [True, False], ids=["made before", "made after"])
+@pytest.mark.parametrize("own", [(), ("unet",), ("text_encoder",)], ids="-".join)
+def test_a_pipeline_that_no_call_touched_knows_the_words_of_its_parts(tiny_pipe, own, first):
+    before, seen = bits(tiny_pipe), layout(tiny_pipe)
+    early = shared(tiny_pipe, *own)
+    plain, others, theirs = embeds(early, "a mug"), bits(early), layout(early)
+    if own == ("text_encoder",):
+        fresh = copy.deepcopy(tiny_pipe.text_encoder)
+    several_vectors(tiny_pipe)
+    expected = [embeds(tiny_pipe, prompt) for prompt in WORD_PROMPTS]
+    if first:
+        other = early
+    elif own == ("text_encoder",):
+        other = type(tiny_pipe)(**tiny_pipe.components | {"text_encoder": fresh}, requires_safety_checker=False)
+    else:
+        other = StableDiffusionImg2ImgPipeline.from_pipe(tiny_pipe)
+    for prompt, embedded in zip(WORD_PROMPTS, expected, strict=True):
+        assert torch.equal(embeds(other, prompt), embedded), prompt
+    remove_trigger_words(tiny_pipe, words_of("mu", 2))
+    assert torch.equal(embeds(other, "a mug"), plain)
+    for pipe, weights, attributes in ((tiny_pipe, before, seen), (early, others, theirs)):
+        assert_same(bits(pipe), weights)
+        assert layout(pipe) == attributes
+
+
+def test_a_tokenizer_that_takes_a_word_of_its_text_encoder_apart_is_told(tiny_pipe):
+    other = shared(tiny_pipe, "tokenizer")
+    before, seen = bits(other), layout(other)
+    several_vectors(tiny_pipe)
+    assert torch.equal(embeds(other, "a red cat"), embeds(tiny_pipe, "a red cat"))
+    remove_trigger_words(tiny_pipe, words_of("mu", 2))
+    several_vectors(tiny_pipe)
+    with pytest.raises(UserError, match="did not know the trigger word 'mu' of its text encoder.*call again"):
+        embeds(other, ["a cat", "a mu cat"])
+    for prompt in WORD_PROMPTS:
+        assert torch.equal(embeds(other, prompt), embeds(tiny_pipe, prompt)), prompt
+    remove_trigger_words(other, words_of("mu", 2))
+    assert_same(bits(other), before)
+    assert layout(other) == seen
+
+
+def test_a_text_encoder_that_was_exchanged_learns_the_words_as_it_is_called(tiny_pipe):
+    fresh = copy.deepcopy(tiny_pipe.text_encoder)
+    before = copy.deepcopy(fresh.state_dict())
+    several_vectors(tiny_pipe)
+    expected = embeds(tiny_pipe, "a mu mug")
+    tiny_pipe.text_encoder = fresh
+    assert torch.equal(embeds(tiny_pipe, "a mu mug"), expected)
+    remove_trigger_words(tiny_pipe, words_of("mu", 2))
+    assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
+    assert not fresh._forward_pre_hooks
 
 
 def test_parts_of_pipelines_with_different_words_are_refused_together(tiny_pipe, pipe_template, files):

@@ -60,6 +60,12 @@ def encoded(pipe, prompt):
         return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
 
 
+def pieces(pipe, prompt):
+    """A prompt as the text encoder gets it."""
+    ids = pipe.tokenizer(pipe.maybe_convert_prompt(prompt, pipe.tokenizer)).input_ids[1:-1]
+    return " ".join(pipe.tokenizer.convert_ids_to_tokens(ids)).replace("</w>", "")
+
+
 def test_a_known_word_keeps_its_id_and_gets_its_row_back(tiny_pipe):
     before, known = state(tiny_pipe), tiny_pipe.tokenizer.encode("sks", add_special_tokens=False)
     assert [add_trigger_word(tiny_pipe, "sks")] == known
@@ -243,7 +249,7 @@ def test_added_words_count_in_any_case_but_not_within_others(tiny_pipe, word, co
     assert tiny_pipe.maybe_convert_prompt([f"a {word}", "", "a mug"], tiny_pipe.tokenizer)[1:] == ["", "a mug"]
     assert all(torch.equal(encoded(tiny_pipe, prompt), before) for prompt, before in plain.items())
     remove_trigger_words(tiny_pipe, words)
-    assert "maybe_convert_prompt" not in vars(tiny_pipe)
+    assert not {"_encode_plus", "tokenize"} & vars(tiny_pipe.tokenizer).keys()
 
 
 @pytest.mark.parametrize("count", [1, 2])
@@ -269,8 +275,7 @@ def test_words_do_not_count_within_textual_inversions(tiny_pipe, words):
         set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.randn(32)})
     assert torch.equal(encoded(tiny_pipe, "a cat <mug-style>"), expected[0])
     assert torch.equal(encoded(tiny_pipe, "a <MUG-STYLE> cat"), expected[1])
-    now = tiny_pipe.maybe_convert_prompt(f"a {words[0]}, <mug-style>", tiny_pipe.tokenizer)
-    assert now == f"a {' '.join(words)} , <mug-style> <mug-style>_1"
+    assert pieces(tiny_pipe, f"a {words[0]}, <mug-style>") == f"a {' '.join(words)} , <mug-style> <mug-style>_1"
 
 
 def test_textual_inversions_that_came_after_words_stay(tiny_pipe):
@@ -292,11 +297,12 @@ def test_textual_inversions_that_came_after_words_stay(tiny_pipe):
 
 def test_words_stand_for_the_vectors_that_came_with_them(tiny_pipe):
     def written(prompt):
-        return tiny_pipe.maybe_convert_prompt(prompt, tiny_pipe.tokenizer)
+        return pieces(tiny_pipe, prompt)
 
     add_trigger_words(tiny_pipe, ["sks", "sks_1", "sks_2"], owner="first")
     add_trigger_words(tiny_pipe, ["sks_3"], owner="second")
     assert written("a sks mug") == "a sks sks_1 sks_2 mug" and written("a sks_3 mug") == "a sks_3 mug"
+    assert written("a sks sks_1 sks_2 mug") == "a sks sks_1 sks_2 mug"  # as diffusers or a user wrote it out
     remove_trigger_words(tiny_pipe, ["sks_3"])
     assert written("a sks mug") == "a sks sks_1 sks_2 mug"
     remove_trigger_words(tiny_pipe, ["sks_2"])
@@ -306,10 +312,9 @@ def test_words_stand_for_the_vectors_that_came_with_them(tiny_pipe):
 
 def test_diffusers_own_words_of_several_vectors_stay(tiny_pipe):
     tiny_pipe.load_textual_inversion(torch.randn(2, 32), token="<cat>")
-    prompt = "a <cat> and mu mug, <cat>s"
     add_trigger_words(tiny_pipe, ["mu", "mu_1"])
-    now = tiny_pipe.maybe_convert_prompt(prompt, tiny_pipe.tokenizer)
-    assert now == "a <cat> <cat>_1 and mu mu_1 mug, <cat> <cat>_1s"
+    now = pieces(tiny_pipe, "a <cat> and mu mug, <cat> mug")
+    assert now == "a <cat> <cat>_1 a n d mu mu_1 mug , <cat> <cat>_1 mug".replace("a n d", pieces(tiny_pipe, "and"))
 
 
 def test_pieces_of_other_words_are_not_added(tiny_pipe, tmp_path, monkeypatch):
