@@ -7,13 +7,14 @@ import sys
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any
 
 import numpy as np
 
 from atomdiff.caller import find_caller
 from atomdiff.errors import UserError
-from atomdiff.threads import ThisThread
+from atomdiff.threads import ThisThread, Turn
 
 Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _LOCK = threading.Lock()  # of what several threads do to one model
@@ -113,7 +114,10 @@ def given_strengths(
 
 
 class StepSchedule:
-    """Calls a function with the share of the denoising steps done, before each step at which it changes."""
+    """Calls a function with the share of the denoising steps done, before each step at which it changes.
+
+    Threads take turns: what the function writes into the model is for the call of one of them.
+    """
 
     def __init__(
         self,
@@ -125,14 +129,18 @@ class StepSchedule:
         self.paused = ThisThread()  # calls of a thread whose value is true are passed over
         self._pipe, self._apply = pipe, apply
         self._last: float | None = None
-        self.remove = before_calls(denoiser, when(self._before))
+        self._turn = Turn()
+        self.remove = before_calls(denoiser, when(self._before), self._after)
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused.value:
+            return
+        self._turn.take(model)
         timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
         caller = find_caller(model)
         scheduler = (caller.pipe if caller else self._pipe).scheduler
         steps = getattr(scheduler, "timesteps", None)
-        if self.paused.value or timestep is None or steps is None or len(steps) == 0:
+        if timestep is None or steps is None or len(steps) == 0:
             return
         now = float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
         scales = 1, scheduler.config.get("num_train_timesteps", 1)  # some transformers get them from 0 to 1
@@ -142,41 +150,62 @@ class StepSchedule:
             self._last = progress
             self._apply(progress)
 
+    def _after(self, *_: Any) -> None:
+        self._turn.give()
 
-def before_calls(model: Any, hook: Hook) -> Callable[[], None]:
+
+def before_calls(model: Any, hook: Hook, after: Callable[..., None] = lambda *_: None) -> Callable[[], None]:
     """Call a function before each call of a model, given the model, arguments and keywords; the result ends that.
 
     Code compiled by `model.compile()` has hooks within it; the function is called before it, and nothing is recompiled.
+
+    Args:
+        model: the model.
+        hook: the function.
+        after: is called after each call, also of one that fails.
     """
     if model._compiled_call_impl is None:
-        remove: Callable[[], None] = model.register_forward_pre_hook(hook, with_kwargs=True).remove
-        return remove
+        handles = (
+            model.register_forward_pre_hook(hook, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        )
+        return partial(_remove_all, handles)
     with _LOCK:
         if not isinstance(model._compiled_call_impl, _HooksBefore):
             model._compiled_call_impl = _HooksBefore(model, model._compiled_call_impl)
         before = model._compiled_call_impl
-        before.hooks = (*before.hooks, hook)
+        before.hooks = (*before.hooks, (hook, after))
 
     def undo() -> None:
         with _LOCK:
-            before.hooks = tuple(each for each in before.hooks if each is not hook)
+            before.hooks = tuple(each for each in before.hooks if each[0] is not hook)
             if not before.hooks and model._compiled_call_impl is before:
                 model._compiled_call_impl = before.compiled
 
     return undo
 
 
+def _remove_all(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
 class _HooksBefore:
-    """Compiled code with functions that are called before it."""
+    """Compiled code with functions that are called before it and after it."""
 
     def __init__(self, model: Any, compiled: Callable[..., Any]) -> None:
         self.model, self.compiled = model, compiled
-        self.hooks: tuple[Hook, ...] = ()
+        self.hooks: tuple[tuple[Hook, Callable[..., None]], ...] = ()
 
     def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        for hook in self.hooks:
-            hook(self.model, args, kwargs)
-        return self.compiled(*args, **kwargs)
+        hooks = self.hooks
+        try:
+            for hook, _ in hooks:
+                hook(self.model, args, kwargs)
+            return self.compiled(*args, **kwargs)
+        finally:
+            for _, after in hooks:
+                after()
 
 
 def _is_number(value: Any) -> bool:

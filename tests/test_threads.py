@@ -87,9 +87,9 @@ def predict(pipe, count, seed=0):
         return pipe.unet(latents, 500, encoder_hidden_states=text).sample
 
 
-def draw(pipe, prompts, seed=0):
+def draw(pipe, prompts, seed=0, steps=2):
     latents = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
-    return pipe(prompts, latents=latents, num_inference_steps=2, guidance_scale=4.0, output_type="latent").images
+    return pipe(prompts, latents=latents, num_inference_steps=steps, guidance_scale=4.0, output_type="latent").images
 
 
 def assert_all(results, expected):
@@ -174,6 +174,35 @@ def test_rows_with_schedules_in_two_threads(pipe):
         assert all(torch.equal(result, alone) for result in results)
 
 
+@pytest.mark.parametrize("compiled", [False, True])
+def test_weights_by_step_in_two_threads(pipe, compiled):
+    own = {name: copy.deepcopy(pipe.components[name]) for name in ("scheduler", "tokenizer")}
+    other = StableDiffusionPipeline(**pipe.components | own)
+    other.set_progress_bar_config(disable=True)
+    if compiled:
+        pipe.unet._compiled_call_impl = pipe.unet._call_impl  # as `compile` leaves it, without the minute it takes
+    atomdiff.set_active(pipe, {"a": {"steps": {0: 1, 1: 0.1}}, "b": {"weight": 2, "steps": {0: 0, 1: 1}}})
+    calls = [lambda: draw(pipe, ["a red mug"], steps=3), lambda: draw(other, ["a cat", "a robot"], 1, steps=4)]
+    expected = [call() for call in calls]
+    for results, alone in zip(together(*calls, rounds=3), expected, strict=True):
+        assert all(torch.equal(result, alone) for result in results)
+
+
+def test_a_call_that_failed_or_was_interrupted_lets_other_threads_in(pipe):
+    atomdiff.set_active(pipe, {"a": {"steps": {0: 1, 1: 0.1}}})
+    expected = predict(pipe, 2)
+    for error in (RuntimeError, KeyboardInterrupt):
+
+        def fail(*_, error=error):
+            raise error
+
+        handle = pipe.unet.conv_in.register_forward_pre_hook(fail)
+        with pytest.raises(error):
+            predict(pipe, 2)
+        handle.remove()
+        assert torch.equal(together(lambda: predict(pipe, 2), rounds=1)[0][0], expected)
+
+
 def test_a_batch_that_only_another_thread_draws_is_told(pipe):
     with pytest.warns(UserWarning, match="called in other threads than that of its mixed_batch only"):
         with atomdiff.mixed_batch(pipe, ["a", None]):
@@ -189,7 +218,7 @@ def test_compiled_models_of_two_threads(pipe):
         layer.compile(backend="eager", fullgraph=True)
     for call, alone in zip(calls, expected, strict=True):  # one after the other: the compiler itself is not for threads
         torch.testing.assert_close(together(call, rounds=1)[0][0], alone, atol=1e-5, rtol=0)
-    pipe.unet.compile(backend="eager")
+    pipe.unet._compiled_call_impl = pipe.unet._call_impl  # as `compile` leaves it, without the minute it takes
     with atomdiff.mixed_batch(pipe, ["a", None]):
         with pytest.raises(UserError, match="found a batch of 3 for 2 rows"):
             predict(pipe, 3)
