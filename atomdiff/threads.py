@@ -6,7 +6,6 @@ import sys
 import threading
 from typing import Any
 
-
 _LOCK = threading.Lock()
 
 
