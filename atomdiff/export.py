@@ -220,10 +220,10 @@ def _set_scheduler(config: ExportConfig, pipe: Any, concepts: list[tuple[str, Ob
 
 
 def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
-    """Save a pipeline with its active concepts merged in, their words in tokenizers and text encoders.
+    """Save a pipeline with its active concepts merged in, the words of all that are loaded in its text encoders.
 
-    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype. Words are also embedding
-    files in the folder's `embeddings`, for programs that take a checkpoint made of it.
+    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype. Words of active
+    concepts are also embedding files in the folder's `embeddings`, for programs that take a checkpoint made of it.
 
     Raises:
         UserError: the folder is not empty.
