@@ -3,6 +3,7 @@
 import copy
 import pickle
 import warnings
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -470,3 +471,57 @@ def test_a_lora_that_diffusers_loaded_and_fused_comes_off_with_the_concept_below
     tiny_pipe.delete_adapters("mug")
     atomdiff.unload_atoms(tiny_pipe)
     assert_same(bits(tiny_pipe), before)
+
+
+IMAGE_CALLS = st.tuples(
+    st.sampled_from(["load", "unload", "set_active", "set_adapters", "merge", "restore", "mixed"]),
+    st.integers(0, 1),
+    NAMES,
+    SOME,
+)
+
+
+def expected_after(state, call, name, value):
+    """What acts after a call, {adapter: weight}, kept in a state of adapters, their weights, and what is written."""
+    if call == "load":
+        state["weights"][name], state["active"], state["written"] = 1.0, {name}, None
+    elif call == "unload":
+        del state["weights"][name]
+        state["active"], state["written"] = state["active"] - {name}, None
+    elif call in ("set_active", "set_adapters"):
+        state["weights"].update(value)
+        state["active"], state["written"] = set(value), dict(value) if call == "set_active" else None
+    elif call == "merge":
+        state["written"] = {each: state["weights"][each] for each in state["active"]}
+    elif call == "restore":
+        state["written"] = None
+    active = {each: state["weights"][each] for each in state["active"]}
+    return active if state["written"] is None else state["written"]
+
+
+@given(calls=st.lists(IMAGE_CALLS, min_size=2, max_size=8))
+@settings(max_examples=4, deadline=None, derandomize=True)
+def test_every_image_in_between_is_that_of_a_fresh_pipeline(pipe_template, files, calls):
+    one = copy.deepcopy(pipe_template)
+    pipes, state = [one, shared(one)], {"weights": {}, "active": set(), "written": None}
+    for call, which, name, value in [("load", 0, "mug", {}), *calls]:
+        value = {each: weight for each, weight in value.items() if each in state["weights"]}
+        if (name in state["weights"]) == (call == "load") or (call == "mixed" and name == "style"):
+            continue
+        if call == "set_adapters":
+            if not value:
+                continue
+            atomdiff.restore(pipes[which])
+        if call != "mixed":
+            act(pipes[which], files, call, value if call in ("set_active", "set_adapters") else name)
+        acting = {name: 1.0} if call == "mixed" else expected_after(state, call, name, value)
+        fresh = copy.deepcopy(pipe_template)
+        for each in state["weights"]:
+            atomdiff.load_atoms(fresh, files[each], each)
+        atomdiff.set_active(fresh, acting)
+        others = "style" in (state["active"] if state["written"] is None else state["written"])
+        if call == "mixed" and others:
+            continue  # it is refused
+        with atomdiff.mixed_batch(one, [name]) if call == "mixed" else nullcontext():
+            found = predict(one, "a OHWX zwx mug")
+        torch.testing.assert_close(found, predict(fresh, "a OHWX zwx mug"), atol=1e-4, rtol=0)
