@@ -1,6 +1,7 @@
 """The captions beside the images of a folder, and the orders of a caption's tags."""
 
 import csv
+import io
 import itertools
 import json
 import math
@@ -90,12 +91,15 @@ def _read_table(file: Path) -> Iterator[tuple[str, str]]:
 
 def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the columns of each line that is not empty."""
-    lines = read_text(file).split("\n")
+    text = read_text(file)
     if file.suffix == ".csv":
-        reader = csv.DictReader(lines)
-        yield from ((reader.line_num, row) for row in reader)
+        reader = csv.DictReader(io.StringIO(text, newline=""))  # a quoted caption may have several lines
+        try:
+            yield from ((reader.line_num, row) for row in reader)
+        except csv.Error as error:
+            raise UserError(f"{file}: line {reader.line_num} is not CSV ({error})") from error
         return
-    for number, line in enumerate(lines, 1):
+    for number, line in enumerate(text.split("\n"), 1):
         try:
             row = json.loads(line) if line.strip() else None
         except ValueError as error:

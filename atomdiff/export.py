@@ -29,7 +29,7 @@ from atomdiff.kohya import (
     zero_layers,
 )
 from atomdiff.low_rank import low_rank
-from atomdiff.open_pipeline import open_pipeline
+from atomdiff.open_pipeline import open_pipeline, refuse_other_pipelines
 from atomdiff.packing import Concept, given_concepts, objectives
 from atomdiff.paths import PathText, expand_paths
 from atomdiff.pipeline import list_atoms, load_concept, pipeline_models, trigger_words, unload_atoms
@@ -120,6 +120,9 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     if config.to != "pipeline" and (words := _words_alone([concept for concept, _ in given])) is not None:
         path = _file(config.output)
         return ExportReport(path, embeddings=_save_embeddings(path.parent, f"{path.stem}-", words, written))
+    refuse_other_pipelines(
+        config.pretrained_model_name_or_path, revision=config.revision, single_file_config=config.single_file_config
+    )
     pipe = open_pipeline(
         config.pretrained_model_name_or_path,
         written if config.to == "pipeline" else None,

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -23,6 +22,7 @@ from atomdiff.model_spec import atomdiff_version, model_spec
 from atomdiff.open_pipeline import open_pipeline, stored_dtype
 from atomdiff.paths import PathText, expand_paths
 from atomdiff.pipeline import pipeline_models
+from atomdiff.text_files import read_yaml
 from atomdiff.tuner import attach
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.model import find_targets
@@ -237,7 +237,8 @@ def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:
         return open_pipeline(name, dtype, revision=revision, variant=config.variant, single_file_config=described_by)
     from diffusers import UNet2DConditionModel
 
-    kind = json.loads((folder / "config.json").read_text()).get("_class_name")
+    settings = read_yaml(folder / "config.json")
+    kind = settings.get("_class_name") if isinstance(settings, dict) else type(settings).__name__
     if kind != "UNet2DConditionModel":
         raise UserError(f"{name!r} holds a {kind}: expected the folder of a pipeline or of a UNet2DConditionModel")
     try:

@@ -96,8 +96,9 @@ def _count(tensors: list[Tensor]) -> int:
 def _open(base: Any) -> Any:
     if not isinstance(base, (str, os.PathLike)):
         return base
-    from atomdiff.open_pipeline import open_pipeline
+    from atomdiff.open_pipeline import open_pipeline, refuse_other_pipelines
 
+    refuse_other_pipelines(os.fspath(base), field="base")
     return open_pipeline(os.fspath(base), None)
 
 

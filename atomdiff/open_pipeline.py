@@ -20,6 +20,8 @@ _KINDS_OF_FILES = {  # what diffusers calls a checkpoint -> its pipeline
     "xl_base": "StableDiffusionXLPipeline",
 }
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # what safetensors calls a dtype
+_LONGEST_PROMPT = 10**6  # tokens; transformers makes an empty tokenizer without a limit where its files are missing
+_OF_DAMAGED_FOLDERS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 _DESCRIBE = "name a pipeline of its architecture, a folder or a Hub id, with single_file_config"
 
 
@@ -55,9 +57,13 @@ def open_pipeline(
         return _open_single_file(name, dtype, single_file_config, parts)
     try:
         loaded_as = dtype or _stored_dtypes(name, revision, variant)
-        return DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=loaded_as, **parts)
-    except (OSError, ValueError) as error:
+        pipe = DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=loaded_as, **parts)
+    except _OF_DAMAGED_FOLDERS as error:
         raise _cannot_load(name, error) from error
+    for part, tokenizer in pipe.components.items():
+        if part.startswith("tokenizer") and getattr(tokenizer, "model_max_length", 0) > _LONGEST_PROMPT:
+            raise UserError(f"the pipeline {name!r} lacks files of its {part}, or they are damaged: copy it again")
+    return pipe
 
 
 def pipeline_class(name: str, *, revision: str | None = None, single_file_config: str | None = None) -> str:
@@ -81,17 +87,24 @@ def pipeline_class(name: str, *, revision: str | None = None, single_file_config
         name = single_file_config
     try:
         return str(DiffusionPipeline.load_config(name, revision=revision)["_class_name"])
-    except (OSError, ValueError, KeyError) as error:
+    except _OF_DAMAGED_FOLDERS as error:
         raise _cannot_load(name, error) from error
 
 
-def refuse_other_pipelines(name: str, *, revision: str | None = None, single_file_config: str | None = None) -> None:
+def refuse_other_pipelines(
+    name: str,
+    *,
+    revision: str | None = None,
+    single_file_config: str | None = None,
+    field: str = "pretrained_model_name_or_path",
+) -> None:
     """Refuse a pipeline that does not draw from text alone with a UNet of two dimensions, before it is loaded.
 
     Args:
         name: as for `open_pipeline`.
         revision: on the Hub.
         single_file_config: as for `open_pipeline`.
+        field: what the name is called in messages.
 
     Raises:
         UserError: it is another one, or cannot be read.
@@ -106,7 +119,7 @@ def refuse_other_pipelines(name: str, *, revision: str | None = None, single_fil
     unet = str(parts["unet"].annotation) if {"unet", "vae", "text_encoder", "tokenizer"} <= parts.keys() else ""
     if "UNet2DConditionModel" not in unet or "image" in inspect.signature(made.__call__).parameters:
         expected = "a pipeline of Stable Diffusion 1.x, 2.x or XL, from text to images"
-        raise UserError(f"pretrained_model_name_or_path={name!r}: found a {kind}; expected {expected}")
+        raise UserError(f"{field}={name!r}: found a {kind}; expected {expected}")
 
 
 def is_single_file(name: str) -> bool:

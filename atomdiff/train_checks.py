@@ -12,22 +12,25 @@ from atomdiff.vector_words import group_words, words_of
 if TYPE_CHECKING:
     from atomdiff.train_config import Subject, TrainConfig
 
+MOST_REPEATS = 10_000
 FLOW_SHIFTS = (0.01, 1000.0)  # beyond, noise levels fall together
 _FROM_ONE = (
     "resolution num_class_images sample_batch_size num_inference_steps lr_num_cycles max_train_steps train_batch_size "
-    "gradient_accumulation_steps checkpoints_total_limit logging_steps max_timestep num_vectors repeats"
+    "gradient_accumulation_steps checkpoints_total_limit logging_steps max_timestep num_vectors"
 ).split()
 _FROM_ZERO = (
     "token_learning_rate text_encoder_lr prior_loss_weight guidance_scale learning_rate lr_warmup_steps lr_power "
-    "max_grad_norm adam_weight_decay adam_epsilon prodigy_d_coef snr_gamma noise_offset checkpointing_steps "
+    "max_grad_norm adam_weight_decay adam_epsilon noise_offset checkpointing_steps "
     "validation_steps logit_std min_timestep keep_tokens"
 ).split()
 _RANGES: dict[str, tuple[float, float]] = {
     **dict.fromkeys(_FROM_ONE, (1, 10**9)),
     **dict.fromkeys(_FROM_ZERO, (0, math.inf)),
     **dict.fromkeys(("caption_dropout", "unmasked_weight", "adam_beta1", "adam_beta2", "ema_decay"), (0, 1)),
+    **dict.fromkeys(("snr_gamma", "prodigy_d_coef"), (1e-9, math.inf)),  # with 0, nothing would be learned
     "logit_mean": (-100, 100),
     "flow_shift": FLOW_SHIFTS,
+    "repeats": (1, MOST_REPEATS + 1),
     "resolution": (8, 8193),
     "num_inference_steps": (1, 1001),
     "guidance_scale": (0, 1000),

@@ -16,7 +16,7 @@ from atomdiff.command_line import parse_config
 from atomdiff.errors import UserError
 from atomdiff.paths import PathText, expand_paths
 from atomdiff.text_files import read_yaml
-from atomdiff.train_checks import check_run
+from atomdiff.train_checks import MOST_REPEATS, check_run
 
 Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
 Precision = Literal["no", "fp16", "bf16"]
@@ -52,8 +52,8 @@ class Subject:
 
     def __post_init__(self) -> None:
         expand_paths(self)
-        if type(self.repeats) is not int or self.repeats < 1:
-            raise UserError(f"repeats={self.repeats!r}: expected a whole number of at least 1")
+        if type(self.repeats) is not int or not 1 <= self.repeats <= MOST_REPEATS:
+            raise UserError(f"repeats={self.repeats!r}: expected a whole number from 1 to {MOST_REPEATS}")
         if not self.trigger_word or len(self.trigger_word.split()) != 1:
             raise UserError(f"trigger_word={self.trigger_word!r}: expected one word without spaces")
 

@@ -16,7 +16,7 @@ from atomdiff.base_model import draw_pictures, load_base, training_resolution, w
 from atomdiff.delta_file import read_delta_file
 from atomdiff.dreambooth import train
 from atomdiff.errors import UserError
-from atomdiff.open_pipeline import open_pipeline, pipeline_class, stored_dtype
+from atomdiff.open_pipeline import open_pipeline, pipeline_class, refuse_other_pipelines, stored_dtype
 from atomdiff.sample import SampleConfig, generate, save_samples
 from atomdiff.train_config import TrainConfig
 
@@ -439,3 +439,33 @@ def test_pictures_are_decoded_in_float32_under_autocast(config, kind, request, m
     assert [picture.size for picture in pictures] == [(32, 32)] * 2
     assert {output.dtype for output in seen} == {torch.float32}
     assert "decode" not in vars(pipe.vae)
+
+
+DAMAGES = {
+    "an index that is a list": ("model_index.json", b"[]"),
+    "an index that is null": ("model_index.json", b"null"),
+    "an index without a class": ("model_index.json", b"{}"),
+    "an unknown class": ("model_index.json", b'{"_class_name": "FooPipeline"}'),
+    "an empty text encoder": ("text_encoder/model.safetensors", b""),
+    "a torn text encoder": ("text_encoder/model.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+    "no tokenizer": ("tokenizer", None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_of_a_pipeline_is_a_user_error(tiny_pipe_folder, tmp_path, damage):
+    folder, (name, content) = shutil.copytree(tiny_pipe_folder, tmp_path / "base"), DAMAGES[damage]
+    if content is None:
+        shutil.rmtree(folder / name)
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match="cannot be loaded|lacks files of its tokenizer"):
+        open_pipeline(str(folder))
+
+
+def test_what_wants_text_to_image_says_which_field_names_another_pipeline(tiny_pipe_folder, tmp_path):
+    folder = shutil.copytree(tiny_pipe_folder, tmp_path / "base")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))
+    with pytest.raises(UserError, match="base=.*: found a StableDiffusionInpaintPipeline; expected a pipeline of"):
+        refuse_other_pipelines(str(folder), field="base")

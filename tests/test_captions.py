@@ -66,6 +66,8 @@ def test_tables_of_image_folders_are_read(folder, column):
     (folder / "metadata.jsonl").unlink()
     (folder / "metadata.csv").write_text(f'file_name,{column}\n02.JPG,"a mug, red"\n')
     assert captions(folder) == {"02.JPG": "a mug, red"}
+    (folder / "metadata.csv").write_text(f'file_name,{column}\n02.JPG,"a mug,\r\nred"\n01.png,a cup\n')
+    assert captions(folder) == {"02.JPG": "a mug,\nred", "01.png": "a cup"}
 
 
 def test_equal_captions_may_stand_twice_and_empty_ones_count_nothing(folder):
@@ -107,6 +109,7 @@ def test_lines_of_a_table_without_an_image_are_counted(folder):
             "line 1 has file_name, label; expected file_name, and",
         ),
         ("metadata.csv", b"image,text\n01.png,a", "line 2 has image, text; expected file_name"),
+        ("metadata.csv", b"file_name,text\n01.png,'" + b"a" * 200_000, "is not CSV .field larger"),
     ],
 )
 def test_captions_that_cannot_be_read_are_named(folder, name, content, message):

@@ -477,15 +477,16 @@ def test_damaged_classifiers_are_user_errors(config, file, damage, message):
 
 
 def test_a_model_that_is_no_classifier_is_a_user_error(config, tmp_path):
-    CLIPConfig().text_config.save_pretrained(tmp_path)
-    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path), from_scratch=True, adapter="full")
+    base = tmp_path / "base"
+    CLIPConfig().text_config.save_pretrained(base)
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(base), from_scratch=True, adapter="full")
     with pytest.raises(UserError, match="neither a folder with an image classifier"):
         train_classifier(config)
 
 
 def test_a_transformer_goes_through_as_well(config, tmp_path):
-    ViTConfig(**SMALL, image_size=16, patch_size=4).save_pretrained(tmp_path)
-    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path), resolution=None)
+    ViTConfig(**SMALL, image_size=16, patch_size=4).save_pretrained(tmp_path / "base")
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "base"), resolution=None)
     report = train_classifier(dataclasses.replace(config, from_scratch=True, adapter="full"))
     tuned = dataclasses.replace(
         config, pretrained_model_name_or_path=str(classifier(config)), output_dir=f"{tmp_path}/t"
