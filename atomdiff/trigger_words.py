@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atomdiff.caller import find_caller
 from atomdiff.errors import UserError
 from atomdiff.prompt_tags import split_at_words
+from atomdiff.tuner import places
 from atomdiff.vector_words import group_words
 
 _OLD_END = 2
@@ -533,9 +534,10 @@ def _resize_table(model: Any, size: int) -> None:
     table = model.get_input_embeddings()
     if model.config.vocab_size == table.num_embeddings:
         model.config.vocab_size = size
-    rows = table.weight.data
-    new = rows.mean(dim=0, keepdim=True).expand(max(size - len(rows), 0), -1)
-    table.weight.data = torch.cat([rows[:size], new])
+    with places.in_module(table):
+        rows = table.weight.data
+        new = rows.mean(dim=0, keepdim=True).expand(max(size - len(rows), 0), -1)
+        table.weight.data = torch.cat([rows[:size], new])
     table.num_embeddings = size
 
 
@@ -564,14 +566,15 @@ def _write_rows(vocabulary: _Vocabulary, words: Iterable[str]) -> None:
     """Write the embeddings of words into the tables, and keep the rows of words that were known before."""
     words = list(words)
     for table in vocabulary.tables:
-        tokenizer, rows = vocabulary.tokenizer_of(table), table.embedding.weight.data
-        for word in words:
-            vector, row = vocabulary.words[word].vectors.get(table.name), _known_id(tokenizer, word)
-            if vector is None or row is None or vector.shape != rows[row].shape:
-                continue
-            if row < (len(rows) if table.size is None else table.size):
-                table.rows.setdefault(row, rows[row].clone())
-            rows[row] = vector.to(rows)
+        with places.in_module(table.embedding):
+            tokenizer, rows = vocabulary.tokenizer_of(table), table.embedding.weight.data
+            for word in words:
+                vector, row = vocabulary.words[word].vectors.get(table.name), _known_id(tokenizer, word)
+                if vector is None or row is None or vector.shape != rows[row].shape:
+                    continue
+                if row < (len(rows) if table.size is None else table.size):
+                    table.rows.setdefault(row, rows[row].clone())
+                rows[row] = vector.to(rows)
 
 
 def _forget(vocabulary: _Vocabulary, words: Collection[str]) -> None:
@@ -626,16 +629,17 @@ def _reset(vocabulary: _Vocabulary) -> None:
             entry.tokenizer.add_tokens([token for _, token in others])
             entry.original, entry.added = None, set()
     for table, tokens, vectors in since:
-        rows, tokenizer = table.embedding.weight.data, vocabulary.tokenizer_of(table)
-        for row, values in table.rows.items():
-            rows[row] = values.to(rows)
-        if table.size is not None:
-            size = max(table.size, len(tokenizer)) if tokens else table.size
-            _resize_table(table.encoder, size)
-            table.encoder.config.vocab_size = table.vocab_size + size - table.size
-        if tokens:
-            ids = tokenizer.convert_tokens_to_ids([token.content for token in tokens])
-            table.embedding.weight.data[ids] = vectors
+        with places.in_module(table.embedding):
+            rows, tokenizer = table.embedding.weight.data, vocabulary.tokenizer_of(table)
+            for row, values in table.rows.items():
+                rows[row] = values.to(rows)
+            if table.size is not None:
+                size = max(table.size, len(tokenizer)) if tokens else table.size
+                _resize_table(table.encoder, size)
+                table.encoder.config.vocab_size = table.vocab_size + size - table.size
+            if tokens:
+                ids = tokenizer.convert_tokens_to_ids([token.content for token in tokens])
+                table.embedding.weight.data[ids] = vectors
         if table.old_end:
             _set_end(table.encoder, _OLD_END)
         table.size, table.rows, table.old_end = None, {}, False
@@ -647,7 +651,8 @@ def _added_by_others(vocabulary: _Vocabulary, table: _Table) -> tuple[list[Any],
     entries = [entry for entry in vocabulary.tokens if entry.name == table.name and entry.original is not None]
     found = _tokens_of_others(entries[0], vocabulary) if entries else []
     found = [(number, token) for number, token in found if number < len(rows)]
-    return [token for _, token in found], rows[[number for number, _ in found]]
+    with places.in_module(table.embedding):
+        return [token for _, token in found], table.embedding.weight.data[[number for number, _ in found]]
 
 
 def _tokens_of_others(entry: _Tokens, vocabulary: _Vocabulary) -> list[tuple[int, Any]]:

@@ -11,6 +11,7 @@ from torch import nn
 
 import atomdiff
 from atomdiff.errors import UserError
+from atomdiff.pipeline import add_trigger_word, remove_trigger_word, set_trigger_embedding
 from atomdiff.tuner import AtomConfig, attach
 
 
@@ -116,6 +117,33 @@ def test_offloaded_weights_are_merged_and_given_back_in_any_order(pipe, files, t
     if way == "sequential":
         remove_hook_from_module(pipe.unet, recurse=True)
     assert_same(bits(pipe), before)
+
+
+@pytest.mark.parametrize("order", ["offload load", "load offload"])
+@pytest.mark.parametrize("way", [IN_MEMORY["sequential"], ON_DISK["disk"]], ids=["cpu", "disk"])
+def test_words_reach_offloaded_token_embeddings_and_leave_them(pipe, tmp_path, way, order):
+    def encode(text):
+        return pipe.text_encoder(pipe.tokenizer(text, return_tensors="pt").input_ids)[0].detach()
+
+    def load():
+        for word, value in (("zwx", 1.0), ("sks", 2.0)):  # a new one, and one that the tokenizer knows
+            add_trigger_word(pipe, word)
+            set_trigger_embedding(pipe, word, {"text_encoder": torch.full((32,), value)})
+
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    load()
+    expected = encode("a zwx sks mug")
+    for word in ("zwx", "sks"):
+        remove_trigger_word(pipe, word)
+    base = encode("a mug")
+    for call in order.split():
+        load() if call == "load" else way(pipe.text_encoder, tmp_path)
+    assert torch.equal(encode("a zwx sks mug"), expected)
+    for word in ("zwx", "sks"):
+        remove_trigger_word(pipe, word)
+    assert pipe.text_encoder.get_input_embeddings().weight.is_meta and torch.equal(encode("a mug"), base)
+    remove_hook_from_module(pipe.text_encoder, recurse=True)
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, table)
 
 
 @pytest.mark.parametrize("way", ON_DISK)

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -50,6 +51,23 @@ def memory(module: nn.Module, name: str = "weight") -> Tensor:
         raise ValueError(f"the {name} is offloaded to disk, where it cannot be changed: keep it in memory")
     hook = _offload_hook(module)
     return hook.weights_map[name] if tensor.is_meta and hook is not None else tensor
+
+
+@contextmanager
+def in_module(module: nn.Module) -> Iterator[None]:
+    """Have the parameters of a module that accelerate offloads in it meanwhile, so that others can take their place."""
+    hook, offload = vars(module).get("_hf_hook"), _offload_hook(module)
+    if offload is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        offload.weights_map = None  # the hook makes another, of what is there now
+        add_hook_to_module(module, hook)
 
 
 def why_not_adapted(module: nn.Module) -> str:
