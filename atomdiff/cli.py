@@ -1,6 +1,7 @@
 """The command line: `atomdiff <verb>`, one thin function a verb."""
 
 import contextlib
+import io
 import os
 import sys
 import tempfile
@@ -143,6 +144,9 @@ def main(args: Sequence[str] | None = None) -> int:
         141 if nobody reads the output any more.
     """
     args = sys.argv[1:] if args is None else list(args)
+    for stream in (sys.stdout, sys.stderr):  # file names and prompts may hold what the terminal's encoding has not
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     if args == ["--version"]:
         print(f"atomdiff {version('atomdiff')}")
         return 0

@@ -1,6 +1,7 @@
 """`atomdiff <verb>`: what is printed, exit statuses, and the verbs from end to end."""
 
 import json
+import os
 import subprocess
 import sys
 from pathlib import Path
@@ -237,3 +238,15 @@ def test_the_script_splits_a_job_over_processes(tiny_pipe_folder, tmp_path):
     assert done.stdout.count("are in") == 1
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["images"]) == 3
     assert done.stderr.count("images: 2 images") == 1  # the main process drew two of three
+
+
+def test_what_the_output_cannot_spell_is_escaped() -> None:
+    process = subprocess.run(
+        [sys.executable, "-m", "atomdiff.cli", "inspect", "müll-猫.atoms.safetensors"],
+        env=os.environ | {"PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"},
+        capture_output=True,
+        check=False,
+    )
+    assert process.returncode == 2
+    assert b"m\\xfcll-\\u732b" in process.stderr
+    assert b"Traceback" not in process.stderr
