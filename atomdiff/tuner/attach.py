@@ -27,19 +27,19 @@ _PEFT_PREFIX = "base_model.model."
 
 def adapter_layers(model: nn.Module, name: str | None = None) -> list[Any]:
     """The adapter layers of a model, or those with one adapter, outer ones before those that they wrap."""
-    layers: list[Any] = [module for module in model.modules() if isinstance(module, BaseTunerLayer)]
+    layers: list[Any] = [module for _, module in places.walk(model) if isinstance(module, BaseTunerLayer)]
     return [layer for layer in layers if name is None or name in layer._all_available_adapter_names()]
 
 
 def atom_layers(model: nn.Module) -> dict[str, Any]:
     """Module path -> atom layer, for all of a model."""
-    found = {path: module for path, module in model.named_modules() if isinstance(module, AtomLayer)}
+    found = {path: module for path, module in places.walk(model) if isinstance(module, AtomLayer)}
     return {path.replace(".base_layer", ""): layer for path, layer in found.items()}
 
 
 def layers_by_path(model: nn.Module) -> dict[str, Any]:
     """Path -> adapter layer of any method; of several on one module, each with its own path below the outer one's."""
-    return {path: module for path, module in model.named_modules() if isinstance(module, BaseTunerLayer)}
+    return {path: module for path, module in places.walk(model) if isinstance(module, BaseTunerLayer)}
 
 
 def other_layers(model: nn.Module) -> list[Any]:
@@ -88,7 +88,7 @@ def check_writable(model: nn.Module) -> None:
     Raises:
         UserError: one cannot.
     """
-    layers = {path.replace(".base_layer", ""): m for path, m in model.named_modules() if isinstance(m, BaseTunerLayer)}
+    layers = {path.replace(".base_layer", ""): m for path, m in places.walk(model) if isinstance(m, BaseTunerLayer)}
     bases = {path: cast(Any, layer).get_base_layer() for path, layer in layers.items()}
     places.check_written(model, bases.items())
     for base in bases.values():
@@ -101,7 +101,7 @@ def check_restorable(model: nn.Module) -> None:
     Raises:
         UserError: one cannot.
     """
-    bases = [(path.replace(".base_layer", ""), m) for path, m in model.named_modules() if kept.is_kept(m)]
+    bases = [(path.replace(".base_layer", ""), m) for path, m in places.walk(model) if kept.is_kept(m)]
     places.check_written(model, bases, exactly=True)
     for _, base in bases:
         kept.check_stored(base)
@@ -111,7 +111,7 @@ def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
     """Module path -> deltas and fitted atoms of an atom adapter, by kind."""
     found: dict[str, dict[str, Tensor]] = {}
     persistent = model.state_dict()
-    for path, layer in model.named_modules():
+    for path, layer in places.walk(model):
         if isinstance(layer, AtomLayer) and name in layer.scaling:
             module = path.replace(".base_layer", "")
             for kind in TENSOR_KINDS:
@@ -275,7 +275,7 @@ def encode(model: nn.Module, name: str) -> None:
 def detach(model: Any, name: str) -> None:
     """Take an adapter out; a layer that is left without adapters becomes the bare base layer again."""
     with _kept_requires_grad(model):
-        paths = {layer: path for path, layer in model.named_modules()}
+        paths = {layer: path for path, layer in places.walk(model)}
         for layer in adapter_layers(model, name):
             layer.set_adapter([active for active in layer.active_adapters if active != name])
             layer.delete_adapter(name)
@@ -287,7 +287,7 @@ def detach(model: Any, name: str) -> None:
 def tidy(model: Any) -> None:
     """Take away what others leave of adapters that they delete: layers without any, and names without layers."""
     names: set[str] = set()
-    for path, layer in reversed(list(model.named_modules())):
+    for path, layer in reversed(places.walk(model)):
         if isinstance(layer, AuxiliaryTrainingWrapper):
             names.update(layer._adapters)
         if isinstance(layer, BaseTunerLayer):
@@ -422,12 +422,12 @@ def restore(model: nn.Module) -> None:
             layer.unmerge()  # merged by others, without a copy: as exact as its method can
     for layer in atom_layers(model).values():
         layer.unmerge()
-    _give_back(model.modules())
+    _give_back(module for _, module in places.walk(model))
 
 
 def strip(model: Any) -> None:
     """Take all adapters out of a copy of a model that shares its tensors with the model, which is left alone."""
-    for path, module in reversed(list(model.named_modules())):
+    for path, module in reversed(places.walk(model)):
         if (stored := kept.get_stored(module)) is not None:
             module._parameters["weight"] = nn.Parameter(
                 stored().clone(), requires_grad=False
@@ -452,7 +452,7 @@ def restore_others(model: nn.Module) -> None:
         elif layer.merged and not kept.is_kept(base):
             layer.unmerge()  # merged by others, without a copy: as exact as its method can
         layer.merged_adapters.clear()
-    _give_back([module for module in model.modules() if module not in atoms])
+    _give_back([module for _, module in places.walk(model) if module not in atoms])
 
 
 def _give_back(modules: Iterable[nn.Module]) -> None:

@@ -231,10 +231,10 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     def _valid_codes(self) -> dict[tuple[str, str], Tensor]:
         return {key: codes for key, (source, codes) in self._codes.items() if source == self._source(*key)}
 
-    def _overwrite(self, fill: Callable[[Tensor], object]) -> None:
+    def _overwrite(self, weight: Tensor, fill: Callable[[Tensor], object]) -> None:
         """Let something write into the weight: autograd takes note, and codes, which are of the unmerged one, stay."""
         valid = self._valid_codes()
-        fill(places.memory(self.get_base_layer()).detach())
+        fill(weight.detach())
         self._codes = {key: (self._source(*key), codes) for key, codes in valid.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
@@ -350,17 +350,18 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             adapter_names: of this layer, none for the base weight; each counts with its weight.
             stored: reads the base weight; None: a copy of it is kept on its device.
         """
-        self._release_others()
-        weight = places.memory(self.get_base_layer())
+        module = self.get_base_layer()
+        self._release_others(module)
+        weight = places.memory(module)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             if stored is not None:
-                self.kept_base_weight = None
-            elif self.kept_base_weight is None:
-                self.kept_base_weight = self.unmerged_weight().detach().clone()
-            self.stored_base_weight = stored
+                kept.put(module, None)
+            elif kept.get(module) is None:
+                kept.put(module, kept.unmerged(module).detach().clone())
+            kept.put_stored(module, stored)
             self.written = {name: self.scaling[name] for name in adapter_names}
-            base, changes = self.unmerged_weight().detach(), _on(weight.device, self._changes(self.written))
-            self._overwrite(lambda goal: write_adapted(goal, base, changes))
+            base, changes = kept.unmerged(module).detach(), _on(weight.device, self._changes(self.written))
+            self._overwrite(weight, lambda goal: write_adapted(goal, base, changes))
         self.merged_adapters = list(adapter_names)
         self.holds_merged = True
 
@@ -368,18 +369,18 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """Copy the base weight back, every bit as it was; without effect where nothing is merged."""
         if not self.holds_merged:
             return
-        self._release_others()
-        weight = places.memory(self.get_base_layer())
+        module = self.get_base_layer()
+        self._release_others(module)
+        weight = places.memory(module)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
-            base = self.unmerged_weight()
-            self._overwrite(lambda goal: goal.copy_(base))
+            base = kept.unmerged(module)
+            self._overwrite(weight, lambda goal: goal.copy_(base))
         self.kept_base_weight = self.stored_base_weight = self.written = None
         self.merged_adapters.clear()
         self.holds_merged = False
 
-    def _release_others(self) -> None:
+    def _release_others(self, base: nn.Module) -> None:
         """Let layers of other methods act unmerged: the weight is about to be written from the base weight."""
-        base = self.get_base_layer()
         kept.release(base)
         inside = cast(Any, self.base_layer)
         while isinstance(inside, BaseTunerLayer):

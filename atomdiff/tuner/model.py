@@ -148,7 +148,7 @@ def find_atom_layer(module: nn.Module) -> AtomLayer | None:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by path; of adapted ones the base, and nothing inside."""
     inside: tuple[str, ...] = ()
-    for name, module in model.named_modules():
+    for name, module in places.walk(model):
         if not name or (inside and name.startswith(inside)):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -160,7 +160,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Why atoms cannot adapt a module, by path, for all that they cannot."""
-    fused = tuple(f"{name}." if name else "" for name, module in model.named_modules() if isinstance(module, _FUSED))
+    fused = tuple(f"{name}." if name else "" for name, module in places.walk(model) if isinstance(module, _FUSED))
     weights = {name: module._parameters.get("weight") for name, module in modules.items()}
     uses = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
     found = {}

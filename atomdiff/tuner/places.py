@@ -7,12 +7,31 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
 from atomdiff.errors import UserError
 
 _OWN_TENSORS = ("torch", "torch.nn.parameter", "torch.distributed.tensor", "torch.distributed.tensor._api")
+_HOLDERS = (nn.ParameterDict, BufferDict)
 _FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
+
+
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What `named_modules` gives, in a fraction of its time, without those that only hold the tensors of adapters."""
+    found, seen, waiting = [], set(), [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen or type(module) in _HOLDERS:
+            continue
+        seen.add(module)
+        found.append((path, module))
+        if module._modules:
+            prefix = path and f"{path}."
+            waiting += [
+                (prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None
+            ]
+    return found
 
 
 def read(module: nn.Module, name: str = "weight", tensor: Tensor | None = None) -> Tensor:
@@ -115,10 +134,11 @@ def check_read(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> No
     Raises:
         UserError: one cannot, or a fused copy is used in its place.
     """
+    modules = list(modules)
+    disk = bool(modules) and _has_groups_on_disk(model)
     for path, module in modules:
         _check_used(model, path)
-        reason = why_not_read(module) or ("it is offloaded to disk" if _has_groups_on_disk(model) else "")
-        if reason:
+        if reason := why_not_read(module) or ("it is offloaded to disk" if disk else ""):
             raise UserError(
                 f"cannot adapt the weight of {path}: {reason}; load the pipeline anew, in memory and in full"
             )
@@ -155,7 +175,7 @@ def _check_used(model: nn.Module, path: str) -> None:
 
 
 def _has_groups_on_disk(model: nn.Module) -> bool:
-    return any(_group_on_disk(module) is not None for module in model.modules())
+    return any(_group_on_disk(module) is not None for _, module in walk(model))
 
 
 def fused_parent(model: nn.Module, path: str) -> str:
@@ -186,7 +206,7 @@ def check_at_hand(model: nn.Module, holders: Iterable[nn.Module]) -> None:
     """
     holders = set(holders)
     tensors = [tensor for holder in holders for tensor in (*holder.parameters(), *holder.buffers())]
-    for module in model.modules():
+    for _, module in walk(model):
         group = None if module in holders else _group_on_disk(module)
         if group is not None and any(tensor in group.tensor_to_key for tensor in tensors):
             raise UserError(
