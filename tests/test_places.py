@@ -7,6 +7,7 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
+from peft import LoraConfig
 from torch import nn
 
 import atomdiff
@@ -258,3 +259,21 @@ def test_weights_made_in_inference_mode(pipe_template, files, inside):
         atomdiff.unload_atoms(pipe)
     assert torch.equal(predict(pipe), base)
     assert_same(bits(pipe), before)
+
+
+@pytest.mark.parametrize("call", [lambda pipe: atomdiff.set_active(pipe, ["a", "lora"]), atomdiff.merge])
+@pytest.mark.parametrize("atoms_first", [True, False])
+def test_other_methods_are_not_merged_into_offloaded_weights(tiny_pipe, call, atoms_first):
+    unet, configs = tiny_pipe.unet, [("a", AtomConfig(target_modules=["to_q"])), ("lora", LoraConfig(r=2))]
+    configs[1][1].target_modules, configs[1][1].init_lora_weights = ["to_q"], False
+    for name, config in configs if atoms_first else reversed(configs):
+        unet.add_adapter(config, adapter_name=name)
+    unet.set_adapters(["a", "lora"])
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, unet.config.cross_attention_dim)
+    cpu_offload(unet, torch.device("cpu"))
+    with torch.no_grad():
+        before = unet(x, 5, text).sample
+        with pytest.raises(UserError, match="are offloaded, where PEFT cannot merge a .*set_adapters"):
+            call(tiny_pipe)
+        atomdiff.restore(tiny_pipe)
+        assert torch.equal(unet(x, 5, text).sample, before)

@@ -16,6 +16,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from atomdiff.errors import UserError
 from atomdiff.tuner import kept, places
 from atomdiff.tuner.allocation import Trial, structure_of
 from atomdiff.tuner.config import AtomConfig
@@ -331,9 +332,14 @@ def merge(model: nn.Module) -> None:
     The untouched tensors are kept: while merged, the adapted layers take twice their memory.
     """
     restore(model)
-    for layer in _merge_order(model):
-        if layer.disable_adapters or not set(layer.active_adapters) & set(layer._all_available_adapter_names()):
-            continue
+    layers = [
+        layer
+        for layer in _merge_order(model)
+        if not layer.disable_adapters and set(layer.active_adapters) & set(layer._all_available_adapter_names())
+    ]
+    for layer in layers:
+        _check_in_place(layer)
+    for layer in layers:
         _merge(layer)
 
 
@@ -468,10 +474,25 @@ def keep_when_merged(model: nn.Module) -> None:
         vars(layer).setdefault("merge", partial(_merge_kept, layer))
 
 
+def _check_in_place(layer: Any) -> None:
+    """Check that a layer of another method than atoms would merge into the weight that calls compute with.
+
+    Raises:
+        UserError: that is offloaded, and the layer would merge into a tensor without values.
+    """
+    base = layer.get_base_layer()
+    if not isinstance(layer, AtomLayer) and any(parameter.is_meta for parameter in base.parameters(recurse=False)):
+        raise UserError(
+            f"the weights of a layer are offloaded, where PEFT cannot merge a {type(layer).__name__}: use such "
+            "adapters unmerged (pipe.set_adapters), or load the pipeline anew, in memory and in full"
+        )
+
+
 def _merge_kept(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """As the layer's own `merge`; the base is kept, and its memory stays where it is."""
     if not check_adapters_to_merge(layer, adapter_names):
         return
+    _check_in_place(layer)
     base = layer.get_base_layer()
     kept.keep_for(base, layer)
     in_place = {parameter: parameter.data for _, parameter in base.named_parameters(recurse=False)}
