@@ -16,6 +16,7 @@ from atomdiff.errors import UserError
 from atomdiff.strength import Strength
 from atomdiff.trigger_words import bare_tokenizer, without_words
 from atomdiff.tuner import attach
+from atomdiff.tuner.removable import lasting_change
 
 
 class _Call:
@@ -125,6 +126,18 @@ def save_tokenizer(tokenizer: Any, save_directory: Any, *args: Any, **kwargs: An
     return type(tokenizer).save_pretrained(bare_tokenizer(tokenizer), save_directory, *args, **kwargs)
 
 
+def add_adapter(model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
+    """As diffusers' and transformers'; what the adapter is merged into is kept, so that it comes back exactly.
+
+    Raises:
+        UserError: the adapter's settings change the base itself, which unloading the concepts could not undo.
+    """
+    if change := lasting_change(adapter_config):
+        raise UserError(f"this adapter cannot be taken out again beside concepts: {change}")
+    type(model).add_adapter(model, adapter_config, *args, **kwargs)
+    attach.keep_when_merged(model)
+
+
 def fuse_lora(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As diffusers'; what adapters of others are fused into is kept, too, so that it comes back exactly."""
     attach.keep_when_merged(model)
@@ -150,6 +163,7 @@ _PROJECTION = re.compile(r"\.(to_[qkv]|add_[qkv]_proj)(\.|$)")
 _CALLS: dict[str, Callable[..., Any]] = {
     "set_adapters": set_adapters,
     "save_pretrained": save_pretrained,
+    "add_adapter": add_adapter,
     "fuse_lora": fuse_lora,
     "fuse_qkv_projections": fuse_qkv_projections,
 }

@@ -525,3 +525,15 @@ def test_every_image_in_between_is_that_of_a_fresh_pipeline(pipe_template, files
         with atomdiff.mixed_batch(one, [name]) if call == "mixed" else nullcontext():
             found = predict(one, "a OHWX zwx mug")
         torch.testing.assert_close(found, predict(fresh, "a OHWX zwx mug"), atol=1e-4, rtol=0)
+
+
+def test_adapters_that_are_added_beside_concepts_come_off_again(tiny_pipe, files):
+    before = bits(tiny_pipe)
+    atomdiff.load_atoms(tiny_pipe, files["mug"], "mug")
+    with pytest.raises(UserError, match="bias='all' trains biases"):
+        tiny_pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q"], bias="all"), "biased")
+    add(tiny_pipe, LoraConfig(r=2, target_modules=["to_q", "q_proj"], init_lora_weights=False), "own")
+    tiny_pipe.fuse_lora(components=PARTS)
+    atomdiff.unload_atoms(tiny_pipe)
+    tiny_pipe.unload_lora_weights()
+    assert_same(bits(tiny_pipe), before)
