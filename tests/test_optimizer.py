@@ -86,7 +86,7 @@ SCHEDULE_FREE = {"optimizer": "adamw_schedulefree"}
         ({**SCHEDULE_FREE, "lr_scheduler": "cosine"}, "lr_scheduler='cosine': expected constant or constant_with"),
         ({**SCHEDULE_FREE, "use_ema": True}, "expected use_ema=False"),
         ({**SCHEDULE_FREE, "adam_beta1": 0.0}, "adam_beta1=0.0: expected a number above 0"),
-        ({"prodigy_d_coef": -1.0}, "prodigy_d_coef=-1.0: expected a number of at least 0"),
+        ({"prodigy_d_coef": -1.0}, "prodigy_d_coef=-1.0: expected a number of at least 1e-09"),
         ({"ema_decay": 1.0}, "ema_decay=1.0: expected a number of at least 0 and below 1"),
     ],
 )

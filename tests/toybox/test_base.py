@@ -102,7 +102,8 @@ def test_text_encoder_and_unet_both_learn(tmp_path):
     for name, value in denoiser.named_parameters():
         old, new = before[name].double().flatten(), value.detach().double().flatten()
         shrunk = old * (old @ new / (old @ old)).nan_to_num()  # all that weight decay alone could do
-        assert (new - shrunk).abs().max() > 1e-4, name
+        if not name.endswith("k_proj.bias"):  # which attention does not depend on
+            assert (new - shrunk).abs().max() > 1e-4, name
 
 
 def test_the_committed_base_draws_its_latents_from_where_it_was_trained():

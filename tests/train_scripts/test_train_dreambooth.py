@@ -41,7 +41,8 @@ def test_a_mistake_is_one_line_without_a_traceback(command, tmp_path):
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
     run = subprocess.run([sys.executable, str(SCRIPT), *command], capture_output=True, text=True, env=environment)
     assert (run.returncode, run.stdout) == (2, "")
-    found = f"{tmp_path / 'photos'}: cannot be read: two.png. Replace or remove them"
+    why = "(no png nor any other image that Pillow knows). Replace or remove them"
+    found = f"{tmp_path / 'photos'}: cannot be read: two.png {why}"
     assert run.stderr == f"atomdiff train: error: {found}\n"
 
 
