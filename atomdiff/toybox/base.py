@@ -39,8 +39,12 @@ def build_vae() -> AutoencoderKL:
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer in which every word of the world and every rare word is one token, others fall into letters."""
-    places = " ".join(phrase for phrase, _ in PLACES.values())
-    words = f"a an photo of picture {places} {' '.join((*CLASSES, *COLOURS, *PATTERNS, *RARE_WORDS))}".split()
+    return make_tokenizer([*(phrase for phrase, _ in PLACES.values()), *CLASSES, *COLOURS, *PATTERNS])
+
+
+def make_tokenizer(phrases: list[str]) -> CLIPTokenizer:
+    """A CLIP tokenizer in which the words of phrases, of captions and rare ones are one token each."""
+    words = f"a an photo of picture {' '.join((*phrases, *RARE_WORDS))}".split()
     bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
     bpe.normalizer = normalizers.Lowercase()
     bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
@@ -60,14 +64,14 @@ def build_tokenizer() -> CLIPTokenizer:
         return CLIPTokenizer.from_pretrained(folder)
 
 
-def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
-    """A CLIP text model with two layers."""
+def build_text_encoder(tokenizer: CLIPTokenizer, layers: int = 2) -> CLIPTextModel:
+    """A CLIP text model of a few layers."""
     return CLIPTextModel(
         CLIPTextConfig(
             vocab_size=len(tokenizer),
             hidden_size=TEXT_WIDTH,
             intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=2,
+            num_hidden_layers=layers,
             num_attention_heads=4,
             max_position_embeddings=MAX_TOKENS,
             projection_dim=TEXT_WIDTH,

@@ -2,21 +2,15 @@
 
 from __future__ import annotations
 
-from pathlib import Path
-from tempfile import TemporaryDirectory
-
 from diffusers import AutoencoderKL, UNet2DConditionModel
-from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
-from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+from transformers import CLIPTextModel, CLIPTokenizer
 
-from atomdiff.toybox.base import RARE_WORDS
+from atomdiff.toybox import base
+from atomdiff.toybox.base import TEXT_WIDTH, make_tokenizer
 from atomdiff.toybox.world import CLASSES, COLORS, IMAGE_SIZE, PATTERNS, SCENES
 
 LATENT_CHANNELS = 16
 DOWNSAMPLING = 8
-TEXT_WIDTH = 128
-MAX_TOKENS = 24
-_START, _END = "<|startoftext|>", "<|endoftext|>"
 
 
 def build_vae() -> AutoencoderKL:
@@ -35,43 +29,12 @@ def build_vae() -> AutoencoderKL:
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer in which every word of the world and every rare word is one token, others fall into letters."""
-    phrases = " ".join(SCENES.values())
-    words = f"a an photo of picture {phrases} {' '.join((*CLASSES, *COLORS, *PATTERNS, *RARE_WORDS))}".split()
-    bpe = Tokenizer(models.BPE(end_of_word_suffix="</w>"))
-    bpe.normalizer = normalizers.Lowercase()
-    bpe.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=True)
-    letters = [letter + end for letter in pre_tokenizers.ByteLevel.alphabet() for end in ("", "</w>")]
-    trainer = trainers.BpeTrainer(
-        vocab_size=10_000,
-        min_frequency=1,
-        special_tokens=[*sorted(letters), _START, _END],
-        end_of_word_suffix="</w>",
-        show_progress=False,
-    )
-    bpe.train_from_iterator(sorted(set(words)), trainer)
-    with TemporaryDirectory() as folder:
-        vocab, merges = bpe.model.save(folder)
-        tokenizer = CLIPTokenizer(vocab, merges, model_max_length=MAX_TOKENS)
-        tokenizer.save_pretrained(folder)
-        return CLIPTokenizer.from_pretrained(Path(folder))
+    return make_tokenizer([*SCENES.values(), *CLASSES, *COLORS, *PATTERNS])
 
 
 def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
     """A CLIP text model with three layers."""
-    return CLIPTextModel(
-        CLIPTextConfig(
-            vocab_size=len(tokenizer),
-            hidden_size=TEXT_WIDTH,
-            intermediate_size=4 * TEXT_WIDTH,
-            num_hidden_layers=3,
-            num_attention_heads=4,
-            max_position_embeddings=MAX_TOKENS,
-            projection_dim=TEXT_WIDTH,
-            bos_token_id=tokenizer.bos_token_id,
-            eos_token_id=tokenizer.eos_token_id,
-            pad_token_id=tokenizer.pad_token_id,
-        )
-    )
+    return base.build_text_encoder(tokenizer, layers=3)
 
 
 def build_unet() -> UNet2DConditionModel:
