@@ -70,7 +70,7 @@ def render_world(
         scenes = captions.scene_index
         scenes = torch.where(scenes < 0, torch.randint(len(SCENES), scenes.shape, generator=generator), scenes)
         views = sample_views(len(captions.texts), generator, device, scene_index=scenes)
-        picture = render(individuals, views)
+        picture = render(individuals, views, supersampling=1)  # 48 dB from two, and twice as fast
         images.append(as_bytes(picture.images))
         masks.append(torch.nn.functional.adaptive_avg_pool2d(picture.mask, 16).half())
         texts += captions.texts
@@ -124,7 +124,7 @@ def render_families(
         images = []
         for relative in (pair[0], *relatives(*pair)):
             for _ in range(views):
-                images.append(as_bytes(render(relative, sample_views(n, generator, device)).images))
+                images.append(as_bytes(render(relative, sample_views(n, generator, device), supersampling=1).images))
         rows.append(rearrange(torch.stack(images), "(r v) n c h w -> n r v c h w", v=views))
     print(f"rendered {sum(map(len, rows))} families in {time.perf_counter() - begin:.0f} s", flush=True)
     return torch.cat(rows)

@@ -10,6 +10,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from benchmarks.pretrain.muon import make_optimizers
+
 _REPORT_STEPS = 20
 
 
@@ -39,7 +41,7 @@ def run_stage(
     loss_of: Callable[[float], Tensor],
     after_step: Callable[[int], None] | None = None,
 ) -> None:
-    """Train `model` with AdamW on `loss_of(progress)` until the stage's seconds are over.
+    """Train `model` with Muon and AdamW on `loss_of(progress)` until the stage's seconds are over.
 
     Args:
         stage: receives the losses, every 20 steps their mean, and the number of steps.
@@ -51,21 +53,19 @@ def run_stage(
         FloatingPointError: a loss is not finite.
     """
     parameters = [p for p in model.parameters() if p.requires_grad]
-    fused = parameters[0].is_cuda
-    optimizer = torch.optim.AdamW(
-        parameters, stage.learning_rate, betas=(0.9, 0.99), weight_decay=stage.weight_decay, fused=fused
-    )
+    optimizers = make_optimizers(model, stage.learning_rate, stage.weight_decay)
     model.train()
     begin, progress = time.perf_counter(), 0.0
     total = torch.zeros((), device=parameters[0].device)
     while progress < 1.0 or stage.steps < 2:
-        for group in optimizer.param_groups:
+        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
             group["lr"] = stage.learning_rate * max(rate_at(progress, stage.warmup), 1e-3)
         loss = loss_of(progress)
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        optimizer.step()
-        optimizer.zero_grad()
+        for optimizer in optimizers:
+            optimizer.step()
+            optimizer.zero_grad()
         total += loss.detach()
         stage.steps += 1
         if after_step is not None:

@@ -19,6 +19,7 @@ import sys
 import time
 from dataclasses import asdict
 from datetime import date
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -28,8 +29,9 @@ from atomdiff.toybox.world import CLASSES, SCENES
 from atomdiff.toybox.world.judge import Judge, save_judge
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
+from benchmarks.pretrain.fastest import print_profile
 from benchmarks.pretrain.stage import Stage
-from benchmarks.pretrain.train_autoencoder import center_latents, encode, train_autoencoder
+from benchmarks.pretrain.train_autoencoder import center_latents, encode, fastest_loss, sizes, train_autoencoder
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss, train_denoiser
 from benchmarks.pretrain.train_judge import train_judge
 from benchmarks.pretrain.weights import load_shards, make_pipeline, save_pipeline, save_shards
@@ -43,11 +45,13 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--images", type=int, default=400_000, help="most captioned images")
     parser.add_argument("--families", type=int, default=8_000, help="most families of the judge, 12 images each")
     parser.add_argument("--batch", type=int, default=512, help="images in a step of the UNet")
+    parser.add_argument("--vae_batch", type=int, default=64, help="images in a step of the autoencoder")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest of the UNet")
     parser.add_argument("--start_from", type=Path, help="folder of weights to go on from")
     parser.add_argument("--pipeline", type=Path, help="only make pipeline and judge folders of the weights in --out")
     parser.add_argument("--tiny", action="store_true", help="few images and small batches, to try it out")
     parser.add_argument("--warm", action="store_true", help="only compile the UNet, to fill the compiler's cache")
+    parser.add_argument("--profile", action="store_true", help="print at the end what a step's time goes to")
     parser.add_argument("--seed", type=int, default=1)
     return parser.parse_args()
 
@@ -65,11 +69,14 @@ def build_denoiser(device: torch.device) -> tuple[Any, Denoiser]:
     return tokenizer, denoiser
 
 
-def warm(batch: int, device: torch.device) -> None:
-    """Compile the UNet once for a batch."""
+def warm(options: argparse.Namespace, device: torch.device) -> None:
+    """Compile the losses of autoencoder and UNet once, to fill the compiler's cache."""
+    vae, judge = channels_last(build_vae(), device), channels_last(Judge(), device).requires_grad_(False).eval()
+    for side, count in sizes(options.vae_batch).items():
+        fastest_loss(vae, judge, channels_last(torch.randn(count, 3, side, side), device), options.out)
     tokenizer, denoiser = build_denoiser(device)
-    latents = channels_last(torch.randn(batch, 16, 16, 16), device)
-    denoiser.train().compile_unet(latents, token_ids(tokenizer, ["a mug"] * (batch - 1), device))
+    latents = channels_last(torch.randn(options.batch, 16, 16, 16), device)
+    denoiser.train().choose_way(latents, token_ids(tokenizer, ["a mug"] * (options.batch - 1), device), options.out)
 
 
 class Run:
@@ -126,12 +133,12 @@ class Run:
         total = self.options.seconds
         if self.options.start_from is None:
             families = render_families(
-                self.options.families, 0.05 * total, self.options.seed + 1, self.device, batch=8 if small else 256
+                self.options.families, 0.03 * total, self.options.seed + 1, self.device, batch=8 if small else 2048
             )
-            train_judge(self.judge, world, families, self.stage("judge", 0.08 * total, 2e-3))
+            train_judge(self.judge, world, families, self.stage("judge", 0.06 * total, 2e-3))
             del families
-            size = 4 if small else 96
-            train_autoencoder(self.vae, self.judge, world.images, self.stage("vae", 0.2 * total, 1e-3), size)
+            stage = self.stage("vae", 0.36 * total, 1e-3)
+            train_autoencoder(self.vae, self.judge, world.images, stage, self.options.vae_batch, self.options.out)
         self.judge.eval()
         latents = encode(self.vae, world.images, 8 if small else 512)
         self.notes["autoencoder"] = self.measure_autoencoder(world)
@@ -144,11 +151,11 @@ class Run:
         world.images = world.images[:0]
         ids = token_ids(self.tokenizer, world.texts, self.device)
         batch = self.options.batch
-        if self.device.type == "cuda":
-            self.denoiser.train().compile_unet(latents[:batch].float(), ids[:batch])
+        some = latents[:batch].float().contiguous(memory_format=torch.channels_last)
+        self.denoiser.train().choose_way(some, ids[:batch], self.options.out)
         stage = self.stage("denoiser", self.left() - 0.06 * total, self.options.learning_rate, warmup=0.03)
-        loss = make_loss(self.denoiser, latents, world.masks, ids, batch)
-        self.notes["average"] = train_denoiser(self.denoiser, loss, stage, self.save)
+        self.loss_of = make_loss(self.denoiser, latents, world.masks, ids, batch)
+        self.notes["average"] = train_denoiser(self.denoiser, self.loss_of, stage, self.save)
         self.save()
 
     @torch.no_grad()
@@ -200,25 +207,28 @@ def main() -> None:
         save_pipeline(make_pipeline(states, report["scaling_factor"]), options.pipeline)
         return
     if options.tiny:
-        options.images, options.families, options.batch = 48, 12, 4
+        options.images, options.families, options.batch, options.vae_batch = 48, 12, 4, 4
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
-    if options.warm:
-        warm(options.batch, device)
-        return
     options.out.mkdir(parents=True, exist_ok=True)
+    if options.warm:
+        warm(options, device)
+        return
     warming = None
     if device.type == "cuda":
-        command = [sys.executable, "-m", "benchmarks.pretrain.train", "--warm", "--batch", str(options.batch)]
+        command = [sys.executable, "-m", "benchmarks.pretrain.train", "--warm", "--out", str(options.out)]
+        command += ["--batch", str(options.batch), "--vae_batch", str(options.vae_batch)]
         warming = subprocess.Popen(command)
     run = Run(options, device)
     batch = 8 if options.tiny else 2048
-    world = render_world(options.images, 0.14 * options.seconds, options.seed, device, batch)
+    world = render_world(options.images, 0.10 * options.seconds, options.seed, device, batch)
     run.learn(world)
     if warming is not None:
         warming.wait(timeout=60)
     run.draw_sheet()
+    if options.profile:
+        print_profile(partial(run.loss_of, 1.0), run.denoiser)
 
 
 if __name__ == "__main__":

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+
 import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from atomdiff.toybox.world import IMAGE_SIZE
 from atomdiff.toybox.world.judge import Judge
 from benchmarks.pretrain.architecture import LATENT_CHANNELS
 from benchmarks.pretrain.data import as_signal
+from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.stage import Average, Stage, run_stage
 
 
@@ -27,35 +33,75 @@ def feature_error(judge: Judge, restored: Tensor, x: Tensor) -> Tensor:
     return total / 3
 
 
-def train_autoencoder(vae: AutoencoderKL, judge: Judge, images: Tensor, stage: Stage, batch: int) -> None:
+def make_loss(vae: AutoencoderKL, judge: Judge) -> Callable[[Tensor], Tensor]:
+    """The loss of images (n, 3, h, w) in [-1, 1], as a function that can be compiled.
+
+    A quarter of the batch is restored at half its size from latents scaled down (EQ-VAE, arXiv 2502.09509), which makes
+    the latents smooth in space and easier to denoise; a little noise on the other latents keeps the decoder from
+    trusting them to the last digit, which no denoiser can deliver.
+    """
+
+    def compare(latents: Tensor, x: Tensor) -> Tensor:
+        restored = vae.decoder(vae.post_quant_conv(latents)).float()
+        error = (restored - x).abs().mean() + 2 * (restored - x).square().mean() + edge_error(restored, x)
+        return error + 0.1 * feature_error(judge, restored, x)
+
+    def loss_of(x: Tensor) -> Tensor:
+        with torch.autocast(x.device.type, torch.bfloat16):
+            mean, spread = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
+            spread = spread.clamp(-30, 20)
+            width = 0.1 * mean.detach().std() * torch.rand(len(mean), 1, 1, 1, device=x.device)
+            latents = mean + ((0.5 * spread).exp() + width) * torch.randn_like(mean)
+            few = len(x) // 4
+            small = compare(F.avg_pool2d(mean[:few], 2), F.avg_pool2d(x[:few], 2))
+            error = 0.75 * compare(latents[few:], x[few:]) + 0.25 * small
+        divergence = 0.5 * (mean.square() + spread.exp() - 1 - spread).sum((1, 2, 3)).mean()
+        return error + 1e-6 * divergence / (x.shape[-1] / IMAGE_SIZE) ** 2
+
+    return loss_of
+
+
+def sizes(batch: int) -> dict[int, int]:
+    """Images a step by pixels a side: crops first, whole images then."""
+    return {IMAGE_SIZE // 2: 2 * batch, IMAGE_SIZE: batch}
+
+
+def train_autoencoder(vae: AutoencoderKL, judge: Judge, images: Tensor, stage: Stage, batch: int, folder: Path) -> None:
     """Train on images (n, 3, 128, 128) of bytes and leave the moving average of the weights in `vae`.
 
-    One batch in four is restored at half its size from latents scaled down (EQ-VAE, arXiv 2502.09509), which makes the
-    latents smooth in space and easier to denoise; a little noise on the latents keeps the decoder from trusting them to
-    the last digit, which no denoiser can deliver.
+    The first 60 % of the time goes to crops of half the size, four times cheaper, 2 * `batch` a step.
     """
     device = images.device
     judge.requires_grad_(False).eval()
     average = Average(vae, (0.998,))
 
+    def draw(side: int, count: int) -> Tensor:
+        top, left = torch.randint(IMAGE_SIZE - side + 1, (2,)).tolist()
+        index = torch.randint(len(images), (count,), device=device)
+        return as_signal(images[index, :, top : top + side, left : left + side])
+
+    losses = {}
+    for side, count in sizes(batch).items():
+        losses[side] = fastest_loss(vae, judge, draw(side, count), folder)
+
     def loss_of(progress: float) -> Tensor:
-        x = as_signal(images[torch.randint(len(images), (batch,), device=device)])
-        with torch.autocast(device.type, torch.bfloat16):
-            posterior = vae.encode(x).latent_dist
-            z = posterior.sample()
-            if torch.rand(()) < 0.25:
-                z, x = F.avg_pool2d(z, 2), F.avg_pool2d(x, 2)
-            else:
-                noise = 0.1 * z.detach().std() * torch.rand(len(z), 1, 1, 1, device=device)
-                z = z + noise * torch.randn_like(z)
-            restored = vae.decode(z).sample.float()
-            perceived = feature_error(judge, restored, x)
-        error = (restored - x).abs().mean() + (restored - x).square().mean() + edge_error(restored, x)
-        return error + 0.1 * perceived + 1e-6 * posterior.kl().mean()
+        side = IMAGE_SIZE // 2 if progress < 0.6 else IMAGE_SIZE
+        return losses[side](draw(side, sizes(batch)[side]))
 
     run_stage(stage, vae, loss_of, average.update)
     average.write_to_model(0)
     freeze_posterior(vae)
+
+
+def fastest_loss(vae: AutoencoderKL, judge: Judge, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
+    """The loss, compiled for the shape of `x` where that is faster and gives the same gradients (see `fastest`)."""
+    plain = make_loss(vae, judge)
+    ways = {"plain": plain}
+    if x.is_cuda:
+        ways["compiled"] = torch.compile(make_loss(vae, judge), dynamic=False)
+    return ways[
+        fastest(f"autoencoder at {x.shape[-1]}", folder, vae, {name: partial(way, x) for name, way in ways.items()})
+    ]
 
 
 @torch.no_grad()
