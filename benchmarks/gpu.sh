@@ -14,7 +14,7 @@ fi
 export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore PYTHONUNBUFFERED=1
 case $part in
 pretrain)
-  timeout $((${SECONDS_:-540} + 40)) python3 -m benchmarks.pretrain.train --out "$out" --seconds "${SECONDS_:-540}" ${OPTIONS:-} 2>&1 | grep -v -i warning | tee "$out/pretrain.log"
+  timeout $((${SECONDS_:-540} + 40)) python3 -m benchmarks.pretrain.train --out "$out" --seconds "${SECONDS_:-540}" ${OPTIONS:-} 2>&1 | grep --line-buffered -v -i warning | tee "$out/pretrain.log"
   ;;
 figures)
   # Every piece has its own limit and writes what it has, so that a stop costs one piece. 200 s were too few for all nine
