@@ -9,26 +9,26 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atomdiff.active import set_active
-    from atomdiff.hub import push_to_hub
-    from atomdiff.library import ConceptLibrary
-    from atomdiff.mixed import mixed_batch
-    from atomdiff.pipeline import list_atoms, load_atoms, merge, restore, save_atoms, unload_atoms
+    from atomdiff.concepts.hub import push_to_hub
+    from atomdiff.concepts.library import ConceptLibrary
+    from atomdiff.pipelines.load import list_atoms, load_atoms, merge, restore, save_atoms, unload_atoms
+    from atomdiff.pipelines.mixed_batch import mixed_batch
+    from atomdiff.pipelines.switch import set_active
     from atomdiff.tuner import AtomConfig, AtomModel
 
 _HOMES = {
     "AtomConfig": "atomdiff.tuner",
     "AtomModel": "atomdiff.tuner",
-    "ConceptLibrary": "atomdiff.library",
-    "list_atoms": "atomdiff.pipeline",
-    "load_atoms": "atomdiff.pipeline",
-    "merge": "atomdiff.pipeline",
-    "mixed_batch": "atomdiff.mixed",
-    "push_to_hub": "atomdiff.hub",
-    "restore": "atomdiff.pipeline",
-    "save_atoms": "atomdiff.pipeline",
-    "set_active": "atomdiff.active",
-    "unload_atoms": "atomdiff.pipeline",
+    "ConceptLibrary": "atomdiff.concepts.library",
+    "list_atoms": "atomdiff.pipelines.load",
+    "load_atoms": "atomdiff.pipelines.load",
+    "merge": "atomdiff.pipelines.load",
+    "mixed_batch": "atomdiff.pipelines.mixed_batch",
+    "push_to_hub": "atomdiff.concepts.hub",
+    "restore": "atomdiff.pipelines.load",
+    "save_atoms": "atomdiff.pipelines.load",
+    "set_active": "atomdiff.pipelines.switch",
+    "unload_atoms": "atomdiff.pipelines.load",
 }
 
 __all__ = [

@@ -26,10 +26,10 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.atoms import svd_atoms
-from atomdiff.command_line import parse_config
-from atomdiff.sparse import code_quality, sparse_atoms, sparse_codes
+from atomdiff.atoms.sparse import code_quality, sparse_atoms, sparse_codes
+from atomdiff.atoms.update import svd_atoms
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.quiet import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 DICTIONARY_STEPS, CODE_STEPS = 10, 20
@@ -186,7 +186,7 @@ def qualities(rows: Tensor, config: BenchmarkConfig) -> Iterator[tuple[str, dict
 def main(config: BenchmarkConfig) -> None:
     """Measure and write the result file."""
     quiet_libraries()
-    from atomdiff.demo import versions
+    from atomdiff.cli.demo import versions
 
     load = os.getloadavg()[0]
     kernels = untrained_kernels()

@@ -26,8 +26,8 @@ from typing import Any, Literal
 
 import torch
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.command_line import parse_config
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.quiet import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 EXPERIMENTS = ROOT / "configs" / "experiments" / "classify"
@@ -165,7 +165,7 @@ def compare(config: BenchmarkConfig, work: Path, method: str) -> tuple[dict[str,
 def main(config: BenchmarkConfig) -> None:
     """Run everything and write the result file."""
     quiet_libraries()
-    from atomdiff.demo import versions
+    from atomdiff.cli.demo import versions
 
     started = time.perf_counter()
     work = Path(config.work_dir)

@@ -26,7 +26,7 @@ figures)
   done
   for options in "--mixed_precision fp16" "--mixed_precision bf16 --use_8bit_adam" "--enable_xformers_memory_efficient_attention"; do
     # shellcheck disable=SC2086
-    LIMIT=50 piece python3 -m atomdiff.cli train --config configs/demo.yaml --instance_data_dir samples/subjects/mug \
+    LIMIT=50 piece python3 -m atomdiff train --config configs/demo.yaml --instance_data_dir samples/subjects/mug \
       --class_name mug --max_train_steps 20 --validation_prompt null --output_dir "$(mktemp -d)" $options
   done
   piece python3 benchmarks/training_step.py --output_dir "$out" --parts sdxl_gpu --methods spatial lora_attn --repeats 5

@@ -24,8 +24,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.command_line import parse_config
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.quiet import quiet_libraries
 
 PER_FOLDER = 500
 WORD = "sks"
@@ -57,8 +57,8 @@ def write_library(folder: str, concepts: int) -> None:
     import torch
     from decompose import untrained_kernels
 
-    from atomdiff.atoms import svd_atoms
-    from atomdiff.delta_file import DeltaFile, write_delta_file
+    from atomdiff.atoms.update import svd_atoms
+    from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
     from atomdiff.tuner import AtomConfig
 
     kernels = untrained_kernels()
@@ -111,9 +111,9 @@ def seconds(work: Callable[[], object]) -> float:
 
 def measure(folder: str, config: BenchmarkConfig) -> dict[str, float]:
     """All figures."""
-    from atomdiff.delta_file import read_delta_file, write_delta_file
-    from atomdiff.errors import UserError
-    from atomdiff.library import ConceptLibrary
+    from atomdiff.concepts.concept_file import read_delta_file, write_delta_file
+    from atomdiff.concepts.library import ConceptLibrary
+    from atomdiff.utils.errors import UserError
 
     def median(work: Callable[[], object]) -> float:
         return statistics.median(seconds(work) for _ in range(config.repeats))
@@ -185,7 +185,7 @@ def measure(folder: str, config: BenchmarkConfig) -> dict[str, float]:
 def main(config: BenchmarkConfig) -> None:
     """Measure and write the result file."""
     quiet_libraries()
-    from atomdiff.demo import versions
+    from atomdiff.cli.demo import versions
 
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:

@@ -27,9 +27,9 @@ from typing import Any
 
 import torch
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.command_line import parse_config
-from atomdiff.precision import choose_precision
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.precision import choose_precision
+from atomdiff.utils.quiet import quiet_libraries
 
 LORA_LAYERS = {
     "lora_attn": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -64,7 +64,7 @@ def build_pipe(dtype: torch.dtype, device: str) -> Any:
     """A pipeline whose UNet has SD 1.5's architecture and random weights, and which has nothing else."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from atomdiff.accounting import ARCHITECTURES
+    from atomdiff.concepts.parameter_count import ARCHITECTURES
 
     with torch.device("meta"):
         unet = ARCHITECTURES["sd-1.5"]().to(dtype).eval()
@@ -123,9 +123,9 @@ def alternate(thing: Callable[[str], Any], names: tuple[str, ...] = ("a", "b")) 
 
 def targeted_weights(pipe: Any) -> list[torch.Tensor]:
     """The weights that concepts on convolutions adapt."""
-    from atomdiff.tuner import attach
+    from atomdiff.tuner import inject
 
-    return [layer.get_base_layer().weight.data for layer in attach.atom_layers(pipe.unet).values()]
+    return [layer.get_base_layer().weight.data for layer in inject.atom_layers(pipe.unet).values()]
 
 
 def measure_copy_and_switch(kind: str, dtype: torch.dtype, device: str, config: BenchmarkConfig) -> dict[str, float]:
@@ -277,7 +277,7 @@ COMPARISONS = {"switch": compare_switches, "many": compare_many, "mixed": compar
 def main(config: BenchmarkConfig) -> None:
     """Run the comparisons and write the result file."""
     quiet_libraries()
-    from atomdiff.demo import versions
+    from atomdiff.cli.demo import versions
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(config.output)

@@ -11,8 +11,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.command_line import parse_config
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.quiet import quiet_libraries
 
 FORMS: dict[str, dict[str, Any]] = {
     "spatial": {"channel_block": 1},
@@ -37,8 +37,8 @@ def main(config: ParametersConfig) -> None:
     quiet_libraries()
     from peft import LoraConfig
 
-    from atomdiff.accounting import ARCHITECTURES, count_numbers, open_architecture
-    from atomdiff.demo import versions
+    from atomdiff.cli.demo import versions
+    from atomdiff.concepts.parameter_count import ARCHITECTURES, count_numbers, open_architecture
     from atomdiff.tuner import AtomConfig
     from atomdiff.tuner.config import PRESETS
     from atomdiff.tuner.model import preset_targets

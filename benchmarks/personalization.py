@@ -18,8 +18,8 @@ from datetime import date
 from pathlib import Path
 from typing import Any
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.command_line import parse_config
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.quiet import quiet_libraries
 
 ROOT = Path(__file__).parents[1]
 FACTORS = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 1.0, 2.0)}
@@ -58,7 +58,7 @@ def own_rate(method: str) -> float:
 
 def run_trial(method: str, subject: str, rate: float, work_dir: Path) -> dict[str, Any]:
     """Train and measure one subject, or read what an earlier call measured."""
-    from atomdiff.demo import DemoConfig, run_demo
+    from atomdiff.cli.demo import DemoConfig, run_demo
 
     folder = work_dir / method.replace("/", "-") / f"{rate:g}" / subject
     if (folder / "report.json").is_file():
@@ -100,11 +100,11 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
     from diffusers import StableDiffusionPipeline
     from PIL import Image
 
-    from atomdiff.demo import open_concept
-    from atomdiff.dreambooth import load_config
-    from atomdiff.grid import grid
-    from atomdiff.method import place_for, read_adapter
-    from atomdiff.sample import generate
+    from atomdiff.cli.demo import open_concept
+    from atomdiff.sampling.sample import generate
+    from atomdiff.training.dreambooth import load_config
+    from atomdiff.training.method import place_for, read_adapter
+    from atomdiff.utils.image_grid import grid
 
     adapter = read_adapter(str(ROOT / "configs" / "experiments" / config.methods[0] / "adapter.json"))
     demo = str(ROOT / "configs" / "demo.yaml")
@@ -134,7 +134,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
 def main(config: BenchmarkConfig) -> None:
     """Run all trials and write the result file."""
     quiet_libraries()
-    from atomdiff.demo import versions
+    from atomdiff.cli.demo import versions
 
     figures: dict[str, float] = {}
     trials: dict[str, Any] = {}

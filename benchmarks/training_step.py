@@ -43,9 +43,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.command_line import parse_config
-from atomdiff.precision import choose_precision
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.precision import choose_precision
+from atomdiff.utils.quiet import quiet_libraries
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiments"
 OTHERS = ("lora_attn", "lora_conv", "oft", "reference", "full")
@@ -56,7 +56,7 @@ PLAIN = "spatial"
 class Part:
     """A model on a device."""
 
-    architecture: str  # of `atomdiff.accounting.ARCHITECTURES`, or "tiny" to try the benchmark out
+    architecture: str  # of `atomdiff.concepts.parameter_count.ARCHITECTURES`, or "tiny" to try the benchmark out
     device: str
     latent_size: int
     repeats: int
@@ -129,7 +129,7 @@ def tiny_unet() -> nn.Module:
 
 def make_unet(part: Part) -> Any:
     """The UNet of a part without weights."""
-    from atomdiff.accounting import ARCHITECTURES
+    from atomdiff.concepts.parameter_count import ARCHITECTURES
 
     with torch.device("meta"):
         return (ARCHITECTURES | {"tiny": tiny_unet})[part.architecture]()
@@ -147,7 +147,7 @@ def make_weights(part: Part, config: BenchmarkConfig) -> dict[str, Tensor]:
 
 def build(method: str, part: Part, weights: dict[str, Tensor]) -> Any:
     """A UNet that shares the given weights, with what the method trains, in training mode."""
-    from atomdiff.method import make_trainable
+    from atomdiff.training.method import make_trainable
 
     unet = make_unet(part).train()
     unet.load_state_dict(weights, assign=True)
@@ -163,7 +163,7 @@ def build(method: str, part: Part, weights: dict[str, Tensor]) -> Any:
 
 def adapter_of(method: str, unet: nn.Module) -> Any:
     """The config of a method, None for `full`."""
-    from atomdiff.method import read_adapter
+    from atomdiff.training.method import read_adapter
     from atomdiff.tuner.model import preset_targets
 
     if method == "full":
@@ -253,7 +253,7 @@ def bytes_on_disk(method: str, unet: Any) -> int:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from safetensors.torch import save_file
 
-    from atomdiff.method import place_for, save_trained
+    from atomdiff.training.method import place_for, save_trained
 
     trained = {name: p.detach() for name, p in unet.named_parameters() if p.requires_grad}
     if method == "full":  # as large as its numbers, and nothing to try out
@@ -336,7 +336,7 @@ def run_part(name: str, config: BenchmarkConfig) -> dict[str, float]:
 def main(config: BenchmarkConfig) -> None:
     """Run the parts and write a result file for each."""
     quiet_libraries()
-    from atomdiff.demo import versions
+    from atomdiff.cli.demo import versions
 
     default = ("sd15_cpu", "sd15_gpu", "sdxl_gpu") if torch.cuda.is_available() else ("sd15_cpu",)
     fields = {field.name: field.default for field in dataclasses.fields(config) if field.name != "output_dir"}

@@ -23,7 +23,7 @@ from diffusers import (
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
-from atomdiff.precision import has_instructions
+from atomdiff.utils.precision import has_instructions
 
 transformers_logging.disable_progress_bar()
 

@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from datetime import date
 from pathlib import Path
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.command_line import parse_config
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -32,11 +32,11 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     """Measure, print, store."""
     quiet_libraries()
-    from atomdiff.demo import versions
-    from atomdiff.grid import grid
+    from atomdiff.cli.demo import versions
     from atomdiff.toybox.base import load_toybox
     from atomdiff.toybox.judge import load_judge
     from atomdiff.toybox.report import evaluate_base
+    from atomdiff.utils.image_grid import grid
 
     pipe = load_toybox(config.pretrained_model_name_or_path)
     figures, images, captions = evaluate_base(

@@ -5,7 +5,7 @@ The same as `atomdiff sample`; under `accelerate launch` the processes share the
 
 import sys
 
-from atomdiff.cli import main
+from atomdiff.cli.main import main
 
 if __name__ == "__main__":
     sys.exit(main(["sample", *sys.argv[1:]]))

@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from atomdiff._quiet import quiet_libraries
-from atomdiff.command_line import parse_config
-from atomdiff.precision import choose_precision, compute_device, tell
 from atomdiff.toybox.dataset import render_world
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.precision import choose_precision, compute_device, tell
+from atomdiff.utils.quiet import quiet_libraries
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class PretrainConfig:
 def main(config: PretrainConfig) -> None:
     """Draw the world, train the parts, save them."""
     quiet_libraries()
-    from atomdiff.demo import versions
+    from atomdiff.cli.demo import versions
     from atomdiff.toybox import pretrain as p
     from atomdiff.toybox.pretrain_judge import make_judge
 

@@ -5,9 +5,9 @@ Every field of `atomdiff.classify.config.ClassifyConfig` is an option; --help li
 
 import sys
 
-from atomdiff._quiet import quiet_libraries
 from atomdiff.classify.config import load_config
-from atomdiff.cli import run_program
+from atomdiff.cli.main import run_program
+from atomdiff.utils.quiet import quiet_libraries
 
 PROGRAM = "train_classifier.py"
 

@@ -5,9 +5,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from atomdiff.errors import UserError
-from atomdiff.paths import PathText, expand_paths
-from atomdiff.train_config import Precision, Schedule, parse_with_overrides
+from atomdiff.training.config import Precision, Schedule, parse_with_overrides
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.paths import PathText, expand_paths
 
 LINEAR = "linear"
 

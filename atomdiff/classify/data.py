@@ -11,10 +11,10 @@ from PIL import ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from atomdiff.bars import Bar
-from atomdiff.data import Picture, derive_seed, read_picture, sample_order
-from atomdiff.errors import UserError
-from atomdiff.image_files import normal, picture_files
+from atomdiff.data.image_files import normal, picture_files
+from atomdiff.data.images import Picture, derive_seed, read_picture, sample_order
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.progress import Bar
 
 _SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 

@@ -9,8 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from atomdiff.classify.config import LINEAR, ClassifyConfig
 from atomdiff.classify.model import head_parameters, in_base
-from atomdiff.errors import UserError
-from atomdiff.method import make_trainable, read_adapter
+from atomdiff.training.method import make_trainable, read_adapter
+from atomdiff.utils.errors import UserError
 
 
 def read_method(config: ClassifyConfig) -> PeftConfig | str | None:

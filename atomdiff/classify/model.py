@@ -17,13 +17,13 @@ from transformers import AutoConfig, AutoImageProcessor, AutoModelForImageClassi
 from transformers.models.convnext.image_processing_pil_convnext import ConvNextImageProcessorPil
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
-from atomdiff import peft_directory
-from atomdiff.atomic import new_folder
-from atomdiff.data import derive_seed
-from atomdiff.delta_file import read_tensors, some
-from atomdiff.errors import UserError
-from atomdiff.method import ADAPTER_NAME
-from atomdiff.tuner.attach import attach_peft, peft_tensors
+from atomdiff.concepts import peft_folder
+from atomdiff.concepts.concept_file import read_tensors, some
+from atomdiff.data.images import derive_seed
+from atomdiff.training.method import ADAPTER_NAME
+from atomdiff.tuner.inject import attach_peft, peft_tensors
+from atomdiff.utils.atomic import new_folder
+from atomdiff.utils.errors import UserError
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "classifier.json"
 _COMPONENT = "model"
@@ -170,7 +170,7 @@ def _write_changes(
     """Write what distinguishes the classifier from its base."""
     if isinstance(method, PeftConfig):
         adapter = {_COMPONENT: (method, peft_tensors(model, ADAPTER_NAME))}
-        peft_directory.write(folder, adapter, {}, denoiser=_COMPONENT)
+        peft_folder.write(folder, adapter, {}, denoiser=_COMPONENT)
     head = {path: tensor for path, tensor in model.state_dict().items() if not in_base(model, path)}
     if updates_batch_norm:
         head |= norm_statistics(model)
@@ -211,7 +211,7 @@ def load_classifier(folder: str | Path, pretrained_model_name_or_path: str | Non
         )
     head = read_tensors(folder / HEAD_FILE)[0]
     if (folder / CONFIG_NAME).is_file():
-        adapter, tensors = peft_directory.read(folder, [_COMPONENT], _COMPONENT)[0][_COMPONENT]
+        adapter, tensors = peft_folder.read(folder, [_COMPONENT], _COMPONENT)[0][_COMPONENT]
         try:
             attach_peft(model, adapter, tensors, ADAPTER_NAME)
         except ValueError as error:

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules.batchnorm import _BatchNorm
 
-from atomdiff.atomic import write_json, write_result
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.data import (
     Augmentation,
@@ -41,14 +40,15 @@ from atomdiff.classify.model import (
     open_processor,
     save_classifier,
 )
-from atomdiff.data import derive_seed
-from atomdiff.demo import versions
-from atomdiff.errors import UserError
-from atomdiff.first_look import check_writable, refuse_overlap
-from atomdiff.folder_lock import locked
-from atomdiff.method import describe_adapter
-from atomdiff.precision import training_precision
-from atomdiff.progress import RunLog
+from atomdiff.cli.demo import versions
+from atomdiff.data.images import derive_seed
+from atomdiff.training.method import describe_adapter
+from atomdiff.training.preflight import check_writable, refuse_overlap
+from atomdiff.training.run_log import RunLog
+from atomdiff.utils.atomic import write_json, write_result
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.folder_lock import locked
+from atomdiff.utils.precision import training_precision
 
 _DEFAULT_RATES = {"full": 1e-4, "adapter": 5e-3}
 _LOSS_SHARE = 0.05  # of a step's loss in the average loss after it

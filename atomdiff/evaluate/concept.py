@@ -10,15 +10,15 @@ from typing import Any
 
 from PIL import Image
 
-from atomdiff.articles import with_article
-from atomdiff.bars import Bar
-from atomdiff.data import read_photos
+from atomdiff.data.images import read_photos
 from atomdiff.evaluate.drift import drift
 from atomdiff.evaluate.fidelity import fidelity, mean_pairwise_similarity
 from atomdiff.evaluate.prompt_match import prompt_match
-from atomdiff.sample import draw_each
+from atomdiff.sampling.sample import draw_each
 from atomdiff.toybox.judge import Judge
 from atomdiff.toybox.places import PLACES
+from atomdiff.utils.articles import with_article
+from atomdiff.utils.progress import Bar
 
 Pictures = list[Image.Image]
 UNSEEN = "unseen"

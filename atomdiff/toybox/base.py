@@ -10,10 +10,10 @@ from diffusers.models.attention_processor import AttnProcessor
 from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-from atomdiff.assets import locate
 from atomdiff.toybox.places import PLACES
 from atomdiff.toybox.scenes import CLASSES, COLOURS, PICTURE_SIZE
 from atomdiff.toybox.shapes import PATTERNS
+from atomdiff.utils.assets import locate
 
 RARE_WORDS = ("sks", "zwx", "ohwx", "xjy", "qqv", "vlk")
 LATENT_CHANNELS = 8

@@ -10,9 +10,9 @@ from functools import partial
 import numpy as np
 from numpy.typing import NDArray
 
-from atomdiff.bars import Bar
 from atomdiff.toybox.scenes import CLASSES, SCENES, Caption, base_individual, draw, random_caption
 from atomdiff.toybox.subjects import random_individual, views
+from atomdiff.utils.progress import Bar
 
 
 def caption_of(index: int, seed: int, held_out: bool = False) -> tuple[Caption, np.random.Generator]:

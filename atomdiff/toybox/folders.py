@@ -10,12 +10,12 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from atomdiff.atomic import new_folder
-from atomdiff.errors import UserError
 from atomdiff.toybox.scenes import CLASSES, COLOURS, SCENES, Caption, base_individual, draw
 from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
 from atomdiff.toybox.styles import ink
 from atomdiff.toybox.subjects import random_individual
+from atomdiff.utils.atomic import new_folder
+from atomdiff.utils.errors import UserError
 
 PATTERN_NAMES = tuple(SUBJECT_PATTERNS)
 

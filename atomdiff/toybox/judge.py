@@ -13,10 +13,10 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atomdiff.assets import ASSETS
-from atomdiff.atomic import new_folder
 from atomdiff.toybox.scenes import CLASSES, COLOURS, PICTURE_SIZE, SCENES
 from atomdiff.toybox.shapes import PATTERNS
+from atomdiff.utils.assets import ASSETS
+from atomdiff.utils.atomic import new_folder
 
 LABELS: dict[str, tuple[str, ...]] = {
     "class": CLASSES,

@@ -18,10 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from transformers import CLIPTextModel, CLIPTokenizer
 
-from atomdiff.atomic import new_file
-from atomdiff.bars import Bar
-from atomdiff.method import write_pipeline
-from atomdiff.precision import autocast
 from atomdiff.toybox.base import (
     DOWNSAMPLING,
     LATENT_CHANNELS,
@@ -34,6 +30,10 @@ from atomdiff.toybox.base import (
 )
 from atomdiff.toybox.dataset import caption_of
 from atomdiff.toybox.scenes import Caption, shorten
+from atomdiff.training.method import write_pipeline
+from atomdiff.utils.atomic import new_file
+from atomdiff.utils.precision import autocast
+from atomdiff.utils.progress import Bar
 
 CHECKPOINT_STEPS = 500
 

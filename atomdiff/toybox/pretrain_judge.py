@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atomdiff.precision import autocast
 from atomdiff.toybox.dataset import render_individuals
 from atomdiff.toybox.judge import LABELS, Judge, individual_loss, save_judge
 from atomdiff.toybox.pretrain import Stage, as_signal, run_stage
 from atomdiff.toybox.scenes import Caption
+from atomdiff.utils.precision import autocast
 
 VIEWS = 6
 _UNNAMED = -100

@@ -3,7 +3,7 @@
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.model import AtomModel
-from atomdiff.tuner.register import register
+from atomdiff.tuner.peft_type import register
 
 __all__ = ["AtomConfig", "AtomLayer", "AtomModel"]
 

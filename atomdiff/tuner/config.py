@@ -115,7 +115,7 @@ class AtomConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.filled_by_loader = False  # True: atoms and deltas are zeros until a loader fills them in; never stored
         self._check_kinds()
-        from atomdiff.tuner.register import register
+        from atomdiff.tuner.peft_type import register
 
         self.peft_type = register()
         self.channel_block_pattern = self.channel_block_pattern or {}

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from atomdiff.blocks import View, fit_block
+from atomdiff.atoms.layout import View, fit_block
 from atomdiff.tuner.config import AtomConfig
 
 

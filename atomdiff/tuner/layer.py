@@ -16,7 +16,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 from torch.func import vmap
 
-from atomdiff.atoms import (
+from atomdiff.atoms import autograd, im2col
+from atomdiff.atoms.sparse import sparse_atoms, sparse_codes
+from atomdiff.atoms.update import (
     Change,
     adapt_weight,
     adapt_weight_by_row,
@@ -27,12 +29,12 @@ from atomdiff.atoms import (
     without_autocast,
     write_adapted,
 )
-from atomdiff.sparse import sparse_atoms, sparse_codes
-from atomdiff.threads import ThisThread
-from atomdiff.tuner import kept, lean, places, stateless, taps
+from atomdiff.tuner import kept_weights, weight_storage
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
-from atomdiff.tuner.register import PREFIX
+from atomdiff.tuner.peft_type import PREFIX
+from atomdiff.utils import functional_call
+from atomdiff.utils.thread_local import ThisThread
 
 TRAINED_KINDS = ("atom_delta", "channel_delta", "recursion_delta", "recursion_mix")
 BASIS_KINDS = ("atom_basis", "channel_basis")
@@ -131,20 +133,20 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     @property
     def kept_base_weight(self) -> Tensor | None:
         """The untouched weight while merged; it lies in the base module, which outlives this layer."""
-        return kept.get(self.get_base_layer())
+        return kept_weights.get(self.get_base_layer())
 
     @kept_base_weight.setter
     def kept_base_weight(self, weight: Tensor | None) -> None:
-        kept.put(self.get_base_layer(), weight)
+        kept_weights.put(self.get_base_layer(), weight)
 
     @property
     def stored_base_weight(self) -> Callable[[], Tensor] | None:
         """What reads the untouched weight while merged from where it takes no memory of the device."""
-        return cast(Callable[[], Tensor] | None, kept.get_stored(self.get_base_layer()))
+        return cast(Callable[[], Tensor] | None, kept_weights.get_stored(self.get_base_layer()))
 
     @stored_base_weight.setter
     def stored_base_weight(self, stored: Callable[[], Tensor] | None) -> None:
-        kept.put_stored(self.get_base_layer(), stored)
+        kept_weights.put_stored(self.get_base_layer(), stored)
 
     @property
     def r(self) -> dict[str, float]:
@@ -188,7 +190,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def unmerged_weight(self) -> Tensor:
         """The base weight without any adapter of this layer, wherever it is kept."""
-        return kept.unmerged(self.get_base_layer())
+        return kept_weights.unmerged(self.get_base_layer())
 
     def adapted_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight changed by these adapters, each times its weight; like the base weight in all else."""
@@ -212,7 +214,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         if config.basis != "sparse":
             return None
         key, basis = (adapter_name, factor.kind), self._tensor(f"{factor.kind}_basis", adapter_name)
-        stays = torch.compiler.is_compiling() or places.moves(self.get_base_layer())
+        stays = torch.compiler.is_compiling() or weight_storage.moves(self.get_base_layer())
         if key in self._codes and (stays or self._codes[key][0] == self._source(*key)):
             return self._codes[key][1]
         weight = self.unmerged_weight().detach()
@@ -266,13 +268,13 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         if self.disable_adapters or not names:
             return self.base_layer(x, *args, **kwargs)
         base = cast(Any, self.base_layer)
-        if not stateless.is_plain(base):
+        if not functional_call.is_plain(base):
             weights = {name: self.scaling[name] for name in names}
             return self._call_with(lambda weight: self._adapt(weight, weights), None, x, *args, **kwargs)
-        if lean.fits(base, x, *args, *kwargs):
+        if autograd.fits(base, x, *args, *kwargs):
             changes = self._changes({name: self.scaling[name] for name in names})
-            return lean.call(base, self.unmerged_weight(), changes, x)
-        return stateless.call(base, self.adapted_weight(names), base.bias, x, *args, **kwargs)
+            return autograd.call(base, self.unmerged_weight(), changes, x)
+        return functional_call.call(base, self.adapted_weight(names), base.bias, x, *args, **kwargs)
 
     def _forward_rows(self, batch: Batch, changes: list[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward with a weight for each row; all rows share one product."""
@@ -285,16 +287,16 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         def by_row(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, adapted: Tensor) -> Tensor:
             return batch.join(vmap(call)(batch.split(x), adapted))
 
-        if not stateless.is_plain(base):
+        if not functional_call.is_plain(base):
             if not changes:
                 return self._call_with(lambda weight: weight, None, x, *args, **kwargs)
             return self._call_with(adapt, by_row, x, *args, **kwargs)
         weight = self.unmerged_weight()
         if not changes:
-            return stateless.call(base, weight, base.bias, x, *args, **kwargs)
-        if not (args or kwargs) and taps.pays(base, changes, x.numel() // (x.shape[1] * batch.rows)):
-            return batch.join(taps.convolve(base, weight, changes, batch.split(x)))
-        return by_row(lambda x, row: stateless.call(base, row, base.bias, x, *args, **kwargs), x, adapt(weight))
+            return functional_call.call(base, weight, base.bias, x, *args, **kwargs)
+        if not (args or kwargs) and im2col.pays(base, changes, x.numel() // (x.shape[1] * batch.rows)):
+            return batch.join(im2col.convolve(base, weight, changes, batch.split(x)))
+        return by_row(lambda x, row: functional_call.call(base, row, base.bias, x, *args, **kwargs), x, adapt(weight))
 
     def _call_with(self, adapt: Callable[[Tensor], Tensor], by_row: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's own call, in which what `adapt` makes of the unmerged weight takes the weight's place."""
@@ -302,7 +304,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         def of_base(weight: Tensor) -> Tensor:
             return adapt(self.unmerged_weight().to(weight) if self.holds_merged else weight)
 
-        with stateless.OtherWeight(self.get_base_layer(), of_base, by_row) as other:
+        with functional_call.OtherWeight(self.get_base_layer(), of_base, by_row) as other:
             result = self.base_layer(x, *args, **kwargs)
         other.check()
         return result
@@ -352,15 +354,15 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """
         module = self.get_base_layer()
         self._release_others(module)
-        weight = places.memory(module)
+        weight = weight_storage.memory(module)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             if stored is not None:
-                kept.put(module, None)
-            elif kept.get(module) is None:
-                kept.put(module, kept.unmerged(module).detach().clone())
-            kept.put_stored(module, stored)
+                kept_weights.put(module, None)
+            elif kept_weights.get(module) is None:
+                kept_weights.put(module, kept_weights.unmerged(module).detach().clone())
+            kept_weights.put_stored(module, stored)
             self.written = {name: self.scaling[name] for name in adapter_names}
-            base, changes = kept.unmerged(module).detach(), _on(weight.device, self._changes(self.written))
+            base, changes = kept_weights.unmerged(module).detach(), _on(weight.device, self._changes(self.written))
             self._overwrite(weight, lambda goal: write_adapted(goal, base, changes))
         self.merged_adapters = list(adapter_names)
         self.holds_merged = True
@@ -371,9 +373,9 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             return
         module = self.get_base_layer()
         self._release_others(module)
-        weight = places.memory(module)
+        weight = weight_storage.memory(module)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
-            base = kept.unmerged(module)
+            base = kept_weights.unmerged(module)
             self._overwrite(weight, lambda goal: goal.copy_(base))
         self.kept_base_weight = self.stored_base_weight = self.written = None
         self.merged_adapters.clear()
@@ -381,10 +383,10 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def _release_others(self, base: nn.Module) -> None:
         """Let layers of other methods act unmerged: the weight is about to be written from the base weight."""
-        kept.release(base)
+        kept_weights.release(base)
         inside = cast(Any, self.base_layer)
         while isinstance(inside, BaseTunerLayer):
-            if inside.merged and kept.is_kept(base):
+            if inside.merged and kept_weights.is_kept(base):
                 inside.merged_adapters.clear()
             elif inside.merged:
                 inside.unmerge()  # it came first, without a copy: as exact as its method can
@@ -441,7 +443,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     def _tensor(self, kind: str, name: str) -> Tensor:
         """A tensor of an adapter, wherever it is kept."""
         held = self.tensors(kind)
-        return places.read(held, name, held[name])
+        return weight_storage.read(held, name, held[name])
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base weight's device, in float32 whatever the base's dtype."""
@@ -496,7 +498,7 @@ def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int, 
     if weight.is_meta:
         raise ValueError(
             f"the weight of {module_name} is on the meta device: load weights to fit atoms to, "
-            "or count numbers with atomdiff.accounting"
+            "or count numbers with atomdiff.concepts.parameter_count"
         )
     rows = factor.view.rows(weight)
     if config.basis == "svd":

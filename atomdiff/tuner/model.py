@@ -20,12 +20,12 @@ from peft.utils import AuxiliaryTrainingWrapper, NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from atomdiff.tuner import places
+from atomdiff.tuner import weight_storage
 from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.layer import AtomLayer
-from atomdiff.tuner.register import PREFIX
-from atomdiff.tuner.stateless import PLAIN
+from atomdiff.tuner.peft_type import PREFIX
+from atomdiff.utils.functional_call import PLAIN
 
 ATTENTION_PROJECTIONS = re.compile(
     r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|query|key|value|attention\.output\.dense"
@@ -90,7 +90,7 @@ def refuse_fused(attention: nn.Module, _: Any) -> None:
     Raises:
         ValueError: adapters act on projections that were fused into a copy of their weights.
     """
-    if not places.is_fused(attention):
+    if not weight_storage.is_fused(attention):
         return
     for name, child in attention.named_children():
         layer = find_atom_layer(child)
@@ -148,7 +148,7 @@ def find_atom_layer(module: nn.Module) -> AtomLayer | None:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by path; of adapted ones the base, and nothing inside."""
     inside: tuple[str, ...] = ()
-    for name, module in places.walk(model):
+    for name, module in weight_storage.walk(model):
         if not name or (inside and name.startswith(inside)):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -160,7 +160,9 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Why atoms cannot adapt a module, by path, for all that they cannot."""
-    fused = tuple(f"{name}." if name else "" for name, module in places.walk(model) if isinstance(module, _FUSED))
+    fused = tuple(
+        f"{name}." if name else "" for name, module in weight_storage.walk(model) if isinstance(module, _FUSED)
+    )
     weights = {name: module._parameters.get("weight") for name, module in modules.items()}
     uses = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
     found = {}
@@ -175,9 +177,9 @@ def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
             found[name] = f"the weight of {name} ({kind}) is used by another module's forward, where atoms cannot act"
         elif not weight.is_floating_point():
             found[name] = f"the weight of {name} is {weight.dtype}; atoms adapt floating-point weights only"
-        elif reason := places.why_not_adapted(module):
+        elif reason := weight_storage.why_not_adapted(module):
             found[name] = f"the weight of {name} cannot be adapted: {reason}"
-        elif attention := places.fused_parent(model, name):
+        elif attention := weight_storage.fused_parent(model, name):
             found[name] = f"{name} is fused into a copy within {attention}: call unfuse_qkv_projections() first"
         elif uses[id(weight)] > 1:
             found[name] = f"the weight of {name} is shared with another module, which adapting it would change too"

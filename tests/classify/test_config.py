@@ -3,7 +3,7 @@ import json
 import pytest
 
 from atomdiff.classify.config import ClassifyConfig, load_config
-from atomdiff.errors import UserError
+from atomdiff.utils.errors import UserError
 
 NEEDED = ["--pretrained_model_name_or_path", "base", "--train_data_dir", "pictures"]
 

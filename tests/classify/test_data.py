@@ -11,7 +11,7 @@ from atomdiff.classify.data import (
     read_splits,
     training_batches,
 )
-from atomdiff.errors import UserError
+from atomdiff.utils.errors import UserError
 
 
 def write(folder, **counts):

@@ -19,13 +19,13 @@ from transformers import (
     ViTForImageClassification,
 )
 
-from atomdiff.atomic import WriteError
 from atomdiff.classify import train as training
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.model import load_classifier, open_model, open_processor
 from atomdiff.classify.train import train_classifier
-from atomdiff.errors import UserError
-from atomdiff.folder_lock import locked
+from atomdiff.utils.atomic import WriteError
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.folder_lock import locked
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_dropout": 0.2, "target_modules": ["convolution"]}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}

@@ -7,7 +7,7 @@ from safetensors.torch import save_file
 
 import atomdiff
 from atomdiff.evaluate.size import stored_bytes, trained_numbers
-from atomdiff.pipeline import add_trigger_word, set_trigger_embedding
+from atomdiff.pipelines.load import add_trigger_word, set_trigger_embedding
 
 
 @pytest.mark.parametrize("config", [atomdiff.AtomConfig(channel_block=4), LoraConfig(r=2, target_modules=["to_q"])])

@@ -2,8 +2,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from atomdiff.errors import UserError
 from atomdiff.toybox.folders import write_folder
+from atomdiff.utils.errors import UserError
 
 
 def dot(name, rng):

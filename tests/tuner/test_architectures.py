@@ -15,8 +15,8 @@ from transformers import (
 )
 
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.attach import detach, merge, restore
 from atomdiff.tuner.config import PRESETS
+from atomdiff.tuner.inject import detach, merge, restore
 from atomdiff.tuner.model import preset_targets
 
 BLOCKS = {

@@ -6,7 +6,7 @@ import pytest
 from peft import PeftConfig
 
 from atomdiff.tuner import AtomConfig, AtomModel
-from atomdiff.tuner.register import register
+from atomdiff.tuner.peft_type import register
 
 
 @pytest.mark.parametrize(

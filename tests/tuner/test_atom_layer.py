@@ -7,8 +7,8 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
-from atomdiff.atoms import Change, adapt_weight
-from atomdiff.blocks import View
+from atomdiff.atoms.layout import View
+from atomdiff.atoms.update import Change, adapt_weight
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.model import preset_targets, supported_modules

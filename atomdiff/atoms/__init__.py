@@ -1,0 +1,1 @@
+"""The mathematics: weights as rows, atoms, the weight update and the fast ways to compute it."""

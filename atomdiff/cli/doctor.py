@@ -1,0 +1,134 @@
+"""What a bug report needs to know of a machine: versions, device, precision, optional packages, memory, disk, caches.
+
+Every line is found by itself, so that a broken package spoils only its own.
+"""
+
+import importlib
+import os
+import platform
+import re
+import shutil
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+
+from atomdiff.utils.assets import ASSETS
+
+_PARTS = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "huggingface-hub")
+_EXTRAS = {"gpu": ("xformers", "bitsandbytes"), "optimizers": ("prodigyopt", "schedulefree")}
+_GB = 1e9
+
+
+@dataclass(frozen=True)
+class DoctorConfig:
+    """Show what a bug report needs: versions, device, precision, optional packages, memory, disk, caches."""
+
+
+def examine() -> str:
+    """Return the report, a line for each thing; what cannot be found out is told in its line."""
+    lines: dict[str, Callable[[], str]] = {
+        "atomdiff": lambda: f"{version('atomdiff')} in {Path(__file__).parents[1]}",
+        "python": lambda: f"{platform.python_version()} ({sys.executable})",
+        "system": lambda: f"{platform.platform()}, {platform.machine()}",
+        **{name: lambda name=name: _package(name) for name in _PARTS},  # type: ignore[misc]
+        "processor": _processor,
+        "device": _device,
+        "precision": _precision,
+        **{name: lambda name=name, extra=extra: _optional(name, extra) for extra in _EXTRAS for name in _EXTRAS[extra]},  # type: ignore[misc]
+        "memory": _memory,
+        "disk": lambda: f"{shutil.disk_usage('.').free / _GB:.1f} GB free in {Path.cwd()}",
+        "Hub cache": _hub_cache,
+        "embedded base": lambda: _folder(ASSETS / "samples" / "toybox-sd"),
+    }
+    return "\n".join(f"{name:<16}{_tried(line)}" for name, line in lines.items())
+
+
+def _tried(line: Callable[[], str]) -> str:
+    try:
+        return line()
+    except BaseException as error:  # broken packages raise, or end the program, as they like
+        if isinstance(error, KeyboardInterrupt):
+            raise
+        return f"cannot be found out ({_short(error)})"
+
+
+def _short(error: BaseException) -> str:
+    return f"{type(error).__name__}: {' '.join(str(error).split())[:200]}".rstrip(": ")
+
+
+def _package(name: str) -> str:
+    """Return a package's version, whether that is one that atomdiff asks for, and whether it can be imported."""
+    try:
+        found = version(name)
+    except PackageNotFoundError:
+        return "missing; pip install atomdiff"
+    try:
+        importlib.import_module(name.replace("-", "_"))
+    except BaseException as error:
+        return f"{found}, broken ({_short(error)})"
+    wanted = next((line for line in requires("atomdiff") or () if re.split(r"[\s<>=!~\[;]", line)[0] == name), None)
+    from packaging.requirements import Requirement
+
+    if wanted is None or Requirement(wanted).specifier.contains(found, prereleases=True):
+        return found
+    return f"{found}, but atomdiff expects {wanted.split(';')[0].strip()}"
+
+
+def _optional(name: str, extra: str) -> str:
+    found = _package(name)
+    return found if not found.startswith("missing") else f'missing; pip install "atomdiff[{extra}]"'
+
+
+def _processor() -> str:
+    import torch
+
+    from atomdiff.utils.precision import cpu_capabilities
+
+    names = [name for name, has in sorted(cpu_capabilities().items()) if has]
+    cpuinfo, model = Path("/proc/cpuinfo"), platform.processor()
+    if cpuinfo.is_file() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(errors="replace"))):
+        model = found[1]
+    kernels = torch.backends.cpu.get_cpu_capability()
+    half = f", half precision: {', '.join(names)}" if names else ", no half precision"
+    return f"{model or 'unknown'}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {kernels}{half}"
+
+
+def _device() -> str:
+    import torch
+
+    if not torch.accelerator.is_available():
+        return "cpu"
+    kind = torch.accelerator.current_accelerator()
+    if kind is None or kind.type != "cuda":
+        return str(kind)
+    each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    gpus = ", ".join(f"{gpu.name} with {gpu.total_memory / _GB:.0f} GB" for gpu in each)
+    return f"cuda: {gpus}; CUDA {torch.version.cuda}"
+
+
+def _precision() -> str:
+    from atomdiff.utils.precision import choose_precision, compute_device
+
+    return str(choose_precision(None, compute_device()))
+
+
+def _memory() -> str:
+    import psutil
+
+    memory = psutil.virtual_memory()
+    return f"{memory.total / _GB:.1f} GB, {memory.available / _GB:.1f} GB of them available"
+
+
+def _hub_cache() -> str:
+    from huggingface_hub.constants import HF_HUB_CACHE
+
+    return _folder(Path(HF_HUB_CACHE))
+
+
+def _folder(folder: Path) -> str:
+    if not folder.is_dir():
+        return f"{folder}, not there"
+    files = [file for file in folder.rglob("*") if file.is_file() and not file.is_symlink()]
+    return f"{folder}, {len(files)} files, {sum(file.stat().st_size for file in files) / 1e6:.1f} MB"

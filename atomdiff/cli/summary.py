@@ -1,0 +1,114 @@
+"""What a concept file holds, as text."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections import Counter
+from collections.abc import Mapping
+from pathlib import Path
+from statistics import mean
+from typing import Any
+
+from torch import Tensor
+
+from atomdiff.atoms.sparse import code_quality, sparse_codes
+from atomdiff.concepts.compatibility import compare_base, weights_below
+from atomdiff.concepts.concept_file import DeltaFile, read_any_header, read_delta_file, shown
+from atomdiff.concepts.lora_file import has_lora_keys
+from atomdiff.concepts.parameter_count import group_table
+from atomdiff.pipelines.load import pipeline_models
+from atomdiff.tuner.factor import factors_of
+from atomdiff.tuner.layer import TRAINED_KINDS
+from atomdiff.utils.errors import UserError
+
+
+def describe(path: str | os.PathLike[str], base: Any = None) -> str:
+    """Describe a delta file as a readable table.
+
+    Args:
+        path: the file.
+        base: a diffusers pipeline to measure the distance to, or the folder of one; None: no distance. With it, a
+            sparse code is worked out and its quality stated.
+
+    Raises:
+        UserError: the file is damaged, or does not fit the base.
+    """
+    if has_lora_keys(read_any_header(path)[1]):
+        raise UserError(f"{path} is a LoRA file of another program, not a concept file; load_atoms takes it as it is")
+    delta = read_delta_file(path)
+    trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind in TRAINED_KINDS]
+    vectors = [vector for of in delta.tokens.values() for vector in of.values()]
+    spec = delta.modelspec
+    rows = {
+        "concept": spec.get("title") or Path(path).name,
+        "trigger phrase": delta.trigger_phrase or "-",
+        "trigger words": ", ".join(delta.tokens) or "-",
+        "base": delta.base_model or "-",
+        "made for": ", ".join(filter(None, map(spec.get, ("architecture", "resolution", "prediction_type")))) or "-",
+        "written": f"{spec.get('date', '-')} by atomdiff {delta.atomdiff_version or '-'}",
+        "method": _method(delta),
+        "numbers": f"{_count(trained) + _count(vectors):,} trained ({_count(vectors):,} in trigger words)",
+        "bytes": f"{Path(path).stat().st_size:,}",
+        "training": _training(delta) or "-",
+    }
+    if base is not None:
+        models = pipeline_models(_open(base))
+        fitting, left_out, distance = compare_base(delta, models, allow_mismatch=True)
+        rows["distance"] = f"{distance:.3g} (0: made on this base)"
+        if left_out:
+            rows["does not fit"] = "; ".join(left_out)
+        if delta.config.basis == "sparse":
+            rows["code"] = _code(fitting, weights_below(fitting, models))
+    width = max(map(len, rows))
+    lines = [f"{label:<{width}}  {shown(value)}" for label, value in rows.items()]
+    return "\n".join([*lines, "", *_layer_table(delta)])
+
+
+def _method(delta: DeltaFile) -> str:
+    config = delta.config
+    atoms = "all atoms" if config.num_atoms is None else f"{config.num_atoms} atoms"
+    form = " taken whole" if config.joint else "" if config.recursion is None else f", recursion {config.recursion}"
+    return (
+        f"{atoms}, basis {config.basis}, channel blocks of {config.channel_block}{form}, layers {config.target_modules}"
+    )
+
+
+def _layer_table(delta: DeltaFile) -> list[str]:
+    groups = Counter(
+        (f"{module.partition('.')[0]} {kind}", tuple(tensor.shape))
+        for module, kinds in delta.layers.items()
+        for kind, tensor in kinds.items()
+        if kind in TRAINED_KINDS
+    )
+    return group_table(dict(groups))
+
+
+def _training(delta: DeltaFile) -> str:
+    plain = {key: value for key, value in delta.training.items() if not isinstance(value, (dict, list))}
+    return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in plain.items())
+
+
+def _count(tensors: list[Tensor]) -> int:
+    return sum(tensor.numel() for tensor in tensors)
+
+
+def _open(base: Any) -> Any:
+    if not isinstance(base, (str, os.PathLike)):
+        return base
+    from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
+
+    refuse_other_pipelines(os.fspath(base), field="base")
+    return open_pipeline(os.fspath(base), None)
+
+
+def _code(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:
+    """How well the sparse code describes the base weights, as means over all factors of all layers."""
+    sparsity, found = delta.config.sparsity, []
+    for module, tensors in delta.layers.items():
+        weight = weights[module].detach()
+        for factor in factors_of(delta.config, module.partition(".")[2], weight.shape):
+            rows, atoms = factor.view.rows(weight), tensors[f"{factor.kind}_basis"]
+            found.append(code_quality(rows, atoms, sparse_codes(rows, atoms, sparsity), sparsity))
+    error, zeros = (mean(values) for values in zip(*((q.relative_error, q.zero_fraction) for q in found), strict=True))
+    return f"relative reconstruction error {error:.3g}, {100 * zeros:.3g} % zeros (means over layers)"

@@ -1,0 +1,1 @@
+"""Concept files and what belongs to them: compatibility with a base, libraries, the Hub, model cards."""

@@ -1,0 +1,252 @@
+"""Does a concept fit a base, and how far is that base from the one it was made on?"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+import warnings
+from collections.abc import Hashable, Mapping
+from contextlib import suppress
+
+import torch
+from torch import Tensor, nn
+
+from atomdiff.atoms.update import singular_values
+from atomdiff.concepts.concept_file import DeltaFile, shown, some
+from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.factor import Factor, factors_of
+from atomdiff.tuner.inject import base_weights, check_readable
+from atomdiff.utils.errors import UserError
+
+# Distances measured on the toybox: the base rounded to bfloat16 0.00004; every weight changed at random by a tenth of
+# its size 0.006; the base as it was earlier in its pretraining 0.11; an untrained model 0.23.
+SAME_BASE = 0.002
+DERIVED_BASE = 0.15
+
+# Layers that differ between UNets of one base for inpainting, depth, super-resolution: axis of the weight that counts
+# the channels of latents and of what else comes with them.
+LATENT_AXES = {"conv_in": 1, "conv_out": 0}
+_MOST_LATENT_CHANNELS = 32
+
+# A few small tensors can stand for matrices of (row, row) numbers, or for a sparse code of (blocks, atoms).
+_LONGEST_ROW = 4096
+_MOST_ATOMS = 8  # times the length of a row
+_SPARSE_SIZES = (2**-20, 2.0)  # of numbers in sparse atoms that are not zero, and of their norms, with some room
+
+# Fingerprints of weights as they are now: a second concept loads without a look at the whole base.
+_FOUND: dict[Hashable, list[float]] = {}
+_MOST_FOUND = 4096
+
+
+def check_base(
+    delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False, stacklevel: int = 3
+) -> tuple[DeltaFile, list[str], float]:
+    """Check that a concept fits these models.
+
+    Layers of components that the models lack, and the first and last convolution where they are of another number of
+    latent channels (inpainting, depth, super-resolution), are left out; with `allow_mismatch` all that do not fit.
+
+    Args:
+        delta: the concept.
+        models: component -> model.
+        allow_mismatch: accept any distance, and load what fits.
+        stacklevel: of the warning.
+
+    Returns:
+        The part of the concept that fits, what is left out of it, for a message, and the distance between its base and
+        these models.
+
+    Warns:
+        UserWarning: the models look like a derived base.
+
+    Raises:
+        UserError: shapes differ, or the distance is that of wholly different weights.
+    """
+    delta, left_out, distance = compare_base(delta, models, allow_mismatch)
+    base = f" {shown(repr(delta.base_model))}" if delta.base_model else ""
+    found = f"this base is at distance {distance:.3g} from the one that the concept was made on{base}"
+    if distance > DERIVED_BASE and not allow_mismatch:
+        raise UserError(
+            f"{found} (a fine-tuned copy stays below {DERIVED_BASE}): load it into that one, "
+            "or pass allow_base_mismatch=True"
+        )
+    if distance > SAME_BASE:
+        warnings.warn(f"{found} (0: the same): the concept may look different here", stacklevel=stacklevel)
+    return delta, left_out, distance
+
+
+def compare_base(
+    delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False
+) -> tuple[DeltaFile, list[str], float]:
+    """As `check_base`, at any distance and without a warning."""
+    weights = weights_below(delta, models)
+    delta, left_out = _fitting_part(delta, models, weights, allow_mismatch)
+    return delta, left_out, base_distance(delta, weights)
+
+
+def may_leave_out(module: str, allow_mismatch: bool = False) -> bool:
+    """Whether the rest of an adapter can be used where a layer, by its path in the model, does not fit."""
+    return allow_mismatch or module in LATENT_AXES
+
+
+def weights_below(delta: DeltaFile, models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+    """Module -> base weight of every layer that could be adapted, in the components that a concept adapts."""
+    components = {module.partition(".")[0] for module in delta.layers} & models.keys()
+    for part in components:
+        modules = [module.removeprefix(f"{part}.") for module in delta.layers if module.startswith(f"{part}.")]
+        check_readable(models[part], modules)
+    return {f"{part}.{module}": weight for part in components for module, weight in base_weights(models[part]).items()}
+
+
+def fingerprint(weight: Tensor, config: AtomConfig, module: str) -> list[float]:
+    """Singular values, to 6 digits, of a base weight's rows: those of the first factor (kernels where there are any).
+
+    Args:
+        weight: (out, in/groups, ...) or (out, in).
+        config: settings that shape the rows.
+        module: path of the module within its model.
+    """
+    view = factors_of(config, module, weight.shape)[0].view
+    key = view, _content_key(weight)
+    if key not in _FOUND:
+        if len(_FOUND) >= _MOST_FOUND:
+            _FOUND.clear()
+        _FOUND[key] = [float(f"{value:.6g}") for value in singular_values(view.rows(weight).detach()).tolist()]
+    return list(_FOUND[key])
+
+
+def _content_key(weight: Tensor) -> Hashable:
+    """What tells a weight from others, and from itself as it was: its place, its version, and some of its numbers."""
+    as_in_memory = sorted(range(weight.ndim), key=weight.stride, reverse=True)
+    numbers = weight.detach().permute(as_in_memory).reshape(-1)
+    sample = numbers[:: max(len(numbers) // 1024, 1)].to(torch.float64)
+    version = None if weight.is_inference() else weight._version
+    return weight.data_ptr(), version, weight.shape, weight.dtype, weight.device, hash(sample.cpu().numpy().tobytes())
+
+
+def _channels(weight: Tensor) -> str:
+    return f"from {weight.shape[1]} to {weight.shape[0]} channels"
+
+
+def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
+    """Check that every layer of a concept fits the layer of that name in the base.
+
+    Args:
+        delta: the concept.
+        weights: module -> base weight, for all layers that could be adapted.
+
+    Raises:
+        UserError: layers are missing in the base, or have other shapes, or lack tensors.
+    """
+    _refuse(delta, _unfit_layers(delta, weights), weights)
+
+
+def _refuse(delta: DeltaFile, unfit: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+    fits = len(delta.layers) - len(unfit)
+    way_out = f"; allow_base_mismatch=True loads the {fits} of {len(delta.layers)} layers that fit" if fits else ""
+    if missing := [module for module in unfit if module not in weights]:
+        raise UserError(f"this base has no {some(missing)}: the concept was made for another architecture{way_out}")
+    if unfit:
+        raise UserError(f"the concept does not fit this base: {some(list(unfit.values()))}{way_out}")
+
+
+def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, str]:
+    """Module -> why it does not fit the base, for the layers of a concept that do not.
+
+    Raises:
+        UserError: a layer takes more memory or time than there may be, whatever the base.
+    """
+    unfit = {}
+    for module, tensors in delta.layers.items():
+        if module not in weights:
+            unfit[module] = f"{module} is not there"
+            continue
+        try:
+            factors, expected = _expected(delta, module, tuple(weights[module].shape))
+        except ValueError as error:
+            unfit[module] = str(error)
+            continue
+        if (found := _found(delta, module)) != expected:
+            unfit[module] = f"{module} (found {found}, this base takes {expected})"
+        elif large := [f for f in factors if f.size > _LONGEST_ROW or f.num_atoms > _MOST_ATOMS * f.size]:
+            count, size = large[0].num_atoms, large[0].size
+            raise UserError(
+                f"the concept has {count} atoms of {size} numbers in {module}, too many to work with: train one with "
+                f"rows of at most {_LONGEST_ROW} numbers and at most {_MOST_ATOMS} times as many atoms as numbers"
+            )
+        elif delta.config.basis == "sparse" and not all(_have_codes(tensors[f"{f.kind}_basis"]) for f in factors):
+            raise UserError(
+                f"the concept is damaged: the sparse atoms of {module} are longer than 1 or hold numbers next to 0; "
+                "copy or download it again"
+            )
+    return unfit
+
+
+def _found(delta: DeltaFile, module: str) -> dict[str, tuple[int, ...]]:
+    shapes = {kind: tuple(tensor.shape) for kind, tensor in delta.layers[module].items()}
+    return {**shapes, "fingerprint": (len(delta.fingerprint[module]),)}
+
+
+def _expected(
+    delta: DeltaFile, module: str, shape: tuple[int, ...]
+) -> tuple[tuple[Factor, ...], dict[str, tuple[int, ...]]]:
+    """The factors of a layer, and the shapes that a concept has for it; ValueError: its weight is too small."""
+    factors = factors_of(delta.config, module.partition(".")[2], shape)
+    expected = {kind: shape for factor in factors for kind, shape in factor.stored(delta.config).items()}
+    return factors, {**expected, "fingerprint": (factors[0].size,)}
+
+
+def _fits_other_latents(delta: DeltaFile, module: str, weights: Mapping[str, Tensor]) -> bool:
+    """Whether a layer would fit a first or last convolution like the base's, of another number of latent channels."""
+    axis = LATENT_AXES.get(module.partition(".")[2])
+    if axis is None or module not in weights:
+        return False
+    shape, found = tuple(weights[module].shape), _found(delta, module)
+    for channels in range(1, _MOST_LATENT_CHANNELS + 1):
+        with suppress(ValueError):
+            if found == _expected(delta, module, (*shape[:axis], channels, *shape[axis + 1 :]))[1]:
+                return True
+    return False
+
+
+def _fitting_part(
+    delta: DeltaFile, models: Mapping[str, nn.Module], weights: Mapping[str, Tensor], allow_mismatch: bool
+) -> tuple[DeltaFile, list[str]]:
+    """A concept without the layers that it can do without here, and what they are."""
+    unfit = _unfit_layers(delta, weights)
+    absent = {module: module.partition(".")[0] for module in unfit if module.partition(".")[0] not in models}
+    others = [module for module in unfit if module not in absent]
+    if not allow_mismatch and any(not _fits_other_latents(delta, module, weights) for module in others):
+        _refuse(delta, unfit, weights)
+    if len(unfit) == len(delta.layers) and not delta.tokens:
+        _refuse(delta, unfit, weights)
+    if not unfit:
+        return delta, []
+    left_out = [f"the layers of {part}, which this pipeline does not have" for part in sorted({*absent.values()})]
+    if others:
+        left_out.append(some([f"{m} ({_channels(weights[m])} here)" if m in weights else m for m in sorted(others)]))
+    layers = {module: kinds for module, kinds in delta.layers.items() if module not in unfit}
+    fingerprint = {module: delta.fingerprint[module] for module in layers}
+    return dataclasses.replace(delta, layers=layers, fingerprint=fingerprint), left_out
+
+
+def _have_codes(atoms: Tensor) -> bool:
+    """Whether sparse codes can be worked out in float32 for atoms (m, d), as they are learnt and stored."""
+    least, most = _SPARSE_SIZES
+    sizes = atoms.abs()
+    return bool(((sizes == 0) | (sizes >= least)).all() and (atoms.norm(dim=1) <= most).all())
+
+
+def base_distance(delta: DeltaFile, weights: Mapping[str, Tensor]) -> float:
+    """How far a base is from the one that a concept was made on: 0 the same, around 1 nothing in common.
+
+    Mean over the layers of |s - s'| / max(|s|, |s'|), s and s' being the singular values in the file and of the base.
+    """
+    distances = []
+    for module, stored in delta.fingerprint.items():
+        old = torch.tensor(stored, dtype=torch.float64)
+        found = fingerprint(weights[module], delta.config, module.partition(".")[2])
+        new = torch.tensor(found, dtype=torch.float64)
+        size = max(float(old.norm()), float(new.norm()))
+        distances.append(float((old - new).norm()) / size if size > 0 else 0.0)
+    return math.fsum(distances) / len(distances) if distances else 0.0

@@ -1,0 +1,275 @@
+"""Concepts on the Hugging Face Hub: found and fetched by the name of a repository, and pushed."""
+
+from __future__ import annotations
+
+import glob
+import os
+import re
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
+
+from huggingface_hub import CommitOperationAdd, HfApi, constants, get_token
+from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of httpx, or of its successor
+    GatedRepoError,
+    HfHubHTTPError,
+    HTTPError,
+    LocalEntryNotFoundError,
+    LocalTokenNotFoundError,
+    OfflineModeIsEnabled,
+    RepositoryNotFoundError,
+    RevisionNotFoundError,
+)
+from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, some
+from atomdiff.concepts.modelspec import atomdiff_version
+from atomdiff.concepts.peft_folder import LEARNED_EMBEDS_NAME
+from atomdiff.utils.errors import UserError
+
+PathLike = str | os.PathLike[str]
+Pictures = PathLike | Sequence[PathLike] | Mapping[Any, str]  # the last from file to prompt
+
+_CONFIG, _WEIGHTS, _WORDS = map(re.escape, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LEARNED_EMBEDS_NAME))
+_ADAPTER_FILE = re.compile(rf"(\w+/)?({_CONFIG}|{_WEIGHTS})|{_WORDS}")
+_ADAPTER_SIGN = re.compile(rf"((unet|transformer|text_encoder\w*)/)?{_CONFIG}|{_WORDS}")
+_EXPECTED = f"one *{CONCEPT_SUFFIX} or LoRA file, or {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME}"
+_LOG_IN = "log in with `hf auth login`, set HF_TOKEN or pass token"
+
+
+def locate(
+    source: PathLike,
+    *,
+    weight_name: str | None = None,
+    subfolder: str | None = None,
+    revision: str | None = None,
+    token: str | bool | None = None,
+    cache_dir: PathLike | None = None,
+    local_files_only: bool = False,
+    force_download: bool = False,
+) -> tuple[Path, str]:
+    """Find a concept on this disk or, for a string such as "user/repo" that is no path here, on the Hub.
+
+    Only safetensors and JSON files are ever downloaded.
+
+    Args:
+        source: a concept file, a directory, or the name of a repository.
+        weight_name: the concept file to take where there are several; `adapter_model.safetensors` is a PEFT adapter.
+        subfolder: folder of the concept within the directory or repository.
+        revision: branch, tag or commit of the repository.
+        token: access token; None: the one logged in with.
+        cache_dir: where downloads are kept; None: the Hub client's cache.
+        local_files_only: take what was downloaded before and ask no network.
+        force_download: download again what was downloaded before.
+
+    Returns:
+        The concept's file, or its directory if it is a PEFT adapter, and the name to know it by.
+
+    Raises:
+        UserError: nothing is there, several concepts are, or the Hub does not answer or refuses.
+    """
+    local = Path(source)
+    if local.is_file():
+        if weight_name not in (None, local.name):
+            raise UserError(f"{source} is a file, but weight_name={weight_name!r} names one in a folder: leave it out")
+        if local.name == SAFETENSORS_WEIGHTS_NAME and local.with_name(CONFIG_NAME).is_file():
+            local = Path(os.path.abspath(local)).parent  # its settings lie beside it
+        return local, local.name
+    if local.exists():
+        folder = local / (subfolder or "")
+        chosen = _choose(files_in(folder), weight_name, str(folder))
+        return folder / chosen, chosen or os.path.basename(os.path.abspath(folder))
+    if not isinstance(source, str) or not names_repository(source):
+        raise UserError(f"there is no file or directory {str(source)!r}: check the path")
+    prefix = f"{subfolder.strip('/')}/" if subfolder else ""
+    inside = f", folder {subfolder}," if subfolder else ""
+    with _explained(f"there is no file or directory {source!r}, and it cannot be fetched from the Hub", source):
+        api = HfApi(token=token, library_name="atomdiff", library_version=atomdiff_version())
+        place: dict[str, Any] = {"repo_id": source, "revision": revision, "cache_dir": cache_dir}
+        listed = None if local_files_only else _listing(api, source, revision)
+        if listed is None:
+            kept = Path(api.snapshot_download(**place, local_files_only=True, allow_patterns=[]))
+            names = files_in(kept / prefix)
+            chosen = _choose(names, weight_name, f"what was downloaded of {source}{inside}")
+        else:
+            names = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
+            chosen = _choose(names, weight_name, f"the repository {source}{inside}")
+        fetched = api.snapshot_download(
+            **place,
+            allow_patterns=[glob.escape(prefix + name) for name in ([chosen] if chosen else adapter_files(names))],
+            local_files_only=listed is None,
+            force_download=force_download,
+        )
+    return Path(fetched, prefix, chosen), chosen or (subfolder or source).strip("/").rpartition("/")[2]
+
+
+def push_to_hub(
+    path: PathLike,
+    repo_id: str,
+    *,
+    private: bool | None = None,
+    token: str | bool | None = None,
+    commit_message: str = "Upload a concept of atomdiff",
+    create_pr: bool = False,
+    model_card: bool = True,
+    pictures: Pictures | None = None,
+    figures: Mapping[str, Any] | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    trigger_phrase: str | None = None,
+    tags: Sequence[str] = (),
+) -> str:
+    """Upload a concept, its model card and example pictures to the Hub, in one commit.
+
+    `atomdiff.concepts.model_card.write_repository` takes the same arguments and shows beforehand what will be uploaded.
+
+    Args:
+        path: a concept file, a folder with one of these, such as a run's output, or a PEFT adapter's directory.
+        repo_id: "user/repo", or "repo" for one of your own; made if it does not exist.
+        private: make a new repository private; None: as the account makes them.
+        token: access token that may write; None: the one logged in with.
+        commit_message: first line of the commit.
+        create_pr: open a pull request instead of committing.
+        model_card: write README.md, in place of the one there; False: leave it as it is.
+        pictures: see `write_repository`.
+        figures: see `write_repository`.
+        license: see `write_repository`.
+        base_model: see `write_repository`.
+        trigger_phrase: see `write_repository`.
+        tags: see `write_repository`.
+
+    Returns:
+        The address of the repository, or of the pull request.
+
+    Raises:
+        UserError: the concept or a picture cannot be read, nobody is logged in, or the Hub refuses.
+    """
+    from atomdiff.concepts.model_card import write_repository  # it finds concepts by `locate`
+
+    with TemporaryDirectory() as folder:
+        full_id = check_upload(repo_id, token) if "/" not in repo_id else repo_id
+        write_repository(
+            folder,
+            path,
+            full_id,
+            pictures=pictures,
+            figures=figures,
+            license=license,
+            base_model=base_model,
+            trigger_phrase=trigger_phrase,
+            tags=tags,
+        )
+        with _explained(f"cannot push to {full_id}", full_id):
+            if token is False or (not isinstance(token, str) and get_token() is None):
+                raise LocalTokenNotFoundError
+            api = HfApi(token=token, library_name="atomdiff", library_version=atomdiff_version())
+            url = api.create_repo(full_id, private=private, exist_ok=True)
+            names = [name for name in files_in(Path(folder)) if model_card or name != "README.md"]
+            added = [CommitOperationAdd(name, Path(folder, name)) for name in names]
+            done = api.create_commit(full_id, added, commit_message=commit_message, create_pr=create_pr)
+    return str(done.pr_url or url)
+
+
+def check_upload(repo_id: str, token: str | bool | None = None) -> str:
+    """Ask the Hub who is logged in, so that a push that cannot succeed is refused early; nothing is changed.
+
+    Returns:
+        The repository's full name, "user/repo".
+
+    Raises:
+        UserError: the name cannot be one, nobody is logged in, the token may only read, or the Hub does not answer.
+    """
+    with _explained(f"cannot push to {repo_id}", repo_id):
+        validate_repo_id(repo_id)
+        user = HfApi(token=token).whoami()
+    if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
+        raise UserError(f"cannot push to {repo_id}: the token may only read; make one that may write")
+    return repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+
+
+def names_repository(name: str) -> bool:
+    """Whether a string has the form of "user/repo" and none that only a path has."""
+    try:
+        validate_repo_id(name)
+    except HFValidationError:
+        return False
+    return name.count("/") == 1 and not name.endswith(".safetensors")
+
+
+def files_in(folder: Path) -> list[str]:
+    """Names of the files of a folder and of the folders in it."""
+    found = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()]
+    return sorted(file.relative_to(folder).as_posix() for file in found)
+
+
+def adapter_files(names: Iterable[str]) -> list[str]:
+    """Those of a folder's files that belong to a PEFT adapter or its words."""
+    return [name for name in names if _ADAPTER_FILE.fullmatch(name)]
+
+
+def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
+    """The concept file among a folder's files, or "" if the concept is the folder itself, a PEFT adapter."""
+    found = [name for name in names if name.endswith(CONCEPT_SUFFIX) and "/" not in name]
+    if any(_ADAPTER_SIGN.fullmatch(name) for name in names):
+        found.append(SAFETENSORS_WEIGHTS_NAME)
+    if not found:  # LoRA files of other programs have any name
+        found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
+    if weight_name is None:
+        if len(found) > 1:
+            raise UserError(f"{where} holds {len(found)} concepts: choose one by weight_name: {', '.join(found)}")
+        if not found:
+            raise UserError(f"{where} holds no concept: found {some(names) or 'nothing'}; expected {_EXPECTED}")
+        weight_name = found[0]
+    elif not weight_name.endswith(".safetensors"):
+        raise UserError(f"weight_name={weight_name!r}: only safetensors files are loaded; expected {_EXPECTED}")
+    elif weight_name not in found and weight_name not in names:
+        raise UserError(f"{where} has no {weight_name!r}; the concepts there: {', '.join(found) or 'none'}")
+    return "" if weight_name == SAFETENSORS_WEIGHTS_NAME else weight_name
+
+
+def _listing(api: HfApi, repo_id: str, revision: str | None) -> list[str] | None:
+    """Names of a repository's files; None where the Hub does not answer, so that what is in the cache has to do."""
+    try:
+        return [file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or []]
+    except (HTTPError, OfflineModeIsEnabled) as error:
+        if isinstance(error, HfHubHTTPError) and error.response.status_code < 500:
+            raise
+        return None
+
+
+@contextmanager
+def _explained(failed: str, repo_id: str) -> Iterator[None]:
+    """Turn the errors of the Hub's client into a UserError that says what failed, why, and what to do."""
+    try:
+        yield
+    except UserError:
+        raise
+    except (HTTPError, OSError, ValueError, RuntimeError) as error:  # the last of the transfer itself
+        raise UserError(f"{failed}: {_reason(error, repo_id)}") from error
+
+
+def _reason(error: Exception, repo_id: str) -> str:
+    status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
+    said = " ".join(str(getattr(error, "server_message", None) or error).split())
+    if isinstance(error, GatedRepoError):
+        return f"{repo_id} is gated; ask for access at {constants.ENDPOINT}/{repo_id}, then {_LOG_IN}"
+    if isinstance(error, RepositoryNotFoundError):
+        return f"the Hub has no repository {repo_id}, or a private one; check the name, or {_LOG_IN}"
+    if isinstance(error, RevisionNotFoundError):
+        return f"{repo_id} has no such revision; expected a branch, tag or commit of {constants.ENDPOINT}/{repo_id}"
+    if isinstance(error, LocalTokenNotFoundError):
+        return f"nobody is logged in; {_LOG_IN}, with one that may write"
+    if isinstance(error, OfflineModeIsEnabled):
+        return "HF_HUB_OFFLINE forbids to ask the Hub; unset it"
+    if isinstance(error, LocalEntryNotFoundError):
+        return "the Hub was not asked or does not answer, and an earlier download is not in the cache; go online once"
+    if status == 401:
+        return f"the Hub does not accept the token; {_LOG_IN}"
+    if status == 403:
+        return f"the token may not do that ({said}); expected one that may write there"
+    if status is None and isinstance(error, HTTPError):
+        return f"{constants.ENDPOINT} cannot be reached ({said}); check the connection"
+    return said

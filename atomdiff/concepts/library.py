@@ -1,0 +1,340 @@
+"""A folder of thousands of concept files: an index of all of them, and in memory those that were asked for last."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import re
+import stat
+import sys
+import threading
+import unicodedata
+import warnings
+from collections import OrderedDict
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple
+
+from torch import Tensor
+
+from atomdiff.concepts.concept_file import (
+    CONCEPT_SUFFIX,
+    DeltaFile,
+    check_words,
+    read_any_header,
+    read_delta_file,
+    read_header,
+    some,
+    split_token_key,
+)
+from atomdiff.concepts.lora_file import has_lora_keys
+from atomdiff.utils.errors import UserError
+
+_READERS = 8  # threads that read headers
+_TENSOR_BYTES = 520  # what torch and Python keep about a tensor besides its numbers; measured
+
+_Stamp = tuple[int, int, int]  # size, mtime_ns, inode: what tells a changed file from an unchanged one
+
+
+@dataclass(frozen=True, slots=True)
+class ConceptInfo:
+    """What the header of a concept file says."""
+
+    name: str
+    """Path in the library's folder, with `/` and without the ending, in Unicode's form NFC."""
+    path: Path
+    """The file."""
+    trigger_phrase: str
+    """What to write in a prompt to get the concept."""
+    trigger_words: tuple[str, ...]
+    """Words whose embeddings are in the file."""
+    base_model: str
+    """Name or path of the base as it was given; only a text, never opened."""
+    size: int
+    """Bytes of the file."""
+    mtime_ns: int
+    """When the file was last changed, in nanoseconds."""
+    inode: int
+    """Number of the file in its file system; one that was put in another's place has another."""
+    is_lora: bool = False
+    """Whether it is a LoRA file of another program, which `load_atoms` takes by its path."""
+
+
+class _Held(NamedTuple):
+    """A concept in memory."""
+
+    info: ConceptInfo
+    delta: DeltaFile
+    size: int
+
+
+class ConceptLibrary:
+    """The concepts of a folder: `library["animals/cat"]` is what `animals/cat.atoms.safetensors` holds.
+
+    All files with that ending are listed, and LoRA files of other programs, in subfolders, too; hidden ones are left
+    out, links to files are followed, links to folders are not. A file is read when its concept is first asked for; the
+    concepts asked for last stay in memory. Any number of threads may use a library at once: each file is read by one of
+    them, the others wait for it and for nothing else. A `DeltaFile` is shared by all who ask for it and must not be
+    changed.
+
+    Length, iteration over the sorted names, and `in` tell what the last look at the folder found. What is new, changed
+    or removed is noticed by `refresh`, and when a name or a phrase that nobody knows is asked for.
+
+    Args:
+        folder: where the files are.
+        memory_budget: bytes that the concepts kept in memory may take; 0 keeps none.
+
+    Raises:
+        UserError: there is no such folder, or the budget is negative.
+    """
+
+    def __init__(self, folder: str | os.PathLike[str], memory_budget: int = 64 << 20) -> None:
+        if memory_budget < 0:
+            raise UserError(f"memory_budget={memory_budget}: expected bytes, at least 0")
+        self.folder = Path(os.path.abspath(folder))
+        self.memory_budget = memory_budget
+        self._index = _Index([], {})  # never changed, only replaced: reading it takes no lock
+        self._looks = 0
+        self._refreshing = threading.Lock()
+        self._lock = threading.Lock()  # of all below, and of replacing the index; never held while a file is read
+        self._held: OrderedDict[str, _Held] = OrderedDict()
+        self._reading: dict[ConceptInfo, Future[DeltaFile]] = {}
+        self.refresh()
+
+    def __len__(self) -> int:
+        return len(self._index.concepts)
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._index.concepts)
+
+    def __contains__(self, name: object) -> bool:
+        return isinstance(name, str) and _composed(name) in self._index.concepts
+
+    def __getitem__(self, name: str) -> DeltaFile:
+        """The concept of that name, from memory or from its file; shared, not to be changed.
+
+        Raises:
+            UserError: there is no such concept, its file is damaged, or it is a LoRA file.
+        """
+        info = self.info(name)
+        if info.is_lora:
+            raise UserError(f"{name!r} is a LoRA file and holds no atoms: load it by its path, {info.path}")
+        name = info.name
+        with self._lock:
+            held = self._held.get(name)
+            if held is not None and held.info is info:
+                self._held.move_to_end(name)
+                return held.delta
+            is_first = info not in self._reading
+            reading = self._reading.setdefault(info, Future())
+        if is_first:
+            self._read(info, reading)
+        return reading.result()
+
+    def info(self, name: str) -> ConceptInfo:
+        """What the header of a concept says; its tensors are not read.
+
+        Raises:
+            UserError: there is no such concept, not even after another look at the folder.
+        """
+        if name not in self:
+            self.refresh()
+        if info := self._index.concepts.get(_composed(name)):
+            return info
+        raise UserError(self._unknown(name))
+
+    def find(self, phrase: str) -> list[str]:
+        """Names of the concepts with this trigger phrase, then of those with all of its words; case does not matter.
+
+        Searched are the words of trigger phrases and the trigger words. Where nothing is found, the folder is looked at
+        once more.
+        """
+        if names := self._index.find(phrase):
+            return names
+        self.refresh()
+        return self._index.find(phrase)
+
+    @property
+    def damaged(self) -> dict[Path, str]:
+        """Files and subfolders that cannot be used -> the reason, as of the last look at the folder."""
+        return dict(self._index.damaged)
+
+    @property
+    def memory_used(self) -> int:
+        """Bytes that the concepts kept in memory take, with all that Python and torch keep about them (estimated)."""
+        with self._lock:
+            return sum(held.size for held in self._held.values())
+
+    def refresh(self) -> None:
+        """Look at the folder: list new files, read the headers of changed ones again, forget removed ones.
+
+        Files and subfolders that cannot be used are listed in `damaged`; a warning names those that were not before.
+
+        Raises:
+            UserError: the folder cannot be read; what the library knows stays as it was.
+        """
+        looks = self._looks
+        with self._refreshing:
+            if self._looks > looks + 1:  # another thread has begun and ended a look since this one was asked for
+                return
+            old, new = self._index, _look(self.folder, self._index)
+            self._looks += 1
+            with self._lock:
+                self._index = new
+                for name, held in list(self._held.items()):
+                    if new.concepts.get(name) is not held.info:
+                        del self._held[name]
+        if reasons := [reason for path, reason in new.damaged.items() if old.damaged.get(path) != reason]:
+            warnings.warn(f"left out of the library (.damaged lists all): {some(reasons)}", stacklevel=2)
+
+    def _read(self, info: ConceptInfo, reading: Future[DeltaFile]) -> None:
+        """Read a file on behalf of all threads that wait for `reading`."""
+        try:
+            delta = read_delta_file(info.path)
+            self._keep(_Held(info, delta, _memory(delta)))
+            reading.set_result(delta)
+        except BaseException as error:
+            reading.set_exception(error)
+        finally:
+            with self._lock:
+                del self._reading[info]
+
+    def _keep(self, new: _Held) -> None:
+        """Make room for a concept, unless it has changed meanwhile or is larger than the whole budget."""
+        with self._lock:
+            if self._index.concepts.get(new.info.name) is not new.info or new.size > self.memory_budget:
+                return
+            self._held[new.info.name] = new
+            used = sum(held.size for held in self._held.values())
+            while used > self.memory_budget:
+                _, oldest = self._held.popitem(last=False)
+                used -= oldest.size
+
+    def _unknown(self, name: str) -> str:
+        index = self._index
+        for ending in (CONCEPT_SUFFIX, ".safetensors"):
+            if reason := index.damaged.get(self.folder / f"{name}{ending}"):
+                return f"the concept {name!r} cannot be used: {reason}"
+        ends = {other.rpartition("/")[2]: other for other in index.concepts}
+        asked = name.removesuffix(CONCEPT_SUFFIX).rpartition("/")[2]
+        near = [ends[end] for end in difflib.get_close_matches(asked, ends)]
+        hint = f"near: {some(near)}" if near else "and none of a similar name"
+        return f"there is no concept {name!r} among the {len(index.concepts)} in {self.folder}; {hint}"
+
+
+class _Index:
+    """What is known of a folder at one time."""
+
+    def __init__(
+        self, infos: Iterable[ConceptInfo], damaged: dict[Path, str], others: Mapping[str, _Stamp] | None = None
+    ) -> None:
+        self.others = others or {}  # files that are neither concepts nor LoRAs
+        self.concepts = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
+        self.damaged = dict(sorted(damaged.items()))
+        self._names: dict[str, set[str]] = {}  # by word
+        for name, info in self.concepts.items():
+            for text in (info.trigger_phrase, *info.trigger_words):
+                for word in _words(text):
+                    self._names.setdefault(word, set()).add(name)
+
+    def find(self, phrase: str) -> list[str]:
+        """Names with the phrase, then with all of its words."""
+        found = [self._names.get(word, set()) for word in _words(phrase)] or [set()]
+        names, wanted = sorted(min(found, key=len).intersection(*found)), _plain(phrase)
+        return sorted(names, key=lambda name: _plain(self.concepts[name].trigger_phrase) != wanted)
+
+
+def _look(folder: Path, old: _Index) -> _Index:
+    """The index of a folder; the headers of files that have not changed are not read again, but for damaged ones."""
+    stamps, damaged = _list(folder)
+    known = {str(info.path): info for info in old.concepts.values()}
+    infos = {file: info for file, info in known.items() if stamps.get(file) == (info.size, info.mtime_ns, info.inode)}
+    others = {file: stamp for file, stamp in old.others.items() if stamps.get(file) == stamp}
+    with ThreadPoolExecutor(_READERS) as pool:  # they wait for the disk together
+        new = [file for file in stamps if file not in infos and file not in others]
+        reading = {file: pool.submit(_read_info, folder, Path(file), stamps[file]) for file in new}
+    for file, future in reading.items():
+        try:
+            if (info := future.result()) is not None:
+                infos[file] = info
+            else:
+                others[file] = stamps[file]
+        except UserError as error:
+            if os.path.exists(file):  # not gone since it was listed
+                damaged[Path(file)] = str(error)
+    first: dict[str, str] = {}
+    for file in sorted(infos, key=lambda file: (infos[file].is_lora, file)):
+        if (other := first.setdefault(infos[file].name, file)) != file:
+            damaged[Path(file)] = f"{file} has the same name in the library as {other}: rename one"
+            del infos[file]
+    same = (infos, damaged, others) == (known, old.damaged, old.others)
+    return old if same else _Index(infos.values(), damaged, others)
+
+
+def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo | None:
+    """What the header of a file says; None: it is neither a concept nor a LoRA."""
+    is_lora = not path.name.endswith(CONCEPT_SUFFIX)
+    metadata, keys = read_any_header(path) if is_lora else read_header(path)
+    if is_lora and not has_lora_keys(keys):
+        return None
+    words = sorted({split_token_key(key)[0] for key in keys if key.startswith("token.")})
+    check_words(path, words)
+    name = path.relative_to(folder).as_posix().removesuffix(".safetensors" if is_lora else CONCEPT_SUFFIX)
+    phrase = metadata.get("trigger_phrase") or metadata.get("modelspec.trigger_phrase", "")
+    base_model = metadata.get("base_model") or metadata.get("ss_sd_model_name", "")
+    return ConceptInfo(_composed(name), path, phrase, tuple(words), base_model, *stamp, is_lora)
+
+
+def _list(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
+    """Concept file below a folder -> its stamp, and subfolder -> why it cannot be read."""
+    stamps: dict[str, _Stamp] = {}
+    unreadable: dict[Path, str] = {}
+
+    def note(error: OSError) -> None:
+        if error.filename == str(folder):
+            raise UserError(f"folder={error.filename!r} cannot be read as a folder of concepts: {error}") from error
+        if not isinstance(error, FileNotFoundError):  # gone since it was listed
+            unreadable[Path(error.filename)] = f"cannot read {error.filename}: {error}"
+
+    for below, subfolders, files in os.walk(folder, onerror=note):
+        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
+        for name in files:
+            if name.endswith(".safetensors") and not name.startswith("."):
+                file = os.path.join(below, name)
+                with suppress(OSError):  # a link to nothing, or gone since it was listed
+                    found = os.stat(file)
+                    if stat.S_ISREG(found.st_mode):  # no pipe, which would be waited for
+                        stamps[file] = (found.st_size, found.st_mtime_ns, found.st_ino)
+    return stamps, unreadable
+
+
+def _memory(delta: DeltaFile) -> int:
+    """Bytes that a concept takes with all that it holds; what several concepts share is counted for each."""
+    total = 0
+    pending: list[Any] = [vars(delta), vars(delta.config)]
+    while pending:
+        value = pending.pop()
+        total += sys.getsizeof(value)
+        if isinstance(value, Tensor):
+            total += value.nbytes + _TENSOR_BYTES
+        elif isinstance(value, dict):
+            pending += [*value, *value.values()]
+        elif isinstance(value, (list, tuple, set, frozenset)):
+            pending += value
+    return total
+
+
+def _composed(name: str) -> str:
+    """The name as one sequence of characters: file systems and keyboards give "é" as one or as two."""
+    return unicodedata.normalize("NFC", name)
+
+
+def _plain(phrase: str) -> str:
+    return " ".join(phrase.casefold().split())
+
+
+def _words(text: str) -> list[str]:
+    return re.findall(r"\w+", text.casefold()) or text.split()  # the latter of a text of nothing but signs

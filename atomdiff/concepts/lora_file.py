@@ -1,0 +1,384 @@
+"""LoRA files of other programs (kohya, LyCORIS, OneTrainer, diffusers) -> adapters of a pipeline's models."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping
+from math import prod
+from pathlib import Path
+from typing import Any, cast
+
+import torch
+from peft import LoraConfig
+from peft.utils import CONFIG_NAME
+from peft.utils.other import get_pattern_key
+from torch import Tensor, nn
+
+from atomdiff.concepts.concept_file import FORMAT, parse_json, read_any_header, read_tensors, shown, some
+from atomdiff.concepts.kohya import sgm_path
+from atomdiff.concepts.peft_folder import Adapters
+from atomdiff.tuner import kept_weights
+from atomdiff.tuner.config import check_patterns
+from atomdiff.tuner.model import supported_modules
+from atomdiff.utils.errors import UserError
+
+_DOWN = r"lora_down\.weight|lora_A(?:\.default)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight"
+_UP = r"lora_up\.weight|lora_B(?:\.default)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight"
+_FACTORS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
+_OTHER = r"alpha|diff|diff_b|w_norm|b_norm|lora_B\.bias|dora_scale|lora_magnitude_vector(?:\.weight)?"
+_KEY = re.compile(rf"(.+?)[._](?:({_DOWN})|({_UP})|(lora_mid)\.weight|({_FACTORS})|({_OTHER}))")
+_MAGNITUDE = re.compile(r"dora_scale|lora_magnitude_vector(?:\.weight)?")
+_PREFIXES = {  # of kohya's programs, diffusers, ComfyUI, SimpleTuner
+    "unet": ["lora_unet", "unet", "diffusion_model", "lycoris"],
+    "text_encoder": ["lora_te", "lora_te1", "text_encoder", *(f"text_encoders.clip_{x}.transformer" for x in "lh")],
+    "text_encoder_2": ["lora_te2", "text_encoder_2", "text_encoders.clip_g.transformer"],
+}
+
+_LARGEST = 1e9  # rank or alpha
+_LARGEST_CORE = 4096  # ranks of a Tucker decomposition
+
+_LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+
+Layer = dict[str, Tensor]
+
+
+def is_lora_file(path: Path) -> bool:
+    """Whether a safetensors file is not a concept file, but may be read by `read_lora`.
+
+    Raises:
+        UserError: it is damaged.
+    """
+    return read_any_header(path)[0].get("format") != FORMAT
+
+
+def has_lora_keys(keys: Iterable[str]) -> bool:
+    """Whether a safetensors file with these keys holds layers that `read_lora` knows."""
+    return any(match and match[6] != "alpha" for match in map(_KEY.fullmatch, keys))
+
+
+def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool) -> tuple[Adapters, list[str]]:
+    """Read a LoRA, LoCon, LoHa, LoKr or whole differences, with the names of kohya's programs or of diffusers.
+
+    What is no plain LoRA becomes one of as many ranks as it takes to be exact. A DoRA does so for the base that it is
+    loaded into; its weight then counts as in ComfyUI, by which the difference of weights is multiplied.
+
+    Args:
+        path: the safetensors file.
+        models: component -> model.
+        allow_mismatch: leave out layers that the models lack or have in other shapes.
+
+    Returns:
+        The adapters by component, and what is left out, for a message.
+
+    Raises:
+        UserError: it is no such file, is damaged, or does not fit the models.
+    """
+    metadata, keys = read_any_header(path)
+    found = {key: _KEY.fullmatch(key) for key in keys}
+    if not has_lora_keys(keys):
+        raise UserError(f"{path} is no concept and no LoRA: {_what_it_is(keys, metadata)}")
+    if any(key.startswith("base_model.model.") for key in keys):
+        raise UserError(f"{path} is of a PEFT adapter, whose {CONFIG_NAME} is missing beside it: put it there")
+    tensors = read_tensors(path)[0]
+    layers: dict[str, Layer] = {}
+    left_out = [f"{some(unknown)}, which is no LoRA"] if (unknown := [key for key in keys if not found[key]]) else []
+    for key, match in found.items():
+        if match is not None:
+            kind = "down" if match[2] else "up" if match[3] else match[4] or match[5] or match[6]
+            layers.setdefault(match[1], {})[kind] = tensors[key]
+    modules = _modules_by_name(models)
+    scales = _scales_of_diffusers(path, metadata)
+    parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
+    missing, wrong = [], []
+    for name, layer in layers.items():
+        place = modules.get(flat := _flat(name)) or modules.get(f"{flat}_0")
+        if gone := sorted(layer.keys() & {"diff_b", "w_norm", "b_norm", "lora_B.bias"}):
+            left_out.append(f"{shown(name)}.{some(gone)}, as only weights change")
+            layer = {kind: tensor for kind, tensor in layer.items() if kind not in gone}
+        if not layer.keys() - {"alpha"}:
+            continue
+        if place is None:
+            missing.append(name)
+            continue
+        component, module, base = place
+        try:
+            if module in parts.get(component, {}):
+                raise ValueError("it stands there twice, by other names")
+            factors = _factors(layer, base, scales(component, module))
+        except (ValueError, RuntimeError, LookupError) as error:
+            wrong.append(f"{name} ({error})")
+            continue
+        if factors is not None:
+            parts.setdefault(component, {})[module] = factors
+    left_out += _refuse_or_leave_out(path, models, missing, wrong, bool(parts), allow_mismatch, metadata, keys)
+    return {component: _adapter(of_part) for component, of_part in parts.items()}, left_out
+
+
+def trigger_phrase(path: Path) -> str:
+    """What to write in a prompt to get what a LoRA file changes, if it says so."""
+    return read_any_header(path)[0].get("modelspec.trigger_phrase", "")
+
+
+def _refuse_or_leave_out(
+    path: Path,
+    models: Mapping[str, nn.Module],
+    missing: list[str],
+    wrong: list[str],
+    any_fits: bool,
+    allow_mismatch: bool,
+    metadata: Mapping[str, str],
+    keys: Iterable[str],
+) -> list[str]:
+    """What of a file has no place here, for a message; where it is too much, or nothing is left, an error."""
+    of = {name: _component_of(name) for name in missing}
+    absent = {name: part for name, part in of.items() if part and part not in models}
+    ends = {name for name in (*missing, *wrong) if re.search(r"(?:conv_(?:in|out)|input_blocks_0_0|_out_2)\b", name)}
+    others = [name for name in (*missing, *wrong) if name not in absent and name not in ends]
+    if (others and not allow_mismatch) or not any_fits:
+        way_out = "; allow_base_mismatch=True loads what fits" if any_fits else ""
+        unfit = some(others or [*missing, *wrong]) if missing or wrong else "it changes nothing"
+        raise UserError(f"{path} ({_what_it_is(keys, metadata)}) does not fit this pipeline: {unfit}{way_out}")
+    left_out = [f"the layers of {part}, which this pipeline does not have" for part in sorted({*absent.values()})]
+    rest = [name for name in (*missing, *wrong) if name not in absent]
+    return left_out + ([some(rest)] if rest else [])
+
+
+def _factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Tensor, Tensor] | None:
+    """Down (r, in, ...) and up (out, r, 1, ...), scaled, whose product is a layer's difference; None: it is zero.
+
+    Raises:
+        ValueError: they are not of this weight's shape, or not complete.
+        RuntimeError: likewise.
+        LookupError: likewise.
+    """
+    shape = tuple(cast(Tensor, base.weight).shape)
+    if odd := [kind for kind, tensor in layer.items() if kind != "alpha" and not tensor.is_floating_point()]:
+        raise ValueError(f"found {layer[odd[0]].dtype} in {odd[0]}")
+    magnitudes = [
+        tensor if kind == "dora_scale" else tensor.reshape(-1, 1)  # PEFT has only those of outputs
+        for kind, tensor in layer.items()
+        if _MAGNITUDE.fullmatch(kind)
+    ]
+    layer = {kind: tensor for kind, tensor in layer.items() if not _MAGNITUDE.fullmatch(kind)}
+    up, down = _as_product(layer, shape, scale)
+    if magnitudes:
+        up, down = _of_least_rank(_normed(kept_weights.unmerged(base).detach(), up @ down, magnitudes[0]))
+    if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+        raise ValueError("its numbers are too large")
+    ones = [1] * (len(shape) - 2)
+    return (down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones)) if up.any() and down.any() else None
+
+
+def _as_product(layer: Layer, shape: tuple[int, ...], scale: float | None) -> tuple[Tensor, Tensor]:
+    """Up (out, r) and down (r, in * ...), scaled."""
+    if layer.keys() >= {"up", "down"} and "lora_mid" not in layer:
+        up, down = layer["up"].flatten(1), layer["down"]
+        rank = len(down)
+        if up.shape != (shape[0], rank) or not _has_inputs(down, shape):
+            raise ValueError(f"found {tuple(layer['up'].shape)} x {tuple(down.shape)} for {shape} here")
+        return up * (scale if scale is not None else _scale(layer, rank)), down.flatten(1)
+    if layer.keys() >= _LOHA and not layer.keys() & {"hada_t1", "hada_t2"}:
+        sides = [(layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"].flatten(1)) for side in ("1", "2")]
+        ranks = prod(len(b) for _, b in sides)
+        for a, b in sides:
+            if a.shape != (shape[0], len(b)) or not _has_inputs(b, shape):
+                raise ValueError(f"found {tuple(a.shape)} x {tuple(b.shape)} for {shape} here")
+        if ranks < min(shape[0], prod(shape[1:])):  # the product of two sums is the sum of all products
+            up = torch.einsum("oi,oj->oij", sides[0][0], sides[1][0]).flatten(1)
+            down = torch.einsum("ix,jx->ijx", sides[0][1], sides[1][1]).flatten(0, 1)
+            return up * _scale(layer, len(layer["hada_w1_b"])), down
+    delta = _difference(layer, shape)
+    if delta.shape[0] != shape[0] or not _has_inputs(delta, shape):
+        raise ValueError(f"found {tuple(delta.shape)} for {shape} here")
+    return _of_least_rank(delta.flatten(1))
+
+
+def _has_inputs(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the rows of a tensor are those of a weight of this shape, as they are or flat."""
+    inputs = prod(shape[1:])
+    return tensor[:1].numel() == inputs and tensor.shape[1] in (shape[1], inputs)
+
+
+def _of_least_rank(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of a matrix, one of which is the identity."""
+    out, inputs = delta.shape
+    return (torch.eye(out), delta) if out <= inputs else (delta, torch.eye(inputs))
+
+
+def _normed(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """The difference (out, in * ...) of a weight that a DoRA makes (arXiv 2402.09353), of the difference of its LoRA.
+
+    The magnitudes are of the outputs or, as LyCORIS has them, of the inputs: (1, in, ...).
+    """
+    weight = weight.to(delta)
+    adapted = weight + delta.reshape(weight.shape)
+    by_inputs = len(magnitude) == 1 < len(weight)
+    if magnitude.numel() != weight.shape[by_inputs]:
+        raise ValueError(f"found magnitudes {tuple(magnitude.shape)} for {tuple(weight.shape)} here")
+    others = [axis for axis in range(weight.ndim) if axis != by_inputs]
+    sizes = torch.linalg.vector_norm(adapted, dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (magnitude.reshape(sizes.shape) / sizes * adapted - weight).flatten(1)
+
+
+def _difference(layer: Layer, shape: tuple[int, ...]) -> Tensor:
+    """The difference of a weight of this shape that LyCORIS makes of its factors (arXiv 2309.14859)."""
+    if "diff" in layer:
+        return layer["diff"]
+    if layer.keys() >= {"up", "down", "lora_mid"}:
+        down, up = layer["down"].flatten(1), layer["up"].flatten(1)
+        return _scale(layer, len(down)) * _tucker(layer["lora_mid"], up.T, down, shape)
+    if layer.keys() >= _LOHA:
+        sides = []
+        for side in ("1", "2"):
+            a, b, core = layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"], layer.get(f"hada_t{side}")
+            factor = _product(a, b.flatten(1), shape) if core is None else _tucker(core, a, b, shape)
+            sides.append(factor.flatten(1))
+        return _scale(layer, len(layer["hada_w1_b"])) * sides[0] * sides[1]
+    if any(kind.startswith("lokr_w1") for kind in layer) and any(kind.startswith("lokr_w2") for kind in layer):
+        first, second, ranks = *(_lokr_side(layer, side, shape) for side in ("1", "2")), _lokr_ranks(layer)
+        if first.numel() * second.numel() != prod(shape):
+            raise ValueError(f"found {tuple(first.shape)} and {tuple(second.shape)} for {shape} here")
+        first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+        return (_scale(layer, ranks[0]) if ranks else 1.0) * torch.kron(first, second)
+    raise ValueError(f"found {', '.join(sorted(layer))}, expected all tensors of a LoRA, LoHa, LoKr or difference")
+
+
+def _lokr_side(layer: Layer, side: str, shape: tuple[int, ...]) -> Tensor:
+    if (whole := layer.get(f"lokr_w{side}")) is not None:
+        return whole
+    a, b = layer[f"lokr_w{side}_a"], layer[f"lokr_w{side}_b"]
+    if "lokr_t2" in layer and side == "2":
+        return _tucker(layer["lokr_t2"], a, b, shape)
+    return _product(a, b, shape)
+
+
+def _lokr_ranks(layer: Layer) -> list[int]:
+    return [len(layer[key]) for key in ("lokr_w1_b", "lokr_w2_b") if key in layer]
+
+
+def _product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if a.shape[0] * b.shape[1] > prod(shape):
+        raise ValueError(f"found {tuple(a.shape)} x {tuple(b.shape)} for {shape} here")
+    return a @ b
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Core (i, j, k, l), a (i, out), b (j, in) -> (out, in, k, l)."""
+    if max(core.shape[:2]) > _LARGEST_CORE or a.shape[1] * b.shape[1] * prod(core.shape[2:]) > prod(shape):
+        raise ValueError(f"found {tuple(core.shape)}, {tuple(a.shape)}, {tuple(b.shape)} for {shape} here")
+    return torch.einsum("ij..., ip, jr -> pr...", core, a, b).contiguous()
+
+
+def _scale(layer: Layer, rank: int) -> float:
+    """By which programs multiply what they load: alpha / rank."""
+    return float(layer["alpha"]) / rank if "alpha" in layer else 1.0
+
+
+def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[str, str], float | None]:
+    """(component, module) -> the scale that diffusers wrote into a file's metadata; None: there is none."""
+    try:
+        values = parse_json(metadata.get("lora_adapter_metadata", "{}"))
+        _check_scales(values)
+    except (ValueError, RecursionError) as error:
+        raise UserError(f"{path} is damaged: lora_adapter_metadata: {shown(str(error))}") from error
+
+    def scale(component: str, module: str) -> float | None:
+        found = []
+        for whole, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern")):
+            exceptions = values.get(f"{component}.{pattern}") or {}
+            number = exceptions.get(get_pattern_key(list(exceptions), module), values.get(f"{component}.{whole}"))
+            if number is None:
+                return None
+            found.append(number)
+        return float(found[0] / (found[1] ** 0.5 if values.get(f"{component}.use_rslora") else found[1]))
+
+    return scale
+
+
+def _check_scales(values: Mapping[str, Any]) -> None:
+    """Check the ranks and alphas in what diffusers tells of an adapter; ValueError: they are none."""
+    patterns = {name: value for name, value in values.items() if re.search(r"\.(rank|alpha)_pattern$", name) and value}
+    if odd := [name for name, value in patterns.items() if not isinstance(value, dict)]:
+        raise ValueError(f"{odd[0]} is {patterns[odd[0]]!r:.50}")
+    check_patterns(key for value in patterns.values() for key in value)
+    for key in (key for value in patterns.values() for key in value):
+        try:
+            re.compile(rf"(.*\.)?({key})$")  # as it is used
+        except re.error as error:
+            raise ValueError(f"{key!r} is no regular expression: {error}") from error
+    numbers = {name: value for name, value in values.items() if re.search(r"\.(r|lora_alpha)$", name)}
+    numbers |= {f"{name}[{key!r}]": number for name, value in patterns.items() for key, number in value.items()}
+    for name, number in numbers.items():
+        if number is not None and (type(number) not in (int, float) or not 0 < number < _LARGEST):
+            raise ValueError(f"{name} is {number!r:.50}")
+
+
+def _adapter(modules: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[LoraConfig, dict[str, Tensor]]:
+    """The factors of a model's layers, already scaled, as PEFT has them."""
+    ranks = {module: len(down) for module, (down, _) in modules.items()}
+    usual = Counter(ranks.values()).most_common(1)[0][0]
+    by_rank: dict[int, list[str]] = {}  # an expression for each rank: PEFT tries all of them for each layer
+    for module, rank in ranks.items():
+        by_rank.setdefault(rank, []).append(re.escape(module))
+    unusual = {f"^(?:{'|'.join(names)})": rank for rank, names in by_rank.items() if rank != usual}
+    config = LoraConfig(
+        r=usual,
+        lora_alpha=usual,
+        rank_pattern=dict(unusual),
+        alpha_pattern=dict(unusual),
+        target_modules=rf"(?:{'|'.join(map(re.escape, modules))})",
+    )
+    tensors = {f"{module}.lora_A.weight": down for module, (down, _) in modules.items()}
+    return config, tensors | {f"{module}.lora_B.weight": up for module, (_, up) in modules.items()}
+
+
+def _modules_by_name(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str, nn.Module]]:
+    """Name of a layer in files, without dots -> component, path and layer."""
+    found = {}
+    for component, prefixes in _PREFIXES.items():
+        model: Any = models.get(component)
+        for path, module in supported_modules(model).items() if model is not None else ():
+            if component == "unet":
+                paths = [path, other] if (other := sgm_path(path, model)) else [path]
+                found[_flat(path)] = component, path, module  # as diffusers' first training scripts named them
+            else:  # transformers 5 took the level text_model out of some text encoders
+                short = path.removeprefix("text_model.")
+                paths = [short, f"text_model.{short}"]
+            names = [_flat(f"{prefix}.{each}") for prefix in prefixes for each in paths]
+            found.update(dict.fromkeys(names, (component, path, module)))
+    return found
+
+
+def _component_of(name: str) -> str | None:
+    flat = _flat(name)
+    for component in ("text_encoder_2", "text_encoder", "unet"):
+        if any(flat.startswith(f"{prefix}_") for prefix in _PREFIXES[component]):
+            return component
+    return None
+
+
+def _flat(name: str) -> str:
+    return name.replace(".processor.", ".").replace(".", "_")
+
+
+def _what_it_is(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
+    """What a safetensors file is, and where it belongs if not here."""
+    text = "\n".join(keys)
+    said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
+    made_for = f", made for {shown(said)}" if said else ""
+    if re.search(r"^(model\.diffusion_model|cond_stage_model|first_stage_model)\.", text, re.MULTILINE):
+        return "it is a whole checkpoint, to be opened as the base"
+    if re.search(r"^(emb_params|clip_[lg]|string_to_param.*)$", text, re.MULTILINE):
+        return "it is a textual inversion; load it with pipe.load_textual_inversion"
+    transformer = (
+        r"double_blocks|single_(transformer_)?blocks|^transformer\.|^lora_transformer"
+        r"|^diffusion_model\.(?!(input|middle|output)_block|time_|label_emb|out\.)"
+    )
+    if re.search(transformer, text, re.MULTILINE):
+        return f"it is for a transformer such as FLUX or SD 3, not for a UNet{made_for}"
+    if re.search(r"lora_|hada_|lokr_|\.diff$", text, re.MULTILINE):
+        return f"a LoRA file{made_for}"
+    declared = json.dumps(metadata.get("format"))
+    return f"its format is {shown(declared)}, and it holds {some(sorted(keys)) or 'nothing'}"

@@ -1,0 +1,148 @@
+"""Concepts of any PEFT method in directories as PEFT writes them, with their trigger words beside."""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterable, Iterator, Mapping
+from pathlib import Path
+from typing import Any
+
+from peft import PeftConfig
+from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
+from safetensors.torch import save, save_file
+from torch import Tensor
+
+from atomdiff.concepts.concept_file import (
+    check_words,
+    parse_json,
+    read_tensors,
+    shown,
+    some,
+    sort_header,
+    split_token_key,
+    token_key,
+)
+from atomdiff.tuner.config import check_patterns
+from atomdiff.tuner.removable import lasting_change
+from atomdiff.utils.atomic import new_folder
+from atomdiff.utils.errors import UserError
+
+LEARNED_EMBEDS_NAME = "learned_embeds.safetensors"
+
+_MAX_CONFIG_BYTES = 1 << 20
+_ELSEWHERE = ("adapters", "megatron_config", "shadow_model")  # make PEFT open other files, or import modules
+
+Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
+Tokens = dict[str, dict[str, Tensor]]
+
+
+def write(
+    path: Path, adapters: Adapters, tokens: Tokens, denoiser: str, metadata: Mapping[str, str] | None = None
+) -> None:
+    """Write a concept, the same bytes for the same input; what it replaces goes once all of it is written.
+
+    Args:
+        path: the directory, made if it is missing; what else it holds stays.
+        adapters: component -> settings and tensors; other components than the denoiser get a subfolder each.
+        tokens: trigger word -> text encoder -> embedding (hidden,).
+        denoiser: the component whose adapter lies in `path` itself.
+        metadata: facts for the headers of the adapters.
+    """
+    names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
+    own = [LEARNED_EMBEDS_NAME, *names, *(f"text_encoder*/{name}" for name in names)]
+    with new_folder(path, own) as unfinished:
+        for component, (config, tensors) in adapters.items():
+            folder = _folder(unfinished, component, denoiser)
+            stored = copy.deepcopy(config)
+            stored.inference_mode = True
+            for key, value in vars(config).items():
+                if isinstance(value, set):
+                    setattr(stored, key, sorted(value))
+            stored.save_pretrained(str(folder))
+            tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # some methods share them between layers
+            data = sort_header(save(tensors, {"format": "pt", **(metadata or {})}))
+            (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
+        if tokens:
+            vectors = {
+                token_key(word, encoder): vector for word, of in tokens.items() for encoder, vector in of.items()
+            }
+            vectors = {key: vector.detach().cpu().contiguous() for key, vector in vectors.items()}
+            save_file(vectors, unfinished / LEARNED_EMBEDS_NAME, metadata={"format": "pt"})
+
+
+def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters, Tokens, list[str]]:
+    """Read a concept written by `write`, or adapters saved by PEFT itself, in a folder for each component.
+
+    Args:
+        path: the directory.
+        components: those that may have an adapter.
+        denoiser: the component whose adapter lies in `path` itself, or in a folder of that name as those of others do.
+
+    Returns:
+        The adapters by component, the trigger words, and what is left out, for a message.
+
+    Raises:
+        UserError: the directory holds neither an adapter nor a word, or one that cannot be read.
+    """
+    adapters: Adapters = {}
+    found = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{CONFIG_NAME}"))}
+    if (path / CONFIG_NAME).is_file():
+        if denoiser in found:
+            raise UserError(f"{path} and {found[denoiser]} both hold an adapter for {denoiser}: take one of them out")
+        found[denoiser] = path
+    components = set(components)
+    for component in sorted(found.keys() & components):
+        folder = found.pop(component)
+        adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)[0])
+    absent = sorted(found)
+    left_out = [f"the adapters in {some(absent)}, which this pipeline does not have"] if absent else []
+    tokens: Tokens = {}
+    if (path / LEARNED_EMBEDS_NAME).is_file():
+        for key, vector in read_tensors(path / LEARNED_EMBEDS_NAME)[0].items():
+            if not (key.startswith("token.") and vector.is_floating_point()):
+                raise UserError(f"{path / LEARNED_EMBEDS_NAME} holds {some([key])}, not only embeddings 'token.<word>'")
+            word, encoder = split_token_key(key)
+            tokens.setdefault(word, {})[encoder] = vector
+        check_words(path / LEARNED_EMBEDS_NAME, tokens)
+    if absent and not adapters and not tokens:
+        raise UserError(
+            f"{path} has adapters for {some(absent)}, which this pipeline does not have: expected some for "
+            f"{some(sorted(components))}; where they are concepts of their own, choose one by subfolder"
+        )
+    if not adapters and not tokens:
+        raise UserError(f"{path} holds no concept: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} in it")
+    return adapters, tokens, left_out
+
+
+def _folder(path: Path, component: str, denoiser: str) -> Path:
+    return path if component == denoiser else path / component
+
+
+def _read_config(folder: Path) -> PeftConfig:
+    file = folder / CONFIG_NAME
+    try:
+        if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes, expected at most {_MAX_CONFIG_BYTES:,}")
+        values = parse_json(file.read_text("utf-8"))
+        if not isinstance(values.get("peft_type"), str):
+            raise ValueError("it has no peft_type")
+        if elsewhere := [key for key in _ELSEWHERE if values.get(key) is not None]:
+            raise ValueError(f"it names other files or modules ({some(elsewhere)}), which atomdiff does not open")
+        check_patterns(_patterns(values))
+        config: PeftConfig = PeftConfig.from_pretrained(str(folder))
+    except Exception as error:  # PEFT checks little: a value that it does not expect can fail anywhere
+        raise UserError(f"cannot read {file}: {shown(str(error))}") from error
+    if change := lasting_change(config):
+        raise UserError(f"{folder} was not trained to be taken out again: {change}")
+    return config
+
+
+def _patterns(values: dict[str, Any]) -> Iterator[str]:
+    """What PEFT takes for regular expressions: strings for names of modules, and the keys of exceptions."""
+    for key, value in values.items():
+        if isinstance(value, str) and key.endswith("_modules"):
+            yield value
+        elif isinstance(value, dict):
+            yield from value
+        elif key == "layers_pattern":
+            yield from value if isinstance(value, list) else [str(value)]

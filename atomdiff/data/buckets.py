@@ -1,0 +1,65 @@
+"""Aspect buckets: the few sizes that photos of different shapes are cut to."""
+
+import math
+import re
+from collections.abc import Sequence
+
+from atomdiff.utils.errors import UserError
+
+_MOST = 8192  # pixels of a side
+
+Size = tuple[int, int]
+"""Height and width in pixels."""
+
+
+def parse_buckets(text: str) -> tuple[Size, ...] | None:
+    """Read sizes written as "height,width;height,width", as in diffusers' scripts; None for "auto".
+
+    Raises:
+        UserError: The text is neither.
+    """
+    if text.strip() == "auto":
+        return None
+    pairs = [re.fullmatch(r"\s*(\d+)\s*,\s*(\d+)\s*", pair) for pair in text.split(";")]
+    sizes = tuple((int(pair[1]), int(pair[2])) for pair in pairs if pair)
+    if len(sizes) < len(pairs) or not all(0 < side <= _MOST for size in sizes for side in size):
+        expected = f'"auto", or "height,width;..." of at most {_MOST} pixels, say 512,768;768,512'
+        raise UserError(f"aspect_ratio_buckets={text!r}: expected {expected}")
+    return sizes
+
+
+def bucket_sizes(text: str | None, side: int, unit: int) -> tuple[Size, ...]:
+    """Return the sizes that photos may be cut to: only the square of `side` pixels without `text`.
+
+    Args:
+        text: What `parse_buckets` reads.
+        side: The resolution of the run.
+        unit: What the base needs both sides to be multiples of.
+
+    Raises:
+        UserError: A side is not a multiple of the unit.
+    """
+    if text is None:
+        return ((side, side),)
+    sizes = parse_buckets(text) or automatic_buckets(side, unit)
+    if wrong := [size for size in sizes if size[0] % unit or size[1] % unit]:
+        found = ";".join(f"{height},{width}" for height, width in wrong)
+        raise UserError(f"aspect_ratio_buckets={text!r}: this base needs multiples of {unit}; found {found}")
+    return sizes
+
+
+def automatic_buckets(side: int, unit: int) -> tuple[Size, ...]:
+    """Return all sizes with sides between `side` / 2 and 2 `side`, one of them the longest for the other in `side`^2.
+
+    These are kohya's buckets, with `unit` for his bucket_reso_steps: every side is a multiple of it.
+    """
+    least, most = math.ceil(side / 2 / unit) * unit, 2 * side
+    halves = [(long, min(most, side * side // long // unit * unit)) for long in range(least, most + 1, unit)]
+    found = {size for one, other in halves if other >= least for size in ((one, other), (other, one))}
+    return tuple(sorted(found))
+
+
+def nearest_bucket(size: Size, buckets: Sequence[Size]) -> Size:
+    """Return the bucket whose aspect ratio is nearest to that of `size`, as a factor; of several the largest."""
+    ratio = math.log(size[0] / size[1])
+    return min(buckets, key=lambda bucket: (abs(math.log(bucket[0] / bucket[1]) - ratio), -bucket[0] * bucket[1]))

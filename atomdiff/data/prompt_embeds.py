@@ -1,0 +1,137 @@
+"""Prompts as the states that a UNet attends to, encoded exactly as the diffusers pipelines do."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+from transformers import CLIPTextModelWithProjection
+
+from atomdiff.utils.tensor_cache import DiskCache, content_key
+
+_NOISE = 0.1  # of the standard deviation of a table's numbers
+
+
+class TextStates(NamedTuple):
+    """What a UNet is told of some prompts."""
+
+    states: Tensor
+    """The text encoder's last states (prompts, 77, hidden); in SDXL those before, of both encoders side by side."""
+    pooled: Tensor | None
+    """SDXL's second encoder's projection (prompts, projected) of its state at the end of the prompt."""
+
+
+def text_encoders(pipe: Any) -> dict[str, Any]:
+    """Return a pipeline's text encoders by name, in the order of their states."""
+    parts = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    return {name: part for name, part in parts.items() if part is not None}
+
+
+def tokenize(pipe: Any, encoder: str, prompts: Iterable[str]) -> Tensor:
+    """Return the token ids (prompts, 77) for a text encoder.
+
+    As in the pipelines, a word of several vectors stands for all of them, and prompts that are too long are cut off.
+    """
+    tokenizer = getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
+    texts = pipe.maybe_convert_prompt(list(prompts), tokenizer)
+    length = tokenizer.model_max_length
+    ids: Tensor = tokenizer(
+        texts, padding="max_length", max_length=length, truncation=True, return_tensors="pt"
+    ).input_ids
+    return ids
+
+
+def encode(encoders: Sequence[Any], ids: Sequence[Tensor]) -> TextStates:
+    """Encode prompts, given as token ids (prompts, 77) for each of a pipeline's text encoders.
+
+    An encoder with a projection is taken for one of SDXL's, which uses the states before the last layer (Podell et al.,
+    "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis", arXiv 2307.01952, section 2.1).
+    """
+    if not isinstance(encoders[-1], CLIPTextModelWithProjection):
+        (encoder,) = encoders
+        return TextStates(encoder(ids[0].to(encoder.device))[0], None)
+    outputs = [
+        encoder(of_encoder.to(encoder.device), output_hidden_states=True)
+        for encoder, of_encoder in zip(encoders, ids, strict=True)
+    ]
+    return TextStates(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
+
+
+def encode_known(
+    encoders: Mapping[str, Any],
+    ids: Mapping[str, Tensor],
+    numbers: Iterable[int],
+    cache: DiskCache | None = None,
+    key: str = "",
+) -> dict[int, TextStates]:
+    """Encode prompts that will not change, each by itself, so that its states do not depend on the others.
+
+    Args:
+        encoders: The text encoders by name.
+        ids: Token ids (prompts, 77) by text encoder.
+        numbers: Which of the prompts.
+        cache: Keeps the states for further runs.
+        key: Names the text encoders there.
+
+    Returns:
+        The states on the CPU, (77, hidden) and (projected,) by the prompt's number.
+    """
+    known = {}
+    for number in numbers:
+        of_prompt = [ids[name][[number]] for name in encoders]
+
+        def make(of_prompt: list[Tensor] = of_prompt) -> dict[str, Tensor]:
+            with torch.no_grad():
+                found = encode(list(encoders.values()), of_prompt)
+            return {name: tensor[0].cpu() for name, tensor in found._asdict().items() if tensor is not None}
+
+        own_key = content_key("states of a prompt", key, torch.cat(of_prompt).numpy().tobytes())
+        tensors = make() if cache is None else cache.get(own_key, make)
+        known[number] = TextStates(tensors["states"], tensors.get("pooled"))
+    return known
+
+
+def look_up(text_encoder: Any, tokens: Sequence[int], vectors: Tensor) -> RemovableHandle:
+    """Make `vectors` (tokens, hidden) what the embedding table answers for these ids; the table does not change.
+
+    Returns:
+        A handle whose `remove()` undoes this.
+    """
+
+    def replace(_: nn.Module, inputs: tuple[Tensor], output: Tensor) -> Tensor:
+        for token, vector in zip(tokens, vectors.to(output.dtype), strict=True):
+            named = (inputs[0] == token)[..., None]  # (batch, 77, 1)
+            output = torch.where(named, vector, output)
+        return output
+
+    table: nn.Module = text_encoder.get_input_embeddings()
+    return table.register_forward_hook(replace)
+
+
+def start_vectors(pipe: Any, encoder: str, words: str, count: int, seed: int) -> Tensor:
+    """Return the vectors (count, hidden) that a trigger word starts from, in float32.
+
+    They are the embeddings of the tokens of `words` one by one, if there are as many; else all are their mean, and if
+    there are several, each with a little noise of its own, so that they can learn different things: a tenth of the
+    standard deviation of the table's numbers.
+
+    Args:
+        pipe: The base.
+        encoder: Name of the text encoder.
+        words: What the trigger word starts as.
+        count: How many vectors it has.
+        seed: Of the noise.
+    """
+    tokenizer = getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
+    ids = tokenizer(words, add_special_tokens=False).input_ids
+    table: Tensor = getattr(pipe, encoder).get_input_embeddings().weight.detach().float()
+    if len(ids) == count:
+        return table[ids]
+    mean = table[ids].mean(dim=0).expand(count, -1)
+    if count == 1:
+        return mean.clone()
+    generator = torch.Generator().manual_seed(seed)
+    return mean + _NOISE * table.std() * torch.randn(mean.shape, generator=generator).to(table.device)

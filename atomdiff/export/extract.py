@@ -1,0 +1,312 @@
+"""The atoms that best explain what full tuning changed in a model."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from atomdiff.concepts.compatibility import fingerprint
+from atomdiff.concepts.concept_file import DeltaFile, some, write_delta_file
+from atomdiff.concepts.modelspec import atomdiff_version, model_spec
+from atomdiff.export.least_squares import fit_layer
+from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.open import open_pipeline, stored_dtype
+from atomdiff.training.method import read_adapter
+from atomdiff.training.preflight import check_writable, refuse_overlap
+from atomdiff.tuner import inject
+from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.model import find_targets
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.paths import PathText, expand_paths
+from atomdiff.utils.text_files import read_yaml
+
+
+@dataclass(frozen=True)
+class ExtractConfig:
+    """Find the atoms that best explain a fully tuned model, and write them to a concept file."""
+
+    pretrained_model_name_or_path: PathText
+    """The base: a pipeline's folder or Hub id, or a UNet's folder."""
+    tuned: PathText
+    """The tuned one, likewise."""
+    output: PathText
+    """The concept file to write, by custom <concept>.atoms.safetensors."""
+    adapter: PathText = "atoms"
+    """Which atoms: a JSON file with the settings of an AtomConfig, or atoms for the default."""
+    trigger_phrase: str = ""
+    """What to write in a prompt to get what was tuned."""
+    dtype: Literal["float32", "float16", "bfloat16"] | None = None
+    """Precision to load both in. Default: as they are stored, which takes least memory."""
+    save_dtype: Literal["float32", "float16"] = "float16"
+    """Precision of the written numbers."""
+    revision: str | None = None
+    """Revision of a base on the Hub."""
+    variant: str | None = None
+    """Variant of both models' files, such as fp16."""
+    single_file_config: PathText | None = None
+    """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
+    diffusers finds out, from the Hub."""
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
+
+
+@dataclass(frozen=True)
+class ExtractedLayer:
+    """One layer that was tuned."""
+
+    module: str
+    """Its path, component first."""
+    size: float
+    """Frobenius norm of the base weight."""
+    difference: float
+    """Frobenius norm of tuned minus base weight."""
+    residual: float
+    """Frobenius norm of what the atoms do not explain of it."""
+
+    @property
+    def explained(self) -> float:
+        """1 - |residual|^2 / |difference|^2."""
+        return 1 - (self.residual / self.difference) ** 2
+
+
+@dataclass(frozen=True)
+class Extraction:
+    """A concept, and how much of the tuning it explains."""
+
+    delta: DeltaFile
+    """What goes into a file."""
+    layers: tuple[ExtractedLayer, ...]
+    """The layers that atoms adapt and tuning changed."""
+    unexplained: dict[str, tuple[int, float]]
+    """Kind of what else tuning changed -> its number of tensors, and the Frobenius norm of the changes."""
+    other_models: dict[str, int]
+    """Other parts of the pipeline that were tuned -> their number of changed tensors."""
+
+    @property
+    def explained(self) -> float:
+        """Share of the squared difference that is explained, over the layers that atoms adapt."""
+        return self._share(0.0)
+
+    @property
+    def explained_of_all(self) -> float:
+        """Share of the squared difference that is explained, over all parameters of the model."""
+        return self._share(math.hypot(*(size for _, size in self.unexplained.values())))
+
+    def _share(self, rest: float) -> float:
+        residual = math.hypot(rest, *(layer.residual for layer in self.layers))
+        return 1 - (residual / math.hypot(rest, *(layer.difference for layer in self.layers))) ** 2
+
+
+def extract_concept(config: ExtractConfig) -> Extraction:
+    """Extract from two models on disk or on the Hub, and write `config.output`.
+
+    Raises:
+        UserError: a model cannot be loaded, or the two do not belong together, or nothing that atoms adapt differs.
+    """
+    adapter = read_adapter(config.adapter)
+    if not isinstance(adapter, AtomConfig):
+        raise UserError(f"adapter={config.adapter!r} is no AtomConfig: extraction finds atoms only")
+    sources = {
+        "the base": config.pretrained_model_name_or_path,
+        "the tuned model": config.tuned,
+        "adapter": config.adapter,
+    }
+    refuse_overlap({"output": config.output}, sources, inside=False)
+    check_writable(Path(config.output).parent, f"output={config.output!r}", Path(config.output).name)
+    base = _open(config.pretrained_model_name_or_path, config, config.revision)
+    found = extract(
+        base,
+        _open(config.tuned, config, None),
+        adapter,
+        title=Path(config.output).name.partition(".")[0],
+        trigger_phrase=config.trigger_phrase,
+        base_model=config.pretrained_model_name_or_path,
+        training={"extracted_from": config.tuned},
+    )
+    write_delta_file(config.output, found.delta, getattr(torch, config.save_dtype))
+    return found
+
+
+@torch.no_grad()
+def extract(
+    base: Any,
+    tuned: Any,
+    config: AtomConfig | None = None,
+    *,
+    title: str = "extracted",
+    trigger_phrase: str = "",
+    base_model: str = "",
+    training: Mapping[str, Any] | None = None,
+) -> Extraction:
+    """Find the atoms that best explain how a tuned model differs from its base; neither is changed.
+
+    For each layer the deltas minimise |W1 - adapted(W0)|, a linear least-squares problem that normal equations of the
+    size of the atoms solve in float64. Kernels and channels together (`channel_block` without `joint`) are bilinear:
+    each is solved for in turn while the other stays, until the residual settles.
+
+    Args:
+        base: a diffusers pipeline, or a model such as its UNet, without adapters.
+        tuned: the same after full tuning.
+        config: the atoms to find; None: the default. All variants but `recursion`.
+        title: name of the concept, for its file.
+        trigger_phrase: what to write in a prompt to get what was tuned.
+        base_model: name or path of the base, for the file.
+        training: JSON-ready facts for the file.
+
+    Returns:
+        The concept, for `atomdiff.concepts.concept_file.write_delta_file`, and how much it explains.
+
+    Raises:
+        UserError: the models do not belong together, have adapters, or nothing that these atoms adapt differs.
+    """
+    config = config or AtomConfig()
+    if config.recursion is not None:
+        raise UserError(f"recursion={config.recursion}: its atoms are no least-squares fit; extract without recursion")
+    if config.modules_to_save:
+        raise UserError(f"modules_to_save={config.modules_to_save}: a concept file holds atoms only; leave it out")
+    component, old = _denoiser(base)
+    _, new = _denoiser(tuned)
+    before, after = _parameters(old, "base"), _parameters(new, "tuned model")
+    _check_same_architecture(before, after)
+    differing = [name for name, tensor in before.items() if _norm_of_change(tensor, after[name])]
+    if not differing:
+        raise UserError("the tuned model is the base, number for number: check the two paths")
+    try:
+        targets = find_targets(old, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"these atoms do not fit the model: {error}") from error
+    adapted = {name: f"{name}.weight" for name in targets if f"{name}.weight" in differing}
+    if not adapted:
+        raise UserError(
+            f"target_modules={config.target_modules!r} means {len(targets)} layers, none of which was tuned; tuned was "
+            f"{some(differing)}: choose target_modules that cover these (atoms adapt no biases and no norms)"
+        )
+    layers, tensors, prints = [], {}, {}
+    for name, key in adapted.items():
+        path = f"{component}.{name}"
+        tensors[path], residual = fit_layer(targets[name], after[key], config, name)
+        size, difference = float(before[key].to(torch.float32).norm()), _norm_of_change(before[key], after[key])
+        layers.append(ExtractedLayer(path, size, difference, residual))
+        prints[path] = fingerprint(before[key], config, name)
+    pipe = SimpleNamespace(components={component: old}) if isinstance(base, nn.Module) else base
+    delta = DeltaFile(
+        config,
+        tensors,
+        prints,
+        base_model=base_model,
+        trigger_phrase=trigger_phrase,
+        modelspec=model_spec(pipe, title, trigger_phrase),
+        atomdiff_version=atomdiff_version(),
+    )
+    others = {name: (before[name], after[name]) for name in differing if name not in adapted.values()}
+    found = Extraction(delta, tuple(layers), _by_kind(others), _other_models(base, tuned))
+    shares = {"explained": round(found.explained, 6), "explained_of_all": round(found.explained_of_all, 6)}
+    return replace(found, delta=replace(delta, training={**shares, **(training or {})}))
+
+
+def describe_extraction(found: Extraction) -> str:
+    """An extraction as a readable table."""
+    width = max(len(layer.module) for layer in found.layers)
+    lines = [f"{'layer':<{width}}{'change':>10}{'explained':>12}"]
+    for layer in found.layers:
+        change = layer.difference / layer.size if layer.size else math.inf
+        lines.append(f"{layer.module:<{width}}{change:>10.2e}{layer.explained:>12.4f}")
+    lines += ["", f"explained: {found.explained:.4f} of the squared change of {len(found.layers)} layers"]
+    if found.unexplained:
+        lines.append(f"           {found.explained_of_all:.4f} of that of all parameters; left out are")
+    for kind, (count, size) in found.unexplained.items():
+        lines.append(f"           {count} {kind} (change {size:.3g} in all)")
+    for part, count in found.other_models.items():
+        lines.append(f"left out: {count} tensors of the {part}, which was tuned, too")
+    return "\n".join(lines)
+
+
+def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:
+    """A pipeline, or the UNet in a folder of its own."""
+    dtype, folder = getattr(torch, config.dtype) if config.dtype else None, Path(name)
+    if not folder.is_dir() or not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
+        described_by = config.single_file_config
+        return open_pipeline(name, dtype, revision=revision, variant=config.variant, single_file_config=described_by)
+    from diffusers import UNet2DConditionModel
+
+    settings = read_yaml(folder / "config.json")
+    kind = settings.get("_class_name") if isinstance(settings, dict) else type(settings).__name__
+    if kind != "UNet2DConditionModel":
+        raise UserError(f"{name!r} holds a {kind}: expected the folder of a pipeline or of a UNet2DConditionModel")
+    try:
+        loaded_as = dtype or stored_dtype(folder, config.variant)
+        return UNet2DConditionModel.from_pretrained(name, variant=config.variant, dtype=loaded_as)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{name!r} is there, but cannot be loaded ({' '.join(str(error).split())})") from error
+
+
+def _denoiser(source: Any) -> tuple[str, nn.Module]:
+    if isinstance(source, nn.Module):
+        return "unet", source
+    models = pipeline_models(source)
+    for component in ("unet", "transformer"):
+        if component in models:
+            return component, models[component]
+    raise UserError(f"{type(source).__name__} has no UNet: expected a pipeline from text to images, or a UNet")
+
+
+def _parameters(model: nn.Module, what: str) -> dict[str, Tensor]:
+    if adapters := list(inject.adapter_configs(model)):
+        raise UserError(f"the {what} has adapters ({some(adapters)}): take them out, or export it merged, first")
+    found = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    if broken := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
+        raise UserError(f"the {what} holds values that are not finite, in {some(broken)}: use another checkpoint")
+    return found
+
+
+def _check_same_architecture(before: Mapping[str, Tensor], after: Mapping[str, Tensor]) -> None:
+    """Check that both models have the same parameters of the same shapes."""
+    advice = "extraction compares a model with the base that it was tuned from: check the two paths"
+    for these, those, what in ((before, after, "tuned model"), (after, before, "base")):
+        if missing := [name for name in these if name not in those]:
+            raise UserError(f"the {what} has no {some(missing)}: another architecture; {advice}")
+    for name, tensor in before.items():
+        if tensor.shape != after[name].shape:
+            found, expected = tuple(after[name].shape), tuple(tensor.shape)
+            raise UserError(f"{name} of the tuned model has shape {found}, and that of the base {expected}; {advice}")
+
+
+def _norm_of_change(old: Tensor, new: Tensor) -> float:
+    wide = old.to(torch.float32)
+    return float((new.to(wide) - wide).norm())
+
+
+def _by_kind(changes: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[int, float]]:
+    """Biases, norms and other weights among these: how many, and the norm of their changes."""
+    kinds: dict[str, list[float]] = {}
+    for name, (old, new) in changes.items():
+        kind = "biases" if name.endswith("bias") else "weights of norms" if old.ndim == 1 else "other weights"
+        kinds.setdefault(kind, []).append(_norm_of_change(old, new))
+    return {kind: (len(sizes), math.hypot(*sizes)) for kind, sizes in sorted(kinds.items())}
+
+
+def _other_models(base: Any, tuned: Any) -> dict[str, int]:
+    """Other parts of two pipelines that differ -> number of tensors that do."""
+    if isinstance(base, nn.Module) or isinstance(tuned, nn.Module):
+        return {}
+    counts = {}
+    old, new = pipeline_models(base), pipeline_models(tuned)
+    for part in (old.keys() & new.keys()) - {_denoiser(base)[0]}:
+        one, two = old[part].state_dict(), new[part].state_dict()
+        counts[part] = sum(key not in two or _differs(value, two[key]) for key, value in one.items())
+    return {part: count for part, count in sorted(counts.items()) if count}
+
+
+def _differs(one: Tensor, two: Tensor) -> bool:
+    """Whether two tensors differ by more than rounding to half precision."""
+    if one.shape != two.shape or not one.is_floating_point():
+        return not torch.equal(one, two)
+    return not torch.allclose(two.to(one), one, rtol=2**-7, atol=2**-10 * float(one.abs().max() if one.numel() else 0))

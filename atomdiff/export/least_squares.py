@@ -1,0 +1,84 @@
+"""Least-squares fit of deltas: the atoms that bring a base weight nearest to a tuned one.
+
+|R - A @ dD| over dD, with R = W1 - W0 as rows and A = X @ D.T or a sparse code, has the normal equations
+
+    (A.T @ A) @ dD = A.T @ R                A.T @ A = D @ (X.T @ X) @ D.T  (m, m)
+
+whose right and left sides are sums over all rows, gathered in float64. Kernels and channels together, where a block B
+becomes (I + C).T @ B @ (I + S), are solved for in turn, each exactly while the other stays.
+"""
+
+from __future__ import annotations
+
+import copy
+
+import torch
+from torch import Tensor, nn
+
+from atomdiff.atoms.layout import as_kernels
+from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.factor import Factor
+from atomdiff.tuner.layer import AtomLayer
+
+_NAME = "fitted"
+_RANK_TOLERANCE = 1e-12  # of squared singular values: what is below comes from rounding in float32
+_MAX_SWEEPS = 50
+_SETTLED = 1e-5  # a sweep that lessens the residual by a smaller part is the last
+_ROUNDING = 1e-6  # a residual this small, of the difference, is due to rounding in float32
+_NUMBERS_AT_ONCE = 1 << 22  # so that a large weight is never there in float64 as a whole
+
+
+@torch.no_grad()
+def fit_layer(module: nn.Module, tuned: Tensor, config: AtomConfig, name: str) -> tuple[dict[str, Tensor], float]:
+    """Fit the deltas of one layer to a tuned weight.
+
+    Args:
+        module: the base layer, that stays as it is.
+        tuned: weight (out, in/groups, ...) to come near to.
+        config: the atoms; no recursion.
+        name: path of the layer in its model.
+
+    Returns:
+        The tensors that a file holds, by kind, and the Frobenius norm of what they miss.
+    """
+    layer = AtomLayer(copy.deepcopy(module).to(torch.float32))
+    layer.update_layer(_NAME, config, name)
+    factors = layer.factors[_NAME]
+    target = tuned.to(layer.unmerged_weight())
+    residual = difference = float((target - layer.unmerged_weight()).norm())
+    for _ in range(_MAX_SWEEPS if len(factors) > 1 else 1):
+        before = residual
+        for factor in factors:
+            delta = layer.tensors(f"{factor.kind}_delta")[_NAME]
+            delta.zero_()
+            delta.copy_(_best_delta(layer, factor, target))
+        residual = float((target - layer.adapted_weight([_NAME])).norm())
+        if residual >= (1 - _SETTLED) * before or residual < _ROUNDING * difference:
+            break
+    kinds = [kind for factor in factors for kind in factor.stored(config)]
+    return {kind: layer.tensors(kind)[_NAME].detach().clone() for kind in kinds}, residual
+
+
+def _best_delta(layer: AtomLayer, factor: Factor, target: Tensor) -> Tensor:
+    """The delta dD (m, d) of one factor, now zero, that minimises |R - A @ dD|, R being what is missing to `target`.
+
+    A = X @ D.T of the rows X as the other factor leaves them, or their sparse code.
+    """
+    start = layer.adapted_weight([_NAME])
+    missing = factor.view.columns(as_kernels(target - start))  # (batch, d, width)
+    codes = layer.codes(_NAME, factor)
+    source = factor.view.columns(as_kernels(start)) if codes is None else codes  # (batch, d or m, width)
+    squares, mixed = _products(source, source), _products(source, missing)
+    if codes is None:
+        atoms = layer.tensors(f"{factor.kind}_basis")[_NAME].to(torch.float64)
+        squares, mixed = atoms @ squares @ atoms.T, atoms @ mixed
+    return torch.linalg.pinv(squares, rtol=_RANK_TOLERANCE, hermitian=True) @ mixed
+
+
+def _products(left: Tensor, right: Tensor) -> Tensor:
+    """Sum over the batch of left @ right.T: (batch, m, width), (batch, d, width) -> (m, d) in float64."""
+    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
+    at_once = max(1, _NUMBERS_AT_ONCE // max(1, left[0].numel()))
+    for one, two in zip(left.split(at_once), right.split(at_once), strict=True):
+        total += (one.to(torch.float64) @ two.to(torch.float64).mT).sum(dim=0)
+    return total

@@ -1,0 +1,67 @@
+"""Names of adapters: those that a user gives are checked, those that a file's name gives are made to fit."""
+
+from __future__ import annotations
+
+import re
+import unicodedata
+from collections.abc import Collection, Iterable
+from itertools import chain, count
+
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
+from torch import nn
+
+from atomdiff.utils.errors import UserError
+
+
+def given_name(name: str, models: Iterable[nn.Module], taken: Collection[str]) -> str:
+    """Check a name that somebody gave.
+
+    Args:
+        name: the name.
+        models: those that get the adapter.
+        taken: names of the adapters that are there.
+
+    Raises:
+        UserError: no adapter can have this name, or one has it.
+    """
+    if not _can_be(name, _path_parts(models)):
+        raise UserError(
+            f"{name!r} cannot be an adapter name: use letters, digits, '_' and '-', and no name that a layer has"
+        )
+    if name in taken:
+        raise UserError(f"a concept {name!r} is loaded already: choose another adapter_name, or unload it first")
+    return name
+
+
+def derived_name(found: str, models: Iterable[nn.Module], taken: Collection[str]) -> str:
+    """A name like that of a file, folder or repository up to its first dot; numbered where that cannot be one.
+
+    Args:
+        found: such as "my mug.atoms.safetensors", which gives "my_mug", or "train", which gives "train_1".
+        models: those that get the adapter.
+        taken: names of the adapters that are there.
+    """
+    stem = unicodedata.normalize("NFC", found).partition(".")[0]
+    name, parts = re.sub(r"[^\w-]", "_", stem) or "concept", _path_parts(models)
+    candidates = chain([name], (f"{name}_{number}" for number in count(1)))
+    return next(each for each in candidates if each not in taken and _can_be(each, parts))
+
+
+def _can_be(name: str, path_parts: Collection[str]) -> bool:
+    """Whether PEFT can keep an adapter by this name: as an attribute, and as a part of its tensors' paths."""
+    return (
+        isinstance(name, str)
+        and re.fullmatch(r"[\w-]+", name) is not None
+        and not any(hasattr(kind(), name) for kind in (nn.ParameterDict, nn.ModuleDict))
+        and name not in path_parts
+    )
+
+
+def _path_parts(models: Iterable[nn.Module]) -> set[str]:
+    """What stands between the dots in paths of tensors, those of adapters among them."""
+    paths = {path for model in models for path, _ in model.named_modules()}
+    for tuner in PEFT_TYPE_TO_TUNER_MAPPING.values():
+        layer = getattr(tuner, "tuner_layer_cls", BaseTunerLayer)
+        paths.update((*layer.adapter_layer_names, *layer.other_param_names))
+    return {"weight", "bias"}.union(*(path.split(".") for path in paths))

@@ -1,0 +1,239 @@
+"""How strongly a concept acts: in all, by part of the model, and by denoising step."""
+
+from __future__ import annotations
+
+import re
+import sys
+import threading
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from atomdiff.pipelines.caller import find_caller
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.thread_local import ThisThread, Turn
+
+Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
+_LOCK = threading.Lock()  # of what several threads do to one model
+
+_PARTS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
+_EXPECTED = (
+    "give a number, or {'weight': number, 'blocks': {'down': number, 'up.1': number}, 'steps': {0: number, 1: number}}"
+)
+
+
+@dataclass(frozen=True)
+class Strength:
+    """A concept's weight, times that of the part of the model, times that of the denoising step."""
+
+    weight: float = 1.0
+    """1 is as trained, 0 takes the concept away."""
+    blocks: Mapping[str, float] = field(default_factory=dict)
+    """Part -> factor: "down", "mid", "up", "up.1", "down_blocks.0.attentions", "text_encoder" or any other path of a
+    module. Of several that match, the one that goes furthest into the model counts; parts not named have the factor
+    1."""
+    steps: Mapping[float, float] = field(default_factory=dict)
+    """Share of the denoising steps done, 0 to 1 -> factor, on straight lines between. Text encoders have none."""
+
+    def __post_init__(self) -> None:
+        if not isinstance(self.blocks, Mapping) or not isinstance(self.steps, Mapping):
+            raise UserError(f"found the strength {self}: {_EXPECTED}")
+        numbers = [self.weight, *self.blocks.values(), *self.steps.values()]
+        if not all(_is_number(number) for number in numbers):
+            raise UserError(f"found the strength {self}: {_EXPECTED}, all finite")
+        if not all(_is_number(share) and 0 <= share <= 1 for share in self.steps):
+            raise UserError(f"steps={dict(self.steps)}: expected shares of the denoising steps, from 0 to 1")
+        object.__setattr__(self, "blocks", {_path(key): float(value) for key, value in self.blocks.items()})
+
+    @classmethod
+    def read(cls, value: Any) -> Strength:
+        """A strength from a number, from a mapping with its fields, or from blocks as diffusers nests them.
+
+        Raises:
+            UserError: it is none of these.
+        """
+        if isinstance(value, Strength):
+            return value
+        if isinstance(value, (int, float)):
+            return cls(value)
+        if not isinstance(value, Mapping):
+            raise UserError(f"found the strength {value!r}: {_EXPECTED}")
+        if not set(value) <= {"weight", "blocks", "steps"}:
+            return cls(blocks=dict(_flat(value)))
+        steps = value.get("steps", {})
+        try:
+            pairs = dict(steps.items() if isinstance(steps, Mapping) else steps)
+            steps = {float(share): factor for share, factor in pairs.items()}
+        except (TypeError, ValueError, OverflowError) as error:
+            raise UserError(f"found steps={steps!r}: {_EXPECTED}") from error
+        return cls(value.get("weight", 1.0), dict(_flat(value.get("blocks", {}))), steps)
+
+    def at(self, module: str, progress: float | None) -> float:
+        """The weight of one layer.
+
+        Args:
+            module: its path with the component, such as `unet.conv_in`.
+            progress: share of the denoising steps done; None: no matter.
+        """
+        reach = {part: _reach(module, part) for part in self.blocks}
+        furthest = max(reach, key=reach.__getitem__, default="")
+        factor = self.blocks[furthest] if reach.get(furthest) else 1.0
+        if self.steps and progress is not None:
+            shares = sorted(self.steps)
+            factor *= float(np.interp(progress, shares, [self.steps[share] for share in shares]))
+        return self.weight * factor
+
+    def check(self, name: str, modules: Iterable[str]) -> None:
+        """Check that every part holds a layer of the concept.
+
+        Raises:
+            UserError: one does not; it names what there is.
+        """
+        modules = list(modules)
+        for part in self.blocks:
+            if not any(_reach(module, part) for module in modules):
+                there = sorted({".".join(module.split(".")[:3]) for module in modules})
+                raise UserError(f"{name!r} has no layer in {part!r}; it has layers in: {', '.join(there) or 'none'}")
+
+
+def given_strengths(
+    concepts: Sequence[str], weights: Sequence[Any] = (), trigger_words: Sequence[str] = ()
+) -> list[Strength]:
+    """The strength of each concept that a command line gives: as `Strength.read` takes it, 1 where there are none.
+
+    Raises:
+        UserError: a strength cannot be read, or there are weights or trigger words, but not one each.
+    """
+    for name, given in (("weights", weights), ("trigger_words", trigger_words)):
+        if given and len(given) != len(concepts):
+            raise UserError(f"found {len(given)} {name} for {len(concepts)} concepts; give one each, or none")
+    return [Strength.read(weight) for weight in weights or [1.0] * len(concepts)]
+
+
+class StepSchedule:
+    """Calls a function with the share of the denoising steps done, before each step at which it changes.
+
+    Threads take turns: what the function writes into the model is for the call of one of them.
+    """
+
+    def __init__(
+        self,
+        pipe: Any,
+        denoiser: Any,
+        apply: Callable[[float], None],
+        when: Callable[[Hook], Hook] = lambda hook: hook,
+    ) -> None:
+        self.paused = ThisThread()  # calls of a thread whose value is true are passed over
+        self._pipe, self._apply = pipe, apply
+        self._last: float | None = None
+        self._turn = Turn()
+        self.remove = before_calls(denoiser, when(self._before), self._after)
+
+    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if self.paused.value:
+            return
+        self._turn.take(model)
+        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
+        caller = find_caller(model)
+        scheduler = (caller.pipe if caller else self._pipe).scheduler
+        steps = getattr(scheduler, "timesteps", None)
+        if timestep is None or steps is None or len(steps) == 0:
+            return
+        now = float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
+        scales = 1, scheduler.config.get("num_train_timesteps", 1)  # some transformers get them from 0 to 1
+        nearest = min(((steps.float() - now * scale).abs().min(0) for scale in scales), key=lambda found: found.values)
+        progress = int(nearest.indices) / max(len(steps) - 1, 1)
+        if progress != self._last:
+            self._last = progress
+            self._apply(progress)
+
+    def _after(self, *_: Any) -> None:
+        self._turn.give()
+
+
+def before_calls(model: Any, hook: Hook, after: Callable[..., None] = lambda *_: None) -> Callable[[], None]:
+    """Call a function before each call of a model, given the model, arguments and keywords; the result ends that.
+
+    Code compiled by `model.compile()` has hooks within it; the function is called before it, and nothing is recompiled.
+
+    Args:
+        model: the model.
+        hook: the function.
+        after: is called after each call, also of one that fails.
+    """
+    if model._compiled_call_impl is None:
+        handles = (
+            model.register_forward_pre_hook(hook, with_kwargs=True),
+            model.register_forward_hook(after, always_call=True),
+        )
+        return partial(_remove_all, handles)
+    with _LOCK:
+        if not isinstance(model._compiled_call_impl, _HooksBefore):
+            model._compiled_call_impl = _HooksBefore(model, model._compiled_call_impl)
+        before = model._compiled_call_impl
+        before.hooks = (*before.hooks, (hook, after))
+
+    def undo() -> None:
+        with _LOCK:
+            before.hooks = tuple(each for each in before.hooks if each[0] is not hook)
+            if not before.hooks and model._compiled_call_impl is before:
+                model._compiled_call_impl = before.compiled
+
+    return undo
+
+
+def _remove_all(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()
+
+
+class _HooksBefore:
+    """Compiled code with functions that are called before it and after it."""
+
+    def __init__(self, model: Any, compiled: Callable[..., Any]) -> None:
+        self.model, self.compiled = model, compiled
+        self.hooks: tuple[tuple[Hook, Callable[..., None]], ...] = ()
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        hooks = self.hooks
+        try:
+            for hook, _ in hooks:
+                hook(self.model, args, kwargs)
+            return self.compiled(*args, **kwargs)
+        finally:
+            for _, after in hooks:
+                after()
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+
+
+def _reach(module: str, part: str) -> int:
+    """How far into a module's path, with its component or without, a part goes; 0 if the module is not in it."""
+    for start in (0, module.find(".") + 1):
+        if f"{module[start:]}.".startswith(f"{part}."):
+            return start + len(part)
+    return 0
+
+
+def _path(key: str) -> str:
+    """A part's path as modules have it: `up.block_1` and `unet.up.1` are `up_blocks.1` and `unet.up_blocks.1`."""
+    names = [re.sub(r"^block_(\d+)$", r"\1", name) for name in key.split(".")]
+    first = 1 if len(names) > 1 and names[1] in _PARTS else 0
+    return ".".join([*names[:first], _PARTS.get(names[first], names[first]), *names[first + 1 :]])
+
+
+def _flat(blocks: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
+    if not isinstance(blocks, Mapping) or not all(isinstance(key, str) and key for key in blocks):
+        raise UserError(f"found blocks {blocks!r}: {_EXPECTED}")
+    for key, value in blocks.items():
+        if isinstance(value, Mapping):
+            yield from _flat(value, f"{prefix}{key}.")
+        elif isinstance(value, (list, tuple)):  # diffusers: one for each attention of a block
+            yield from ((f"{prefix}{key}.attentions.{place}", each) for place, each in enumerate(value))
+        else:
+            yield f"{prefix}{key}", value

@@ -1,0 +1,197 @@
+"""Open the diffusers pipeline that a user has named: a folder, a Hub id, or one checkpoint file."""
+
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+
+from atomdiff.utils.assets import locate
+from atomdiff.utils.errors import UserError
+
+_SINGLE_FILES = (".safetensors", ".ckpt")
+_KINDS_OF_FILES = {  # what diffusers calls a checkpoint -> its pipeline
+    "v1": "StableDiffusionPipeline",
+    "v2": "StableDiffusionPipeline",
+    "xl_base": "StableDiffusionXLPipeline",
+}
+_HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # what safetensors calls a dtype
+_LONGEST_PROMPT = 10**6  # tokens; transformers makes an empty tokenizer without a limit where its files are missing
+_OF_DAMAGED_FOLDERS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+_DESCRIBE = "name a pipeline of its architecture, a folder or a Hub id, with single_file_config"
+
+
+def open_pipeline(
+    name: str,
+    dtype: torch.dtype | None = torch.float32,
+    *,
+    revision: str | None = None,
+    variant: str | None = None,
+    single_file_config: str | None = None,
+    **parts: Any,
+) -> Any:
+    """Load a diffusers pipeline.
+
+    Args:
+        name: a folder, a Hub id, or a checkpoint file in the layout of the original code, .safetensors or .ckpt. Of a
+            .ckpt only tensors are unpickled.
+        dtype: precision of its weights; None: as they are stored. Weights stored so are read from their file where and
+            when they are needed, and take no memory before.
+        revision: on the Hub.
+        variant: of its files, such as fp16.
+        single_file_config: folder or Hub id of a pipeline whose configs describe the checkpoint file; None: the one
+            that diffusers knows for it, on the Hub.
+        **parts: of the pipeline that are there already and not to be loaded, and options of its class.
+
+    Raises:
+        UserError: it is not there, or cannot be loaded.
+    """
+    from diffusers import DiffusionPipeline
+
+    name = locate(name)
+    if is_single_file(name):
+        return _open_single_file(name, dtype, single_file_config, parts)
+    try:
+        loaded_as = dtype or _stored_dtypes(name, revision, variant)
+        pipe = DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=loaded_as, **parts)
+    except _OF_DAMAGED_FOLDERS as error:
+        raise _cannot_load(name, error) from error
+    for part, tokenizer in pipe.components.items():
+        if part.startswith("tokenizer") and getattr(tokenizer, "model_max_length", 0) > _LONGEST_PROMPT:
+            raise UserError(f"the pipeline {name!r} lacks files of its {part}, or they are damaged: copy it again")
+    return pipe
+
+
+def pipeline_class(name: str, *, revision: str | None = None, single_file_config: str | None = None) -> str:
+    """Return the name of the class of a pipeline, without loading its weights.
+
+    Args:
+        name: as for `open_pipeline`.
+        revision: on the Hub.
+        single_file_config: as for `open_pipeline`.
+
+    Raises:
+        UserError: it is not there, or it is a checkpoint file of another architecture than Stable Diffusion 1.x, 2.x
+            and XL, or cannot be read.
+    """
+    from diffusers import DiffusionPipeline
+
+    name = locate(name)
+    if is_single_file(name):
+        if single_file_config is None:
+            return _class_of_file(name)
+        name = single_file_config
+    try:
+        return str(DiffusionPipeline.load_config(name, revision=revision)["_class_name"])
+    except _OF_DAMAGED_FOLDERS as error:
+        raise _cannot_load(name, error) from error
+
+
+def refuse_other_pipelines(
+    name: str,
+    *,
+    revision: str | None = None,
+    single_file_config: str | None = None,
+    field: str = "pretrained_model_name_or_path",
+) -> None:
+    """Refuse a pipeline that does not draw from text alone with a UNet of two dimensions, before it is loaded.
+
+    Args:
+        name: as for `open_pipeline`.
+        revision: on the Hub.
+        single_file_config: as for `open_pipeline`.
+        field: what the name is called in messages.
+
+    Raises:
+        UserError: it is another one, or cannot be read.
+    """
+    import diffusers
+
+    if is_single_file(name):  # only those that are known are opened
+        return
+    kind = pipeline_class(name, revision=revision, single_file_config=single_file_config)
+    made: Any = getattr(diffusers, kind, None)
+    parts = {} if made is None else inspect.signature(made.__init__).parameters
+    unet = str(parts["unet"].annotation) if {"unet", "vae", "text_encoder", "tokenizer"} <= parts.keys() else ""
+    if "UNet2DConditionModel" not in unet or "image" in inspect.signature(made.__call__).parameters:
+        expected = "a pipeline of Stable Diffusion 1.x, 2.x or XL, from text to images"
+        raise UserError(f"{field}={name!r}: found a {kind}; expected {expected}")
+
+
+def is_single_file(name: str) -> bool:
+    """Whether a name is that of a checkpoint file, here or as an address on the Hub."""
+    return name.endswith(_SINGLE_FILES) and not Path(name).is_dir()
+
+
+def _stored_dtypes(name: str, revision: str | None, variant: str | None) -> dict[str, torch.dtype]:
+    """The dtype of each model in the folder of a pipeline, downloaded where it has to be."""
+    from diffusers import DiffusionPipeline
+
+    here = Path(name)
+    folder = here if here.is_dir() else Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
+    found = {part.name: stored_dtype(part, variant) for part in folder.iterdir() if part.is_dir()}
+    return {"default": torch.float32, **found}
+
+
+def stored_dtype(place: Path, variant: str | None = None) -> torch.dtype:
+    """The dtype of the floating-point tensors in a safetensors file or a model's folder; float32 where they differ."""
+    files = list(place.glob("*.safetensors")) if place.is_dir() else [place]
+    mark = re.compile(rf"\.{re.escape(variant or '')}[.-]")  # of a whole file, or of one of several
+    of_variant = [file for file in files if variant and mark.search(file.name)]
+    kinds = set()
+    try:
+        for file in of_variant or [file for file in files if file == place or "." not in file.stem]:
+            with safe_open(file, framework="pt") as opened:
+                kinds |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+    except SafetensorError:  # said where the file is loaded
+        return torch.float32
+    floating = {kind for kind in kinds if "F" in kind}
+    return _HALVES[floating.pop()] if len(floating) == 1 and floating <= _HALVES.keys() else torch.float32
+
+
+def _open_single_file(name: str, dtype: torch.dtype | None, config: str | None, parts: dict[str, Any]) -> Any:
+    import diffusers
+    from diffusers.loaders.single_file_utils import SingleFileComponentError
+
+    kind = pipeline_class(name, single_file_config=config)
+    lacks = f"the checkpoint {name!r} lacks weights of a {kind}: it is damaged, or of another architecture; {_DESCRIBE}"
+    try:
+        if dtype is None:
+            here = name.endswith(".safetensors") and Path(name).is_file()
+            dtype = stored_dtype(Path(name)) if here else torch.float32
+        pipe = getattr(diffusers, kind).from_single_file(name, config=config, dtype=dtype, **parts)
+    except NotImplementedError as error:  # of weights that have no numbers
+        raise UserError(lacks) from error
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SingleFileComponentError) as error:
+        # Which of them depends on where diffusers meets the first tensor that does not fit.
+        raise _cannot_load(name, error, f" as a {kind}", _DESCRIBE) from error
+    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
+    if any(parameter.is_meta for model in models for parameter in model.parameters()):
+        raise UserError(lacks)
+    return pipe
+
+
+def _class_of_file(name: str) -> str:
+    from diffusers.loaders.single_file_utils import infer_diffusers_model_type, load_single_file_checkpoint
+
+    try:
+        kind = infer_diffusers_model_type(load_single_file_checkpoint(name))
+    except (OSError, ValueError) as error:
+        raise _cannot_load(name, error) from error
+    if kind not in _KINDS_OF_FILES:
+        raise UserError(f"the checkpoint {name!r} is a {kind}: expected Stable Diffusion 1.x, 2.x or XL")
+    return _KINDS_OF_FILES[kind]
+
+
+def _cannot_load(name: str, error: Exception, what: str = "", advice: str = "") -> UserError:
+    found = "is there, but" if Path(name).exists() else "is no folder or file here, and as a Hub id"
+    if name.endswith(".ckpt"):
+        advice = (
+            f"of a .ckpt only tensors are read, as others could run a program: convert it to .safetensors; {advice}"
+        )
+    reason = " ".join(str(error).split())
+    return UserError(f"the pipeline {name!r} {found} cannot be loaded{what} ({reason}); {advice}".rstrip("; "))

@@ -1,0 +1,110 @@
+"""Concepts named in a prompt, `<atoms:NAME:WEIGHT>`, and their trigger words in its text."""
+
+import json
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from atomdiff.pipelines.adapter_weight import Strength
+from atomdiff.utils.errors import UserError
+
+# As in A1111, whose own tags name LoRAs; the weight may be a JSON object, which has colons.
+_TAG = re.compile(r"<\s*(?:atoms|lora)\s*:([^<>:]*)(?::([^<>]*))?>", re.IGNORECASE)
+_BEGUN = re.compile(r"<\s*(?:atoms|lora)\s*:", re.IGNORECASE)
+_EXPECTED = (
+    "expected <atoms:NAME>, <atoms:NAME:0.8> or <atoms:NAME:{...}> with a strength in JSON, such as "
+    '{"weight": 0.8, "blocks": {"down": 0.5}, "steps": {"0": 1, "1": 0.2}}'
+)
+
+
+def split_tags(prompt: str) -> tuple[str, dict[str, Strength]]:
+    """Take the tags out of a prompt.
+
+    Args:
+        prompt: with any number of `<atoms:NAME>`, `<atoms:NAME:0.8>`, `<atoms:NAME:{"blocks": {"down": 0.5}}>`; `lora`
+            in place of `atoms` means the same.
+
+    Returns:
+        The text that is left, and name -> strength in the order of the tags.
+
+    Raises:
+        UserError: a tag is unfinished, has no name or no strength that can be used, or a name stands in two.
+    """
+    found: dict[str, Strength] = {}
+    for tag in _TAG.finditer(prompt):
+        name, value = tag[1].strip(), tag[2]
+        if not name:
+            raise UserError(f"found the tag {tag[0]!r} in the prompt {prompt!r}: it names no concept; {_EXPECTED}")
+        if name in found:
+            raise UserError(f"the prompt {prompt!r} has two tags for {name!r}: give one, with the weight that you want")
+        try:
+            found[name] = Strength.read(1.0 if value is None else _value(value))
+        except UserError as error:
+            raise UserError(f"found the tag {tag[0]!r} in the prompt {prompt!r}: {error}") from error
+        except (ValueError, RecursionError) as error:
+            raise UserError(f"found the tag {tag[0]!r} in the prompt {prompt!r}: {error}; {_EXPECTED}") from error
+    left = _TAG.sub("", prompt)
+    if _BEGUN.search(left):
+        raise UserError(f"found a tag that does not end in the prompt {prompt!r}: {_EXPECTED}")
+    return (" ".join(left.split()) if found else prompt), found
+
+
+def describe_strength(strength: Strength) -> float | dict[str, Any]:
+    """A strength as JSON has it: a number where that says all, always the same for equal strengths."""
+    factors = {
+        "blocks": dict(sorted(strength.blocks.items())),
+        "steps": {str(float(share)): float(strength.steps[share]) for share in sorted(strength.steps)},
+    }
+    factors = {name: values for name, values in factors.items() if values}
+    return {"weight": float(strength.weight), **factors} if factors else float(strength.weight)
+
+
+def has_word(text: str, word: str) -> bool:
+    """Tell whether a word, or a phrase of several, stands in a text; case does not matter, as to CLIP."""
+    return re.search(_pattern(word), text, re.IGNORECASE) is not None
+
+
+def replace_words(text: str, replacements: Mapping[str, str]) -> str:
+    """Replace words, or phrases of several, at once; of those that begin alike the longest counts.
+
+    Args:
+        text: the text.
+        replacements: word or phrase -> what takes its place, blanks around it.
+    """
+    pieces = split_at_words(text, replacements)
+    pieces[1::2] = [replacements[phrase] for phrase in pieces[1::2]]
+    return text if len(pieces) == 1 else " ".join(" ".join(pieces).split())
+
+
+def split_at_words(text: str, words: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+    """Split a text at words, or phrases of several; of those that begin alike the longest counts.
+
+    Args:
+        text: the text.
+        words: where CLIP would see them, in any case.
+        others: tokens in which words do not count: "mug" in "<mug-style>".
+
+    Returns:
+        Every other entry is one of the words; between them is the text that is left.
+    """
+    known = {" ".join(word.lower().split()): word for word in words}
+    patterns = {other: re.escape(other) for other in others} | {word: _pattern(word) for word in known.values()}
+    anyone = "|".join(patterns[each] for each in sorted(patterns, key=len, reverse=True))
+    pieces, end = [], 0
+    for found in re.finditer(anyone, text, re.IGNORECASE):
+        word = known.get(" ".join(found[0].lower().split()))
+        if word is not None:
+            pieces += [text[end : found.start()], word]
+            end = found.end()
+    return [*pieces, text[end:]]
+
+
+def _value(text: str) -> Any:
+    """The number or the JSON object of a tag."""
+    return json.loads(text) if text.lstrip().startswith("{") else float(text)
+
+
+def _pattern(phrase: str) -> str:
+    """Matches a phrase where CLIP would see its words: "sks" in "sks's" and "sks2", but not in "asks"."""
+    around = r"[^\W\d_]" if phrase.isalpha() else r"\w"
+    return rf"(?<!{around})" + r"\s+".join(map(re.escape, phrase.split())) + rf"(?!{around})"

@@ -1,0 +1,200 @@
+"""The scheduler that draws pictures the way a concept was trained."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, get_args
+
+from atomdiff.concepts.concept_file import parse_json
+from atomdiff.concepts.modelspec import prediction_type
+from atomdiff.training.checks import FLOW_SHIFTS
+from atomdiff.training.config import PredictionType
+from atomdiff.utils.errors import UserError
+
+
+@dataclass(frozen=True)
+class Objective:
+    """What a run sets of what is predicted, and from which noise; None: as the base's scheduler says."""
+
+    prediction_type: PredictionType | None = None
+    """What is predicted."""
+    rescale_betas_zero_snr: bool | None = None
+    """Whether the noise schedule ends in pure noise."""
+    flow_shift: float | None = None
+    """Of flow: how much more noise levels lie near pure noise."""
+
+    def __post_init__(self) -> None:
+        if self.prediction_type not in (None, *get_args(PredictionType)):
+            allowed = ", ".join(get_args(PredictionType))
+            raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
+
+    @classmethod
+    def read(cls, training: Mapping[str, Any]) -> Objective:
+        """Return what the facts of a run in a concept file say; values that cannot be are left out."""
+        found = training.get("config")
+        config: dict[str, Any] = found if isinstance(found, dict) else {}
+        predicts, zero_snr = config.get("prediction_type"), config.get("rescale_betas_zero_snr")
+        shift: Any = config.get("flow_shift")
+        return cls(
+            predicts if predicts in get_args(PredictionType) else None,
+            zero_snr if isinstance(zero_snr, bool) else None,
+            float(shift) if type(shift) in (int, float) and FLOW_SHIFTS[0] <= shift <= FLOW_SHIFTS[1] else None,
+        )
+
+    def changed(self, asked: Objective) -> Objective:
+        """Return this with the prediction type and zero terminal SNR asked for, where they are.
+
+        Of its own values, those go that another prediction type has no use for: the shift, or zero terminal SNR.
+        """
+        predicts, zero_snr = asked.prediction_type, asked.rescale_betas_zero_snr
+        flow = predicts == "flow"
+        return Objective(
+            predicts or self.prediction_type,
+            zero_snr if zero_snr is not None or flow else self.rescale_betas_zero_snr,
+            self.flow_shift if predicts is None or flow else None,
+        )
+
+
+def trained_objective(path: Path) -> Objective | None:
+    """Return the objective of a concept: of its file, or of a directory written by PEFT; only headers are read.
+
+    None: nothing is known of its training.
+    """
+    from peft.utils import SAFETENSORS_WEIGHTS_NAME
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path / SAFETENSORS_WEIGHTS_NAME if path.is_dir() else path, framework="pt") as file:
+            return Objective.read(parse_json((file.metadata() or {})["training"]))
+    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
+        return None
+
+
+def fitting_scheduler(objective: Objective, scheduler: Any) -> Any:
+    """Return the scheduler itself if it draws as trained, else one in its place that does.
+
+    Raises:
+        UserError: As `matching_scheduler`.
+    """
+    found = scheduler if objective == Objective() else matching_scheduler(objective, scheduler)
+    return scheduler if settings_of(found) == settings_of(scheduler) else found
+
+
+def common_scheduler(
+    concepts: Iterable[tuple[str, Objective]], scheduler: Any, asked: Objective = Objective(), advice: str = ""
+) -> Any:
+    """Return the base's scheduler if it draws all of some concepts as trained, else one in its place that does.
+
+    Args:
+        concepts: their names and objectives.
+        scheduler: the base's.
+        asked: what is set for all in place of their own.
+        advice: what to do where they need different ones.
+
+    Raises:
+        UserError: they need different ones, or the base can have none for one of them.
+    """
+    wanted = []
+    for name, objective in concepts:
+        try:
+            wanted.append((name, fitting_scheduler(objective.changed(asked), scheduler)))
+        except UserError as error:
+            raise UserError(f"no scheduler draws the concept {name!r}: {error}") from error
+    found = wanted[0][1] if wanted else fitting_scheduler(asked, scheduler)
+    if any(settings_of(other) != settings_of(found) for _, other in wanted):
+        needs = ", ".join(f"{name!r} for {describe(other)}" for name, other in wanted)
+        raise UserError(f"these concepts need different schedulers: {needs}; {advice}")
+    return found
+
+
+def settings_of(scheduler: Any) -> dict[str, Any]:
+    """Return what a scheduler says of what is predicted, by the names that a run has for it."""
+    config, predicts = scheduler.config, prediction_type(scheduler)
+    if predicts == "flow":
+        return {"prediction_type": predicts, "flow_shift": config.get("shift", config.get("flow_shift", 1.0))}
+    return {"prediction_type": predicts, "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr"))}
+
+
+def describe(scheduler: Any) -> str:
+    """Return a scheduler's class and `settings_of` it, for people to read."""
+    settings = ", ".join(f"{key}={value}" for key, value in settings_of(scheduler).items())
+    return f"a {type(scheduler).__name__} with {settings}"
+
+
+def scheduler_for(pipe: Any, scheduler: Any) -> Any:
+    """Return the scheduler, or what a diffusers pipeline with a UNet can draw with in place of a flow scheduler.
+
+    Its first-order steps are Euler's, too. Its noise levels are spaced evenly down to zero (before the shift), where
+    FlowMatchEuler's last step but one ends next to zero: with few steps the pictures differ somewhat. Diffusers fails
+    where (shift - 1) * steps comes to 1000, as its first timesteps, which are whole here, coincide.
+    """
+    if "unet" not in pipe.components or not type(scheduler).__name__.startswith("FlowMatch"):
+        return scheduler
+    from diffusers import DPMSolverMultistepScheduler
+
+    steps, shift = scheduler.config.num_train_timesteps, scheduler.config.shift
+    flow = {"prediction_type": "flow_prediction", "use_flow_sigmas": True, "flow_shift": shift}
+    unused = {"steps_offset": 1}  # Stable Diffusion's pipelines warn of another
+    return DPMSolverMultistepScheduler(num_train_timesteps=steps, solver_order=1, **flow, **unused)
+
+
+def code_for(wanted: Any, scheduler: Any) -> str:
+    """Return the Python that gives a pipeline, `pipe`, with this scheduler the wanted one, from `fitting_scheduler`."""
+    kind, flow = type(wanted), prediction_type(wanted) == "flow"
+    plain = (kind() if flow else kind.from_config(scheduler.config)).config
+    changes = [f"{key}={value!r}" for key, value in wanted.config.items() if key[0] != "_" and plain[key] != value]
+    start = f"{kind.__name__}(" if flow else f"{kind.__name__}.from_config(pipe.scheduler.config, "
+    return f"pipe.scheduler = diffusers.{start}{', '.join(changes)})"
+
+
+def matching_scheduler(objective: Objective, scheduler: Any) -> Any:
+    """Return the base's scheduler where it does as the run wants, else a DDIM or flow scheduler that does.
+
+    Zero terminal SNR, and that pictures are then drawn from the last timestep on ("trailing"): Lin et al., "Common
+    Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, algorithm 1 and section 3.3.
+
+    Raises:
+        UserError: The run's prediction type, zero terminal SNR or shift does not fit the base's scheduler.
+    """
+    from diffusers import DDIMScheduler
+
+    kind, said, base = type(scheduler).__name__, prediction_type(scheduler), scheduler.config
+    predicts = objective.prediction_type or said
+    if predicts not in get_args(PredictionType):
+        known = ", ".join(get_args(PredictionType))
+        raise UserError(f"the base's {kind} says prediction_type={said!r}; choose one with prediction_type: {known}")
+    if predicts == "flow":
+        return _flow_scheduler(objective, scheduler)
+    if objective.flow_shift is not None:
+        found = f"flow_shift={objective.flow_shift}: the base predicts {predicts}"
+        raise UserError(f"{found}; expected prediction_type flow")
+    if said == "flow" or not hasattr(scheduler, "alphas_cumprod"):
+        found = f"the base's {kind} has no noise schedule of diffusion (alphas_cumprod)"
+        advice = "take a base with a DDIMScheduler, or prediction_type flow"
+        raise UserError(f"prediction_type={predicts!r}: {found}; {advice}")
+    said_zero = bool(base.get("rescale_betas_zero_snr"))
+    zero_snr = said_zero if objective.rescale_betas_zero_snr is None else objective.rescale_betas_zero_snr
+    if zero_snr and predicts == "epsilon":
+        found = "at zero terminal SNR the base's epsilon says nothing of the picture"
+        raise UserError(f"rescale_betas_zero_snr=True: {found}; set it to false, or prediction_type to v_prediction")
+    spacing = "trailing" if zero_snr else base.get("timestep_spacing")
+    if (predicts, zero_snr, spacing) == (said, said_zero, base.get("timestep_spacing")):
+        return scheduler
+    changes = {"prediction_type": predicts, "rescale_betas_zero_snr": zero_snr, "clip_sample": False}
+    return DDIMScheduler.from_config(base, **changes, **({"timestep_spacing": spacing} if spacing else {}))
+
+
+def _flow_scheduler(objective: Objective, scheduler: Any) -> Any:
+    from diffusers import FlowMatchEulerDiscreteScheduler
+
+    base = scheduler.config
+    if objective.rescale_betas_zero_snr:
+        raise UserError("rescale_betas_zero_snr=True: expected no value, as flow ends in pure noise anyway")
+    shift = settings_of(scheduler).get("flow_shift", 1.0) if objective.flow_shift is None else objective.flow_shift
+    same = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not base.use_dynamic_shifting
+    if not same or base.shift != shift:
+        steps = base.get("num_train_timesteps", 1000)
+        scheduler = FlowMatchEulerDiscreteScheduler(num_train_timesteps=steps, shift=shift)
+    return scheduler

@@ -1,0 +1,160 @@
+"""Switch and mix concepts of a whole pipeline: small matrices are added first, then one pass over the weights."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from torch import Tensor, nn
+
+from atomdiff.pipelines import base_offload
+from atomdiff.pipelines.adapter_weight import StepSchedule, Strength
+from atomdiff.pipelines.base_offload import Place
+from atomdiff.pipelines.load import concept_names, denoiser_name, pipeline_models, restore, stop_schedule, tidy
+from atomdiff.tuner import inject
+from atomdiff.utils.errors import UserError
+
+Concepts = str | Sequence[str] | Mapping[str, Any]
+
+
+def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None) -> None:
+    """Write exactly these concepts into the weights, always starting from the base: pictures cost what the base's cost.
+
+    Weights change in place, so that compiled models and CUDA graphs stay valid. An empty mapping is the bare base;
+    `restore` ends it all and gives back the memory.
+
+    Args:
+        pipe: a pipeline with the concepts loaded.
+        concepts: name -> strength, or names at strength 1. A strength is a number (1: as trained), a
+            `atomdiff.pipelines.adapter_weight.Strength`, or a mapping with its fields: {"weight": 0.8,
+            "blocks": {"down": 0.5, "up.1": 0}, "steps": {0: 1, 1: 0.2}}.
+            With steps, weights are written again before each denoising step; a model to be compiled is compiled
+            before they are set.
+        keep_base: where the untouched base weights are kept: "device" (takes the memory of the adapted weights once
+            more), "cpu", or "file" (takes none: the checkpoint is read again). None: where they are, at first "device".
+
+    Raises:
+        UserError: there is no such concept, a strength cannot be used, no file has the base weights, or a method cannot
+            be merged (the pipeline is restored).
+    """
+    tidy(pipe)
+    strengths = read_strengths(pipe, concepts)
+    base_offload.check_place(keep_base)
+    models = pipeline_models(pipe)
+    others = _weights_of_others(models, strengths)
+    for model in models.values():
+        inject.check_writable(model)
+    writers = {}
+    for part, model in models.items():
+        layers = inject.atom_layers(model)
+        writers[part] = _Writer(part, model, layers, strengths, others, base_offload.keep(model, layers, keep_base))
+    denoiser = denoiser_name(models)
+    stop_schedule(pipe)
+    try:
+        for part, write in writers.items():
+            write(0.0 if part == denoiser else None)
+    except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
+        restore(pipe)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"these concepts cannot be merged: {error}; the pipeline is restored, use them unmerged by "
+            "pipe.set_adapters([...])"
+        ) from error
+    if any(strength.steps for strength in strengths.values()):
+        rewrite = partial(writers[denoiser], changed_only=True)
+        vars(models[denoiser])["_atomdiff_schedule"] = StepSchedule(pipe, pipe.components[denoiser], rewrite)
+
+
+def set_weights(pipe: Any, concepts: Concepts) -> None:
+    """Make exactly these concepts active, with their strengths, without writing them into the weights.
+
+    They act unmerged, and weights stay where they are; `set_active` is for drawing.
+
+    Args:
+        pipe: a pipeline with the concepts loaded; what is merged is restored.
+        concepts: as for `set_active`; of strengths by step, those of no particular step count.
+
+    Raises:
+        UserError: there is no such concept, or a strength cannot be used.
+    """
+    restore(pipe)
+    strengths = read_strengths(pipe, concepts)
+    models = pipeline_models(pipe)
+    others = _weights_of_others(models, strengths)
+    for part, model in models.items():
+        inject.activate(model, list(strengths))
+        for path, layer in inject.atom_layers(model).items():
+            for name, strength in strengths.items():
+                layer.set_scale(name, strength.at(f"{part}.{path}", None))
+        inject.set_weights_of_others(model, others)
+
+
+@dataclass(frozen=True)
+class _Writer:
+    """Writes concepts into the weights of one model; copies of a pipeline have their own."""
+
+    part: str
+    model: nn.Module
+    layers: Mapping[str, Any]
+    strengths: Mapping[str, Strength]
+    others: Mapping[str, float]
+    stored: Mapping[str, Callable[[], Tensor] | None]
+
+    def __call__(self, progress: float | None, changed_only: bool = False) -> None:
+        weights = {
+            path: {name: strength.at(f"{self.part}.{path}", progress) for name, strength in self.strengths.items()}
+            for path in self.layers
+        }
+        inject.restore_others(self.model)
+        inject.write(self.layers, weights, self.stored, changed_only)
+        inject.merge_others(self.model, self.others)
+
+
+def read_strengths(pipe: Any, concepts: Concepts) -> dict[str, Strength]:
+    """Read the strengths of concepts and check them against the layers in a pipeline.
+
+    Raises:
+        UserError: there is no such concept, or a strength cannot be used.
+    """
+    if isinstance(concepts, str):
+        concepts = [concepts]
+    if not isinstance(concepts, Mapping):
+        if not isinstance(concepts, (list, tuple, set)) or not all(isinstance(name, str) for name in concepts):
+            raise UserError(f"found the concepts {concepts!r}: give their names, or a mapping name -> strength")
+        concepts = dict.fromkeys(concepts, 1.0)
+    strengths = {name: Strength.read(value) for name, value in concepts.items()}
+    known = concept_names(pipe)
+    for name, strength in strengths.items():
+        if name not in known:
+            raise UserError(f"there is no concept {name!r}; loaded are: {', '.join(map(repr, known)) or 'none'}")
+        if strength.blocks:
+            strength.check(name, _modules_of(pipe, name))
+    return strengths
+
+
+def _modules_of(pipe: Any, name: str) -> list[str]:
+    models = pipeline_models(pipe)
+    layers = {f"{part}.{path}": layer for part, m in models.items() for path, layer in inject.atom_layers(m).items()}
+    return [path for path, layer in layers.items() if name in layer.scaling]
+
+
+def _weights_of_others(models: Mapping[str, nn.Module], strengths: Mapping[str, Strength]) -> dict[str, float]:
+    """The weights of adapters that are not atoms, checked to be such as they can have."""
+    weights = {}
+    for model in models.values():
+        for name, config in inject.adapter_configs(model).items():
+            if name not in strengths or inject.is_atoms(config):
+                continue
+            strength = strengths[name]
+            if strength.blocks or strength.steps:
+                raise UserError(f"{name!r} is no atom concept: only those can be weighted by block and step")
+            if not inject.can_be_weighted(model, name, strength.weight):
+                raise UserError(
+                    f"{name!r} is a {config.peft_type.value} adapter, which PEFT gives no weight such as "
+                    f"{strength.weight}: use 1, or leave it out"
+                )
+            weights[name] = strength.weight
+    return weights

@@ -1,0 +1,1 @@
+"""Prompts x seeds x concepts become image files."""

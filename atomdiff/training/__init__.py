@@ -1,0 +1,1 @@
+"""The training run: images of a subject in, a concept out."""

@@ -1,0 +1,159 @@
+"""The base of a training run: loaded, put together again after parts were let go, and drawn with."""
+
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeAlias
+
+import torch
+from accelerate import Accelerator
+from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from torch import nn
+
+from atomdiff.data.images import Picture
+from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
+from atomdiff.sampling.sample import generate
+from atomdiff.training.config import TrainConfig
+from atomdiff.training.launch import frozen_dtype
+from atomdiff.utils.errors import UserError
+
+BasePipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+
+_OPTIONS: dict[str, dict[str, Any]] = {  # of the pipelines that can be trained
+    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
+    "StableDiffusionXLPipeline": {"add_watermarker": False},
+}
+_LET_GO = ("vae", "text_encoder", "text_encoder_2")  # what a run may do without, most of the time
+_SLICED_FROM = 768  # pixels; a VAE takes larger pictures one by one
+
+
+def load_base(config: TrainConfig, **parts: Any) -> BasePipeline:
+    """Load the base in float32, without a safety checker or a watermark.
+
+    Args:
+        config: The run.
+        **parts: Components that are there already and not to be loaded.
+
+    Raises:
+        UserError: There is no such base, or it is no Stable Diffusion 1.x, 2.x or XL that draws from text alone.
+    """
+    name, revision, described_by = config.pretrained_model_name_or_path, config.revision, config.single_file_config
+    if described_by and not any(map(is_single_file, (name, config.pretrained_vae_model_name_or_path or ""))):
+        raise UserError(f"single_file_config={described_by!r}: describes a checkpoint file, but {name!r} is none")
+    kind = pipeline_class(name, revision=revision, single_file_config=described_by)
+    if kind not in _OPTIONS:
+        raise _wrong_base(name, f"a {kind}")
+    if config.pretrained_vae_model_name_or_path is not None and "vae" not in parts:
+        parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, described_by)
+    parts = _OPTIONS[kind] | parts
+    pipe: BasePipeline = open_pipeline(
+        name, revision=revision, variant=config.variant, single_file_config=described_by, **parts
+    )
+    missing = [part for part in ("text_encoder", "text_encoder_2") if pipe.components.get(part, pipe) is None]
+    if missing:
+        raise _wrong_base(name, f"a {kind} without {missing[0]}, such as a refiner")
+    takes, makes = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    if takes != makes:
+        raise _wrong_base(name, f"a UNet of {takes} channels, as for inpainting, with a VAE of {makes}")
+    if training_resolution(config, pipe) > _SLICED_FROM:
+        pipe.vae.enable_slicing()
+    return pipe
+
+
+def _wrong_base(name: str, found: str) -> UserError:
+    expected = "a StableDiffusionPipeline (1.x, 2.x) or a StableDiffusionXLPipeline, from text to pictures"
+    return UserError(f"pretrained_model_name_or_path={name!r}: found {found}; expected {expected}")
+
+
+def _load_vae(name: str, single_file_config: str | None) -> AutoencoderKL:
+    """Load a VAE: a folder, a Hub id, a pipeline's folder, or a checkpoint file."""
+    folder = "vae" if (Path(name) / "vae").is_dir() else None
+    try:
+        if is_single_file(name):
+            described_by = {} if single_file_config is None else {"config": single_file_config, "subfolder": "vae"}
+            return AutoencoderKL.from_single_file(name, dtype=torch.float32, **described_by)
+        return AutoencoderKL.from_pretrained(name, subfolder=folder, dtype=torch.float32)
+    except (OSError, ValueError, KeyError, AttributeError, RuntimeError) as error:
+        found = f"cannot be loaded as an AutoencoderKL ({' '.join(str(error).split())})"
+        raise UserError(f"pretrained_vae_model_name_or_path={name!r}: {found}") from error
+
+
+def place(pipe: BasePipeline, accelerator: Accelerator, *names: str, trained_whole: bool = False) -> None:
+    """Move parts of the pipeline, all unless they are named, to the run's device.
+
+    The UNet gets the run's precision, unless it is trained as a whole. All else stays in float32: the VAE of SDXL
+    overflows in float16.
+    """
+    for name in names or pipe.components:
+        part = pipe.components[name]
+        if isinstance(part, nn.Module):
+            frozen = name == "unet" and not trained_whole
+            part.to(accelerator.device, frozen_dtype(accelerator) if frozen else torch.float32)
+
+
+@contextmanager
+def whole(config: TrainConfig, pipe: BasePipeline) -> Iterator[None]:
+    """Make a `with` block in which the parts of the pipeline that were let go are back."""
+    gone = [name for name in _LET_GO if pipe.components.get(name, pipe) is None]
+    if gone:
+        fresh = load_base(config, **{name: part for name, part in pipe.components.items() if part is not None})
+        pipe.register_modules(**{name: getattr(fresh, name).to(pipe.device, torch.float32) for name in gone})
+    try:
+        yield
+    finally:
+        for name in gone:
+            setattr(pipe, name, None)
+
+
+def training_resolution(config: TrainConfig, pipe: BasePipeline) -> int:
+    """Return the side of the training pictures in pixels.
+
+    Raises:
+        UserError: The VAE and the UNet cannot halve it as often as they do.
+    """
+    unit = size_unit(pipe)
+    side = config.resolution or int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    if side % unit:
+        raise UserError(f"resolution={side}: this base needs a multiple of {unit}")
+    return side
+
+
+def size_unit(pipe: BasePipeline) -> int:
+    """Return what the sides of pictures must be multiples of, in pixels: the VAE and the UNet halve them that often."""
+    unit: int = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
+    return unit
+
+
+def draw_pictures(
+    config: TrainConfig, pipe: BasePipeline, prompts: Sequence[str], seeds: Sequence[int]
+) -> list[Picture]:
+    """Draw one picture a prompt, each from its own seed, as large as those trained on."""
+    side = training_resolution(config, pipe)
+    with _decoding_in_float32(pipe.vae):
+        return generate(
+            pipe,
+            prompts,
+            seeds=seeds,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            batch_size=config.sample_batch_size,
+            height=side,
+            width=side,
+            progress=False,
+        )
+
+
+@contextmanager
+def _decoding_in_float32(vae: AutoencoderKL) -> Iterator[None]:
+    """Make a `with` block in which autocast leaves the VAE alone: in float16 that of SDXL overflows."""
+    decode = vae.decode
+
+    def decode_in_float32(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+        with torch.autocast(latents.device.type, enabled=False):
+            return decode(latents.float(), *args, **kwargs)
+
+    vae.decode = decode_in_float32
+    try:
+        yield
+    finally:
+        del vae.decode

@@ -1,0 +1,272 @@
+"""Where the weights of a module really are: in it, offloaded, cast for storage, quantized, or copied elsewhere."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from peft.tuners._buffer_dict import BufferDict
+from torch import Tensor, nn
+
+from atomdiff.utils.errors import UserError
+
+_OWN_TENSORS = ("torch", "torch.nn.parameter", "torch.distributed.tensor", "torch.distributed.tensor._api")
+_HOLDERS = (nn.ParameterDict, BufferDict)
+_FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
+
+
+def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
+    """What `named_modules` gives, in a fraction of its time, without those that only hold the tensors of adapters."""
+    found, seen, waiting = [], set(), [("", model)]
+    while waiting:
+        path, module = waiting.pop()
+        if module in seen or type(module) in _HOLDERS:
+            continue
+        seen.add(module)
+        found.append((path, module))
+        if module._modules:
+            prefix = path and f"{path}."
+            waiting += [
+                (prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None
+            ]
+    return found
+
+
+def read(module: nn.Module, name: str = "weight", tensor: Tensor | None = None) -> Tensor:
+    """A parameter of a module as its forward computes with it, wherever it is kept between calls.
+
+    Accelerate's offloading (to the CPU or to disk) has it in a map of weights, diffusers' group offloading in the CPU's
+    memory or in a file; layerwise casting keeps it in a smaller dtype.
+
+    Args:
+        module: which has the parameter, possibly on the meta device.
+        name: of the parameter.
+        tensor: what the module has under that name, where that is no attribute.
+    """
+    found: Tensor = getattr(module, name) if tensor is None else tensor
+    if found.is_meta and (hook := _offload_hook(module)) is not None:
+        found = hook.weights_map[name]
+    elif (group := _group_on_disk(module)) is not None:
+        found = _read_group(group, found)
+    return as_computed(module, found)
+
+
+def as_computed(module: nn.Module, tensor: Tensor) -> Tensor:
+    """A tensor in the dtype that a module's forward casts its parameters to."""
+    casting = _diffusers_hook(module, "layerwise_casting")
+    return tensor if casting is None else tensor.to(casting.compute_dtype)
+
+
+def memory(module: nn.Module, name: str = "weight") -> Tensor:
+    """The memory of a module's parameter, which its calls read from.
+
+    Raises:
+        ValueError: it is on a disk.
+    """
+    tensor: Tensor = getattr(module, name)
+    if _is_on_disk(module):
+        raise ValueError(f"the {name} is offloaded to disk, where it cannot be changed: keep it in memory")
+    hook = _offload_hook(module)
+    return hook.weights_map[name] if tensor.is_meta and hook is not None else tensor
+
+
+@contextmanager
+def in_module(module: nn.Module) -> Iterator[None]:
+    """Have the parameters of a module that accelerate offloads in it meanwhile, so that others can take their place."""
+    hook, offload = vars(module).get("_hf_hook"), _offload_hook(module)
+    if offload is None:
+        yield
+        return
+    from accelerate.hooks import add_hook_to_module, remove_hook_from_module
+
+    remove_hook_from_module(module)
+    try:
+        yield
+    finally:
+        offload.weights_map = None  # the hook makes another, of what is there now
+        add_hook_to_module(module, hook)
+
+
+def why_not_adapted(module: nn.Module) -> str:
+    """Why a weight of a floating-point dtype cannot be adapted at all; empty: it can, once it has values."""
+    weight: Any = module.weight
+    if type(weight).__module__ not in _OWN_TENSORS:
+        return f"it is quantized ({type(weight).__module__}.{type(weight).__name__})"
+    if weight.dtype in _FLOAT8 and _diffusers_hook(module, "layerwise_casting") is None:
+        return f"it is {weight.dtype}, in which nothing can be computed; use enable_layerwise_casting"
+    return ""
+
+
+def why_not_read(module: nn.Module) -> str:
+    """Why the values of a module's weight cannot be had; empty: they can."""
+    weight: Any = getattr(module, "weight", None)
+    if weight is None:
+        return "it has none of its own"
+    if weight.is_meta and _offload_hook(module) is None:
+        return "it is on the meta device, without values"
+    return why_not_adapted(module)
+
+
+def why_not_written(module: nn.Module, exactly: bool = False) -> str:
+    """Why a weight cannot be changed in place so that calls of its module follow; empty: it can.
+
+    Args:
+        module: which has it.
+        exactly: what is written was there before, so that a small dtype can hold it.
+    """
+    if reason := why_not_read(module):
+        return reason
+    weight: Any = module.weight
+    if weight.dtype in _FLOAT8 and not exactly:
+        return f"it is stored in {weight.dtype}, to which a merged weight would be rounded"
+    return "it is offloaded to disk" if _is_on_disk(module) else ""
+
+
+def check_read(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
+    """Check, before anything changes, that the weights of modules can be read, and that calls of the modules use them.
+
+    Args:
+        model: the model that has them.
+        modules: path and base module of each.
+
+    Raises:
+        UserError: one cannot, or a fused copy is used in its place.
+    """
+    modules = list(modules)
+    disk = bool(modules) and _has_groups_on_disk(model)
+    for path, module in modules:
+        _check_used(model, path)
+        if reason := why_not_read(module) or ("it is offloaded to disk" if disk else ""):
+            raise UserError(
+                f"cannot adapt the weight of {path}: {reason}; load the pipeline anew, in memory and in full"
+            )
+
+
+def check_written(model: nn.Module, modules: Iterable[tuple[str, nn.Module]], exactly: bool = False) -> None:
+    """Check, before anything changes, that the weights of modules can be written.
+
+    Args:
+        model: the model that has them.
+        modules: path and base module of each.
+        exactly: they get back what they had.
+
+    Raises:
+        UserError: one cannot; the model stays as it is.
+    """
+    modules = list(modules)
+    disk = bool(modules) and _has_groups_on_disk(model)
+    for path, module in modules:
+        _check_used(model, path)
+        if reason := "it is offloaded to disk" if disk else why_not_written(module, exactly):
+            way_out = "use concepts unmerged (pipe.set_adapters), or load" if not exactly else "load"
+            raise UserError(
+                f"cannot change the weight of {path}: {reason}; {way_out} the pipeline anew, in memory and in full"
+            )
+
+
+def _check_used(model: nn.Module, path: str) -> None:
+    if fused := fused_parent(model, path):
+        raise UserError(
+            f"the projections of {fused} are fused, into a copy of their weights that no concept reaches: "
+            "call unfuse_qkv_projections() first"
+        )
+
+
+def _has_groups_on_disk(model: nn.Module) -> bool:
+    return any(_group_on_disk(module) is not None for _, module in walk(model))
+
+
+def fused_parent(model: nn.Module, path: str) -> str:
+    """Path of the attention that computes with a fused copy of a layer's weight; empty: there is none."""
+    parent, _, name = path.rpartition(".")
+    return parent if name in _FUSED and is_fused(model.get_submodule(parent)) else ""
+
+
+def is_fused(attention: Any) -> bool:
+    """Whether an attention computes with a copy of its projections' weights.
+
+    The one of UNets says so by its processor: `unfuse_qkv_projections` leaves all else.
+    """
+    if getattr(attention, "fused_projections", False) is not True:
+        return False
+    return hasattr(attention, "unfuse_projections") or type(attention.processor).__name__.startswith("Fused")
+
+
+def check_at_hand(model: nn.Module, holders: Iterable[nn.Module]) -> None:
+    """Check that the tensors of adapters can be read outside of calls.
+
+    Args:
+        model: the model.
+        holders: the modules that have them.
+
+    Raises:
+        UserError: diffusers keeps them on disk, together with the layers around.
+    """
+    holders = set(holders)
+    tensors = [tensor for holder in holders for tensor in (*holder.parameters(), *holder.buffers())]
+    for _, module in walk(model):
+        group = None if module in holders else _group_on_disk(module)
+        if group is not None and any(tensor in group.tensor_to_key for tensor in tensors):
+            raise UserError(
+                "concepts that are offloaded to disk in groups of blocks cannot be mixed: "
+                "use offload_type='leaf_level', or no offload_to_disk_path"
+            )
+
+
+def forget(module: nn.Module, name: str) -> None:
+    """Let accelerate not look for a buffer that is taken away when its hook is removed."""
+    if (hook := _offload_hook(module)) is not None:
+        hook.original_devices.pop(name, None)
+
+
+def settle(module: nn.Module) -> None:
+    """Let a module whose parameters were replaced by some in memory be no longer taken for offloaded or cast."""
+    vars(module).pop("_hf_hook", None)
+    vars(module).pop("_diffusers_hook", None)
+
+
+_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
+
+
+def moves(module: nn.Module) -> bool:
+    """Whether a module's weight comes for the time of its calls, as another tensor each time."""
+    names = ("group_offloading", "layerwise_casting")
+    return _offload_hook(module) is not None or any(_diffusers_hook(module, name) is not None for name in names)
+
+
+def _is_on_disk(module: nn.Module) -> bool:
+    hook = _offload_hook(module)
+    if hook is not None and module.weight.is_meta:  # type: ignore[union-attr]
+        return hook.weights_map["weight"] is not hook.weights_map["weight"]
+    return _group_on_disk(module) is not None
+
+
+def _offload_hook(module: nn.Module) -> Any:
+    """Accelerate's hook that has a module's parameters in a map, among several; None: there is none."""
+    hook = vars(module).get("_hf_hook")
+    for each in (hook, *getattr(hook, "hooks", ())):
+        if getattr(each, "offload", False) and getattr(each, "weights_map", None) is not None:
+            return each
+    return None
+
+
+def _diffusers_hook(module: nn.Module, name: str) -> Any:
+    registry = vars(module).get("_diffusers_hook")
+    return None if registry is None else registry.get_hook(name)
+
+
+def _group_on_disk(module: nn.Module) -> Any:
+    hook = _diffusers_hook(module, "group_offloading")
+    return hook.group if hook is not None and hook.group.offload_to_disk_path is not None else None
+
+
+def _read_group(group: Any, tensor: Tensor) -> Tensor:
+    from safetensors import safe_open
+
+    if tensor not in group.tensor_to_key or not group._is_offloaded_to_disk:
+        return tensor
+    with safe_open(group.safetensors_file_path, framework="pt") as opened:
+        found: Tensor = opened.get_tensor(group.tensor_to_key[tensor])
+    return found.clone()

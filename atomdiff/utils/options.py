@@ -1,0 +1,153 @@
+"""A frozen dataclass as a command line: one `--option` a field, help from the field docstrings, YAML by `--config`."""
+
+import contextlib
+import dataclasses
+import json
+import sys
+from collections.abc import Sequence
+from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+
+import yaml
+from docstring_parser import parse_from_object
+from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.paths import expand_path
+from atomdiff.utils.text_files import read_yaml
+
+Config = TypeVar("Config")
+
+
+def parse_config(
+    config_class: type[Config],
+    args: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    positional: str | None = None,
+) -> Config:
+    """Build a config from the command line and from the YAML files named by `--config`; what comes later wins.
+
+    Fields of type `tuple[X, ...]` take one or more values, as in `--seeds 0 1 2`; a truth value's option alone means
+    true. `none` and `null` stand for nothing where a field may be nothing, `yes`, `no`, `on` and `off` for truth
+    values. Options and YAML keys that are no fields, values of a wrong type and missing fields end the program with one
+    line that says so.
+
+    Args:
+        config_class: a dataclass whose fields have docstrings.
+        args: the command line without the program's name; by default that of this process.
+        prog: the program's name in the messages.
+        positional: a field that is given without its name.
+
+    Raises:
+        UserError: from the config's own checks, or a file of `--config` cannot be read.
+        SystemExit: with that line.
+    """
+    hints = get_type_hints(config_class)
+    parser = _parser(config_class, prog, positional)
+    values = vars(parser.parse_args(_as_typed(sys.argv[1:] if args is None else args, hints)))
+    fields = {field.name: values[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
+    return config_class(**{k: tuple(v) if get_origin(hints[k]) is tuple else v for k, v in fields.items()})
+
+
+def _as_typed(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """Spell the values of options as the parser knows them."""
+    typed: list[str] = []
+    hint: Any = str
+    for word in args:
+        name, equals, value = word.partition("=")
+        if word.startswith("--"):
+            hint = hints.get(name[2:], str)
+            typed.append(f"{name}={_spelled(value, hint)}" if equals else word)
+        else:
+            typed.append(_spelled(word, hint))
+    return typed
+
+
+def _spelled(value: str, hint: Any) -> str:
+    meant = _meant(value, hint)
+    return meant if isinstance(meant, str) else json.dumps(meant)
+
+
+def _meant(value: Any, hint: Any) -> Any:
+    """Return None, true, false or a whole number for what stands for it in a field of that type; else the value."""
+    kinds = (hint, *get_args(hint))
+    if isinstance(value, str):
+        if value.lower() in ("none", "null") and type(None) in kinds:
+            return None
+        if value.lower() in _TRUTH and bool in kinds:
+            return _TRUTH[value.lower()]
+    if int in kinds and float not in kinds and not isinstance(value, bool):
+        with contextlib.suppress(TypeError, ValueError):  # 1e3 and 1000.0 are whole numbers
+            return int(float(value)) if float(value).is_integer() and not str(value).isdecimal() else value
+    return value
+
+
+class _ConfigFile(ActionConfigFile):
+    """Reads a YAML file of options."""
+
+    def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
+        """Put the options of the file over those that came before."""
+        try:
+            options = _read_options(expand_path(values, "config"), parser.hints)
+        except UserError as error:
+            parser.error(str(error))
+        self.apply_config(parser, cfg, self.dest, yaml.safe_dump(options, default_style='"'))  # all types are told
+
+
+def _read_options(file: str, hints: dict[str, Any]) -> dict[str, Any]:
+    """Read a YAML file of options as the parser knows them.
+
+    Raises:
+        UserError: It is no such file.
+    """
+    found = read_yaml(file)
+    options = {} if found is None else found
+    if not isinstance(options, dict):
+        raise UserError(f"{file}: expected a mapping with an option a line, such as seed: 0")
+    for name, value in options.items():
+        if name not in hints:
+            raise UserError(f"{file}: there is no option {name!r}")
+        several = get_origin(hints[name]) is tuple
+        options[name] = [value] if several and not isinstance(value, list) else _meant(value, hints[name])
+        if options[name] in (None, [None]) and type(None) not in get_args(hints[name]):
+            raise UserError(f"{file}: {name} has no value; write one, or leave the line out for the default")
+    return options
+
+
+_TRUTH = {"yes": True, "on": True, "no": False, "off": False}
+
+
+class _Parser(ArgumentParser):
+    """An argument parser that reports a mistake without the usage of every option before it."""
+
+    hints: dict[str, Any]
+    """The types of the config's fields."""
+
+    def error(self, message: str, ex: Exception | None = None) -> NoReturn:
+        """End the program with the message on one line."""
+        said = " ".join(message.split()).rstrip(".")
+        raise SystemExit(f"{self.prog}: error: {said}. --help lists the options")
+
+
+def _parser(config_class: type[Any], prog: str | None, positional: str | None) -> ArgumentParser:
+    docstring = parse_from_object(config_class)
+    helps = {entry.arg_name: entry.description for entry in docstring.params}
+    hints = get_type_hints(config_class)
+    parser = _Parser(prog=prog, description=docstring.short_description)
+    parser.hints = hints
+    if "config" not in hints:  # a field of that name is something else
+        parser.add_argument("--config", action=_ConfigFile, help="A YAML file with any of the options below.")
+    for field in dataclasses.fields(config_class):
+        options: dict[str, Any] = {"type": hints[field.name], "help": helps[field.name]}
+        if get_origin(hints[field.name]) is tuple:
+            options |= {"type": get_args(hints[field.name])[0], "nargs": "+"}
+        if hints[field.name] in (bool, bool | None):
+            options |= {"nargs": "?", "const": True}
+        required = field.default is dataclasses.MISSING
+        if not required:
+            options["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
+        if field.name != positional:
+            parser.add_argument(f"--{field.name}", required=required, **options)
+        else:
+            parser.add_argument(field.name, **options | ({} if required else {"nargs": "?"}))
+    return parser

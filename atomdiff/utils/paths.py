@@ -1,0 +1,61 @@
+"""Paths as a shell takes them: `~` and environment variables, in every config field that names a file or folder."""
+
+import os
+import re
+from pathlib import Path
+from typing import Annotated, Any, get_args, get_type_hints
+
+from atomdiff.utils.errors import UserError
+
+_MARK = object()
+_VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
+
+PathText = Annotated[str, _MARK]
+"""The type of a config's field that names a file or a folder; `expand_paths` replaces what a shell would replace."""
+
+
+def expand_paths(config: Any) -> None:
+    """Replace `~` and environment variables in the fields of a frozen dataclass that are `PathText`, or tuples of it.
+
+    Raises:
+        UserError: As `expand_path`.
+    """
+    for name, hint in get_type_hints(type(config), include_extras=True).items():
+        if _is_path(hint):
+            value = getattr(config, name)
+            expanded = (
+                tuple(expand_path(each, name) for each in value)
+                if isinstance(value, tuple)
+                else value and expand_path(value, name)
+            )
+            if expanded == "":
+                raise UserError(f"{name}='': expected a path; leave it out for the default")
+            object.__setattr__(config, name, expanded)
+
+
+def expand_path(path: str | os.PathLike[str], name: str) -> str:
+    """Replace a leading `~` or `~user`, and `$VARIABLE` or `${VARIABLE}`; what is there as written stays as it is.
+
+    Args:
+        path: A path.
+        name: What it is called in messages.
+
+    Raises:
+        UserError: There is no such variable, or no such user.
+    """
+    text = os.fspath(path)
+    if not _VARIABLE.search(text) and not text.startswith("~") or os.path.lexists(text):
+        return text
+    missing = [one or other for one, other in _VARIABLE.findall(text) if (one or other) not in os.environ]
+    if missing:
+        raise UserError(
+            f"{name}={text!r}: found no environment variable {missing[0]}; set it, or write the path itself"
+        )
+    expanded = os.path.expanduser(os.path.expandvars(text))
+    if expanded.startswith("~"):
+        raise UserError(f"{name}={text!r}: found no user {Path(expanded).parts[0][1:]!r}; write the path itself")
+    return expanded
+
+
+def _is_path(hint: Any) -> bool:
+    return any(part is _MARK or _is_path(part) for part in (*get_args(hint), *getattr(hint, "__metadata__", ())))

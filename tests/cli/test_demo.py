@@ -1,0 +1,118 @@
+import json
+import re
+from pathlib import Path
+
+import pytest
+import yaml
+from PIL import Image
+
+from atomdiff.cli.demo import DemoConfig, draw_sheet, run_demo
+from atomdiff.cli.main import main
+from atomdiff.evaluate.concept import Exam
+from atomdiff.utils import image_grid
+from atomdiff.utils.errors import UserError
+
+ROOT = Path(__file__).parents[2]
+
+
+PHASES = [
+    "loading torch and diffusers",
+    "precision",
+    "loading the base samples/toybox-sd",
+    "encoding images",
+    "adding what is trained to the base",
+    "training",
+    "images by the base",
+    "images with the concept",
+    "judging the images",
+]
+
+
+@pytest.fixture
+def quick(tmp_path, monkeypatch):
+    """The demo's run with as few steps as there can be, started from an empty folder."""
+    monkeypatch.chdir(tmp_path)
+    run = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
+    run |= {"max_train_steps": 2, "num_class_images": 2, "num_inference_steps": 2, "lr_warmup_steps": 1}
+    run |= {"logging_steps": 1, "class_data_dir": str(tmp_path / "class")}
+    path = tmp_path / "run.yaml"
+    path.write_text(yaml.safe_dump(run))
+    return path
+
+
+@pytest.mark.slow
+def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
+    output = tmp_path / "demo"
+    assert main(["demo", "--run", str(quick), "--output_dir", str(output)]) == 0
+    printed, phases = capsys.readouterr()
+    named = [line.split(":")[0] for line in phases.splitlines()]
+    assert [name for name in named if name in PHASES] == PHASES and "\r" not in phases
+    concept = output / "mug.atoms.safetensors"
+    for path in (concept, output / "before_after.png", output / "training_curve.png", output / "report.json"):
+        assert str(path) in printed and path.is_file()
+    assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +0\.\d{3}\nscenes right .*\ndrift +0\.\d{3}\n", printed)
+    assert re.search(r"size +[\d,]+ bytes, [\d,]+ numbers\ntime +\d+ s, \d+ s of them training\nin +float32 ", printed)
+    first, second = (line.strip() for line in printed.splitlines()[-2:])
+    assert f'atomdiff.load_atoms(pipe, "{concept}")' in second
+    exec(f"{first}\n{second.replace('guidance_scale=4', 'num_inference_steps=2')}", {})
+    assert Image.open(output / "image.png").size == (64, 64)
+    report = json.loads((output / "report.json").read_text())
+    assert report["subject"] == "mug" and report["references"] == "unseen photos"
+    assert report["file_bytes"] == concept.stat().st_size < 64_000
+    assert {"base", "concept", "real"} <= report["similarity"].keys()
+    assert report["similarity"]["base"] < 0.6 < report["similarity"]["real"]
+    assert report["scene_accuracy"].keys() == {"base", "concept"}
+    assert 0 < report["trained_numbers"] < 40_000 and report["total_seconds"] > report["train_seconds"] > 0
+    assert Image.open(output / "before_after.png").width > 800
+
+
+@pytest.mark.slow
+def test_any_method_objective_and_folder_go_the_same_way(quick, tmp_path):
+    quick.write_text(
+        f"{quick.read_text()}rescale_betas_zero_snr: false\n"
+    )  # loading would warn of the base's scheduler
+    photos = tmp_path / "my-photos"
+    photos.mkdir()
+    for path in sorted((ROOT / "samples" / "subjects" / "robot").glob("*.png"))[:3]:
+        (photos / path.name).write_bytes(path.read_bytes())
+    adapter = ROOT / "configs" / "experiments" / "lora" / "attention_r16" / "adapter.json"
+    config = DemoConfig(
+        str(photos), class_name="robot", run=str(quick), adapter=str(adapter), output_dir=str(tmp_path / "lora")
+    )
+    report = run_demo(config)
+    assert report["subject"] == "my-photos" and report["references"] == "training photos"
+    assert report["trained_numbers"] > 250_000
+
+
+@pytest.mark.slow
+def test_one_large_photo_of_a_class_without_a_word(quick, tmp_path, capsys):
+    photos = tmp_path / "photos"
+    photos.mkdir()
+    photo = Image.open(ROOT / "samples" / "subjects" / "robot" / "01.png").resize((1500, 1000))
+    photo.save(photos / "01.jpg")
+    options = ["--instance_data_dir", str(photos), "--class_name", "ogre", "--output_dir", str(tmp_path / "out")]
+    assert main(["demo", "--run", str(quick), *options]) == 0
+    printed, told = capsys.readouterr()
+    assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +-\n", printed)
+    assert "warning: the base has no word 'ogre'; give --class_name what comes closest of mug, " in told
+    report = json.loads((tmp_path / "out" / "report.json").read_text())
+    assert report["similarity"]["real"] is None and report["similarity"]["gain"] is None
+    assert max(Image.open(tmp_path / "out" / "before_after.png").size) < 2500
+
+
+def test_the_sheet_names_an_umbrella(monkeypatch):
+    labels = []
+    monkeypatch.setattr(image_grid, "grid", lambda rows, beside, above: labels.extend(beside))
+    exam = Exam("umbrella", "sks", ("snow",), num_inference_steps=2, guidance_scale=1, seeds_per_scene=2)
+    pictures = [Image.new("RGB", (64, 64))] * 2
+    draw_sheet(pictures, exam, pictures, pictures)
+    assert labels[1] == 'the base: "an umbrella"'
+    assert "a photo of an umbrella on the beach" in exam.bystanders()
+    assert not any("a umbrella" in prompt for prompt in Exam("mug", "sks", (), 2, 1).bystanders())
+
+
+def test_a_missing_folder_is_one_clear_line(capsys):
+    with pytest.raises(UserError, match="instance_data_dir='nowhere'"):
+        DemoConfig("nowhere")
+    assert main(["demo", "--instance_data_dir", "nowhere"]) == 2
+    assert capsys.readouterr().err.count("\n") == 1

@@ -1,0 +1,114 @@
+"""A concept is compared with the base before it is loaded."""
+
+import pytest
+import torch
+
+from atomdiff.atoms.update import dct_atoms
+from atomdiff.concepts.compatibility import DERIVED_BASE, SAME_BASE, base_distance, check_layers, fingerprint
+from atomdiff.concepts.concept_file import DeltaFile
+from atomdiff.tuner import AtomConfig
+from atomdiff.utils.errors import UserError
+
+CONFIG = AtomConfig(channel_block=2)
+
+
+def base_weights(seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    return {
+        "unet.down.conv1": torch.randn(8, 4, 3, 3, generator=generator),
+        "unet.mid.to_q": torch.randn(6, 4, generator=generator) * 3,
+    }
+
+
+def make_delta(**fields):
+    conv = {"atom_delta": torch.ones(9, 9), "atom_basis": dct_atoms((3, 3), 9)}
+    channels = {"channel_delta": torch.ones(4, 4), "channel_basis": dct_atoms((2, 2), 4)}
+    prints = {m: fingerprint(w, CONFIG, m.partition(".")[2]) for m, w in base_weights().items()}
+    layers = {"unet.down.conv1": conv | channels, "unet.mid.to_q": dict(channels)}
+    return DeltaFile(**{"config": CONFIG, "layers": layers, "fingerprint": prints, **fields})
+
+
+def test_a_fitting_base_passes():
+    delta = make_delta()
+    check_layers(delta, base_weights())
+    assert base_distance(delta, base_weights()) == 0
+
+
+def changed(name, **tensors):
+    delta = make_delta()
+    layers = {module: {**kinds, **(tensors if module == name else {})} for module, kinds in delta.layers.items()}
+    return make_delta(layers={m: {k: t for k, t in kinds.items() if t is not None} for m, kinds in layers.items()})
+
+
+def test_layers_that_do_not_fit_are_named():
+    weights = base_weights()
+    with pytest.raises(UserError, match=r"no unet.mid.to_q: .*another architecture"):
+        check_layers(make_delta(), {"unet.down.conv1": weights["unet.down.conv1"]})
+    with pytest.raises(UserError, match=r"unet.down.conv1 \(found .*takes .*\(5, 5\)"):
+        check_layers(make_delta(), weights | {"unet.down.conv1": torch.zeros(8, 4, 1, 5)})
+    for tensors in ({"channel_delta": torch.zeros(4, 3)}, {"channel_basis": None}, {"atom_delta": torch.zeros(1, 1)}):
+        with pytest.raises(UserError, match=r"does not fit this base: unet.mid.to_q"):
+            check_layers(changed("unet.mid.to_q", **tensors), weights)
+    prints = {module: values[:1] for module, values in make_delta().fingerprint.items()}
+    with pytest.raises(UserError, match=r"does not fit"):
+        check_layers(make_delta(fingerprint=prints), weights)
+
+
+def test_more_atoms_than_the_base_has_numbers_are_an_error_of_the_file():
+    with pytest.raises(UserError, match="does not fit this base: num_atoms=10, but"):
+        check_layers(make_delta(config=AtomConfig(channel_block=2, num_atoms=10)), base_weights())
+
+
+def one_layer(weight, config, atoms, size):
+    tensors = {kind: torch.ones(atoms, size) for kind in ("atom_delta", "atom_basis")}
+    delta = DeltaFile(config, {"unet.conv": tensors}, {"unet.conv": [1.0] * size})
+    check_layers(delta, {"unet.conv": weight})
+
+
+def test_few_numbers_that_stand_for_large_matrices_are_refused():
+    wide = AtomConfig(channel_block=32, joint=True, num_atoms=1)
+    with pytest.raises(UserError, match="1 atoms of 9216 numbers in unet.conv, too many to work with"):
+        one_layer(torch.zeros(32, 32, 3, 3), wide, 1, 32 * 32 * 9)
+    with pytest.raises(UserError, match="73 atoms of 9 numbers"):
+        one_layer(torch.zeros(4, 4, 3, 3), AtomConfig(channel_block=1, basis="sparse", num_atoms=73), 73, 9)
+    with pytest.raises(UserError, match="the sparse atoms of unet.conv are longer than 1"):
+        one_layer(torch.zeros(4, 4, 3, 3), AtomConfig(channel_block=1, basis="sparse", num_atoms=12), 12, 9)
+
+
+def test_only_some_of_many_wrong_layers_are_named():
+    delta = make_delta()
+    many = {f"unet.{i}.to_q": delta.layers["unet.mid.to_q"] for i in range(9)}
+    with pytest.raises(UserError, match=r"no unet.0.to_q, unet.1.to_q, unet.2.to_q and 6 more"):
+        check_layers(make_delta(layers=many), {})
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_the_base_is_recognised_in_any_dtype(dtype):
+    rounded = {module: weight.to(dtype) for module, weight in base_weights().items()}
+    assert base_distance(make_delta(), rounded) < SAME_BASE
+
+
+def test_distance_grows_from_derived_to_other_bases():
+    weights, noise = base_weights(), base_weights(seed=5)
+    derived = {m: w + 0.1 * noise[m] for m, w in weights.items()}
+    other = {m: 2 * noise[m] for m in weights}
+    distances = [base_distance(make_delta(), base) for base in (weights, derived, other)]
+    assert 0 == distances[0] < SAME_BASE < distances[1] < DERIVED_BASE < distances[2] <= 1
+    assert base_distance(make_delta(), {m: torch.zeros_like(w) for m, w in weights.items()}) == 1
+
+
+@pytest.mark.parametrize("change", ["in place", "past the version", "replaced"])
+def test_a_weight_that_has_changed_has_another_fingerprint(change):
+    weight = torch.randn(8, 4, 3, 3)
+    config = AtomConfig(target_modules="conv")
+    before = fingerprint(weight, config, "conv")
+    assert fingerprint(weight, config, "conv") == before
+    if change == "in place":
+        weight[3, 2, 1, 1] += 1
+    elif change == "past the version":
+        weight.data.mul_(2)
+    else:
+        weight = weight + 1
+    assert fingerprint(weight, config, "conv") != before
+    before.clear()
+    assert len(fingerprint(weight, config, "conv")) == 9

@@ -1,0 +1,130 @@
+"""Whole runs on a tiny pipeline of each architecture."""
+
+import dataclasses
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atomdiff.cli.summary import describe
+from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.parameter_count import count_numbers
+from atomdiff.pipelines.load import load_atoms, unload_atoms
+from atomdiff.sampling.sample import SampleConfig, save_samples
+from atomdiff.training.dreambooth import TrainConfig, train
+from atomdiff.tuner import AtomConfig
+
+KINDS = ["tiny_sd2_pipe", "tiny_xl_pipe"]
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "teapot"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(3):
+        pixels = random.integers(0, 255, (32, 32 + 8 * number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture(params=KINDS)
+def kind(request):
+    return request.param
+
+
+@pytest.fixture
+def config(tmp_path, photos, kind, request):
+    return TrainConfig(
+        pretrained_model_name_or_path=str(request.getfixturevalue(f"{kind}_folder")),
+        instance_data_dir=str(photos),
+        output_dir=str(tmp_path / "out"),
+        class_name="teapot",
+        train_batch_size=2,
+        max_train_steps=3,
+        learning_rate=0.05,
+        num_inference_steps=2,
+        logging_steps=1,
+        report_to=None,
+    )
+
+
+@pytest.fixture
+def pipe(kind, request):
+    return request.getfixturevalue(kind)
+
+
+def log_of(config):
+    return [json.loads(line) for line in (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()]
+
+
+def bytes_of(concept):
+    return re.sub(rb'"modelspec.date":"[^"]*"', b"", concept.read_bytes())
+
+
+def picture(pipe, prompt="a photo of sks teapot"):
+    generator = torch.Generator().manual_seed(0)
+    return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np").images[0]
+
+
+def test_a_run_with_class_pictures_and_a_sheet_gives_a_concept(config, pipe, tmp_path, kind):
+    config = dataclasses.replace(
+        config, with_prior_preservation=True, num_class_images=2, validation_steps=2, checkpointing_steps=2
+    )
+    concept = train(config)
+    assert [line["step"] for line in log_of(config)] == [1, 2, 3]
+    folder = Path(config.output_dir)
+    assert len(list((folder / "class_images").glob("*.png"))) == 2
+    assert len(list(folder.glob("validation/step-*.png"))) == 3  # before, at step 2, at the end
+
+    again = dataclasses.replace(config, resume_from_checkpoint=str(folder / "checkpoint-2"), max_train_steps=3)
+    first = bytes_of(concept)
+    assert bytes_of(train(again)) == first
+
+    states = {name: part.state_dict() for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+    before = {name: {key: value.clone() for key, value in state.items()} for name, state in states.items()}
+    base = picture(pipe)
+    load_atoms(pipe, concept, "teapot")
+    assert np.abs(picture(pipe) - base).max() > 1e-3
+    unload_atoms(pipe, "teapot")
+    for name, state in before.items():
+        now = getattr(pipe, name).state_dict()
+        assert now.keys() == state.keys() and all(torch.equal(now[key], value) for key, value in state.items())
+    assert np.array_equal(picture(pipe), base)
+
+    delta = read_delta_file(concept)
+    encoders = {name for name in pipe.components if name.startswith("text_encoder")}
+    assert set(delta.tokens["sks"]) == encoders & set(before)
+    architecture = "stable-diffusion-xl-v1-base" if "xl" in kind else "stable-diffusion"
+    assert delta.modelspec["architecture"] == f"{architecture}/atoms"
+    assert delta.modelspec["prediction_type"] == ("epsilon" if "xl" in kind else "v")
+    assert architecture in describe(concept, config.pretrained_model_name_or_path)
+
+    drawn = save_samples(
+        SampleConfig(
+            config.pretrained_model_name_or_path,
+            str(tmp_path / "samples"),
+            concepts=(str(concept),),
+            prompts=("a photo of sks teapot",),
+            num_inference_steps=2,
+        )
+    )
+    assert (drawn / "grid.png").is_file()
+
+
+def test_bf16_and_gradient_checkpointing_go_through(config, half_precision):
+    precise = {"gradient_checkpointing": True, "mixed_precision": half_precision}
+    train(dataclasses.replace(config, **precise, validation_steps=3))
+    assert all(np.isfinite(line["loss"]) for line in log_of(config))
+
+
+def test_numbers_are_counted_without_weights(config):
+    counted = count_numbers(config.pretrained_model_name_or_path, AtomConfig())
+    concept = read_delta_file(train(dataclasses.replace(config, max_train_steps=1, train_token=False)))
+    tensors = [(kind, tensor) for layer in concept.layers.values() for kind, tensor in layer.items()]
+    trained = sum(tensor.numel() for kind, tensor in tensors if kind.endswith("_delta"))
+    assert counted.trained_numbers == trained

@@ -1,0 +1,151 @@
+"""Loading in one thread changes nothing that other threads see: warning filters, random numbers, classes, models."""
+
+import copy
+import threading
+import warnings
+
+import pytest
+import torch
+from peft import LoraConfig, OFTConfig
+from peft.tuners.tuners_utils import BaseTuner
+from torch import nn
+
+import atomdiff
+from atomdiff.pipelines import differences
+from atomdiff.tuner import AtomConfig, inject
+from atomdiff.tuner.allocation import structure_of
+from atomdiff.utils.errors import UserError
+
+CONFIGS = {
+    "lora": LoraConfig(r=2, target_modules=["to_q", "conv1"]),
+    "oft": OFTConfig(r=0, oft_block_size=4, target_modules=["to_q"]),
+}
+
+
+@pytest.fixture(scope="module")
+def folders(pipe_template, tmp_path_factory):
+    made = {}
+    for name, config in CONFIGS.items():
+        pipe = copy.deepcopy(pipe_template)
+        pipe.unet.add_adapter(copy.deepcopy(config), adapter_name=name)
+        generator = torch.Generator().manual_seed(1)
+        with torch.no_grad():
+            for key, parameter in pipe.unet.named_parameters():
+                if f".{name}" in key:
+                    parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
+        made[name] = atomdiff.save_atoms(pipe, tmp_path_factory.mktemp(name) / name, name)
+    return made
+
+
+@pytest.fixture
+def watched(monkeypatch):
+    """What is seen of the process from within PEFT's injection, where another thread may look."""
+    seen, inject = [], BaseTuner.inject_adapter
+
+    def look(*args, **kwargs):
+        seen.append((warnings.filters[:], nn.Module.register_parameter, torch.get_rng_state().sum().item()))
+        return inject(*args, **kwargs)
+
+    monkeypatch.setattr(BaseTuner, "inject_adapter", look)
+    return seen
+
+
+@pytest.mark.parametrize("name", CONFIGS)
+def test_nothing_of_the_process_is_changed(tiny_pipe, folders, watched, name):
+    filters, register = warnings.filters[:], nn.Module.register_parameter
+    for adapter in ("a", "b"):
+        atomdiff.load_atoms(tiny_pipe, folders[name], adapter)
+    assert len(watched) == 4 and {found[1] for found in watched} == {register}
+    assert all(found[0] == filters for found in watched)
+    weights = {"a": 1.0} if name == "oft" else {"a": 0.5, "b": 1.0}
+    atomdiff.set_active(tiny_pipe, weights)
+    assert warnings.filters == filters
+
+
+def test_several_adapters_are_loaded_without_a_warning(tiny_pipe, folders):
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        for adapter in ("a", "b"):
+            atomdiff.load_atoms(tiny_pipe, folders["lora"], adapter)
+    assert list(tiny_pipe.unet.peft_config) == ["a", "b"]
+
+
+def test_weights_of_methods_without_any_are_refused_without_a_warning(tiny_pipe, folders):
+    atomdiff.load_atoms(tiny_pipe, folders["oft"], "a")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserError, match="gives no weight"):
+            atomdiff.set_active(tiny_pipe, {"a": 0.5})
+        atomdiff.set_active(tiny_pipe, "a")
+    atomdiff.unload_atoms(tiny_pipe)
+
+
+def test_threads_load_at_the_same_time(pipe_template, folders):
+    """Other threads make modules meanwhile, and find their own warnings and random numbers."""
+    alone = copy.deepcopy(pipe_template)
+    atomdiff.load_atoms(alone, folders["lora"], "a")
+    wanted = inject.peft_tensors(alone.unet, "a")
+    pipes = [copy.deepcopy(pipe_template) for _ in range(2)]
+    errors, done = [], threading.Event()
+
+    def load(pipe):
+        try:
+            for _ in range(3):
+                atomdiff.load_atoms(pipe, folders["lora"], "a")
+                found = inject.peft_tensors(pipe.unet, "a")
+                assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
+                atomdiff.unload_atoms(pipe)
+        except BaseException as error:
+            errors.append(error)
+
+    def make():
+        try:
+            while not done.is_set():
+                assert not nn.Linear(2, 2).weight.is_meta
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=load, args=(pipe,)) for pipe in pipes]
+    maker = threading.Thread(target=make)
+    maker.start()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    done.set()
+    maker.join()
+    assert not errors, errors
+    for pipe in pipes:
+        before, after = pipe_template.unet.state_dict(), pipe.unet.state_dict()
+        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def test_a_structure_can_be_changed_while_the_model_stays(tiny_pipe, folders):
+    unet = tiny_pipe.unet
+    atomdiff.load_atoms(tiny_pipe, folders["lora"], "a")
+    keys, flags = list(unet.state_dict()), [p.requires_grad for p in unet.parameters()]
+    copied = structure_of(unet)
+    assert [p.data_ptr() for p in copied.parameters()] == [p.data_ptr() for p in unet.parameters()]
+    inject._inject(copied, AtomConfig(target_modules=["to_q", "to_k"]), "b")
+    inject.detach(copied, "a")
+    assert list(unet.state_dict()) == keys and list(unet.peft_config) == ["a"]
+    assert [p.requires_grad for p in unet.parameters()] == flags
+    assert all(layer.active_adapters == ["a"] for layer in inject.adapter_layers(unet))
+
+
+def test_exporting_leaves_the_weights_alone(tiny_pipe, folders, monkeypatch):
+    """Another thread that draws meanwhile sees the base and its adapters at every moment."""
+    atomdiff.load_atoms(tiny_pipe, folders["lora"], "a")
+    before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in tiny_pipe.unet.state_dict().items()}
+    merge, seen = inject.merge, []
+
+    def look(layer):
+        merge(layer)
+        now = tiny_pipe.unet.state_dict()
+        seen.append(
+            all(now[key].data_ptr() == at and torch.equal(now[key], value) for key, (at, value) in before.items())
+        )
+        assert not any(layer.merged for layer in inject.adapter_layers(tiny_pipe.unet))
+
+    monkeypatch.setattr(differences.attach, "merge", look)
+    assert len(list(differences.layer_differences(tiny_pipe))) == len(seen) and all(seen)

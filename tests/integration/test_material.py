@@ -1,0 +1,372 @@
+"""What the steps of whole runs are given: buckets, captions, repeats, masks, and the cache of latents."""
+
+import dataclasses
+import json
+import os
+import subprocess
+import sys
+from functools import partial
+from pathlib import Path
+from types import SimpleNamespace
+
+import numpy as np
+import pytest
+import torch
+from diffusers import AutoencoderKL, UNet2DConditionModel
+from PIL import Image
+from safetensors.torch import load_file
+from torch.nn.functional import avg_pool2d
+
+from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.data.images import sample_order
+from atomdiff.data.latents import LatentCache
+from atomdiff.training import dreambooth
+from atomdiff.training.dataset import Material, Pictures, encode_together
+from atomdiff.training.dreambooth import TrainConfig, train
+from atomdiff.utils.errors import UserError
+
+SIZES = {"a": (64, 32), "b": (62, 33), "c": (32, 64), "d": (32, 32), "e": (40, 40)}  # width, height
+
+
+@pytest.fixture
+def photos(tmp_path):
+    folder = tmp_path / "teapot"
+    (folder / "mask").mkdir(parents=True)
+    random = np.random.default_rng(0)
+    for name, (width, height) in SIZES.items():
+        pixels = random.integers(0, 255, (height, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{name}.png")
+        (folder / f"{name}.txt").write_text(f"{{trigger}} teapot {name}, red, green, blue")
+    mask = Image.new("L", SIZES["a"])
+    mask.paste(255, (0, 0, 32, 32))
+    mask.save(folder / "mask" / "a.png")
+    return folder
+
+
+@pytest.fixture
+def config(tmp_path, photos, tiny_pipe_folder):
+    return TrainConfig(
+        pretrained_model_name_or_path=str(tiny_pipe_folder),
+        instance_data_dir=str(photos),
+        output_dir=str(tmp_path / "out"),
+        class_name="teapot",
+        train_batch_size=2,
+        max_train_steps=6,
+        num_inference_steps=1,
+        report_to=None,
+    )
+
+
+EVERYTHING = {
+    "aspect_ratio_buckets": "32,64;64,32;32,32",
+    "shuffle_captions": True,
+    "keep_tokens": 1,
+    "caption_dropout": 0.4,
+    "masked_loss": True,
+    "unmasked_weight": 0.1,
+    "random_flip": True,
+    "with_prior_preservation": True,
+    "num_class_images": 2,
+}
+
+
+def numbers(place):
+    """The trained numbers of a concept, as bytes."""
+    concept = read_delta_file(place)
+    tensors = [tensor for _, layer in sorted(concept.layers.items()) for _, tensor in sorted(layer.items())]
+    return b"".join(tensor.numpy().tobytes() for tensor in [*tensors, *concept.tokens["sks"].values()])
+
+
+@pytest.fixture
+def drawn(monkeypatch):
+    """Every `Samples` that runs draw from now on, with its material."""
+    draw, found = Material.draw, []
+
+    def note(self, *arguments):
+        found.append((self, draw(self, *arguments)))
+        return found[-1][1]
+
+    monkeypatch.setattr(Material, "draw", note)
+    return found
+
+
+def kept_latents(folder):
+    """How many files of a cache hold latents, and not states of prompts."""
+    return sum(load_file(file).keys() == {"mean", "std"} for file in folder.iterdir())
+
+
+def texts(drawn):
+    return [material.prompts[number] for material, samples in drawn for number in samples.prompts]
+
+
+def test_everything_at_once_in_batches_of_one_size(config, drawn):
+    config = dataclasses.replace(config, **EVERYTHING, max_train_steps=20)
+    train(config)
+    shapes = {tuple(samples.latents.shape) for _, samples in drawn}
+    assert shapes == {(4, 4, 8, 16), (4, 4, 16, 8), (4, 4, 8, 8)}
+    material, _ = drawn[0]
+    assert [len(pictures.prompts) for pictures in material.photos] == [2, 1, 2] and material.image_count == 5
+    for _, samples in drawn:
+        height, width = samples.latents.shape[-2:]
+        assert samples.instances == 2 and samples.weights.shape == (4, 1, height, width)
+        assert samples.time_ids[:, 4:].tolist() == [[4 * height, 4 * width]] * 4
+        assert samples.time_ids[2:, :4].tolist() in (
+            [[32, 32, 0, 0]] * 2,
+            [[32, 32, 0, 16]] * 2,
+            [[32, 32, 16, 0]] * 2,
+        )
+        assert torch.equal(samples.weights[2:], torch.ones(2, 1, height, width))
+    prompts = texts(drawn)
+    assert "" in prompts and 0.2 < prompts.count("") / len(prompts) < 0.6
+    of_a = {text for text in prompts if text.startswith("sks teapot a")}
+    assert len(of_a) > 2
+    assert all(sorted(text.split(", ")) == ["blue", "green", "red", "sks teapot a"] for text in of_a)
+
+
+def test_every_photo_comes_equally_often_whatever_the_bucket_is(config, drawn):
+    train(dataclasses.replace(config, aspect_ratio_buckets="auto", max_train_steps=10, center_crop=True))
+    names = [text.split(",")[0][-1] for text in texts(drawn)]
+    assert sorted(names[:10]) == sorted("aabbccddee") == sorted(names[10:])
+
+
+def test_one_bucket_of_the_resolution_changes_nothing(config):
+    squares = dataclasses.replace(config, aspect_ratio_buckets="32,32")
+    assert numbers(train(config)) == numbers(train(squares))
+
+
+def test_without_buckets_photos_come_in_the_plain_order(config, drawn):
+    train(config)
+    seed = dreambooth.derive_seed(config.seed, "photos")
+    names = [text.split(",")[0][-1] for text in texts(drawn)]
+    assert names == ["abcde"[place] for place in sample_order(5, 0, 12, seed)]
+
+
+def test_repeats_balance_subjects(config, tmp_path, photos, drawn):
+    few = tmp_path / "few"
+    few.mkdir()
+    Image.new("RGB", (32, 32), "red").save(few / "one.png")
+    entries = [
+        {"instance_data_dir": str(photos)},
+        {"instance_data_dir": str(few), "trigger_word": "robot", "repeats": 5, "instance_prompt": "{trigger}"},
+    ]
+    (tmp_path / "shelf.yaml").write_text(json.dumps(entries))
+    shelf = {"instance_data_dir": None, "concepts_list": str(tmp_path / "shelf.yaml"), "one_file": True}
+    train(dataclasses.replace(config, **shelf, max_train_steps=10, train_token=False))
+    prompts = texts(drawn)
+    for epoch in (prompts[:10], prompts[10:]):
+        assert epoch.count("robot") == 5 and len(set(epoch)) == 6
+    assert drawn[0][0].image_count == 6
+
+
+def test_masks_weigh_the_loss_and_turn_with_the_photo(config, drawn, photos):
+    for name in "bcde":
+        (photos / f"{name}.png").unlink()
+        (photos / f"{name}.txt").unlink(missing_ok=True)
+    fields = {"aspect_ratio_buckets": "32,64", "masked_loss": True, "random_flip": True}
+    train(dataclasses.replace(config, **fields, unmasked_weight=0.25))
+    left = torch.full((1, 8, 16), 0.25)
+    left[..., :8] = 1
+    weights = torch.cat([samples.weights for _, samples in drawn])
+    sides = ["left" if torch.equal(w, left) else "right" if torch.equal(w, left.flip(-1)) else "" for w in weights]
+    assert set(sides) == {"left", "right"}
+    light = torch.zeros(1, 32, 64)
+    light[..., :32] = 1
+    torch.testing.assert_close(avg_pool2d(light, 4) * 0.75 + 0.25, left)
+
+
+def test_the_loss_is_weighted(config, photos):
+    losses = {}
+    for name, light in (("none", None), ("white", 255), ("half", 128)):
+        for mask in (photos / "mask").iterdir():
+            mask.unlink()
+        if light is not None:
+            for photo, size in SIZES.items():
+                Image.new("L", size, light).save(photos / "mask" / f"{photo}.png")
+        place = train(dataclasses.replace(config, masked_loss=light is not None, max_train_steps=1))
+        losses[name] = read_delta_file(place).training["final_loss"]
+    assert losses["white"] == losses["none"]
+    assert losses["half"] == pytest.approx(losses["none"] * 128 / 255, rel=1e-5)
+
+
+def test_views_without_the_subject_are_left_out(config, photos, drawn):
+    for name in "bcde":
+        (photos / f"{name}.png").unlink()
+        (photos / f"{name}.txt").unlink(missing_ok=True)
+    mask = Image.new("L", SIZES["a"])
+    mask.paste(255, (0, 0, 8, 32))
+    mask.save(photos / "mask" / "a.png")
+    masked = dataclasses.replace(config, masked_loss=True)
+    train(masked)
+    assert {tuple(ids.tolist()) for _, samples in drawn for ids in samples.time_ids} == {(32, 64, 0, 0, 32, 32)}
+    with pytest.raises(UserError, match="a.png: a photo cut to 32x32 shows nothing of what its mask marks"):
+        train(dataclasses.replace(masked, center_crop=True))
+
+
+def test_a_second_run_reads_its_latents_and_gives_the_same_bytes(config, tmp_path, monkeypatch):
+    shared = {"cache_dir": str(tmp_path / "kept"), "class_data_dir": str(tmp_path / "class")}
+    config = dataclasses.replace(config, **EVERYTHING, **shared)
+    first = numbers(train(config))
+    kept = {file.name: file.read_bytes() for file in (tmp_path / "kept").iterdir()}
+
+    def encode(*_):
+        raise AssertionError("the VAE was called")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(AutoencoderKL, "encode", encode)
+        assert numbers(train(dataclasses.replace(config, output_dir=str(tmp_path / "second")))) == first
+    assert {file.name: file.read_bytes() for file in (tmp_path / "kept").iterdir()} == kept
+    damaged = next((tmp_path / "kept").iterdir())
+    damaged.write_bytes(damaged.read_bytes()[:-4])
+    with pytest.warns(UserWarning, match=f"{damaged.name}: damaged"):
+        assert numbers(train(config)) == first
+    assert {file.name: file.read_bytes() for file in (tmp_path / "kept").iterdir()} == kept
+    unkept = dataclasses.replace(config, cache_dir=str(tmp_path / "anew"))
+    assert numbers(train(unkept)) == first
+
+
+def test_latents_are_kept_in_the_output_folder(config):
+    train(config)
+    assert kept_latents(Path(config.output_dir) / "cache") == len(SIZES)
+
+
+def test_a_run_with_everything_goes_on_with_the_same_bytes(config, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, **EVERYTHING, class_data_dir=str(tmp_path / "class"), checkpointing_steps=3)
+    whole = numbers(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
+    with monkeypatch.context() as patch:
+        patch.setattr(dreambooth, "save_concept", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            train(config)
+    assert numbers(train(dataclasses.replace(config, resume_from_checkpoint="checkpoint-3"))) == whole
+
+
+def test_sdxl_is_told_of_sizes_and_crops(config, tiny_xl_pipe_folder, monkeypatch):
+    forward, told = UNet2DConditionModel.forward, []
+
+    def note(self, *arguments, **options):
+        told.append(options["added_cond_kwargs"]["time_ids"])
+        return forward(self, *arguments, **options)
+
+    monkeypatch.setattr(UNet2DConditionModel, "forward", note)
+    base = {"pretrained_model_name_or_path": str(tiny_xl_pipe_folder)}
+    train(dataclasses.replace(config, **base, aspect_ratio_buckets="32,64;64,32;32,32", max_train_steps=15))
+    found = {tuple(ids.tolist()) for batch in told for ids in batch}
+    assert found == {
+        (32, 64, 0, 0, 32, 64),
+        (64, 32, 0, 0, 64, 32),
+        (32, 32, 0, 0, 32, 32),
+        (40, 40, 0, 0, 32, 32),
+        (33, 62, 0, 0, 32, 64),
+        (33, 62, 1, 0, 32, 64),
+        (33, 62, 2, 0, 32, 64),
+    }
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"aspect_ratio_buckets": "32,36"}, "this base needs multiples of 8; found 32,36"),
+        (
+            {"aspect_ratio_buckets": "64,128"},
+            "less than half as large as their bucket: b.png .62x33 for 128x64., c.png",
+        ),
+    ],
+)
+def test_mistakes_are_user_errors(config, fields, message):
+    with pytest.raises(UserError, match=message):
+        train(dataclasses.replace(config, **fields))
+
+
+def test_a_word_that_no_caption_names_is_found_although_captions_drop_out(config, photos):
+    for name in SIZES:
+        (photos / f"{name}.txt").write_text("a teapot, red")
+    with pytest.raises(UserError, match="trigger_word='sks': no prompt names it"):
+        train(dataclasses.replace(config, caption_dropout=0.5, shuffle_captions=True))
+
+
+def test_words_that_the_base_cannot_learn_are_found_before_class_pictures_are_drawn(config, tmp_path):
+    classes = tmp_path / "classes"
+    fields = {"with_prior_preservation": True, "num_class_images": 1, "class_data_dir": str(classes)}
+    with pytest.raises(UserError, match="'tea' cannot be a trigger word"):
+        train(dataclasses.replace(config, trigger_word="tea", **fields))
+    assert not classes.exists()
+
+
+def test_captions_may_spell_a_word_in_another_case(config, photos):
+    trained = []
+    for spelt in ("sks", "Sks"):
+        for name in SIZES:
+            (photos / f"{name}.txt").write_text(f"a {spelt} teapot")
+        place = train(dataclasses.replace(config, num_vectors=2))
+        trained.append(read_delta_file(place).tokens)
+    for word in ("sks", "sks_1"):
+        assert torch.equal(trained[0][word]["text_encoder"], trained[1][word]["text_encoder"])
+
+
+def test_masked_loss_needs_a_mask(config, photos):
+    (photos / "mask" / "a.png").unlink()
+    with pytest.raises(UserError, match="masked_loss=True: no photo has a mask; expected masks in .*mask, named like"):
+        train(dataclasses.replace(config, masked_loss=True))
+
+
+def material_of(orders, dropout):
+    """Four pictures of one view each, whose prompts are those of `orders`."""
+    random = torch.Generator().manual_seed(0)
+    mean, std = torch.randn(2, 4, 4, 8, 8, generator=random)
+    cache = LatentCache(mean, std, torch.zeros(4, 6), None, tuple(range(5)))
+    return Material(tuple("abcd") + ("",), (Pictures(cache, orders, tuple(range(4))),), None, dropout)
+
+
+def test_without_choices_nothing_more_is_drawn():
+    material = material_of(((0,), (1,), (2,), (3,)), dropout=0.0)
+    drawn, plain = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
+    samples = material.draw(3, 4, 0, drawn)
+    order = sample_order(4, 12, 4, dreambooth.derive_seed(0, "photos"))
+    cache = material.photos[0].latents
+    torch.rand(4, generator=plain)
+    noise = torch.randn(4, 4, 8, 8, generator=plain)
+    assert torch.equal(samples.latents, cache.mean[order] + cache.std[order] * noise)
+    assert samples.prompts == order and samples.weights is None
+    assert torch.equal(drawn.get_state(), plain.get_state())
+
+
+def test_orders_of_tags_and_dropouts_are_drawn_as_often_as_they_should():
+    material = material_of(((0, 1), (0, 1), (0, 1), (2,)), dropout=0.25)
+    generator = torch.Generator().manual_seed(0)
+    prompts = [prompt for number in range(500) for prompt in material.draw(number, 4, 0, generator).prompts]
+    share = torch.bincount(torch.tensor(prompts), minlength=5) / len(prompts)
+    expected = torch.tensor([0.75 * 3 / 8, 0.75 * 3 / 8, 0.75 / 4, 0, 0.25])
+    torch.testing.assert_close(share, expected, atol=0.04, rtol=0)
+
+
+def test_a_process_encodes_its_share_before_it_waits_for_the_others():
+    log = []
+    cuts = [partial(list, [number]) for number in range(5)]
+
+    def encoder(views):
+        log.append(views[0])
+        return LatentCache(*torch.zeros(2, 1, 4, 8, 8), torch.zeros(1, 6), None, (0, 1))
+
+    def accelerator(processes):
+        wait = partial(log.append, "wait")
+        place = {"num_processes": processes, "process_index": processes - 1, "is_main_process": processes == 1}
+        return SimpleNamespace(**place, wait_for_everyone=wait)
+
+    assert len(encode_together(encoder, cuts, accelerator(2))) == 5
+    assert log == [1, 3, "wait", 0, 1, 2, 3, 4]
+    log.clear()
+    encode_together(encoder, cuts, accelerator(1))
+    assert log == [0, 1, 2, 3, 4]
+
+
+def test_processes_encode_their_shares_and_train_in_step(config, tmp_path):
+    fields = {**dataclasses.asdict(config), **EVERYTHING, "validation_prompts": ["{trigger}"], "max_train_steps": 2}
+    (tmp_path / "run.yaml").write_text(json.dumps(fields))
+    script = tmp_path / "run.py"
+    script.write_text("from atomdiff import dreambooth\ndreambooth.train(dreambooth.load_config())\n")
+    root = Path(__file__).parents[2]
+    launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
+    environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
+    command = [sys.executable, *launch, str(script), "--config", str(tmp_path / "run.yaml")]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr[-2000:]
+    assert kept_latents(tmp_path / "out" / "cache") == len(SIZES) + 3 * 2  # a class picture for every bucket

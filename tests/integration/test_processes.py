@@ -1,0 +1,209 @@
+"""Training on two processes of torch's launcher: what they learn, what each of them writes, and how they end."""
+
+import dataclasses
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from atomdiff.training.config import load_config
+from atomdiff.training.dreambooth import train
+
+ROOT = Path(__file__).parents[2]
+
+pytestmark = pytest.mark.slow  # processes that import torch
+HOW = "go on with the same command and --resume_from_checkpoint latest"
+EVERYTHING = {
+    "train_text_encoder": True,
+    "num_vectors": 2,
+    "with_prior_preservation": True,
+    "num_class_images": 3,
+    "sample_batch_size": 1,
+    "aspect_ratio_buckets": "auto",
+    "random_flip": True,
+    "shuffle_captions": True,
+    "caption_dropout": 0.3,
+    "masked_loss": True,
+    "noise_offset": 0.1,
+    "snr_gamma": 5.0,
+    "timestep_sampling": "logit_normal",
+    "optimizer": "prodigy",
+    "use_ema": True,
+    "lr_warmup_steps": 1,
+    "gradient_accumulation_steps": 2,
+    "validation_steps": 2,
+}
+# One launch after the other, each with what `atomdiff train` is told and what goes wrong. Like other launchers, this
+# ends all processes when one fails, but waits for all where they are asked to stop; they are forked, so that they need
+# not import everything again.
+LAUNCHES = """
+import json, multiprocessing, os, shutil, signal, socket, sys, time
+from pathlib import Path
+import accelerate, diffusers, peft
+from atomdiff.cli.main import main
+from atomdiff.training import dreambooth
+
+def work(rank, port, options, spoilt):
+    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()})
+    if rank:
+        for name in ("save_checkpoint", "save_concept", "extend_contact_sheet"):
+            setattr(dreambooth, name, None)
+    elif spoilt in ("disk", "late"):
+        def save_checkpoint(*_):
+            raise OSError(28, "No space left on device")
+        dreambooth.save_checkpoint = save_checkpoint
+    usual = dreambooth.batch_loss
+    def spoilt_loss(run, number):
+        if not number and (spoilt == "both" or (rank and spoilt == "one")):
+            os.kill(os.getpid(), signal.SIGTERM if spoilt == "both" else signal.SIGINT)
+        while rank and spoilt == "late" and number and not signal.getsignal(signal.SIGTERM).__self__.requested:
+            time.sleep(0.01)
+        return usual(run, number) * (float("nan") if rank and spoilt == "loss" else 1)
+    dreambooth.batch_loss = spoilt_loss
+    sys.exit(main.main(["train", *options]))
+
+folder, launches = Path(sys.argv[1]), json.loads(sys.argv[2])
+for name, (options, spoilt) in launches.items():
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    fork = multiprocessing.get_context("fork")
+    both = [fork.Process(target=work, args=(rank, port, options, spoilt)) for rank in (0, 1)]
+    for process in both:
+        process.start()
+    stops = spoilt in ("one", "both")
+    while any(process.is_alive() for process in both) and (stops or not any(process.exitcode for process in both)):
+        time.sleep(0.05)
+    failed = next((process.exitcode for process in both if process.exitcode), 0)
+    for process in both:
+        process.terminate()
+        process.join()
+    print(name, "ends with", failed, flush=True)
+    if not failed:
+        shutil.copytree(folder / "two", folder / name)
+"""
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory, tiny_pipe_folder):
+    """Holds run.yaml, with two subjects and nearly all that a run can do."""
+    folder, random = tmp_path_factory.mktemp("processes"), np.random.default_rng(0)
+    subjects = []
+    for name, word in (("teapot", "sks"), ("robot", "zwx")):
+        (folder / name / "mask").mkdir(parents=True)
+        for number, side in enumerate((32, 40, 64)):
+            picture = Image.fromarray(random.integers(0, 255, (32, side, 3), dtype=np.uint8))
+            picture.save(folder / name / f"{number}.png")
+            picture.convert("L").save(folder / name / "mask" / f"{number}.png")
+            (folder / name / f"{number}.txt").write_text("a photo of {trigger} {class_name}, red, blue")
+        subjects.append({"instance_data_dir": str(folder / name), "class_name": name, "trigger_word": word})
+    (folder / "subjects.yaml").write_text(json.dumps(subjects))
+    run = {
+        "pretrained_model_name_or_path": str(tiny_pipe_folder),
+        "concepts_list": str(folder / "subjects.yaml"),
+        "output_dir": str(folder / "two"),
+        "max_train_steps": 2,
+        "checkpointing_steps": 1,
+        "train_batch_size": 1,
+        "num_inference_steps": 2,
+        "logging_steps": 1,
+        "mixed_precision": "no",
+        "report_to": None,
+    }
+    (folder / "run.yaml").write_text(json.dumps(run | EVERYTHING))
+    return folder
+
+
+@pytest.fixture(scope="module")
+def told(folder):
+    """What the launches print: "trained", "resumed", four that fail and two that are stopped."""
+    (folder / "bad").mkdir()
+    for name in ("bad.png", "worse.png"):
+        (folder / "bad" / name).write_text("no picture")
+    run = ["--config", str(folder / "run.yaml")]
+    plain = f"--concepts_list null --class_name mug --masked_loss false --output_dir {folder / 'failed'}".split()
+    photos = ["--instance_data_dir", str(folder / "teapot")]
+    launches = {
+        "trained": (run, ""),
+        "resumed": ([*run, "--resume_from_checkpoint", "checkpoint-1"], ""),
+        "photos": ([*run, *plain, "--instance_data_dir", str(folder / "bad")], ""),
+        "disk": ([*run, *plain, *photos], "disk"),
+        "late": ([*run, *plain, *photos, "--gradient_accumulation_steps", "1"], "late"),
+        "loss": ([*run, *plain, *photos], "loss"),
+        "one": ([*run, *plain, *photos], "one"),
+        "both": ([*run, *plain, *photos], "both"),
+    }
+    (folder / "launches.py").write_text(LAUNCHES)
+    command = [sys.executable, str(folder / "launches.py"), str(folder), json.dumps(launches)]
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    done = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=900)
+    assert done.returncode == 0, done.stderr
+    return done
+
+
+def tensors_in(state, path=""):
+    """All tensors of a nested state, with where they are."""
+    if isinstance(state, torch.Tensor):
+        return {path: state}
+    items = state.items() if isinstance(state, dict) else enumerate(state if isinstance(state, list) else ())
+    return {name: tensor for key, value in items for name, tensor in tensors_in(value, f"{path}/{key}").items()}
+
+
+def state_of(run):
+    return torch.load(run / "checkpoint-2" / "state.pt", weights_only=True)
+
+
+def test_two_processes_learn_what_one_does_in_as_many_batches(told, folder):
+    config = load_config(["--config", str(folder / "run.yaml")])
+    alone = dataclasses.replace(config, output_dir=str(folder / "one"), gradient_accumulation_steps=4)
+    for run in alone.runs():
+        one, two = Path(train(run)).parent, folder / "trained" / Path(run.output_dir).name
+        expected, found = state_of(one), state_of(two)
+        assert found["average_loss"] == pytest.approx(expected["average_loss"], rel=1e-5)
+        expected, found = tensors_in(expected), tensors_in(found)
+        assert expected.keys() == found.keys()
+        for name, tensor in expected.items():
+            error = (found[name] - tensor).abs().max()
+            assert error <= 1e-4 * tensor.abs().max(), name
+        drawn = sorted((one / "class_images").glob("*.png"))
+        assert len(drawn) == 3
+        for file in drawn:
+            assert (two / "class_images" / file.name).read_bytes() == file.read_bytes()
+
+
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(told, folder):
+    for name in ("teapot", "robot"):
+        expected, found = (tensors_in(state_of(folder / run / name)) for run in ("trained", "resumed"))
+        assert expected and all(torch.equal(found[each], tensor) for each, tensor in expected.items())
+
+
+def test_only_the_main_process_writes_and_tells(told, folder):
+    saved = [line for line in told.stdout.splitlines() if line.startswith("saved")]
+    files = [folder / "two" / name / f"{name}.atoms.safetensors" for name in ("teapot", "robot")]
+    assert saved == [f"saved {file}" for file in files * 2]
+    for name in ("teapot", "robot"):
+        log = folder / "trained" / name / "training_log.jsonl"
+        assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
+        assert (folder / "trained" / name / "contact_sheet.png").is_file()
+
+
+def test_what_goes_wrong_in_one_process_ends_both_with_one_message(told, folder):
+    ends = [line.rpartition(" ")[2] for line in told.stdout.splitlines() if "ends with" in line]
+    assert ends == ["0", "0", "2", "2", "2", "2", "130", "130"]
+    photos, disk, late, loss = [line for line in told.stderr.splitlines() if line.startswith("atomdiff train: error:")]
+    assert re.search(r"bad: cannot be read: bad.png \(.*\), worse.png \(.*\). Replace or remove them$", photos)
+    assert disk.endswith("No space left on device") and late == disk
+    assert "step 1: the loss is nan" in loss
+    assert "Traceback" not in told.stderr
+
+
+def test_asked_to_stop_both_processes_end_at_once_with_one_message(told, folder):
+    stopped = [line for line in told.stderr.splitlines() if "stopped" in line]
+    assert stopped == [f"stopped; {folder / 'failed' / 'checkpoint-1'} is saved: {HOW}"] * 2

@@ -1,0 +1,108 @@
+"""PNGs that know how they were made; what becomes of them in whole jobs stands in test_sample.py."""
+
+import json
+import os
+import threading
+
+import pytest
+from PIL import Image
+
+from atomdiff.sampling.output_files import PictureFile, content_hash, listing_hash, write_overview
+from atomdiff.utils.errors import UserError
+
+SETTINGS = {"concepts": "[]", "negative_prompt": "", "num_inference_steps": "3"}
+
+
+def saved(folder, prompt, seed, side=16):
+    picture = PictureFile(folder, prompt, seed, SETTINGS)
+    picture.save(Image.new("RGB", (side, side), (9 * seed, 99, 199)))
+    return picture
+
+
+@pytest.mark.parametrize("prompt", ["a photo", "кружка “в лесу”", 'a "b" \\ c: é', "   "])
+def test_facts_of_any_text_are_read_back(tmp_path, prompt):
+    picture = saved(tmp_path, prompt, 3)
+    assert picture.is_saved()
+    with Image.open(picture.path) as image:
+        assert image.text == {"prompt": prompt, "seed": "3", "size": "16x16", **SETTINGS}
+    assert [path.name for path in tmp_path.iterdir()] == [picture.path.name]
+
+
+@pytest.mark.parametrize("other", [{"num_inference_steps": "4"}, {"negative_prompt": "cat"}, {"more": "1"}])
+def test_other_settings_are_another_picture_of_the_same_name(tmp_path, other):
+    picture = saved(tmp_path, "a photo", 3)
+    changed = PictureFile(tmp_path, "a photo", 3, {**SETTINGS, **other})
+    assert changed.path == picture.path and not changed.is_saved()
+
+
+def test_what_is_no_picture_is_not_saved(tmp_path):
+    picture = PictureFile(tmp_path, "a photo", 0, SETTINGS)
+    assert not picture.is_saved()
+    picture.path.write_text("not a picture")
+    assert not picture.is_saved()
+
+
+def test_large_jobs_get_a_small_grid(tmp_path, monkeypatch):
+    pictures = [saved(tmp_path, prompt, seed, side=256) for prompt in ("one", "two", "three") for seed in range(2)]
+    write_overview(tmp_path, pictures)
+    whole = Image.open(tmp_path / "grid.png").size
+    for module in ("grid", "picture_files"):
+        monkeypatch.setattr(f"atomdiff.{module}.SHEET_PIXELS", 6 * 64 * 64)
+    write_overview(tmp_path, pictures)
+    small = Image.open(tmp_path / "grid.png").size
+    assert whole[0] > 2 * 256 and whole[1] > 3 * 256
+    assert small[0] < 2 * 64 + 250 and small[1] < 3 * 64 + 100
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["settings"] == SETTINGS
+    assert [(image["prompt"], image["seed"]) for image in manifest["images"]][:3] == [
+        ("one", 0),
+        ("one", 1),
+        ("two", 0),
+    ]
+
+
+def test_two_jobs_in_one_folder_never_tear_each_others_files(tmp_path):
+    pictures = [PictureFile(tmp_path, "a mug", seed, SETTINGS) for seed in range(3)]
+    failures = []
+
+    def job():
+        try:
+            for _ in range(10):
+                for picture in pictures:
+                    picture.save(Image.new("RGB", (16, 16), "red"))
+                write_overview(tmp_path, pictures)
+                with Image.open(tmp_path / "grid.png") as image:
+                    image.load()
+                assert len(json.loads((tmp_path / "manifest.json").read_text())["images"]) == 3
+        except Exception as error:
+            failures.append(error)
+
+    threads = [threading.Thread(target=job) for _ in range(3)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not failures
+    assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
+
+
+def test_a_picture_that_another_job_replaced_is_told(tmp_path):
+    picture = saved(tmp_path, "a mug", 0)
+    PictureFile(tmp_path, "a mug", 0, SETTINGS | {"concepts": "[1]"}).save(Image.new("RGB", (16, 16), "red"))
+    with pytest.raises(UserError, match="another job replaced it"):
+        write_overview(tmp_path, [picture])
+
+
+def test_hashes_follow_content_and_listing(tmp_path):
+    (tmp_path / "inner").mkdir()
+    file = tmp_path / "inner" / "file"
+    file.write_bytes(b"12")
+    os.utime(file, ns=(0, 10**18))
+    whole, alone, listing = content_hash(tmp_path), content_hash(file), listing_hash(tmp_path)
+    os.utime(file, ns=(0, 2 * 10**18))
+    assert (content_hash(tmp_path), content_hash(file)) == (whole, alone)
+    assert listing_hash(tmp_path) != listing
+    file.write_bytes(b"34")
+    os.utime(file, ns=(0, 10**18))
+    assert content_hash(tmp_path) != whole and content_hash(file) != alone
+    assert listing_hash(tmp_path) == listing

@@ -1,0 +1,140 @@
+"""What all runs of a command read and write is checked before the first of them begins."""
+
+import json
+from dataclasses import replace
+
+import pytest
+from PIL import Image
+
+from atomdiff.cli.main import main
+from atomdiff.training import dreambooth
+from atomdiff.training.config import TrainConfig
+from atomdiff.training.preflight import check_writable, look_first, refuse_foreign_images, refuse_overlap
+from atomdiff.utils.errors import UserError
+
+
+@pytest.fixture
+def config(tmp_path, monkeypatch):
+    """A run on two photos, beside the folder of its base."""
+    monkeypatch.chdir(tmp_path)
+    for folder in ("photos", "base/unet"):
+        (tmp_path / folder).mkdir(parents=True)
+    for name in ("a", "b"):
+        Image.new("RGB", (32, 32), "red").save(tmp_path / "photos" / f"{name}.png")
+    return TrainConfig("base", "photos", class_name="mug", output_dir="out")
+
+
+def everything(folder):
+    return {str(path.relative_to(folder)) for path in folder.rglob("*")}
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"output_dir": "photos"}, "output_dir='photos' is instance_data_dir, too"),
+        ({"output_dir": "out/../photos/"}, "is instance_data_dir, too"),
+        ({"output_dir": "."}, "the result='photos' is instance_data_dir"),
+        ({"output_dir": "photos/mask"}, "output_dir='photos/mask' is instance_data_dir .its masks., too"),
+        ({"cache_dir": "photos"}, "the cache='photos' is instance_data_dir"),
+        ({"logging_dir": "../photos"}, "logging_dir='out/../photos' is instance_data_dir"),
+        (
+            {"class_data_dir": "photos", "with_prior_preservation": True},
+            "class_data_dir='photos' is instance_d",
+        ),
+        (
+            {"class_data_dir": "out", "with_prior_preservation": True},
+            "output_dir='out' is class_data_dir, too",
+        ),
+        (
+            {"class_data_dir": "out/validation", "with_prior_preservation": True},
+            "validation images='out/validation' is",
+        ),
+        ({"output_dir": "base/unet"}, "output_dir='base/unet' is inside the base"),
+        ({"cache_dir": "base"}, "the cache='base' is the base, too"),
+        ({"output_dir": "photos/a.png/out"}, "output_dir=.*cannot be written there .*[Nn]ot a directory"),
+        ({"output_dir": "x" * 300}, "output_dir=.*cannot be a path .File name too long"),
+        ({"output_dir": "out\0"}, "output_dir=.*cannot be a path"),
+        ({"trigger_word": "zwx", "instance_prompt": "a photo"}, "trigger_word='zwx': no prompt names it"),
+        ({"resolution": 128}, "shorter side under 64 pixels: a.png"),
+        ({"masked_loss": True}, "a.png"),
+    ],
+)
+def test_what_would_go_wrong_is_told_and_nothing_is_changed(config, tmp_path, fields, message):
+    adapter = tmp_path / "lora.json"
+    adapter.write_text(json.dumps({"peft_type": "LORA", "target_modules": ["to_q"]}))
+    if "masked_loss" in fields:
+        (tmp_path / "photos" / "mask").mkdir()
+        (tmp_path / "photos" / "mask" / "a.png").write_text("no image")
+    (tmp_path / "out" / "validation").mkdir(parents=True)
+    before = everything(tmp_path)
+    with pytest.raises(UserError, match=message):
+        look_first([replace(config, adapter=str(adapter), **fields)])
+    assert everything(tmp_path) == before
+
+
+def test_folders_inside_one_another_that_do_no_harm_are_fine(config, tmp_path):
+    look_first([replace(config, output_dir="photos/out"), replace(config, output_dir=".", cache_dir="out/cache")])
+    assert not [path for path in everything(tmp_path) if path.endswith(".unfinished")]
+
+
+def test_links_are_followed(config, tmp_path):
+    (tmp_path / "link").symlink_to(tmp_path / "photos")
+    with pytest.raises(UserError, match="output_dir='link' is instance_data_dir"):
+        look_first([replace(config, output_dir="link")])
+
+
+def test_photos_that_class_images_fell_among_are_refused(config, tmp_path):
+    (tmp_path / "photos" / "class_images.json").write_text("{}")
+    with pytest.raises(UserError, match="photos: holds class images that were generated there"):
+        look_first([config])
+
+
+def test_a_concept_file_in_the_way_is_told(config, tmp_path):
+    (tmp_path / "out" / "photos.atoms.safetensors").mkdir(parents=True)
+    with pytest.raises(UserError, match="photos.atoms.safetensors is in the way"):
+        look_first([config])
+
+
+@pytest.mark.parametrize("damage", ["photo", "caption", "folder", "class"])
+def test_all_runs_are_looked_at_before_the_first_begins(config, tmp_path, monkeypatch, capsys, damage):
+    for folder in ("mug", "cat", "classes"):
+        (tmp_path / folder).mkdir()
+        Image.new("RGB", (32, 32), "red").save(tmp_path / folder / "a.png")
+    damaged = {"photo": "cat/a.png", "caption": "cat/a.txt", "class": "classes/b.png"}
+    if damage in damaged:
+        (tmp_path / damaged[damage]).write_bytes(b"caf\xe9")
+    second = {"instance_data_dir": "dog" if damage == "folder" else "cat", "class_data_dir": "classes"}
+    (tmp_path / "list.json").write_text(json.dumps([{"instance_data_dir": "mug"}, second]))
+    begun = []
+    monkeypatch.setattr(dreambooth, "train", begun.append)
+    words = ["train", "--pretrained_model_name_or_path", "base", "--concepts_list", "list.json", "--class_name", "mug"]
+    assert main([*words, "--with_prior_preservation"]) == 2
+    assert not begun and not (tmp_path / "out").exists()
+    assert {"folder": "dog: no such folder"}.get(
+        damage, damaged.get(damage, "").split("/")[-1]
+    ) in capsys.readouterr().err
+
+
+def test_samples_do_not_go_among_photos(config, tmp_path):
+    with pytest.raises(UserError, match="output_dir=.*photos': holds images that were not sampled .a.png, b.png."):
+        refuse_foreign_images(tmp_path / "photos")
+    (tmp_path / "samples").mkdir()
+    for name in ("grid.png", "contact_sheet.png", "a-mug-0a1b2c-seed7.png"):
+        (tmp_path / "samples" / name).touch()
+    refuse_foreign_images(tmp_path / "samples")
+    refuse_foreign_images(tmp_path / "none")
+
+
+def test_outputs_never_replace_inputs(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "mug.safetensors").touch()
+    refuse_overlap({"output": tmp_path / "new"}, {"the base": tmp_path / "base", "hub": "user/repo"})
+    with pytest.raises(UserError, match="output=.* is the concept, too"):
+        refuse_overlap({"output": tmp_path / "mug.safetensors"}, {"the concept": tmp_path / "mug.safetensors"})
+    with pytest.raises(UserError, match="is inside the base"):
+        refuse_overlap({"output": tmp_path / "base" / "x"}, {"the base": tmp_path / "base"})
+
+
+def test_what_is_writable_stays_as_it_is(tmp_path):
+    check_writable(tmp_path / "new", "output", "a.safetensors")
+    assert everything(tmp_path) == {"new"}

@@ -1,0 +1,279 @@
+"""Weights that are not where they seem: offloaded, cast for storage, fused into copies, quantized."""
+
+import copy
+
+import pytest
+import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import remove_hook_from_module
+from diffusers.hooks import apply_group_offloading
+from peft import LoraConfig
+from torch import nn
+
+import atomdiff
+from atomdiff.pipelines.load import add_trigger_word, remove_trigger_word, set_trigger_embedding
+from atomdiff.tuner import AtomConfig, inject
+from atomdiff.utils.errors import UserError
+
+
+def add(pipe, name, config, seed=0):
+    generator = torch.Generator().manual_seed(seed)
+    pipe.unet.add_adapter(copy.deepcopy(config), adapter_name=name)
+    with torch.no_grad():
+        for key, parameter in pipe.unet.named_parameters():
+            if f".{name}" in key:
+                parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
+    pipe.unet.requires_grad_(False)
+
+
+@pytest.fixture(scope="module")
+def files(pipe_template, tmp_path_factory):
+    """Concepts of all weights, and with sparse codes."""
+    folder, pipe, found = tmp_path_factory.mktemp("concepts"), copy.deepcopy(pipe_template), {}
+    configs = {
+        "all": AtomConfig(target_modules="all"),
+        "sparse": AtomConfig(basis="sparse", channel_block=1, target_modules=["conv_in"]),
+    }
+    for name, config in configs.items():
+        add(pipe, name, config)
+        found[name] = atomdiff.save_atoms(pipe, folder / f"{name}.atoms.safetensors", name, dtype=torch.float32)
+        atomdiff.unload_atoms(pipe, name)
+    return found
+
+
+@pytest.fixture
+def pipe(pipe_template):
+    pipe = copy.deepcopy(pipe_template)
+    pipe.unet.requires_grad_(False)
+    return pipe
+
+
+def predict(pipe, rows=2):
+    generator = torch.Generator().manual_seed(1)
+    latents, text = torch.randn(rows, 4, 8, 8, generator=generator), torch.randn(rows, 7, 32, generator=generator)
+    with torch.no_grad():
+        return pipe.unet(latents, 500, encoder_hidden_states=text).sample.float()
+
+
+def mixed(pipe):
+    with atomdiff.mixed_batch(pipe, ["all", None]):
+        return predict(pipe)
+
+
+def bits(pipe):
+    return {key: tensor.detach().clone() for key, tensor in pipe.unet.state_dict().items()}
+
+
+def assert_same(now, before):
+    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+
+
+def by_group(unet, folder, kind, **options):
+    blocks = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    apply_group_offloading(unet, torch.device("cpu"), torch.device("cpu"), offload_type=kind, **blocks, **options)
+
+
+IN_MEMORY = {
+    "sequential": lambda unet, folder: cpu_offload(unet, execution_device=torch.device("cpu")),
+    "groups of leaves": lambda unet, folder: by_group(unet, folder, "leaf_level"),
+    "groups of blocks": lambda unet, folder: by_group(unet, folder, "block_level"),
+}
+ON_DISK = {
+    "disk": lambda unet, folder: disk_offload(unet, folder, execution_device=torch.device("cpu")),
+    "leaves on disk": lambda unet, folder: by_group(unet, folder, "leaf_level", offload_to_disk_path=str(folder)),
+    "blocks on disk": lambda unet, folder: by_group(unet, folder, "block_level", offload_to_disk_path=str(folder)),
+}
+ORDERS = (
+    "offload load set unload",
+    "load offload set unload",
+    "load set offload unload",
+    "load set offload set unload",
+)
+
+
+@pytest.mark.parametrize("order", ORDERS)
+@pytest.mark.parametrize("way", IN_MEMORY)
+def test_offloaded_weights_are_merged_and_given_back_in_any_order(pipe, files, tmp_path, way, order):
+    plain = copy.deepcopy(pipe)
+    atomdiff.load_atoms(plain, files["all"])
+    expected, batch = predict(plain), mixed(plain)
+    atomdiff.set_active(plain, {"all": 0.5})
+    merged, before, base = predict(plain), bits(pipe), predict(pipe)
+    for call in order.split():
+        if call == "offload":
+            IN_MEMORY[way](pipe.unet, tmp_path)
+        elif call == "load":
+            atomdiff.load_atoms(pipe, files["all"])
+            torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(mixed(pipe), batch, atol=1e-5, rtol=0)
+        elif call == "set":
+            atomdiff.set_active(pipe, {"all": 0.5})
+            torch.testing.assert_close(predict(pipe), merged, atol=1e-5, rtol=0)
+            torch.testing.assert_close(mixed(pipe), batch, atol=1e-5, rtol=0)
+        else:
+            atomdiff.restore(pipe)
+            torch.testing.assert_close(predict(pipe), merged, atol=1e-5, rtol=0)
+            atomdiff.unload_atoms(pipe)
+    assert torch.equal(predict(pipe), base)
+    if way == "sequential":
+        remove_hook_from_module(pipe.unet, recurse=True)
+    assert_same(bits(pipe), before)
+
+
+@pytest.mark.parametrize("order", ["offload load", "load offload"])
+@pytest.mark.parametrize("way", [IN_MEMORY["sequential"], ON_DISK["disk"]], ids=["cpu", "disk"])
+def test_words_reach_offloaded_token_embeddings_and_leave_them(pipe, tmp_path, way, order):
+    def encode(text):
+        return pipe.text_encoder(pipe.tokenizer(text, return_tensors="pt").input_ids)[0].detach()
+
+    def load():
+        for word, value in (("zwx", 1.0), ("sks", 2.0)):  # a new one, and one that the tokenizer knows
+            add_trigger_word(pipe, word)
+            set_trigger_embedding(pipe, word, {"text_encoder": torch.full((32,), value)})
+
+    table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
+    load()
+    expected = encode("a zwx sks mug")
+    for word in ("zwx", "sks"):
+        remove_trigger_word(pipe, word)
+    base = encode("a mug")
+    for call in order.split():
+        load() if call == "load" else way(pipe.text_encoder, tmp_path)
+    assert torch.equal(encode("a zwx sks mug"), expected)
+    for word in ("zwx", "sks"):
+        remove_trigger_word(pipe, word)
+    assert pipe.text_encoder.get_input_embeddings().weight.is_meta and torch.equal(encode("a mug"), base)
+    remove_hook_from_module(pipe.text_encoder, recurse=True)
+    assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, table)
+
+
+@pytest.mark.parametrize("way", ON_DISK)
+def test_weights_on_disk_serve_unmerged_concepts_and_are_not_changed(pipe, files, tmp_path, way):
+    atomdiff.load_atoms(pipe, files["all"])
+    expected, batch = predict(pipe), mixed(pipe)
+    ON_DISK[way](pipe.unet, tmp_path)
+    torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+    if way == "blocks on disk":
+        with pytest.raises(UserError, match="offloaded to disk in groups of blocks cannot be mixed: use offload_type="):
+            mixed(pipe)
+    else:
+        torch.testing.assert_close(mixed(pipe), batch, atol=1e-5, rtol=0)
+    for change in (lambda: atomdiff.set_active(pipe, "all"), lambda: atomdiff.merge(pipe)):
+        with pytest.raises(
+            UserError, match="cannot change the weight of .*: it is offloaded to disk; use concepts unm"
+        ):
+            change()
+    torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ON_DISK)
+def test_what_was_merged_before_weights_went_to_disk_is_refused_to_come_off(pipe, files, tmp_path, way):
+    atomdiff.load_atoms(pipe, files["all"])
+    atomdiff.set_active(pipe, "all")
+    expected = predict(pipe)
+    ON_DISK[way](pipe.unet, tmp_path)
+    for change in (atomdiff.restore, atomdiff.unload_atoms):
+        with pytest.raises(UserError, match="it is offloaded to disk; load the pipeline anew"):
+            change(pipe)
+    torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+
+
+def test_codes_of_offloaded_weights_are_worked_out_once(pipe, files, monkeypatch):
+    atomdiff.load_atoms(pipe, files["sparse"])
+    expected = predict(pipe)
+    by_group(pipe.unet, None, "leaf_level")
+    monkeypatch.setattr("atomdiff.tuner.layer.sparse_codes", lambda *_: pytest.fail("worked out again"))
+    torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("first", ["load", "cast"])
+def test_weights_cast_for_storage_compute_in_full_and_are_not_merged(pipe, files, first):
+    def cast():
+        pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+
+    def load():
+        atomdiff.load_atoms(pipe, files["all"], allow_base_mismatch=True)
+
+    plain = copy.deepcopy(pipe)
+    atomdiff.load_atoms(plain, files["all"])
+    expected, base = predict(plain), predict(pipe)
+    (load(), cast()) if first == "load" else (cast(), load())
+    close = (expected - base).abs().mean() / 3
+    assert (predict(pipe) - expected).abs().mean() < close
+    assert (mixed(pipe)[0] - expected[0]).abs().mean() < close
+    with pytest.raises(UserError, match="it is stored in torch.float8_e4m3fn, to which a merged weight would be"):
+        atomdiff.set_active(pipe, "all")
+    assert (predict(pipe) - expected).abs().mean() < close
+    atomdiff.unload_atoms(pipe)
+    assert (predict(pipe) - base).abs().mean() < close
+
+
+def test_fused_projections_are_refused_wherever_a_concept_would_not_reach_them(pipe, files):
+    before = bits(pipe)
+    pipe.unet.fuse_qkv_projections()
+    with pytest.raises(UserError, match=r"are fused, into a copy .*: call unfuse_qkv_projections\(\) first"):
+        atomdiff.load_atoms(pipe, files["all"])
+    pipe.unet.unfuse_qkv_projections()
+    atomdiff.load_atoms(pipe, files["all"])
+    with pytest.raises(UserError, match="fuse_qkv_projections copies weights that concepts adapt"):
+        pipe.unet.fuse_qkv_projections()
+    atomdiff.set_active(pipe, "all")
+    atomdiff.unload_atoms(pipe)
+    now = bits(pipe)
+    assert_same({key: now[key] for key in before}, before)
+    assert not any(module._forward_pre_hooks for module in pipe.unet.modules())
+
+
+class Packed(torch.Tensor):
+    """A tensor that passes for a floating-point one, as quantized ones do."""
+
+    __module__ = "torchao.dtypes"
+
+
+def test_quantized_weights_are_refused(pipe, files):
+    attention = next(module for module in pipe.unet.modules() if hasattr(module, "to_q"))
+    weight = attention.to_q.weight.data
+    attention.to_q._parameters["weight"] = weight.as_subclass(Packed)
+    with pytest.raises(UserError, match=r"it is quantized \(torchao.dtypes.Packed\)"):
+        atomdiff.load_atoms(pipe, files["all"])
+    attention.to_q.weight = nn.Parameter(weight, requires_grad=False)
+    atomdiff.load_atoms(pipe, files["all"])
+    inject.find_atom_layer(attention.to_q).base_layer._parameters["weight"] = weight.as_subclass(Packed)
+    with pytest.raises(UserError, match=r"it is quantized \(torchao.dtypes.Packed\)"):
+        atomdiff.set_active(pipe, "all")
+
+
+@pytest.mark.parametrize("inside", [True, False])
+def test_weights_made_in_inference_mode(pipe_template, files, inside):
+    with torch.inference_mode():
+        pipe = copy.deepcopy(pipe_template)
+        for parameter in pipe.unet.parameters():
+            parameter.data = parameter.data.clone()
+    before, base = bits(pipe), predict(pipe)
+    with torch.inference_mode(inside):
+        atomdiff.load_atoms(pipe, files["all"])
+        expected = predict(pipe)
+    atomdiff.set_active(pipe, "all")
+    with torch.inference_mode():
+        torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+        atomdiff.unload_atoms(pipe)
+    assert torch.equal(predict(pipe), base)
+    assert_same(bits(pipe), before)
+
+
+@pytest.mark.parametrize("call", [lambda pipe: atomdiff.set_active(pipe, ["a", "lora"]), atomdiff.merge])
+@pytest.mark.parametrize("atoms_first", [True, False])
+def test_other_methods_are_not_merged_into_offloaded_weights(tiny_pipe, call, atoms_first):
+    unet, configs = tiny_pipe.unet, [("a", AtomConfig(target_modules=["to_q"])), ("lora", LoraConfig(r=2))]
+    configs[1][1].target_modules, configs[1][1].init_lora_weights = ["to_q"], False
+    for name, config in configs if atoms_first else reversed(configs):
+        unet.add_adapter(config, adapter_name=name)
+    unet.set_adapters(["a", "lora"])
+    x, text = torch.randn(1, 4, 8, 8), torch.randn(1, 7, unet.config.cross_attention_dim)
+    cpu_offload(unet, torch.device("cpu"))
+    with torch.no_grad():
+        before = unet(x, 5, text).sample
+        with pytest.raises(UserError, match="are offloaded, where PEFT cannot merge a .*set_adapters"):
+            call(tiny_pipe)
+        atomdiff.restore(tiny_pipe)
+        assert torch.equal(unet(x, 5, text).sample, before)

@@ -1,0 +1,145 @@
+import errno
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import save_file
+
+from atomdiff.utils import atomic
+from atomdiff.utils.atomic import WriteError, new_file, new_folder, remove_leftovers, write_json, write_png, write_text
+
+ROOT = Path(__file__).parents[2]
+
+
+def tree(folder):
+    """All files of a folder and what they hold."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def test_what_is_written_is_there_under_its_name_only(tmp_path):
+    write_text(tmp_path / "new" / "text", "müll")
+    write_json(tmp_path / "values.json", {"a": "é"})
+    write_png(tmp_path / "image.png", Image.new("RGB", (2, 2)))
+    write_text(tmp_path / "new" / "text", "second")
+    assert tree(tmp_path).keys() == {"new/text", "values.json", "image.png"}
+    assert (tmp_path / "new" / "text").read_text() == "second"
+    assert Image.open(tmp_path / "image.png").format == "PNG"
+
+
+def test_files_have_the_usual_permissions_and_links_stay(tmp_path):
+    (tmp_path / "there").mkdir()
+    (tmp_path / "link").symlink_to(tmp_path / "there" / "file")
+    old = os.umask(0o027)
+    try:
+        write_text(tmp_path / "link", "text")
+    finally:
+        os.umask(old)
+    assert (tmp_path / "link").is_symlink() and (tmp_path / "there" / "file").read_text() == "text"
+    assert (tmp_path / "there" / "file").stat().st_mode & 0o777 == 0o640
+
+
+@pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
+@pytest.mark.parametrize("place", ["write", "fsync", "replace", "mkdir"])
+def test_a_failure_at_any_place_leaves_everything_as_it_was(tmp_path, monkeypatch, code, place):
+    write_text(tmp_path / "file", "before")
+    (tmp_path / "folder").mkdir()
+    write_text(tmp_path / "folder" / "a", "before")
+    before = tree(tmp_path)
+
+    def fail(*_, **__):
+        raise OSError(code, os.strerror(code))
+
+    owner, name = {
+        "write": (Path, "write_bytes"),
+        "fsync": (os, "fsync"),
+        "replace": (os, "replace"),
+        "mkdir": (Path, "mkdir"),
+    }[place]
+    if place != "mkdir":
+        monkeypatch.setattr(owner, name, fail)
+        with pytest.raises(WriteError, match=re.escape(f"file: cannot be written ({os.strerror(code)}); ")):
+            write_text(tmp_path / "file", "after")
+    monkeypatch.setattr(*(Path, "rename") if place == "replace" else (owner, name), fail)
+    with pytest.raises(WriteError, match="folder: cannot be written"), new_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_bytes(b"after")
+    monkeypatch.undo()
+    assert tree(tmp_path) == before and len(list(tmp_path.iterdir())) == 2
+
+
+WRITERS = {
+    "torch": lambda file: torch.save({"a": torch.zeros(9999)}, file),
+    "opened": lambda file: torch.save({"a": torch.zeros(9999)}, file.open("wb")),
+    "safetensors": lambda file: save_file({"a": torch.zeros(9999)}, file),
+    "numpy": lambda file: np.save(file.open("wb"), np.zeros(9999)),
+    "pillow": lambda file: Image.effect_noise((99, 99), 50).save(file, format="png"),
+}
+
+
+@pytest.mark.parametrize("writer", WRITERS)
+def test_every_librarys_error_on_a_full_disk_is_one_line(tmp_path, writer, small_files):
+    with small_files(1000), pytest.raises(WriteError) as error, new_file(tmp_path / "file") as file:
+        WRITERS[writer](file)
+    assert str(error.value).startswith(f"{tmp_path / 'file'}: cannot be written (") and "\n" not in str(error.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_other_errors_and_stops_stay_what_they_are_and_leave_nothing(tmp_path):
+    for error in (KeyboardInterrupt("stop"), ValueError("wrong"), RuntimeError("CUDA out of memory")):
+        for new in (new_file, new_folder):
+            with pytest.raises(type(error), match=str(error)) as raised, new(tmp_path / "name") as unfinished:
+                if new is new_file:
+                    unfinished.write_text("half")
+                raise error
+            assert not isinstance(raised.value, WriteError)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_folder_is_replaced_as_a_whole_or_by_what_belongs_to_it(tmp_path):
+    for name in ("unet/config.json", "unet/shard-1.bin", "vae/config.json", "README.md", "mine/unet/file"):
+        write_text(tmp_path / "model" / name, "old")
+    for own in (("unet", "vae", "mine/unet"), None):
+        with new_folder(tmp_path / "model", own) as folder:
+            (folder / "unet").mkdir()
+            (folder / "unet" / "config.json").write_text("new")
+            (folder / "other").mkdir()
+            (folder / "other" / "file").write_text("new")
+        kept = {"README.md": b"old"} if own else {}
+        assert tree(tmp_path / "model") == {"unet/config.json": b"new", "other/file": b"new", **kept}
+        assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
+    assert not [entry for entry in (tmp_path / "model").iterdir() if entry.name.startswith(".")]
+
+
+KILLED = """
+import os, signal, sys
+from pathlib import Path
+from atomdiff.utils import atomic
+if sys.argv[2] != "write":
+    rename = Path.rename
+    def rename_and_die(path, target):
+        rename(path, target)
+        os.kill(os.getpid(), signal.SIGKILL)
+    Path.rename = rename_and_die
+with atomic.new_folder(sys.argv[1]) as folder:
+    (folder / "file").write_text("new")
+    if sys.argv[2] == "write":
+        os.kill(os.getpid(), signal.SIGKILL)
+"""
+
+
+@pytest.mark.parametrize("moment", ["write", "rename"])
+def test_what_a_killed_process_left_goes_and_what_it_had_replaced_comes_back(tmp_path, moment):
+    write_text(tmp_path / "folder" / "file", "old")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    ended = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "folder", moment], env=environment, check=False)
+    assert ended.returncode == -9
+    writing = tmp_path / atomic._name()  # of this process, which is alive
+    writing.write_text("half")
+    assert len(list(tmp_path.iterdir())) == 3
+    remove_leftovers(tmp_path)
+    assert tree(tmp_path) == {"folder/file": b"old", writing.name: b"half"}
