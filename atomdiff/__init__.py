@@ -9,8 +9,8 @@ import importlib
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from atomdiff.concepts.hub import push_to_hub
     from atomdiff.concepts.library import ConceptLibrary
+    from atomdiff.concepts.push import push_to_hub
     from atomdiff.pipelines.load import list_atoms, load_atoms, merge, restore, save_atoms, unload_atoms
     from atomdiff.pipelines.mixed_batch import mixed_batch
     from atomdiff.pipelines.switch import set_active

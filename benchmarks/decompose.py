@@ -186,7 +186,7 @@ def qualities(rows: Tensor, config: BenchmarkConfig) -> Iterator[tuple[str, dict
 def main(config: BenchmarkConfig) -> None:
     """Measure and write the result file."""
     quiet_libraries()
-    from atomdiff.cli.demo import versions
+    from atomdiff.utils.versions import versions
 
     load = os.getloadavg()[0]
     kernels = untrained_kernels()

@@ -165,7 +165,7 @@ def compare(config: BenchmarkConfig, work: Path, method: str) -> tuple[dict[str,
 def main(config: BenchmarkConfig) -> None:
     """Run everything and write the result file."""
     quiet_libraries()
-    from atomdiff.cli.demo import versions
+    from atomdiff.utils.versions import versions
 
     started = time.perf_counter()
     work = Path(config.work_dir)

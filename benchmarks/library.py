@@ -185,7 +185,7 @@ def measure(folder: str, config: BenchmarkConfig) -> dict[str, float]:
 def main(config: BenchmarkConfig) -> None:
     """Measure and write the result file."""
     quiet_libraries()
-    from atomdiff.cli.demo import versions
+    from atomdiff.utils.versions import versions
 
     load = os.getloadavg()[0]
     with tempfile.TemporaryDirectory() as folder:

@@ -277,7 +277,7 @@ COMPARISONS = {"switch": compare_switches, "many": compare_many, "mixed": compar
 def main(config: BenchmarkConfig) -> None:
     """Run the comparisons and write the result file."""
     quiet_libraries()
-    from atomdiff.cli.demo import versions
+    from atomdiff.utils.versions import versions
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(config.output)

@@ -37,11 +37,11 @@ def main(config: ParametersConfig) -> None:
     quiet_libraries()
     from peft import LoraConfig
 
-    from atomdiff.cli.demo import versions
     from atomdiff.concepts.parameter_count import ARCHITECTURES, count_numbers, open_architecture
     from atomdiff.tuner import AtomConfig
     from atomdiff.tuner.config import PRESETS
     from atomdiff.tuner.model import preset_targets
+    from atomdiff.utils.versions import versions
 
     figures: dict[str, float] = {}
 

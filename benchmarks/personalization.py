@@ -103,7 +103,8 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
     from atomdiff.cli.demo import open_concept
     from atomdiff.sampling.sample import generate
     from atomdiff.training.dreambooth import load_config
-    from atomdiff.training.method import place_for, read_adapter
+    from atomdiff.training.method import place_for
+    from atomdiff.tuner.read_config import read_adapter
     from atomdiff.utils.image_grid import grid
 
     adapter = read_adapter(str(ROOT / "configs" / "experiments" / config.methods[0] / "adapter.json"))
@@ -134,7 +135,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
 def main(config: BenchmarkConfig) -> None:
     """Run all trials and write the result file."""
     quiet_libraries()
-    from atomdiff.cli.demo import versions
+    from atomdiff.utils.versions import versions
 
     figures: dict[str, float] = {}
     trials: dict[str, Any] = {}

@@ -163,8 +163,8 @@ def build(method: str, part: Part, weights: dict[str, Tensor]) -> Any:
 
 def adapter_of(method: str, unet: nn.Module) -> Any:
     """The config of a method, None for `full`."""
-    from atomdiff.training.method import read_adapter
     from atomdiff.tuner.model import preset_targets
+    from atomdiff.tuner.read_config import read_adapter
 
     if method == "full":
         return read_adapter("full")
@@ -336,7 +336,7 @@ def run_part(name: str, config: BenchmarkConfig) -> dict[str, float]:
 def main(config: BenchmarkConfig) -> None:
     """Run the parts and write a result file for each."""
     quiet_libraries()
-    from atomdiff.cli.demo import versions
+    from atomdiff.utils.versions import versions
 
     default = ("sd15_cpu", "sd15_gpu", "sdxl_gpu") if torch.cuda.is_available() else ("sd15_cpu",)
     fields = {field.name: field.default for field in dataclasses.fields(config) if field.name != "output_dir"}

@@ -32,11 +32,11 @@ class EvaluateConfig:
 def main(config: EvaluateConfig) -> None:
     """Measure, print, store."""
     quiet_libraries()
-    from atomdiff.cli.demo import versions
     from atomdiff.toybox.base import load_toybox
     from atomdiff.toybox.judge import load_judge
     from atomdiff.toybox.report import evaluate_base
     from atomdiff.utils.image_grid import grid
+    from atomdiff.utils.versions import versions
 
     pipe = load_toybox(config.pretrained_model_name_or_path)
     figures, images, captions = evaluate_base(

@@ -52,9 +52,9 @@ class PretrainConfig:
 def main(config: PretrainConfig) -> None:
     """Draw the world, train the parts, save them."""
     quiet_libraries()
-    from atomdiff.cli.demo import versions
     from atomdiff.toybox import pretrain as p
     from atomdiff.toybox.pretrain_judge import make_judge
+    from atomdiff.utils.versions import versions
 
     device, output = compute_device(), config.output_dir
     tell(choose_precision(None, device), device)

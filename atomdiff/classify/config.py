@@ -5,7 +5,8 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any, Literal, get_args
 
-from atomdiff.training.config import Precision, Schedule, parse_with_overrides
+from atomdiff.training.config import parse_with_overrides
+from atomdiff.utils.choices import Precision, Schedule
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, expand_paths
 

@@ -9,7 +9,8 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 
 from atomdiff.classify.config import LINEAR, ClassifyConfig
 from atomdiff.classify.model import head_parameters, in_base
-from atomdiff.training.method import make_trainable, read_adapter
+from atomdiff.training.method import make_trainable
+from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
 
 

@@ -40,15 +40,15 @@ from atomdiff.classify.model import (
     open_processor,
     save_classifier,
 )
-from atomdiff.cli.demo import versions
 from atomdiff.data.images import derive_seed
-from atomdiff.training.method import describe_adapter
-from atomdiff.training.preflight import check_writable, refuse_overlap
 from atomdiff.training.run_log import RunLog
+from atomdiff.tuner.read_config import describe_adapter
 from atomdiff.utils.atomic import write_json, write_result
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import locked
+from atomdiff.utils.output_paths import check_writable, refuse_overlap
 from atomdiff.utils.precision import training_precision
+from atomdiff.utils.versions import versions
 
 _DEFAULT_RATES = {"full": 1e-4, "adapter": 5e-3}
 _LOSS_SHARE = 0.05  # of a step's loss in the average loss after it

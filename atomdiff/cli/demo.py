@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import platform
 import time
 import warnings
 from dataclasses import dataclass
-from importlib.metadata import version
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +14,7 @@ from atomdiff.utils.atomic import new_file, write_json, write_png
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, expand_paths
 from atomdiff.utils.progress import say
+from atomdiff.utils.versions import versions
 
 FILES = ("before_after.png", "training_curve.png", "report.json")
 
@@ -61,9 +60,9 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """
     from atomdiff.evaluate.concept import score, subject_photos
     from atomdiff.evaluate.size import stored_bytes, trained_numbers
-    from atomdiff.sampling.output_files import content_hash
     from atomdiff.toybox.judge import load_judge
     from atomdiff.training.dreambooth import load_config, train
+    from atomdiff.utils.hashing import content_hash
     from atomdiff.utils.precision import choose_precision, compute_device
 
     started = time.perf_counter()
@@ -238,12 +237,3 @@ def draw_curve(log: Path, path: Path) -> None:
     axes.grid(alpha=0.3)
     with new_file(path) as file:
         figure.savefig(file, dpi=120, format="png")
-
-
-def versions() -> dict[str, str]:
-    """The versions that a figure depends on, and the machine."""
-    import torch
-
-    names = ("atomdiff", "torch", "diffusers", "transformers", "accelerate", "peft")
-    cores = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {**{name: version(name) for name in names}, "python": platform.python_version(), "machine": cores}

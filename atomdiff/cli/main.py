@@ -87,7 +87,7 @@ def inspect(args: Sequence[str]) -> None:
         print(describe(config.file, config.base))
     elif config.config is not None and config.base is not None:
         from atomdiff.concepts.parameter_count import count_numbers, describe_count
-        from atomdiff.training.method import read_adapter
+        from atomdiff.tuner.read_config import read_adapter
 
         print(describe_count(count_numbers(config.base, read_adapter(config.config))))
 

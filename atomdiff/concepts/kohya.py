@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -17,11 +17,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atomdiff.concepts.modelspec import atomdiff_version, model_spec
-from atomdiff.pipelines.tokens import token_id, trigger_words
+from atomdiff.concepts.modelspec import model_spec
 from atomdiff.tuner.model import supported_modules
 from atomdiff.utils.atomic import new_file
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.versions import atomdiff_version
 
 _SDXL_LAYERS = {
     "conv_in": "input_blocks.0.0",
@@ -166,18 +166,6 @@ def unread_by(names: Iterable[str], *, whole: bool) -> dict[str, tuple[str, ...]
         "Stable Diffusion WebUI": tuple(name for name in names if name.endswith("_text_projection")),
     }
     return {program: layers for program, layers in unread.items() if layers}
-
-
-def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
-    """The rows (n, hidden) of n words in the embedding tables, named as in files for ComfyUI and others."""
-    rows = {}
-    for encoder in ("text_encoder", "text_encoder_2"):
-        if pipe.components.get(encoder) is not None:
-            table, known = getattr(pipe, encoder).get_input_embeddings().weight.detach(), trigger_words(pipe)
-            own = [known[word].vectors if word in known else {} for word in words]  # not rounded to the table's dtype
-            found = [table[token_id(pipe, word, encoder)] for word in words]
-            rows[encoder] = torch.stack([mine.get(encoder, row.float()) for mine, row in zip(own, found, strict=True)])
-    return named_rows(rows, is_sdxl(pipe))
 
 
 def named_rows(rows: Mapping[str, Tensor], sdxl: bool) -> dict[str, Tensor]:

@@ -19,10 +19,10 @@ from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file
 from atomdiff.concepts.hub import PathLike, Pictures, adapter_files, files_in, locate, names_repository
 from atomdiff.data.image_files import upright
-from atomdiff.sampling.output_files import content_hash
 from atomdiff.tuner.layer import TRAINED_KINDS
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.hashing import content_hash
 
 _MOST_FOUND = 8  # example pictures taken without being named
 _TRAINING_SETTINGS = ("learning_rate", "token_learning_rate", "lr_scheduler", "train_batch_size")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import time
 from datetime import datetime, timezone
-from importlib.metadata import PackageNotFoundError, version
 from typing import Any
 
 from atomdiff.utils.errors import UserError
@@ -31,14 +30,6 @@ def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str
         "resolution": _resolution(pipe),
     }
     return {key: value for key, value in fields.items() if value}
-
-
-def atomdiff_version() -> str:
-    """Version of the installed atomdiff; empty where it is not installed."""
-    try:
-        return version("atomdiff")
-    except PackageNotFoundError:
-        return ""
 
 
 def prediction_type(scheduler: Any) -> str:

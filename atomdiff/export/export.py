@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import chain, count
 from pathlib import Path
@@ -14,7 +15,7 @@ from torch import Tensor, nn
 
 from atomdiff.concepts.kohya import (
     as_written,
-    embedding_rows,
+    is_sdxl,
     layer_name,
     metadata,
     named_rows,
@@ -26,18 +27,19 @@ from atomdiff.export.low_rank import low_rank
 from atomdiff.export.report import ExportedLayer, ExportReport
 from atomdiff.pipelines.adapter_weight import given_strengths
 from atomdiff.pipelines.differences import layer_differences, without_adapters
-from atomdiff.pipelines.load import list_atoms, load_concept, pipeline_models, trigger_words, unload_atoms
+from atomdiff.pipelines.load import list_atoms, load_concept, pipeline_models, unload_atoms
 from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
 from atomdiff.pipelines.portable import save_portable
 from atomdiff.pipelines.scheduler import Objective, common_scheduler, describe, scheduler_for
 from atomdiff.pipelines.switch import set_weights
 from atomdiff.pipelines.token_names import group_words
+from atomdiff.pipelines.tokens import token_id, trigger_words
 from atomdiff.sampling.batching import Concept, given_concepts, objectives
-from atomdiff.training.config import PredictionType
-from atomdiff.training.preflight import check_writable, refuse_overlap
 from atomdiff.tuner import inject
 from atomdiff.utils.atomic import new_folder
+from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.output_paths import check_writable, refuse_overlap
 from atomdiff.utils.paths import PathText, expand_paths
 
 _Embeddings = dict[str, dict[str, Tensor]]  # word -> rows (n, hidden), named as in a file
@@ -364,3 +366,15 @@ def _save_embeddings(folder: Path, prefix: str, words: _Embeddings, dtype: torch
 def _check_rank(rank: int) -> None:
     if rank < 1:
         raise UserError(f"rank={rank}: expected at least 1")
+
+
+def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
+    """The rows (n, hidden) of n words in the embedding tables, named as in files for ComfyUI and others."""
+    rows = {}
+    for encoder in ("text_encoder", "text_encoder_2"):
+        if pipe.components.get(encoder) is not None:
+            table, known = getattr(pipe, encoder).get_input_embeddings().weight.detach(), trigger_words(pipe)
+            own = [known[word].vectors if word in known else {} for word in words]  # not rounded to the table's dtype
+            found = [table[token_id(pipe, word, encoder)] for word in words]
+            rows[encoder] = torch.stack([mine.get(encoder, row.float()) for mine, row in zip(own, found, strict=True)])
+    return named_rows(rows, is_sdxl(pipe))

@@ -14,18 +14,19 @@ from torch import Tensor, nn
 
 from atomdiff.concepts.compatibility import fingerprint
 from atomdiff.concepts.concept_file import DeltaFile, some, write_delta_file
-from atomdiff.concepts.modelspec import atomdiff_version, model_spec
+from atomdiff.concepts.modelspec import model_spec
 from atomdiff.export.least_squares import fit_layer
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.pipelines.open import open_pipeline, stored_dtype
-from atomdiff.training.method import read_adapter
-from atomdiff.training.preflight import check_writable, refuse_overlap
 from atomdiff.tuner import inject
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.model import find_targets
+from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.output_paths import check_writable, refuse_overlap
 from atomdiff.utils.paths import PathText, expand_paths
 from atomdiff.utils.text_files import read_yaml
+from atomdiff.utils.versions import atomdiff_version
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from atomdiff.concepts import hub, peft_folder
 from atomdiff.concepts.compatibility import fingerprint
 from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
-from atomdiff.concepts.modelspec import atomdiff_version, model_spec
+from atomdiff.concepts.modelspec import model_spec
 from atomdiff.pipelines import model_calls
 from atomdiff.pipelines.adapter_names import derived_name, given_name
 from atomdiff.pipelines.concept_parts import attach_parts, read_parts, take_fitting_tokens, warn_of_left_out
@@ -39,6 +39,7 @@ from atomdiff.pipelines.tokens import (
 from atomdiff.tuner import inject
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.versions import atomdiff_version
 
 __all__ = [
     "LoadedConcept",

@@ -9,8 +9,7 @@ from typing import Any, get_args
 
 from atomdiff.concepts.concept_file import parse_json
 from atomdiff.concepts.modelspec import prediction_type
-from atomdiff.training.checks import FLOW_SHIFTS
-from atomdiff.training.config import PredictionType
+from atomdiff.utils.choices import FLOW_SHIFTS, PredictionType
 from atomdiff.utils.errors import UserError
 
 

@@ -23,8 +23,8 @@ from atomdiff.pipelines.load import renamed_tokens
 from atomdiff.pipelines.prompt_syntax import describe_strength, has_word, replace_words, split_tags
 from atomdiff.pipelines.scheduler import Objective, trained_objective
 from atomdiff.pipelines.token_names import group_words
-from atomdiff.sampling.output_files import content_hash
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.hashing import content_hash
 
 Item = TypeVar("Item")
 

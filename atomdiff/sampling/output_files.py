@@ -10,6 +10,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
+from atomdiff.data.image_files import picture_files
 from atomdiff.utils.atomic import new_file, write_png
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import in_turn
@@ -93,24 +94,6 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
         text.write_text(written, encoding="utf-8")
 
 
-def content_hash(path: Path) -> str:
-    """Return a SHA-256 of a file, or of the names and contents of a folder's files."""
-    digest = hashlib.sha256()
-    for file in _files(path):
-        digest.update(file.name.encode() + file.read_bytes())
-    return digest.hexdigest()
-
-
-def listing_hash(folder: Path) -> str:
-    """Return a SHA-256 of names, sizes and times: the gigabytes of a base are not worth reading twice."""
-    stats = [(str(file.relative_to(folder)), file.stat()) for file in _files(folder)]
-    return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()).hexdigest()
-
-
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
-
-
 def _thumbnail(picture: PictureFile, side: int) -> tuple[str, Image.Image]:
     """Return the size of an image, as text, and a small copy."""
     with Image.open(picture.path) as image:
@@ -123,3 +106,23 @@ def _thumbnail(picture: PictureFile, side: int) -> tuple[str, Image.Image]:
 
 def _size(image: Image.Image) -> str:
     return f"{image.width}x{image.height}"
+
+
+_SHEETS = {"grid.png", "contact_sheet.png", "before_after.png", "training_curve.png"}  # that atomdiff writes
+
+
+_SAMPLE = re.compile(r"-[0-9a-f]{6}-seed\d+\.png$")
+
+
+def refuse_foreign_images(folder: Path) -> None:
+    """Refuse a folder for samples that holds images which nobody sampled, such as photos to be trained on.
+
+    Raises:
+        UserError: It does; the message names some.
+    """
+    files = picture_files(folder) if folder.is_dir() else []
+    if foreign := [file.name for file in files if file.name not in _SHEETS and not _SAMPLE.search(file.name)]:
+        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
+        raise UserError(
+            f"output_dir={str(folder)!r}: holds images that were not sampled ({shown}); name another folder"
+        )

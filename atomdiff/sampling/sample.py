@@ -16,9 +16,10 @@ from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
 from atomdiff.pipelines.prompt_syntax import split_tags
 from atomdiff.pipelines.scheduler import Objective, common_scheduler, describe, fitting_scheduler, settings_of
 from atomdiff.sampling.checked_images import checked_images
-from atomdiff.sampling.output_files import PictureFile, listing_hash, write_overview
-from atomdiff.training.config import PredictionType
+from atomdiff.sampling.output_files import PictureFile, write_overview
+from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.hashing import listing_hash
 from atomdiff.utils.paths import PathText, expand_paths
 from atomdiff.utils.precision import choose_precision, compute_device, tell
 from atomdiff.utils.progress import Bar
@@ -278,7 +279,8 @@ def save_samples(config: SampleConfig) -> Path:
 
     from atomdiff.concepts.library import ConceptLibrary
     from atomdiff.sampling.batching import given_concepts, in_order, read_lines, share_of, warn_of_prompts
-    from atomdiff.training.preflight import check_writable, refuse_foreign_images, refuse_overlap
+    from atomdiff.sampling.output_files import refuse_foreign_images
+    from atomdiff.utils.output_paths import check_writable, refuse_overlap
 
     given = given_concepts(config.concepts, config.weights, config.trigger_words)
     library = None if config.library is None else ConceptLibrary(config.library)

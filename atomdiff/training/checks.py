@@ -7,13 +7,12 @@ from typing import TYPE_CHECKING, Any, Literal, get_args, get_origin, get_type_h
 
 from atomdiff.data.buckets import parse_buckets
 from atomdiff.pipelines.token_names import group_words, words_of
+from atomdiff.utils.choices import FLOW_SHIFTS, MOST_REPEATS
 from atomdiff.utils.errors import UserError
 
 if TYPE_CHECKING:
     from atomdiff.training.config import Subject, TrainConfig
 
-MOST_REPEATS = 10_000
-FLOW_SHIFTS = (0.01, 1000.0)  # beyond, noise levels fall together
 _FROM_ONE = (
     "resolution num_class_images sample_batch_size num_inference_steps lr_num_cycles max_train_steps train_batch_size "
     "gradient_accumulation_steps checkpoints_total_limit logging_steps max_timestep num_vectors"

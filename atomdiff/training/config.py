@@ -8,21 +8,16 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, fields, replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
-from atomdiff.training.checks import MOST_REPEATS, check_run
+from atomdiff.training.checks import check_run
 from atomdiff.utils.articles import fit_article
 from atomdiff.utils.assets import locate
+from atomdiff.utils.choices import MOST_REPEATS, Optimizer, Precision, PredictionType, Schedule, TimestepSampling
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.paths import PathText, expand_paths
 from atomdiff.utils.text_files import read_yaml
-
-Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosine_with_restarts", "polynomial"]
-Precision = Literal["no", "fp16", "bf16"]
-PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
-TimestepSampling = Literal["uniform", "logit_normal", "cubic"]
-Optimizer = Literal["adamw", "prodigy", "adamw_schedulefree"]
 
 
 @dataclass(frozen=True)

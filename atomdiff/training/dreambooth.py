@@ -29,14 +29,7 @@ from atomdiff.training.dataset import Material, prepare_material
 from atomdiff.training.ema import averaged
 from atomdiff.training.fingerprint import differences
 from atomdiff.training.launch import frozen_dtype, start_accelerator, start_trackers
-from atomdiff.training.method import (
-    check_place,
-    describe_adapter,
-    place_for,
-    read_adapter,
-    read_text_adapter,
-    save_trained,
-)
+from atomdiff.training.method import check_place, place_for, read_text_adapter, save_trained
 from atomdiff.training.model import Concept, build_concept
 from atomdiff.training.noise import NoiseProcess, match_scheduler, noise_process
 from atomdiff.training.objective import prior_preservation_loss, sample_losses
@@ -45,6 +38,7 @@ from atomdiff.training.preflight import look_first
 from atomdiff.training.push import choose_repository, push_concept, row_of, trigger_phrase, validation_prompts
 from atomdiff.training.run_log import RunLog, StopSignals, drop_rows, extend_contact_sheet
 from atomdiff.training.summary import describe_training
+from atomdiff.tuner.read_config import describe_adapter, read_adapter
 from atomdiff.utils.atomic import WriteError, remove_leftovers, write_result
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import locked

@@ -2,7 +2,6 @@
 
 import copy
 import dataclasses
-import json
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -10,20 +9,16 @@ from typing import Any
 import torch
 from diffusers import StableDiffusionPipeline
 from peft import PeftConfig
-from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
 from atomdiff.data.images import derive_seed
 from atomdiff.pipelines.load import save_atoms
 from atomdiff.pipelines.portable import save_portable
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.removable import lasting_change
-from atomdiff.utils.assets import locate
+from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.text_files import read_yaml
 
-FULL = "FULL"
 ADAPTER_NAME = "default"
 
 # Parts of Stable Diffusion pipelines, in a folder that one was saved to.
@@ -31,48 +26,6 @@ _PIPELINE_ENTRIES = (
     "model_index.json vae unet text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler safety_checker "
     "feature_extractor image_encoder"
 ).split()
-
-
-def read_adapter(adapter: str) -> PeftConfig | None:
-    """Read what is to be trained: the config of a PEFT method, or None for the whole UNet.
-
-    Args:
-        adapter: "atoms", "full", or a JSON file with `peft_type` and any fields of that method's config; the
-            `peft_type` "FULL" stands for the whole UNet.
-
-    Raises:
-        UserError: No such file, no such method, a field that the method does not know or refuses, or one by which it
-            changes the base itself.
-    """
-    if adapter == "atoms":
-        return AtomConfig()
-    fields = {"peft_type": FULL} if adapter == "full" else _read_json(Path(locate(adapter)))
-    peft_type = fields.get("peft_type")
-    if peft_type == FULL:
-        return None
-    if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = ", ".join([FULL, *sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)])
-        raise UserError(f"{adapter}: peft_type={peft_type!r}; expected one of {known}")
-    kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(kind)}
-    if unknown:
-        raise UserError(
-            f"{adapter}: {kind.__name__} has no field {', '.join(sorted(unknown))}; see PEFT's documentation"
-        )
-    try:
-        config: PeftConfig = kind(**fields)
-    except (TypeError, ValueError) as error:
-        raise UserError(f"{adapter}: {error}") from error
-    if change := lasting_change(config):
-        raise UserError(f"{adapter}: {change}")
-    return config
-
-
-def describe_adapter(adapter: PeftConfig | None) -> dict[str, Any]:
-    """Return what `read_adapter` read as plain JSON values, the same for equal configs."""
-    fields = {"peft_type": FULL} if adapter is None else adapter.to_dict()
-    described: dict[str, Any] = json.loads(json.dumps(fields, default=sorted, sort_keys=True))
-    return described
 
 
 def read_text_adapter(text_adapter: str | None, adapter: PeftConfig | None) -> PeftConfig | None:
@@ -180,12 +133,3 @@ def write_pipeline(pipe: Any, folder: Path) -> None:
     """
     with new_folder(folder, own=(*_PIPELINE_ENTRIES, *pipe.components)) as unfinished:
         save_portable(pipe, unfinished)
-
-
-def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f'adapter={str(file)!r}: no such file; expected a JSON file, "atoms" or "full"')
-    fields = read_yaml(file)
-    if not isinstance(fields, dict):
-        raise UserError(f"{file}: expected a JSON object with peft_type and the method's fields")
-    return fields

@@ -11,8 +11,9 @@ from torch import Tensor
 
 from atomdiff.concepts.modelspec import prediction_type
 from atomdiff.pipelines.scheduler import Objective, matching_scheduler
-from atomdiff.training.config import PredictionType, TrainConfig
+from atomdiff.training.config import TrainConfig
 from atomdiff.training.objective import add_noise, min_snr_weights, offset_noise, sample_timesteps, training_target
+from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
 
 

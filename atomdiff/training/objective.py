@@ -10,7 +10,7 @@ from typing import get_args
 import torch
 from torch import Tensor
 
-from atomdiff.training.config import PredictionType, TimestepSampling
+from atomdiff.utils.choices import PredictionType, TimestepSampling
 
 
 def sample_timesteps(

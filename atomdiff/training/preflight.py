@@ -1,8 +1,6 @@
 """First look, then work: what all runs of a command read and write is checked before the first of them begins."""
 
-import re
-import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 from atomdiff.data.image_files import picture_files
@@ -10,11 +8,10 @@ from atomdiff.data.images import CLASS_RECORD, is_generated, read_photos
 from atomdiff.data.masks import read_masks
 from atomdiff.pipelines.prompt_syntax import has_word
 from atomdiff.training.config import Subject, TrainConfig
-from atomdiff.training.method import place_for, read_adapter
+from atomdiff.training.method import place_for
+from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
-
-_SHEETS = {"grid.png", "contact_sheet.png", "before_after.png", "training_curve.png"}  # that atomdiff writes
-_SAMPLE = re.compile(r"-[0-9a-f]{6}-seed\d+\.png$")
+from atomdiff.utils.output_paths import check_writable, refuse_overlap
 
 
 def look_first(runs: Sequence[TrainConfig]) -> None:
@@ -34,70 +31,6 @@ def look_first(runs: Sequence[TrainConfig]) -> None:
         check_writable(Path(run.output_dir), f"output_dir={run.output_dir!r}", f"{run.name}.atoms.safetensors")
         if run.cache_dir is not None:
             check_writable(Path(run.cache_dir), f"cache_dir={run.cache_dir!r}")
-
-
-def refuse_overlap(writes: Mapping[str, str | Path], reads: Mapping[str, str | Path], inside: bool = True) -> None:
-    """Refuse to write to what is read.
-
-    Args:
-        writes: What each is called -> a file or folder that is written.
-        reads: What each is called -> a file or folder that is read.
-        inside: Whether a folder is read with all that is in it, and one that is not there may be elsewhere.
-
-    Raises:
-        UserError: Two are the same, or one that is written is inside one that is read.
-    """
-    for output, written in writes.items():
-        target = _resolved(written, output)
-        for source, read in reads.items():
-            origin = _resolved(read, source)
-            if inside and not origin.exists():  # it may be on the Hub
-                continue
-            if target == origin or (target.exists() and origin.exists() and target.samefile(origin)):
-                mixed = "what is written there would mix with what is read; name another"
-                raise UserError(f"{output}={str(written)!r} is {source}, too: {mixed}")
-            if inside and origin.is_dir() and target.is_relative_to(origin):
-                raise UserError(f"{output}={str(written)!r} is inside {source} ({read}); name another")
-
-
-def _resolved(path: str | Path, what: str) -> Path:
-    try:
-        resolved = Path(path).resolve()
-        resolved.exists()
-    except (OSError, ValueError, RuntimeError) as error:  # too long, with null characters, or a loop of links
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{what}={str(path)!r}: cannot be a path ({reason}); name another") from error
-    return resolved
-
-
-def check_writable(folder: Path, what: str, name: str = "probe") -> None:
-    """Make a folder, and try whether a file of that name can be written in it.
-
-    Raises:
-        UserError: It cannot; `what` stands first in the message.
-    """
-    probe = folder / f"{name}.{uuid.uuid4().hex[:8]}.unfinished"
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        probe.touch(exist_ok=False)
-        probe.unlink()
-    except (OSError, ValueError) as error:  # of null characters in names
-        reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{what}: {name} cannot be written there ({reason}); name another folder") from error
-
-
-def refuse_foreign_images(folder: Path) -> None:
-    """Refuse a folder for samples that holds images which nobody sampled, such as photos to be trained on.
-
-    Raises:
-        UserError: It does; the message names some.
-    """
-    files = picture_files(folder) if folder.is_dir() else []
-    if foreign := [file.name for file in files if file.name not in _SHEETS and not _SAMPLE.search(file.name)]:
-        shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise UserError(
-            f"output_dir={str(folder)!r}: holds images that were not sampled ({shown}); name another folder"
-        )
 
 
 def _check_folders(run: TrainConfig, runs: Sequence[TrainConfig], place: Path) -> None:

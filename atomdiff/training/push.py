@@ -4,7 +4,7 @@ from pathlib import Path
 
 from peft import PeftConfig
 
-from atomdiff.concepts.hub import check_upload, push_to_hub
+from atomdiff.concepts.push import check_upload, push_to_hub
 from atomdiff.training.config import TrainConfig
 from atomdiff.utils.errors import UserError
 

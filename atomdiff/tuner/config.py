@@ -13,6 +13,8 @@ from typing import Any, Literal
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from atomdiff.tuner.peft_type import ATOMS
+
 PRESETS = ("conv", "conv+proj", "attention", "cross_attention", "all")
 BASES = ("svd", "dct", "sparse")
 
@@ -115,9 +117,7 @@ class AtomConfig(PeftConfig):
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.filled_by_loader = False  # True: atoms and deltas are zeros until a loader fills them in; never stored
         self._check_kinds()
-        from atomdiff.tuner.peft_type import register
-
-        self.peft_type = register()
+        self.peft_type = ATOMS
         self.channel_block_pattern = self.channel_block_pattern or {}
         if self.target_modules is None:
             self.target_modules = "conv"

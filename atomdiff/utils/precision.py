@@ -11,7 +11,7 @@ from pathlib import Path
 
 import torch
 
-from atomdiff.training.config import Precision
+from atomdiff.utils.choices import Precision
 from atomdiff.utils.errors import UserError
 
 _DTYPES: dict[Precision, torch.dtype] = {"no": torch.float32, "fp16": torch.float16, "bf16": torch.bfloat16}

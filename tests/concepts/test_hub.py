@@ -29,10 +29,11 @@ from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.model_card import write_repository
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.pipelines.load import add_trigger_word, set_trigger_embedding
-from atomdiff.sampling.output_files import PictureFile, content_hash, write_overview
+from atomdiff.sampling.output_files import PictureFile, write_overview
 from atomdiff.training import dreambooth
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.hashing import content_hash
 
 WRITER, READER = {"authorization": "Bearer hf_writer"}, {"authorization": "Bearer hf_reader"}
 

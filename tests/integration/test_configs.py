@@ -3,7 +3,7 @@ from pathlib import Path
 import pytest
 
 from atomdiff.training.dreambooth import load_config
-from atomdiff.training.method import read_adapter
+from atomdiff.tuner.read_config import read_adapter
 
 ROOT = Path(__file__).parents[2]
 ADAPTERS = sorted((ROOT / "configs" / "experiments").rglob("adapter.json"))

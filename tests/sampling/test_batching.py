@@ -21,8 +21,8 @@ from atomdiff.sampling.batching import (
     share_of,
     warn_of_prompts,
 )
-from atomdiff.sampling.output_files import content_hash
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.hashing import content_hash
 
 
 def write(folder, name, phrase="", word="sks", layer="unet.conv_in"):

@@ -7,8 +7,9 @@ import threading
 import pytest
 from PIL import Image
 
-from atomdiff.sampling.output_files import PictureFile, content_hash, listing_hash, write_overview
+from atomdiff.sampling.output_files import PictureFile, write_overview
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.hashing import content_hash, listing_hash
 
 SETTINGS = {"concepts": "[]", "negative_prompt": "", "num_inference_steps": "3"}
 

@@ -21,13 +21,13 @@ from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
 from atomdiff.pipelines.load import add_trigger_word, list_atoms, set_trigger_embedding, trigger_words
 from atomdiff.pipelines.scheduler import settings_of
 from atomdiff.sampling import adapter_cache, sample
-from atomdiff.sampling.output_files import content_hash
 from atomdiff.sampling.sample import SampleConfig, generate, save_samples
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.noise import match_scheduler
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.hashing import content_hash
 from atomdiff.utils.options import parse_config
 
 ROOT = Path(__file__).parents[2]

@@ -4,8 +4,9 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, OFTConfig
 
-from atomdiff.training.method import describe_adapter, make_trainable, read_adapter
+from atomdiff.training.method import make_trainable
 from atomdiff.tuner import AtomConfig
+from atomdiff.tuner.read_config import describe_adapter, read_adapter
 from atomdiff.utils.errors import UserError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]

@@ -7,10 +7,12 @@ import pytest
 from PIL import Image
 
 from atomdiff.cli.main import main
+from atomdiff.sampling.output_files import refuse_foreign_images
 from atomdiff.training import dreambooth
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.preflight import check_writable, look_first, refuse_foreign_images, refuse_overlap
+from atomdiff.training.preflight import look_first
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.output_paths import check_writable, refuse_overlap
 
 
 @pytest.fixture

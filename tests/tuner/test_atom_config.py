@@ -6,7 +6,7 @@ import pytest
 from peft import PeftConfig
 
 from atomdiff.tuner import AtomConfig, AtomModel
-from atomdiff.tuner.peft_type import register
+from atomdiff.tuner.peft_type import ATOMS, NAME, add_member
 
 
 @pytest.mark.parametrize(
@@ -55,7 +55,7 @@ def test_registering_again_changes_nothing():
     from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
     from peft.utils.peft_types import PeftType
 
-    members, first = list(PeftType), register()
-    assert register() is first and list(PeftType) == members
-    assert first == "ATOMS" and PeftType("ATOMS") is first and PeftType.ATOMS is first
+    members = list(PeftType)
+    assert add_member(NAME.upper()) is ATOMS and list(PeftType) == members
+    assert ATOMS == "ATOMS" and PeftType("ATOMS") is ATOMS and PeftType.ATOMS is ATOMS
     assert PEFT_TYPE_TO_CONFIG_MAPPING["ATOMS"] is AtomConfig and PEFT_TYPE_TO_TUNER_MAPPING["ATOMS"] is AtomModel
