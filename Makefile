@@ -24,7 +24,8 @@ test: $(READY)  ## Run all tests.
 test-fast: $(READY)  ## Run the tests that take no longer than a second or so.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow"
 
-check: $(READY)  ## Check style, format and types.
+check: $(READY)  ## Check style, format, types and imports.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
