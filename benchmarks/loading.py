@@ -123,9 +123,9 @@ def alternate(thing: Callable[[str], Any], names: tuple[str, ...] = ("a", "b")) 
 
 def targeted_weights(pipe: Any) -> list[torch.Tensor]:
     """The weights that concepts on convolutions adapt."""
-    from atomdiff.tuner import inject
+    from atomdiff.tuner import adapter_state
 
-    return [layer.get_base_layer().weight.data for layer in inject.atom_layers(pipe.unet).values()]
+    return [layer.get_base_layer().weight.data for layer in adapter_state.atom_layers(pipe.unet).values()]
 
 
 def measure_copy_and_switch(kind: str, dtype: torch.dtype, device: str, config: BenchmarkConfig) -> dict[str, float]:

@@ -21,7 +21,8 @@ from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import read_tensors, some
 from atomdiff.data.images import derive_seed
 from atomdiff.training.method import ADAPTER_NAME
-from atomdiff.tuner.inject import attach_peft, peft_tensors
+from atomdiff.tuner.adapter_state import peft_tensors
+from atomdiff.tuner.attach import attach_peft
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
 

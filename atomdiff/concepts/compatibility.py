@@ -13,9 +13,9 @@ from torch import Tensor, nn
 
 from atomdiff.atoms.update import singular_values
 from atomdiff.concepts.concept_file import DeltaFile, shown, some
+from atomdiff.tuner.adapter_state import base_weights, check_readable
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
-from atomdiff.tuner.inject import base_weights, check_readable
 from atomdiff.utils.errors import UserError
 
 # Distances measured on the toybox: the base rounded to bfloat16 0.00004; every weight changed at random by a tenth of

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from atomdiff.concepts.concept_file import FORMAT, parse_json, read_any_header, read_tensors, shown, some
 from atomdiff.concepts.kohya import sgm_path
 from atomdiff.concepts.peft_folder import Adapters
-from atomdiff.tuner import kept_weights
+from atomdiff.tuner import base_weight
 from atomdiff.tuner.config import check_patterns
 from atomdiff.tuner.model import supported_modules
 from atomdiff.utils.errors import UserError
@@ -164,7 +164,7 @@ def _factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Tensor
     layer = {kind: tensor for kind, tensor in layer.items() if not _MAGNITUDE.fullmatch(kind)}
     up, down = _as_product(layer, shape, scale)
     if magnitudes:
-        up, down = _of_least_rank(_normed(kept_weights.unmerged(base).detach(), up @ down, magnitudes[0]))
+        up, down = _of_least_rank(_normed(base_weight.unmerged(base).detach(), up @ down, magnitudes[0]))
     if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
         raise ValueError("its numbers are too large")
     ones = [1] * (len(shape) - 2)

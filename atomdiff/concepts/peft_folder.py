@@ -23,7 +23,7 @@ from atomdiff.concepts.concept_file import (
     token_key,
 )
 from atomdiff.tuner.config import check_patterns
-from atomdiff.tuner.removable import lasting_change
+from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
 
@@ -132,7 +132,7 @@ def _read_config(folder: Path) -> PeftConfig:
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT checks little: a value that it does not expect can fail anywhere
         raise UserError(f"cannot read {file}: {shown(str(error))}") from error
-    if change := lasting_change(config):
+    if change := why_not_removable(config):
         raise UserError(f"{folder} was not trained to be taken out again: {change}")
     return config
 

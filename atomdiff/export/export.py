@@ -35,7 +35,7 @@ from atomdiff.pipelines.switch import set_weights
 from atomdiff.pipelines.token_names import group_words
 from atomdiff.pipelines.tokens import token_id, trigger_words
 from atomdiff.sampling.batching import Concept, given_concepts, objectives
-from atomdiff.tuner import inject
+from atomdiff.tuner import adapter_state
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
@@ -155,7 +155,7 @@ def export_concepts(config: ExportConfig) -> ExportReport:
 
 def _widened(pipe: Any, name: str) -> bool:
     """Cast the layers below an adapter to float32, whose dtype other methods than atoms give to their parameters."""
-    layers = [layer for model in pipeline_models(pipe).values() for layer in inject.adapter_layers(model, name)]
+    layers = [layer for model in pipeline_models(pipe).values() for layer in adapter_state.adapter_layers(model, name)]
     narrow = [base for layer in layers if (base := layer.get_base_layer()).weight.dtype in _HALVES]
     for base in narrow:
         base.float()

@@ -18,7 +18,7 @@ from atomdiff.concepts.modelspec import model_spec
 from atomdiff.export.least_squares import fit_layer
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.pipelines.open import open_pipeline, stored_dtype
-from atomdiff.tuner import inject
+from atomdiff.tuner import adapter_state
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.model import find_targets
 from atomdiff.tuner.read_config import read_adapter
@@ -260,7 +260,7 @@ def _denoiser(source: Any) -> tuple[str, nn.Module]:
 
 
 def _parameters(model: nn.Module, what: str) -> dict[str, Tensor]:
-    if adapters := list(inject.adapter_configs(model)):
+    if adapters := list(adapter_state.adapter_configs(model)):
         raise UserError(f"the {what} has adapters ({some(adapters)}): take them out, or export it merged, first")
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if broken := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:

@@ -17,7 +17,7 @@ from atomdiff.concepts.lora_file import is_lora_file, read_lora
 from atomdiff.concepts.peft_folder import Adapters, Tokens
 from atomdiff.pipelines.scheduler import Objective, trained_objective
 from atomdiff.pipelines.tokens import fitting_tokens
-from atomdiff.tuner import inject
+from atomdiff.tuner import attach
 from atomdiff.utils.errors import UserError
 
 
@@ -83,10 +83,10 @@ def attach_parts(parts: ConceptParts, models: Mapping[str, nn.Module], name: str
     """
     for component, model in models.items():
         if parts.delta is not None and (layers := _under(component, parts.delta.layers)):
-            inject.attach_atoms(model, parts.delta.config, layers, name)
+            attach.attach_atoms(model, parts.delta.config, layers, name)
         elif component in parts.adapters:
             config, tensors = parts.adapters[component]
-            gone = inject.attach_peft(model, config, tensors, name, lambda m: may_leave_out(m, allow_mismatch))
+            gone = attach.attach_peft(model, config, tensors, name, lambda m: may_leave_out(m, allow_mismatch))
             parts.left_out += [f"{component}.{module}, which is another layer here" for module in gone]
 
 

@@ -13,8 +13,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from atomdiff.pipelines.load import merge, pipeline_models, restore
-from atomdiff.tuner import inject, weight_storage
-from atomdiff.tuner.allocation import structure_of
+from atomdiff.tuner import merging, weight_access
+from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.functional_call import PLAIN
 
@@ -99,15 +99,13 @@ def _outer_layers(model: nn.Module) -> dict[str, Any]:
 @torch.no_grad()
 def _differences(layer: Any) -> dict[str, Tensor]:
     """Parameter name -> merged minus base, in float32."""
-    layer = structure_of(layer)
+    layer = copy_structure(layer)
     base = layer.get_base_layer()
-    before = {
-        name: weight_storage.read(base, name).detach().float() for name, _ in base.named_parameters(recurse=False)
-    }
+    before = {name: weight_access.read(base, name).detach().float() for name, _ in base.named_parameters(recurse=False)}
     for name, tensor in before.items():
         base._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)  # merging may write into it
-    weight_storage.settle(base)
-    inject.merge(layer)
+    weight_access.remove_offload_hooks(base)
+    merging.merge(layer)
     return {name: getattr(base, name).data - tensor for name, tensor in before.items()}
 
 

@@ -36,7 +36,7 @@ from atomdiff.pipelines.tokens import (
     token_id,
     trigger_words,
 )
-from atomdiff.tuner import inject
+from atomdiff.tuner import adapter_state, attach, merging
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
@@ -167,7 +167,7 @@ def load_concept(
     else:
         name = given_name(adapter_name, models.values(), taken)
     for model in models.values():
-        inject.check_restorable(model)
+        adapter_state.check_restorable(model)
     source = path if isinstance(path, DeltaFile) else cast(Path, place)
     parts = read_parts(source, models, denoiser_name(models), allow_base_mismatch, stacklevel=4)
     parts.tokens = renamed_tokens(parts.tokens, trigger_word)
@@ -177,7 +177,7 @@ def load_concept(
     if warns_of_scheduler:
         _warn_of_scheduler(pipe, name, parts.objective)
     try:
-        with inject.undone_on_error(models.values(), name):
+        with attach.rollback_on_error(models.values(), name):
             attach_parts(parts, models, name, allow_base_mismatch)
             warn_of_left_out(name, parts.left_out, 3)
             remove_trigger_words(pipe, left_over)
@@ -194,8 +194,8 @@ def load_concept(
         raise
     restore(pipe)
     for model in models.values():
-        inject.activate(model, [name])
-        inject.encode(model, name)
+        adapter_state.activate(model, [name])
+        adapter_state.compute_coefficients(model, name)
     _adopt_calls(pipe)
     return name
 
@@ -231,7 +231,9 @@ def save_atoms(
     path = Path(path)
     tidy(pipe)
     models = pipeline_models(pipe)
-    configs = {part: inject.adapter_configs(m)[adapter_name] for part, m in models.items() if _has(m, adapter_name)}
+    configs = {
+        part: adapter_state.adapter_configs(m)[adapter_name] for part, m in models.items() if _has(m, adapter_name)
+    }
     tokens = {
         word: entry.vectors
         for word, entry in trigger_words(pipe).items()
@@ -240,7 +242,9 @@ def save_atoms(
     if not configs and not tokens:
         raise UserError(f"there is no concept {adapter_name!r} to save; there are: {_names(pipe)}")
     if any(not isinstance(config, AtomConfig) for config in configs.values()):
-        adapters = {part: (config, inject.peft_tensors(models[part], adapter_name)) for part, config in configs.items()}
+        adapters = {
+            part: (config, adapter_state.peft_tensors(models[part], adapter_name)) for part, config in configs.items()
+        }
         facts = {"training": json.dumps(training)} if training else {}
         peft_folder.write(path, adapters, tokens, denoiser_name(models), facts)
         return path
@@ -258,9 +262,11 @@ def save_atoms(
     layers = {
         f"{part}.{module}": tensors
         for part in configs
-        for module, tensors in inject.atom_tensors(models[part], adapter_name).items()
+        for module, tensors in adapter_state.atom_tensors(models[part], adapter_name).items()
     }
-    weights = {f"{part}.{module}": w for part in configs for module, w in inject.base_weights(models[part]).items()}
+    weights = {
+        f"{part}.{module}": w for part in configs for module, w in adapter_state.base_weights(models[part]).items()
+    }
     delta = DeltaFile(
         config=config,
         layers=layers,
@@ -296,7 +302,7 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
     for model in pipeline_models(pipe).values():
         for name in names:
             if _has(model, name):
-                inject.detach(model, name)
+                attach.delete_adapter(model, name)
     remove_trigger_words(pipe, words)
     _adopt_calls(pipe)
 
@@ -311,10 +317,10 @@ def merge(pipe: Any) -> None:
     tidy(pipe)
     models = pipeline_models(pipe)
     for model in models.values():
-        inject.check_writable(model)
+        adapter_state.check_writable(model)
     stop_schedule(pipe)
     for model in models.values():
-        inject.merge(model)
+        merging.merge(model)
 
 
 def restore(pipe: Any) -> None:
@@ -322,10 +328,10 @@ def restore(pipe: Any) -> None:
     tidy(pipe)
     models = pipeline_models(pipe)
     for model in models.values():
-        inject.check_restorable(model)
+        adapter_state.check_restorable(model)
     stop_schedule(pipe)
     for model in models.values():
-        inject.restore(model)
+        merging.restore(model)
 
 
 def stop_schedule(pipe: Any) -> None:
@@ -351,7 +357,7 @@ def tidy(pipe: Any) -> None:
     """Look at what there is before it is believed: others delete adapters, too, and leave parts of them behind."""
     look_again(pipe)
     for model in pipeline_models(pipe).values():
-        inject.tidy(model)
+        attach.remove_leftovers(model)
     _adopt_calls(pipe)
 
 
@@ -359,25 +365,25 @@ def _adopt_calls(pipe: Any) -> None:
     """Let diffusers' own calls know of the concepts that are loaded by now, if there are any."""
     loaded = bool(concept_names(pipe))
     for part in [*pipeline_models(pipe).values(), *(part for name, part in pipe.components.items() if "token" in name)]:
-        if loaded and (has_words(part) or (isinstance(part, nn.Module) and inject.adapter_configs(part))):
+        if loaded and (has_words(part) or (isinstance(part, nn.Module) and adapter_state.adapter_configs(part))):
             model_calls.adopt(part)
             if isinstance(part, nn.Module):
-                inject.keep_when_merged(part)
+                merging.keep_when_merged(part)
         elif part is not None:
             model_calls.release(part)
 
 
 def concept_names(pipe: Any) -> list[str]:
     """The names of the concepts in a pipeline, in the order they came."""
-    adapters = [name for model in pipeline_models(pipe).values() for name in inject.adapter_configs(model)]
+    adapters = [name for model in pipeline_models(pipe).values() for name in adapter_state.adapter_configs(model)]
     owners = [word.owner for word in trigger_words(pipe).values() if word.owner is not None]
     return list(dict.fromkeys(adapters + owners))
 
 
 def _concept(pipe: Any, name: str) -> LoadedConcept:
     models = {component: model for component, model in pipeline_models(pipe).items() if _has(model, name)}
-    methods = [inject.adapter_configs(model)[name].peft_type.value for model in models.values()]
-    layers = {component: inject.adapter_layers(model, name) for component, model in models.items()}
+    methods = [adapter_state.adapter_configs(model)[name].peft_type.value for model in models.values()]
+    layers = {component: adapter_state.adapter_layers(model, name) for component, model in models.items()}
     everywhere = [layer for found in layers.values() for layer in found]
     return LoadedConcept(
         name=name,
@@ -414,7 +420,7 @@ def denoiser_name(models: Mapping[str, nn.Module]) -> str:
 
 
 def _has(model: nn.Module, name: str) -> bool:
-    return name in inject.adapter_configs(model)
+    return name in adapter_state.adapter_configs(model)
 
 
 def _names(pipe: Any) -> str:
@@ -439,7 +445,7 @@ def renamed_tokens(tokens: dict[str, dict[str, Tensor]], word: str | None) -> di
 
 def _taken_names(pipe: Any) -> list[str]:
     """The names of concepts that are there: those of which others have left only words are free."""
-    loaded = {name for model in pipeline_models(pipe).values() for name in inject.adapter_configs(model)}
+    loaded = {name for model in pipeline_models(pipe).values() for name in adapter_state.adapter_configs(model)}
     return [
         name
         for name in concept_names(pipe)

@@ -15,8 +15,8 @@ from atomdiff.pipelines.adapter_weight import StepSchedule, Strength, before_cal
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.load import denoiser_name, pipeline_models
 from atomdiff.pipelines.switch import read_strengths
-from atomdiff.tuner import inject
-from atomdiff.tuner.layer import Batch
+from atomdiff.tuner import adapter_state
+from atomdiff.tuner.layer import BatchLayout
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.thread_local import ThisThread
 
@@ -48,11 +48,15 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
         raise UserError(f"found the rows {rows!r}; give a list, for each prompt a concept's name, or None for the base")
     wanted = [_strengths(pipe, row) for row in rows]
     models = pipeline_models(pipe)
-    if any(layer.rows is not None for model in models.values() for layer in inject.atom_layers(model).values()):
+    if any(
+        layer.mixed_batch is not None
+        for model in models.values()
+        for layer in adapter_state.atom_layers(model).values()
+    ):
         raise UserError("there is a mixed batch in this pipeline already: leave its `with` block first")
     denoiser = denoiser_name(models)
     for model in models.values():
-        inject.check_at_hand(model)
+        adapter_state.check_in_memory(model)
         _refuse_others(model, {name for row in wanted for name in row})
     with ExitStack() as undo:
         if (schedule := vars(models[denoiser]).get("_atomdiff_schedule")) is not None:
@@ -60,13 +64,13 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
             undo.callback(setattr, schedule.paused, "value", None)
         noted, calls = undo.enter_context(_noted_latents(pipe)), _Calls()
         for part, model in models.items():
-            layers, batch = inject.atom_layers(model), Batch(len(wanted))
+            layers, batch = adapter_state.atom_layers(model), BatchLayout(len(wanted))
             undo.callback(_end, layers)
 
-            def mix(progress: float | None, part: str = part, layers: Any = layers, batch: Batch = batch) -> None:
+            def mix(progress: float | None, part: str = part, layers: Any = layers, batch: BatchLayout = batch) -> None:
                 for path, layer in layers.items():
-                    of_rows = [{n: s.at(f"{part}.{path}", progress) for n, s in row.items()} for row in wanted]
-                    layer.mix(batch, of_rows)
+                    of_samples = [{n: s.at(f"{part}.{path}", progress) for n, s in row.items()} for row in wanted]
+                    layer.mix(batch, of_samples)
 
             mix(0.0 if part == denoiser else None)
             if part == denoiser:
@@ -114,7 +118,7 @@ def _strengths(pipe: Any, row: Row) -> dict[str, Strength]:
 
 def _end(layers: Mapping[str, Any]) -> None:
     for layer in layers.values():
-        layer.rows = None
+        layer.mixed_batch = None
 
 
 class _Watch:
@@ -165,7 +169,12 @@ def _noted_latents(pipe: Any) -> Iterator[list[int]]:
 
 
 def _count_images(
-    batch: Batch, pipe: Any, noted: Sequence[int], model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]
+    batch: BatchLayout,
+    pipe: Any,
+    noted: Sequence[int],
+    model: nn.Module,
+    args: tuple[Any, ...],
+    kwargs: Mapping[str, Any],
 ) -> None:
     """Find out how many images there are a row; guidance gives each group of them the same order."""
     size = _batch_size(args, kwargs)
@@ -174,18 +183,18 @@ def _count_images(
     if made:
         groups = max(size // made, 1)
     else:  # the model is called directly
-        guided = getattr(caller.pipe if caller else pipe, "do_classifier_free_guidance", False) and size > batch.rows
+        guided = getattr(caller.pipe if caller else pipe, "do_classifier_free_guidance", False) and size > batch.samples
         groups = 2 if guided else 1
-    batch.images, left = divmod(size, batch.rows * groups)
+    batch.images, left = divmod(size, batch.samples * groups)
     if left or not batch.images or (made and size % made):
-        raise UserError(f"found a batch of {size} for {batch.rows} rows of mixed_batch; give one prompt a row")
+        raise UserError(f"found a batch of {size} for {batch.samples} rows of mixed_batch; give one prompt a row")
 
 
-def _check_prompts(batch: Batch, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
+def _check_prompts(batch: BatchLayout, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Several prompts a row look to a denoiser like several images of each."""
     size = _batch_size(args, kwargs)
-    if size != batch.rows:
-        raise UserError(f"found {size} prompts for {batch.rows} rows of mixed_batch; give one prompt a row")
+    if size != batch.samples:
+        raise UserError(f"found {size} prompts for {batch.samples} rows of mixed_batch; give one prompt a row")
 
 
 def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
@@ -194,10 +203,10 @@ def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def _refuse_others(model: nn.Module, names: set[str]) -> None:
     """Refuse adapters of other methods, which cannot act by row."""
-    for name, config in inject.adapter_configs(model).items():
-        if name in names and not inject.is_atoms(config):
+    for name, config in adapter_state.adapter_configs(model).items():
+        if name in names and not adapter_state.is_atoms(config):
             raise UserError(f"{name!r} is a {config.peft_type.value} adapter: only concepts of atoms mix in one batch")
-    for layer in inject.other_layers(model):
+    for layer in adapter_state.other_layers(model):
         acting = layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters)
         if set(acting) & set(layer._all_available_adapter_names()):
             raise UserError(

@@ -14,8 +14,8 @@ from torch import nn
 
 from atomdiff.pipelines.adapter_weight import Strength
 from atomdiff.pipelines.tokens import bare_tokenizer, without_words
-from atomdiff.tuner import inject
-from atomdiff.tuner.removable import lasting_change
+from atomdiff.tuner import adapter_state, merging
+from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.errors import UserError
 
 
@@ -79,7 +79,7 @@ def set_adapters(model: Any, adapter_names: str | list[str], weights: Any = None
     }
     for strength in strengths.values():
         strength.check(type(model).__name__, [path for path, _ in model.named_modules()])
-    for path, layer in inject.layers_by_path(model).items():
+    for path, layer in adapter_state.layers_by_path(model).items():
         layer.set_adapter(names)
         for name, strength in strengths.items():
             layer.set_scale(name, strength.at(path, None))
@@ -87,7 +87,7 @@ def set_adapters(model: Any, adapter_names: str | list[str], weights: Any = None
 
 def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """Write the base, with the keys and values that it has without concepts."""
-    names = ", ".join(map(repr, inject.adapter_configs(model)))
+    names = ", ".join(map(repr, adapter_state.adapter_configs(model)))
     warnings.warn(
         f"the folder has the base only, not the concepts that are loaded ({names or 'trigger words'}): "
         "`atomdiff export --to pipeline` writes both",
@@ -115,8 +115,8 @@ def bare(model: Any) -> Any:
     memo.pop(id(getattr(model, "config", None)), None)
     copied = copy.deepcopy(model, memo)
     release(copied)
-    if inject.adapter_layers(copied):  # else what was fused stays, as for a LoRA
-        inject.strip(copied)
+    if adapter_state.adapter_layers(copied):  # else what was fused stays, as for a LoRA
+        merging.strip_adapters(copied)
     without_words(copied)
     return copied
 
@@ -132,15 +132,15 @@ def add_adapter(model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> N
     Raises:
         UserError: the adapter's settings change the base itself, which unloading the concepts could not undo.
     """
-    if change := lasting_change(adapter_config):
+    if change := why_not_removable(adapter_config):
         raise UserError(f"this adapter cannot be taken out again beside concepts: {change}")
     type(model).add_adapter(model, adapter_config, *args, **kwargs)
-    inject.keep_when_merged(model)
+    merging.keep_when_merged(model)
 
 
 def fuse_lora(model: Any, *args: Any, **kwargs: Any) -> Any:
     """As diffusers'; what adapters of others are fused into is kept, too, so that it comes back exactly."""
-    inject.keep_when_merged(model)
+    merging.keep_when_merged(model)
     return type(model).fuse_lora(model, *args, **kwargs)
 
 
@@ -150,7 +150,7 @@ def fuse_qkv_projections(model: Any) -> None:
     Raises:
         UserError: they do.
     """
-    paths = [path for path in inject.layers_by_path(model) if _PROJECTION.search(path)]
+    paths = [path for path in adapter_state.layers_by_path(model) if _PROJECTION.search(path)]
     if paths:
         raise UserError(
             f"fuse_qkv_projections copies weights that concepts adapt ({paths[0]} and {len(paths) - 1} more), and the "

@@ -13,7 +13,7 @@ from atomdiff.pipelines import base_offload
 from atomdiff.pipelines.adapter_weight import StepSchedule, Strength
 from atomdiff.pipelines.base_offload import Place
 from atomdiff.pipelines.load import concept_names, denoiser_name, pipeline_models, restore, stop_schedule, tidy
-from atomdiff.tuner import inject
+from atomdiff.tuner import adapter_state, merging
 from atomdiff.utils.errors import UserError
 
 Concepts = str | Sequence[str] | Mapping[str, Any]
@@ -45,10 +45,10 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
     models = pipeline_models(pipe)
     others = _weights_of_others(models, strengths)
     for model in models.values():
-        inject.check_writable(model)
+        adapter_state.check_writable(model)
     writers = {}
     for part, model in models.items():
-        layers = inject.atom_layers(model)
+        layers = adapter_state.atom_layers(model)
         writers[part] = _Writer(part, model, layers, strengths, others, base_offload.keep(model, layers, keep_base))
     denoiser = denoiser_name(models)
     stop_schedule(pipe)
@@ -85,11 +85,11 @@ def set_weights(pipe: Any, concepts: Concepts) -> None:
     models = pipeline_models(pipe)
     others = _weights_of_others(models, strengths)
     for part, model in models.items():
-        inject.activate(model, list(strengths))
-        for path, layer in inject.atom_layers(model).items():
+        adapter_state.activate(model, list(strengths))
+        for path, layer in adapter_state.atom_layers(model).items():
             for name, strength in strengths.items():
                 layer.set_scale(name, strength.at(f"{part}.{path}", None))
-        inject.set_weights_of_others(model, others)
+        adapter_state.set_weights_of_others(model, others)
 
 
 @dataclass(frozen=True)
@@ -108,9 +108,9 @@ class _Writer:
             path: {name: strength.at(f"{self.part}.{path}", progress) for name, strength in self.strengths.items()}
             for path in self.layers
         }
-        inject.restore_others(self.model)
-        inject.write(self.layers, weights, self.stored, changed_only)
-        inject.merge_others(self.model, self.others)
+        merging.restore_others(self.model)
+        merging.write(self.layers, weights, self.stored, changed_only)
+        merging.merge_others(self.model, self.others)
 
 
 def read_strengths(pipe: Any, concepts: Concepts) -> dict[str, Strength]:
@@ -137,7 +137,9 @@ def read_strengths(pipe: Any, concepts: Concepts) -> dict[str, Strength]:
 
 def _modules_of(pipe: Any, name: str) -> list[str]:
     models = pipeline_models(pipe)
-    layers = {f"{part}.{path}": layer for part, m in models.items() for path, layer in inject.atom_layers(m).items()}
+    layers = {
+        f"{part}.{path}": layer for part, m in models.items() for path, layer in adapter_state.atom_layers(m).items()
+    }
     return [path for path, layer in layers.items() if name in layer.scaling]
 
 
@@ -145,13 +147,13 @@ def _weights_of_others(models: Mapping[str, nn.Module], strengths: Mapping[str, 
     """The weights of adapters that are not atoms, checked to be such as they can have."""
     weights = {}
     for model in models.values():
-        for name, config in inject.adapter_configs(model).items():
-            if name not in strengths or inject.is_atoms(config):
+        for name, config in adapter_state.adapter_configs(model).items():
+            if name not in strengths or adapter_state.is_atoms(config):
                 continue
             strength = strengths[name]
             if strength.blocks or strength.steps:
                 raise UserError(f"{name!r} is no atom concept: only those can be weighted by block and step")
-            if not inject.can_be_weighted(model, name, strength.weight):
+            if not adapter_state.can_be_weighted(model, name, strength.weight):
                 raise UserError(
                     f"{name!r} is a {config.peft_type.value} adapter, which PEFT gives no weight such as "
                     f"{strength.weight}: use 1, or leave it out"

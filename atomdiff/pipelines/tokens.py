@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.prompt_syntax import split_at_words
 from atomdiff.pipelines.token_names import group_words
-from atomdiff.tuner import weight_storage
+from atomdiff.tuner import weight_access
 from atomdiff.utils.errors import UserError
 
 _OLD_END = 2
@@ -534,7 +534,7 @@ def _resize_table(model: Any, size: int) -> None:
     table = model.get_input_embeddings()
     if model.config.vocab_size == table.num_embeddings:
         model.config.vocab_size = size
-    with weight_storage.in_module(table):
+    with weight_access.loaded_in_module(table):
         rows = table.weight.data
         new = rows.mean(dim=0, keepdim=True).expand(max(size - len(rows), 0), -1)
         table.weight.data = torch.cat([rows[:size], new])
@@ -566,7 +566,7 @@ def _write_rows(vocabulary: _Vocabulary, words: Iterable[str]) -> None:
     """Write the embeddings of words into the tables, and keep the rows of words that were known before."""
     words = list(words)
     for table in vocabulary.tables:
-        with weight_storage.in_module(table.embedding):
+        with weight_access.loaded_in_module(table.embedding):
             tokenizer, rows = vocabulary.tokenizer_of(table), table.embedding.weight.data
             for word in words:
                 vector, row = vocabulary.words[word].vectors.get(table.name), _known_id(tokenizer, word)
@@ -629,7 +629,7 @@ def _reset(vocabulary: _Vocabulary) -> None:
             entry.tokenizer.add_tokens([token for _, token in others])
             entry.original, entry.added = None, set()
     for table, tokens, vectors in since:
-        with weight_storage.in_module(table.embedding):
+        with weight_access.loaded_in_module(table.embedding):
             rows, tokenizer = table.embedding.weight.data, vocabulary.tokenizer_of(table)
             for row, values in table.rows.items():
                 rows[row] = values.to(rows)
@@ -651,7 +651,7 @@ def _added_by_others(vocabulary: _Vocabulary, table: _Table) -> tuple[list[Any],
     entries = [entry for entry in vocabulary.tokens if entry.name == table.name and entry.original is not None]
     found = _tokens_of_others(entries[0], vocabulary) if entries else []
     found = [(number, token) for number, token in found if number < len(rows)]
-    with weight_storage.in_module(table.embedding):
+    with weight_access.loaded_in_module(table.embedding):
         return [token for _, token in found], table.embedding.weight.data[[number for number, _ in found]]
 
 

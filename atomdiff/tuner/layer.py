@@ -29,7 +29,7 @@ from atomdiff.atoms.update import (
     without_autocast,
     write_adapted,
 )
-from atomdiff.tuner import kept_weights, weight_storage
+from atomdiff.tuner import base_weight, weight_access
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.peft_type import PREFIX
@@ -48,22 +48,22 @@ def attribute(kind: str) -> str:
 
 
 @dataclass
-class Batch:
-    """How the rows of a mixed batch lie in a tensor: (groups, rows, images), images of one row side by side."""
+class BatchLayout:
+    """How the samples of a mixed batch lie in a tensor: (groups, samples, images), a sample's images side by side."""
 
-    rows: int
-    """Rows, each with concepts of its own."""
+    samples: int
+    """Samples, each with adapters of its own."""
     images: int = 1
-    """Images a row; what is left of a tensor's first axis are groups, such as the two of classifier-free guidance."""
+    """Images a sample; the rest of a tensor's first axis are groups, such as the two of classifier-free guidance."""
 
     def split(self, x: Tensor) -> Tensor:
-        """(groups * rows * images, ...) -> (rows, groups * images, ...)."""
-        if len(x) % (self.rows * self.images):
+        """(groups * samples * images, ...) -> (samples, groups * images, ...)."""
+        if len(x) % (self.samples * self.images):
             raise ValueError(
-                f"found a tensor of {len(x)} in a mixed batch of {self.rows} rows with {self.images} image(s) each; "
-                "give one prompt a row"
+                f"found a tensor of {len(x)} in a mixed batch of {self.samples} samples with {self.images} image(s) "
+                "each; give one prompt a sample"
             )
-        return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.rows, n=self.images)
+        return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.samples, n=self.images)
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`."""
@@ -93,7 +93,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self._rows = ThisThread()  # while it mixes a batch
+        self._mixed = ThisThread()  # while it mixes a batch
         self.holds_merged = False  # by no adapter, too; compiled code would look at the length of a list
         self.written: dict[str, float] | None = None  # adapter -> weight, with which it was merged
         self.base_layer = base_layer
@@ -121,32 +121,32 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     @property
-    def rows(self) -> tuple[Batch, list[Change]] | None:
-        """The batch that this thread mixes, with the changes of each row; None: it mixes none."""
-        mixed: tuple[Batch, list[Change]] | None = self._rows.value
+    def mixed_batch(self) -> tuple[BatchLayout, list[Change]] | None:
+        """The batch that this thread mixes, with the weight updates of each sample; None: it mixes none."""
+        mixed: tuple[BatchLayout, list[Change]] | None = self._mixed.value
         return mixed
 
-    @rows.setter
-    def rows(self, mixed: tuple[Batch, list[Change]] | None) -> None:
-        self._rows.value = mixed
+    @mixed_batch.setter
+    def mixed_batch(self, mixed: tuple[BatchLayout, list[Change]] | None) -> None:
+        self._mixed.value = mixed
 
     @property
     def kept_base_weight(self) -> Tensor | None:
         """The untouched weight while merged; it lies in the base module, which outlives this layer."""
-        return kept_weights.get(self.get_base_layer())
+        return base_weight.get(self.get_base_layer())
 
     @kept_base_weight.setter
     def kept_base_weight(self, weight: Tensor | None) -> None:
-        kept_weights.put(self.get_base_layer(), weight)
+        base_weight.put(self.get_base_layer(), weight)
 
     @property
     def stored_base_weight(self) -> Callable[[], Tensor] | None:
         """What reads the untouched weight while merged from where it takes no memory of the device."""
-        return cast(Callable[[], Tensor] | None, kept_weights.get_stored(self.get_base_layer()))
+        return cast(Callable[[], Tensor] | None, base_weight.get_stored(self.get_base_layer()))
 
     @stored_base_weight.setter
     def stored_base_weight(self, stored: Callable[[], Tensor] | None) -> None:
-        kept_weights.put_stored(self.get_base_layer(), stored)
+        base_weight.put_stored(self.get_base_layer(), stored)
 
     @property
     def r(self) -> dict[str, float]:
@@ -190,7 +190,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def unmerged_weight(self) -> Tensor:
         """The base weight without any adapter of this layer, wherever it is kept."""
-        return kept_weights.unmerged(self.get_base_layer())
+        return base_weight.unmerged(self.get_base_layer())
 
     def adapted_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight changed by these adapters, each times its weight; like the base weight in all else."""
@@ -214,7 +214,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         if config.basis != "sparse":
             return None
         key, basis = (adapter_name, factor.kind), self._tensor(f"{factor.kind}_basis", adapter_name)
-        stays = torch.compiler.is_compiling() or weight_storage.moves(self.get_base_layer())
+        stays = torch.compiler.is_compiling() or weight_access.comes_per_call(self.get_base_layer())
         if key in self._codes and (stays or self._codes[key][0] == self._source(*key)):
             return self._codes[key][1]
         weight = self.unmerged_weight().detach()
@@ -258,7 +258,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the adapted weight where adapters are active."""
-        if (mixed := self.rows) is not None:
+        if (mixed := self.mixed_batch) is not None:
             return self._forward_rows(*mixed, x, *args, **kwargs)
         if self.holds_merged and not self.disable_adapters:  # no look at names: compiled code outlives a switch
             return self.base_layer(x, *args, **kwargs)
@@ -276,7 +276,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             return autograd.call(base, self.unmerged_weight(), changes, x)
         return functional_call.call(base, self.adapted_weight(names), base.bias, x, *args, **kwargs)
 
-    def _forward_rows(self, batch: Batch, changes: list[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
+    def _forward_rows(self, batch: BatchLayout, changes: list[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward with a weight for each row; all rows share one product."""
         base = cast(Any, self.base_layer)
 
@@ -294,7 +294,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         weight = self.unmerged_weight()
         if not changes:
             return functional_call.call(base, weight, base.bias, x, *args, **kwargs)
-        if not (args or kwargs) and im2col.pays(base, changes, x.numel() // (x.shape[1] * batch.rows)):
+        if not (args or kwargs) and im2col.pays(base, changes, x.numel() // (x.shape[1] * batch.samples)):
             return batch.join(im2col.convolve(base, weight, changes, batch.split(x)))
         return by_row(lambda x, row: functional_call.call(base, row, base.bias, x, *args, **kwargs), x, adapt(weight))
 
@@ -310,19 +310,19 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         return result
 
     @torch.no_grad()
-    def mix(self, batch: Batch, rows: Sequence[Mapping[str, float]]) -> None:
-        """Let each row of a batch have adapters of its own, until `rows` is None again.
+    def mix(self, layout: BatchLayout, samples: Sequence[Mapping[str, float]]) -> None:
+        """Let each sample of a batch have adapters of its own, until `mixed_batch` is None again.
 
         Args:
-            batch: how the rows lie in what `forward` gets; it may change between calls.
-            rows: adapter -> weight, a row each.
+            layout: how the samples lie in what `forward` gets; it may change between calls.
+            samples: adapter -> weight, for each sample.
         """
-        names = [name for name in self.scaling if any(row.get(name) for row in rows)]
-        weights = torch.tensor([[row.get(name, 0.0) for name in names] for row in rows])  # (rows, names)
+        names = [name for name in self.scaling if any(sample.get(name) for sample in samples)]
+        weights = torch.tensor([[sample.get(name, 0.0) for name in names] for sample in samples])  # (samples, names)
         changes = [self._change(name, factor) for name in names for factor in self.factors[name]]
         of_name = [place for place, name in enumerate(names) for _ in self.factors[name]]
-        self.rows = (
-            batch,
+        self.mixed_batch = (
+            layout,
             [_by_row(c, weights[:, place].to(c.matrix)) for c, place in zip(changes, of_name, strict=True)],
         )
 
@@ -354,15 +354,15 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """
         module = self.get_base_layer()
         self._release_others(module)
-        weight = weight_storage.memory(module)
+        weight = weight_access.memory(module)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
             if stored is not None:
-                kept_weights.put(module, None)
-            elif kept_weights.get(module) is None:
-                kept_weights.put(module, kept_weights.unmerged(module).detach().clone())
-            kept_weights.put_stored(module, stored)
+                base_weight.put(module, None)
+            elif base_weight.get(module) is None:
+                base_weight.put(module, base_weight.unmerged(module).detach().clone())
+            base_weight.put_stored(module, stored)
             self.written = {name: self.scaling[name] for name in adapter_names}
-            base, changes = kept_weights.unmerged(module).detach(), _on(weight.device, self._changes(self.written))
+            base, changes = base_weight.unmerged(module).detach(), _on(weight.device, self._changes(self.written))
             self._overwrite(weight, lambda goal: write_adapted(goal, base, changes))
         self.merged_adapters = list(adapter_names)
         self.holds_merged = True
@@ -373,9 +373,9 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             return
         module = self.get_base_layer()
         self._release_others(module)
-        weight = weight_storage.memory(module)
+        weight = weight_access.memory(module)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
-            base = kept_weights.unmerged(module)
+            base = base_weight.unmerged(module)
             self._overwrite(weight, lambda goal: goal.copy_(base))
         self.kept_base_weight = self.stored_base_weight = self.written = None
         self.merged_adapters.clear()
@@ -383,10 +383,10 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def _release_others(self, base: nn.Module) -> None:
         """Let layers of other methods act unmerged: the weight is about to be written from the base weight."""
-        kept_weights.release(base)
+        base_weight.release(base)
         inside = cast(Any, self.base_layer)
         while isinstance(inside, BaseTunerLayer):
-            if inside.merged and kept_weights.is_kept(base):
+            if inside.merged and base_weight.is_kept(base):
                 inside.merged_adapters.clear()
             elif inside.merged:
                 inside.unmerge()  # it came first, without a copy: as exact as its method can
@@ -443,7 +443,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     def _tensor(self, kind: str, name: str) -> Tensor:
         """A tensor of an adapter, wherever it is kept."""
         held = self.tensors(kind)
-        return weight_storage.read(held, name, held[name])
+        return weight_access.read(held, name, held[name])
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base weight's device, in float32 whatever the base's dtype."""

@@ -20,7 +20,7 @@ from peft.utils import AuxiliaryTrainingWrapper, NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
-from atomdiff.tuner import weight_storage
+from atomdiff.tuner import weight_access
 from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.layer import AtomLayer
@@ -90,13 +90,13 @@ def refuse_fused(attention: nn.Module, _: Any) -> None:
     Raises:
         ValueError: adapters act on projections that were fused into a copy of their weights.
     """
-    if not weight_storage.is_fused(attention):
+    if not weight_access.is_fused(attention):
         return
     for name, child in attention.named_children():
         layer = find_atom_layer(child)
-        if layer is None or (layer.rows is None and (layer.holds_merged or layer.disable_adapters)):
+        if layer is None or (layer.mixed_batch is None and (layer.holds_merged or layer.disable_adapters)):
             continue
-        if layer.rows is not None or any(map(layer.scaling.get, layer.active_adapters)):
+        if layer.mixed_batch is not None or any(map(layer.scaling.get, layer.active_adapters)):
             raise ValueError(
                 f"{name} has an adapter, and fuse_qkv_projections() has put a copy of its weight in its place: "
                 "call unfuse_qkv_projections(), or write the concept into the weights before (atomdiff.set_active)"
@@ -148,7 +148,7 @@ def find_atom_layer(module: nn.Module) -> AtomLayer | None:
 def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The model's modules by path; of adapted ones the base, and nothing inside."""
     inside: tuple[str, ...] = ()
-    for name, module in weight_storage.walk(model):
+    for name, module in weight_access.walk(model):
         if not name or (inside and name.startswith(inside)):
             continue
         if isinstance(module, (BaseTunerLayer, AuxiliaryTrainingWrapper)):
@@ -161,7 +161,7 @@ def base_modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, str]:
     """Why atoms cannot adapt a module, by path, for all that they cannot."""
     fused = tuple(
-        f"{name}." if name else "" for name, module in weight_storage.walk(model) if isinstance(module, _FUSED)
+        f"{name}." if name else "" for name, module in weight_access.walk(model) if isinstance(module, _FUSED)
     )
     weights = {name: module._parameters.get("weight") for name, module in modules.items()}
     uses = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
@@ -177,9 +177,9 @@ def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
             found[name] = f"the weight of {name} ({kind}) is used by another module's forward, where atoms cannot act"
         elif not weight.is_floating_point():
             found[name] = f"the weight of {name} is {weight.dtype}; atoms adapt floating-point weights only"
-        elif reason := weight_storage.why_not_adapted(module):
+        elif reason := weight_access.why_not_adapted(module):
             found[name] = f"the weight of {name} cannot be adapted: {reason}"
-        elif attention := weight_storage.fused_parent(model, name):
+        elif attention := weight_access.fused_parent(model, name):
             found[name] = f"{name} is fused into a copy within {attention}: call unfuse_qkv_projections() first"
         elif uses[id(weight)] > 1:
             found[name] = f"the weight of {name} is shared with another module, which adapting it would change too"

@@ -11,7 +11,7 @@ from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.removable import lasting_change
+from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.assets import locate
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.text_files import read_yaml
@@ -49,7 +49,7 @@ def read_adapter(adapter: str) -> PeftConfig | None:
         config: PeftConfig = kind(**fields)
     except (TypeError, ValueError) as error:
         raise UserError(f"{adapter}: {error}") from error
-    if change := lasting_change(config):
+    if change := why_not_removable(config):
         raise UserError(f"{adapter}: {change}")
     return config
 

@@ -1,4 +1,4 @@
-"""Settings of PEFT methods that change the base itself, which taking the adapter out does not undo."""
+"""Find PEFT configs whose adapters change the base itself, so that deleting the adapter does not give it back."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ from typing import Any
 _REWRITING = re.compile("pissa.*|olora|corda|loftq|lora_ga")
 
 
-def lasting_change(config: Any) -> str | None:
+def why_not_removable(config: Any) -> str | None:
     """What an adapter of these settings changes for good, and what to do instead; None: it comes off again.
 
     Args:

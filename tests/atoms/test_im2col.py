@@ -6,7 +6,7 @@ from torch import nn
 
 from atomdiff import AtomConfig
 from atomdiff.atoms import im2col
-from atomdiff.tuner.layer import AtomLayer, Batch
+from atomdiff.tuner.layer import AtomLayer, BatchLayout
 
 GEOMETRIES = {
     "plain": ({"kernel_size": 3, "padding": 1}, True),
@@ -43,9 +43,9 @@ def test_each_row_is_as_it_would_be_alone(geometry, blocks, dtype, tolerance, mo
     layer.set_adapter(["a", "b"])
     x = torch.randn(2 * 3 * 2, 4, 6, 7, dtype=dtype)  # two groups, three rows, two images each
     rows = [{"a": 1.0}, {}, {"a": 0.5, "b": 2.0}]
-    layer.mix(Batch(3, images=2), rows)
+    layer.mix(BatchLayout(3, images=2), rows)
     together = layer(x)
-    layer.rows = None
+    layer.mixed_batch = None
     assert bool(calls) is by_taps
     for place, image in enumerate(x):
         for name in ("a", "b"):
@@ -63,9 +63,9 @@ def test_gradients_flow_through_taps(block):
             delta.data.normal_(0, 0.3)
     layer.set_adapter(["a"])
     x = torch.randn(2, 4, 6, 7, dtype=torch.float64, requires_grad=True)
-    layer.mix(Batch(2), [{"a": 1.0}, {}])
+    layer.mix(BatchLayout(2), [{"a": 1.0}, {}])
     together = torch.autograd.grad(layer(x).square().sum(), [x, layer.base_layer.weight])
-    layer.rows = None
+    layer.mixed_batch = None
     apart = layer(x[:1]).square().sum() + layer.base_layer(x[1:]).square().sum()
     for one, other in zip(together, torch.autograd.grad(apart, [x, layer.base_layer.weight]), strict=True):
         torch.testing.assert_close(one, other)
@@ -74,9 +74,9 @@ def test_gradients_flow_through_taps(block):
 def test_many_positions_and_few_channels_take_weights_by_row():
     layer = AtomLayer(nn.Conv2d(4, 8, 3))
     layer.update_layer("a", AtomConfig(channel_block=1), "conv")
-    layer.mix(Batch(2), [{"a": 1.0}, {}])
-    batch, changes = layer.rows
+    layer.mix(BatchLayout(2), [{"a": 1.0}, {}])
+    batch, changes = layer.mixed_batch
     assert im2col.pays(layer.base_layer, changes, positions=7)
     assert not im2col.pays(layer.base_layer, changes, positions=8)
-    with pytest.raises(ValueError, match="a tensor of 3 in a mixed batch of 2 rows"):
+    with pytest.raises(ValueError, match="a tensor of 3 in a mixed batch of 2 samples"):
         layer(torch.zeros(3, 4, 8, 8))

@@ -12,8 +12,8 @@ from torch import nn
 
 import atomdiff
 from atomdiff.pipelines import differences
-from atomdiff.tuner import AtomConfig, inject
-from atomdiff.tuner.allocation import structure_of
+from atomdiff.tuner import AtomConfig, adapter_state, attach, merging
+from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError
 
 CONFIGS = {
@@ -84,7 +84,7 @@ def test_threads_load_at_the_same_time(pipe_template, folders):
     """Other threads make modules meanwhile, and find their own warnings and random numbers."""
     alone = copy.deepcopy(pipe_template)
     atomdiff.load_atoms(alone, folders["lora"], "a")
-    wanted = inject.peft_tensors(alone.unet, "a")
+    wanted = adapter_state.peft_tensors(alone.unet, "a")
     pipes = [copy.deepcopy(pipe_template) for _ in range(2)]
     errors, done = [], threading.Event()
 
@@ -92,7 +92,7 @@ def test_threads_load_at_the_same_time(pipe_template, folders):
         try:
             for _ in range(3):
                 atomdiff.load_atoms(pipe, folders["lora"], "a")
-                found = inject.peft_tensors(pipe.unet, "a")
+                found = adapter_state.peft_tensors(pipe.unet, "a")
                 assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
                 atomdiff.unload_atoms(pipe)
         except BaseException as error:
@@ -124,20 +124,20 @@ def test_a_structure_can_be_changed_while_the_model_stays(tiny_pipe, folders):
     unet = tiny_pipe.unet
     atomdiff.load_atoms(tiny_pipe, folders["lora"], "a")
     keys, flags = list(unet.state_dict()), [p.requires_grad for p in unet.parameters()]
-    copied = structure_of(unet)
+    copied = copy_structure(unet)
     assert [p.data_ptr() for p in copied.parameters()] == [p.data_ptr() for p in unet.parameters()]
-    inject._inject(copied, AtomConfig(target_modules=["to_q", "to_k"]), "b")
-    inject.detach(copied, "a")
+    attach.inject(copied, AtomConfig(target_modules=["to_q", "to_k"]), "b")
+    attach.delete_adapter(copied, "a")
     assert list(unet.state_dict()) == keys and list(unet.peft_config) == ["a"]
     assert [p.requires_grad for p in unet.parameters()] == flags
-    assert all(layer.active_adapters == ["a"] for layer in inject.adapter_layers(unet))
+    assert all(layer.active_adapters == ["a"] for layer in adapter_state.adapter_layers(unet))
 
 
 def test_exporting_leaves_the_weights_alone(tiny_pipe, folders, monkeypatch):
     """Another thread that draws meanwhile sees the base and its adapters at every moment."""
     atomdiff.load_atoms(tiny_pipe, folders["lora"], "a")
     before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in tiny_pipe.unet.state_dict().items()}
-    merge, seen = inject.merge, []
+    merge, seen = merging.merge, []
 
     def look(layer):
         merge(layer)
@@ -145,7 +145,7 @@ def test_exporting_leaves_the_weights_alone(tiny_pipe, folders, monkeypatch):
         seen.append(
             all(now[key].data_ptr() == at and torch.equal(now[key], value) for key, (at, value) in before.items())
         )
-        assert not any(layer.merged for layer in inject.adapter_layers(tiny_pipe.unet))
+        assert not any(layer.merged for layer in adapter_state.adapter_layers(tiny_pipe.unet))
 
-    monkeypatch.setattr(differences.attach, "merge", look)
+    monkeypatch.setattr(differences.merging, "merge", look)
     assert len(list(differences.layer_differences(tiny_pipe))) == len(seen) and all(seen)

@@ -10,7 +10,7 @@ from peft import LoraConfig
 
 import atomdiff
 from atomdiff.pipelines.load import pipeline_models
-from atomdiff.tuner import AtomConfig, inject
+from atomdiff.tuner import AtomConfig, adapter_state
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.thread_local import ThisThread
 
@@ -42,7 +42,7 @@ def pipe(pipe_template):
     add(pipe, "a", AtomConfig(channel_block=2, target_modules="attention"), ("text_encoder",))
     add(pipe, "b", CONFIGS["b"], seed=1)
     for model in (pipe.unet, pipe.text_encoder):
-        inject.activate(model, ["a"])
+        adapter_state.activate(model, ["a"])
     yield pipe
     atomdiff.unload_atoms(pipe)
     after = bits(pipe)

@@ -11,7 +11,7 @@ from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 import atomdiff
 from atomdiff.pipelines.adapter_weight import StepSchedule, Strength
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.inject import atom_layers
+from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
 
 MODULES = ["unet.conv_in", "unet.down_blocks.0.resnets.0.conv1", "unet.down_blocks.1.attentions.0.proj_in"]

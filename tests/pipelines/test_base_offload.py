@@ -15,7 +15,7 @@ import atomdiff
 from atomdiff.pipelines.base_offload import FileWeight, HostCopy
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.inject import atom_layers
+from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
 
 PLACES = ("device", "cpu", "file")

@@ -12,7 +12,7 @@ import atomdiff
 from atomdiff.cli.summary import describe
 from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.inject import adapter_layers
+from atomdiff.tuner.adapter_state import adapter_layers
 from atomdiff.utils.errors import UserError
 
 

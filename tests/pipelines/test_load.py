@@ -21,7 +21,7 @@ from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding, trigger_words
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.inject import adapter_layers, peft_tensors
+from atomdiff.tuner.adapter_state import adapter_layers, peft_tensors
 from atomdiff.utils.errors import UserError
 
 METHODS = {

@@ -19,8 +19,8 @@ import atomdiff
 from atomdiff.pipelines import switch
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.inject import atom_layers
-from atomdiff.tuner.layer import Batch
+from atomdiff.tuner.adapter_state import atom_layers
+from atomdiff.tuner.layer import BatchLayout
 from atomdiff.utils.errors import UserError
 
 SOME = ["conv_in", "conv1", "conv_shortcut", "proj_in", "net.2", "to_k", "q_proj", "fc1"]
@@ -111,7 +111,7 @@ def state(pipe):
                 layer.disable_adapters,
                 dict(layer.scaling),
                 list(layer.merged_adapters),
-                layer.rows,
+                layer.mixed_batch,
             )
             + (layer.holds_merged, layer.written, layer.stored_base_weight)
             for model in models.values()
@@ -300,8 +300,8 @@ def test_a_wrong_batch_of_the_model_is_refused(pipe):
             with pytest.raises(UserError, match=f"found a batch of {count} for 3 rows of mixed_batch"):
                 predict(pipe, count)
         assert len(predict(pipe, 3)) == 3
-    with pytest.raises(ValueError, match=r"tensor of 3 in a mixed batch of 2 rows with 1 image"):
-        Batch(2).split(torch.zeros(3, 1))
+    with pytest.raises(ValueError, match=r"tensor of 3 in a mixed batch of 2 samples with 1 image"):
+        BatchLayout(2).split(torch.zeros(3, 1))
 
 
 @pytest.mark.parametrize(

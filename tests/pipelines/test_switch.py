@@ -16,7 +16,7 @@ import atomdiff
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.inject import atom_layers
+from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
 
 SOME = ["conv_in", "conv1", "conv_shortcut", "proj_in", "net.2", "to_k", "q_proj", "fc1"]

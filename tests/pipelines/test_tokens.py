@@ -328,7 +328,7 @@ def test_pieces_of_other_words_are_not_added(tiny_pipe, tmp_path, monkeypatch):
     saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "word.atoms.safetensors")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="^'tea' cannot be a trigger word"):
         patch.setattr(
-            "atomdiff.pipelines.load.attach.undone_on_error", None
+            "atomdiff.pipelines.load.attach.rollback_on_error", None
         )  # it is refused before layers are attached
         atomdiff.load_atoms(tiny_pipe, saved, trigger_word="tea")
     add_trigger_words(tiny_pipe, ["m"])  # a word of its own that CLIP knows

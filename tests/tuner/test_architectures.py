@@ -15,8 +15,9 @@ from transformers import (
 )
 
 from atomdiff.tuner import AtomConfig, AtomLayer
+from atomdiff.tuner.attach import delete_adapter
 from atomdiff.tuner.config import PRESETS
-from atomdiff.tuner.inject import detach, merge, restore
+from atomdiff.tuner.merging import merge, restore
 from atomdiff.tuner.model import preset_targets
 
 BLOCKS = {
@@ -113,7 +114,7 @@ def test_presets_adapt_real_models_and_leave_no_trace(name, preset):
     merge(model)
     torch.testing.assert_close(run(model, inputs), adapted, rtol=1e-3, atol=1e-4)
     restore(model)
-    detach(model, "default")
+    delete_adapter(model, "default")
     assert not any(isinstance(module, AtomLayer) for module in model.modules())
     assert all(torch.equal(model.state_dict()[key], value) for key, value in bits.items())
 

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.layer import Batch
+from atomdiff.tuner.layer import BatchLayout
 
 LAYERS = {
     "conv": (lambda: nn.Conv2d(8, 16, 3, padding=1), (4, 8, 6, 6)),
@@ -71,6 +71,6 @@ def test_all_tensors_are_on_the_device_of_the_weight(layer, config, hooked):
             made.write(["a", "b"])
             assert made(x).shape == expected
             made.unmerge()
-    made.mix(Batch(4), rows)  # the strengths of rows come from the caller
+    made.mix(BatchLayout(4), rows)  # the strengths of rows come from the caller
     with OneDevice(), torch.no_grad():
         assert made(x).shape == expected

@@ -1,4 +1,4 @@
-"""Where the weights of a module really are: in it, offloaded, cast for storage, quantized, or copied elsewhere."""
+"""Read and write weights where accelerate and diffusers keep them: offloaded, cast for storage, fused, quantized."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ def memory(module: nn.Module, name: str = "weight") -> Tensor:
 
 
 @contextmanager
-def in_module(module: nn.Module) -> Iterator[None]:
+def loaded_in_module(module: nn.Module) -> Iterator[None]:
     """Have the parameters of a module that accelerate offloads in it meanwhile, so that others can take their place."""
     hook, offload = vars(module).get("_hf_hook"), _offload_hook(module)
     if offload is None:
@@ -124,7 +124,7 @@ def why_not_written(module: nn.Module, exactly: bool = False) -> str:
     return "it is offloaded to disk" if _is_on_disk(module) else ""
 
 
-def check_read(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
+def check_readable(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
     """Check, before anything changes, that the weights of modules can be read, and that calls of the modules use them.
 
     Args:
@@ -144,7 +144,7 @@ def check_read(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> No
             )
 
 
-def check_written(model: nn.Module, modules: Iterable[tuple[str, nn.Module]], exactly: bool = False) -> None:
+def check_writable(model: nn.Module, modules: Iterable[tuple[str, nn.Module]], exactly: bool = False) -> None:
     """Check, before anything changes, that the weights of modules can be written.
 
     Args:
@@ -194,7 +194,7 @@ def is_fused(attention: Any) -> bool:
     return hasattr(attention, "unfuse_projections") or type(attention.processor).__name__.startswith("Fused")
 
 
-def check_at_hand(model: nn.Module, holders: Iterable[nn.Module]) -> None:
+def check_in_memory(model: nn.Module, holders: Iterable[nn.Module]) -> None:
     """Check that the tensors of adapters can be read outside of calls.
 
     Args:
@@ -215,13 +215,13 @@ def check_at_hand(model: nn.Module, holders: Iterable[nn.Module]) -> None:
             )
 
 
-def forget(module: nn.Module, name: str) -> None:
+def forget_buffer(module: nn.Module, name: str) -> None:
     """Let accelerate not look for a buffer that is taken away when its hook is removed."""
     if (hook := _offload_hook(module)) is not None:
         hook.original_devices.pop(name, None)
 
 
-def settle(module: nn.Module) -> None:
+def remove_offload_hooks(module: nn.Module) -> None:
     """Let a module whose parameters were replaced by some in memory be no longer taken for offloaded or cast."""
     vars(module).pop("_hf_hook", None)
     vars(module).pop("_diffusers_hook", None)
@@ -230,7 +230,7 @@ def settle(module: nn.Module) -> None:
 _FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
-def moves(module: nn.Module) -> bool:
+def comes_per_call(module: nn.Module) -> bool:
     """Whether a module's weight comes for the time of its calls, as another tensor each time."""
     names = ("group_offloading", "layerwise_casting")
     return _offload_hook(module) is not None or any(_diffusers_hook(module, name) is not None for name in names)

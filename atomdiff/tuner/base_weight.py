@@ -1,4 +1,4 @@
-"""The untouched parameters of a base module while adapters are merged into it.
+"""Keep the base parameters of a module aside while adapters are merged into it.
 
 They lie in the base module itself: adapter layers may be taken away by others (`unload_lora_weights`), and the base
 must come back all the same.
@@ -11,7 +11,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from atomdiff.tuner import weight_storage
+from atomdiff.tuner import weight_access
 
 _KEPT = "kept_base_"  # buffers, which follow the module to other devices and dtypes and into copies
 _STORED = "stored_base_weight"  # what reads the weight from where it takes no memory of the device
@@ -26,7 +26,7 @@ def get(base: nn.Module, name: str = "weight") -> Tensor | None:
 def put(base: nn.Module, value: Tensor | None, name: str = "weight") -> None:
     """Keep a parameter of a base module, or with None keep it no more."""
     base._buffers.pop(_KEPT + name, None)
-    weight_storage.forget(base, _KEPT + name)
+    weight_access.forget_buffer(base, _KEPT + name)
     base._non_persistent_buffers_set.discard(_KEPT + name)
     if value is not None:
         base.register_buffer(_KEPT + name, value, persistent=False)
@@ -58,9 +58,9 @@ def unmerged(base: nn.Module) -> Tensor:
     """The weight of a base module without what is merged into it, wherever it is kept, as calls compute with it."""
     stored, of_device = get_stored(base), get(base)
     if stored is None:
-        return weight_storage.read(base) if of_device is None else weight_storage.as_computed(base, of_device)
+        return weight_access.read(base) if of_device is None else weight_access.as_computed(base, of_device)
     weight, found = cast(Tensor, base.weight), cast(Tensor, stored())
-    return weight_storage.as_computed(base, found if weight.is_meta else found.to(weight, non_blocking=True))
+    return weight_access.as_computed(base, found if weight.is_meta else found.to(weight, non_blocking=True))
 
 
 def merged_layers(base: nn.Module) -> list[Any]:
@@ -89,7 +89,7 @@ def release(base: nn.Module) -> None:
 
 def give_back(base: nn.Module, name: str = "weight") -> None:
     """Copy a kept parameter back, every bit as it was, and keep it no more; without effect where it is not kept."""
-    parameter = weight_storage.memory(base, name) if base._parameters.get(name) is not None else None
+    parameter = weight_access.memory(base, name) if base._parameters.get(name) is not None else None
     stored = get_stored(base) if name == "weight" else None
     kept = stored() if stored else get(base, name)
     if parameter is not None and kept is not None:

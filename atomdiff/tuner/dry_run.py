@@ -1,4 +1,4 @@
-"""Trying out what settings from a file make of a model, whatever amount of memory they ask for."""
+"""Try an adapter config from a file on a model without memory, before it is believed: it may ask for any amount."""
 
 from __future__ import annotations
 
@@ -10,8 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_MOST_NUMBERS = 1 << 28  # 1 GiB in float32: no layer's adapter has a tensor as large
-_MAKERS = (
+_MAX_ELEMENTS = 1 << 28  # 1 GiB in float32: no layer's adapter has a tensor as large
+_FACTORIES = (
     torch.arange,
     torch.empty,
     torch.eye,
@@ -23,12 +23,12 @@ _MAKERS = (
     torch.randperm,
     torch.zeros,
 )
-_OWN = (dict, list, set, OrderedDict)  # what modules keep about themselves
+_CONTAINERS = (dict, list, set, OrderedDict)  # what modules keep about themselves
 _Module = TypeVar("_Module", bound=nn.Module)
 _MOVES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 
 
-class Trial(TorchFunctionMode):
+class DryRun(TorchFunctionMode):
     """Within, and in this thread alone, an adapter can be added that takes no memory and no random numbers.
 
     Args:
@@ -44,12 +44,12 @@ class Trial(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
-        if func in _MAKERS:
+        if func in _FACTORIES:
             generator = {"generator": None} if "generator" in kwargs else {}
             made = func(*args, **{**kwargs, **generator, "device": "meta"})
-            if made.numel() > _MOST_NUMBERS:
+            if made.numel() > _MAX_ELEMENTS:
                 raise ValueError(
-                    f"its settings ask for a tensor {tuple(made.shape)}, expected at most {_MOST_NUMBERS:,} numbers: "
+                    f"its settings ask for a tensor {tuple(made.shape)}, expected at most {_MAX_ELEMENTS:,} elements: "
                     "check its rank, or copy or download it again"
                 )
             if not self.values:
@@ -60,7 +60,7 @@ class Trial(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def structure_of(model: _Module) -> _Module:
+def copy_structure(model: _Module) -> _Module:
     """A copy of a model's modules for adapters to be added, merged or taken out, which the model never notices.
 
     It shares the memory of all tensors, and is not meant to be called.
@@ -72,7 +72,7 @@ def _copied(module: Any, known: dict[int, Any]) -> Any:
     if id(module) not in known:
         known[id(module)] = made = object.__new__(type(module))
         for key, value in vars(module).items():  # the dictionaries of parameters and modules among them
-            vars(made)[key] = copy.copy(value) if type(value) in _OWN else value
+            vars(made)[key] = copy.copy(value) if type(value) in _CONTAINERS else value
         for key, child in module._modules.items():
             made._modules[key] = None if child is None else _copied(child, known)
         for key, parameter in module._parameters.items():

@@ -12,7 +12,8 @@ from torch import nn
 
 import atomdiff
 from atomdiff.pipelines.load import add_trigger_word, remove_trigger_word, set_trigger_embedding
-from atomdiff.tuner import AtomConfig, inject
+from atomdiff.tuner import AtomConfig
+from atomdiff.tuner.model import find_atom_layer
 from atomdiff.utils.errors import UserError
 
 
@@ -238,7 +239,7 @@ def test_quantized_weights_are_refused(pipe, files):
         atomdiff.load_atoms(pipe, files["all"])
     attention.to_q.weight = nn.Parameter(weight, requires_grad=False)
     atomdiff.load_atoms(pipe, files["all"])
-    inject.find_atom_layer(attention.to_q).base_layer._parameters["weight"] = weight.as_subclass(Packed)
+    find_atom_layer(attention.to_q).base_layer._parameters["weight"] = weight.as_subclass(Packed)
     with pytest.raises(UserError, match=r"it is quantized \(torchao.dtypes.Packed\)"):
         atomdiff.set_active(pipe, "all")
 
