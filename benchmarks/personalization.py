@@ -105,7 +105,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
     from atomdiff.training.dreambooth import load_config
     from atomdiff.training.method import place_for
     from atomdiff.tuner.read_config import read_adapter
-    from atomdiff.utils.image_grid import grid
+    from atomdiff.utils.image_grid import make_image_grid
 
     adapter = read_adapter(str(ROOT / "configs" / "experiments" / config.methods[0] / "adapter.json"))
     demo = str(ROOT / "configs" / "demo.yaml")
@@ -129,7 +129,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
         columns.append([photo, *before, *after])
     labels = ["one of five photos", f"the base, {places[0]}", *(f"the concept, {place}" for place in places)]
     Path(config.sheet).parent.mkdir(parents=True, exist_ok=True)
-    grid(list(zip(*columns, strict=True)), labels, config.subjects, scale=2).save(config.sheet)
+    make_image_grid(list(zip(*columns, strict=True)), labels, config.subjects, scale=2).save(config.sheet)
 
 
 def main(config: BenchmarkConfig) -> None:

@@ -35,7 +35,7 @@ def main(config: EvaluateConfig) -> None:
     from atomdiff.toybox.base import load_toybox
     from atomdiff.toybox.judge import load_judge
     from atomdiff.toybox.report import evaluate_base
-    from atomdiff.utils.image_grid import grid
+    from atomdiff.utils.image_grid import make_image_grid
     from atomdiff.utils.versions import versions
 
     pipe = load_toybox(config.pretrained_model_name_or_path)
@@ -55,7 +55,7 @@ def main(config: EvaluateConfig) -> None:
     print(json.dumps(flat, indent=1))
     Path("out").mkdir(exist_ok=True)
     rows = [images[i : i + 8] for i in range(0, min(len(images), 48), 8)]
-    grid(rows, [str(caption) for caption in captions[: len(rows) * 8 : 8]]).save("out/toybox.png")
+    make_image_grid(rows, [str(caption) for caption in captions[: len(rows) * 8 : 8]]).save("out/toybox.png")
 
 
 if __name__ == "__main__":

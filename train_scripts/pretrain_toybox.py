@@ -15,7 +15,7 @@ import numpy as np
 
 from atomdiff.toybox.dataset import render_world
 from atomdiff.utils.options import parse_config
-from atomdiff.utils.precision import choose_precision, compute_device, tell
+from atomdiff.utils.precision import choose_precision, compute_device, log_precision
 from atomdiff.utils.quiet import quiet_libraries
 
 
@@ -57,7 +57,7 @@ def main(config: PretrainConfig) -> None:
     from atomdiff.utils.versions import versions
 
     device, output = compute_device(), config.output_dir
-    tell(choose_precision(None, device), device)
+    log_precision(choose_precision(None, device), device)
     config.work_dir.mkdir(parents=True, exist_ok=True)
     world = p.cached_world(config.work_dir, config.pictures, config.seed, render_world)
     losses = {}

@@ -14,7 +14,7 @@ from torch.utils.data import DataLoader, Dataset, default_collate
 from atomdiff.data.image_files import normal, picture_files
 from atomdiff.data.images import Picture, derive_seed, read_picture, sample_order
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.progress import ProgressBar
 
 _SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
@@ -140,7 +140,7 @@ def _labelled(classes: Mapping[str, Sequence[Path]], names: Sequence[str]) -> La
 def _refuse_unreadable(files: Sequence[Path], folder: Path) -> None:
     """Read every picture once, so that a damaged one is told now and not in the middle of the run."""
     unreadable = []
-    for file in Bar(files, "checking images", unit="images", disable=len(files) < 2000, leave=False):
+    for file in ProgressBar(files, "checking images", unit="images", disable=len(files) < 2000, leave=False):
         try:
             read_picture(file)
         except UserError as error:

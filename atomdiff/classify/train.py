@@ -45,8 +45,8 @@ from atomdiff.training.run_log import RunLog
 from atomdiff.tuner.read_config import describe_adapter
 from atomdiff.utils.atomic import write_json, write_result
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.folder_lock import locked
-from atomdiff.utils.output_paths import check_writable, refuse_overlap
+from atomdiff.utils.folder_lock import lock_folder
+from atomdiff.utils.paths import check_writable, refuse_overlap
 from atomdiff.utils.precision import training_precision
 from atomdiff.utils.versions import versions
 
@@ -94,7 +94,7 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
     check_place(place, (config.pretrained_model_name_or_path, config.train_data_dir))
     check_writable(Path(config.output_dir), f"output_dir={config.output_dir!r}")
     accelerator = _start(config)
-    with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
+    with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         return run_training(config, method, place, accelerator)
 
 

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from atomdiff.utils.articles import with_article
-from atomdiff.utils.assets import ASSETS, locate
+from atomdiff.utils.assets import ASSETS, find_asset
 from atomdiff.utils.atomic import new_file, write_json, write_png
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, expand_paths
-from atomdiff.utils.progress import say
+from atomdiff.utils.progress import log
+from atomdiff.utils.text import with_article
 from atomdiff.utils.versions import versions
 
 FILES = ("before_after.png", "training_curve.png", "report.json")
@@ -62,7 +62,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     from atomdiff.evaluate.size import stored_bytes, trained_numbers
     from atomdiff.toybox.judge import load_judge
     from atomdiff.training.dreambooth import load_config, train
-    from atomdiff.utils.hashing import content_hash
+    from atomdiff.utils.hashing import hash_file
     from atomdiff.utils.precision import choose_precision, compute_device
 
     started = time.perf_counter()
@@ -80,7 +80,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
 
     judge = load_judge()
     exam, base, concept = draw_answers(config, run, concept_path, photos, judge)
-    say("judging the images")
+    log("judging the images")
     figures = score(exam, judge, references, base, concept)
     write_png(output / "before_after.png", draw_sheet(photos, exam, base.subject, concept.subject))
     draw_curve(output / "training_log.jsonl", output / "training_curve.png")
@@ -88,7 +88,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     report = {
         "subject": Path(config.instance_data_dir).resolve().name,
         "file_bytes": stored_bytes(concept_path),
-        "file_sha256": content_hash(concept_path),
+        "file_sha256": hash_file(concept_path),
         "train_seconds": round(train_seconds, 1),
         "total_seconds": round(time.perf_counter() - started, 1),
         "trained_numbers": trained_numbers(concept_path),
@@ -98,7 +98,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     write_json(output / "report.json", report, indent=2)
-    return report | {"concept": str(concept_path), "base": locate(run.pretrained_model_name_or_path)}
+    return report | {"concept": str(concept_path), "base": find_asset(run.pretrained_model_name_or_path)}
 
 
 def warn_of_class(kind: str) -> None:
@@ -130,7 +130,7 @@ def draw_answers(config: DemoConfig, run: Any, concept_path: Path, photos: list[
         guidance_scale=run.guidance_scale,
     )
     device = compute_device()
-    pipe = StableDiffusionPipeline.from_pretrained(locate(run.pretrained_model_name_or_path)).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(find_asset(run.pretrained_model_name_or_path)).to(device)
     own, pipe.scheduler = pipe.scheduler, quick_scheduler(pipe.scheduler)
     precise = autocast(device, run.mixed_precision)
     base = sit(exam, pipe, with_article(config.kind), "images by the base", precise)
@@ -208,7 +208,7 @@ def draw_sheet(photos: list[Any], exam: Any, base: list[Any], concept: list[Any]
     from PIL import ImageOps
 
     from atomdiff.toybox.places import PLACES
-    from atomdiff.utils.image_grid import grid
+    from atomdiff.utils.image_grid import make_image_grid
 
     phrases = [PLACES[scene][0] for scene in exam.scenes]
     side = max(192, *concept[0].size)  # photos may be much larger
@@ -220,7 +220,7 @@ def draw_sheet(photos: list[Any], exam: Any, base: list[Any], concept: list[Any]
     rows = [photos[: len(phrases)], [base[i] for i in pick], [concept[i] for i in pick], [concept[i + 1] for i in pick]]
     named = f'"{exam.trigger_word} {exam.class_name}"'
     labels = ["the photos, elsewhere", f'the base: "{with_article(exam.class_name)}"', f"the concept: {named}"]
-    return grid([fit(row) for row in rows], [*labels, "another seed"], phrases)
+    return make_image_grid([fit(row) for row in rows], [*labels, "another seed"], phrases)
 
 
 def draw_curve(log: Path, path: Path) -> None:

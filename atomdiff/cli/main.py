@@ -15,7 +15,7 @@ from importlib.metadata import version
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.paths import PathText, expand_paths
-from atomdiff.utils.progress import say
+from atomdiff.utils.progress import log
 from atomdiff.utils.quiet import quiet_libraries
 
 _PATIENCE = 20.0  # seconds in which a launcher ends the other processes, once one has ended
@@ -117,7 +117,7 @@ def demo(args: Sequence[str]) -> None:
     from atomdiff.cli.demo import DemoConfig, describe_report, run_demo
 
     config = parse_config(DemoConfig, args, prog="atomdiff demo")
-    say("loading torch and diffusers")
+    log("loading torch and diffusers")
     quiet_libraries()
     print(describe_report(run_demo(config)))
 

@@ -22,7 +22,7 @@ from atomdiff.data.image_files import upright
 from atomdiff.tuner.layer import TRAINED_KINDS
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.hashing import content_hash
+from atomdiff.utils.hashing import hash_file
 
 _MOST_FOUND = 8  # example pictures taken without being named
 _TRAINING_SETTINGS = ("learning_rate", "token_learning_rate", "lr_scheduler", "train_batch_size")
@@ -250,7 +250,7 @@ def _figures(figures: Mapping[str, Any] | None, concept: _Concept) -> dict[str, 
             return {}
         if not isinstance(figures, dict) or figures.get("file_bytes") != _size(concept.files):
             return {}
-        digest = content_hash(concept.path)
+        digest = hash_file(concept.path)
         if figures.get("file_sha256", digest) != digest:
             return {}
         unshown = ("file_bytes", "file_sha256", "trained_numbers", "versions")
@@ -274,7 +274,7 @@ def _example_pictures(pictures: Pictures | None, concept: Path) -> list[tuple[Pa
 
 def _drawn_with(concept: Path, folder: Path) -> list[tuple[Path, str]]:
     """The pictures of a folder that say they were drawn with this concept, and the sheets of them."""
-    digest = content_hash(concept)
+    digest = hash_file(concept)
     drawn = [file for file in sorted(folder.glob("*.png")) if digest in _text(file, "concepts")]
     manifest = folder / "manifest.json"
     ours = manifest.is_file() and digest.encode() in manifest.read_bytes()

@@ -16,8 +16,8 @@ from atomdiff.data.captions import read_captions
 from atomdiff.data.image_files import picture_files, upright
 from atomdiff.utils.atomic import remove_leftovers, write_json, write_png, writing
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.folder_lock import in_turn
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.folder_lock import wait_for_folder
+from atomdiff.utils.progress import ProgressBar
 
 Picture = Image.Image
 
@@ -154,7 +154,7 @@ def ensure_class_pictures(
     record = folder / CLASS_RECORD
     rank, processes = share
     remove_leftovers(folder)
-    with in_turn(folder):  # or two runs with different settings could begin together
+    with wait_for_folder(folder):  # or two runs with different settings could begin together
         found = _read_record(record)
         if found is None and rank == 0:
             write_json(record, recipe, indent=2)
@@ -171,7 +171,7 @@ def ensure_class_pictures(
     batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
     named = [{folder / f"class-{seed:05d}.png": seed for seed in batch} for batch in batches[rank::processes]]
     missing = [batch for batch in named if not all(file.is_file() for file in batch)]
-    for batch in Bar(missing, "generating class images", unit="batches", disable=not missing or rank > 0):
+    for batch in ProgressBar(missing, "generating class images", unit="batches", disable=not missing or rank > 0):
         if all(file.is_file() for file in batch):
             continue  # another run, in the same folder, has been faster
         for file, picture in zip(batch, generate(list(batch.values())), strict=True):

@@ -15,7 +15,8 @@ from torch import Tensor
 from atomdiff.data.crops import View
 from atomdiff.data.masks import latent_weights
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.tensor_cache import DiskCache, Tensors, content_key, weights_key
+from atomdiff.utils.hashing import hash_model, hash_values
+from atomdiff.utils.tensor_cache import DiskCache, Tensors
 
 
 @dataclass(frozen=True)
@@ -85,7 +86,7 @@ class Encoder:
 
     @cached_property
     def _vae_key(self) -> str:
-        return weights_key(self.vae)
+        return hash_model(self.vae)
 
     def __call__(self, views: Sequence[View]) -> LatentCache:
         """Encode the views of one picture.
@@ -97,7 +98,7 @@ class Encoder:
         """
         pixels = np.stack([np.asarray(view.picture) for view in views])  # (views, height, width, 3)
         together = min(self.batch_size, len(views))
-        key = content_key("latents", self._vae_key, together, repr(pixels.shape), pixels.tobytes())
+        key = hash_values("latents", self._vae_key, together, repr(pixels.shape), pixels.tobytes())
         found = self.cache.get(key, lambda: self._encode(pixels, together))
         weights = None
         if self.unmasked_weight is not None:

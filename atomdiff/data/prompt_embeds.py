@@ -10,7 +10,8 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 from transformers import CLIPTextModelWithProjection
 
-from atomdiff.utils.tensor_cache import DiskCache, content_key
+from atomdiff.utils.hashing import hash_values
+from atomdiff.utils.tensor_cache import DiskCache
 
 _NOISE = 0.1  # of the standard deviation of a table's numbers
 
@@ -88,7 +89,7 @@ def encode_known(
                 found = encode(list(encoders.values()), of_prompt)
             return {name: tensor[0].cpu() for name, tensor in found._asdict().items() if tensor is not None}
 
-        own_key = content_key("states of a prompt", key, torch.cat(of_prompt).numpy().tobytes())
+        own_key = hash_values("states of a prompt", key, torch.cat(of_prompt).numpy().tobytes())
         tensors = make() if cache is None else cache.get(own_key, make)
         known[number] = TextStates(tensors["states"], tensors.get("pooled"))
     return known

@@ -17,8 +17,8 @@ from atomdiff.evaluate.prompt_match import prompt_match
 from atomdiff.sampling.sample import draw_each
 from atomdiff.toybox.judge import Judge
 from atomdiff.toybox.places import PLACES
-from atomdiff.utils.articles import with_article
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.progress import ProgressBar
+from atomdiff.utils.text import with_article
 
 Pictures = list[Image.Image]
 UNSEEN = "unseen"
@@ -79,7 +79,9 @@ def sit(exam: Exam, pipe: Any, subject: str, phase: str = "images", precision: A
     seeds = [exam.first_seed + number for group in (named, unrelated) for number in range(len(group))]
     settings: dict[str, Any] = {"num_inference_steps": exam.num_inference_steps, "guidance_scale": exam.guidance_scale}
     with precision or nullcontext():
-        pictures = list(Bar(draw_each(pipe, prompts, seeds, _BATCH, **settings), phase, len(prompts), unit="images"))
+        pictures = list(
+            ProgressBar(draw_each(pipe, prompts, seeds, _BATCH, **settings), phase, len(prompts), unit="images")
+        )
     return Answers(pictures[: len(named)], pictures[len(named) :])
 
 

@@ -39,8 +39,7 @@ from atomdiff.tuner import adapter_state
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.output_paths import check_writable, refuse_overlap
-from atomdiff.utils.paths import PathText, expand_paths
+from atomdiff.utils.paths import PathText, check_writable, expand_paths, refuse_overlap
 
 _Embeddings = dict[str, dict[str, Tensor]]  # word -> rows (n, hidden), named as in a file
 _HALVES = (torch.float16, torch.bfloat16)

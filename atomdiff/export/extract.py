@@ -23,8 +23,7 @@ from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.model import find_targets
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.output_paths import check_writable, refuse_overlap
-from atomdiff.utils.paths import PathText, expand_paths
+from atomdiff.utils.paths import PathText, check_writable, expand_paths, refuse_overlap
 from atomdiff.utils.text_files import read_yaml
 from atomdiff.utils.versions import atomdiff_version
 

@@ -14,7 +14,7 @@ import numpy as np
 
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.thread_local import ThisThread, Turn
+from atomdiff.utils.thread_local import CallLock, ThreadLocal
 
 Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _LOCK = threading.Lock()  # of what several threads do to one model
@@ -126,10 +126,10 @@ class StepSchedule:
         apply: Callable[[float], None],
         when: Callable[[Hook], Hook] = lambda hook: hook,
     ) -> None:
-        self.paused = ThisThread()  # calls of a thread whose value is true are passed over
+        self.paused = ThreadLocal()  # calls of a thread whose value is true are passed over
         self._pipe, self._apply = pipe, apply
         self._last: float | None = None
-        self._turn = Turn()
+        self._turn = CallLock()
         self.remove = before_calls(denoiser, when(self._before), self._after)
 
     def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

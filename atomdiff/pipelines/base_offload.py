@@ -12,7 +12,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.tensor_cache import quick_key
+from atomdiff.utils.hashing import quick_hash
 
 Place = Literal["device", "cpu", "file"]
 """`device`: beside the weights, which takes their memory once more and is fastest. `cpu`: in the memory of the host.
@@ -45,14 +45,14 @@ class FileWeight:
     dtype: torch.dtype
     """The dtype that it was loaded in."""
     content: str
-    """`quick_key` of the stored tensor, when the base weight was left to the file."""
+    """`quick_hash` of the stored tensor, when the base weight was left to the file."""
     written: tuple[int, ...]
     """What tells, without a look at the contents, that nobody has written to the file since."""
 
     @classmethod
     def of(cls, file: Path, key: str, dtype: torch.dtype) -> FileWeight:
         """What the file holds by now."""
-        return cls(file, key, dtype, quick_key([_read(file, key)]), _written(file))
+        return cls(file, key, dtype, quick_hash([_read(file, key)]), _written(file))
 
     def check(self) -> None:
         """Check that the file has the weight that was left to it.
@@ -74,7 +74,7 @@ class FileWeight:
         try:
             untouched = _written(self.file) == self.written
             found = _read(self.file, self.key)
-            if untouched or quick_key([found]) == self.content:
+            if untouched or quick_hash([found]) == self.content:
                 return found
             reason = f"{self.key} in it is another one now"
         except (OSError, SafetensorError) as error:

@@ -18,7 +18,7 @@ from atomdiff.pipelines.switch import read_strengths
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.layer import BatchLayout
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.thread_local import ThisThread
+from atomdiff.utils.thread_local import ThreadLocal
 
 Row = str | Mapping[str, Any] | None
 _LOCK = threading.Lock()  # of what several threads do to one pipeline
@@ -127,7 +127,7 @@ class _Watch:
     of: dict[int, _Watch] = {}
 
     def __init__(self, pipe: Any) -> None:
-        self.noted, self.users, self._pipe = ThisThread(), 0, pipe
+        self.noted, self.users, self._pipe = ThreadLocal(), 0, pipe
         # The guidance of an earlier call says nothing about calls of the model itself.
         kept = ("prepare_latents", "_guidance_scale")
         self._own = {key: vars(pipe).pop(key) for key in kept if key in vars(pipe)}

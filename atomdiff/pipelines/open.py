@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from atomdiff.utils.assets import locate
+from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
 
 _SINGLE_FILES = (".safetensors", ".ckpt")
@@ -52,7 +52,7 @@ def open_pipeline(
     """
     from diffusers import DiffusionPipeline
 
-    name = locate(name)
+    name = find_asset(name)
     if is_single_file(name):
         return _open_single_file(name, dtype, single_file_config, parts)
     try:
@@ -80,7 +80,7 @@ def pipeline_class(name: str, *, revision: str | None = None, single_file_config
     """
     from diffusers import DiffusionPipeline
 
-    name = locate(name)
+    name = find_asset(name)
     if is_single_file(name):
         if single_file_config is None:
             return _class_of_file(name)

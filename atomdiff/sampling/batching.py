@@ -24,7 +24,7 @@ from atomdiff.pipelines.prompt_syntax import describe_strength, has_word, replac
 from atomdiff.pipelines.scheduler import Objective, trained_objective
 from atomdiff.pipelines.token_names import group_words
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.hashing import content_hash
+from atomdiff.utils.hashing import hash_file
 
 Item = TypeVar("Item")
 
@@ -51,7 +51,7 @@ class Concept:
     @cached_property
     def sha256(self) -> str:
         """Hash of its contents."""
-        return content_hash(self.path)
+        return hash_file(self.path)
 
     @cached_property
     def objective(self) -> Objective | None:

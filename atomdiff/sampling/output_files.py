@@ -13,8 +13,8 @@ from PIL import Image, PngImagePlugin
 from atomdiff.data.image_files import picture_files
 from atomdiff.utils.atomic import new_file, write_png
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.folder_lock import in_turn
-from atomdiff.utils.image_grid import SHEET_PIXELS, grid
+from atomdiff.utils.folder_lock import wait_for_folder
+from atomdiff.utils.image_grid import SHEET_PIXELS, make_image_grid
 
 
 @dataclass(frozen=True)
@@ -78,7 +78,9 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
     side = max(32, math.isqrt(SHEET_PIXELS // len(pictures)))
     sizes, thumbnails = zip(*[_thumbnail(picture, side) for picture in pictures], strict=True)
     small = iter(thumbnails)
-    sheet = grid([[next(small) for _ in seeds] for _ in prompts], prompts, [f"seed {seed}" for seed in seeds])
+    sheet = make_image_grid(
+        [[next(small) for _ in seeds] for _ in prompts], prompts, [f"seed {seed}" for seed in seeds]
+    )
     shared = dict(set.intersection(*[set(picture.settings.items()) for picture in pictures]))
     manifest = {
         "settings": {key: value for key, value in pictures[0].settings.items() if key in shared},
@@ -89,7 +91,7 @@ def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
         ],
     }
     written = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    with in_turn(folder), new_file(folder / "grid.png") as image, new_file(folder / "manifest.json") as text:
+    with wait_for_folder(folder), new_file(folder / "grid.png") as image, new_file(folder / "manifest.json") as text:
         sheet.save(image, format="png")
         text.write_text(written, encoding="utf-8")
 

@@ -19,10 +19,10 @@ from atomdiff.sampling.checked_images import checked_images
 from atomdiff.sampling.output_files import PictureFile, write_overview
 from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.hashing import listing_hash
+from atomdiff.utils.hashing import hash_listing
 from atomdiff.utils.paths import PathText, expand_paths
-from atomdiff.utils.precision import choose_precision, compute_device, tell
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.precision import choose_precision, compute_device, log_precision
+from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.text_files import read_text
 
 if TYPE_CHECKING:
@@ -184,7 +184,7 @@ def generate(
         width=width,
     )
     images = []
-    for number, image in enumerate(Bar(drawn, "images", len(prompts), unit="images", disable=not progress)):
+    for number, image in enumerate(ProgressBar(drawn, "images", len(prompts), unit="images", disable=not progress)):
         if image is None:
             raise UserError(f"{hidden_images([(prompts[number], seeds[number])])}; load it with safety_checker=None")
         images.append(image)
@@ -280,7 +280,7 @@ def save_samples(config: SampleConfig) -> Path:
     from atomdiff.concepts.library import ConceptLibrary
     from atomdiff.sampling.batching import given_concepts, in_order, read_lines, share_of, warn_of_prompts
     from atomdiff.sampling.output_files import refuse_foreign_images
-    from atomdiff.utils.output_paths import check_writable, refuse_overlap
+    from atomdiff.utils.paths import check_writable, refuse_overlap
 
     given = given_concepts(config.concepts, config.weights, config.trigger_words)
     library = None if config.library is None else ConceptLibrary(config.library)
@@ -317,11 +317,11 @@ def save_samples(config: SampleConfig) -> Path:
         ).to(state.device)
         lines = list(dict.fromkeys(line for _, line in missing))
         schedulers = _schedulers(config, pipe, lines)
-        tell(precision, state.device)
+        log_precision(precision, state.device)
         if state.is_main_process:
             warn_of_prompts(pipe, lines)
             _tell_schedulers(pipe.scheduler, schedulers)
-        bar = Bar(
+        bar = ProgressBar(
             _draw(config, pipe, share, schedulers),
             "images",
             len(share),
@@ -346,7 +346,7 @@ def _settings(config: SampleConfig, dtype: str) -> dict[str, str]:
     base = Path(config.pretrained_model_name_or_path)
     facts = {
         "base_model": config.pretrained_model_name_or_path,
-        "base_files": listing_hash(base) if base.exists() else config.revision,
+        "base_files": hash_listing(base) if base.exists() else config.revision,
         "variant": config.variant,
         "dtype": dtype,
         "prediction_type": config.prediction_type,

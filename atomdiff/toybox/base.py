@@ -13,7 +13,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from atomdiff.toybox.places import PLACES
 from atomdiff.toybox.scenes import CLASSES, COLOURS, PICTURE_SIZE
 from atomdiff.toybox.shapes import PATTERNS
-from atomdiff.utils.assets import locate
+from atomdiff.utils.assets import find_asset
 
 RARE_WORDS = ("sks", "zwx", "ohwx", "xjy", "qqv", "vlk")
 LATENT_CHANNELS = 8
@@ -133,4 +133,4 @@ def assemble(
 
 def load_toybox(folder: str | Path = "samples/toybox-sd") -> StableDiffusionPipeline:
     """The pretrained base in float32."""
-    return StableDiffusionPipeline.from_pretrained(locate(str(folder)))
+    return StableDiffusionPipeline.from_pretrained(find_asset(str(folder)))

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from atomdiff.toybox.scenes import CLASSES, SCENES, Caption, base_individual, draw, random_caption
 from atomdiff.toybox.subjects import random_individual, views
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.progress import ProgressBar
 
 
 def caption_of(index: int, seed: int, held_out: bool = False) -> tuple[Caption, np.random.Generator]:
@@ -46,7 +46,9 @@ def render_world(count: int, seed: int, held_out: bool = False) -> tuple[NDArray
     """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         work = pool.map(partial(render_one, seed=seed, held_out=held_out), range(count), chunksize=100)
-        pictures = list(Bar(work, "drawing the world", count, unit="images", disable=count < 1000, mininterval=5))
+        pictures = list(
+            ProgressBar(work, "drawing the world", count, unit="images", disable=count < 1000, mininterval=5)
+        )
     return np.stack(pictures), [caption_of(index, seed, held_out)[0] for index in range(count)]
 
 
@@ -67,6 +69,6 @@ def render_individuals(number: int, count: int, seed: int) -> tuple[NDArray[np.u
     """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         work = pool.map(partial(render_individual, seed=seed, count=count), range(number), chunksize=50)
-        drawn = list(Bar(work, "drawing individuals", number, unit="individuals", disable=number < 1000))
+        drawn = list(ProgressBar(work, "drawing individuals", number, unit="individuals", disable=number < 1000))
     order = sorted(range(number), key=lambda i: drawn[i][1])
     return np.stack([drawn[i][0] for i in order]), np.array([(drawn[i][1], i) for i in order])

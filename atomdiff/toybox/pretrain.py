@@ -33,7 +33,7 @@ from atomdiff.toybox.scenes import Caption, shorten
 from atomdiff.training.method import write_pipeline
 from atomdiff.utils.atomic import new_file
 from atomdiff.utils.precision import autocast
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.progress import ProgressBar
 
 CHECKPOINT_STEPS = 500
 
@@ -79,7 +79,7 @@ def run_stage(
         schedule.load_state_dict(state["schedule"])
         losses = state["losses"]
     model.train()
-    bar = Bar(range(len(losses), stage.steps), name, stage.steps, initial=len(losses), mininterval=10)
+    bar = ProgressBar(range(len(losses), stage.steps), name, stage.steps, initial=len(losses), mininterval=10)
     for step in bar:
         torch.manual_seed(stage.seed * 1_000_003 + step)
         loss = loss_of(step)
@@ -147,7 +147,7 @@ def narrow_posterior(vae: AutoencoderKL) -> None:
 def encode(vae: AutoencoderKL, pictures: Tensor, device: torch.device, batch: int = 128) -> Tensor:
     """Mean latents (n, 8, 16, 16) of pictures (n, 64, 64, 3), not yet scaled."""
     means = []
-    for chunk in Bar(pictures.split(batch), "encoding images", unit="batches", mininterval=10):
+    for chunk in ProgressBar(pictures.split(batch), "encoding images", unit="batches", mininterval=10):
         with autocast(device):
             means.append(vae.encode(as_signal(chunk).to(device)).latent_dist.mean.float().cpu())
     return torch.cat(means)

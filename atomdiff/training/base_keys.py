@@ -5,7 +5,7 @@ from typing import Any
 
 from torch import nn
 
-from atomdiff.utils.tensor_cache import content_key, quick_key
+from atomdiff.utils.hashing import hash_values, quick_hash
 
 _SETTINGS = ("scaling_factor", "shift_factor")  # of a VAE: between its latents and those of the UNet
 
@@ -21,8 +21,8 @@ def base_keys(pipe: Any) -> dict[str, str]:
         if isinstance(part, nn.Module):
             config: Any = part.config
             settings = {setting: getattr(config, setting, None) for setting in _SETTINGS}
-            keys[name] = content_key(quick_key(part.parameters()), json.dumps(settings))[:16]
+            keys[name] = hash_values(quick_hash(part.parameters()), json.dumps(settings))[:16]
     on = {key: value for key, value in pipe.scheduler.config.items() if value and not key.startswith("_")}
     known = json.dumps(on, sort_keys=True, default=str)
-    keys["scheduler"] = content_key(type(pipe.scheduler).__name__, known)[:16]
+    keys["scheduler"] = hash_values(type(pipe.scheduler).__name__, known)[:16]
     return keys

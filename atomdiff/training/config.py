@@ -11,12 +11,12 @@ from pathlib import Path
 from typing import Any
 
 from atomdiff.training.checks import check_run
-from atomdiff.utils.articles import fit_article
-from atomdiff.utils.assets import locate
+from atomdiff.utils.assets import find_asset
 from atomdiff.utils.choices import MOST_REPEATS, Optimizer, Precision, PredictionType, Schedule, TimestepSampling
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.paths import PathText, expand_paths
+from atomdiff.utils.text import fit_article
 from atomdiff.utils.text_files import read_yaml
 
 
@@ -428,7 +428,7 @@ def parse_with_overrides(config_class: Any, arguments: Sequence[str] | None, pro
     """Parse a config with a field `adapter`; the overrides.yaml beside that file, if it is one, changes defaults."""
     arguments = sys.argv[1:] if arguments is None else list(arguments)
     config = parse_config(config_class, arguments, prog=prog)
-    adapter = Path(locate(config.adapter))
+    adapter = Path(find_asset(config.adapter))
     overrides = adapter.with_name("overrides.yaml")
     if adapter.is_file() and overrides.is_file():
         config = parse_config(config_class, ["--config", str(overrides), *arguments], prog=prog)

@@ -35,7 +35,7 @@ from atomdiff.training.preflight import check_named
 from atomdiff.training.push import validation_prompts
 from atomdiff.training.summary import describe_images, warn_of_cut_prompts
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.tensor_cache import DiskCache
 
 
@@ -314,7 +314,7 @@ def encode_together(
         for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
             encoder(cut())
         accelerator.wait_for_everyone()
-    shown = Bar(cuts, "encoding images", unit="images", disable=not accelerator.is_main_process)
+    shown = ProgressBar(cuts, "encoding images", unit="images", disable=not accelerator.is_main_process)
     return join([encoder(cut()) for cut in shown])
 
 

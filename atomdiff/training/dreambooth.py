@@ -41,8 +41,8 @@ from atomdiff.training.summary import describe_training
 from atomdiff.tuner.read_config import describe_adapter, read_adapter
 from atomdiff.utils.atomic import WriteError, remove_leftovers, write_result
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.folder_lock import locked
-from atomdiff.utils.progress import say
+from atomdiff.utils.folder_lock import lock_folder
+from atomdiff.utils.progress import log
 from atomdiff.utils.tensor_cache import DiskCache
 
 __all__ = ["TrainConfig", "load_config", "train"]
@@ -92,7 +92,7 @@ def train(config: TrainConfig) -> Path:
     """
     look_first([config])
     accelerator = start_accelerator(config)
-    with locked(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
+    with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         for folder in (config.cache_folder, Path(config.output_dir) / "validation"):
             remove_leftovers(folder)
         return run_training(config, accelerator)
@@ -114,7 +114,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         count = sum(parameter.numel() for parameter in run.trained.values())
         done = state["step"] if state else 0
-        say(f"{run.material.description}\n{describe_training(config, count, accelerator.num_processes, done)}")
+        log(f"{run.material.description}\n{describe_training(config, count, accelerator.num_processes, done)}")
 
     start_trackers(replace(config, hub_token=None), accelerator)  # they show the config to others
     final_loss = take_steps(run, recipe, state)
@@ -170,14 +170,14 @@ def build_run(
 ) -> Run:
     """Load the base, prepare what it learns from, and put what is trained into it."""
     if accelerator.is_main_process:
-        say(f"loading the base {config.pretrained_model_name_or_path}")
+        log(f"loading the base {config.pretrained_model_name_or_path}")
     pipe = load_base(config)
     match_scheduler(config, pipe)
     material = prepare_material(config, pipe, accelerator, adapter is None)
     dtype = frozen_dtype(accelerator)
     cache = DiskCache(config.cache_folder)
     if accelerator.is_main_process:
-        say("adding what is trained to the base")
+        log("adding what is trained to the base")
     concept = build_concept(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)
     optimizer, rate_factor = build_optimizer(config, concept, accelerator.num_processes)
     model, optimizer = accelerator.prepare(concept, optimizer)
@@ -384,7 +384,7 @@ def validate(run: Run, step: int) -> None:
     config, pipe, accelerator = run.config, run.pipe, run.accelerator
     if accelerator.is_main_process:
         prompts = validation_prompts(config)
-        say(f"step {step}: drawing {len(prompts)} validation images")
+        log(f"step {step}: drawing {len(prompts)} validation images")
         seeds = [derive_seed(0, "validation", number) for number in range(len(prompts))]
         models = [part for part in pipe.components.values() if isinstance(part, nn.Module) and part.training]
         for model in models:

@@ -24,7 +24,8 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.training.memory import save_memory
 from atomdiff.training.method import make_trainable
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.tensor_cache import DiskCache, content_key, weights_key
+from atomdiff.utils.hashing import hash_model, hash_values
+from atomdiff.utils.tensor_cache import DiskCache
 
 ParameterGroup = Literal["adapter", "text_encoder", "token"]
 
@@ -169,7 +170,7 @@ def build_concept(
         encoder.requires_grad_(False)
     key = ""
     if cache is not None and not config.train_text_encoder:
-        key = content_key(*map(weights_key, encoders.values()))  # before words make the tables longer
+        key = hash_values(*map(hash_model, encoders.values()))  # before words make the tables longer
     add_trigger_words(pipe, words)
     ids = {name: tokenize(pipe, name, prompts) for name in encoders}
     changes = torch.full((len(prompts),), config.train_text_encoder)

@@ -11,7 +11,7 @@ from atomdiff.training.config import Subject, TrainConfig
 from atomdiff.training.method import place_for
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.output_paths import check_writable, refuse_overlap
+from atomdiff.utils.paths import check_writable, refuse_overlap
 
 
 def look_first(runs: Sequence[TrainConfig]) -> None:

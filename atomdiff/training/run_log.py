@@ -17,8 +17,8 @@ from accelerate import Accelerator
 from PIL import Image
 
 from atomdiff.utils.atomic import WriteError, write_png, write_text, writing
-from atomdiff.utils.image_grid import grid
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.image_grid import make_image_grid
+from atomdiff.utils.progress import ProgressBar
 
 _SAME = 1.0  # second
 _STEP = re.compile(r"step-(\d+)-\d+\.png")
@@ -44,7 +44,7 @@ class RunLog:
         if accelerator.is_main_process:
             kept = [line for line in read_log(file) if line["step"] <= step] if step else []
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
-        self._bar = Bar(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
+        self._bar = ProgressBar(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
 
     def step(self, step: int, loss: float, average_loss: float, lr: float, seconds: float) -> None:
         """Note a finished step.
@@ -125,7 +125,7 @@ def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.I
         rows.setdefault(number, []).append(_read(file))
     rows[step] = list(pictures)
     unknown = [""] * (max(map(len, rows.values())) - len(prompts))
-    sheet = grid(list(rows.values()), [f"step {number}" for number in rows], [*prompts, *unknown])
+    sheet = make_image_grid(list(rows.values()), [f"step {number}" for number in rows], [*prompts, *unknown])
     write_png(output_dir / "contact_sheet.png", sheet)
     for column, picture in enumerate(pictures):  # after the sheet, so that who finds all of them has the row
         write_png(folder / f"step-{step:06d}-{column:02d}.png", picture)

@@ -34,7 +34,7 @@ from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.peft_type import PREFIX
 from atomdiff.utils import functional_call
-from atomdiff.utils.thread_local import ThisThread
+from atomdiff.utils.thread_local import ThreadLocal
 
 TRAINED_KINDS = ("atom_delta", "channel_delta", "recursion_delta", "recursion_mix")
 BASIS_KINDS = ("atom_basis", "channel_basis")
@@ -93,7 +93,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
 
     def __init__(self, base_layer: nn.Module) -> None:
         super().__init__()
-        self._mixed = ThisThread()  # while it mixes a batch
+        self._mixed = ThreadLocal()  # while it mixes a batch
         self.holds_merged = False  # by no adapter, too; compiled code would look at the length of a list
         self.written: dict[str, float] | None = None  # adapter -> weight, with which it was merged
         self.base_layer = base_layer

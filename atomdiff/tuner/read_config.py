@@ -12,7 +12,7 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.removable import why_not_removable
-from atomdiff.utils.assets import locate
+from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.text_files import read_yaml
 
@@ -32,7 +32,7 @@ def read_adapter(adapter: str) -> PeftConfig | None:
     """
     if adapter == "atoms":
         return AtomConfig()
-    fields = {"peft_type": FULL} if adapter == "full" else _read_json(Path(locate(adapter)))
+    fields = {"peft_type": FULL} if adapter == "full" else _read_json(Path(find_asset(adapter)))
     peft_type = fields.get("peft_type")
     if peft_type == FULL:
         return None

@@ -7,7 +7,7 @@ ASSETS = _INSTALLED if _INSTALLED.is_dir() else Path(__file__).parents[2]
 _FOLDERS = ("samples", "configs")
 
 
-def locate(path: str) -> str:
+def find_asset(path: str) -> str:
     """Return a path as it is, unless nothing is there and it names a file that comes with the project.
 
     So `samples/toybox-sd` is the embedded base in any working directory.

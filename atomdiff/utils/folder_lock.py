@@ -20,7 +20,7 @@ LOCK_FILE = ".lock"
 
 
 @contextmanager
-def locked(folder: Path) -> Iterator[None]:
+def lock_folder(folder: Path) -> Iterator[None]:
     """Make a `with` block in which no other block of this kind, in any process, has the folder.
 
     The lock ends with the process, however that ends. What killed processes left half written is removed first.
@@ -45,7 +45,7 @@ def locked(folder: Path) -> Iterator[None]:
 
 
 @contextmanager
-def in_turn(folder: Path) -> Iterator[None]:
+def wait_for_folder(folder: Path) -> Iterator[None]:
     """Make a `with` block that waits until no other process is in one for the same folder, where there are such locks.
 
     Args:

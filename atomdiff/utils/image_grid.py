@@ -13,7 +13,7 @@ _LABEL_WIDTH = 160  # pixels; what a label beside a row may take at least
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 
 
-def grid(
+def make_image_grid(
     rows: Sequence[Sequence[Image.Image | None]],
     row_labels: Sequence[str] = (),
     column_labels: Sequence[str] = (),

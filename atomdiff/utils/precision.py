@@ -96,11 +96,11 @@ def training_precision(asked: str | None) -> ChosenPrecision:
     if device.type == "cpu" and _NAMES.get(asked or os.environ.get(_CONFIGURED, "no")) == "fp16":
         raise UserError("mixed_precision='fp16': needs a GPU; a CPU can do 'bf16' or 'no'")
     chosen = choose_precision(asked, device)
-    tell(chosen, device)
+    log_precision(chosen, device)
     return chosen
 
 
-def tell(chosen: ChosenPrecision, device: torch.device) -> None:
+def log_precision(chosen: ChosenPrecision, device: torch.device) -> None:
     """Say on the main process what is computed in, where, and why."""
     from accelerate import PartialState
 

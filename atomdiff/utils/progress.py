@@ -7,13 +7,13 @@ from typing import Any
 from tqdm import tqdm
 
 
-def say(phase: str) -> None:
+def log(phase: str) -> None:
     """Name a phase whose progress cannot be counted, such as loading."""
     tqdm.write(phase, file=sys.stderr)  # beside a bar that stands there
     sys.stderr.flush()
 
 
-class Bar(tqdm):  # type: ignore[misc]
+class ProgressBar(tqdm):  # type: ignore[misc]
     """tqdm's bar where errors go to a terminal; elsewhere one line that names the phase and what it counts.
 
     Args:
@@ -39,5 +39,5 @@ class Bar(tqdm):  # type: ignore[misc]
         if not disable and not terminal:
             count = total if total is not None else len(iterable) if hasattr(iterable, "__len__") else None  # type: ignore[arg-type]
             done = f", {options['initial']} of them done" if options.get("initial") else ""
-            say(desc if count is None else f"{desc}: {count} {unit}{done}")
+            log(desc if count is None else f"{desc}: {count} {unit}{done}")
         super().__init__(iterable, desc, total, unit=f" {unit}", disable=disable or not terminal, **options)

@@ -1,23 +1,17 @@
 """Tensors kept on disk by the content that they were made from, so that a second run need not make them again."""
 
-import hashlib
-import json
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
-import numpy as np
-import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
 from atomdiff.utils.atomic import WriteError, new_file
+from atomdiff.utils.hashing import hash_tensors, hash_values
 
 Tensors = dict[str, Tensor]
-
-_SIDE = 512  # of the squares of 64-bit words that `quick_key` sums up
 
 
 class DiskCache:
@@ -37,7 +31,7 @@ class DiskCache:
         """Return the tensors of a key, on the CPU; `make` them and keep them if they are not there.
 
         Args:
-            key: From `content_key`, of all that the tensors depend on.
+            key: From `hash_values`, of all that the tensors depend on.
             make: Gives the tensors.
 
         They are given, with a warning, also where they cannot be written.
@@ -77,51 +71,4 @@ class DiskCache:
 
 
 def _metadata(key: str, tensors: Tensors) -> dict[str, str]:
-    return {"content": content_key(key, tensors_key(tensors))}
-
-
-def content_key(*parts: str | int | float | bytes) -> str:
-    """Return the SHA-256 (64 hexadecimal digits) of some texts, numbers and bytes."""
-    plain = [hashlib.sha256(part).hexdigest() if isinstance(part, bytes) else part for part in parts]
-    return hashlib.sha256(json.dumps(plain).encode()).hexdigest()
-
-
-def tensors_key(tensors: Mapping[str, Tensor]) -> str:
-    """Return the SHA-256 of the names, types, shapes and numbers of some tensors."""
-    digest = hashlib.sha256()
-    for name, tensor in sorted(tensors.items()):
-        digest.update(json.dumps([name, str(tensor.dtype), list(tensor.shape)]).encode())
-        digest.update(tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data)
-    return digest.hexdigest()
-
-
-def quick_key(tensors: Iterable[Tensor]) -> str:
-    """Return a SHA-256 of some tensors that is about as fast as memory is read.
-
-    It is made of each tensor's type, its shape and, of its bytes taken as 64-bit words in squares of 512 by 512, the
-    sums of each row and column modulo 2^64; what is left, less than a row, counts whole. So it changes with any one
-    word, with any two, and if two are swapped. Changes that leave all these sums alike, in four words of a square or
-    more, stay unseen: it is not for what somebody might forge. The order of the tensors counts; names do not, as
-    libraries change them.
-    """
-    digest = hashlib.sha256()
-    for tensor in tensors:
-        digest.update(json.dumps([str(tensor.dtype), list(tensor.shape)]).encode())
-        numbers = tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy()
-        end = len(numbers) // (8 * _SIDE) * 8 * _SIDE
-        rows = numbers[:end].view(np.uint64).reshape(-1, _SIDE)
-        for first in range(0, len(rows), _SIDE):
-            square = rows[first : first + _SIDE]  # (512 or less, 512), which caches hold for the second sum
-            digest.update(square.sum(axis=0).tobytes())
-            digest.update(square.sum(axis=1).tobytes())
-        digest.update(numbers[end:].tobytes())
-    return digest.hexdigest()
-
-
-def weights_key(module: Any) -> str:
-    """Return the SHA-256 of a diffusers or transformers model: its config, weights, their type and kind of device."""
-    own = {"_name_or_path", "_diffusers_version", "transformers_version"}
-    config = module.config.to_dict() if hasattr(module.config, "to_dict") else dict(module.config)
-    known = json.dumps({name: value for name, value in config.items() if name not in own}, sort_keys=True, default=str)
-    device = next(module.parameters()).device.type
-    return content_key(known, device, tensors_key(module.state_dict()))
+    return {"content": hash_values(key, hash_tensors(tensors))}

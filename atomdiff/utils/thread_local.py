@@ -9,7 +9,7 @@ from typing import Any
 _LOCK = threading.Lock()
 
 
-class ThisThread(threading.local):
+class ThreadLocal(threading.local):
     """A value of each thread's own, None at first; copies start anew. Compiled code looks at it again in each call."""
 
     value: Any
@@ -18,10 +18,10 @@ class ThisThread(threading.local):
         self.value = None
 
     def __reduce__(self) -> Any:
-        return ThisThread, ()
+        return ThreadLocal, ()
 
 
-class Turn:
+class CallLock:
     """Lets the calls of one thread at a time into a model; copies are free."""
 
     def __init__(self) -> None:
@@ -52,4 +52,4 @@ class Turn:
                 self._owner = me
 
     def __reduce__(self) -> Any:
-        return Turn, ()
+        return CallLock, ()

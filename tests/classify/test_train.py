@@ -25,7 +25,7 @@ from atomdiff.classify.model import load_classifier, open_model, open_processor
 from atomdiff.classify.train import train_classifier
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.folder_lock import locked
+from atomdiff.utils.folder_lock import lock_folder
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_dropout": 0.2, "target_modules": ["convolution"]}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -436,7 +436,7 @@ def test_a_classifier_that_cannot_be_written_is_kept_elsewhere(config, monkeypat
 
 
 def test_a_folder_in_which_another_run_writes_is_refused(config):
-    with locked(Path(config.output_dir)), pytest.raises(UserError, match="another run is writing there .process"):
+    with lock_folder(Path(config.output_dir)), pytest.raises(UserError, match="another run is writing there .process"):
         train_classifier(config)
 
 

@@ -33,7 +33,7 @@ from atomdiff.sampling.output_files import PictureFile, write_overview
 from atomdiff.training import dreambooth
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.hashing import content_hash
+from atomdiff.utils.hashing import hash_file
 
 WRITER, READER = {"authorization": "Bearer hf_writer"}, {"authorization": "Bearer hf_reader"}
 
@@ -269,7 +269,7 @@ def picture(pipe, prompt="a photo of sks mug"):
 def draw(folder, concept, prompts, name="grid"):
     """Leave what `atomdiff sample` leaves."""
     folder.mkdir(exist_ok=True)
-    concepts = json.dumps([{"file": concept.name, "sha256": content_hash(concept), "weight": 1.0}])
+    concepts = json.dumps([{"file": concept.name, "sha256": hash_file(concept), "weight": 1.0}])
     files = [PictureFile(folder, prompt, 0, {"concepts": concepts}) for prompt in prompts]
     for file in files:
         file.save(Image.new("RGB", (8, 8), "red"))

@@ -12,7 +12,7 @@ import atomdiff
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.tuner import AtomConfig, adapter_state
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.thread_local import ThisThread
+from atomdiff.utils.thread_local import ThreadLocal
 
 ROUNDS = 6
 CONFIGS = {
@@ -235,7 +235,7 @@ def test_compiled_models_of_two_threads(pipe):
 
 
 def test_values_of_threads_are_copied_empty():
-    here = ThisThread()
+    here = ThreadLocal()
     here.value = 1
     assert copy.deepcopy(here).value is None and here.value == 1
     assert together(lambda: here.value, rounds=1) == [[None]]

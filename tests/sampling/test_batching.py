@@ -22,7 +22,7 @@ from atomdiff.sampling.batching import (
     warn_of_prompts,
 )
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.hashing import content_hash
+from atomdiff.utils.hashing import hash_file
 
 
 def write(folder, name, phrase="", word="sks", layer="unet.conv_in"):
@@ -84,7 +84,7 @@ def test_lines_wear_what_their_tags_name_and_what_all_wear(library, tmp_path):
     assert worn(lines[2]) == [("cat", 0), ("style", 1), ("pets/bee", 1)]
     assert json.loads(lines[2].facts)[2] == {
         "file": "pets/bee.atoms.safetensors",
-        "sha256": content_hash(tmp_path / "pets" / "bee.atoms.safetensors"),
+        "sha256": hash_file(tmp_path / "pets" / "bee.atoms.safetensors"),
         "weight": 1.0,
         "trigger_word": None,
     }

@@ -9,7 +9,7 @@ from PIL import Image
 
 from atomdiff.sampling.output_files import PictureFile, write_overview
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.hashing import content_hash, listing_hash
+from atomdiff.utils.hashing import hash_file, hash_listing
 
 SETTINGS = {"concepts": "[]", "negative_prompt": "", "num_inference_steps": "3"}
 
@@ -99,11 +99,11 @@ def test_hashes_follow_content_and_listing(tmp_path):
     file = tmp_path / "inner" / "file"
     file.write_bytes(b"12")
     os.utime(file, ns=(0, 10**18))
-    whole, alone, listing = content_hash(tmp_path), content_hash(file), listing_hash(tmp_path)
+    whole, alone, listing = hash_file(tmp_path), hash_file(file), hash_listing(tmp_path)
     os.utime(file, ns=(0, 2 * 10**18))
-    assert (content_hash(tmp_path), content_hash(file)) == (whole, alone)
-    assert listing_hash(tmp_path) != listing
+    assert (hash_file(tmp_path), hash_file(file)) == (whole, alone)
+    assert hash_listing(tmp_path) != listing
     file.write_bytes(b"34")
     os.utime(file, ns=(0, 10**18))
-    assert content_hash(tmp_path) != whole and content_hash(file) != alone
-    assert listing_hash(tmp_path) == listing
+    assert hash_file(tmp_path) != whole and hash_file(file) != alone
+    assert hash_listing(tmp_path) == listing

@@ -27,7 +27,7 @@ from atomdiff.training.dreambooth import train
 from atomdiff.training.noise import match_scheduler
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.hashing import content_hash
+from atomdiff.utils.hashing import hash_file
 from atomdiff.utils.options import parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -396,7 +396,7 @@ def test_pictures_tell_their_own_concepts_in_the_order_of_the_prompts(config, li
     assert facts["a cat"] == [] and facts[prompts[0]] == facts[prompts[3]]
     ((bee,), (ant,)) = facts[prompts[0]], facts[prompts[2]]
     assert (bee["file"], bee["weight"], ant["weight"]) == ("bee.atoms.safetensors", 0.5, 1.0)
-    assert ant["sha256"] == content_hash(library / "ant.atoms.safetensors") != bee["sha256"]
+    assert ant["sha256"] == hash_file(library / "ant.atoms.safetensors") != bee["sha256"]
     assert all("atoms-bee-0-5" in image["file"] for image in manifest["images"] if "bee" in image["prompt"])
 
 
@@ -552,7 +552,7 @@ def test_equal_strengths_are_the_same_picture_and_numbers_are_told_as_ever(confi
     config = replace(config, concepts=(str(path),), weights=(1,), seeds=(0,))
     save_samples(config)
     with Image.open(config_folder(config) / next(iter(files(config)))) as image:
-        digest = content_hash(path)
+        digest = hash_file(path)
         assert image.text["concepts"] == (
             f'[{{"file": "ant.atoms.safetensors", "sha256": "{digest}", "weight": 1.0, "trigger_word": null}}]'
         )

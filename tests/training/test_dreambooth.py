@@ -26,7 +26,7 @@ from atomdiff.training.model import build_concept
 from atomdiff.training.noise import NoiseProcess
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.folder_lock import locked
+from atomdiff.utils.folder_lock import lock_folder
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 METHODS = {
@@ -739,7 +739,7 @@ def test_a_result_that_cannot_be_written_is_kept_elsewhere(config, monkeypatch, 
 
 
 def test_a_folder_in_which_another_run_writes_is_refused(config):
-    with locked(Path(config.output_dir)):
+    with lock_folder(Path(config.output_dir)):
         with pytest.raises(UserError, match=rf"another run is writing there \(process {os.getpid()} on"):
             train(config)
 

@@ -12,7 +12,7 @@ from atomdiff.training import dreambooth
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.preflight import look_first
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.output_paths import check_writable, refuse_overlap
+from atomdiff.utils.paths import check_writable, refuse_overlap
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ import pytest
 
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.folder_lock import locked
+from atomdiff.utils.folder_lock import lock_folder
 
 
 def hold(folder, entered):
-    with locked(folder):
+    with lock_folder(folder):
         entered.set()
         time.sleep(60)
 
@@ -32,16 +32,16 @@ def holder(tmp_path):
 
 def test_the_second_is_told_who_is_there(tmp_path, holder):
     with pytest.raises(UserError, match=rf"out: another run is writing there \(process {holder.pid} on .*since .*wait"):
-        with locked(tmp_path / "out"):
+        with lock_folder(tmp_path / "out"):
             raise AssertionError
-    with locked(tmp_path / "other"):
+    with lock_folder(tmp_path / "other"):
         pass
 
 
 def test_a_killed_process_holds_nothing(tmp_path, holder):
     os.kill(holder.pid, signal.SIGKILL)
     holder.join()
-    with locked(tmp_path / "out"):
+    with lock_folder(tmp_path / "out"):
         pass
     assert not list((tmp_path / "out").iterdir())
 
@@ -51,12 +51,12 @@ def test_threads_are_told_too_and_the_folder_may_vanish(tmp_path):
 
     def other():
         try:
-            with locked(tmp_path / "out"):
+            with lock_folder(tmp_path / "out"):
                 pass
         except UserError as error:
             problems.append(error)
 
-    with locked(tmp_path / "out"):
+    with lock_folder(tmp_path / "out"):
         thread = threading.Thread(target=other)
         thread.start()
         thread.join()
@@ -70,5 +70,5 @@ def test_threads_are_told_too_and_the_folder_may_vanish(tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_line(tmp_path):
     (tmp_path / "file").write_text("in the way")
     with pytest.raises(WriteError, match=r"file: cannot be written \(File exists\); name another folder"):
-        with locked(tmp_path / "file"):
+        with lock_folder(tmp_path / "file"):
             pass

@@ -1,7 +1,7 @@
 import io
 import sys
 
-from atomdiff.utils.progress import Bar
+from atomdiff.utils.progress import ProgressBar
 
 
 class Terminal(io.StringIO):
@@ -11,7 +11,7 @@ class Terminal(io.StringIO):
 
 def run(monkeypatch, stream, **options):
     monkeypatch.setattr(sys, "stderr", stream)
-    seen = list(Bar(range(3), "encoding images", unit="images", mininterval=0, **options))
+    seen = list(ProgressBar(range(3), "encoding images", unit="images", mininterval=0, **options))
     assert seen == [0, 1, 2]
     return stream.getvalue()
 
@@ -28,7 +28,7 @@ def test_other_processes_show_nothing(monkeypatch):
 
 def test_what_was_done_before_is_told(monkeypatch):
     monkeypatch.setattr(sys, "stderr", io.StringIO())
-    bar = Bar(total=8, desc="training", initial=4)
+    bar = ProgressBar(total=8, desc="training", initial=4)
     bar.update()
     bar.set_postfix(loss="0.5", refresh=False)
     bar.close()
