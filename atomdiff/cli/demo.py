@@ -119,7 +119,7 @@ def draw_answers(config: DemoConfig, run: Any, concept_path: Path, photos: list[
     from diffusers import StableDiffusionPipeline
 
     from atomdiff.evaluate.concept import Exam, sit, unseen_scenes
-    from atomdiff.training.noise import match_scheduler
+    from atomdiff.training.noise import set_training_scheduler
     from atomdiff.utils.precision import autocast, compute_device
 
     exam = Exam(
@@ -135,7 +135,7 @@ def draw_answers(config: DemoConfig, run: Any, concept_path: Path, photos: list[
     precise = autocast(device, run.mixed_precision)
     base = sit(exam, pipe, with_article(config.kind), "images by the base", precise)
     pipe.scheduler = own
-    match_scheduler(run, pipe)
+    set_training_scheduler(run, pipe)
     pipe = open_concept(pipe, concept_path).to(device)
     pipe.scheduler = quick_scheduler(pipe.scheduler)
     return exam, base, sit(exam, pipe, f"{run.trigger_word} {config.kind}", "images with the concept", precise)

@@ -16,12 +16,12 @@ from atomdiff.utils.tensor_cache import DiskCache
 _NOISE = 0.1  # of the standard deviation of a table's numbers
 
 
-class TextStates(NamedTuple):
+class PromptEmbeds(NamedTuple):
     """What a UNet is told of some prompts."""
 
-    states: Tensor
+    prompt_embeds: Tensor
     """The text encoder's last states (prompts, 77, hidden); in SDXL those before, of both encoders side by side."""
-    pooled: Tensor | None
+    pooled_prompt_embeds: Tensor | None
     """SDXL's second encoder's projection (prompts, projected) of its state at the end of the prompt."""
 
 
@@ -45,7 +45,7 @@ def tokenize(pipe: Any, encoder: str, prompts: Iterable[str]) -> Tensor:
     return ids
 
 
-def encode(encoders: Sequence[Any], ids: Sequence[Tensor]) -> TextStates:
+def encode_prompts(encoders: Sequence[Any], ids: Sequence[Tensor]) -> PromptEmbeds:
     """Encode prompts, given as token ids (prompts, 77) for each of a pipeline's text encoders.
 
     An encoder with a projection is taken for one of SDXL's, which uses the states before the last layer (Podell et al.,
@@ -53,21 +53,21 @@ def encode(encoders: Sequence[Any], ids: Sequence[Tensor]) -> TextStates:
     """
     if not isinstance(encoders[-1], CLIPTextModelWithProjection):
         (encoder,) = encoders
-        return TextStates(encoder(ids[0].to(encoder.device))[0], None)
+        return PromptEmbeds(encoder(ids[0].to(encoder.device))[0], None)
     outputs = [
         encoder(of_encoder.to(encoder.device), output_hidden_states=True)
         for encoder, of_encoder in zip(encoders, ids, strict=True)
     ]
-    return TextStates(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
+    return PromptEmbeds(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
 
 
-def encode_known(
+def precompute_prompt_embeds(
     encoders: Mapping[str, Any],
     ids: Mapping[str, Tensor],
     numbers: Iterable[int],
     cache: DiskCache | None = None,
     key: str = "",
-) -> dict[int, TextStates]:
+) -> dict[int, PromptEmbeds]:
     """Encode prompts that will not change, each by itself, so that its states do not depend on the others.
 
     Args:
@@ -86,16 +86,16 @@ def encode_known(
 
         def make(of_prompt: list[Tensor] = of_prompt) -> dict[str, Tensor]:
             with torch.no_grad():
-                found = encode(list(encoders.values()), of_prompt)
+                found = encode_prompts(list(encoders.values()), of_prompt)
             return {name: tensor[0].cpu() for name, tensor in found._asdict().items() if tensor is not None}
 
-        own_key = hash_values("states of a prompt", key, torch.cat(of_prompt).numpy().tobytes())
+        own_key = hash_values("prompt_embeds", key, torch.cat(of_prompt).numpy().tobytes())
         tensors = make() if cache is None else cache.get(own_key, make)
-        known[number] = TextStates(tensors["states"], tensors.get("pooled"))
+        known[number] = PromptEmbeds(tensors["prompt_embeds"], tensors.get("pooled_prompt_embeds"))
     return known
 
 
-def look_up(text_encoder: Any, tokens: Sequence[int], vectors: Tensor) -> RemovableHandle:
+def replace_token_embeddings(text_encoder: Any, tokens: Sequence[int], vectors: Tensor) -> RemovableHandle:
     """Make `vectors` (tokens, hidden) what the embedding table answers for these ids; the table does not change.
 
     Returns:
@@ -112,7 +112,7 @@ def look_up(text_encoder: Any, tokens: Sequence[int], vectors: Tensor) -> Remova
     return table.register_forward_hook(replace)
 
 
-def start_vectors(pipe: Any, encoder: str, words: str, count: int, seed: int) -> Tensor:
+def init_token_embeddings(pipe: Any, encoder: str, words: str, count: int, seed: int) -> Tensor:
     """Return the vectors (count, hidden) that a trigger word starts from, in float32.
 
     They are the embeddings of the tokens of `words` one by one, if there are as many; else all are their mean, and if

@@ -30,11 +30,11 @@ from atomdiff.pipelines.differences import layer_differences, without_adapters
 from atomdiff.pipelines.load import list_atoms, load_concept, pipeline_models, unload_atoms
 from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
 from atomdiff.pipelines.portable import save_portable
-from atomdiff.pipelines.scheduler import Objective, common_scheduler, describe, scheduler_for
+from atomdiff.pipelines.scheduler import ScheduleConfig, common_scheduler, describe_scheduler, pipeline_scheduler
 from atomdiff.pipelines.switch import set_weights
 from atomdiff.pipelines.token_names import group_words
 from atomdiff.pipelines.tokens import token_id, trigger_words
-from atomdiff.sampling.batching import Concept, given_concepts, objectives
+from atomdiff.sampling.batching import Concept, given_concepts, schedules
 from atomdiff.tuner import adapter_state
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.choices import PredictionType
@@ -97,7 +97,7 @@ class ExportConfig:
                 )
         if not self.concepts:
             raise UserError("found no concept; give --concepts")
-        Objective(self.prediction_type)  # refuses what it does not know
+        ScheduleConfig(self.prediction_type)  # refuses what it does not know
         for name in ("prediction_type", "rescale_betas_zero_snr"):
             if self.to != "pipeline" and getattr(self, name) is not None:
                 found = f"{name}={getattr(self, name)!r}: a file of {self.to} has no scheduler"
@@ -131,7 +131,7 @@ def export_concepts(config: ExportConfig) -> ExportReport:
         variant=config.variant,
         single_file_config=config.single_file_config,
     )
-    _set_scheduler(config, pipe, objectives(given))
+    _set_scheduler(config, pipe, schedules(given))
     strengths = {}
     for number, (concept, strength) in enumerate(given, start=1):
         name = f"concept{number}"
@@ -204,14 +204,14 @@ def _words_alone(concepts: list[Concept]) -> _Embeddings | None:
     return words
 
 
-def _set_scheduler(config: ExportConfig, pipe: Any, concepts: list[tuple[str, Objective]]) -> None:
+def _set_scheduler(config: ExportConfig, pipe: Any, concepts: list[tuple[str, ScheduleConfig]]) -> None:
     """Give the pipeline the scheduler that its concepts are drawn with, and print where that is not the base's."""
     base = pipe.scheduler
-    asked = Objective(config.prediction_type, config.rescale_betas_zero_snr)
+    asked = ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr)
     if config.to == "pipeline":
         advice = "export them by themselves, or choose for all with prediction_type and rescale_betas_zero_snr"
         found, how = common_scheduler(concepts, base, asked, advice), "so in the folder"
-        pipe.scheduler = scheduler_for(pipe, found)
+        pipe.scheduler = pipeline_scheduler(pipe, found)
     else:
         how = "choose the like where you draw with the file"
         try:
@@ -220,7 +220,7 @@ def _set_scheduler(config: ExportConfig, pipe: Any, concepts: list[tuple[str, Ob
             print(error)
             return
     if found is not base:
-        print(f"trained for {describe(pipe.scheduler)}, not the base's {describe(base)}: {how}")
+        print(f"trained for {describe_scheduler(pipe.scheduler)}, not the base's {describe_scheduler(base)}: {how}")
 
 
 def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:

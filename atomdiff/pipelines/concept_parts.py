@@ -15,7 +15,7 @@ from atomdiff.concepts.compatibility import check_base, may_leave_out
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
 from atomdiff.concepts.lora_file import is_lora_file, read_lora
 from atomdiff.concepts.peft_folder import Adapters, Tokens
-from atomdiff.pipelines.scheduler import Objective, trained_objective
+from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule
 from atomdiff.pipelines.tokens import fitting_tokens
 from atomdiff.tuner import attach
 from atomdiff.utils.errors import UserError
@@ -33,7 +33,7 @@ class ConceptParts:
     """Its trigger words."""
     left_out: list[str]
     """What is left out, for a message."""
-    objective: Objective | None
+    schedule: ScheduleConfig | None
     """What it was trained to predict, as far as that is known."""
 
 
@@ -54,13 +54,13 @@ def read_parts(
     """
     if isinstance(source, Path) and source.is_dir():
         adapters, tokens, left_out = peft_folder.read(source, models, denoiser)
-        return ConceptParts(None, adapters, tokens, left_out, trained_objective(source))
+        return ConceptParts(None, adapters, tokens, left_out, trained_schedule(source))
     if isinstance(source, Path) and is_lora_file(source):
         adapters, left_out = read_lora(source, models, allow_mismatch)
         return ConceptParts(None, adapters, {}, left_out, None)
     delta = source if isinstance(source, DeltaFile) else read_delta_file(source)
     delta, left_out, _ = check_base(delta, models, allow_mismatch, stacklevel + 1)
-    return ConceptParts(delta, {}, dict(delta.tokens), left_out, Objective.read(delta.training))
+    return ConceptParts(delta, {}, dict(delta.tokens), left_out, ScheduleConfig.read(delta.training))
 
 
 def take_fitting_tokens(parts: ConceptParts, pipe: Any, allow_mismatch: bool) -> None:

@@ -21,7 +21,13 @@ from atomdiff.concepts.modelspec import model_spec
 from atomdiff.pipelines import model_calls
 from atomdiff.pipelines.adapter_names import derived_name, given_name
 from atomdiff.pipelines.concept_parts import attach_parts, read_parts, take_fitting_tokens, warn_of_left_out
-from atomdiff.pipelines.scheduler import Objective, code_for, describe, fitting_scheduler, scheduler_for
+from atomdiff.pipelines.scheduler import (
+    ScheduleConfig,
+    describe_scheduler,
+    fitting_scheduler,
+    pipeline_scheduler,
+    scheduler_code,
+)
 from atomdiff.pipelines.token_names import group_words, words_of
 from atomdiff.pipelines.tokens import (
     TriggerWord,
@@ -175,7 +181,7 @@ def load_concept(
     left_over = _left_over(pipe, name)
     check_addable(pipe, list(parts.tokens), left_over)
     if warns_of_scheduler:
-        _warn_of_scheduler(pipe, name, parts.objective)
+        _warn_of_scheduler(pipe, name, parts.schedule)
     try:
         with attach.rollback_on_error(models.values(), name):
             attach_parts(parts, models, name, allow_base_mismatch)
@@ -395,21 +401,22 @@ def _concept(pipe: Any, name: str) -> LoadedConcept:
     )
 
 
-def _warn_of_scheduler(pipe: Any, name: str, objective: Objective | None) -> None:
+def _warn_of_scheduler(pipe: Any, name: str, schedule: ScheduleConfig | None) -> None:
     """Warn if the pipeline's scheduler does not draw what a concept was trained to predict."""
     scheduler = pipe.components.get("scheduler")
-    if scheduler is None or objective is None:
+    if scheduler is None or schedule is None:
         return
     try:
-        wanted = fitting_scheduler(objective, scheduler)
+        wanted = fitting_scheduler(schedule, scheduler)
     except UserError as error:
         warnings.warn(f"{name!r} was trained with another scheduler than this pipeline can have: {error}", stacklevel=4)
         return
     if wanted is not scheduler:
-        wanted = scheduler_for(pipe, wanted)
+        wanted = pipeline_scheduler(pipe, wanted)
         warnings.warn(
-            f"{name!r} was trained for {describe(wanted)}, but the pipeline has {describe(scheduler)}; run\n"
-            f"import diffusers; {code_for(wanted, scheduler)}",
+            f"{name!r} was trained for {describe_scheduler(wanted)}, but the pipeline has "
+            f"{describe_scheduler(scheduler)}; run\n"
+            f"import diffusers; {scheduler_code(wanted, scheduler)}",
             stacklevel=4,
         )
 

@@ -14,7 +14,7 @@ from atomdiff.utils.errors import UserError
 
 
 @dataclass(frozen=True)
-class Objective:
+class ScheduleConfig:
     """What a run sets of what is predicted, and from which noise; None: as the base's scheduler says."""
 
     prediction_type: PredictionType | None = None
@@ -30,7 +30,7 @@ class Objective:
             raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
 
     @classmethod
-    def read(cls, training: Mapping[str, Any]) -> Objective:
+    def read(cls, training: Mapping[str, Any]) -> ScheduleConfig:
         """Return what the facts of a run in a concept file say; values that cannot be are left out."""
         found = training.get("config")
         config: dict[str, Any] = found if isinstance(found, dict) else {}
@@ -42,22 +42,22 @@ class Objective:
             float(shift) if type(shift) in (int, float) and FLOW_SHIFTS[0] <= shift <= FLOW_SHIFTS[1] else None,
         )
 
-    def changed(self, asked: Objective) -> Objective:
+    def changed(self, asked: ScheduleConfig) -> ScheduleConfig:
         """Return this with the prediction type and zero terminal SNR asked for, where they are.
 
         Of its own values, those go that another prediction type has no use for: the shift, or zero terminal SNR.
         """
         predicts, zero_snr = asked.prediction_type, asked.rescale_betas_zero_snr
         flow = predicts == "flow"
-        return Objective(
+        return ScheduleConfig(
             predicts or self.prediction_type,
             zero_snr if zero_snr is not None or flow else self.rescale_betas_zero_snr,
             self.flow_shift if predicts is None or flow else None,
         )
 
 
-def trained_objective(path: Path) -> Objective | None:
-    """Return the objective of a concept: of its file, or of a directory written by PEFT; only headers are read.
+def trained_schedule(path: Path) -> ScheduleConfig | None:
+    """Return the schedule of a concept: of its file, or of a directory written by PEFT; only headers are read.
 
     None: nothing is known of its training.
     """
@@ -66,28 +66,31 @@ def trained_objective(path: Path) -> Objective | None:
 
     try:
         with safe_open(path / SAFETENSORS_WEIGHTS_NAME if path.is_dir() else path, framework="pt") as file:
-            return Objective.read(parse_json((file.metadata() or {})["training"]))
+            return ScheduleConfig.read(parse_json((file.metadata() or {})["training"]))
     except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
         return None
 
 
-def fitting_scheduler(objective: Objective, scheduler: Any) -> Any:
+def fitting_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     """Return the scheduler itself if it draws as trained, else one in its place that does.
 
     Raises:
         UserError: As `matching_scheduler`.
     """
-    found = scheduler if objective == Objective() else matching_scheduler(objective, scheduler)
-    return scheduler if settings_of(found) == settings_of(scheduler) else found
+    found = scheduler if schedule == ScheduleConfig() else matching_scheduler(schedule, scheduler)
+    return scheduler if schedule_settings(found) == schedule_settings(scheduler) else found
 
 
 def common_scheduler(
-    concepts: Iterable[tuple[str, Objective]], scheduler: Any, asked: Objective = Objective(), advice: str = ""
+    concepts: Iterable[tuple[str, ScheduleConfig]],
+    scheduler: Any,
+    asked: ScheduleConfig = ScheduleConfig(),
+    advice: str = "",
 ) -> Any:
     """Return the base's scheduler if it draws all of some concepts as trained, else one in its place that does.
 
     Args:
-        concepts: their names and objectives.
+        concepts: their names and schedules.
         scheduler: the base's.
         asked: what is set for all in place of their own.
         advice: what to do where they need different ones.
@@ -96,19 +99,19 @@ def common_scheduler(
         UserError: they need different ones, or the base can have none for one of them.
     """
     wanted = []
-    for name, objective in concepts:
+    for name, schedule in concepts:
         try:
-            wanted.append((name, fitting_scheduler(objective.changed(asked), scheduler)))
+            wanted.append((name, fitting_scheduler(schedule.changed(asked), scheduler)))
         except UserError as error:
             raise UserError(f"no scheduler draws the concept {name!r}: {error}") from error
     found = wanted[0][1] if wanted else fitting_scheduler(asked, scheduler)
-    if any(settings_of(other) != settings_of(found) for _, other in wanted):
-        needs = ", ".join(f"{name!r} for {describe(other)}" for name, other in wanted)
+    if any(schedule_settings(other) != schedule_settings(found) for _, other in wanted):
+        needs = ", ".join(f"{name!r} for {describe_scheduler(other)}" for name, other in wanted)
         raise UserError(f"these concepts need different schedulers: {needs}; {advice}")
     return found
 
 
-def settings_of(scheduler: Any) -> dict[str, Any]:
+def schedule_settings(scheduler: Any) -> dict[str, Any]:
     """Return what a scheduler says of what is predicted, by the names that a run has for it."""
     config, predicts = scheduler.config, prediction_type(scheduler)
     if predicts == "flow":
@@ -116,13 +119,13 @@ def settings_of(scheduler: Any) -> dict[str, Any]:
     return {"prediction_type": predicts, "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr"))}
 
 
-def describe(scheduler: Any) -> str:
-    """Return a scheduler's class and `settings_of` it, for people to read."""
-    settings = ", ".join(f"{key}={value}" for key, value in settings_of(scheduler).items())
+def describe_scheduler(scheduler: Any) -> str:
+    """Return a scheduler's class and `schedule_settings` it, for people to read."""
+    settings = ", ".join(f"{key}={value}" for key, value in schedule_settings(scheduler).items())
     return f"a {type(scheduler).__name__} with {settings}"
 
 
-def scheduler_for(pipe: Any, scheduler: Any) -> Any:
+def pipeline_scheduler(pipe: Any, scheduler: Any) -> Any:
     """Return the scheduler, or what a diffusers pipeline with a UNet can draw with in place of a flow scheduler.
 
     Its first-order steps are Euler's, too. Its noise levels are spaced evenly down to zero (before the shift), where
@@ -139,7 +142,7 @@ def scheduler_for(pipe: Any, scheduler: Any) -> Any:
     return DPMSolverMultistepScheduler(num_train_timesteps=steps, solver_order=1, **flow, **unused)
 
 
-def code_for(wanted: Any, scheduler: Any) -> str:
+def scheduler_code(wanted: Any, scheduler: Any) -> str:
     """Return the Python that gives a pipeline, `pipe`, with this scheduler the wanted one, from `fitting_scheduler`."""
     kind, flow = type(wanted), prediction_type(wanted) == "flow"
     plain = (kind() if flow else kind.from_config(scheduler.config)).config
@@ -148,7 +151,7 @@ def code_for(wanted: Any, scheduler: Any) -> str:
     return f"pipe.scheduler = diffusers.{start}{', '.join(changes)})"
 
 
-def matching_scheduler(objective: Objective, scheduler: Any) -> Any:
+def matching_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     """Return the base's scheduler where it does as the run wants, else a DDIM or flow scheduler that does.
 
     Zero terminal SNR, and that pictures are then drawn from the last timestep on ("trailing"): Lin et al., "Common
@@ -160,21 +163,21 @@ def matching_scheduler(objective: Objective, scheduler: Any) -> Any:
     from diffusers import DDIMScheduler
 
     kind, said, base = type(scheduler).__name__, prediction_type(scheduler), scheduler.config
-    predicts = objective.prediction_type or said
+    predicts = schedule.prediction_type or said
     if predicts not in get_args(PredictionType):
         known = ", ".join(get_args(PredictionType))
         raise UserError(f"the base's {kind} says prediction_type={said!r}; choose one with prediction_type: {known}")
     if predicts == "flow":
-        return _flow_scheduler(objective, scheduler)
-    if objective.flow_shift is not None:
-        found = f"flow_shift={objective.flow_shift}: the base predicts {predicts}"
+        return _flow_scheduler(schedule, scheduler)
+    if schedule.flow_shift is not None:
+        found = f"flow_shift={schedule.flow_shift}: the base predicts {predicts}"
         raise UserError(f"{found}; expected prediction_type flow")
     if said == "flow" or not hasattr(scheduler, "alphas_cumprod"):
         found = f"the base's {kind} has no noise schedule of diffusion (alphas_cumprod)"
         advice = "take a base with a DDIMScheduler, or prediction_type flow"
         raise UserError(f"prediction_type={predicts!r}: {found}; {advice}")
     said_zero = bool(base.get("rescale_betas_zero_snr"))
-    zero_snr = said_zero if objective.rescale_betas_zero_snr is None else objective.rescale_betas_zero_snr
+    zero_snr = said_zero if schedule.rescale_betas_zero_snr is None else schedule.rescale_betas_zero_snr
     if zero_snr and predicts == "epsilon":
         found = "at zero terminal SNR the base's epsilon says nothing of the picture"
         raise UserError(f"rescale_betas_zero_snr=True: {found}; set it to false, or prediction_type to v_prediction")
@@ -185,13 +188,13 @@ def matching_scheduler(objective: Objective, scheduler: Any) -> Any:
     return DDIMScheduler.from_config(base, **changes, **({"timestep_spacing": spacing} if spacing else {}))
 
 
-def _flow_scheduler(objective: Objective, scheduler: Any) -> Any:
+def _flow_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
     base = scheduler.config
-    if objective.rescale_betas_zero_snr:
+    if schedule.rescale_betas_zero_snr:
         raise UserError("rescale_betas_zero_snr=True: expected no value, as flow ends in pure noise anyway")
-    shift = settings_of(scheduler).get("flow_shift", 1.0) if objective.flow_shift is None else objective.flow_shift
+    shift = schedule_settings(scheduler).get("flow_shift", 1.0) if schedule.flow_shift is None else schedule.flow_shift
     same = isinstance(scheduler, FlowMatchEulerDiscreteScheduler) and not base.use_dynamic_shifting
     if not same or base.shift != shift:
         steps = base.get("num_train_timesteps", 1000)

@@ -21,7 +21,7 @@ from atomdiff.concepts.peft_folder import LEARNED_EMBEDS_NAME
 from atomdiff.pipelines.adapter_weight import Strength, given_strengths
 from atomdiff.pipelines.load import renamed_tokens
 from atomdiff.pipelines.prompt_syntax import describe_strength, has_word, replace_words, split_tags
-from atomdiff.pipelines.scheduler import Objective, trained_objective
+from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule
 from atomdiff.pipelines.token_names import group_words
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
@@ -54,14 +54,14 @@ class Concept:
         return hash_file(self.path)
 
     @cached_property
-    def objective(self) -> Objective | None:
+    def schedule(self) -> ScheduleConfig | None:
         """What it was trained to predict; None: nothing is known."""
-        return trained_objective(self.path)
+        return trained_schedule(self.path)
 
 
-def objectives(concepts: Iterable[tuple[Concept, Strength]]) -> list[tuple[str, Objective]]:
-    """The names and objectives of the concepts that have a strength, and of which they are known."""
-    return [(c.name, c.objective) for c, strength in concepts if strength.weight and c.objective is not None]
+def schedules(concepts: Iterable[tuple[Concept, Strength]]) -> list[tuple[str, ScheduleConfig]]:
+    """The names and schedules of the concepts that have a strength, and of which they are known."""
+    return [(c.name, c.schedule) for c, strength in concepts if strength.weight and c.schedule is not None]
 
 
 @dataclass(frozen=True, eq=False)

@@ -14,7 +14,13 @@ from atomdiff.concepts.concept_file import some
 from atomdiff.pipelines.adapter_weight import given_strengths
 from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
 from atomdiff.pipelines.prompt_syntax import split_tags
-from atomdiff.pipelines.scheduler import Objective, common_scheduler, describe, fitting_scheduler, settings_of
+from atomdiff.pipelines.scheduler import (
+    ScheduleConfig,
+    common_scheduler,
+    describe_scheduler,
+    fitting_scheduler,
+    schedule_settings,
+)
 from atomdiff.sampling.checked_images import checked_images
 from atomdiff.sampling.output_files import PictureFile, write_overview
 from atomdiff.utils.choices import PredictionType
@@ -110,7 +116,7 @@ class SampleConfig:
             raise UserError(
                 f"negative_prompt={self.negative_prompt!r}: only prompts can wear concepts; take the tag out"
             )
-        Objective(self.prediction_type)  # refuses what it does not know
+        ScheduleConfig(self.prediction_type)  # refuses what it does not know
         for name, (least, most) in _RANGES.items():
             value = getattr(self, name)
             if value is not None and not least <= value <= most:
@@ -367,44 +373,44 @@ def _schedulers(config: SampleConfig, pipe: Any, lines: "Sequence[Line]") -> "di
     Raises:
         UserError: the base can have no such scheduler, or concepts of one prompt need different ones.
     """
-    from atomdiff.sampling.batching import objectives
+    from atomdiff.sampling.batching import schedules
 
-    asked = Objective(config.prediction_type, config.rescale_betas_zero_snr)
+    asked = ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr)
     advice = "draw them by themselves, or choose for all with prediction_type and rescale_betas_zero_snr"
-    made, chosen = {str(settings_of(pipe.scheduler)): pipe.scheduler}, {}
+    made, chosen = {str(schedule_settings(pipe.scheduler)): pipe.scheduler}, {}
     for line in lines:
         try:
-            wanted = common_scheduler(objectives(line.concepts), pipe.scheduler, asked, advice)
+            wanted = common_scheduler(schedules(line.concepts), pipe.scheduler, asked, advice)
         except UserError as error:
             raise UserError(f"the prompt {line.prompt!r}: {error}") from error
-        chosen[line] = made.setdefault(str(settings_of(wanted)), wanted)
+        chosen[line] = made.setdefault(str(schedule_settings(wanted)), wanted)
     return chosen
 
 
 def _tell_schedulers(base: Any, schedulers: "dict[Line, Any]") -> None:
     """Print which concepts are drawn by another scheduler than the base's, or than was right for their training."""
-    from atomdiff.sampling.batching import objectives
+    from atomdiff.sampling.batching import schedules
 
     told: dict[str, list[str]] = {}
     for line, scheduler in schedulers.items():
-        worn: list[tuple[str, Objective | None]] = [*objectives(line.concepts)] or [("the base", None)]
-        for name, objective in worn:
-            facts = [f"drawn by {describe(scheduler)}"]
-            facts += [] if scheduler is base else [f"the base has {describe(base)}"]
-            facts += [] if objective is None else _trained_for(objective, base, scheduler)
+        worn: list[tuple[str, ScheduleConfig | None]] = [*schedules(line.concepts)] or [("the base", None)]
+        for name, schedule in worn:
+            facts = [f"drawn by {describe_scheduler(scheduler)}"]
+            facts += [] if scheduler is base else [f"the base has {describe_scheduler(base)}"]
+            facts += [] if schedule is None else _trained_for(schedule, base, scheduler)
             if len(facts) > 1:
                 told.setdefault("; ".join(facts), []).append(name)
     for said, names in told.items():
         print(f"{some(list(dict.fromkeys(names)))}: {said}")
 
 
-def _trained_for(objective: Objective, base: Any, scheduler: Any) -> list[str]:
+def _trained_for(schedule: ScheduleConfig, base: Any, scheduler: Any) -> list[str]:
     """What to say where a concept is not drawn as it was trained."""
     try:
-        own = fitting_scheduler(objective, base)
+        own = fitting_scheduler(schedule, base)
     except UserError as error:
         return [f"trained with one that the base cannot have ({error})"]
-    return [] if settings_of(own) == settings_of(scheduler) else [f"trained for {describe(own)}"]
+    return [] if schedule_settings(own) == schedule_settings(scheduler) else [f"trained for {describe_scheduler(own)}"]
 
 
 def _draw(

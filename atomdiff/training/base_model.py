@@ -78,7 +78,7 @@ def _load_vae(name: str, single_file_config: str | None) -> AutoencoderKL:
         raise UserError(f"pretrained_vae_model_name_or_path={name!r}: {found}") from error
 
 
-def place(pipe: BasePipeline, accelerator: Accelerator, *names: str, trained_whole: bool = False) -> None:
+def move_to_device(pipe: BasePipeline, accelerator: Accelerator, *names: str, trained_whole: bool = False) -> None:
     """Move parts of the pipeline, all unless they are named, to the run's device.
 
     The UNet gets the run's precision, unless it is trained as a whole. All else stays in float32: the VAE of SDXL
@@ -92,7 +92,7 @@ def place(pipe: BasePipeline, accelerator: Accelerator, *names: str, trained_who
 
 
 @contextmanager
-def whole(config: TrainConfig, pipe: BasePipeline) -> Iterator[None]:
+def all_parts_loaded(config: TrainConfig, pipe: BasePipeline) -> Iterator[None]:
     """Make a `with` block in which the parts of the pipeline that were let go are back."""
     gone = [name for name in _LET_GO if pipe.components.get(name, pipe) is None]
     if gone:
@@ -111,20 +111,20 @@ def training_resolution(config: TrainConfig, pipe: BasePipeline) -> int:
     Raises:
         UserError: The VAE and the UNet cannot halve it as often as they do.
     """
-    unit = size_unit(pipe)
+    unit = size_multiple(pipe)
     side = config.resolution or int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
     if side % unit:
         raise UserError(f"resolution={side}: this base needs a multiple of {unit}")
     return side
 
 
-def size_unit(pipe: BasePipeline) -> int:
+def size_multiple(pipe: BasePipeline) -> int:
     """Return what the sides of pictures must be multiples of, in pixels: the VAE and the UNet halve them that often."""
     unit: int = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
     return unit
 
 
-def draw_pictures(
+def generate_images(
     config: TrainConfig, pipe: BasePipeline, prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[Picture]:
     """Draw one picture a prompt, each from its own seed, as large as those trained on."""

@@ -28,7 +28,13 @@ from atomdiff.data.masks import read_masks
 from atomdiff.pipelines.token_names import words_of
 from atomdiff.pipelines.tokens import check_addable
 from atomdiff.training.base_keys import base_keys
-from atomdiff.training.base_model import BasePipeline, draw_pictures, place, size_unit, training_resolution
+from atomdiff.training.base_model import (
+    BasePipeline,
+    generate_images,
+    move_to_device,
+    size_multiple,
+    training_resolution,
+)
 from atomdiff.training.config import Subject, TrainConfig
 from atomdiff.training.fingerprint import Row, image_key, text_key
 from atomdiff.training.preflight import check_named
@@ -167,7 +173,7 @@ def prepare_material(
             prompt names the trigger word whose vector is to be trained.
     """
     side = training_resolution(config, pipe)
-    sizes = bucket_sizes(config.aspect_ratio_buckets, side, size_unit(pipe))
+    sizes = bucket_sizes(config.aspect_ratio_buckets, side, size_multiple(pipe))
     of_subjects = {subject.instance_data_dir: read_subject(config, subject, sizes) for subject in config.subjects}
     photos = [source for sources in of_subjects.values() for source in sources]
     if config.masked_loss and not any(photo.masked for photo in photos):
@@ -194,7 +200,7 @@ def prepare_material(
     texts = [prompt for source in [*photos, *of_class] for prompt in source.prompts]
     texts += [""] if config.caption_dropout else []
     prompts = {text: number for number, text in enumerate(dict.fromkeys(texts))}
-    place(pipe, accelerator, "vae")
+    move_to_device(pipe, accelerator, "vae")
     cache = DiskCache(config.cache_folder)
     encoder = Encoder(pipe.vae, config.sample_batch_size, cache, config.unmasked_weight if config.masked_loss else None)
 
@@ -226,7 +232,7 @@ def prepare_material(
         ),
     )
     pipe.vae = None
-    place(pipe, accelerator, trained_whole=whole)
+    move_to_device(pipe, accelerator, trained_whole=whole)
     return material
 
 
@@ -343,9 +349,9 @@ def draw_class_pictures(
     }
 
     def draw(numbers: list[int]) -> list[Picture]:
-        place(pipe, accelerator, trained_whole=whole)
+        move_to_device(pipe, accelerator, trained_whole=whole)
         seeds = [derive_seed(0, "class picture", number) for number in numbers]
-        return draw_pictures(config, pipe, [prompt] * len(numbers), seeds)
+        return generate_images(config, pipe, [prompt] * len(numbers), seeds)
 
     share = (accelerator.process_index, accelerator.num_processes)
     with accelerator.autocast():

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 from atomdiff.data.images import derive_seed
 from atomdiff.pipelines.tokens import set_trigger_embedding
-from atomdiff.training.base_model import BasePipeline, draw_pictures, load_base, whole
+from atomdiff.training.base_model import BasePipeline, all_parts_loaded, generate_images, load_base
 from atomdiff.training.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.dataset import Material, prepare_material
@@ -30,8 +30,8 @@ from atomdiff.training.ema import averaged
 from atomdiff.training.fingerprint import differences
 from atomdiff.training.launch import frozen_dtype, start_accelerator, start_trackers
 from atomdiff.training.method import check_place, place_for, read_text_adapter, save_trained
-from atomdiff.training.model import Concept, build_concept
-from atomdiff.training.noise import NoiseProcess, match_scheduler, noise_process
+from atomdiff.training.model import TrainingModel, build_training_model
+from atomdiff.training.noise import ForwardDiffusion, forward_diffusion, set_training_scheduler
 from atomdiff.training.objective import prior_preservation_loss, sample_losses
 from atomdiff.training.optimizers import build_optimizer, current_rate, load_optimizer
 from atomdiff.training.preflight import look_first
@@ -60,7 +60,7 @@ class Run:
     pipe: BasePipeline
     """The base, with what is trained in it."""
     material: Material
-    concept: Concept
+    concept: TrainingModel
     model: nn.Module
     """The concept as accelerate wrapped it."""
     trained: dict[str, nn.Parameter]
@@ -68,7 +68,7 @@ class Run:
     optimizer: torch.optim.Optimizer
     rate_factor: Callable[[int], float]
     """Steps done -> factor on the learning rates."""
-    noising: NoiseProcess
+    diffusion: ForwardDiffusion
     moving_average: EMAModel | None
     """Of the trained parameters, if it is asked for."""
     started: float = field(default_factory=time.time)
@@ -172,19 +172,19 @@ def build_run(
     if accelerator.is_main_process:
         log(f"loading the base {config.pretrained_model_name_or_path}")
     pipe = load_base(config)
-    match_scheduler(config, pipe)
+    set_training_scheduler(config, pipe)
     material = prepare_material(config, pipe, accelerator, adapter is None)
     dtype = frozen_dtype(accelerator)
     cache = DiskCache(config.cache_folder)
     if accelerator.is_main_process:
         log("adding what is trained to the base")
-    concept = build_concept(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)
+    concept = build_training_model(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)
     optimizer, rate_factor = build_optimizer(config, concept, accelerator.num_processes)
     model, optimizer = accelerator.prepare(concept, optimizer)
-    trained = concept.trained()
+    trained = concept.trained_parameters()
     average = EMAModel(trained.values(), decay=config.ema_decay) if config.use_ema else None
-    noising = noise_process(config, pipe)
-    return Run(config, accelerator, pipe, material, concept, model, trained, optimizer, rate_factor, noising, average)
+    diffusion = forward_diffusion(config, pipe)
+    return Run(config, accelerator, pipe, material, concept, model, trained, optimizer, rate_factor, diffusion, average)
 
 
 def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -> float:
@@ -248,7 +248,7 @@ def train_step(run: Run, step: int) -> float:
         UserError: The loss or a gradient is not finite; the parameters have not moved.
     """
     if step > run.config.token_steps:
-        run.concept.stop_words()
+        run.concept.freeze_token_embeddings()
     for _ in range(_FP16_TRIES):
         loss, norm = try_step(run, step)
         if math.isfinite(norm):
@@ -275,7 +275,7 @@ def try_step(run: Run, step: int) -> tuple[float, float]:
             refuse_unless_finite(run, step, "loss", losses[-1])
             accelerator.backward(loss)
             if accelerator.sync_gradients:
-                run.concept.drop_gradients()
+                run.concept.clear_frozen_gradients()
                 norm = float(accelerator.clip_grad_norm_(run.trained.values(), config.max_grad_norm or math.inf))
                 if accelerator.scaler is None:  # which would leave the parameters as they are
                     refuse_unless_finite(run, step, "gradient's norm", norm)
@@ -295,7 +295,7 @@ def batch_loss(run: Run, number: int) -> Tensor:
     position = number * accelerator.num_processes + accelerator.process_index
     generator = torch.manual_seed(derive_seed(config.seed, "batch", position, 0))
     samples = run.material.draw(position, config.train_batch_size, config.seed, generator)
-    noised = run.noising.draw(samples.latents, generator)
+    noised = run.diffusion.sample(samples.latents, generator)
     device = accelerator.device
     prediction = run.model(
         noised.latents.to(device), noised.timesteps.to(device), samples.prompts, samples.time_ids.to(device)
@@ -391,8 +391,8 @@ def validate(run: Run, step: int) -> None:
             model.eval()
         try:
             with averaged(run.trained.values(), run.optimizer, run.moving_average):
-                with whole(config, pipe), accelerator.autocast():
-                    pictures = draw_pictures(config, pipe, prompts, seeds)
+                with all_parts_loaded(config, pipe), accelerator.autocast():
+                    pictures = generate_images(config, pipe, prompts, seeds)
         except UserError as error:
             warnings.warn(f"step {step}: no row of the contact sheet: {error}", stacklevel=1)
             drop_rows(Path(config.output_dir), step)  # or those of an earlier run would pass for it
@@ -428,7 +428,7 @@ def save_concept(
         WriteError: It cannot be written there; if it can be in the folder for temporary files, the message says where.
     """
     config, pipe = run.config, run.pipe
-    for word, vectors in run.concept.word_vectors().items():
+    for word, vectors in run.concept.learned_embeddings().items():
         set_trigger_embedding(pipe, word, vectors)
     facts = {
         "config": recorded,
@@ -439,5 +439,5 @@ def save_concept(
     }
     about = {"trigger_phrase": trigger_phrase(config), "training": facts}
     about["base_model"] = config.pretrained_model_name_or_path
-    with whole(config, pipe):
+    with all_parts_loaded(config, pipe):
         write_result(place, lambda path: save_trained(pipe, adapter, path, **about))

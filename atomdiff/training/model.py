@@ -10,11 +10,11 @@ from torch import Tensor, nn
 
 from atomdiff.data.images import derive_seed
 from atomdiff.data.prompt_embeds import (
-    TextStates,
-    encode,
-    encode_known,
-    look_up,
-    start_vectors,
+    PromptEmbeds,
+    encode_prompts,
+    init_token_embeddings,
+    precompute_prompt_embeds,
+    replace_token_embeddings,
     text_encoders,
     tokenize,
 )
@@ -30,36 +30,36 @@ from atomdiff.utils.tensor_cache import DiskCache
 ParameterGroup = Literal["adapter", "text_encoder", "token"]
 
 
-class Concept(nn.Module):
-    """A UNet that gets its prompts as numbers: the states of most are known, only the others are encoded in each step.
+class TrainingModel(nn.Module):
+    """A denoiser that takes the numbers of prompts: most are precomputed, the others are encoded in each step.
 
     Args:
-        unet: The denoiser, with its adapter.
-        known: What the UNet is told of a prompt, (77, hidden) and (projected,), by the prompt's number.
-        encoders: Encode the prompts whose states change, by name; none if there are no such prompts.
-        ids: The token ids (prompts, 77) of all prompts for each of the encoders.
-        vectors: What trigger words are trained: the word, then its vector (hidden,) for each of the encoders, looked up
-            there already: (words, hidden) by encoder.
-        words: The words of the rows of `vectors`.
+        denoiser: With its adapter.
+        prompt_embeds: Precomputed conditioning, (77, hidden) and (projected,), by the prompt's number.
+        text_encoders: Encode the prompts whose embeddings change, by name; none if there are no such prompts.
+        token_ids: Of all prompts (prompts, 77) for each of the text encoders.
+        token_embeddings: Trained embeddings of the placeholder tokens (tokens, hidden) by text encoder, which already
+            replace those of its table.
+        placeholder_tokens: The tokens of the rows of `token_embeddings`.
     """
 
     def __init__(
         self,
-        unet: UNet2DConditionModel,
-        known: Mapping[int, TextStates],
-        encoders: Mapping[str, nn.Module] | None = None,
-        ids: Mapping[str, Tensor] | None = None,
-        vectors: Mapping[str, nn.Parameter] | None = None,
-        words: Sequence[str] = (),
+        denoiser: UNet2DConditionModel,
+        prompt_embeds: Mapping[int, PromptEmbeds],
+        text_encoders: Mapping[str, nn.Module] | None = None,
+        token_ids: Mapping[str, Tensor] | None = None,
+        token_embeddings: Mapping[str, nn.Parameter] | None = None,
+        placeholder_tokens: Sequence[str] = (),
     ) -> None:
         super().__init__()
-        self.unet = unet
-        self.encoders = nn.ModuleDict(encoders or {})
-        self.vectors = nn.ParameterDict(vectors or {})
-        self.words = tuple(words)
-        self.known = dict(known)
-        self.ids = dict(ids or {})
-        self.words_stopped = False
+        self.denoiser = denoiser
+        self.text_encoders = nn.ModuleDict(text_encoders or {})
+        self.token_embeddings = nn.ParameterDict(token_embeddings or {})
+        self.placeholder_tokens = tuple(placeholder_tokens)
+        self.prompt_embeds = dict(prompt_embeds)
+        self.token_ids = dict(token_ids or {})
+        self.embeddings_frozen = False
 
     def forward(
         self, latents: Tensor, timesteps: Tensor, prompts: Sequence[int], time_ids: Tensor | None = None
@@ -73,71 +73,73 @@ class Concept(nn.Module):
             time_ids: What SDXL is told of each picture (batch, 6): original height and width, crop top and left, target
                 height and width, in pixels. Other UNets do not look at it.
         """
-        text = self.text_states(prompts)
-        added = None if text.pooled is None else {"text_embeds": text.pooled, "time_ids": time_ids}
-        prediction: Tensor = self.unet(latents, timesteps, text.states, added_cond_kwargs=added, return_dict=False)[0]
+        text = self.encode_prompts(prompts)
+        pooled = text.pooled_prompt_embeds
+        added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
+        conditions = {"encoder_hidden_states": text.prompt_embeds, "added_cond_kwargs": added}
+        prediction: Tensor = self.denoiser(latents, timesteps, **conditions, return_dict=False)[0]
         return prediction
 
     # Else torch.compile would begin anew with every other choice of prompts.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
-    def text_states(self, prompts: Sequence[int]) -> TextStates:
-        """Return what the UNet is told of the prompts of these numbers, in float32; each is encoded once at most."""
-        found = dict(self.known)
-        changing = sorted(set(prompts) - found.keys())
-        if changing:
-            encoded = encode([*self.encoders.values()], [self.ids[name][changing] for name in self.encoders])
-            pooled: Iterable[Tensor | None] = [None] * len(changing) if encoded.pooled is None else encoded.pooled
-            found.update(zip(changing, map(TextStates, encoded.states, pooled), strict=True))
-        device = self.unet.device
-        states = torch.stack([found[prompt].states.to(device) for prompt in prompts]).float()
-        for parameter in [*self.encoders.parameters(), *self.vectors.values()]:
+    def encode_prompts(self, prompts: Sequence[int]) -> PromptEmbeds:
+        """Return the conditioning on the prompts of these numbers, in float32; each is encoded once at most."""
+        found = dict(self.prompt_embeds)
+        if changing := sorted(set(prompts) - found.keys()):
+            ids = [self.token_ids[name][changing] for name in self.text_encoders]
+            encoded, pooled = encode_prompts([*self.text_encoders.values()], ids)
+            each_pooled: Iterable[Tensor | None] = [None] * len(changing) if pooled is None else pooled
+            found.update(zip(changing, map(PromptEmbeds, encoded, each_pooled), strict=True))
+        device = self.denoiser.device
+        states = torch.stack([found[prompt].prompt_embeds.to(device) for prompt in prompts]).float()
+        for parameter in [*self.text_encoders.parameters(), *self.token_embeddings.values()]:
             if parameter.requires_grad:  # several processes need every parameter to have a gradient
                 states = states + 0 * parameter.sum()
-        parts = [part.to(device) for prompt in prompts if (part := found[prompt].pooled) is not None]
-        return TextStates(states, torch.stack(parts).float() if parts else None)
+        parts = [part.to(device) for prompt in prompts if (part := found[prompt].pooled_prompt_embeds) is not None]
+        return PromptEmbeds(states, torch.stack(parts).float() if parts else None)
 
-    def trained(self) -> dict[str, nn.Parameter]:
+    def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
 
     def parameter_groups(self) -> dict[ParameterGroup, list[nn.Parameter]]:
         """Return the parameters that are trained, by what they have their own learning rate for; no group is empty."""
         parts: dict[ParameterGroup, nn.Module] = {
-            "adapter": self.unet,
-            "text_encoder": self.encoders,
-            "token": self.vectors,
+            "adapter": self.denoiser,
+            "text_encoder": self.text_encoders,
+            "token": self.token_embeddings,
         }
         groups = {name: [each for each in part.parameters() if each.requires_grad] for name, part in parts.items()}
         return {name: parameters for name, parameters in groups.items() if parameters}
 
-    def word_vectors(self) -> dict[str, dict[str, Tensor]]:
+    def learned_embeddings(self) -> dict[str, dict[str, Tensor]]:
         """Return the trained words' vectors (hidden,): word -> text encoder -> vector."""
         return {
-            word: {encoder: vectors[row].detach() for encoder, vectors in self.vectors.items()}
-            for row, word in enumerate(self.words)
+            word: {encoder: vectors[row].detach() for encoder, vectors in self.token_embeddings.items()}
+            for row, word in enumerate(self.placeholder_tokens)
         }
 
-    def stop_words(self) -> None:
+    def freeze_token_embeddings(self) -> None:
         """Leave the trigger words' vectors as they are from now on; unless the encoders train, all prompts are known.
 
-        The vectors go on to have gradients, which `drop_gradients` takes away before an optimizer sees them.
+        The vectors go on to have gradients, which `clear_frozen_gradients` takes away before an optimizer sees them.
         """
-        if self.words_stopped:
+        if self.embeddings_frozen:
             return
-        self.words_stopped = True
-        if "text_encoder" not in self.parameter_groups() and self.vectors:
-            count = len(next(iter(self.ids.values())))
-            missing = [number for number in range(count) if number not in self.known]
-            self.known |= encode_known(dict(self.encoders.items()), self.ids, missing)
+        self.embeddings_frozen = True
+        if "text_encoder" not in self.parameter_groups() and self.token_embeddings:
+            count = len(next(iter(self.token_ids.values())))
+            missing = [number for number in range(count) if number not in self.prompt_embeds]
+            self.prompt_embeds |= precompute_prompt_embeds(dict(self.text_encoders.items()), self.token_ids, missing)
 
-    def drop_gradients(self) -> None:
+    def clear_frozen_gradients(self) -> None:
         """Take away the gradients of what does not learn any more: no optimizer moves a parameter without one."""
-        if self.words_stopped:
-            for parameter in self.vectors.values():
+        if self.embeddings_frozen:
+            for parameter in self.token_embeddings.values():
                 parameter.grad = None
 
 
-def build_concept(
+def build_training_model(
     config: TrainConfig,
     pipe: Any,
     adapter: PeftConfig | None,
@@ -145,7 +147,7 @@ def build_concept(
     dtype: torch.dtype,
     text_adapter: PeftConfig | None = None,
     cache: DiskCache | None = None,
-) -> Concept:
+) -> TrainingModel:
     """Add adapters to the models and trigger words to the tokenizers; text encoders go unless they are needed.
 
     Args:
@@ -165,7 +167,7 @@ def build_concept(
     save_memory(config, pipe.unet, dtype)
 
     encoders = text_encoders(pipe)
-    words, vectors = start_words(config, pipe) if config.train_token else ([], {})
+    words, vectors = init_placeholder_tokens(config, pipe) if config.train_token else ([], {})
     for encoder in encoders.values():
         encoder.requires_grad_(False)
     key = ""
@@ -176,10 +178,10 @@ def build_concept(
     changes = torch.full((len(prompts),), config.train_text_encoder)
     for name in vectors:
         tokens = [token_id(pipe, word, name) for word in words]
-        look_up(encoders[name], tokens, vectors[name])
+        replace_token_embeddings(encoders[name], tokens, vectors[name])
         for word, token in zip(words, tokens, strict=True):
             changes |= prompts_with(word, token, ids[name])
-    known = encode_known(encoders, ids, (~changes).nonzero().flatten().tolist(), cache, key)
+    known = precompute_prompt_embeds(encoders, ids, (~changes).nonzero().flatten().tolist(), cache, key)
     if config.train_text_encoder:
         for name, encoder in encoders.items():
             make_trainable(encoder.train(), text_adapter, derive_seed(config.seed, name))
@@ -191,10 +193,10 @@ def build_concept(
         for name in encoders:
             setattr(pipe, name, None)
         encoders, ids = {}, {}
-    return Concept(pipe.unet, known, encoders, ids, vectors, words)
+    return TrainingModel(pipe.unet, known, encoders, ids, vectors, words)
 
 
-def start_words(config: TrainConfig, pipe: Any) -> tuple[list[str], dict[str, nn.Parameter]]:
+def init_placeholder_tokens(config: TrainConfig, pipe: Any) -> tuple[list[str], dict[str, nn.Parameter]]:
     """Return the words for the vectors of all trigger words, and what these start as: (words, hidden) by encoder."""
     words: list[str] = []
     starts: dict[str, list[Tensor]] = {name: [] for name in text_encoders(pipe)}
@@ -203,7 +205,7 @@ def start_words(config: TrainConfig, pipe: Any) -> tuple[list[str], dict[str, nn
         like = subject.initializer_token or subject.class_name or ""
         for name, vectors in starts.items():
             seed = derive_seed(config.seed, "vectors", subject.trigger_word, name)
-            vectors.append(start_vectors(pipe, name, like, config.num_vectors, seed))
+            vectors.append(init_token_embeddings(pipe, name, like, config.num_vectors, seed))
     return words, {name: nn.Parameter(torch.cat(vectors)) for name, vectors in starts.items()}
 
 

@@ -1,8 +1,8 @@
 """From clean latents to the training loss, as pure tensor functions: noise, target, weighting, prior preservation.
 
-Noisy latents are `signal * latents + spread * noise`. Both scales are 0 to 1, with one number a sample, shape (batch,):
-`sqrt(alpha_bar)` and `sqrt(1 - alpha_bar)` where the variance is kept (`alpha_bar` is "alphas_cumprod" in diffusers),
-and `1 - sigma` and `sigma` for flow. Their squares' quotient is the signal-to-noise ratio, SNR.
+Noisy latents are `alpha * latents + sigma * noise`. Both scales are 0 to 1, with one number a sample, shape (batch,):
+`alpha = sqrt(alpha_bar)` and `sigma = sqrt(1 - alpha_bar)` where the variance is kept (`alpha_bar` is "alphas_cumprod"
+in diffusers), and `alpha = 1 - sigma` for flow. `(alpha / sigma) ** 2` is the signal-to-noise ratio, SNR.
 """
 
 from typing import get_args
@@ -22,7 +22,7 @@ def sample_timesteps(
     logit_mean: float = 0.0,
     logit_std: float = 1.0,
 ) -> Tensor:
-    """Draw `count` whole timesteps from the first of `bounds` up to but not including the second, shape (count,).
+    """Sample `count` whole timesteps from the first of `bounds` up to but not including the second, shape (count,).
 
     With `u` the share of the way from the first bound to the second:
 
@@ -46,28 +46,28 @@ def sample_timesteps(
 def offset_noise(noise: Tensor, strength: float, generator: torch.Generator) -> Tensor:
     """Return the noise (batch, c, h, w) with `strength` times one more normal number added to each whole channel.
 
-    So that a network learns to change a picture's mean colour. Guttenberg, "Diffusion with Offset Noise", 2023,
+    So that a network learns to change an image's mean color. Guttenberg, "Diffusion with Offset Noise", 2023,
     https://www.crosslabs.org/blog/diffusion-with-offset-noise, where the strength is 0.1.
     """
     return noise + strength * torch.randn(*noise.shape[:2], 1, 1, generator=generator)
 
 
-def add_noise(latents: Tensor, noise: Tensor, signal: Tensor, spread: Tensor) -> Tensor:
-    """Return `signal * latents + spread * noise`, shape (batch, c, h, w) as both inputs.
+def add_noise(latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
+    """Return `alpha * latents + sigma * noise`, shape (batch, c, h, w) as both inputs.
 
     Ho, Jain, Abbeel, "Denoising Diffusion Probabilistic Models", arXiv 2006.11239, eq. 4; for flow: Liu, Gong, Liu,
     "Flow Straight and Fast", arXiv 2209.03003, eq. 1, with its time reversed.
     """
-    return _wide(signal) * latents + _wide(spread) * noise
+    return _wide(alpha) * latents + _wide(sigma) * noise
 
 
 def training_target(
-    latents: Tensor, noise: Tensor, signal: Tensor, spread: Tensor, prediction_type: PredictionType
+    latents: Tensor, noise: Tensor, alpha: Tensor, sigma: Tensor, prediction_type: PredictionType
 ) -> Tensor:
     """Return what the network has to predict, shape (batch, c, h, w).
 
     `epsilon` is the noise (arXiv 2006.11239, eq. 14), `sample` the clean latents, `v_prediction` is
-    `signal * noise - spread * latents` (Salimans, Ho, "Progressive Distillation for Fast Sampling of Diffusion Models",
+    `alpha * noise - sigma * latents` (Salimans, Ho, "Progressive Distillation for Fast Sampling of Diffusion Models",
     arXiv 2202.00512, section 4), and `flow` the velocity `noise - latents` (arXiv 2209.03003, eq. 1; Lipman et al.,
     "Flow Matching for Generative Modeling", arXiv 2210.02747, eq. 23 with sigma_min = 0), which points to the noise.
 
@@ -79,18 +79,18 @@ def training_target(
     if prediction_type == "sample":
         return latents
     if prediction_type == "v_prediction":
-        return _wide(signal) * noise - _wide(spread) * latents
+        return _wide(alpha) * noise - _wide(sigma) * latents
     if prediction_type == "flow":
         return noise - latents
     raise _unknown(prediction_type)
 
 
-def min_snr_weights(signal: Tensor, spread: Tensor, gamma: float, prediction_type: PredictionType) -> Tensor:
+def min_snr_weights(alpha: Tensor, sigma: Tensor, gamma: float, prediction_type: PredictionType) -> Tensor:
     """Return the loss weight of each sample, shape (batch,): `min(SNR, gamma)` on the error of the clean latents.
 
-    With `SNR = signal ** 2 / spread ** 2`, that equals `min(SNR, gamma) / SNR` on the error of epsilon and
-    `min(SNR, gamma) * spread ** 2` on those of v, where it is `min(SNR, gamma) / (SNR + 1)`, and of flow: the latents
-    are `signal * noisy - spread * v` and `noisy - spread * flow`, their error the spread times that of v or flow.
+    With `SNR = alpha ** 2 / sigma ** 2`, that equals `min(SNR, gamma) / SNR` on the error of epsilon and
+    `min(SNR, gamma) * sigma ** 2` on those of v, where it is `min(SNR, gamma) / (SNR + 1)`, and of flow: the latents
+    are `alpha * noisy - sigma * v` and `noisy - sigma * flow`, their error is sigma times that of v or flow.
     Hang et al., "Efficient Diffusion Training via Min-SNR Weighting Strategy", arXiv 2303.09556, section 3.4; `gamma`
     is 5 there.
 
@@ -99,13 +99,15 @@ def min_snr_weights(signal: Tensor, spread: Tensor, gamma: float, prediction_typ
     Raises:
         ValueError: `prediction_type` is none of epsilon, v_prediction, sample, flow.
     """
-    signal, spread = signal.square(), spread.square()
+    alpha_2, sigma_2 = alpha.square(), sigma.square()
     if prediction_type == "epsilon":
-        return (gamma * spread / signal).clamp(max=1)  # also right at SNR 0, where min(SNR, gamma) / SNR would be 0 / 0
+        return (gamma * sigma_2 / alpha_2).clamp(
+            max=1
+        )  # also right at SNR 0, where min(SNR, gamma) / SNR would be 0 / 0
     if prediction_type == "sample":
-        return (signal / spread).clamp(max=gamma)
+        return (alpha_2 / sigma_2).clamp(max=gamma)
     if prediction_type in ("v_prediction", "flow"):
-        return torch.minimum(signal, gamma * spread)
+        return torch.minimum(alpha_2, gamma * sigma_2)
     raise _unknown(prediction_type)
 
 
@@ -128,7 +130,7 @@ def sample_losses(prediction: Tensor, target: Tensor, weights: Tensor | None = N
 def prior_preservation_loss(losses: Tensor, instances: int, prior_loss_weight: float) -> Tensor:
     """Return the mean of the first `instances` losses plus `prior_loss_weight` times the mean of the others.
 
-    The others are the class pictures, and may be absent. `losses` has shape (batch,), the result none. Ruiz et al.,
+    The others are the class images, and may be absent. `losses` has shape (batch,), the result none. Ruiz et al.,
     "DreamBooth", arXiv 2208.12242, eq. 2.
     """
     loss = losses[:instances].mean()

@@ -13,11 +13,11 @@ import torch
 from diffusers.optimization import get_scheduler
 
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.model import Concept
+from atomdiff.training.model import TrainingModel
 
 
 def build_optimizer(
-    config: TrainConfig, concept: Concept, processes: int = 1
+    config: TrainConfig, concept: TrainingModel, processes: int = 1
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
     """Build the optimizer: a group, with its `name`, for each of `concept.parameter_groups()`.
 

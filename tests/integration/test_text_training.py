@@ -18,7 +18,7 @@ from atomdiff.sampling.sample import SampleConfig, save_samples
 from atomdiff.training import dreambooth
 from atomdiff.training.dataset import check_words
 from atomdiff.training.dreambooth import TrainConfig, train
-from atomdiff.training.model import build_concept
+from atomdiff.training.model import build_training_model
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 
@@ -208,7 +208,7 @@ def vectors_by_step(monkeypatch):
     def look(run, step):
         result = usual(run, step)
         trained = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
-        seen.append((trained.pop("vectors.text_encoder"), trained))
+        seen.append((trained.pop("token_embeddings.text_encoder"), trained))
         return result
 
     monkeypatch.setattr(dreambooth, "try_step", look)
@@ -265,16 +265,16 @@ def test_every_process_has_a_gradient_for_every_parameter(tiny_xl_pipe, tmp_path
     prompts = ("a photo of sks mug", "a photo of a mug")
     config = config_for("sdxl", num_vectors=2, train_text_encoder=text)
     text_adapter = AtomConfig(target_modules="attention")
-    concept = build_concept(config, tiny_xl_pipe, AtomConfig(), prompts, torch.float32, text_adapter)
+    concept = build_training_model(config, tiny_xl_pipe, AtomConfig(), prompts, torch.float32, text_adapter)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
     try:
         model = DistributedDataParallel(concept)
         sizes = torch.tensor([[32.0, 32, 0, 0, 32, 32]])
         for step, number in enumerate((0, 1, 1, 0)):  # it complains of the step before
             if step == 2:
-                concept.stop_words()
+                concept.freeze_token_embeddings()
             model(torch.randn(1, 4, 8, 8), torch.tensor([500]), [number], sizes).square().mean().backward()
-        assert all(parameter.grad is not None for parameter in concept.trained().values())
+        assert all(parameter.grad is not None for parameter in concept.trained_parameters().values())
     finally:
         torch.distributed.destroy_process_group()
 
@@ -286,7 +286,7 @@ def test_states_are_kept_for_a_second_run(config_for, monkeypatch, tmp_path):
     def refuse(*_):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("atomdiff.data.prompt_embeds.encode", refuse)
+    monkeypatch.setattr("atomdiff.data.prompt_embeds.encode_prompts", refuse)
     assert contents(train(dataclasses.replace(config, output_dir=str(tmp_path / "again")))) == first
 
 

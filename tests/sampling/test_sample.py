@@ -19,12 +19,12 @@ from safetensors.torch import load_file, save_file
 import atomdiff
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
 from atomdiff.pipelines.load import add_trigger_word, list_atoms, set_trigger_embedding, trigger_words
-from atomdiff.pipelines.scheduler import settings_of
+from atomdiff.pipelines.scheduler import schedule_settings
 from atomdiff.sampling import adapter_cache, sample
 from atomdiff.sampling.sample import SampleConfig, generate, save_samples
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
-from atomdiff.training.noise import match_scheduler
+from atomdiff.training.noise import set_training_scheduler
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
@@ -810,9 +810,9 @@ def test_a_concept_is_drawn_by_the_scheduler_that_it_was_trained_with(config, tr
     save_samples(config)
     (scheduler,) = used
     base = tiny_pipe.scheduler
-    match_scheduler(runs[name], tiny_pipe)  # as validation does
+    set_training_scheduler(runs[name], tiny_pipe)  # as validation does
     assert type(scheduler) is type(tiny_pipe.scheduler)
-    assert settings_of(scheduler) == settings_of(tiny_pipe.scheduler)
+    assert schedule_settings(scheduler) == schedule_settings(tiny_pipe.scheduler)
     assert scheduler.config.get("timestep_spacing") == {"zero": "trailing", "flow": None}.get(name, "leading")
     atomdiff.load_atoms(tiny_pipe, path)  # warns of nothing
     expected = generate(tiny_pipe, ["a photo of sks mug"], seeds=[0], progress=False, **QUICK)[0]
@@ -837,12 +837,12 @@ def test_each_prompt_is_drawn_as_its_own_concepts_were_trained(config, trained, 
     names |= {"a robot <atoms:noise:0.5>": "noise", "a mug <atoms:noise:0>": None}
     config = replace(config, library=str(trained[0]), prompts=tuple(names), seeds=(0,), sample_batch_size=6)
     save_samples(config)
-    said = [settings_of(scheduler) for scheduler in used]
-    assert len(said) == 3 and sum(each == settings_of(tiny_pipe.scheduler) for each in said) == 1
+    said = [schedule_settings(scheduler) for scheduler in used]
+    assert len(said) == 3 and sum(each == schedule_settings(tiny_pipe.scheduler) for each in said) == 1
     shown = capsys.readouterr().out.splitlines()
     assert sorted(line.partition(":")[0] for line in shown) == ["noise", "zero"]
     assert abs(picture(config, "a cat") - alone(tiny_pipe, trained[0], "a cat", {})).max() <= 1
-    match_scheduler(trained[1]["noise"], tiny_pipe)
+    set_training_scheduler(trained[1]["noise"], tiny_pipe)
     expected = alone(tiny_pipe, trained[0], "a robot", {"noise": 0.5})
     assert abs(picture(config, "a robot <atoms:noise:0.5>") - expected).max() <= 1
 
@@ -871,7 +871,7 @@ def test_a_prompt_with_concepts_of_two_schedulers_is_refused_unless_one_is_chose
 def test_what_is_not_chosen_stays_as_trained(config, trained, used, name, asked, settings):
     path = str(trained[0] / f"{name}{CONCEPT_SUFFIX}")
     save_samples(replace(config, prompts=("a sks mug",), seeds=(0,), concepts=(path,), **asked))
-    assert [settings_of(scheduler) for scheduler in used] == [settings]
+    assert [schedule_settings(scheduler) for scheduler in used] == [settings]
 
 
 def test_a_choice_against_the_training_is_told_in_a_line(config, trained, used, capsys):
@@ -891,7 +891,7 @@ def test_a_lora_that_does_not_tell_its_training_is_drawn_with_any_concept(config
     save_file(load_file(weights), weights)
     concepts = (str(foreign), str(trained[0] / f"flow{CONCEPT_SUFFIX}"))
     save_samples(replace(config, prompts=("a sks mug",), seeds=(0,), concepts=concepts))
-    assert [settings_of(scheduler)["prediction_type"] for scheduler in used] == ["flow"]
+    assert [schedule_settings(scheduler)["prediction_type"] for scheduler in used] == ["flow"]
 
 
 def test_what_is_predicted_can_be_chosen(config, used, tiny_pipe, capsys):

@@ -15,7 +15,7 @@ from safetensors.torch import save_file
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.open import open_pipeline, pipeline_class, refuse_other_pipelines, stored_dtype
 from atomdiff.sampling.sample import SampleConfig, generate, save_samples
-from atomdiff.training.base_model import draw_pictures, load_base, training_resolution, whole
+from atomdiff.training.base_model import all_parts_loaded, generate_images, load_base, training_resolution
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
@@ -158,10 +158,10 @@ def original_layout(pipe):
         found |= original_open_clip(pipe.text_encoder_2, "conditioner.embedders.1.model.", projection)
     elif pipe.unet.config.use_linear_projection:
         encoder = pipe.text_encoder
-        whole = type(encoder)(type(encoder.config)(**{**encoder.config.to_dict(), "num_hidden_layers": 24}))
-        whole.load_state_dict(encoder.state_dict(), strict=False)  # files have a last layer that SD 2.x skips
+        full = type(encoder)(type(encoder.config)(**{**encoder.config.to_dict(), "num_hidden_layers": 24}))
+        full.load_state_dict(encoder.state_dict(), strict=False)  # files have a last layer that SD 2.x skips
         projection = torch.randn(encoder.config.hidden_size, encoder.config.projection_dim)
-        found |= original_open_clip(whole, "cond_stage_model.model.", projection)
+        found |= original_open_clip(full, "cond_stage_model.model.", projection)
     else:
         found |= original_clip(pipe.text_encoder, "cond_stage_model.transformer.")
     return {name: value.contiguous().clone() for name, value in found.items()}
@@ -235,10 +235,10 @@ def test_a_checkpoint_file_loads_with_configs_of_its_architecture(config, kind, 
     loaded = load_base(config)
     assert_same_models(loaded, pipe)
     assert loaded.scheduler.config.prediction_type == pipe.scheduler.config.prediction_type
-    pictures = [draw_pictures(config, each, ["a mug"], [0])[0].tobytes() for each in (loaded, pipe)]
+    pictures = [generate_images(config, each, ["a mug"], [0])[0].tobytes() for each in (loaded, pipe)]
     assert pictures[0] == pictures[1]
     loaded.vae, vae = None, loaded.vae
-    with whole(config, loaded):
+    with all_parts_loaded(config, loaded):
         assert_same_models(loaded, pipe)
         assert loaded.vae is not vae
 
@@ -399,7 +399,7 @@ def test_another_vae(config, tiny_pipe, tmp_path):
         pipe = load_base(own)
         assert_same_models(pipe, tiny_pipe)
         pipe.vae = None
-        with whole(own, pipe):
+        with all_parts_loaded(own, pipe):
             assert_same_models(pipe, tiny_pipe)
     with pytest.raises(UserError, match="pretrained_vae_model_name_or_path='no/such/vae': cannot be loaded"):
         load_base(dataclasses.replace(config, pretrained_vae_model_name_or_path="no/such/vae"))
@@ -421,7 +421,7 @@ def test_parts_that_were_let_go_come_back_for_a_while(config, kind, request):
     unet = pipe.unet
     for name in gone:
         setattr(pipe, name, None)
-    with whole(config, pipe):
+    with all_parts_loaded(config, pipe):
         for name in gone:
             found = models(pipe)[name].state_dict()
             assert all(torch.equal(value, expected[name][key]) for key, value in found.items())
@@ -435,7 +435,7 @@ def test_pictures_are_decoded_in_float32_under_autocast(config, kind, request, m
     seen, decode = [], pipe.vae.decoder.forward
     monkeypatch.setattr(pipe.vae.decoder, "forward", lambda x, *a: seen.append(decode(x, *a)) or seen[-1])
     with torch.autocast("cpu", torch.bfloat16):
-        pictures = draw_pictures(config, pipe, ["a mug", "a cat"], [0, 1])
+        pictures = generate_images(config, pipe, ["a mug", "a cat"], [0, 1])
     assert [picture.size for picture in pictures] == [(32, 32)] * 2
     assert {output.dtype for output in seen} == {torch.float32}
     assert "decode" not in vars(pipe.vae)

@@ -22,8 +22,8 @@ from atomdiff.pipelines.load import load_atoms
 from atomdiff.training import dataset, dreambooth, run_log
 from atomdiff.training.dataset import Material
 from atomdiff.training.dreambooth import TrainConfig, train
-from atomdiff.training.model import build_concept
-from atomdiff.training.noise import NoiseProcess
+from atomdiff.training.model import build_training_model
+from atomdiff.training.noise import ForwardDiffusion
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
@@ -80,15 +80,15 @@ def log_of(config):
     return [json.loads(line) for line in (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()]
 
 
-def recorded(monkeypatch, kind):
-    """Record what every call of the `draw` of a class gives, with the object it is called on."""
-    draw, found = kind.draw, []
+def recorded(monkeypatch, kind, method="draw"):
+    """Record what every call of a method of a class gives, with the object it is called on."""
+    draw, found = getattr(kind, method), []
 
     def note(self, *arguments):
         found.append((self, draw(self, *arguments)))
         return found[-1][1]
 
-    monkeypatch.setattr(kind, "draw", note)
+    monkeypatch.setattr(kind, method, note)
     return found
 
 
@@ -147,11 +147,11 @@ def test_what_is_not_needed_leaves_memory(config, monkeypatch):
     seen = []
 
     def look(config, pipe, *rest):
-        concept = build_concept(config, pipe, *rest)
-        seen.append((pipe.vae is None, pipe.text_encoder is None, not concept.encoders))
+        concept = build_training_model(config, pipe, *rest)
+        seen.append((pipe.vae is None, pipe.text_encoder is None, not concept.text_encoders))
         return concept
 
-    monkeypatch.setattr(dreambooth, "build_concept", look)
+    monkeypatch.setattr(dreambooth, "build_training_model", look)
     train(config)
     concept = read_delta_file(train(dataclasses.replace(config, train_token=False)))
     assert seen == [(True, False, False), (True, True, True)]
@@ -360,13 +360,13 @@ def test_learning_rates_follow_the_schedule(config):
 def test_class_pictures_are_generated_once_and_trained_on(config, monkeypatch):
     config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=3)
     drawn = []
-    draw, batches = dataset.draw_pictures, recorded(monkeypatch, Material)
+    draw, batches = dataset.generate_images, recorded(monkeypatch, Material)
 
     def note(config, pipe, prompts, seeds):
         drawn.append((prompts, list(seeds)))
         return draw(config, pipe, prompts, seeds)
 
-    monkeypatch.setattr(dataset, "draw_pictures", note)
+    monkeypatch.setattr(dataset, "generate_images", note)
     for _ in range(2):
         train(config)
     ((prompts, seeds),) = drawn
@@ -581,7 +581,7 @@ def test_class_pictures_have_a_folder_for_every_class(config, tmp_path):
 def test_every_batch_is_drawn_anew_and_every_photo_in_turn(config, photos, monkeypatch):
     for number in range(3):
         (photos / f"{number}.txt").write_text(f"sks {number}")
-    drawn, noised = recorded(monkeypatch, Material), recorded(monkeypatch, NoiseProcess)
+    drawn, noised = recorded(monkeypatch, Material), recorded(monkeypatch, ForwardDiffusion, "sample")
     train(dataclasses.replace(config, max_train_steps=3, gradient_accumulation_steps=2))
     assert len(drawn) == len(noised) == 6
     targets = torch.cat([batch.target for _, batch in noised])

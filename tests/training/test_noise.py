@@ -21,7 +21,7 @@ from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.sampling.sample import generate
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
-from atomdiff.training.noise import match_scheduler, noise_process
+from atomdiff.training.noise import forward_diffusion, set_training_scheduler
 from atomdiff.utils.errors import UserError
 
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
@@ -29,12 +29,12 @@ NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos"
 
 
 def process(scheduler, **fields):
-    return noise_process(TrainConfig(**NEEDED, **fields), SimpleNamespace(scheduler=scheduler))
+    return forward_diffusion(TrainConfig(**NEEDED, **fields), SimpleNamespace(scheduler=scheduler))
 
 
 def matched(scheduler, **fields):
     pipe = SimpleNamespace(scheduler=scheduler)
-    match_scheduler(TrainConfig(**NEEDED, **fields), pipe)
+    set_training_scheduler(TrainConfig(**NEEDED, **fields), pipe)
     return pipe.scheduler
 
 
@@ -52,7 +52,7 @@ def test_the_usual_draw_is_noise_and_a_uniform_timestep_in_this_order(predicts):
     clean, generator = latents(), seeded()
     noise = torch.randn(clean.shape, generator=generator)
     timesteps = torch.randint(1000, (6,), generator=generator)
-    noised = process(scheduler).draw(clean, seeded())
+    noised = process(scheduler).sample(clean, seeded())
     assert torch.equal(noised.timesteps, timesteps) and torch.equal(noised.weights, torch.ones(6))
     torch.testing.assert_close(noised.latents, scheduler.add_noise(clean, noise, timesteps))
     velocity = scheduler.get_velocity(clean, noise, timesteps)
@@ -70,13 +70,13 @@ def test_the_usual_draw_is_noise_and_a_uniform_timestep_in_this_order(predicts):
 def test_flow_is_told_its_sigma_and_keeps_the_shift_of_the_base(scheduler):
     scheduler.set_timesteps(4)  # pictures have been drawn
     clean = latents()
-    noised = process(scheduler, snr_gamma=5.0).draw(clean, seeded())
+    noised = process(scheduler, snr_gamma=5.0).sample(clean, seeded())
     sigmas = noised.timesteps / 1000
     clean_share = (1 - sigmas)[:, None, None, None]
     torch.testing.assert_close(noised.latents, clean + (1 - clean_share) * noised.target)
     evenly = (torch.arange(1000) + 1) / 1000
     shifted = 3 * evenly / (1 + 2 * evenly)
-    torch.testing.assert_close(process(scheduler).times, 1000 * shifted)
+    torch.testing.assert_close(process(scheduler).timesteps, 1000 * shifted)
     torch.testing.assert_close(noised.weights, torch.minimum((1 - sigmas) ** 2, 5 * sigmas**2))
 
 
@@ -85,29 +85,29 @@ def test_zero_terminal_snr_is_that_of_its_paper():
     found = process(base, rescale_betas_zero_snr=True)
     usual = base.alphas_cumprod.sqrt()  # algorithm 1: shift so that the last is zero, scale so that the first is kept
     expected = (usual - usual[-1]) * usual[0] / (usual[0] - usual[-1])
-    torch.testing.assert_close(found.signal, expected, atol=1e-5, rtol=0)
-    assert found.signal[-1] == 0 and found.spread[-1] == 1
-    noised = process(base, rescale_betas_zero_snr=True, min_timestep=999, snr_gamma=5.0).draw(latents(), seeded())
+    torch.testing.assert_close(found.alpha, expected, atol=1e-5, rtol=0)
+    assert found.alpha[-1] == 0 and found.sigma[-1] == 1
+    noised = process(base, rescale_betas_zero_snr=True, min_timestep=999, snr_gamma=5.0).sample(latents(), seeded())
     assert torch.equal(noised.target, -latents())  # at pure noise v is the picture, and min-SNR's weight is 0, not nan
     assert noised.weights.tolist() == [0] * 6
     said = DDIMScheduler(**STABLE, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    assert torch.equal(process(said).signal, found.signal)
-    assert torch.equal(process(said, rescale_betas_zero_snr=False).signal, usual)
+    assert torch.equal(process(said).alpha, found.alpha)
+    assert torch.equal(process(said, rescale_betas_zero_snr=False).alpha, usual)
 
 
 def test_choices_of_the_run_reach_the_draw():
     base, clean = DDPMScheduler(**STABLE), latents(400)
-    usual = process(base).draw(clean, seeded())
-    offset = process(base, noise_offset=0.3).draw(clean, seeded())
+    usual = process(base).sample(clean, seeded())
+    offset = process(base, noise_offset=0.3).sample(clean, seeded())
     assert torch.equal(offset.timesteps, usual.timesteps)
     added = offset.target - usual.target  # one number for each channel
     torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added))
     assert added[:, :, 0, 0].std() == pytest.approx(0.3, rel=0.1)
-    some = process(base, min_timestep=100, max_timestep=103).draw(clean, seeded())
+    some = process(base, min_timestep=100, max_timestep=103).sample(clean, seeded())
     assert some.timesteps.unique().tolist() == [100, 101, 102]
-    late = process(base, timestep_sampling="cubic").draw(clean, seeded())
+    late = process(base, timestep_sampling="cubic").sample(clean, seeded())
     assert late.timesteps.float().mean() > 700
-    middle = process(base, timestep_sampling="logit_normal", logit_mean=-1.0, logit_std=0.1).draw(clean, seeded())
+    middle = process(base, timestep_sampling="logit_normal", logit_mean=-1.0, logit_std=0.1).sample(clean, seeded())
     assert middle.timesteps.float().mean() == pytest.approx(1000 * torch.tensor(-1.0).sigmoid().item(), abs=10)
 
 

@@ -104,14 +104,14 @@ def test_min_snr_weighs_the_same_mistake_alike_whatever_is_predicted(level, gamm
     latents, noise = (tensor.double() for tensor in pair())
     guess = latents + 0.1 * pair(1)[0]  # the same guess of the latents, written in all four ways
     for kind in TYPES:
-        signal, spread = (1 - level, level) if kind == "flow" else (math.sqrt(level), math.sqrt(1 - level))
-        scales = (torch.full((3,), scale, dtype=torch.float64) for scale in (signal, spread))
+        alpha, sigma = (1 - level, level) if kind == "flow" else (math.sqrt(level), math.sqrt(1 - level))
+        scales = (torch.full((3,), scale, dtype=torch.float64) for scale in (alpha, sigma))
         scales = tuple(scales)
         noisy = add_noise(latents, noise, *scales)
-        noise_guess = (noisy - signal * guess) / spread
+        noise_guess = (noisy - alpha * guess) / sigma
         guesses = {"sample": guess, "epsilon": noise_guess, "flow": noise_guess - guess}
-        guesses["v_prediction"] = signal * noise_guess - spread * guess
-        expected = min((signal / spread) ** 2, gamma) * (guess - latents).square().flatten(1).mean(dim=1)
+        guesses["v_prediction"] = alpha * noise_guess - sigma * guess
+        expected = min((alpha / sigma) ** 2, gamma) * (guess - latents).square().flatten(1).mean(dim=1)
         losses = sample_losses(guesses[kind], training_target(latents, noise, *scales, kind))
         weighted = losses * min_snr_weights(*scales, gamma, kind)
         torch.testing.assert_close(weighted, expected, rtol=1e-3, atol=1e-6)

@@ -11,7 +11,7 @@ from PIL import Image
 from atomdiff.training import dreambooth
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
-from atomdiff.training.model import build_concept
+from atomdiff.training.model import build_training_model
 from atomdiff.training.optimizers import build_optimizer
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
@@ -28,15 +28,15 @@ CONFIG = TrainConfig(
 
 @pytest.fixture
 def concept(tiny_pipe):
-    return build_concept(CONFIG, tiny_pipe, AtomConfig(), ("a photo of sks mug",), torch.float32)
+    return build_training_model(CONFIG, tiny_pipe, AtomConfig(), ("a photo of sks mug",), torch.float32)
 
 
 def test_the_token_has_its_own_learning_rate_and_no_decay(concept):
     adapter, token = build_optimizer(CONFIG, concept)[0].param_groups
     assert (adapter["initial_lr"], adapter["weight_decay"]) == (0.1, CONFIG.adam_weight_decay)
     assert (token["initial_lr"], token["weight_decay"]) == (0.2, 0)
-    assert len(token["params"]) == 1 and token["params"][0] is concept.vectors["text_encoder"]
-    assert len(adapter["params"]) == len(concept.trained()) - 1
+    assert len(token["params"]) == 1 and token["params"][0] is concept.token_embeddings["text_encoder"]
+    assert len(adapter["params"]) == len(concept.trained_parameters()) - 1
 
 
 @pytest.mark.parametrize(

@@ -130,7 +130,7 @@ def test_two_processes_have_the_same_numbers(config, fields, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert {"vectors.text_encoder"} < one["trained"].keys()
+    assert {"token_embeddings.text_encoder"} < one["trained"].keys()
     assert all(torch.equal(one["trained"][name], two["trained"][name]) for name in one["trained"])
     if config.use_ema:
         averages = zip(one["moving_average"]["shadow_params"], two["moving_average"]["shadow_params"], strict=True)
