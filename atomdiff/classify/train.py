@@ -134,7 +134,7 @@ def run_training(
         "best_step": max(validations, key=_merit)["step"],
         "validations": validations,
         "train_seconds": round(seconds, 1),
-        "config": config.recipe(),
+        "config": config.snapshot(),
         "adapter": method if isinstance(method, str) else describe_adapter(method),
         "versions": versions(),
     }

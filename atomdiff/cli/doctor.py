@@ -14,10 +14,17 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.optimizer import OPTIMIZERS
 from atomdiff.utils.assets import ASSETS
+from atomdiff.utils.fields import NeedsPackage, marked_fields
 
 _PARTS = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "huggingface-hub")
-_EXTRAS = {"gpu": ("xformers", "bitsandbytes"), "optimizers": ("prodigyopt", "schedulefree")}
+_OPTIONAL = {
+    needed.package: needed.extra
+    for needed in (*marked_fields(TrainConfig, NeedsPackage).values(), *(spec.needs for spec in OPTIMIZERS.values()))
+    if needed
+}
 _GB = 1e9
 
 
@@ -36,7 +43,7 @@ def examine() -> str:
         "processor": _processor,
         "device": _device,
         "precision": _precision,
-        **{name: lambda name=name, extra=extra: _optional(name, extra) for extra in _EXTRAS for name in _EXTRAS[extra]},  # type: ignore[misc]
+        **{name: lambda name=name, extra=extra: _optional(name, extra) for name, extra in _OPTIONAL.items()},  # type: ignore[misc]
         "memory": _memory,
         "disk": lambda: f"{shutil.disk_usage('.').free / _GB:.1f} GB free in {Path.cwd()}",
         "Hub cache": _hub_cache,

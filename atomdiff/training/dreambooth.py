@@ -121,7 +121,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         with averaged(run.trained.values(), run.optimizer, run.moving_average):
             none_done = state is not None and state["step"] == config.max_train_steps
-            recorded = state.get("config", config.recipe()) if state and none_done else config.recipe()
+            recorded = state.get("config", config.snapshot()) if state and none_done else config.snapshot()
             save_concept(run, adapter, place, final_loss, recorded)
     if shows(config, config.max_train_steps, state["step"] if state else 0):  # now that nothing can be lost any more
         validate(run, config.max_train_steps)
@@ -138,7 +138,7 @@ def recipe_of(
 ) -> dict[str, Any]:
     """Return what a checkpoint must have been written with, so that the run may go on from it."""
     recipe = {
-        **config.recipe(),
+        **config.snapshot(),
         "mixed_precision": accelerator.mixed_precision,
         "num_processes": accelerator.num_processes,
         "adapter": describe_adapter(adapter),
@@ -179,7 +179,7 @@ def build_run(
     if accelerator.is_main_process:
         log("adding what is trained to the base")
     concept = build_training_model(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)
-    optimizer, rate_factor = build_optimizer(config, concept, accelerator.num_processes)
+    optimizer, rate_factor = build_optimizer(config, concept.parameter_groups(), accelerator.num_processes)
     model, optimizer = accelerator.prepare(concept, optimizer)
     trained = concept.trained_parameters()
     average = EMAModel(trained.values(), decay=config.ema_decay) if config.use_ema else None
@@ -213,7 +213,7 @@ def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -
             if stopped or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
                 if accelerator.is_main_process:
                     state = {"step": step, "average_loss": average_loss, **state_of(run)}
-                    state |= {"config": config.recipe(), "known_by": run.material.known_by}
+                    state |= {"config": config.snapshot(), "known_by": run.material.known_by}
                     keep_checkpoint(run, step, state, recipe, stopped)
             if stopped:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing

@@ -3,7 +3,6 @@
 from dataclasses import asdict
 from importlib.util import find_spec
 from pathlib import Path
-from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -13,17 +12,8 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 from atomdiff.training.config import TrainConfig
 from atomdiff.utils.atomic import writing
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.fields import NeedsPackage, marked_fields
 from atomdiff.utils.precision import training_precision
-
-# Field and value -> the package that they need, and the extra that it comes with.
-_EXTRAS: dict[tuple[str, Any], tuple[str, str]] = {
-    ("use_8bit_adam", True): ("bitsandbytes", "gpu"),
-    ("load_in_8bit", True): ("bitsandbytes", "gpu"),
-    ("load_in_4bit", True): ("bitsandbytes", "gpu"),
-    ("enable_xformers_memory_efficient_attention", True): ("xformers", "gpu"),
-    ("optimizer", "prodigy"): ("prodigyopt", "optimizers"),
-    ("optimizer", "adamw_schedulefree"): ("schedulefree", "optimizers"),
-}
 
 
 def start_accelerator(config: TrainConfig) -> Accelerator:
@@ -32,9 +22,10 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         UserError: This machine cannot do what is asked, such as fp16 without a GPU.
     """
-    for (field, value), (package, extra) in _EXTRAS.items():
-        if getattr(config, field) == value and find_spec(package) is None:
-            raise UserError(f'{field}={value!r}: {package} is missing; pip install "atomdiff[{extra}]"')
+    for field, needed in needed_packages(config).items():
+        if find_spec(needed.package) is None:
+            found = f"{field}={getattr(config, field)!r}: {needed.package} is missing"
+            raise UserError(f'{found}; pip install "atomdiff[{needed.extra}]"')
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -56,6 +47,14 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         expected = "PyTorch's own attention (the default) or plain_attention serve this machine"
         raise UserError(f"enable_xformers_memory_efficient_attention=True: needs a GPU; {expected}")
     return accelerator
+
+
+def needed_packages(config: TrainConfig) -> dict[str, NeedsPackage]:
+    """Return the optional packages that a run needs, by the field that asks for them."""
+    marked = marked_fields(type(config), NeedsPackage)
+    needed = {field: package for field, package in marked.items() if getattr(config, field)}
+    of_optimizer = config.optimizer_spec.needs
+    return needed | ({"optimizer": of_optimizer} if of_optimizer else {})
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:

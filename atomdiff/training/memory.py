@@ -6,11 +6,11 @@ from diffusers.models.attention_processor import AttnProcessor
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 
-from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.memory import MemoryConfig
 from atomdiff.utils.errors import UserError
 
 
-def save_memory(config: TrainConfig, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
+def save_memory(config: MemoryConfig, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
     """Make a UNet take what the run says; it has its adapter already.
 
     Args:

@@ -1,7 +1,7 @@
 """What a training run optimises, as one module: the adapted UNet, the trigger words' vectors, the text encoders."""
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -21,13 +21,12 @@ from atomdiff.data.prompt_embeds import (
 from atomdiff.pipelines.token_names import words_of
 from atomdiff.pipelines.tokens import add_trigger_words, token_id
 from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.optimizer import ParameterGroup
 from atomdiff.training.memory import save_memory
 from atomdiff.training.method import make_trainable
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_model, hash_values
 from atomdiff.utils.tensor_cache import DiskCache
-
-ParameterGroup = Literal["adapter", "text_encoder", "token"]
 
 
 class TrainingModel(nn.Module):

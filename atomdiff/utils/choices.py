@@ -16,9 +16,6 @@ PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal", "cubic"]
 
 
-Optimizer = Literal["adamw", "prodigy", "adamw_schedulefree"]
-
-
 MOST_REPEATS = 10_000
 
 

@@ -5,13 +5,16 @@ import dataclasses
 import json
 import sys
 from collections.abc import Sequence
-from typing import Any, NoReturn, TypeVar, get_args, get_origin, get_type_hints
+from pathlib import Path
+from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse_from_object
 from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
 
+from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.fields import OneOf, marked_fields
 from atomdiff.utils.paths import expand_path
 from atomdiff.utils.text_files import read_yaml
 
@@ -47,6 +50,32 @@ def parse_config(
     values = vars(parser.parse_args(_as_typed(sys.argv[1:] if args is None else args, hints)))
     fields = {field.name: values[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     return config_class(**{k: tuple(v) if get_origin(hints[k]) is tuple else v for k, v in fields.items()})
+
+
+def parse_with_overrides(
+    config_class: type[Config], args: Sequence[str] | None = None, *, prog: str | None = None
+) -> Config:
+    """Build a config with a field `adapter`; the overrides.yaml beside that JSON file, if it is one, sets defaults.
+
+    Values come, the later ones winning, from the defaults, from overrides.yaml (what a method needs its own value for,
+    such as its learning rate), and from the command line in its order.
+
+    Args:
+        config_class: as for `parse_config`.
+        args: as for `parse_config`.
+        prog: as for `parse_config`.
+
+    Raises:
+        UserError: from the config's own checks, or a file of `--config` cannot be read.
+        SystemExit: as for `parse_config`.
+    """
+    args = sys.argv[1:] if args is None else list(args)
+    config: Any = parse_config(config_class, args, prog=prog)
+    adapter = Path(find_asset(config.adapter))
+    overrides = adapter.with_name("overrides.yaml")
+    if adapter.is_file() and overrides.is_file():
+        config = parse_config(config_class, ["--config", str(overrides), *args], prog=prog)
+    return cast(Config, config)
 
 
 def _as_typed(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
@@ -130,10 +159,11 @@ class _Parser(ArgumentParser):
 
 
 def _parser(config_class: type[Any], prog: str | None, positional: str | None) -> ArgumentParser:
-    docstring = parse_from_object(config_class)
-    helps = {entry.arg_name: entry.description for entry in docstring.params}
+    parser = _Parser(prog=prog, description=parse_from_object(config_class).short_description)
+    helps = _helps(config_class)
     hints = get_type_hints(config_class)
-    parser = _Parser(prog=prog, description=docstring.short_description)
+    for name, one_of in marked_fields(config_class, OneOf).items():
+        hints[name] = Literal[tuple(one_of.table)]
     parser.hints = hints
     if "config" not in hints:  # a field of that name is something else
         parser.add_argument("--config", action=_ConfigFile, help="A YAML file with any of the options below.")
@@ -151,3 +181,12 @@ def _parser(config_class: type[Any], prog: str | None, positional: str | None) -
         else:
             parser.add_argument(field.name, **options | ({} if required else {"nargs": "?"}))
     return parser
+
+
+def _helps(config_class: type[Any]) -> dict[str, str]:
+    """Return the help of each field: its docstring, and what it may be if that is in a table."""
+    groups = [group for group in reversed(config_class.__mro__) if dataclasses.is_dataclass(group)]
+    helps = {entry.arg_name: entry.description or "" for group in groups for entry in parse_from_object(group).params}
+    for name, one_of in marked_fields(config_class, OneOf).items():
+        helps[name] += " " + "; ".join(f"{choice}: {entry.help}" for choice, entry in one_of.table.items()) + "."
+    return helps

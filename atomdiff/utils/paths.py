@@ -22,17 +22,21 @@ def expand_paths(config: Any) -> None:
     Raises:
         UserError: As `expand_path`.
     """
-    for name, hint in get_type_hints(type(config), include_extras=True).items():
-        if _is_path(hint):
-            value = getattr(config, name)
-            expanded = (
-                tuple(expand_path(each, name) for each in value)
-                if isinstance(value, tuple)
-                else value and expand_path(value, name)
-            )
-            if expanded == "":
-                raise UserError(f"{name}='': expected a path; leave it out for the default")
-            object.__setattr__(config, name, expanded)
+    for name in path_fields(type(config)):
+        value = getattr(config, name)
+        expanded = (
+            tuple(expand_path(each, name) for each in value)
+            if isinstance(value, tuple)
+            else value and expand_path(value, name)
+        )
+        if expanded == "":
+            raise UserError(f"{name}='': expected a path; leave it out for the default")
+        object.__setattr__(config, name, expanded)
+
+
+def path_fields(config_class: type[Any]) -> list[str]:
+    """Return the fields of a dataclass that are `PathText`, or tuples of it."""
+    return [name for name, hint in get_type_hints(config_class, include_extras=True).items() if _is_path(hint)]
 
 
 def expand_path(path: str | os.PathLike[str], name: str) -> str:

@@ -127,7 +127,7 @@ def test_the_file_tells_what_was_done(config):
     assert concept.trigger_phrase == "sks teapot"
     assert list(concept.tokens) == ["sks"] and concept.layers
     assert concept.training["steps"] == 4 and concept.training["seed"] == 0 and concept.training["image_count"] == 3
-    assert concept.training["config"] == json.loads(json.dumps(config.recipe()))
+    assert concept.training["config"] == json.loads(json.dumps(config.snapshot()))
     losses = [line["loss"] for line in log_of(config)]
     assert min(losses) <= concept.training["final_loss"] <= max(losses)
     assert str(Path(config.output_dir).parent) not in json.dumps(concept.training)

@@ -1,20 +1,22 @@
 import dataclasses
 import json
 from pathlib import Path
-from types import SimpleNamespace
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors import safe_open
 
 from atomdiff.training import dreambooth
-from atomdiff.training.config import TrainConfig
+from atomdiff.training.config import TrainConfig, load_config
+from atomdiff.training.config.optimizer import OPTIMIZERS, OptimizerSpec
 from atomdiff.training.dreambooth import train
 from atomdiff.training.model import build_training_model
 from atomdiff.training.optimizers import build_optimizer
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.fields import NeedsPackage
 
 CONFIG = TrainConfig(
     pretrained_model_name_or_path="base",
@@ -32,7 +34,7 @@ def concept(tiny_pipe):
 
 
 def test_the_token_has_its_own_learning_rate_and_no_decay(concept):
-    adapter, token = build_optimizer(CONFIG, concept)[0].param_groups
+    adapter, token = build_optimizer(CONFIG, concept.parameter_groups())[0].param_groups
     assert (adapter["initial_lr"], adapter["weight_decay"]) == (0.1, CONFIG.adam_weight_decay)
     assert (token["initial_lr"], token["weight_decay"]) == (0.2, 0)
     assert len(token["params"]) == 1 and token["params"][0] is concept.token_embeddings["text_encoder"]
@@ -51,13 +53,16 @@ def test_the_token_has_its_own_learning_rate_and_no_decay(concept):
     ],
 )
 def test_the_course_of_the_learning_rates(concept, fields, expected):
-    factor = build_optimizer(dataclasses.replace(CONFIG, **fields), concept)[1]
+    factor = build_optimizer(dataclasses.replace(CONFIG, **fields), concept.parameter_groups())[1]
     assert [factor(step) for step in (0, 5, 10)] == pytest.approx(expected, abs=1e-5)
 
 
 def test_scaled_rates_are_multiplied_by_the_photos_of_a_step(concept):
     config = dataclasses.replace(CONFIG, scale_lr=True, train_batch_size=3, gradient_accumulation_steps=4)
-    rates = [group["initial_lr"] for group in build_optimizer(config, concept, processes=2)[0].param_groups]
+    rates = [
+        group["initial_lr"]
+        for group in build_optimizer(config, concept.parameter_groups(), processes=2)[0].param_groups
+    ]
     assert rates == pytest.approx([0.1 * 24, 0.2 * 24])
 
 
@@ -66,7 +71,7 @@ def test_default_rates():
     usual, prodigy = TrainConfig(**bare), TrainConfig(**bare, optimizer="prodigy")
     assert usual.learning_rates == {"adapter": 5e-3, "text_encoder": 5e-3, "token": 1e-2}
     assert set(prodigy.learning_rates.values()) == {1.0}
-    assert (prodigy.recipe()["learning_rate"], prodigy.recipe()["token_learning_rate"]) == (1.0, 1.0)
+    assert (prodigy.snapshot()["learning_rate"], prodigy.snapshot()["token_learning_rate"]) == (1.0, 1.0)
 
 
 PRODIGY = {"optimizer": "prodigy", "learning_rate": 1.0, "token_learning_rate": 1.0}
@@ -111,7 +116,7 @@ def moved(fields, steps, rates=None):
     parameters = [torch.nn.Parameter(start.double()) for start in (torch.full((5,), 0.5), torch.zeros(3))]
     groups = {"adapter": [parameters[0]], "token": [parameters[1]]}
     config = dataclasses.replace(CONFIG, **fields)
-    optimizer, factor = build_optimizer(config, SimpleNamespace(parameter_groups=lambda: groups))
+    optimizer, factor = build_optimizer(config, groups)
     for step in range(steps):
         for group in optimizer.param_groups:
             group["lr"] = group["initial_lr"] * factor(step)
@@ -222,3 +227,37 @@ def test_the_loss_of_one_batch_goes_down(run, kind, monkeypatch):
     assert log[-1]["loss"] < log[0]["loss"] - 5e-4
     if kind == "prodigy":  # the line shows the length of step that it has found
         assert 0 < 3 * log[0]["lr"] < log[-1]["lr"]
+
+
+def build_sgd(config, groups, settings):
+    return torch.optim.SGD(groups, lr=settings["lr"])
+
+
+def refuse_averages(config):
+    if config.use_ema:
+        raise UserError(f"optimizer={config.optimizer!r}: does not go with use_ema")
+
+
+def test_an_entry_of_the_table_is_all_that_an_optimizer_takes(run, monkeypatch, capsys):
+    spec = OptimizerSpec(
+        "plain gradient descent",
+        build_sgd,
+        needs=NeedsPackage("no_such_package", "plain"),
+        learning_rate=0.5,
+        token_learning_rate=None,
+        check=refuse_averages,
+    )
+    monkeypatch.setitem(OPTIMIZERS, "sgd", spec)
+    with pytest.raises(SystemExit):
+        load_config(["--help"])
+    assert "sgd: plain gradient descent" in " ".join(capsys.readouterr().out.split())
+    command = "--pretrained_model_name_or_path base --instance_data_dir photos --class_name mug --optimizer sgd"
+    assert load_config(command.split()).learning_rates == {"adapter": 0.5, "text_encoder": 0.5, "token": 0.5}
+    run = dataclasses.replace(run, optimizer="sgd", max_train_steps=2)
+    with pytest.raises(UserError, match="optimizer='sgd': does not go with use_ema"):
+        dataclasses.replace(run, use_ema=True)
+    with pytest.raises(UserError, match=r'no_such_package is missing; pip install "atomdiff\[plain\]"'):
+        train(run)
+    monkeypatch.setitem(OPTIMIZERS, "sgd", dataclasses.replace(spec, needs=None))
+    with safe_open(train(run), "pt") as file:
+        assert any(file.get_tensor(name).any() for name in file.keys() if name.endswith("atom_delta"))  # noqa: SIM118

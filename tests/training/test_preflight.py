@@ -23,7 +23,9 @@ def config(tmp_path, monkeypatch):
         (tmp_path / folder).mkdir(parents=True)
     for name in ("a", "b"):
         Image.new("RGB", (32, 32), "red").save(tmp_path / "photos" / f"{name}.png")
-    return TrainConfig("base", "photos", class_name="mug", output_dir="out")
+    return TrainConfig(
+        pretrained_model_name_or_path="base", instance_data_dir="photos", class_name="mug", output_dir="out"
+    )
 
 
 def everything(folder):

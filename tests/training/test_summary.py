@@ -19,8 +19,8 @@ def config(tmp_path, tiny_pipe_folder):
         Image.new("RGB", size, "red").save(tmp_path / "mug" / f"{name}.png")
     (tmp_path / "mug" / "a.caption").write_text("a sks mug " + "red " * 90)
     return TrainConfig(
-        str(tiny_pipe_folder),
-        str(tmp_path / "mug"),
+        pretrained_model_name_or_path=str(tiny_pipe_folder),
+        instance_data_dir=str(tmp_path / "mug"),
         class_name="mug",
         output_dir=str(tmp_path / "out"),
         aspect_ratio_buckets="32,32;64,32",
@@ -50,7 +50,12 @@ def test_masks_class_images_and_several_words_are_told(tmp_path):
     entries = [{"instance_data_dir": f"photos/{name}", "trigger_word": name} for name in ("mug", "cat")]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     fields = {"one_file": True, "with_prior_preservation": True, "masked_loss": True, "class_name": "thing"}
-    config = TrainConfig("base", concepts_list=str(tmp_path / "list.json"), class_data_dir="things", **fields)
+    config = TrainConfig(
+        pretrained_model_name_or_path="base",
+        concepts_list=str(tmp_path / "list.json"),
+        class_data_dir="things",
+        **fields,
+    )
     counts = {"photos/mug": (3, 3, 1), "photos/cat": (1, 0, 0)}
     assert describe_images(config, counts, 200, [(64, 64)] * 4).splitlines() == [
         "mug: 3 images in photos/mug, 3 captions, 1 mask",

@@ -1,0 +1,74 @@
+"""How images and captions become training samples, and the class images of prior preservation."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Annotated
+
+from atomdiff.data.buckets import parse_buckets
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.fields import BatchSize, ConfigGroup, NonNegativeFloat, NonNegativeInt, Range, Share
+from atomdiff.utils.paths import PathText
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageConfig(ConfigGroup):
+    """Size and augmentation of training images."""
+
+    resolution: Annotated[int, Range(8, 8192)] | None = None
+    """Side length of training images in pixels. Default: that of the base model."""
+    random_flip: bool = False
+    """Flip half of the training images horizontally, at random. Not for subjects with a left and a right."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class DataConfig(ImageConfig):
+    """Crops, captions and masks of instance images."""
+
+    center_crop: bool = False
+    """Use only the center crop of images that are not square. Default: also the crops at both ends of the long side."""
+    aspect_ratio_buckets: str | None = None
+    """Sizes for aspect-ratio bucketing, in pixels: "height,width;height,width", or "auto" for sizes of about
+    resolution^2 pixels with aspect ratios from 1:4 to 4:1. Each image is cropped to the size closest to its own aspect
+    ratio, and all images of a batch have one size. Default: square images only."""
+    shuffle_captions: bool = False
+    """Shuffle the comma-separated tags of captions (up to 16 orders of each)."""
+    keep_tokens: NonNegativeInt = 0
+    """Number of tags at the start of a caption that shuffle_captions leaves in place."""
+    caption_dropout: Share = 0.0
+    """Probability of training a sample with the empty prompt."""
+    masked_loss: bool = False
+    """Weight the loss by a mask of each instance image, white on the subject: the image of the same name in the
+    subfolder mask, or the alpha channel. Images without a mask have weight 1 everywhere."""
+    unmasked_weight: Share = 0.0
+    """Loss weight of black mask areas, with masked_loss."""
+    cache_dir: PathText | None = None
+    """Folder that caches latents and prompt embeddings for later runs. Runs may share it; it may be deleted at any
+    time. Default: cache in output_dir."""
+
+    def check(self) -> None:
+        """Check the buckets, and that what is set is used."""
+        if self.aspect_ratio_buckets is not None:
+            parse_buckets(self.aspect_ratio_buckets)
+        if self.keep_tokens and not self.shuffle_captions:
+            raise UserError(f"keep_tokens={self.keep_tokens}: expected shuffle_captions with it")
+        if self.unmasked_weight and not self.masked_loss:
+            raise UserError(f"unmasked_weight={self.unmasked_weight}: expected masked_loss with it")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ClassImagesConfig(ConfigGroup):
+    """Prior preservation, and how class and validation images are generated."""
+
+    with_prior_preservation: bool = False
+    """Train on class images too (prior preservation), so that the class keeps its look."""
+    num_class_images: BatchSize = 100
+    """Number of class images."""
+    prior_loss_weight: NonNegativeFloat = 1.0
+    """Weight of the prior-preservation loss."""
+    sample_batch_size: BatchSize = 4
+    """Batch size for generating images and for encoding them to latents."""
+    num_inference_steps: Annotated[int, Range(1, 1000)] = 30
+    """Denoising steps of class and validation images."""
+    guidance_scale: Annotated[float, Range(0, below=1000)] = 7.5
+    """Guidance scale of class and validation images; 1 turns classifier-free guidance off."""

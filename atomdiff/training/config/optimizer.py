@@ -1,0 +1,181 @@
+"""The optimizers: an `OptimizerSpec` each, and the options of a run that they read.
+
+To add one, add an entry to `OPTIMIZERS`; options, checks, missing packages and `--help` follow from it.
+
+AdamW: Loshchilov, Hutter, "Decoupled Weight Decay Regularization", arXiv 1711.05101; its state in 8 bits: Dettmers et
+al., "8-bit Optimizers via Block-wise Quantization", arXiv 2110.02861; Prodigy: Mishchenko, Defazio, "Prodigy: An
+Expeditiously Adaptive Parameter-Free Learner", arXiv 2306.06101; schedule-free AdamW: Defazio et al., "The Road Less
+Scheduled", arXiv 2405.15682.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated, Any, Literal
+
+from atomdiff.training.config.prompt import TextConfig
+from atomdiff.training.config.run import ScheduleConfig
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.fields import NeedsPackage, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Share
+
+if TYPE_CHECKING:
+    from torch.optim import Optimizer  # for types alone: --help does without torch
+
+ParameterGroup = Literal["adapter", "text_encoder", "token"]
+"""What has a learning rate of its own."""
+
+Build = Callable[["OptimizerConfig", list[dict[str, Any]], dict[str, Any]], "Optimizer"]
+
+
+@dataclass(frozen=True)
+class OptimizerSpec:
+    """What there is to know about an optimizer."""
+
+    help: str
+    """A few words for `--help`."""
+    build: Build
+    """Builds it from the run's options, the parameter groups, and `lr`, `betas` and `eps`."""
+    build_8bit: Build | None = None
+    """The same with its state in 8 bits, for `use_8bit_adam`."""
+    needs: NeedsPackage | None = None
+    """Package that must be installed."""
+    learning_rate: float = 5e-3
+    """Default learning rate."""
+    token_learning_rate: float | None = 1e-2
+    """Default learning rate of token embeddings; None for that of the adapter."""
+    check: Callable[[OptimizerConfig], None] = lambda config: None
+    """Raises a UserError for options that do not go with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class OptimizerConfig(TextConfig, ScheduleConfig):
+    """Optimizer, its settings, and the learning rates."""
+
+    optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
+    """Optimizer. If its package is missing: pip install "atomdiff[optimizers]"."""
+    use_8bit_adam: Annotated[bool, NeedsPackage("bitsandbytes", "gpu")] = False
+    """Keep the state of adamw in 8 bits (tensors of at least 4096 elements); needs bitsandbytes."""
+    adam_beta1: Share = 0.9
+    """Decay rate of the gradients' moving average, with every optimizer."""
+    adam_beta2: Share = 0.999
+    """Decay rate of the squared gradients' moving average, with every optimizer."""
+    adam_epsilon: NonNegativeFloat = 1e-8
+    """Epsilon, with every optimizer."""
+    prodigy_d_coef: PositiveFloat = 1.0
+    """Factor on the step size that prodigy estimates."""
+    scale_lr: bool = False
+    """Scale all learning rates by train_batch_size x gradient_accumulation_steps x number of processes."""
+    lr_num_cycles: PositiveInt = 1
+    """Number of cycles of cosine_with_restarts."""
+    lr_power: NonNegativeFloat = 1.0
+    """Power of the polynomial schedule."""
+    gradient_accumulation_steps: PositiveInt = 1
+    """Batches whose gradients are accumulated for one optimizer step."""
+    use_ema: bool = False
+    """Use an exponential moving average (EMA) of the trained parameters for validation images and the saved file."""
+    ema_decay: Share = 0.999
+    """Decay rate of the EMA, reached gradually: (1 + step) / (10 + step) until then."""
+
+    @property
+    def optimizer_spec(self) -> OptimizerSpec:
+        """What there is to know about the optimizer."""
+        return OPTIMIZERS[self.optimizer]
+
+    @property
+    def learning_rates(self) -> dict[ParameterGroup, float]:
+        """The learning rate of each group of parameters."""
+        spec = self.optimizer_spec
+        adapter = spec.learning_rate if self.learning_rate is None else self.learning_rate
+        token = adapter if spec.token_learning_rate is None else spec.token_learning_rate
+        return {
+            "adapter": adapter,
+            "text_encoder": adapter if self.text_encoder_lr is None else self.text_encoder_lr,
+            "token": token if self.token_learning_rate is None else self.token_learning_rate,
+        }
+
+    def check(self) -> None:
+        """Check what the optimizer needs."""
+        if self.use_8bit_adam and not self.optimizer_spec.build_8bit:
+            able = " or ".join(repr(name) for name, spec in OPTIMIZERS.items() if spec.build_8bit)
+            raise UserError(
+                f"optimizer={self.optimizer!r}: has no 8-bit state; expected optimizer={able} with use_8bit_adam"
+            )
+        self.optimizer_spec.check(self)
+
+
+def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
+    from torch.optim import AdamW
+
+    return AdamW(groups, fused=True, **settings)
+
+
+def _adamw_8bit(config: OptimizerConfig, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
+    from bitsandbytes.optim import AdamW8bit
+
+    eight_bit: Optimizer = AdamW8bit(groups, **settings)
+    return eight_bit
+
+
+def _prodigy(config: OptimizerConfig, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
+    from prodigyopt import Prodigy
+
+    safe = {"use_bias_correction": True, "safeguard_warmup": True}  # as in diffusers' scripts
+    prodigy: Optimizer = Prodigy(groups, d_coef=config.prodigy_d_coef, **safe, **settings)
+    return prodigy
+
+
+def _check_prodigy(config: OptimizerConfig) -> None:
+    name = f"optimizer={config.optimizer!r}"
+    if config.scale_lr:
+        raise UserError(f"{name}: estimates its step size itself; expected scale_lr=False")
+    if not config.adam_epsilon:
+        raise UserError(f"{name}, adam_epsilon={config.adam_epsilon}: expected a number above 0")
+    rates = {group: rate for group, rate in config.learning_rates.items() if group != "token" or config.train_token}
+    moving = {rate for rate in rates.values() if rate}
+    if len(moving) > 1 or not all(0.1 <= rate <= 10 for rate in moving):
+        found = ", ".join(f"{group} {rate:g}" for group, rate in rates.items())
+        expected = "1 for all, or about that (the default; 0 for what stays still)"
+        raise UserError(f"{name}: found the learning rates {found}; expected {expected}; see prodigy_d_coef")
+
+
+def _schedule_free(config: OptimizerConfig, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
+    from schedulefree import AdamWScheduleFree
+
+    schedule_free: Any = AdamWScheduleFree(groups, **settings)
+    schedule_free.train()
+    built: Optimizer = schedule_free
+    return built
+
+
+def _check_schedule_free(config: OptimizerConfig) -> None:
+    name = f"optimizer={config.optimizer!r}"
+    if config.train_token and config.train_text_encoder_ti_frac not in (0, 1):
+        found = f"train_text_encoder_ti_frac={config.train_text_encoder_ti_frac}"
+        raise UserError(f"{name}, {found}: expected 1, as what is saved is an average up to the end")
+    if not config.lr_scheduler.startswith("constant"):
+        expected = "constant or constant_with_warmup, as it needs no schedule"
+        raise UserError(f"{name}, lr_scheduler={config.lr_scheduler!r}: expected {expected}")
+    if config.use_ema:
+        raise UserError(f"{name}: is an average of its steps already; expected use_ema=False")
+    if not config.adam_beta1:
+        raise UserError(f"{name}, adam_beta1={config.adam_beta1}: expected a number above 0")
+
+
+OPTIMIZERS = {
+    "adamw": OptimizerSpec("AdamW", _adamw, build_8bit=_adamw_8bit),
+    "prodigy": OptimizerSpec(
+        "Prodigy, which estimates one step size for all parameters; leave the learning rates at their default, 1",
+        _prodigy,
+        needs=NeedsPackage("prodigyopt", "optimizers"),
+        learning_rate=1.0,
+        token_learning_rate=None,
+        check=_check_prodigy,
+    ),
+    "adamw_schedulefree": OptimizerSpec(
+        "schedule-free AdamW, which averages its steps in place of a learning-rate schedule",
+        _schedule_free,
+        needs=NeedsPackage("schedulefree", "optimizers"),
+        check=_check_schedule_free,
+    ),
+}

@@ -1,0 +1,83 @@
+"""What a run writes besides its result: checkpoints, validation images, logs, and the push to the Hub."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+
+from atomdiff.training.config.run import LoggingConfig
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.fields import ConfigGroup, NonNegativeInt, PositiveInt
+from atomdiff.utils.paths import PathText
+
+
+@dataclass(frozen=True, kw_only=True)
+class OutputConfig(LoggingConfig):
+    """Checkpoints, validation images and logs."""
+
+    validation_prompts: tuple[str, ...] = ("a photo of {trigger_word} {class_name}",)
+    """Prompts of the validation images."""
+    checkpointing_steps: NonNegativeInt = 500
+    """Steps between checkpoints; 0 for none."""
+    checkpoints_total_limit: PositiveInt | None = None
+    """Maximum number of checkpoints to keep; the oldest are deleted. Default: keep all."""
+    resume_from_checkpoint: PathText | None = None
+    """Checkpoint folder to resume from, or "latest" for the newest one in output_dir."""
+    report_to: str | None = "tensorboard"
+    """Experiment tracker supported by accelerate (tensorboard, wandb, ...), or none."""
+    logging_dir: PathText = "logs"
+    """Folder of the tracker's files, relative to output_dir."""
+
+    def check(self) -> None:
+        """Check that there is something to validate on."""
+        if self.validation_steps and not self.validation_prompts:
+            raise UserError("validation_prompts=(): expected a prompt at least, or validation_steps 0")
+
+
+@dataclass(frozen=True, kw_only=True)
+class HubConfig(ConfigGroup):
+    """The push to the Hugging Face Hub."""
+
+    push_to_hub: bool = False
+    """Push the concept file to the Hugging Face Hub after training, with validation images and a model card."""
+    hub_model_id: str | None = None
+    """Repository to push to, as user/repo. Default: a repository of yours, named like the concept file. Each subject of
+    a concepts_list has a repository of its own, user/repo-NAME, where NAME is that of its folder of images."""
+    hub_token: str | None = field(default=None, repr=False)
+    """Access token with write permission. Default: the token of `hf auth login`, which keeps it out of the shell
+    history."""
+    hub_private_repo: bool = False
+    """Create the repository as a private one."""
+
+
+def repository_name(folder: str) -> str:
+    """Return a folder's name with "-" for what the Hub does not allow in the names of repositories."""
+    name = re.sub(r"[^A-Za-z0-9_.-]+|-{2,}|\.{2,}", "-", folder)
+    return re.sub(r"-{2,}", "-", name).strip("-.")
+
+
+def check_repositories(repositories: Iterable[tuple[str, str]], concepts_list: str | None) -> None:
+    """Check the names of all repositories, before the first subject is trained and pushed.
+
+    Args:
+        repositories: The name and the repository of each run.
+        concepts_list: The file that the names are from.
+
+    Raises:
+        UserError: The Hub does not allow a name, or two runs would have the same.
+    """
+    from huggingface_hub.errors import HFValidationError
+    from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
+
+    pushed: dict[str, str] = {}
+    for name, repository in repositories:
+        try:
+            validate_repo_id(repository)
+        except HFValidationError as error:
+            expected = "name another hub_model_id, or rename the folder"
+            raise UserError(f"cannot push {name!r} to {repository!r}: {error} {expected}") from error
+        other = pushed.setdefault(repository.lower(), name)
+        if other != name:
+            found = f"{other!r} and {name!r} would both be pushed to {repository}"
+            raise UserError(f"{concepts_list}: {found}; rename one of the folders")

@@ -1,0 +1,97 @@
+"""Config dataclasses whose fields say in their types what they may be: numbers in a range, names of a table, paths."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.paths import expand_paths
+
+Mark = TypeVar("Mark")
+
+
+@dataclass(frozen=True)
+class Range:
+    """The numbers that a field takes."""
+
+    least: float
+    most: float = math.inf
+    below: float = math.inf
+
+    def __contains__(self, value: float) -> bool:
+        return self.least <= value <= self.most and value < self.below
+
+    def __str__(self) -> str:
+        most = f" and at most {self.most:.12g}" if self.most < math.inf else ""
+        return f"at least {self.least:.12g}{most}" + (f" and below {self.below:.12g}" if self.below < math.inf else "")
+
+
+@dataclass(frozen=True)
+class OneOf:
+    """A field that names an entry of a table; `--help` shows the `help` of each."""
+
+    table: Mapping[str, Any]
+
+
+@dataclass(frozen=True)
+class NeedsPackage:
+    """A field that needs a package when it is set."""
+
+    package: str
+    extra: str
+
+
+PositiveInt = Annotated[int, Range(1, below=10**9)]
+NonNegativeInt = Annotated[int, Range(0)]
+NonNegativeFloat = Annotated[float, Range(0)]
+PositiveFloat = Annotated[float, Range(1e-9)]
+BatchSize = Annotated[int, Range(1, 100_000)]
+Share = Annotated[float, Range(0, below=1)]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ConfigGroup:
+    """Fields that belong together, with their checks; a config inherits from all groups that it is made of.
+
+    A group's method `check` tells what does not go together; it runs after the fields have been checked one by one.
+
+    Raises:
+        UserError: A field has a value that cannot be used; the message names field, value and what is allowed.
+    """
+
+    def __post_init__(self) -> None:
+        expand_paths(self)
+        for name, hint in get_type_hints(type(self), include_extras=True).items():
+            _check_field(name, hint, getattr(self, name))
+        for group in reversed(type(self).__mro__):
+            if "check" in vars(group):
+                vars(group)["check"](self)
+
+
+def marks(hint: Any, kind: type[Mark]) -> list[Mark]:
+    """Return what of a kind is annotated to a type, or to a part of it, as in `Annotated[int, Range(1)] | None`."""
+    if isinstance(hint, kind):
+        return [hint]
+    return [mark for part in get_args(hint) for mark in marks(part, kind)]
+
+
+def marked_fields(config_class: type[Any], kind: type[Mark]) -> dict[str, Mark]:
+    """Return the fields of a config with such a mark."""
+    hints = get_type_hints(config_class, include_extras=True)
+    return {name: found[0] for name, hint in hints.items() if (found := marks(hint, kind))}
+
+
+def _check_field(name: str, hint: Any, value: Any) -> None:
+    optional = type(None) in get_args(hint)
+    if value is None and optional:
+        return
+    for limits in marks(hint, Range):
+        if value not in limits:
+            raise UserError(f"{name}={value!r}: expected a number of {limits}")
+    choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
+    choices += [choice for one_of in marks(hint, OneOf) for choice in one_of.table]
+    if choices and value not in choices:
+        raise UserError(f"{name}={value!r}: expected one of {', '.join(choices)}{' or none' * optional}")
