@@ -1,4 +1,4 @@
-"""Filter atoms: personalise diffusion models with files of a few kilobytes.
+"""Filter atoms: personalize diffusion models with files of a few kilobytes.
 
 Chen, Miao, Qiu, "Large Convolutional Model Tuning via Filter Subspace", arXiv 2403.00269.
 """
@@ -24,7 +24,7 @@ _HOMES = {
     "load_atoms": "atomdiff.pipelines.load",
     "merge": "atomdiff.pipelines.load",
     "mixed_batch": "atomdiff.pipelines.mixed_batch",
-    "push_to_hub": "atomdiff.concepts.hub",
+    "push_to_hub": "atomdiff.concepts.push",
     "restore": "atomdiff.pipelines.load",
     "save_atoms": "atomdiff.pipelines.load",
     "set_active": "atomdiff.pipelines.switch",

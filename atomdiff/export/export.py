@@ -25,15 +25,15 @@ from atomdiff.concepts.kohya import (
 )
 from atomdiff.export.low_rank import low_rank
 from atomdiff.export.report import ExportedLayer, ExportReport
-from atomdiff.pipelines.adapter_weight import given_strengths
+from atomdiff.pipelines.adapter_weight import command_line_weights
 from atomdiff.pipelines.differences import layer_differences, without_adapters
 from atomdiff.pipelines.load import list_atoms, load_concept, pipeline_models, unload_atoms
 from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
+from atomdiff.pipelines.placeholder_tokens import token_id, tokens_in
 from atomdiff.pipelines.portable import save_portable
 from atomdiff.pipelines.scheduler import ScheduleConfig, common_scheduler, describe_scheduler, pipeline_scheduler
 from atomdiff.pipelines.switch import set_weights
-from atomdiff.pipelines.token_names import group_words
-from atomdiff.pipelines.tokens import token_id, trigger_words
+from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.sampling.batching import Concept, given_concepts, schedules
 from atomdiff.tuner import adapter_state
 from atomdiff.utils.atomic import new_folder
@@ -89,7 +89,7 @@ class ExportConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self)
-        for strength in given_strengths(self.concepts, self.weights, self.trigger_words):
+        for strength in command_line_weights(self.concepts, self.weights, self.trigger_words):
             if strength.steps:
                 raise UserError(
                     f"found steps={dict(strength.steps)} in weights: what is exported is the same at every denoising "
@@ -195,7 +195,7 @@ def _words_alone(concepts: list[Concept]) -> _Embeddings | None:
         encoders = ["text_encoder", "text_encoder_2"] if sdxl else ["text_encoder"]
         if any(sorted(vectors) != encoders for vectors in delta.tokens.values()):
             return None
-        groups = group_words(delta.tokens)
+        groups = group_placeholder_tokens(delta.tokens)
         if groups.keys() & words.keys():
             return None
         for word, group in groups.items():
@@ -344,10 +344,10 @@ def _words(pipe: Any) -> _Embeddings:
     """The trigger words of active concepts, as their rows in the embedding tables."""
     inactive = {concept.name for concept in list_atoms(pipe) if concept.layers and not concept.active}
     by_owner: dict[str | None, list[str]] = {}
-    for word, entry in trigger_words(pipe).items():
+    for word, entry in tokens_in(pipe).items():
         if entry.vectors and entry.owner not in inactive:
             by_owner.setdefault(entry.owner, []).append(word)
-    groups = [group_words(words) for words in by_owner.values()]
+    groups = [group_placeholder_tokens(words) for words in by_owner.values()]
     return {word: embedding_rows(pipe, group) for found in groups for word, group in found.items()}
 
 
@@ -372,7 +372,7 @@ def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
     rows = {}
     for encoder in ("text_encoder", "text_encoder_2"):
         if pipe.components.get(encoder) is not None:
-            table, known = getattr(pipe, encoder).get_input_embeddings().weight.detach(), trigger_words(pipe)
+            table, known = getattr(pipe, encoder).get_input_embeddings().weight.detach(), tokens_in(pipe)
             own = [known[word].vectors if word in known else {} for word in words]  # not rounded to the table's dtype
             found = [table[token_id(pipe, word, encoder)] for word in words]
             rows[encoder] = torch.stack([mine.get(encoder, row.float()) for mine, row in zip(own, found, strict=True)])

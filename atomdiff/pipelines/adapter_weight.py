@@ -26,7 +26,7 @@ _EXPECTED = (
 
 
 @dataclass(frozen=True)
-class Strength:
+class AdapterWeight:
     """A concept's weight, times that of the part of the model, times that of the denoising step."""
 
     weight: float = 1.0
@@ -49,13 +49,13 @@ class Strength:
         object.__setattr__(self, "blocks", {_path(key): float(value) for key, value in self.blocks.items()})
 
     @classmethod
-    def read(cls, value: Any) -> Strength:
+    def read(cls, value: Any) -> AdapterWeight:
         """A strength from a number, from a mapping with its fields, or from blocks as diffusers nests them.
 
         Raises:
             UserError: it is none of these.
         """
-        if isinstance(value, Strength):
+        if isinstance(value, AdapterWeight):
             return value
         if isinstance(value, (int, float)):
             return cls(value)
@@ -99,10 +99,10 @@ class Strength:
                 raise UserError(f"{name!r} has no layer in {part!r}; it has layers in: {', '.join(there) or 'none'}")
 
 
-def given_strengths(
+def command_line_weights(
     concepts: Sequence[str], weights: Sequence[Any] = (), trigger_words: Sequence[str] = ()
-) -> list[Strength]:
-    """The strength of each concept that a command line gives: as `Strength.read` takes it, 1 where there are none.
+) -> list[AdapterWeight]:
+    """The strength of each concept that a command line gives: as `AdapterWeight.read` takes it, 1 where there are none.
 
     Raises:
         UserError: a strength cannot be read, or there are weights or trigger words, but not one each.
@@ -110,7 +110,7 @@ def given_strengths(
     for name, given in (("weights", weights), ("trigger_words", trigger_words)):
         if given and len(given) != len(concepts):
             raise UserError(f"found {len(given)} {name} for {len(concepts)} concepts; give one each, or none")
-    return [Strength.read(weight) for weight in weights or [1.0] * len(concepts)]
+    return [AdapterWeight.read(weight) for weight in weights or [1.0] * len(concepts)]
 
 
 class StepSchedule:

@@ -14,7 +14,7 @@ from torch import Tensor
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import quick_hash
 
-Place = Literal["device", "cpu", "file"]
+BaseOffload = Literal["device", "cpu", "file"]
 """`device`: beside the weights, which takes their memory once more and is fastest. `cpu`: in the memory of the host.
 `file`: in the checkpoint that the model was loaded from, which is read again (memory-mapped) for every switch."""
 
@@ -93,17 +93,17 @@ def _written(file: Path) -> tuple[int, ...]:
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def check_place(place: str | None) -> None:
+def check_offload(place: str | None) -> None:
     """Check the name of a place.
 
     Raises:
         UserError: there is no such place.
     """
-    if place is not None and place not in get_args(Place):
-        raise UserError(f"keep_base={place!r}: expected one of {', '.join(map(repr, get_args(Place)))}")
+    if place is not None and place not in get_args(BaseOffload):
+        raise UserError(f"offload_base={place!r}: expected one of {', '.join(map(repr, get_args(BaseOffload)))}")
 
 
-def keep(model: Any, layers: dict[str, Any], place: Place | None) -> dict[str, Callable[[], Tensor] | None]:
+def keep(model: Any, layers: dict[str, Any], place: BaseOffload | None) -> dict[str, Callable[[], Tensor] | None]:
     """Decide for every layer where its base weight is read from.
 
     Args:
@@ -154,8 +154,8 @@ def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fi
                 f"the {len(files)} safetensors file(s) of {folder}" if files else f"a checkpoint (looked in {folder})"
             )
             raise UserError(
-                f"keep_base='file': the weight of {path} as it is now is not in {where}; "
-                "load the pipeline from a folder of safetensors files, or use keep_base='cpu'"
+                f"offload_base='file': the weight of {path} as it is now is not in {where}; "
+                "load the pipeline from a folder of safetensors files, or use offload_base='cpu'"
             )
         yield path, FileWeight.of(*found, base.dtype)
 

@@ -15,8 +15,8 @@ from atomdiff.concepts.compatibility import check_base, may_leave_out
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
 from atomdiff.concepts.lora_file import is_lora_file, read_lora
 from atomdiff.concepts.peft_folder import Adapters, Tokens
+from atomdiff.pipelines.placeholder_tokens import fitting_tokens
 from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule
-from atomdiff.pipelines.tokens import fitting_tokens
 from atomdiff.tuner import attach
 from atomdiff.utils.errors import UserError
 

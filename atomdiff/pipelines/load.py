@@ -21,6 +21,16 @@ from atomdiff.concepts.modelspec import model_spec
 from atomdiff.pipelines import model_calls
 from atomdiff.pipelines.adapter_names import derived_name, given_name
 from atomdiff.pipelines.concept_parts import attach_parts, read_parts, take_fitting_tokens, warn_of_left_out
+from atomdiff.pipelines.placeholder_tokens import (
+    PlaceholderToken,
+    add_placeholder_tokens,
+    check_addable,
+    has_words,
+    look_again,
+    remove_placeholder_tokens,
+    set_token_embedding,
+    tokens_in,
+)
 from atomdiff.pipelines.scheduler import (
     ScheduleConfig,
     describe_scheduler,
@@ -28,40 +38,11 @@ from atomdiff.pipelines.scheduler import (
     pipeline_scheduler,
     scheduler_code,
 )
-from atomdiff.pipelines.token_names import group_words, words_of
-from atomdiff.pipelines.tokens import (
-    TriggerWord,
-    add_trigger_word,
-    add_trigger_words,
-    check_addable,
-    has_words,
-    look_again,
-    remove_trigger_word,
-    remove_trigger_words,
-    set_trigger_embedding,
-    token_id,
-    trigger_words,
-)
+from atomdiff.pipelines.token_names import group_placeholder_tokens, placeholder_tokens
 from atomdiff.tuner import adapter_state, attach, merging
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
-
-__all__ = [
-    "LoadedConcept",
-    "add_trigger_word",
-    "list_atoms",
-    "load_atoms",
-    "merge",
-    "pipeline_models",
-    "remove_trigger_word",
-    "restore",
-    "save_atoms",
-    "set_trigger_embedding",
-    "token_id",
-    "trigger_words",
-    "unload_atoms",
-]
 
 
 @dataclass(frozen=True)
@@ -186,15 +167,15 @@ def load_concept(
         with attach.rollback_on_error(models.values(), name):
             attach_parts(parts, models, name, allow_base_mismatch)
             warn_of_left_out(name, parts.left_out, 3)
-            remove_trigger_words(pipe, left_over)
-            add_trigger_words(pipe, parts.tokens, owner=name)
+            remove_placeholder_tokens(pipe, left_over)
+            add_placeholder_tokens(pipe, parts.tokens, owner=name)
             carriers = [model for model in models.values() if _has(model, name)]
             for word, vectors in parts.tokens.items():
-                set_trigger_embedding(pipe, word, vectors)
-                entry = trigger_words(pipe)[word]
+                set_token_embedding(pipe, word, vectors)
+                entry = tokens_in(pipe)[word]
                 entry.came_with, entry.loaded_by = WeakSet(carriers) if carriers else None, ref(pipe)
     except BaseException as error:
-        remove_trigger_words(pipe, _words_of(pipe, [name]))
+        remove_placeholder_tokens(pipe, _words_of(pipe, [name]))
         if isinstance(error, Exception):  # PEFT answers strange settings with any of them
             raise UserError(f"cannot load {place or repr(name)}: {error}") from error
         raise
@@ -242,7 +223,7 @@ def save_atoms(
     }
     tokens = {
         word: entry.vectors
-        for word, entry in trigger_words(pipe).items()
+        for word, entry in tokens_in(pipe).items()
         if entry.vectors and entry.owner in (None, adapter_name)
     }
     if not configs and not tokens:
@@ -304,12 +285,12 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
     names = concept_names(pipe) if adapter_name is None else [adapter_name]
     words = _words_of(pipe, names)
     if adapter_name is None:
-        words = [word for word, entry in trigger_words(pipe).items() if not _is_of_another(pipe, entry)]
+        words = [word for word, entry in tokens_in(pipe).items() if not _is_of_another(pipe, entry)]
     for model in pipeline_models(pipe).values():
         for name in names:
             if _has(model, name):
                 attach.delete_adapter(model, name)
-    remove_trigger_words(pipe, words)
+    remove_placeholder_tokens(pipe, words)
     _adopt_calls(pipe)
 
 
@@ -382,7 +363,7 @@ def _adopt_calls(pipe: Any) -> None:
 def concept_names(pipe: Any) -> list[str]:
     """The names of the concepts in a pipeline, in the order they came."""
     adapters = [name for model in pipeline_models(pipe).values() for name in adapter_state.adapter_configs(model)]
-    owners = [word.owner for word in trigger_words(pipe).values() if word.owner is not None]
+    owners = [word.owner for word in tokens_in(pipe).values() if word.owner is not None]
     return list(dict.fromkeys(adapters + owners))
 
 
@@ -397,7 +378,7 @@ def _concept(pipe: Any, name: str) -> LoadedConcept:
         layers={component: len(found) for component, found in layers.items()},
         active=any(name in layer.active_adapters and not layer.disable_adapters for layer in everywhere),
         merged=any(name in layer.merged_adapters for layer in everywhere),
-        trigger_words=tuple(word for word, entry in trigger_words(pipe).items() if entry.owner == name),
+        trigger_words=tuple(word for word, entry in tokens_in(pipe).items() if entry.owner == name),
     )
 
 
@@ -442,11 +423,11 @@ def renamed_tokens(tokens: dict[str, dict[str, Tensor]], word: str | None) -> di
     """
     if word is None:
         return tokens
-    groups = group_words(tokens)
+    groups = group_placeholder_tokens(tokens)
     if len(groups) != 1:
         raise UserError(f"trigger_word={word!r} renames one word, but the concept has {len(groups)}: leave it out")
     ((_, group),) = groups.items()
-    new = dict(zip(group, words_of(word, len(group)), strict=True))
+    new = dict(zip(group, placeholder_tokens(word, len(group)), strict=True))
     return {new[old]: vectors for old, vectors in tokens.items()}
 
 
@@ -462,15 +443,15 @@ def _taken_names(pipe: Any) -> list[str]:
 
 def _left_over(pipe: Any, name: str) -> list[str]:
     """The words of a concept whose layers others have taken away everywhere."""
-    words = {word: trigger_words(pipe)[word].came_with for word in _words_of(pipe, [name])}
+    words = {word: tokens_in(pipe)[word].came_with for word in _words_of(pipe, [name])}
     return [word for word, models in words.items() if models is not None and not any(_has(m, name) for m in models)]
 
 
 def _words_of(pipe: Any, owners: Collection[str]) -> list[str]:
-    return [word for word, entry in trigger_words(pipe).items() if entry.owner in owners]
+    return [word for word, entry in tokens_in(pipe).items() if entry.owner in owners]
 
 
-def _is_of_another(pipe: Any, word: TriggerWord) -> bool:
+def _is_of_another(pipe: Any, word: PlaceholderToken) -> bool:
     """Whether a word's concept lies in models of another pipeline alone, which loaded it there."""
     if word.came_with is None or word.loaded_by is None or word.loaded_by() is pipe:
         return False

@@ -11,10 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from atomdiff.pipelines.adapter_weight import StepSchedule, Strength, before_calls
+from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule, before_calls
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.load import denoiser_name, pipeline_models
-from atomdiff.pipelines.switch import read_strengths
+from atomdiff.pipelines.switch import read_adapter_weights
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.layer import BatchLayout
 from atomdiff.utils.errors import UserError
@@ -112,8 +112,8 @@ class _Calls:
             )
 
 
-def _strengths(pipe: Any, row: Row) -> dict[str, Strength]:
-    return {} if row is None else read_strengths(pipe, row)
+def _strengths(pipe: Any, row: Row) -> dict[str, AdapterWeight]:
+    return {} if row is None else read_adapter_weights(pipe, row)
 
 
 def _end(layers: Mapping[str, Any]) -> None:

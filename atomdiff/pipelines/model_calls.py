@@ -12,8 +12,8 @@ from typing import Any
 
 from torch import nn
 
-from atomdiff.pipelines.adapter_weight import Strength
-from atomdiff.pipelines.tokens import bare_tokenizer, without_words
+from atomdiff.pipelines.adapter_weight import AdapterWeight
+from atomdiff.pipelines.placeholder_tokens import bare_tokenizer, without_words
 from atomdiff.tuner import adapter_state, merging
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.errors import UserError
@@ -74,7 +74,9 @@ def set_adapters(model: Any, adapter_names: str | list[str], weights: Any = None
     if len(given) != len(names):
         raise UserError(f"found {len(given)} weights for the adapters {names}: give one each")
     strengths = {
-        name: Strength.read(1.0 if weight is None else {"blocks": weight} if isinstance(weight, Mapping) else weight)
+        name: AdapterWeight.read(
+            1.0 if weight is None else {"blocks": weight} if isinstance(weight, Mapping) else weight
+        )
         for name, weight in zip(names, given, strict=True)
     }
     for strength in strengths.values():

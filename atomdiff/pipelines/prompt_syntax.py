@@ -5,7 +5,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-from atomdiff.pipelines.adapter_weight import Strength
+from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.utils.errors import UserError
 
 # As in A1111, whose own tags name LoRAs; the weight may be a JSON object, which has colons.
@@ -17,7 +17,7 @@ _EXPECTED = (
 )
 
 
-def split_tags(prompt: str) -> tuple[str, dict[str, Strength]]:
+def split_tags(prompt: str) -> tuple[str, dict[str, AdapterWeight]]:
     """Take the tags out of a prompt.
 
     Args:
@@ -30,7 +30,7 @@ def split_tags(prompt: str) -> tuple[str, dict[str, Strength]]:
     Raises:
         UserError: a tag is unfinished, has no name or no strength that can be used, or a name stands in two.
     """
-    found: dict[str, Strength] = {}
+    found: dict[str, AdapterWeight] = {}
     for tag in _TAG.finditer(prompt):
         name, value = tag[1].strip(), tag[2]
         if not name:
@@ -38,7 +38,7 @@ def split_tags(prompt: str) -> tuple[str, dict[str, Strength]]:
         if name in found:
             raise UserError(f"the prompt {prompt!r} has two tags for {name!r}: give one, with the weight that you want")
         try:
-            found[name] = Strength.read(1.0 if value is None else _value(value))
+            found[name] = AdapterWeight.read(1.0 if value is None else _value(value))
         except UserError as error:
             raise UserError(f"found the tag {tag[0]!r} in the prompt {prompt!r}: {error}") from error
         except (ValueError, RecursionError) as error:
@@ -49,7 +49,7 @@ def split_tags(prompt: str) -> tuple[str, dict[str, Strength]]:
     return (" ".join(left.split()) if found else prompt), found
 
 
-def describe_strength(strength: Strength) -> float | dict[str, Any]:
+def weight_as_json(strength: AdapterWeight) -> float | dict[str, Any]:
     """A strength as JSON has it: a number where that says all, always the same for equal strengths."""
     factors = {
         "blocks": dict(sorted(strength.blocks.items())),

@@ -10,8 +10,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from atomdiff.pipelines import base_offload
-from atomdiff.pipelines.adapter_weight import StepSchedule, Strength
-from atomdiff.pipelines.base_offload import Place
+from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule
+from atomdiff.pipelines.base_offload import BaseOffload
 from atomdiff.pipelines.load import concept_names, denoiser_name, pipeline_models, restore, stop_schedule, tidy
 from atomdiff.tuner import adapter_state, merging
 from atomdiff.utils.errors import UserError
@@ -19,7 +19,7 @@ from atomdiff.utils.errors import UserError
 Concepts = str | Sequence[str] | Mapping[str, Any]
 
 
-def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None) -> None:
+def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | None = None) -> None:
     """Write exactly these concepts into the weights, always starting from the base: pictures cost what the base's cost.
 
     Weights change in place, so that compiled models and CUDA graphs stay valid. An empty mapping is the bare base;
@@ -28,11 +28,11 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
     Args:
         pipe: a pipeline with the concepts loaded.
         concepts: name -> strength, or names at strength 1. A strength is a number (1: as trained), a
-            `atomdiff.pipelines.adapter_weight.Strength`, or a mapping with its fields: {"weight": 0.8,
+            `atomdiff.pipelines.adapter_weight.AdapterWeight`, or a mapping with its fields: {"weight": 0.8,
             "blocks": {"down": 0.5, "up.1": 0}, "steps": {0: 1, 1: 0.2}}.
             With steps, weights are written again before each denoising step; a model to be compiled is compiled
             before they are set.
-        keep_base: where the untouched base weights are kept: "device" (takes the memory of the adapted weights once
+        offload_base: where the untouched base weights are kept: "device" (takes the memory of the adapted weights once
             more), "cpu", or "file" (takes none: the checkpoint is read again). None: where they are, at first "device".
 
     Raises:
@@ -40,8 +40,8 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
             be merged (the pipeline is restored).
     """
     tidy(pipe)
-    strengths = read_strengths(pipe, concepts)
-    base_offload.check_place(keep_base)
+    strengths = read_adapter_weights(pipe, concepts)
+    base_offload.check_offload(offload_base)
     models = pipeline_models(pipe)
     others = _weights_of_others(models, strengths)
     for model in models.values():
@@ -49,7 +49,7 @@ def set_active(pipe: Any, concepts: Concepts, *, keep_base: Place | None = None)
     writers = {}
     for part, model in models.items():
         layers = adapter_state.atom_layers(model)
-        writers[part] = _Writer(part, model, layers, strengths, others, base_offload.keep(model, layers, keep_base))
+        writers[part] = _Writer(part, model, layers, strengths, others, base_offload.keep(model, layers, offload_base))
     denoiser = denoiser_name(models)
     stop_schedule(pipe)
     try:
@@ -81,7 +81,7 @@ def set_weights(pipe: Any, concepts: Concepts) -> None:
         UserError: there is no such concept, or a strength cannot be used.
     """
     restore(pipe)
-    strengths = read_strengths(pipe, concepts)
+    strengths = read_adapter_weights(pipe, concepts)
     models = pipeline_models(pipe)
     others = _weights_of_others(models, strengths)
     for part, model in models.items():
@@ -99,7 +99,7 @@ class _Writer:
     part: str
     model: nn.Module
     layers: Mapping[str, Any]
-    strengths: Mapping[str, Strength]
+    strengths: Mapping[str, AdapterWeight]
     others: Mapping[str, float]
     stored: Mapping[str, Callable[[], Tensor] | None]
 
@@ -113,7 +113,7 @@ class _Writer:
         merging.merge_others(self.model, self.others)
 
 
-def read_strengths(pipe: Any, concepts: Concepts) -> dict[str, Strength]:
+def read_adapter_weights(pipe: Any, concepts: Concepts) -> dict[str, AdapterWeight]:
     """Read the strengths of concepts and check them against the layers in a pipeline.
 
     Raises:
@@ -125,7 +125,7 @@ def read_strengths(pipe: Any, concepts: Concepts) -> dict[str, Strength]:
         if not isinstance(concepts, (list, tuple, set)) or not all(isinstance(name, str) for name in concepts):
             raise UserError(f"found the concepts {concepts!r}: give their names, or a mapping name -> strength")
         concepts = dict.fromkeys(concepts, 1.0)
-    strengths = {name: Strength.read(value) for name, value in concepts.items()}
+    strengths = {name: AdapterWeight.read(value) for name, value in concepts.items()}
     known = concept_names(pipe)
     for name, strength in strengths.items():
         if name not in known:
@@ -143,7 +143,7 @@ def _modules_of(pipe: Any, name: str) -> list[str]:
     return [path for path, layer in layers.items() if name in layer.scaling]
 
 
-def _weights_of_others(models: Mapping[str, nn.Module], strengths: Mapping[str, Strength]) -> dict[str, float]:
+def _weights_of_others(models: Mapping[str, nn.Module], strengths: Mapping[str, AdapterWeight]) -> dict[str, float]:
     """The weights of adapters that are not atoms, checked to be such as they can have."""
     weights = {}
     for model in models.values():

@@ -9,13 +9,13 @@ from contextlib import contextmanager
 from dataclasses import replace
 from typing import Any
 
-from atomdiff.pipelines.adapter_weight import Strength
+from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.concept_parts import warn_of_left_out
 from atomdiff.pipelines.load import load_concept, unload_atoms
 from atomdiff.pipelines.mixed_batch import mixed_batch
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, fitting_tokens, set_token_embedding
 from atomdiff.pipelines.switch import set_active
-from atomdiff.pipelines.token_names import group_words
-from atomdiff.pipelines.tokens import add_trigger_word, fitting_tokens, set_trigger_embedding
+from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.sampling.batching import Concept, Line
 from atomdiff.utils.errors import UserError
 
@@ -41,7 +41,7 @@ class Wardrobe:
         self._encoders: dict[str, frozenset[str]] = {}  # name inside -> text encoders in which it has an embedding
         self._free: list[str] = []  # names inside that nobody uses
         self._count = 0  # of loads
-        self._written: Mapping[str, Strength] | None = None  # what is in the weights
+        self._written: Mapping[str, AdapterWeight] | None = None  # what is in the weights
 
     @contextmanager
     def worn(self, lines: Sequence[Line]) -> Iterator[None]:
@@ -51,7 +51,7 @@ class Wardrobe:
             UserError: a concept cannot be loaded, or worn as it is asked.
         """
         self._load_all(dict.fromkeys(concept for line in lines for concept, _ in line.concepts))
-        rows: list[dict[str, Strength]] = [
+        rows: list[dict[str, AdapterWeight]] = [
             {name: strength for concept, strength in line.concepts if (name := self._loaded[concept]) is not None}
             for line in lines
         ]
@@ -96,7 +96,7 @@ class Wardrobe:
             load_concept(self.pipe, replace(delta, tokens={}), name)
         warn_of_left_out(concept.name, left_out)
         inside = {word: self._teach(vectors) for word, vectors in tokens.items()}
-        groups = group_words(inside)
+        groups = group_placeholder_tokens(inside)
         spelled = {word: " ".join(inside[each] for each in groups.get(word, [word])) for word in inside}
         self._words[concept] = {word: spelled.get(word, word) for word in concept.words}
         self._inside[concept] = tuple(inside.values())
@@ -107,11 +107,11 @@ class Wardrobe:
         name = next((name for name in self._free if self._encoders[name] == set(vectors)), None)
         if name is None:
             name = f"atomdiffword{len(self._encoders)}"
-            add_trigger_word(self.pipe, name)
+            add_placeholder_token(self.pipe, name)
             self._encoders[name] = frozenset(vectors)
         else:
             self._free.remove(name)
-        set_trigger_embedding(self.pipe, name, vectors)
+        set_token_embedding(self.pipe, name, vectors)
         return name
 
     def _unload(self) -> None:

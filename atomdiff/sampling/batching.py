@@ -18,11 +18,11 @@ from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, DeltaFile, read_delta
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.concepts.lora_file import is_lora_file, trigger_phrase
 from atomdiff.concepts.peft_folder import LEARNED_EMBEDS_NAME
-from atomdiff.pipelines.adapter_weight import Strength, given_strengths
+from atomdiff.pipelines.adapter_weight import AdapterWeight, command_line_weights
 from atomdiff.pipelines.load import renamed_tokens
-from atomdiff.pipelines.prompt_syntax import describe_strength, has_word, replace_words, split_tags
+from atomdiff.pipelines.prompt_syntax import has_word, replace_words, split_tags, weight_as_json
 from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule
-from atomdiff.pipelines.token_names import group_words
+from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
 
@@ -59,7 +59,7 @@ class Concept:
         return trained_schedule(self.path)
 
 
-def schedules(concepts: Iterable[tuple[Concept, Strength]]) -> list[tuple[str, ScheduleConfig]]:
+def schedules(concepts: Iterable[tuple[Concept, AdapterWeight]]) -> list[tuple[str, ScheduleConfig]]:
     """The names and schedules of the concepts that have a strength, and of which they are known."""
     return [(c.name, c.schedule) for c, strength in concepts if strength.weight and c.schedule is not None]
 
@@ -72,7 +72,7 @@ class Line:
     """As it was written."""
     text: str
     """What is left of it without tags."""
-    concepts: tuple[tuple[Concept, Strength], ...] = ()
+    concepts: tuple[tuple[Concept, AdapterWeight], ...] = ()
     """What it wears, in the order of the command line, then of the tags."""
     tagged: frozenset[str] = frozenset()
     """Names in its tags."""
@@ -85,7 +85,7 @@ class Line:
                 {
                     "file": concept.file,
                     "sha256": concept.sha256,
-                    "weight": describe_strength(strength),
+                    "weight": weight_as_json(strength),
                     "trigger_word": concept.trigger_word,
                 }
                 for concept, strength in self.concepts
@@ -143,18 +143,18 @@ def given_concept(source: str, trigger_word: str | None = None) -> Concept:
 
 def given_concepts(
     sources: Sequence[str], weights: Sequence[Any] = (), trigger_words: Sequence[str] = ()
-) -> list[tuple[Concept, Strength]]:
+) -> list[tuple[Concept, AdapterWeight]]:
     """The concepts that a command line gives, each with its strength.
 
     Args:
         sources: where they are, as `given_concept` takes it.
-        weights: strengths as `Strength.read` takes them; none: 1 each.
+        weights: strengths as `AdapterWeight.read` takes them; none: 1 each.
         trigger_words: words to use instead of their own; none: their own.
 
     Raises:
         UserError: a concept cannot be used, or not with its strength.
     """
-    strengths = given_strengths(sources, weights, trigger_words)
+    strengths = command_line_weights(sources, weights, trigger_words)
     words: Sequence[str | None] = trigger_words or [None] * len(sources)
     given = [given_concept(source, word) for source, word in zip(sources, words, strict=True)]
     for concept, strength in zip(given, strengths, strict=True):
@@ -176,7 +176,7 @@ def library_concept(library: ConceptLibrary, name: str) -> Concept:
 
 def read_lines(
     prompts: Iterable[str],
-    given: Sequence[tuple[Concept, Strength]] = (),
+    given: Sequence[tuple[Concept, AdapterWeight]] = (),
     library: ConceptLibrary | None = None,
 ) -> list[Line]:
     """Find out which concepts each prompt wears.
@@ -261,7 +261,7 @@ def warn_of_prompts(pipe: Any, lines: Iterable[Line]) -> None:
     lines = list(dict.fromkeys(lines))
     longest = pipe.tokenizer.model_max_length
     for line in lines:
-        groups = [group for concept, _ in line.concepts for group in group_words(concept.words).items()]
+        groups = [group for concept, _ in line.concepts for group in group_placeholder_tokens(concept.words).items()]
         one_token = {word: " ".join("a" for _ in vectors) for word, vectors in groups}
         tokens = len(pipe.tokenizer(replace_words(line.text, one_token), verbose=False).input_ids)
         if tokens > longest:
@@ -289,7 +289,7 @@ def _look_up(name: str, prompt: str, library: ConceptLibrary | None, given: Sequ
     raise UserError(f"the prompt {prompt!r} names {name!r}, but there is no library and {there}; give --library FOLDER")
 
 
-def _check_strength(concept: Concept, strength: Strength) -> None:
+def _check_strength(concept: Concept, strength: AdapterWeight) -> None:
     """Refuse what would fail when pictures have been drawn already."""
     if not (strength.blocks or strength.steps):
         return

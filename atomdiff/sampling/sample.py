@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from atomdiff.concepts.concept_file import some
-from atomdiff.pipelines.adapter_weight import given_strengths
+from atomdiff.pipelines.adapter_weight import command_line_weights
 from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
 from atomdiff.pipelines.prompt_syntax import split_tags
 from atomdiff.pipelines.scheduler import (
@@ -111,7 +111,7 @@ class SampleConfig:
         for path in filter(None, (self.prompts_file, self.library)):
             if not Path(path).exists():
                 raise UserError(f"found nothing at {path!r}: check the path")
-        given_strengths(self.concepts, self.weights, self.trigger_words)
+        command_line_weights(self.concepts, self.weights, self.trigger_words)
         if self.negative_prompt and split_tags(self.negative_prompt)[1]:
             raise UserError(
                 f"negative_prompt={self.negative_prompt!r}: only prompts can wear concepts; take the tag out"

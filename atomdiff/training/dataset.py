@@ -25,8 +25,8 @@ from atomdiff.data.images import (
 )
 from atomdiff.data.latents import Encoder, LatentCache, join
 from atomdiff.data.masks import read_masks
-from atomdiff.pipelines.token_names import words_of
-from atomdiff.pipelines.tokens import check_addable
+from atomdiff.pipelines.placeholder_tokens import check_addable
+from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.training.base_keys import base_keys
 from atomdiff.training.base_model import (
     BasePipeline,
@@ -301,7 +301,9 @@ def check_words(config: TrainConfig, pipe: BasePipeline, texts: Sequence[str]) -
     Raises:
         UserError: It cannot, or they do not.
     """
-    words = [each for subject in config.subjects for each in words_of(subject.trigger_word, config.num_vectors)]
+    words = [
+        each for subject in config.subjects for each in placeholder_tokens(subject.trigger_word, config.num_vectors)
+    ]
     check_addable(pipe, words)
     check_named(config, texts)
 

@@ -21,7 +21,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from atomdiff.data.images import derive_seed
-from atomdiff.pipelines.tokens import set_trigger_embedding
+from atomdiff.pipelines.placeholder_tokens import set_token_embedding
 from atomdiff.training.base_model import BasePipeline, all_parts_loaded, generate_images, load_base
 from atomdiff.training.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from atomdiff.training.config import TrainConfig, load_config
@@ -429,7 +429,7 @@ def save_concept(
     """
     config, pipe = run.config, run.pipe
     for word, vectors in run.concept.learned_embeddings().items():
-        set_trigger_embedding(pipe, word, vectors)
+        set_token_embedding(pipe, word, vectors)
     facts = {
         "config": recorded,
         "steps": config.max_train_steps,

@@ -18,8 +18,8 @@ from atomdiff.data.prompt_embeds import (
     text_encoders,
     tokenize,
 )
-from atomdiff.pipelines.token_names import words_of
-from atomdiff.pipelines.tokens import add_trigger_words, token_id
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_tokens, token_id
+from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.config.optimizer import ParameterGroup
 from atomdiff.training.memory import save_memory
@@ -172,7 +172,7 @@ def build_training_model(
     key = ""
     if cache is not None and not config.train_text_encoder:
         key = hash_values(*map(hash_model, encoders.values()))  # before words make the tables longer
-    add_trigger_words(pipe, words)
+    add_placeholder_tokens(pipe, words)
     ids = {name: tokenize(pipe, name, prompts) for name in encoders}
     changes = torch.full((len(prompts),), config.train_text_encoder)
     for name in vectors:
@@ -200,7 +200,7 @@ def init_placeholder_tokens(config: TrainConfig, pipe: Any) -> tuple[list[str], 
     words: list[str] = []
     starts: dict[str, list[Tensor]] = {name: [] for name in text_encoders(pipe)}
     for subject in config.subjects:
-        words += words_of(subject.trigger_word, config.num_vectors)
+        words += placeholder_tokens(subject.trigger_word, config.num_vectors)
         like = subject.initializer_token or subject.class_name or ""
         for name, vectors in starts.items():
             seed = derive_seed(config.seed, "vectors", subject.trigger_word, name)

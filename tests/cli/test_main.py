@@ -11,7 +11,7 @@ import torch
 
 import atomdiff
 from atomdiff.cli.main import main
-from atomdiff.pipelines.load import add_trigger_word, set_trigger_embedding
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.sampling import sample
 from atomdiff.training import dreambooth
 from atomdiff.utils.errors import UserError
@@ -65,8 +65,8 @@ def test_inspect_counts_an_adapter_on_an_architecture(tmp_path, capsys):
 
 def test_a_concept_is_exported_and_extracted_again(tiny_pipe, tiny_pipe_folder, tmp_path, capsys):
     tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv_in"]))
-    add_trigger_word(tiny_pipe, "ohwx")
-    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
+    add_placeholder_token(tiny_pipe, "ohwx")
+    set_token_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
     torch.nn.init.normal_(tiny_pipe.unet.conv_in.atom_delta["default"], std=0.1)
     path = str(atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", dtype=torch.float32))
     base = ["--pretrained_model_name_or_path", str(tiny_pipe_folder)]

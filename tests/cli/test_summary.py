@@ -6,14 +6,14 @@ import torch
 
 import atomdiff
 from atomdiff.cli.summary import describe
-from atomdiff.pipelines.load import add_trigger_word, set_trigger_embedding
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig
 
 
 def test_a_file_is_described(tiny_pipe, tmp_path):
     tiny_pipe.unet.add_adapter(AtomConfig(channel_block=4, target_modules=["conv_in", "to_q"]))
-    add_trigger_word(tiny_pipe, "sks")
-    set_trigger_embedding(tiny_pipe, "sks", {"text_encoder": torch.zeros(32)})
+    add_placeholder_token(tiny_pipe, "sks")
+    set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.zeros(32)})
     path = tmp_path / "mug.atoms.safetensors"
     training = {"max_train_steps": 300, "optimizer": "adamw", "config": {"long": "list"}}
     atomdiff.save_atoms(

@@ -28,7 +28,7 @@ import atomdiff
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.model_card import write_repository
 from atomdiff.export.export import ExportConfig, export_concepts
-from atomdiff.pipelines.load import add_trigger_word, set_trigger_embedding
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.sampling.output_files import PictureFile, write_overview
 from atomdiff.training import dreambooth
 from atomdiff.tuner import AtomConfig
@@ -233,8 +233,8 @@ def train(pipe, config, word="sks"):
         for key, parameter in pipe.unet.named_parameters():
             if ".default" in key:
                 parameter.add_(torch.randn(parameter.shape, generator=generator) / 20)
-    add_trigger_word(pipe, word)
-    set_trigger_embedding(pipe, word, {"text_encoder": torch.randn(32, generator=generator)})
+    add_placeholder_token(pipe, word)
+    set_token_embedding(pipe, word, {"text_encoder": torch.randn(32, generator=generator)})
 
 
 @pytest.fixture

@@ -12,7 +12,7 @@ import atomdiff
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.kohya import layer_name, sgm_path
 from atomdiff.export.export import ExportConfig, export_concepts, export_diff, export_lora
-from atomdiff.pipelines.adapter_weight import Strength
+from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.sampling.adapter_cache import Wardrobe
 from atomdiff.sampling.batching import given_concept, read_lines
@@ -234,7 +234,7 @@ def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
             pass
     atomdiff.unload_atoms(tiny_pipe)
 
-    given = [(given_concept(str(source)), Strength(1.0)) for source in (concept, path)]
+    given = [(given_concept(str(source)), AdapterWeight(1.0)) for source in (concept, path)]
     assert [each.name for each, _ in given] == ["cat", "old mug"]
     with Wardrobe(tiny_pipe).worn(read_lines(["a mug"], given)):
         found = tiny_pipe.unet.get_submodule(module).get_base_layer().weight

@@ -10,7 +10,7 @@ from atomdiff.data.prompt_embeds import (
     text_encoders,
     tokenize,
 )
-from atomdiff.pipelines.tokens import add_trigger_words, set_trigger_embedding, token_id
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_tokens, set_token_embedding, token_id
 from atomdiff.utils.tensor_cache import DiskCache
 
 PROMPTS = ("a photo of sks mug", "a photo of a mug", "")
@@ -40,9 +40,9 @@ def check_states(pipe):
 
 def test_states_are_those_of_the_pipeline(pipe):
     plain = check_states(pipe)
-    add_trigger_words(pipe, ["sks", "sks_1", "sks_2"])
+    add_placeholder_tokens(pipe, ["sks", "sks_1", "sks_2"])
     for word in ("sks", "sks_1", "sks_2"):
-        set_trigger_embedding(pipe, word, {name: torch.randn(32) for name in text_encoders(pipe)})
+        set_token_embedding(pipe, word, {name: torch.randn(32) for name in text_encoders(pipe)})
     several = check_states(pipe)
     assert not torch.allclose(several[0], plain[0], atol=1e-3)
     torch.testing.assert_close(several[1:], plain[1:], atol=1e-6, rtol=0)
@@ -50,9 +50,9 @@ def test_states_are_those_of_the_pipeline(pipe):
 
 def test_states_of_words_in_another_case_are_those_of_the_pipeline(pipe):
     prompts = ["a MU mug", "a mu mug", "a mug"]
-    add_trigger_words(pipe, ["mu", "mu_1"])
+    add_placeholder_tokens(pipe, ["mu", "mu_1"])
     for word in ("mu", "mu_1"):
-        set_trigger_embedding(pipe, word, {name: torch.randn(32) for name in text_encoders(pipe)})
+        set_token_embedding(pipe, word, {name: torch.randn(32) for name in text_encoders(pipe)})
     states = states_of(pipe, *prompts).prompt_embeds
     expected = pipe.encode_prompt(prompts, device="cpu", num_images_per_prompt=1, do_classifier_free_guidance=False)[0]
     torch.testing.assert_close(states, expected, atol=1e-6, rtol=0)
@@ -61,14 +61,14 @@ def test_states_of_words_in_another_case_are_those_of_the_pipeline(pipe):
 
 def test_the_end_of_a_prompt_is_found_in_old_configs_too(tiny_xl_pipe):
     expected = states_of(tiny_xl_pipe, *PROMPTS).pooled_prompt_embeds
-    add_trigger_words(tiny_xl_pipe, ["sks", "sks_1"])  # which get higher ids than the end
+    add_placeholder_tokens(tiny_xl_pipe, ["sks", "sks_1"])  # which get higher ids than the end
     with_words = states_of(tiny_xl_pipe, *PROMPTS).pooled_prompt_embeds
     for module in (tiny_xl_pipe.text_encoder_2.config, *tiny_xl_pipe.text_encoder_2.modules()):
         if hasattr(module, "eos_token_id"):
             module.eos_token_id = 2
     at_the_word = states_of(tiny_xl_pipe, *PROMPTS).pooled_prompt_embeds
     assert not torch.allclose(at_the_word[0], with_words[0], atol=1e-3)
-    add_trigger_words(tiny_xl_pipe, ["ohwx"])
+    add_placeholder_tokens(tiny_xl_pipe, ["ohwx"])
     torch.testing.assert_close(states_of(tiny_xl_pipe, *PROMPTS).pooled_prompt_embeds, with_words)
     torch.testing.assert_close(with_words[1:], expected[1:])
 

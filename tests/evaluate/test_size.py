@@ -7,15 +7,15 @@ from safetensors.torch import save_file
 
 import atomdiff
 from atomdiff.evaluate.size import stored_bytes, trained_numbers
-from atomdiff.pipelines.load import add_trigger_word, set_trigger_embedding
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 
 
 @pytest.mark.parametrize("config", [atomdiff.AtomConfig(channel_block=4), LoraConfig(r=2, target_modules=["to_q"])])
 def test_a_stored_concept_counts_what_was_trained(tiny_pipe, tmp_path, config):
     tiny_pipe.unet.requires_grad_(False)
     tiny_pipe.unet.add_adapter(config)
-    add_trigger_word(tiny_pipe, "sks")
-    set_trigger_embedding(tiny_pipe, "sks", {"text_encoder": torch.zeros(32)})
+    add_placeholder_token(tiny_pipe, "sks")
+    set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.zeros(32)})
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "concept")
     trained = sum(p.numel() for p in tiny_pipe.unet.parameters() if p.requires_grad)
     assert trained > 0

@@ -36,8 +36,13 @@ from atomdiff.export.export import ExportConfig, export_concepts, export_diff, e
 from atomdiff.export.low_rank import low_rank
 from atomdiff.export.report import describe_export
 from atomdiff.pipelines.differences import layer_differences
-from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding, trigger_words
-from atomdiff.pipelines.tokens import add_trigger_words
+from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.placeholder_tokens import (
+    add_placeholder_token,
+    add_placeholder_tokens,
+    set_token_embedding,
+    tokens_in,
+)
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.model import supported_modules
 from atomdiff.utils.errors import UserError
@@ -73,13 +78,13 @@ def teach(pipe, method="atoms", name="default", seed=0, word=None, size=0.05):
                 if f".{name}" in key:
                     parameter.add_(torch.randn(parameter.shape, generator=generator) * size)
     if word:
-        add_trigger_word(pipe, word)
+        add_placeholder_token(pipe, word)
         vectors = {
             part: torch.randn(model.get_input_embeddings().embedding_dim, generator=generator)
             for part, model in pipeline_models(pipe).items()
             if part.startswith("text_encoder")
         }
-        set_trigger_embedding(pipe, word, vectors)
+        set_token_embedding(pipe, word, vectors)
 
 
 def draw(pipe, prompt="a photo of ohwx mug"):
@@ -413,8 +418,8 @@ def test_words_are_files_beside(pipe_template, sdxl_template, tmp_path):
 
 
 def test_a_concept_that_is_only_a_word_is_only_its_embedding(tiny_pipe, tmp_path):
-    add_trigger_word(tiny_pipe, "ohwx")
-    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
+    add_placeholder_token(tiny_pipe, "ohwx")
+    set_token_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
     report = export_lora(tiny_pipe, tmp_path / "mug.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["mug-ohwx.safetensors"]
     assert "mug.safetensors" not in describe_export(report).replace("mug-ohwx.safetensors", "")
@@ -423,10 +428,10 @@ def test_a_concept_that_is_only_a_word_is_only_its_embedding(tiny_pipe, tmp_path
 def test_a_word_of_several_vectors_is_one_file(pipe_template, sdxl_template, tmp_path):
     for template, keys in ((pipe_template, ["emb_params"]), (sdxl_template, ["clip_l", "clip_g"])):
         pipe = fresh(template)
-        add_trigger_words(pipe, ["ohwx", "ohwx_1", "ohwx_2", "<a>", "[a]"])
-        for number, word in enumerate(trigger_words(pipe)):
+        add_placeholder_tokens(pipe, ["ohwx", "ohwx_1", "ohwx_2", "<a>", "[a]"])
+        for number, word in enumerate(tokens_in(pipe)):
             sizes = {part: getattr(pipe, part).config.hidden_size for part in ENCODERS if hasattr(pipe, part)}
-            set_trigger_embedding(pipe, word, {part: torch.full((n,), float(number)) for part, n in sizes.items()})
+            set_token_embedding(pipe, word, {part: torch.full((n,), float(number)) for part, n in sizes.items()})
         report = export_lora(pipe, tmp_path / "mug", dtype=torch.float32)
         assert {word: file.name for word, file in report.embeddings.items()} == {
             "ohwx": "mug-ohwx.safetensors",
@@ -456,7 +461,7 @@ def test_the_lines_of_the_readme_load_a_word_in_diffusers(pipe_template, sdxl_te
             tokenizer = getattr(other, part.replace("text_encoder", "tokenizer"))
             (token,) = tokenizer("sks", add_special_tokens=False).input_ids
             found = getattr(other, part).get_input_embeddings().weight[token]
-            assert torch.equal(found, trigger_words(pipe)["sks"].vectors[part])
+            assert torch.equal(found, tokens_in(pipe)["sks"].vectors[part])
 
 
 def invokeai_width(file):
@@ -699,8 +704,8 @@ def test_files_are_exported_with_their_weights(pipe_template, tiny_pipe_folder, 
         with safe_open(report.path, "pt") as file:
             assert file.metadata()["modelspec.trigger_phrase"] == "sks mug, ohwx mug"
         for word, path in report.embeddings.items():  # sks is a known word here, which diffusers would not overwrite
-            add_trigger_word(other, word)
-            set_trigger_embedding(other, word, {"text_encoder": load_file(path)["emb_params"][0]})
+            add_placeholder_token(other, word)
+            set_token_embedding(other, word, {"text_encoder": load_file(path)["emb_params"][0]})
     other.set_progress_bar_config(disable=True)
     torch.testing.assert_close(draw(other, "a sks ohwx mug"), expected, atol=1e-3, rtol=0)
 
@@ -787,10 +792,10 @@ def test_a_lone_word_needs_no_base(pipe_template, sdxl_template, tmp_path):
     for template in (pipe_template, sdxl_template):
         pipe = fresh(template)
         words = ["ohwx", "ohwx_1"]
-        add_trigger_words(pipe, words)
+        add_placeholder_tokens(pipe, words)
         sizes = {part: getattr(pipe, part).config.hidden_size for part in ENCODERS if hasattr(pipe, part)}
         for word in words:
-            set_trigger_embedding(pipe, word, {part: torch.randn(size) for part, size in sizes.items()})
+            set_token_embedding(pipe, word, {part: torch.randn(size) for part, size in sizes.items()})
         file = str(atomdiff.save_atoms(pipe, tmp_path / "word.atoms.safetensors", dtype=torch.float32))
         expected = load_file(export_lora(pipe, tmp_path / "x", dtype=torch.float32).embeddings["ohwx"])
         config = ExportConfig("no/such/base", (file,), "lora", str(tmp_path / "y"), dtype="float32")

@@ -21,7 +21,8 @@ import atomdiff
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import check_base
 from atomdiff.concepts.concept_file import read_delta_file, read_header
-from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding, trigger_words
+from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 
@@ -480,8 +481,8 @@ def originals(pipe_template, tmp_path_factory):
         generator = torch.Generator().manual_seed(seed)
         if name == "default":
             pipe.text_encoder.add_adapter(AtomConfig(channel_block=4, target_modules=["q_proj"]), "made")
-            add_trigger_word(pipe, "sks")
-            set_trigger_embedding(pipe, "sks", {"text_encoder": torch.randn(32, generator=generator)})
+            add_placeholder_token(pipe, "sks")
+            set_token_embedding(pipe, "sks", {"text_encoder": torch.randn(32, generator=generator)})
         for model in (pipe.unet, pipe.text_encoder):
             for key, parameter in model.named_parameters():
                 if key.endswith(".made"):
@@ -495,7 +496,7 @@ def originals(pipe_template, tmp_path_factory):
 def pipe(pipe_template):
     """One pipeline for all files; each test leaves it as it was, which is what they test."""
     pipe = copy.deepcopy(pipe_template)
-    trigger_words(pipe)
+    tokens_in(pipe)
     return pipe
 
 
@@ -514,7 +515,7 @@ def structure(pipe):
     tables = [(id(p), p.shape, p.dtype, p.requires_grad) for m in models.values() for p in m.parameters()]
     modules = [(n, id(x), type(x), len(x._forward_hooks)) for m in models.values() for n, x in m.named_modules()]
     attributes = [(sorted(vars(m)), m.training, hasattr(m, "peft_config")) for m in models.values()]
-    word = (id(pipe.tokenizer), len(pipe.tokenizer), pipe.text_encoder.config.vocab_size, trigger_words(pipe))
+    word = (id(pipe.tokenizer), len(pipe.tokenizer), pipe.text_encoder.config.vocab_size, tokens_in(pipe))
     return len(tables), tables, modules, attributes, word, sorted(vars(pipe))
 
 
@@ -576,7 +577,7 @@ def _accept(path, models):
     for word, vectors in delta.tokens.items():
         for encoder, vector in vectors.items():
             if not word.strip() or word.split() != [word] or encoder != "text_encoder" or vector.shape != (32,):
-                raise UserError("refused by atomdiff.pipelines.tokens")
+                raise UserError("refused by atomdiff.pipelines.placeholder_tokens")
     for tensors in delta.layers.values():
         assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in tensors.values())
 
@@ -595,8 +596,8 @@ def directory(pipe_template, tmp_path_factory):
     """A LoRA with a word, as PEFT and we write it: name of the file -> bytes."""
     pipe = copy.deepcopy(pipe_template)
     pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], rank_pattern={"conv1": 3}), "made")
-    add_trigger_word(pipe, "ohwx")
-    set_trigger_embedding(pipe, "ohwx", {"text_encoder": torch.ones(32)})
+    add_placeholder_token(pipe, "ohwx")
+    set_token_embedding(pipe, "ohwx", {"text_encoder": torch.ones(32)})
     folder = atomdiff.save_atoms(pipe, tmp_path_factory.mktemp("lora"), "made")
     return {file.name: file.read_bytes() for file in folder.glob("*.*")}
 

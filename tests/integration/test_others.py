@@ -13,9 +13,14 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict
 
 import atomdiff
-from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding
-from atomdiff.pipelines.token_names import words_of
-from atomdiff.pipelines.tokens import add_trigger_words, remove_trigger_words
+from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.placeholder_tokens import (
+    add_placeholder_token,
+    add_placeholder_tokens,
+    remove_placeholder_tokens,
+    set_token_embedding,
+)
+from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.utils.errors import UserError
 
@@ -43,8 +48,8 @@ def files(pipe_template, tmp_path_factory):
     for seed, (name, (config, word)) in enumerate(CONCEPTS.items()):
         pipe = copy.deepcopy(pipe_template)
         if word:
-            add_trigger_word(pipe, word)
-            set_trigger_embedding(pipe, word, {"text_encoder": torch.full((32,), float(seed + 1))})
+            add_placeholder_token(pipe, word)
+            set_token_embedding(pipe, word, {"text_encoder": torch.full((32,), float(seed + 1))})
         add(pipe, config, seed=seed)
         saved[name] = atomdiff.save_atoms(pipe, folder / name, dtype=torch.float32)
     return saved
@@ -168,8 +173,8 @@ def test_unloading_all_leaves_the_words_of_other_pipelines(tiny_pipe, pipe_templ
     source, path = copy.deepcopy(pipe_template), {}
     for seed, word in enumerate(("ohwx", "zwx")):
         source.unet.add_adapter(AtomConfig(target_modules="attention"), word)
-        add_trigger_word(source, word)
-        set_trigger_embedding(source, word, {"text_encoder": torch.full((32,), float(seed + 1))})
+        add_placeholder_token(source, word)
+        set_token_embedding(source, word, {"text_encoder": torch.full((32,), float(seed + 1))})
         path[word] = atomdiff.save_atoms(source, tmp_path / word, word)
         atomdiff.unload_atoms(source)
     one, two = tiny_pipe, shared(tiny_pipe, "unet")
@@ -207,9 +212,9 @@ def test_a_concept_that_came_before_a_component_was_exchanged(tiny_pipe, files):
 
 
 def several_vectors(pipe, word="mu"):
-    add_trigger_words(pipe, words_of(word, 2))
-    for number, each in enumerate(words_of(word, 2)):
-        set_trigger_embedding(pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
+    add_placeholder_tokens(pipe, placeholder_tokens(word, 2))
+    for number, each in enumerate(placeholder_tokens(word, 2)):
+        set_token_embedding(pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
 
 
 def embeds(pipe, prompt):
@@ -238,7 +243,7 @@ def test_a_pipeline_that_no_call_touched_knows_the_words_of_its_parts(tiny_pipe,
         other = StableDiffusionImg2ImgPipeline.from_pipe(tiny_pipe)
     for prompt, embedded in zip(WORD_PROMPTS, expected, strict=True):
         assert torch.equal(embeds(other, prompt), embedded), prompt
-    remove_trigger_words(tiny_pipe, words_of("mu", 2))
+    remove_placeholder_tokens(tiny_pipe, placeholder_tokens("mu", 2))
     assert torch.equal(embeds(other, "a mug"), plain)
     for pipe, weights, attributes in ((tiny_pipe, before, seen), (early, others, theirs)):
         assert_same(bits(pipe), weights)
@@ -250,13 +255,13 @@ def test_a_tokenizer_that_takes_a_word_of_its_text_encoder_apart_is_told(tiny_pi
     before, seen = bits(other), layout(other)
     several_vectors(tiny_pipe)
     assert torch.equal(embeds(other, "a red cat"), embeds(tiny_pipe, "a red cat"))
-    remove_trigger_words(tiny_pipe, words_of("mu", 2))
+    remove_placeholder_tokens(tiny_pipe, placeholder_tokens("mu", 2))
     several_vectors(tiny_pipe)
     with pytest.raises(UserError, match="did not know the trigger word 'mu' of its text encoder.*call again"):
         embeds(other, ["a cat", "a mu cat"])
     for prompt in WORD_PROMPTS:
         assert torch.equal(embeds(other, prompt), embeds(tiny_pipe, prompt)), prompt
-    remove_trigger_words(other, words_of("mu", 2))
+    remove_placeholder_tokens(other, placeholder_tokens("mu", 2))
     assert_same(bits(other), before)
     assert layout(other) == seen
 
@@ -268,7 +273,7 @@ def test_a_text_encoder_that_was_exchanged_learns_the_words_as_it_is_called(tiny
     expected = embeds(tiny_pipe, "a mu mug")
     tiny_pipe.text_encoder = fresh
     assert torch.equal(embeds(tiny_pipe, "a mu mug"), expected)
-    remove_trigger_words(tiny_pipe, words_of("mu", 2))
+    remove_placeholder_tokens(tiny_pipe, placeholder_tokens("mu", 2))
     assert all(torch.equal(value, before[key]) for key, value in fresh.state_dict().items())
     assert not fresh._forward_pre_hooks
 

@@ -31,15 +31,15 @@ def commands():
 def concept(tmp_path, monkeypatch):
     """A concept file of the real base where the README's demo leaves its own."""
     import atomdiff
-    from atomdiff.pipelines.load import add_trigger_word, set_trigger_embedding
+    from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
     from atomdiff.toybox.base import load_toybox
 
     monkeypatch.chdir(tmp_path)
     (tmp_path / "samples").symlink_to(ROOT / "samples")
     (tmp_path / "configs").symlink_to(ROOT / "configs")
     pipe = load_toybox()
-    add_trigger_word(pipe, "sks")
-    set_trigger_embedding(pipe, "sks", {"text_encoder": pipe.text_encoder.get_input_embeddings().weight[5].detach()})
+    add_placeholder_token(pipe, "sks")
+    set_token_embedding(pipe, "sks", {"text_encoder": pipe.text_encoder.get_input_embeddings().weight[5].detach()})
     pipe.unet.add_adapter(atomdiff.AtomConfig(), "default")
     Path(CONCEPT).parent.mkdir(parents=True)
     atomdiff.save_atoms(pipe, CONCEPT, "default", trigger_phrase="sks mug", base_model="samples/toybox-sd")

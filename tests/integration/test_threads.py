@@ -116,7 +116,7 @@ UNDER = {
         pipe.unet.set_adapters(["a", "lora"]),
     ),
     "merged": atomdiff.merge,
-    "written": lambda pipe: atomdiff.set_active(pipe, {"a": 0.5, "b": 1.0}, keep_base="cpu"),
+    "written": lambda pipe: atomdiff.set_active(pipe, {"a": 0.5, "b": 1.0}, offload_base="cpu"),
     "disabled": lambda pipe: (atomdiff.merge(pipe), pipe.disable_lora()),
 }
 

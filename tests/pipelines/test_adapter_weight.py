@@ -9,7 +9,7 @@ import torch
 from diffusers import EulerDiscreteScheduler, StableDiffusionImg2ImgPipeline
 
 import atomdiff
-from atomdiff.pipelines.adapter_weight import StepSchedule, Strength
+from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
@@ -24,7 +24,7 @@ MODULES += ["unet.up_blocks.10.resnets.0.conv1", "text_encoder.encoder.layers.0.
 
 
 def weights(value, progress=None):
-    strength = Strength.read(value)
+    strength = AdapterWeight.read(value)
     return [strength.at(module, progress) for module in MODULES]
 
 
@@ -33,7 +33,7 @@ def weights(value, progress=None):
     [
         (0.5, [0.5] * 8),
         (np.float64(2), [2.0] * 8),
-        (Strength(-1), [-1.0] * 8),
+        (AdapterWeight(-1), [-1.0] * 8),
         ({}, [1.0] * 8),
         ({"weight": 2, "blocks": {}}, [2.0] * 8),
         ({"blocks": {"down": 0.5}}, [1, 0.5, 0.5, 1, 1, 1, 1, 1]),
@@ -55,13 +55,13 @@ def test_layers_get_the_weight_of_the_part_they_are_in(value, expected):
 
 def test_factors_of_steps_lie_on_straight_lines():
     schedule = {"weight": 2, "blocks": {"down": 0.5}, "steps": {1: 0, 0.5: 1, 0.0: 3}}
-    strength = Strength.read(schedule)
+    strength = AdapterWeight.read(schedule)
     seen = [strength.at("unet.conv_in", progress) for progress in (0, 0.25, 0.5, 0.75, 1)]
     assert seen == pytest.approx([6, 4, 2, 1, 0])
     assert strength.at("unet.down_blocks.0.x", 0.25) == pytest.approx(2)
     assert strength.at("text_encoder.x", None) == 2
-    assert Strength.read({"steps": [(0.2, 5)]}).at("unet.x", 0.9) == 5
-    assert Strength.read({"steps": {"0": 1, "1": 0}}).at("unet.x", 1.0) == 0  # as JSON and YAML have keys
+    assert AdapterWeight.read({"steps": [(0.2, 5)]}).at("unet.x", 0.9) == 5
+    assert AdapterWeight.read({"steps": {"0": 1, "1": 0}}).at("unet.x", 1.0) == 0  # as JSON and YAML have keys
 
 
 @pytest.mark.parametrize(
@@ -77,22 +77,22 @@ def test_factors_of_steps_lie_on_straight_lines():
 )  # fmt: skip
 def test_what_is_no_strength_is_refused(value):
     with pytest.raises(UserError, match="give a number, or|expected shares"):
-        Strength.read(value)
+        AdapterWeight.read(value)
 
 
 def test_fields_of_a_wrong_kind_are_refused_too():
     for fields in ({"blocks": [1]}, {"steps": 3}, {"blocks": None}):
         with pytest.raises(UserError, match="give a number"):
-            Strength(**fields)
+            AdapterWeight(**fields)
 
 
 def test_parts_without_a_layer_are_named():
-    Strength.read({"down": 1, "unet.up.1": 1, "text_encoder": 1, "mid_block": 1}).check("a", MODULES)
+    AdapterWeight.read({"down": 1, "unet.up.1": 1, "text_encoder": 1, "mid_block": 1}).check("a", MODULES)
     for part in ("up.2", "down_blocks.0.resnets.0.conv", "vae", "resnets"):
         with pytest.raises(
             UserError, match=r"'a' has no layer in '\w.*has layers in: text_encoder.encoder.layers, unet"
         ):
-            Strength(blocks={part: 1.0}).check("a", MODULES)
+            AdapterWeight(blocks={part: 1.0}).check("a", MODULES)
 
 
 @pytest.fixture(scope="module")
@@ -156,7 +156,7 @@ def test_weights_follow_the_steps(pipe):
     assert worn(pipe, steps=1) == [2.0]
     assert worn(pipe, steps=2) == [2.0, 0.5]
     for place in ("cpu", "device"):
-        atomdiff.set_active(pipe, {"a": {"steps": {0.5: 1, 0.6: 0}}}, keep_base=place)
+        atomdiff.set_active(pipe, {"a": {"steps": {0.5: 1, 0.6: 0}}}, offload_base=place)
         assert worn(pipe, steps=5) == [1, 1, 1, 0, 0]
 
 

@@ -76,8 +76,8 @@ def test_the_same_weights_come_from_every_place_and_go(tiny_pipe_folder, concept
         if first == "restore":
             atomdiff.restore(pipe)
         else:
-            atomdiff.set_active(pipe, "a", keep_base=first)
-        atomdiff.set_active(pipe, {"a": 0.5}, keep_base=second)
+            atomdiff.set_active(pipe, "a", offload_base=first)
+        atomdiff.set_active(pipe, {"a": 0.5}, offload_base=second)
         assert_same(bits(pipe), expected)
     atomdiff.set_active(pipe, {})
     assert_same(bits(pipe), before)
@@ -92,7 +92,7 @@ def test_only_the_place_asked_for_takes_memory(tiny_pipe_folder, concept):
     empty = bytes_in_memory()
     for place, kind in (("cpu", HostCopy), ("device", type(None)), ("file", FileWeight)):
         for weight in (1.0, 0.5):  # None keeps it where it is
-            atomdiff.set_active(pipe, {"a": weight}, keep_base=place if weight == 1 else None)
+            atomdiff.set_active(pipe, {"a": weight}, offload_base=place if weight == 1 else None)
             assert {type(layer.stored_base_weight) for layer in layers(pipe)} == {kind}
             assert all((layer.kept_base_weight is not None) == (place == "device") for layer in layers(pipe))
         taken = bytes_in_memory() - empty
@@ -142,7 +142,7 @@ def test_files_are_read_again(pipe_template, concept, tmp_path, case):
     atomdiff.set_active(pipe, "a")
     expected = bits(pipe)
     for place in ("file", "cpu", "file"):
-        atomdiff.set_active(pipe, {"a": {"steps": {0: 1, 1: 0}}}, keep_base=place)
+        atomdiff.set_active(pipe, {"a": {"steps": {0: 1, 1: 0}}}, offload_base=place)
         pipe("a mug", num_inference_steps=2, output_type="latent")
         assert not torch.equal(bits(pipe)["unet.conv_in.weight"], expected["unet.conv_in.weight"])
         atomdiff.set_active(pipe, "a")
@@ -157,7 +157,7 @@ def test_a_pipeline_changes_its_dtype_meanwhile(tiny_pipe_folder, concept, place
     pipe, _ = load(tiny_pipe_folder, concept, first)
     atomdiff.restore(pipe)
     plain = StableDiffusionPipeline.from_pretrained(tiny_pipe_folder, dtype=first).to(second)
-    atomdiff.set_active(pipe, "a", keep_base=place)
+    atomdiff.set_active(pipe, "a", offload_base=place)
     pipe.to(second)
     atomdiff.set_active(pipe, {"a": 0.5})
     changed = bits(pipe)
@@ -174,7 +174,7 @@ def test_layouts_stay(tiny_pipe_folder, concept, place):
     strides = [parameter.stride() for parameter in pipe.unet.parameters()]
     atomdiff.set_active(pipe, {"a": 0.5})
     expected = bits(pipe)
-    atomdiff.set_active(pipe, {"a": 0.5}, keep_base=place)
+    atomdiff.set_active(pipe, {"a": 0.5}, offload_base=place)
     now = bits(pipe)
     for key, value in expected.items():
         torch.testing.assert_close(now[key], value, rtol=0, atol=1e-6)
@@ -190,7 +190,7 @@ def test_saving_and_adding_read_the_kept_base(tiny_pipe_folder, concept, tmp_pat
     pipe.unet.add_adapter(AtomConfig(channel_block=1), "fresh")
     basis = atom_layers(pipe.unet)["conv_in"].atom_basis["fresh"].clone()
     for number, place in enumerate(PLACES):
-        atomdiff.set_active(pipe, "a", keep_base=place)
+        atomdiff.set_active(pipe, "a", offload_base=place)
         assert atomdiff.save_atoms(pipe, tmp_path / f"{number + 2}" / "a", "a").read_bytes() == expected
         pipe.unet.delete_adapters("fresh")
         pipe.unet.add_adapter(AtomConfig(channel_block=1), "fresh")
@@ -202,17 +202,20 @@ def test_weights_that_are_in_no_file_are_refused(tiny_pipe, tiny_pipe_folder, co
         before = bits(pipe)
         kept = [(layer.stored_base_weight, layer.kept_base_weight) for layer in layers(pipe)]
         with pytest.raises(UserError, match=message):
-            atomdiff.set_active(pipe, {"a": 0.1}, keep_base="file")
+            atomdiff.set_active(pipe, {"a": 0.1}, offload_base="file")
         assert_same(bits(pipe), before)
         assert [(layer.stored_base_weight, layer.kept_base_weight) for layer in layers(pipe)] == kept
 
     atomdiff.load_atoms(tiny_pipe, concept, "a")
-    refused(tiny_pipe, "keep_base='file': .* is not in a checkpoint .*load the pipeline from a folder.*keep_base='cpu'")
+    refused(
+        tiny_pipe,
+        "offload_base='file': .* is not in a checkpoint .*load the pipeline from a folder.*offload_base='cpu'",
+    )
     pipe, _ = load(tiny_pipe_folder, concept)
     conv = atom_layers(pipe.unet)["conv_out"].base_layer
     conv.weight.data[0, 0, 0, 0] += 1e-4
     refused(pipe, r"the weight of conv_out as it is now is not in the 1 safetensors file\(s\) of .*unet")
-    atomdiff.set_active(pipe, {"a": 0.5}, keep_base="cpu")
+    atomdiff.set_active(pipe, {"a": 0.5}, offload_base="cpu")
     refused(pipe, "the weight of conv_out as it is now")
     shutil.copytree(tiny_pipe_folder, tmp_path / "pickled", ignore=shutil.ignore_patterns("diffusion_*.safetensors"))
     for part in ("unet", "vae"):
@@ -225,7 +228,7 @@ def test_weights_that_are_in_no_file_are_refused(tiny_pipe, tiny_pipe_folder, co
 def test_a_file_that_is_gone_or_damaged_is_named_and_can_be_put_back(tiny_pipe_folder, concept, tmp_path):
     shutil.copytree(tiny_pipe_folder, tmp_path / "pipe")
     pipe, before = load(tmp_path / "pipe", concept)
-    atomdiff.set_active(pipe, "a", keep_base="file")
+    atomdiff.set_active(pipe, "a", offload_base="file")
     expected = bits(pipe)
     file = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
     contents = file.read_bytes()
@@ -248,7 +251,7 @@ def test_another_base_in_the_file_is_never_given_back(tiny_pipe_folder, concept,
     pipe, before = load(tmp_path / "pipe", concept)
     for parameter in pipe.unet.parameters():
         parameter.data = parameter.data.clone()  # diffusers' are windows onto the file
-    atomdiff.set_active(pipe, "a", keep_base="file")
+    atomdiff.set_active(pipe, "a", offload_base="file")
     merged = bits(pipe)
     file = tmp_path / "pipe" / "unet" / "diffusion_pytorch_model.safetensors"
     contents, times = file.read_bytes(), (file.stat().st_atime_ns, file.stat().st_mtime_ns)
@@ -274,7 +277,7 @@ def test_what_is_kept_on_the_device_is_no_window_into_a_file(tiny_pipe_folder, c
     pipe, _ = load(tmp_path / "pipe", concept)
     before = [layer.base_layer.weight.detach().clone() for layer in layers(pipe)]
     for place in ("file", "device"):
-        atomdiff.set_active(pipe, "a", keep_base=place)
+        atomdiff.set_active(pipe, "a", offload_base=place)
     for file in (tmp_path / "pipe").rglob("*.safetensors"):
         file.write_bytes(bytes(file.stat().st_size))
     atomdiff.restore(pipe)
@@ -282,14 +285,14 @@ def test_what_is_kept_on_the_device_is_no_window_into_a_file(tiny_pipe_folder, c
 
 
 def test_unknown_places_are_refused(tiny_pipe):
-    with pytest.raises(UserError, match="keep_base='disk': expected one of 'device', 'cpu', 'file'"):
-        atomdiff.set_active(tiny_pipe, {}, keep_base="disk")
+    with pytest.raises(UserError, match="offload_base='disk': expected one of 'device', 'cpu', 'file'"):
+        atomdiff.set_active(tiny_pipe, {}, offload_base="disk")
 
 
 def test_merging_more_by_other_means_keeps_the_place(tiny_pipe_folder, concept):
     pipe, before = load(tiny_pipe_folder, concept)
     atomdiff.load_atoms(pipe, concept, "b")
-    atomdiff.set_active(pipe, "a", keep_base="file")
+    atomdiff.set_active(pipe, "a", offload_base="file")
     for layer in layers(pipe):
         layer.set_adapter(["a", "b"])
     pipe.fuse_lora(components=["unet", "text_encoder"])

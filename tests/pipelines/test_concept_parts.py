@@ -10,7 +10,8 @@ from peft import GraloraConfig, LoraConfig, get_peft_model
 
 import atomdiff
 from atomdiff.cli.summary import describe
-from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding
+from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import adapter_layers
 from atomdiff.utils.errors import UserError
@@ -30,9 +31,9 @@ def train(pipe, config, parts=("unet",), words=()):
                 if ".default" in key:
                     parameter.add_(torch.randn(parameter.shape, generator=generator) / 20)
     for word in words:
-        add_trigger_word(pipe, word)
+        add_placeholder_token(pipe, word)
         encoders = [name for name in ("text_encoder", "text_encoder_2") if pipe.components.get(name)]
-        set_trigger_embedding(pipe, word, {name: torch.randn(32, generator=generator) for name in encoders})
+        set_token_embedding(pipe, word, {name: torch.randn(32, generator=generator) for name in encoders})
 
 
 def saved(pipe, path, config, parts=("unet",), words=()):
@@ -153,12 +154,12 @@ def test_parts_for_text_encoders_that_are_not_there_are_named(tiny_xl_pipe, tmp_
 
 
 def test_a_word_for_other_text_encoders_only_is_refused(tiny_pipe, tiny_xl_pipe, tmp_path):
-    add_trigger_word(tiny_xl_pipe, "sks")
-    set_trigger_embedding(tiny_xl_pipe, "sks", {"text_encoder_2": torch.ones(32)})
+    add_placeholder_token(tiny_xl_pipe, "sks")
+    set_token_embedding(tiny_xl_pipe, "sks", {"text_encoder_2": torch.ones(32)})
     path = atomdiff.save_atoms(tiny_xl_pipe, tmp_path / "word.safetensors")
     with pytest.raises(UserError, match="nothing of it .* the embedding of 'sks' for text_encoder_2"):
         atomdiff.load_atoms(tiny_pipe, path)
-    set_trigger_embedding(tiny_xl_pipe, "sks", {"text_encoder": torch.ones(32)})
+    set_token_embedding(tiny_xl_pipe, "sks", {"text_encoder": torch.ones(32)})
     atomdiff.save_atoms(tiny_xl_pipe, path)
     with pytest.warns(UserWarning, match="without the embedding of 'sks' for text_encoder_2"):
         assert atomdiff.load_atoms(tiny_pipe, path) == "word"

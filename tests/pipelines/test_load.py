@@ -19,7 +19,8 @@ import atomdiff
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.modelspec import model_spec
-from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding, trigger_words
+from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.adapter_state import adapter_layers, peft_tensors
 from atomdiff.utils.errors import UserError
@@ -53,8 +54,8 @@ def train(pipe, method="atoms", name="default", word=None, seed=0, parts=("unet"
                 if key.endswith(f".{name}") or f".{name}." in key:
                     parameter.add_(torch.randn(parameter.shape, generator=generator) / 20)
     if word:
-        add_trigger_word(pipe, word)
-        set_trigger_embedding(pipe, word, {"text_encoder": torch.randn(32, generator=generator)})
+        add_placeholder_token(pipe, word)
+        set_token_embedding(pipe, word, {"text_encoder": torch.randn(32, generator=generator)})
 
 
 @pytest.fixture(scope="module")
@@ -103,7 +104,7 @@ def layout(pipe):
         },
         "adapters": pipe.get_list_adapters(),
         "attributes": {part: sorted(vars(model)) for part, model in models.items()},
-        "words": list(trigger_words(pipe)),
+        "words": list(tokens_in(pipe)),
         "tokenizer": id(pipe.tokenizer),
     }
 
@@ -490,8 +491,8 @@ def test_components_with_different_atoms_are_not_saved_in_one_file(tiny_pipe, tm
 
 def test_a_concept_may_be_a_word_only(tiny_pipe, tmp_path):
     before = bits(tiny_pipe)
-    add_trigger_word(tiny_pipe, "ohwx")
-    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
+    add_placeholder_token(tiny_pipe, "ohwx")
+    set_token_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
     atomdiff.save_atoms(tiny_pipe, tmp_path / "word.safetensors")
     atomdiff.unload_atoms(tiny_pipe)
     assert_same(bits(tiny_pipe), before)

@@ -184,7 +184,7 @@ UNDER = {
     "unmerged": lambda pipe: pipe.unet.set_adapters(["joint"], [0.7]),
     "merged": lambda pipe: (pipe.unet.set_adapters(["joint"], [0.7]), atomdiff.merge(pipe)),
     "set on the device": lambda pipe: atomdiff.set_active(pipe, {"joint": 0.7, "dct": 1.0}),
-    "set with the base on the cpu": lambda pipe: atomdiff.set_active(pipe, "separable", keep_base="cpu"),
+    "set with the base on the cpu": lambda pipe: atomdiff.set_active(pipe, "separable", offload_base="cpu"),
     "bare": lambda pipe: atomdiff.set_active(pipe, {}),
     "scheduled": lambda pipe: atomdiff.set_active(pipe, {"joint": STEPS, "dct": 1.0}),
     "disabled": lambda pipe: pipe.disable_lora(),
@@ -212,7 +212,7 @@ def test_the_base_in_a_file_underneath(tiny_pipe_folder, loaded, tmp_path):
     pipe.set_progress_bar_config(disable=True)
     atomdiff.load_atoms(pipe, saved, "separable")
     expected = alone(pipe, ["separable", None], noise(2))
-    atomdiff.set_active(pipe, {"separable": -1.0}, keep_base="file")
+    atomdiff.set_active(pipe, {"separable": -1.0}, offload_base="file")
     with atomdiff.mixed_batch(pipe, ["separable", None]):
         mixed = draw(pipe, prompts_for("ab"), noise(2))
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=0)
@@ -375,7 +375,7 @@ def test_one_mixed_batch_within_another_is_refused(pipe):
 def test_weights_may_be_switched_within(pipe):
     with atomdiff.mixed_batch(pipe, ["spatial", "joint"]):
         first = predict(pipe, 2)
-        atomdiff.set_active(pipe, "dct", keep_base="cpu")
+        atomdiff.set_active(pipe, "dct", offload_base="cpu")
         torch.testing.assert_close(predict(pipe, 2), first, atol=1e-6, rtol=0)
         atomdiff.restore(pipe)
         torch.testing.assert_close(predict(pipe, 2), first, atol=1e-6, rtol=0)

@@ -11,9 +11,8 @@ from transformers import CLIPImageProcessor, CLIPTokenizer
 
 from atomdiff.export.export import export_pipeline
 from atomdiff.export.report import describe_export
-from atomdiff.pipelines.load import set_trigger_embedding
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_tokens, set_token_embedding
 from atomdiff.pipelines.portable import _prefix_keys
-from atomdiff.pipelines.tokens import add_trigger_words
 from atomdiff.training.method import save_trained
 
 NOT_ASCII = [chr(number) for number in (*range(0xA1, 0xAD), *range(0xAE, 0x100))]  # bytes in a byte-level vocabulary
@@ -41,9 +40,9 @@ def pipe(request):
         pipe.register_modules(**{name: type(encoder)(type(encoder.config)(**config)).eval()})
         pipe.register_modules(**{name.replace("text_encoder", "tokenizer"): tokenizer})
     words = ["<mug>", "Robo", "ohwx", "ohwx_1"]
-    add_trigger_words(pipe, words)
+    add_placeholder_tokens(pipe, words)
     for word in words:
-        set_trigger_embedding(pipe, word, {name: torch.randn(32) for name in names})
+        set_token_embedding(pipe, word, {name: torch.randn(32) for name in names})
     return pipe
 
 
@@ -101,8 +100,8 @@ def encoders(pipe):
 
 
 def test_more_words_than_places_are_told(tiny_pipe, tmp_path):
-    add_trigger_words(tiny_pipe, ["<mug>"])  # its vocabulary has no bytes
-    set_trigger_embedding(tiny_pipe, "<mug>", {"text_encoder": torch.ones(32)})
+    add_placeholder_tokens(tiny_pipe, ["<mug>"])  # its vocabulary has no bytes
+    set_token_embedding(tiny_pipe, "<mug>", {"text_encoder": torch.ones(32)})
     report = export_pipeline(tiny_pipe, tmp_path / "merged")
     assert list(report.longer_tables) == ["text_encoder"]
     assert "ComfyUI refuses a checkpoint made of it" in describe_export(report)

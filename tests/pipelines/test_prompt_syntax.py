@@ -4,8 +4,8 @@ import re
 
 import pytest
 
-from atomdiff.pipelines.adapter_weight import Strength
-from atomdiff.pipelines.prompt_syntax import describe_strength, has_word, replace_words, split_tags
+from atomdiff.pipelines.adapter_weight import AdapterWeight
+from atomdiff.pipelines.prompt_syntax import has_word, replace_words, split_tags, weight_as_json
 from atomdiff.utils.errors import UserError
 
 
@@ -28,7 +28,7 @@ def test_tags_are_taken_out_of_the_text(prompt, text, concepts):
 def test_a_tag_has_a_strength_as_json():
     text, found = split_tags('a <atoms:mug:{"weight": 2, "blocks": {"down": 0.5}, "steps": {"0": 1, "1": 0.2}}> b')
     assert text == "a b"
-    assert found == {"mug": Strength(2, {"down": 0.5}, {0: 1, 1: 0.2})}
+    assert found == {"mug": AdapterWeight(2, {"down": 0.5}, {0: 1, 1: 0.2})}
 
 
 @pytest.mark.parametrize(
@@ -53,12 +53,12 @@ def test_bad_tags_are_refused(prompt, message):
 
 
 def test_equal_strengths_are_described_alike():
-    assert describe_strength(Strength.read({"weight": 0.8})) == describe_strength(Strength(0.8)) == 0.8
-    assert repr(describe_strength(Strength(1))) == "1.0"
+    assert weight_as_json(AdapterWeight.read({"weight": 0.8})) == weight_as_json(AdapterWeight(0.8)) == 0.8
+    assert repr(weight_as_json(AdapterWeight(1))) == "1.0"
     one = {"blocks": {"up.1": 0, "down": 1}, "steps": {"1": 0, "0": 1}}
     other = {"weight": 1.0, "steps": {0: 1.0, 1.0: 0}, "blocks": {"down": 1.0, "up_blocks.1": 0.0}}
-    assert repr(describe_strength(Strength.read(one))) == repr(describe_strength(Strength.read(other)))
-    assert describe_strength(Strength.read(one)) == {
+    assert repr(weight_as_json(AdapterWeight.read(one))) == repr(weight_as_json(AdapterWeight.read(other)))
+    assert weight_as_json(AdapterWeight.read(one)) == {
         "weight": 1.0,
         "blocks": {"down_blocks": 1.0, "up_blocks.1": 0.0},
         "steps": {"0.0": 1.0, "1.0": 0.0},

@@ -14,7 +14,8 @@ from torch._dynamo.testing import CompileCounter
 
 import atomdiff
 from atomdiff.concepts.concept_file import read_delta_file
-from atomdiff.pipelines.load import add_trigger_word, pipeline_models, set_trigger_embedding
+from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
@@ -76,8 +77,8 @@ def files(pipe_template, tmp_path_factory):
             pipe = copy.deepcopy(pipe_template)
             add(pipe, "x", config, ("unet", "text_encoder") if name == "separable" else ("unet",), seed)
             if name == "separable":
-                add_trigger_word(pipe, "ohwx")
-                set_trigger_embedding(pipe, "ohwx", {"text_encoder": torch.ones(32)})
+                add_placeholder_token(pipe, "ohwx")
+                set_token_embedding(pipe, "ohwx", {"text_encoder": torch.ones(32)})
             saved[name] = atomdiff.save_atoms(pipe, folder / name, "x", dtype=torch.float32)
     return saved
 
@@ -171,7 +172,7 @@ def test_fifty_switches_leave_no_trace(pipe, dtype, channels_last):
     for step in range(50):
         chosen = rng.sample(list(CONCEPTS), rng.randrange(4))
         weights = {name: rng.choice([0, 1, -0.5, {"blocks": {"unet": rng.random()}}]) for name in chosen}
-        atomdiff.set_active(pipe, weights, keep_base=rng.choice(["device", "cpu", None]))
+        atomdiff.set_active(pipe, weights, offload_base=rng.choice(["device", "cpu", None]))
         assert not weights or step % 10 or places(pipe) == where
     atomdiff.set_active(pipe, {})
     assert_same(bits(pipe), before)
@@ -195,13 +196,13 @@ def live(pipe, files, folder, rng):
     elif action == "unload" and names:
         atomdiff.unload_atoms(pipe, rng.choice(names))
     elif action == "switch":
-        atomdiff.set_active(pipe, some, keep_base=place)
+        atomdiff.set_active(pipe, some, offload_base=place)
     elif action == "schedule":
         scheduled = {name: {"weight": 0.7, "steps": {0: 1, 1: 0.2}} for name in atoms}
-        atomdiff.set_active(pipe, {**some, **scheduled}, keep_base=place)
+        atomdiff.set_active(pipe, {**some, **scheduled}, offload_base=place)
         draw(pipe)
     elif action == "mix":
-        atomdiff.set_active(pipe, {name: weight for name, weight in some.items() if name in atoms}, keep_base=place)
+        atomdiff.set_active(pipe, {name: weight for name, weight in some.items() if name in atoms}, offload_base=place)
         with atomdiff.mixed_batch(pipe, [rng.choice([*atoms, None])]):
             draw(pipe)
     elif action in ("merge", "restore"):
@@ -217,7 +218,7 @@ def live(pipe, files, folder, rng):
         with pytest.raises(UserError):
             atomdiff.load_atoms(pipe, folder, "bad")
         with pytest.raises(UserError):
-            atomdiff.set_active(pipe, {**some, "nobody": 1.0}, keep_base=place)
+            atomdiff.set_active(pipe, {**some, "nobody": 1.0}, offload_base=place)
         assert_same(state(pipe)[0], kept[0])
         assert state(pipe)[1:] == kept[1:]
     return action
@@ -317,7 +318,7 @@ def test_compiled_code_outlives_every_switch(pipe_template, compiled):
     predict(pipe)
     assert counter.frame_count == 1
     for concepts, picture in zip(choices, expected, strict=True):
-        atomdiff.set_active(pipe, concepts, keep_base="cpu" if len(concepts) == 3 else None)
+        atomdiff.set_active(pipe, concepts, offload_base="cpu" if len(concepts) == 3 else None)
         torch.testing.assert_close(predict(pipe), picture, atol=1e-5, rtol=0)
     pipe.scheduler.set_timesteps(4)
     steps = [predict(pipe, step) for step in pipe.scheduler.timesteps]
@@ -412,13 +413,13 @@ def test_the_weight_of_another_method_is_only_tried_out(pipe):
 
 
 def test_concepts_of_words_only_are_switched_too(tiny_pipe, files, tmp_path):
-    add_trigger_word(tiny_pipe, "zwx")
-    set_trigger_embedding(tiny_pipe, "zwx", {"text_encoder": torch.ones(32)})
+    add_placeholder_token(tiny_pipe, "zwx")
+    set_token_embedding(tiny_pipe, "zwx", {"text_encoder": torch.ones(32)})
     atomdiff.save_atoms(tiny_pipe, tmp_path / "word.safetensors")
     atomdiff.unload_atoms(tiny_pipe)
     before = bits(tiny_pipe)
     atomdiff.load_atoms(tiny_pipe, tmp_path / "word.safetensors")
-    atomdiff.set_active(tiny_pipe, {"word": 0.5}, keep_base="file")  # there is nothing to keep
+    atomdiff.set_active(tiny_pipe, {"word": 0.5}, offload_base="file")  # there is nothing to keep
     atomdiff.set_active(tiny_pipe, {"word": {"steps": {0: 1, 1: 0}}})
     draw(tiny_pipe)
     with pytest.raises(UserError, match="'word' has no layer in 'down_blocks'; it has layers in: none"):
@@ -480,7 +481,7 @@ def test_a_switch_looks_at_the_chosen_concepts_only(pipe, monkeypatch):
 
 
 def test_copies_and_pickles_live_their_own_lives(pipe):
-    atomdiff.set_active(pipe, {"separable": {"steps": {0: 1, 1: 0}}, "joint": 0.5}, keep_base="cpu")
+    atomdiff.set_active(pipe, {"separable": {"steps": {0: 1, 1: 0}}, "joint": 0.5}, offload_base="cpu")
     before, expected = bits(pipe), draw(copy.deepcopy(pipe))
     for twin in (copy.deepcopy(pipe), pickle.loads(pickle.dumps(pipe))):
         assert torch.equal(draw(twin), expected)

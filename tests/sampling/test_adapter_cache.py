@@ -8,7 +8,8 @@ import torch
 import atomdiff
 from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.pipelines.load import list_atoms, trigger_words
+from atomdiff.pipelines.load import list_atoms
+from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.sampling import adapter_cache
 from atomdiff.sampling.adapter_cache import Wardrobe
 from atomdiff.sampling.batching import read_lines
@@ -71,7 +72,7 @@ def test_every_line_is_spelled_with_the_embedding_of_its_concept(tiny_pipe, line
                 assert word == "sks" if not name else embedding(tiny_pipe, word) == NAMES.index(name) + 1
     table = tiny_pipe.text_encoder.get_input_embeddings().weight
     assert torch.equal(table[: len(before)], before) and len(table) <= len(before) + 3 == 3 + len(before)
-    assert len(trigger_words(tiny_pipe)) == 3
+    assert len(tokens_in(tiny_pipe)) == 3
 
 
 def test_those_used_last_stay(tiny_pipe, lines, loads, monkeypatch):

@@ -10,7 +10,7 @@ import torch
 import atomdiff
 from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.pipelines.adapter_weight import Strength
+from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.sampling.batching import (
     Concept,
     Line,
@@ -48,7 +48,7 @@ def worn(line):
 
 def plain(kind, number, mixes=True):
     """An item of a kind such as "ab": it wears the concepts a and b."""
-    return f"{kind}{number}", Line("", "", tuple((CONCEPTS[name, mixes], Strength()) for name in kind))
+    return f"{kind}{number}", Line("", "", tuple((CONCEPTS[name, mixes], AdapterWeight()) for name in kind))
 
 
 CONCEPTS = {
@@ -71,7 +71,7 @@ def names(batches):
 
 def test_lines_wear_what_their_tags_name_and_what_all_wear(library, tmp_path):
     (tmp_path / "own").mkdir()
-    own = [(given_concept(write(tmp_path / "own", "cat", "zwx cat", "zwx")), Strength(0.5))]
+    own = [(given_concept(write(tmp_path / "own", "cat", "zwx cat", "zwx")), AdapterWeight(0.5))]
     prompts = ["a cat", "sks ant <atoms:ant:0.7>", "<atoms:style> sks bee <lora:pets/bee> <atoms:cat:0>"]
     lines = read_lines(prompts, own, library)
     assert [line.prompt for line in lines] == prompts and [line.text for line in lines] == [
@@ -111,7 +111,7 @@ def test_lines_that_cannot_be_drawn_are_refused(library, prompt, message):
 
 
 def test_tags_without_a_library_and_of_two_names_are_refused(tmp_path):
-    own = [(given_concept(write(tmp_path, "cat")), Strength())]
+    own = [(given_concept(write(tmp_path, "cat")), AdapterWeight())]
     with pytest.raises(UserError, match="no library and the concepts given are: 'cat'; give --library"):
         read_lines(["a <atoms:mug>"], own)
     with pytest.raises(UserError, match="no library and no concepts are given"):
@@ -140,7 +140,10 @@ def test_a_given_concept_may_be_called_otherwise(tmp_path):
         "zwx cat",
     )
     assert list(concept.read().tokens) == ["zwx"]
-    own = [(given_concept(path), Strength()), (given_concept(write(tmp_path, "dog", "sks dog"), "zwx"), Strength())]
+    own = [
+        (given_concept(path), AdapterWeight()),
+        (given_concept(write(tmp_path, "dog", "sks dog"), "zwx"), AdapterWeight()),
+    ]
     (line,) = read_lines(["sks and zwx"], own)
     assert line.spell("sks, zwx", {own[0][0]: {"sks": "X"}, own[1][0]: {"zwx": "Y"}}) == "X , Y"
     with pytest.raises(UserError, match="renames one word, but the concept has 0"):
@@ -169,7 +172,7 @@ def test_a_concept_that_no_word_calls_is_told_once(tiny_pipe, library):
 
 
 def test_concepts_that_all_lines_wear_need_no_word(tiny_pipe, tmp_path, recwarn):
-    own = [(given_concept(write(tmp_path, "cat")), Strength())]
+    own = [(given_concept(write(tmp_path, "cat")), AdapterWeight())]
     warn_of_prompts(tiny_pipe, read_lines(["a cat"], own))
     assert not recwarn
 
@@ -209,7 +212,7 @@ def test_items_alike_share_batches_and_what_is_left_is_mixed():
 
 
 def test_other_weights_are_another_kind():
-    lines = [Line("", "", ((CONCEPTS["a", True], Strength(weight)),)) for weight in (1.0, 0.5, 1.0, 0.5)]
+    lines = [Line("", "", ((CONCEPTS["a", True], AdapterWeight(weight)),)) for weight in (1.0, 0.5, 1.0, 0.5)]
     items = in_order(list(zip("abcd", lines, strict=True)), line_of)
     assert names(pack(items, line_of, 2)) == [["a", "c"], ["b", "d"]]
 

@@ -18,7 +18,8 @@ from safetensors.torch import load_file, save_file
 
 import atomdiff
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
-from atomdiff.pipelines.load import add_trigger_word, list_atoms, set_trigger_embedding, trigger_words
+from atomdiff.pipelines.load import list_atoms
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.pipelines.scheduler import schedule_settings
 from atomdiff.sampling import adapter_cache, sample
 from atomdiff.sampling.sample import SampleConfig, generate, save_samples
@@ -46,8 +47,8 @@ def concept_file(pipe, path, seed=0):
     for name, parameter in pipe.unet.named_parameters():
         if name.endswith("default") and "delta" in name:
             parameter.data = torch.randn(parameter.shape, generator=generator)
-    add_trigger_word(pipe, "sks")
-    set_trigger_embedding(pipe, "sks", {"text_encoder": torch.randn(32, generator=generator)})
+    add_placeholder_token(pipe, "sks")
+    set_token_embedding(pipe, "sks", {"text_encoder": torch.randn(32, generator=generator)})
     path.parent.mkdir(exist_ok=True, parents=True)
     atomdiff.save_atoms(pipe, path, trigger_phrase="sks mug")
     atomdiff.unload_atoms(pipe)
@@ -425,7 +426,7 @@ def test_the_pipeline_holds_few_concepts_however_many_a_job_has(config, tiny_pip
     monkeypatch.setattr(adapter_cache, "MOST_LOADED", 2)
 
     def counted(pipe, *args, **settings):
-        held.append((len(list_atoms(pipe)), len(trigger_words(pipe))))
+        held.append((len(list_atoms(pipe)), len(tokens_in(pipe))))
         return draw(pipe, *args, **settings)
 
     monkeypatch.setattr(sample, "draw_each", counted)
@@ -485,8 +486,8 @@ def test_other_methods_are_worn_beside_a_library_without_mixing(config, tiny_pip
 
 
 def test_a_concept_of_words_alone_is_worn(config, tiny_pipe, tmp_path):
-    add_trigger_word(tiny_pipe, "zwx")
-    set_trigger_embedding(tiny_pipe, "zwx", {"text_encoder": torch.linspace(-1, 1, 32)})
+    add_placeholder_token(tiny_pipe, "zwx")
+    set_token_embedding(tiny_pipe, "zwx", {"text_encoder": torch.linspace(-1, 1, 32)})
     (tmp_path / "library").mkdir()
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "library" / "word.atoms.safetensors", dtype=torch.float32)
     expected = pixels(generate(tiny_pipe, ["a zwx mug"], seeds=[0], progress=False, **QUICK)[0])

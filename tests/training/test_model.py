@@ -6,7 +6,7 @@ from peft import LoraConfig
 from torch import nn
 
 from atomdiff.data.prompt_embeds import PromptEmbeds, encode_prompts, init_token_embeddings, text_encoders, tokenize
-from atomdiff.pipelines.tokens import token_id
+from atomdiff.pipelines.placeholder_tokens import token_id
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.model import TrainingModel, build_training_model
 from atomdiff.tuner import AtomConfig

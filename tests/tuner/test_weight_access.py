@@ -11,7 +11,7 @@ from peft import LoraConfig
 from torch import nn
 
 import atomdiff
-from atomdiff.pipelines.load import add_trigger_word, remove_trigger_word, set_trigger_embedding
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, remove_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.model import find_atom_layer
 from atomdiff.utils.errors import UserError
@@ -129,20 +129,20 @@ def test_words_reach_offloaded_token_embeddings_and_leave_them(pipe, tmp_path, w
 
     def load():
         for word, value in (("zwx", 1.0), ("sks", 2.0)):  # a new one, and one that the tokenizer knows
-            add_trigger_word(pipe, word)
-            set_trigger_embedding(pipe, word, {"text_encoder": torch.full((32,), value)})
+            add_placeholder_token(pipe, word)
+            set_token_embedding(pipe, word, {"text_encoder": torch.full((32,), value)})
 
     table = pipe.text_encoder.get_input_embeddings().weight.detach().clone()
     load()
     expected = encode("a zwx sks mug")
     for word in ("zwx", "sks"):
-        remove_trigger_word(pipe, word)
+        remove_placeholder_token(pipe, word)
     base = encode("a mug")
     for call in order.split():
         load() if call == "load" else way(pipe.text_encoder, tmp_path)
     assert torch.equal(encode("a zwx sks mug"), expected)
     for word in ("zwx", "sks"):
-        remove_trigger_word(pipe, word)
+        remove_placeholder_token(pipe, word)
     assert pipe.text_encoder.get_input_embeddings().weight.is_meta and torch.equal(encode("a mug"), base)
     remove_hook_from_module(pipe.text_encoder, recurse=True)
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, table)

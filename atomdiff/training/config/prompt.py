@@ -8,7 +8,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Annotated
 
-from atomdiff.pipelines.token_names import group_words, words_of
+from atomdiff.pipelines.token_names import group_placeholder_tokens, placeholder_tokens
 from atomdiff.training.config.subject import Subject, SubjectConfig, read_subjects
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import ConfigGroup, NonNegativeFloat, PositiveInt, Range
@@ -105,8 +105,8 @@ class PromptConfig(TextConfig, SubjectConfig):
             raise UserError(
                 f"found the trigger words {', '.join(words)}: CLIP ignores upper and lower case; choose others"
             )
-        tokens = [token for word in words for token in words_of(word, self.num_vectors)]
-        if self.train_token and len(group_words(tokens)) < len(set(words)):
+        tokens = [token for word in words for token in placeholder_tokens(word, self.num_vectors)]
+        if self.train_token and len(group_placeholder_tokens(tokens)) < len(set(words)):
             found = f"the trigger words {', '.join(words)}"
             raise UserError(f"found {found}: sks and sks_1 stand for one word of several vectors; choose others")
         within = [(a, b) for a in words for b in words if a != b and a.lower() in b.lower()]

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.prompt_syntax import split_at_words
-from atomdiff.pipelines.token_names import group_words
+from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.tuner import weight_access
 from atomdiff.utils.errors import UserError
 
@@ -24,14 +24,14 @@ _LOCK = threading.RLock()  # of tokenizers, which hold how they pad, and of what
 
 
 @dataclass
-class TriggerWord:
+class PlaceholderToken:
     """A word in use, with its embedding per text encoder (none until one is set)."""
 
     owner: str | None = None
     """The adapter that brought it; None where it was added by hand."""
     vectors: dict[str, Tensor] = field(default_factory=dict)
     group: list[str] = field(default_factory=list)
-    """What it is written as for a tokenizer: itself, and the words of its further vectors, see `words_of`."""
+    """What it is written as for a tokenizer: itself, and the words of its further vectors, see `placeholder_tokens`."""
     came_with: WeakSet[nn.Module] | None = None
     """The models that got layers with it; None: it came alone."""
     loaded_by: ref[Any] | None = None
@@ -66,7 +66,7 @@ class _Vocabulary:
     """
 
     def __init__(self) -> None:
-        self.words: dict[str, TriggerWord] = {}
+        self.words: dict[str, PlaceholderToken] = {}
         self.tokens: list[_Tokens] = []
         self.tables: WeakSet[_Table] = WeakSet()
 
@@ -109,12 +109,12 @@ _TABLE = "_atomdiff_table"  # attribute of a text encoder
 _OF_TOKENIZER: WeakKeyDictionary[Any, _Vocabulary] = WeakKeyDictionary()
 
 
-def trigger_words(pipe: Any) -> dict[str, TriggerWord]:
+def tokens_in(pipe: Any) -> dict[str, PlaceholderToken]:
     """The trigger words that a pipeline's text encoders and tokenizers know, whichever pipeline brought them."""
     return {word: entry for vocabulary in _vocabularies(pipe) for word, entry in vocabulary.words.items()}
 
 
-def add_trigger_word(pipe: Any, word: str, owner: str | None = None) -> int:
+def add_placeholder_token(pipe: Any, word: str, owner: str | None = None) -> int:
     """Make a word one token for every text encoder of a pipeline.
 
     A word that is one known token already keeps its id and embedding. Any other is added to the tokenizer itself,
@@ -132,11 +132,11 @@ def add_trigger_word(pipe: Any, word: str, owner: str | None = None) -> int:
     Raises:
         UserError: the word cannot be one, or the pipeline has no text encoder.
     """
-    add_trigger_words(pipe, [word], owner)
+    add_placeholder_tokens(pipe, [word], owner)
     return token_id(pipe, word, next(encoder for encoder, *_ in _text_encoders(pipe)))
 
 
-def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None) -> None:
+def add_placeholder_tokens(pipe: Any, words: Iterable[str], owner: str | None = None) -> None:
     """Add several words; the embedding tables are copied once for all of them.
 
     Where "sks_1" is added with "sks", the tokenizers take "sks" in a prompt for "sks sks_1", and so on with "sks_2",
@@ -145,7 +145,7 @@ def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None)
 
     Args:
         pipe: the pipeline.
-        words: each once; `add_trigger_word` says what becomes of them.
+        words: each once; `add_placeholder_token` says what becomes of them.
         owner: the adapter that they belong to.
 
     Raises:
@@ -155,8 +155,8 @@ def add_trigger_words(pipe: Any, words: Iterable[str], owner: str | None = None)
     check_addable(pipe, words)
     if not words:
         return
-    vocabulary, groups = _link(pipe), group_words(words)
-    vocabulary.words.update({word: TriggerWord(owner, group=groups.get(word, [word])) for word in words})
+    vocabulary, groups = _link(pipe), group_placeholder_tokens(words)
+    vocabulary.words.update({word: PlaceholderToken(owner, group=groups.get(word, [word])) for word in words})
     _make_tokens(vocabulary, words)
 
 
@@ -169,10 +169,10 @@ def token_id(pipe: Any, word: str, text_encoder: str = "text_encoder") -> int:
     for encoder, tokenizer, _ in _text_encoders(pipe):
         if encoder == text_encoder and (known := _known_id(tokenizer, word)) is not None:
             return known
-    raise UserError(f"{word!r} is not one token of {text_encoder}: call add_trigger_word(pipe, {word!r}) first")
+    raise UserError(f"{word!r} is not one token of {text_encoder}: call add_placeholder_token(pipe, {word!r}) first")
 
 
-def set_trigger_embedding(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> None:
+def set_token_embedding(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> None:
     """Write a trigger word's embedding into the tables of the text encoders; the old rows are kept for removal.
 
     Args:
@@ -183,15 +183,15 @@ def set_trigger_embedding(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -
     Raises:
         UserError: the word was not added, or a vector does not fit a text encoder; nothing is changed.
     """
-    if word not in trigger_words(pipe):
-        raise UserError(f"{word!r} is not a trigger word yet: call add_trigger_word(pipe, {word!r}) first")
+    if word not in tokens_in(pipe):
+        raise UserError(f"{word!r} is not a trigger word yet: call add_placeholder_token(pipe, {word!r}) first")
     check_vectors(pipe, word, vectors)
     vocabulary = _link(pipe)
     vocabulary.words[word].vectors.update({name: vector.detach().clone() for name, vector in vectors.items()})
     _write_rows(vocabulary, [word])
 
 
-def remove_trigger_word(pipe: Any, word: str) -> None:
+def remove_placeholder_token(pipe: Any, word: str) -> None:
     """Take a trigger word out: tokenizers and embedding tables are as if it had never been added, to every bit.
 
     Ids of words that were added after it change.
@@ -199,20 +199,20 @@ def remove_trigger_word(pipe: Any, word: str) -> None:
     Raises:
         UserError: the word is not a trigger word.
     """
-    remove_trigger_words(pipe, [word])
+    remove_placeholder_tokens(pipe, [word])
 
 
-def remove_trigger_words(pipe: Any, words: Iterable[str]) -> None:
+def remove_placeholder_tokens(pipe: Any, words: Iterable[str]) -> None:
     """Take several words out; the embedding tables are copied once for all of them.
 
     Args:
         pipe: the pipeline.
-        words: `remove_trigger_word` says what becomes of them.
+        words: `remove_placeholder_token` says what becomes of them.
 
     Raises:
         UserError: a word is not a trigger word; nothing is changed.
     """
-    there, gone = trigger_words(pipe), set(words)
+    there, gone = tokens_in(pipe), set(words)
     for word in gone - there.keys():
         raise UserError(f"{word!r} is not a trigger word; there are: {', '.join(there) or 'none'}")
     if not gone:
@@ -240,7 +240,7 @@ def look_again(pipe: Any) -> None:
             _reset(vocabulary)
             _forget(vocabulary, gone)
             _lay_out(vocabulary)
-    if trigger_words(pipe):
+    if tokens_in(pipe):
         _link(pipe)
 
 
@@ -267,7 +267,7 @@ def check_addable(pipe: Any, words: Sequence[str], instead_of: Collection[str] =
         if (other := spellings[word.lower()]) != word:
             found = f"the trigger words {word!r} and {other!r} differ in case only, which CLIP does not see"
             raise UserError(f"{found}: give each a word of its own")
-    several = {first for first, group in group_words(words).items() if len(group) > 1}
+    several = {first for first, group in group_placeholder_tokens(words).items() if len(group) > 1}
     for encoder, tokenizer, _ in _text_encoders(pipe):
         for word in words:
             new = word in several or _known_id(tokenizer, word) is None
@@ -335,7 +335,7 @@ def _check_free(pipe: Any, word: str, instead_of: Collection[str]) -> None:
                 f"{word!r} cannot be a trigger word: it is a special token of {encoder}, in every prompt; "
                 "load with trigger_word='another word'"
             )
-    for other, entry in trigger_words(pipe).items():
+    for other, entry in tokens_in(pipe).items():
         if word.lower() == other.lower() and other not in instead_of:
             by = f" by {entry.owner!r}" if entry.owner else ""
             spelt = "" if word == other else f" as {other!r}, and CLIP sees no case"

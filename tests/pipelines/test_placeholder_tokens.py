@@ -8,18 +8,18 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import atomdiff
-from atomdiff.pipelines import tokens as trigger_words_module
-from atomdiff.pipelines.prompt_syntax import replace_words
-from atomdiff.pipelines.token_names import group_words, words_of
-from atomdiff.pipelines.tokens import (
-    add_trigger_word,
-    add_trigger_words,
-    remove_trigger_word,
-    remove_trigger_words,
-    set_trigger_embedding,
+from atomdiff.pipelines import placeholder_tokens as placeholder_tokens_module
+from atomdiff.pipelines.placeholder_tokens import (
+    add_placeholder_token,
+    add_placeholder_tokens,
+    remove_placeholder_token,
+    remove_placeholder_tokens,
+    set_token_embedding,
     token_id,
-    trigger_words,
+    tokens_in,
 )
+from atomdiff.pipelines.prompt_syntax import replace_words
+from atomdiff.pipelines.token_names import group_placeholder_tokens, placeholder_tokens
 from atomdiff.utils.errors import UserError
 
 
@@ -68,29 +68,29 @@ def pieces(pipe, prompt):
 
 def test_a_known_word_keeps_its_id_and_gets_its_row_back(tiny_pipe):
     before, known = state(tiny_pipe), tiny_pipe.tokenizer.encode("sks", add_special_tokens=False)
-    assert [add_trigger_word(tiny_pipe, "sks")] == known
+    assert [add_placeholder_token(tiny_pipe, "sks")] == known
     assert_same(state(tiny_pipe), before)
-    set_trigger_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(32)})
-    set_trigger_embedding(tiny_pipe, "sks", {"text_encoder": torch.full((32,), 2.0)})
+    set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(32)})
+    set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.full((32,), 2.0)})
     now = state(tiny_pipe)["table"]
     assert (now[known[0]] == 2).all() and (now != before["table"]).any(1).sum() == 1
-    remove_trigger_word(tiny_pipe, "sks")
+    remove_placeholder_token(tiny_pipe, "sks")
     assert_same(state(tiny_pipe), before)
 
 
 def test_an_unknown_word_becomes_one_token_and_goes_again(tiny_pipe):
     before, plain = state(tiny_pipe), encoded(tiny_pipe, "a photo of a red mug")
-    new = add_trigger_word(tiny_pipe, "ohwx")
+    new = add_placeholder_token(tiny_pipe, "ohwx")
     assert new == before["size"][0] == token_id(tiny_pipe, "ohwx")
     for prompt, count in (("a photo of ohwx mug", 1), ("ohwx, (ohwx)", 2), ("ohwxy mug", 0), ("a photo", 0)):
         assert tiny_pipe.tokenizer(prompt).input_ids.count(new) == count
     vector = torch.randn(32)
-    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": vector})
+    set_token_embedding(tiny_pipe, "ohwx", {"text_encoder": vector})
     now = state(tiny_pipe)
     assert torch.equal(now["table"][new], vector) and torch.equal(now["table"][:new], before["table"])
     assert now["parameter"] == before["parameter"] and now["size"] == (new + 1,) * 3
     assert torch.equal(encoded(tiny_pipe, "a photo of a red mug"), plain)
-    remove_trigger_word(tiny_pipe, "ohwx")
+    remove_placeholder_token(tiny_pipe, "ohwx")
     assert_same(state(tiny_pipe), before)
 
 
@@ -98,11 +98,11 @@ def test_words_leave_in_any_order(tiny_pipe):
     before = state(tiny_pipe)
     vectors = {word: {"text_encoder": torch.randn(32)} for word in ("ohwx", "sks", "zwx", "<new-one>")}
     for word, vector in vectors.items():
-        add_trigger_word(tiny_pipe, word)
-        set_trigger_embedding(tiny_pipe, word, vector)
+        add_placeholder_token(tiny_pipe, word)
+        set_token_embedding(tiny_pipe, word, vector)
     for gone in ("ohwx", "<new-one>", "sks", "zwx"):
-        remove_trigger_word(tiny_pipe, gone)
-        for word in trigger_words(tiny_pipe):
+        remove_placeholder_token(tiny_pipe, gone)
+        for word in tokens_in(tiny_pipe):
             row = tiny_pipe.text_encoder.get_input_embeddings().weight[token_id(tiny_pipe, word)]
             assert torch.equal(row, vectors[word]["text_encoder"])
     assert_same(state(tiny_pipe), before)
@@ -111,11 +111,11 @@ def test_words_leave_in_any_order(tiny_pipe):
 def test_the_table_follows_the_dtype_and_comes_back_in_it(tiny_pipe):
     expected = state(tiny_pipe)["table"].half()
     for word in ("sks", "ohwx"):
-        add_trigger_word(tiny_pipe, word)
-        set_trigger_embedding(tiny_pipe, word, {"text_encoder": torch.randn(32)})
+        add_placeholder_token(tiny_pipe, word)
+        set_token_embedding(tiny_pipe, word, {"text_encoder": torch.randn(32)})
     tiny_pipe.text_encoder.half()
     for word in ("sks", "ohwx"):
-        remove_trigger_word(tiny_pipe, word)
+        remove_placeholder_token(tiny_pipe, word)
     assert torch.equal(state(tiny_pipe)["table"], expected)
 
 
@@ -123,11 +123,11 @@ def test_every_text_encoder_learns_the_word(tiny_pipe):
     pipe = TwoEncoders(tiny_pipe)
     pipe.tokenizer_2.add_tokens(["another"])
     pipe.text_encoder_2.resize_token_embeddings(len(pipe.tokenizer_2))
-    first = add_trigger_word(pipe, "ohwx")
+    first = add_placeholder_token(pipe, "ohwx")
     assert token_id(pipe, "ohwx", "text_encoder_2") == first + 1
-    set_trigger_embedding(pipe, "ohwx", {"text_encoder_2": torch.ones(32)})
+    set_token_embedding(pipe, "ohwx", {"text_encoder_2": torch.ones(32)})
     assert (pipe.text_encoder_2.get_input_embeddings().weight[first + 1] == 1).all()
-    remove_trigger_word(pipe, "ohwx")
+    remove_placeholder_token(pipe, "ohwx")
     assert len(pipe.text_encoder_2.get_input_embeddings().weight) == first + 1
 
 
@@ -136,17 +136,17 @@ def test_many_words_come_and_go_with_one_copy_of_the_table(tiny_pipe, tmp_path, 
     words = {f"<new-{number}>": {"text_encoder": torch.full((32,), float(number))} for number in range(30)}
     sizes = []
     monkeypatch.setattr(
-        "atomdiff.pipelines.tokens._resize_table",
-        lambda model, size, real=trigger_words_module._resize_table: (sizes.append(size), real(model, size)),
+        "atomdiff.pipelines.placeholder_tokens._resize_table",
+        lambda model, size, real=placeholder_tokens_module._resize_table: (sizes.append(size), real(model, size)),
     )
-    add_trigger_words(tiny_pipe, words)
+    add_placeholder_tokens(tiny_pipe, words)
     for word, vectors in words.items():
-        set_trigger_embedding(tiny_pipe, word, vectors)
+        set_token_embedding(tiny_pipe, word, vectors)
     old = before["size"][0]
     assert sizes == [old + 30] and [token_id(tiny_pipe, word) for word in words] == list(range(old, old + 30))
     saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "words.atoms.safetensors")
     sizes.clear()
-    remove_trigger_words(tiny_pipe, [word for word in words if word != "<new-7>"])
+    remove_placeholder_tokens(tiny_pipe, [word for word in words if word != "<new-7>"])
     assert sizes == [old, old + 1]
     assert (tiny_pipe.text_encoder.get_input_embeddings().weight[token_id(tiny_pipe, "<new-7>")] == 7).all()
     atomdiff.unload_atoms(tiny_pipe)
@@ -161,14 +161,14 @@ def test_many_words_come_and_go_with_one_copy_of_the_table(tiny_pipe, tmp_path, 
 def test_nothing_changes_if_one_of_several_words_is_wrong(tiny_pipe):
     before = state(tiny_pipe)
     with pytest.raises(UserError, match="'two words' cannot be a trigger word"):
-        add_trigger_words(tiny_pipe, ["ohwx", "two words"])
+        add_placeholder_tokens(tiny_pipe, ["ohwx", "two words"])
     assert_same(state(tiny_pipe), before)
-    add_trigger_words(tiny_pipe, ["ohwx", "zwx"])
+    add_placeholder_tokens(tiny_pipe, ["ohwx", "zwx"])
     now = state(tiny_pipe)
     with pytest.raises(UserError, match="'sks' is not a trigger word; there are: ohwx, zwx"):
-        remove_trigger_words(tiny_pipe, ["ohwx", "sks"])
+        remove_placeholder_tokens(tiny_pipe, ["ohwx", "sks"])
     assert_same(state(tiny_pipe), now)
-    remove_trigger_words(tiny_pipe, [])
+    remove_placeholder_tokens(tiny_pipe, [])
     assert_same(state(tiny_pipe), now)
 
 
@@ -176,9 +176,9 @@ def test_special_tokens_are_no_trigger_words(tiny_pipe, tmp_path):
     before = state(tiny_pipe)
     for word in ("<|endoftext|>", "<|startoftext|>"):
         with pytest.raises(UserError, match="special token of text_encoder, in every prompt; load with trigger_word="):
-            add_trigger_word(tiny_pipe, word)
-    add_trigger_word(tiny_pipe, "ohwx")
-    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
+            add_placeholder_token(tiny_pipe, word)
+    add_placeholder_token(tiny_pipe, "ohwx")
+    set_token_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
     saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "word.atoms.safetensors")
     atomdiff.unload_atoms(tiny_pipe)
     save_file({"token.<|endoftext|>": torch.ones(32)}, saved, safe_open(saved, "pt").metadata())
@@ -192,28 +192,28 @@ def test_the_special_tokens_of_every_tokenizer_count(tiny_pipe):
     pipe = TwoEncoders(tiny_pipe)
     pipe.tokenizer_2.pad_token = "!"  # as OpenCLIP pads
     with pytest.raises(UserError, match="'!' cannot be a trigger word: it is a special token of text_encoder_2"):
-        add_trigger_word(pipe, "!")
-    add_trigger_word(tiny_pipe, "!")
+        add_placeholder_token(pipe, "!")
+    add_placeholder_token(tiny_pipe, "!")
 
 
 def test_words_by_the_word_that_they_stand_for():
-    assert words_of("sks", 1) == ["sks"] and words_of("sks", 3) == ["sks", "sks_1", "sks_2"]
-    assert group_words([]) == {}
-    assert group_words(["ohwx", "sks_1", "sks"]) == {"sks": ["sks", "sks_1"], "ohwx": ["ohwx"]}
-    assert group_words(["sks_1", "sks_2"]) == {"sks_1": ["sks_1"], "sks_2": ["sks_2"]}
-    assert group_words(["sks", "sks_2"]) == {"sks": ["sks"], "sks_2": ["sks_2"]}
-    assert group_words(["a_1_1", "a_1", "a"]) == {"a": ["a", "a_1"], "a_1_1": ["a_1_1"]}
-    twelve = words_of("sks", 12)
-    assert group_words(sorted(twelve)) == {"sks": twelve}
+    assert placeholder_tokens("sks", 1) == ["sks"] and placeholder_tokens("sks", 3) == ["sks", "sks_1", "sks_2"]
+    assert group_placeholder_tokens([]) == {}
+    assert group_placeholder_tokens(["ohwx", "sks_1", "sks"]) == {"sks": ["sks", "sks_1"], "ohwx": ["ohwx"]}
+    assert group_placeholder_tokens(["sks_1", "sks_2"]) == {"sks_1": ["sks_1"], "sks_2": ["sks_2"]}
+    assert group_placeholder_tokens(["sks", "sks_2"]) == {"sks": ["sks"], "sks_2": ["sks_2"]}
+    assert group_placeholder_tokens(["a_1_1", "a_1", "a"]) == {"a": ["a", "a_1"], "a_1_1": ["a_1_1"]}
+    twelve = placeholder_tokens("sks", 12)
+    assert group_placeholder_tokens(sorted(twelve)) == {"sks": twelve}
 
 
 @pytest.mark.parametrize("word", ["sks", "ohwx", "cat"])
 def test_a_word_of_several_vectors_comes_and_goes(tiny_pipe, word):
     before, plain = state(tiny_pipe), encoded(tiny_pipe, f"a {word} cat")
-    words = words_of(word, 3)
-    add_trigger_words(tiny_pipe, [*words, "zwx"], owner="mug")
+    words = placeholder_tokens(word, 3)
+    add_placeholder_tokens(tiny_pipe, [*words, "zwx"], owner="mug")
     for number, each in enumerate(words):
-        set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
+        set_token_embedding(tiny_pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
     prompt = tiny_pipe.maybe_convert_prompt(f"a {word}, sks", tiny_pipe.tokenizer)
     ids = tiny_pipe.tokenizer(prompt).input_ids
     expected = [token_id(tiny_pipe, each) for each in words]
@@ -221,9 +221,9 @@ def test_a_word_of_several_vectors_comes_and_goes(tiny_pipe, word):
     shown = encoded(tiny_pipe, f"a {word} cat")
     assert not torch.allclose(shown, plain, atol=1e-3)
 
-    remove_trigger_word(tiny_pipe, "zwx")
+    remove_placeholder_token(tiny_pipe, "zwx")
     assert torch.equal(encoded(tiny_pipe, f"a {word} cat"), shown)
-    remove_trigger_words(tiny_pipe, words)
+    remove_placeholder_tokens(tiny_pipe, words)
     assert_same(state(tiny_pipe), before)
     assert torch.equal(encoded(tiny_pipe, f"a {word} cat"), plain)
 
@@ -233,10 +233,10 @@ def test_a_word_of_several_vectors_comes_and_goes(tiny_pipe, word):
 def test_added_words_count_in_any_case_but_not_within_others(tiny_pipe, word, count):
     within = f"x{word} {word}x" if word.isalpha() else f"x{word} {word}x {word}5 {word}_x"
     plain = {prompt: encoded(tiny_pipe, prompt) for prompt in ("a mug", within)}
-    words = words_of(word, count)
-    add_trigger_words(tiny_pipe, words)
+    words = placeholder_tokens(word, count)
+    add_placeholder_tokens(tiny_pipe, words)
     for number, each in enumerate(words):
-        set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
+        set_token_embedding(tiny_pipe, each, {"text_encoder": torch.full((32,), number + 1.0)})
     expected = [token_id(tiny_pipe, each) for each in words]
 
     def tokens(prompt):
@@ -248,15 +248,15 @@ def test_added_words_count_in_any_case_but_not_within_others(tiny_pipe, word, co
         assert torch.equal(encoded(tiny_pipe, f"a {spelt} mug"), encoded(tiny_pipe, f"a {word} mug"))
     assert tiny_pipe.maybe_convert_prompt([f"a {word}", "", "a mug"], tiny_pipe.tokenizer)[1:] == ["", "a mug"]
     assert all(torch.equal(encoded(tiny_pipe, prompt), before) for prompt, before in plain.items())
-    remove_trigger_words(tiny_pipe, words)
+    remove_placeholder_tokens(tiny_pipe, words)
     assert not {"_encode_plus", "tokenize"} & vars(tiny_pipe.tokenizer).keys()
 
 
 @pytest.mark.parametrize("count", [1, 2])
 @pytest.mark.parametrize("word", ["sks", "ohwx", "Ohwx", "s1", "<s1>"])
 def test_words_are_where_sampling_replaces_them(tiny_pipe, word, count):
-    words, tokenizer = words_of(word, count), tiny_pipe.tokenizer
-    add_trigger_words(tiny_pipe, words)
+    words, tokenizer = placeholder_tokens(word, count), tiny_pipe.tokenizer
+    add_placeholder_tokens(tiny_pipe, words)
     for text in ("X, x's mug", "X2 2X", "X_mug mug_X", "(X)-X", "Xx", "a\tX X"):
         text = text.replace("X", word)
         written = tiny_pipe.maybe_convert_prompt(text, tokenizer)
@@ -270,9 +270,9 @@ def test_words_are_where_sampling_replaces_them(tiny_pipe, word, count):
 def test_words_do_not_count_within_textual_inversions(tiny_pipe, words):
     tiny_pipe.load_textual_inversion(torch.randn(2, 32), token="<mug-style>")
     expected = encoded(tiny_pipe, "a cat <mug-style>"), encoded(tiny_pipe, "a <MUG-STYLE> cat")
-    add_trigger_words(tiny_pipe, words)
+    add_placeholder_tokens(tiny_pipe, words)
     for each in words:
-        set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.randn(32)})
+        set_token_embedding(tiny_pipe, each, {"text_encoder": torch.randn(32)})
     assert torch.equal(encoded(tiny_pipe, "a cat <mug-style>"), expected[0])
     assert torch.equal(encoded(tiny_pipe, "a <MUG-STYLE> cat"), expected[1])
     assert pieces(tiny_pipe, f"a {words[0]}, <mug-style>") == f"a {' '.join(words)} , <mug-style> <mug-style>_1"
@@ -281,13 +281,13 @@ def test_words_do_not_count_within_textual_inversions(tiny_pipe, words):
 def test_textual_inversions_that_came_after_words_stay(tiny_pipe):
     before = state(tiny_pipe)
     for word, inversion in (("ohwx", "<first>"), ("zwx", "<second>")):
-        add_trigger_word(tiny_pipe, word)
-        set_trigger_embedding(tiny_pipe, word, {"text_encoder": torch.randn(32)})
+        add_placeholder_token(tiny_pipe, word)
+        set_token_embedding(tiny_pipe, word, {"text_encoder": torch.randn(32)})
         tiny_pipe.load_textual_inversion(torch.randn(2, 32), token=inversion)
     prompts = {each: encoded(tiny_pipe, f"a {each} cat") for each in ("zwx", "<first>", "<second>", "sks")}
-    remove_trigger_word(tiny_pipe, "ohwx")
+    remove_placeholder_token(tiny_pipe, "ohwx")
     assert all(torch.equal(encoded(tiny_pipe, f"a {each} cat"), shown) for each, shown in prompts.items())
-    remove_trigger_word(tiny_pipe, "zwx")
+    remove_placeholder_token(tiny_pipe, "zwx")
     del prompts["zwx"]
     assert all(torch.equal(encoded(tiny_pipe, f"a {each} cat"), shown) for each, shown in prompts.items())
     now = state(tiny_pipe)
@@ -299,20 +299,20 @@ def test_words_stand_for_the_vectors_that_came_with_them(tiny_pipe):
     def written(prompt):
         return pieces(tiny_pipe, prompt)
 
-    add_trigger_words(tiny_pipe, ["sks", "sks_1", "sks_2"], owner="first")
-    add_trigger_words(tiny_pipe, ["sks_3"], owner="second")
+    add_placeholder_tokens(tiny_pipe, ["sks", "sks_1", "sks_2"], owner="first")
+    add_placeholder_tokens(tiny_pipe, ["sks_3"], owner="second")
     assert written("a sks mug") == "a sks sks_1 sks_2 mug" and written("a sks_3 mug") == "a sks_3 mug"
     assert written("a sks sks_1 sks_2 mug") == "a sks sks_1 sks_2 mug"  # as diffusers or a user wrote it out
-    remove_trigger_words(tiny_pipe, ["sks_3"])
+    remove_placeholder_tokens(tiny_pipe, ["sks_3"])
     assert written("a sks mug") == "a sks sks_1 sks_2 mug"
-    remove_trigger_words(tiny_pipe, ["sks_2"])
-    add_trigger_words(tiny_pipe, ["sks_2"], owner="second")
+    remove_placeholder_tokens(tiny_pipe, ["sks_2"])
+    add_placeholder_tokens(tiny_pipe, ["sks_2"], owner="second")
     assert written("a sks mug") == "a sks sks_1 mug"
 
 
 def test_diffusers_own_words_of_several_vectors_stay(tiny_pipe):
     tiny_pipe.load_textual_inversion(torch.randn(2, 32), token="<cat>")
-    add_trigger_words(tiny_pipe, ["mu", "mu_1"])
+    add_placeholder_tokens(tiny_pipe, ["mu", "mu_1"])
     now = pieces(tiny_pipe, "a <cat> and mu mug, <cat> mug")
     assert now == "a <cat> <cat>_1 a n d mu mu_1 mug , <cat> <cat>_1 mug".replace("a n d", pieces(tiny_pipe, "and"))
 
@@ -321,17 +321,17 @@ def test_pieces_of_other_words_are_not_added(tiny_pipe, tmp_path, monkeypatch):
     before = state(tiny_pipe)
     for word, words in (("tea", ["ohwx", "tea"]), ("m", ["m", "m_1"])):  # a piece of teapot, and of any word with an m
         with pytest.raises(UserError, match=f"'{word}' cannot be a trigger word.*makes other words of it"):
-            add_trigger_words(tiny_pipe, words)
+            add_placeholder_tokens(tiny_pipe, words)
         assert_same(state(tiny_pipe), before)
-    add_trigger_words(tiny_pipe, ["ohwx"])
-    set_trigger_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
+    add_placeholder_tokens(tiny_pipe, ["ohwx"])
+    set_token_embedding(tiny_pipe, "ohwx", {"text_encoder": torch.ones(32)})
     saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "word.atoms.safetensors")
     with monkeypatch.context() as patch, pytest.raises(UserError, match="^'tea' cannot be a trigger word"):
         patch.setattr(
             "atomdiff.pipelines.load.attach.rollback_on_error", None
         )  # it is refused before layers are attached
         atomdiff.load_atoms(tiny_pipe, saved, trigger_word="tea")
-    add_trigger_words(tiny_pipe, ["m"])  # a word of its own that CLIP knows
+    add_placeholder_tokens(tiny_pipe, ["m"])  # a word of its own that CLIP knows
     assert token_id(tiny_pipe, "m") != tiny_pipe.tokenizer.convert_tokens_to_ids("m")
 
 
@@ -339,20 +339,20 @@ def test_pieces_of_other_words_are_not_added(tiny_pipe, tmp_path, monkeypatch):
 def test_words_that_differ_in_case_only_are_refused(tiny_pipe, first, second):
     before = state(tiny_pipe)
     with pytest.raises(UserError, match=f"'{first}' and '{second}' differ in case only.*give each a word of its own"):
-        add_trigger_words(tiny_pipe, [first, second])
+        add_placeholder_tokens(tiny_pipe, [first, second])
     assert_same(state(tiny_pipe), before)
-    add_trigger_word(tiny_pipe, first, owner="mug")
+    add_placeholder_token(tiny_pipe, first, owner="mug")
     with pytest.raises(UserError, match=f"'{second}' is taken by 'mug' as '{first}', and CLIP sees no case: load with"):
-        add_trigger_word(tiny_pipe, second)
-    remove_trigger_word(tiny_pipe, first)
+        add_placeholder_token(tiny_pipe, second)
+    remove_placeholder_token(tiny_pipe, first)
     assert_same(state(tiny_pipe), before)
 
 
 def test_files_of_several_vectors_load_under_another_word_and_leave(tiny_pipe, tmp_path):
-    before, words = state(tiny_pipe), words_of("sks", 11)
-    add_trigger_words(tiny_pipe, words)
+    before, words = state(tiny_pipe), placeholder_tokens("sks", 11)
+    add_placeholder_tokens(tiny_pipe, words)
     for each in words:
-        set_trigger_embedding(tiny_pipe, each, {"text_encoder": torch.randn(32)})
+        set_token_embedding(tiny_pipe, each, {"text_encoder": torch.randn(32)})
     expected = encoded(tiny_pipe, "a photo of sks mug")
     saved = atomdiff.save_atoms(tiny_pipe, tmp_path / "words.atoms.safetensors", dtype=torch.float32)
     with safe_open(saved, "pt") as file:
@@ -379,12 +379,12 @@ def test_old_configs_look_for_the_end_of_prompts_as_before_once_words_have_left(
             module.eos_token_id = 2
     before = {module: module.eos_token_id for module in encoder.modules() if hasattr(module, "eos_token_id")}
     assert before
-    add_trigger_word(tiny_xl_pipe, "sks")  # a known token
+    add_placeholder_token(tiny_xl_pipe, "sks")  # a known token
     assert encoder.config.eos_token_id == 2
-    add_trigger_word(tiny_xl_pipe, "ohwx")
+    add_placeholder_token(tiny_xl_pipe, "ohwx")
     end = tiny_xl_pipe.tokenizer_2.eos_token_id
     assert encoder.config.eos_token_id == end and all(module.eos_token_id == end for module in before)
-    remove_trigger_word(tiny_xl_pipe, "ohwx")
+    remove_placeholder_token(tiny_xl_pipe, "ohwx")
     assert encoder.config.eos_token_id == 2 and all(module.eos_token_id == 2 for module in before)
 
 
@@ -392,18 +392,18 @@ def test_mistakes_are_named_and_change_nothing(tiny_pipe):
     before = state(tiny_pipe)
     for word in ("", "two words", " sks"):
         with pytest.raises(UserError, match="one word without blanks"):
-            add_trigger_word(tiny_pipe, word)
+            add_placeholder_token(tiny_pipe, word)
     with pytest.raises(UserError, match="'sks' is not a trigger word yet"):
-        set_trigger_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(32)})
+        set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(32)})
     with pytest.raises(UserError, match="'sks' is not a trigger word; there are: none"):
-        remove_trigger_word(tiny_pipe, "sks")
+        remove_placeholder_token(tiny_pipe, "sks")
     with pytest.raises(UserError, match="'ohwx' is not one token of text_encoder"):
         token_id(tiny_pipe, "ohwx")
-    add_trigger_word(tiny_pipe, "sks", owner="mug")
+    add_placeholder_token(tiny_pipe, "sks", owner="mug")
     with pytest.raises(UserError, match="'sks' is taken by 'mug'.*trigger_word="):
-        add_trigger_word(tiny_pipe, "sks")
+        add_placeholder_token(tiny_pipe, "sks")
     with pytest.raises(UserError, match=r"shape \(31,\), but text_encoder takes \(32,\)"):
-        set_trigger_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(31)})
+        set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(31)})
     with pytest.raises(UserError, match="text_encoder_2, which this pipeline does not have"):
-        set_trigger_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(32), "text_encoder_2": torch.ones(32)})
+        set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(32), "text_encoder_2": torch.ones(32)})
     assert_same(state(tiny_pipe), before)
