@@ -18,13 +18,14 @@ from transformers.models.convnext.image_processing_pil_convnext import ConvNextI
 from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from atomdiff.concepts import peft_folder
-from atomdiff.concepts.concept_file import read_tensors, some
+from atomdiff.concepts.concept_file import read_tensors
 from atomdiff.data.images import derive_seed
 from atomdiff.training.method import ADAPTER_NAME
 from atomdiff.tuner.adapter_state import peft_tensors
 from atomdiff.tuner.attach import attach_peft
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import list_some
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "classifier.json"
 _COMPONENT = "model"
@@ -224,8 +225,8 @@ def load_classifier(folder: str | Path, pretrained_model_name_or_path: str | Non
     shared = needed & head.keys()
     if wrong := sorted((needed ^ head.keys()) | {path for path in shared if own[path].shape != head[path].shape}):
         raise UserError(
-            f"{folder / HEAD_FILE}: {some(wrong)} missing, unknown or of another shape; it is not the head of this "
-            "classifier: copy the folder again"
+            f"{folder / HEAD_FILE}: {list_some(wrong)} missing, unknown or of another shape; it is not the head of "
+            "this classifier: copy the folder again"
         )
     model.load_state_dict(head, strict=False)
     return model.eval()
@@ -260,7 +261,9 @@ def _load(
     # Norms and biases that a base does without start from ones and zeros; all else would be random.
     random = {path for path, tensor in model.named_parameters() if path in new and tensor.ndim > 1}
     if lost := sorted(path for path in random if labels is None or in_base(model, path)):
-        raise UserError(f"{name}: its weights lack {some(lost)} in the shape that config.json says; use a whole model")
+        raise UserError(
+            f"{name}: its weights lack {list_some(lost)} in the shape that config.json says; use a whole model"
+        )
     return model
 
 

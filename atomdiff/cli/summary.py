@@ -14,13 +14,14 @@ from torch import Tensor
 
 from atomdiff.atoms.sparse import code_quality, sparse_codes
 from atomdiff.concepts.compatibility import compare_base, weights_below
-from atomdiff.concepts.concept_file import DeltaFile, read_any_header, read_delta_file, shown
+from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.parameter_count import group_table
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.layer import TRAINED_KINDS
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import printable, read_safetensors_header
 
 
 def describe(path: str | os.PathLike[str], base: Any = None) -> str:
@@ -34,7 +35,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
     Raises:
         UserError: the file is damaged, or does not fit the base.
     """
-    if has_lora_keys(read_any_header(path)[1]):
+    if has_lora_keys(read_safetensors_header(path)[1]):
         raise UserError(f"{path} is a LoRA file of another program, not a concept file; load_atoms takes it as it is")
     delta = read_delta_file(path)
     trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind in TRAINED_KINDS]
@@ -61,7 +62,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         if delta.config.basis == "sparse":
             rows["code"] = _code(fitting, weights_below(fitting, models))
     width = max(map(len, rows))
-    lines = [f"{label:<{width}}  {shown(value)}" for label, value in rows.items()]
+    lines = [f"{label:<{width}}  {printable(value)}" for label, value in rows.items()]
     return "\n".join([*lines, "", *_layer_table(delta)])
 
 

@@ -12,11 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.atoms.update import singular_values
-from atomdiff.concepts.concept_file import DeltaFile, shown, some
+from atomdiff.concepts.concept_file import DeltaFile
 from atomdiff.tuner.adapter_state import base_weights, check_readable
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 
 # Distances measured on the toybox: the base rounded to bfloat16 0.00004; every weight changed at random by a tenth of
 # its size 0.006; the base as it was earlier in its pretraining 0.11; an untrained model 0.23.
@@ -28,9 +29,6 @@ DERIVED_BASE = 0.15
 LATENT_AXES = {"conv_in": 1, "conv_out": 0}
 _MOST_LATENT_CHANNELS = 32
 
-# A few small tensors can stand for matrices of (row, row) numbers, or for a sparse code of (blocks, atoms).
-_LONGEST_ROW = 4096
-_MOST_ATOMS = 8  # times the length of a row
 _SPARSE_SIZES = (2**-20, 2.0)  # of numbers in sparse atoms that are not zero, and of their norms, with some room
 
 # Fingerprints of weights as they are now: a second concept loads without a look at the whole base.
@@ -63,7 +61,7 @@ def check_base(
         UserError: shapes differ, or the distance is that of wholly different weights.
     """
     delta, left_out, distance = compare_base(delta, models, allow_mismatch)
-    base = f" {shown(repr(delta.base_model))}" if delta.base_model else ""
+    base = f" {printable(repr(delta.base_model))}" if delta.base_model else ""
     found = f"this base is at distance {distance:.3g} from the one that the concept was made on{base}"
     if distance > DERIVED_BASE and not allow_mismatch:
         raise UserError(
@@ -145,9 +143,11 @@ def _refuse(delta: DeltaFile, unfit: Mapping[str, str], weights: Mapping[str, Te
     fits = len(delta.layers) - len(unfit)
     way_out = f"; allow_base_mismatch=True loads the {fits} of {len(delta.layers)} layers that fit" if fits else ""
     if missing := [module for module in unfit if module not in weights]:
-        raise UserError(f"this base has no {some(missing)}: the concept was made for another architecture{way_out}")
+        raise UserError(
+            f"this base has no {list_some(missing)}: the concept was made for another architecture{way_out}"
+        )
     if unfit:
-        raise UserError(f"the concept does not fit this base: {some(list(unfit.values()))}{way_out}")
+        raise UserError(f"the concept does not fit this base: {list_some(list(unfit.values()))}{way_out}")
 
 
 def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, str]:
@@ -168,11 +168,12 @@ def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, 
             continue
         if (found := _found(delta, module)) != expected:
             unfit[module] = f"{module} (found {found}, this base takes {expected})"
-        elif large := [f for f in factors if f.size > _LONGEST_ROW or f.num_atoms > _MOST_ATOMS * f.size]:
+        elif large := [f for f in factors if f.size > MAX_ROW_LENGTH or f.num_atoms > MAX_ATOMS_PER_NUMBER * f.size]:
             count, size = large[0].num_atoms, large[0].size
             raise UserError(
                 f"the concept has {count} atoms of {size} numbers in {module}, too many to work with: train one with "
-                f"rows of at most {_LONGEST_ROW} numbers and at most {_MOST_ATOMS} times as many atoms as numbers"
+                f"rows of at most {MAX_ROW_LENGTH} numbers and at most {MAX_ATOMS_PER_NUMBER} times as many atoms as "
+                "numbers"
             )
         elif delta.config.basis == "sparse" and not all(_have_codes(tensors[f"{f.kind}_basis"]) for f in factors):
             raise UserError(
@@ -224,7 +225,9 @@ def _fitting_part(
         return delta, []
     left_out = [f"the layers of {part}, which this pipeline does not have" for part in sorted({*absent.values()})]
     if others:
-        left_out.append(some([f"{m} ({_channels(weights[m])} here)" if m in weights else m for m in sorted(others)]))
+        left_out.append(
+            list_some([f"{m} ({_channels(weights[m])} here)" if m in weights else m for m in sorted(others)])
+        )
     layers = {module: kinds for module, kinds in delta.layers.items() if module not in unfit}
     fingerprint = {module: delta.fingerprint[module] for module in layers}
     return dataclasses.replace(delta, layers=layers, fingerprint=fingerprint), left_out

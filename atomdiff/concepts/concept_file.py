@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from peft import PeftConfig
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
@@ -19,20 +18,23 @@ from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import TENSOR_KINDS
 from atomdiff.utils.atomic import write_bytes
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import (
+    MAX_FILE_BYTES,
+    MAX_SINGULAR_VALUE,
+    MAX_TRIGGER_WORD_LENGTH,
+    MAX_TRIGGER_WORDS,
+    list_some,
+    parse_json,
+    printable,
+    read_finite_tensors,
+    read_safetensors_header,
+)
 
 FORMAT = "atomdiff"
 FORMAT_VERSION = "1"
 CONCEPT_SUFFIX = ".atoms.safetensors"
 
-MAX_HEADER_BYTES = 4 << 20  # all layers of SDXL in channel blocks of 16 take 2.5 MB
-_MAX_FILE_BYTES = 1 << 30
-_MAX_WORDS = 64
-_MAX_WORD_LENGTH = 100
-_MAX_SINGULAR_VALUE = 1e60  # beyond all float32 weights; its square is still finite
-_PICKLED = (".bin", ".ckpt", ".pickle", ".pkl", ".pt", ".pth")
 _DTYPES = ("F16", "BF16", "F32", "F64")
-_NAMED_SHOWN = 3
-_SHOWN_LENGTH = 300
 
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)}
 _NOT_STORED = _PEFT_FIELDS - {"peft_type"} | {"init_weights", "modules_to_save"}
@@ -78,7 +80,7 @@ def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torc
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
         raise UserError(
-            f"cannot save {some(broken)} as {dtype}: values are not finite or too large for it; "
+            f"cannot save {list_some(broken)} as {dtype}: values are not finite or too large for it; "
             "save with dtype=torch.float32, or go back to an earlier checkpoint if the training diverged"
         )
     metadata = {
@@ -93,8 +95,8 @@ def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torc
         **{f"modelspec.{key}": value for key, value in delta.modelspec.items()},
     }
     data = sort_header(save(tensors, metadata))
-    if len(data) > _MAX_FILE_BYTES:
-        raise UserError(f"cannot save a concept of {len(data):,} bytes, only {_MAX_FILE_BYTES:,}: use fewer numbers")
+    if len(data) > MAX_FILE_BYTES:
+        raise UserError(f"cannot save a concept of {len(data):,} bytes, only {MAX_FILE_BYTES:,}: use fewer numbers")
     write_bytes(path, data)
 
 
@@ -107,13 +109,13 @@ def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
         UserError: the file is damaged, of another format or version, or holds values that are not finite.
     """
     metadata, dtypes = read_header(path)
-    if (size := os.path.getsize(path)) > _MAX_FILE_BYTES:
-        raise UserError(f"{path} has {size:,} bytes; a concept has at most {_MAX_FILE_BYTES:,}")
+    if (size := os.path.getsize(path)) > MAX_FILE_BYTES:
+        raise UserError(f"{path} has {size:,} bytes; a concept has at most {MAX_FILE_BYTES:,}")
     for key, dtype in dtypes.items():
         kind = key.rpartition(".")[2]
         if dtype not in _DTYPES or not (key.startswith("token.") or kind in TENSOR_KINDS):
             raise UserError(
-                f"{path} holds {some([key])!r} ({shown(dtype)}), which this atomdiff does not know: update it"
+                f"{path} holds {list_some([key])!r} ({printable(dtype)}), which this atomdiff does not know: update it"
             )
     config = _read_config(path, metadata)
     check_words(path, {split_token_key(key)[0] for key in dtypes if key.startswith("token.")})
@@ -121,7 +123,7 @@ def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
     fingerprint = _read_fingerprint(path, metadata, modules)
     layers: dict[str, dict[str, Tensor]] = {}
     tokens: dict[str, dict[str, Tensor]] = {}
-    for key, tensor in _read_tensors(path).items():
+    for key, tensor in read_finite_tensors(path).items():
         if key.startswith("token."):
             word, encoder = split_token_key(key)
             tokens.setdefault(word, {})[encoder] = tensor
@@ -149,12 +151,12 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
     Raises:
         UserError: the file is damaged or cut off, or of another format or version.
     """
-    metadata, dtypes = read_any_header(path)
+    metadata, dtypes = read_safetensors_header(path)
     if metadata.get("format") != FORMAT:
-        found = shown(repr(metadata.get("format")))
+        found = printable(repr(metadata.get("format")))
         raise UserError(f"{path} is not an atomdiff file: its format is {found}, not {FORMAT!r}")
     if metadata.get("format_version") != FORMAT_VERSION:
-        found = shown(repr(metadata.get("format_version")))
+        found = printable(repr(metadata.get("format_version")))
         raise UserError(
             f"{path} has format version {found}; this atomdiff reads version {FORMAT_VERSION!r}: update atomdiff"
         )
@@ -167,23 +169,8 @@ def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[
     Raises:
         UserError: the file is damaged, or holds values that are not finite.
     """
-    metadata, _ = read_any_header(path)
-    return _read_tensors(path), metadata
-
-
-def parse_json(text: str) -> dict[str, Any]:
-    """A JSON object as programs write it: no key twice, nothing that is no text.
-
-    Raises:
-        ValueError: the text is something else.
-        RecursionError: it is nested too deeply.
-    """
-    values = json.loads(text, object_pairs_hook=_without_repeats)
-    if not isinstance(values, dict):
-        raise ValueError("not a JSON object")
-    if "\\u" in text:
-        _json(values).encode()  # a UnicodeEncodeError is a ValueError: halves of characters cannot even be printed
-    return values
+    metadata, _ = read_safetensors_header(path)
+    return read_finite_tensors(path), metadata
 
 
 def check_words(path: str | os.PathLike[str], words: Collection[str]) -> None:
@@ -192,10 +179,10 @@ def check_words(path: str | os.PathLike[str], words: Collection[str]) -> None:
     Raises:
         UserError: they do not.
     """
-    if len(words) > _MAX_WORDS or any(len(word) > _MAX_WORD_LENGTH for word in words):
+    if len(words) > MAX_TRIGGER_WORDS or any(len(word) > MAX_TRIGGER_WORD_LENGTH for word in words):
         raise UserError(
-            f"{path}: {len(words)} trigger words ({some(sorted(words))}); a concept has at most {_MAX_WORDS}, of at "
-            f"most {_MAX_WORD_LENGTH} characters"
+            f"{path}: {len(words)} trigger words ({list_some(sorted(words))}); a concept has at most "
+            f"{MAX_TRIGGER_WORDS}, of at most {MAX_TRIGGER_WORD_LENGTH} characters"
         )
 
 
@@ -211,76 +198,16 @@ def split_token_key(key: str) -> tuple[str, str]:
     return (word, f"text_encoder_{encoder}") if word and encoder.isdigit() else (name, "text_encoder")
 
 
-def some(names: Sequence[str]) -> str:
-    """The first few of the names, and how many more there are."""
-    more = len(names) - _NAMED_SHOWN
-    return ", ".join(map(shown, names[:_NAMED_SHOWN])) + (f" and {more} more" if more > 0 else "")
-
-
-def shown(text: str) -> str:
-    """A text from a file as a message can have it: not too long, and without characters that act on a terminal."""
-    text = text[: _SHOWN_LENGTH + 1]
-    text = text if text.isprintable() else repr(text)
-    return text if len(text) <= _SHOWN_LENGTH else f"{text[:_SHOWN_LENGTH]}..."
-
-
-def read_any_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
-    """Metadata and dtypes by key of any safetensors file; takes memory for its header only, whatever that says.
-
-    Raises:
-        UserError: the file is damaged or cut off.
-    """
-    if not os.path.isfile(path):
-        found = "is a folder" if os.path.isdir(path) else "is no file"
-        raise UserError(f"{path} {found}; expected a concept file such as mug{CONCEPT_SUFFIX}")
-    if str(path).lower().endswith(_PICKLED):
-        raise UserError(f"{path} may run code when it is opened, so it is not: convert it to safetensors")
-    try:
-        with open(path, "rb") as file:
-            size = int.from_bytes(file.read(8), "little")
-            room = os.fstat(file.fileno()).st_size - 8
-            if size > min(room, MAX_HEADER_BYTES):
-                most = f"{MAX_HEADER_BYTES:,} are allowed" if size <= room else f"{max(room, 0):,} follow"
-                raise ValueError(f"it is no safetensors file, or cut off (a header of {size:,} bytes, {most})")
-            header = parse_json(file.read(size).decode())
-        metadata = header.pop("__metadata__", {})
-        if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its metadata are not all texts")
-        if max((info["data_offsets"][1] for info in header.values()), default=0) != room - size:
-            raise ValueError("its header does not fit its contents")
-        return metadata, {key: str(info["dtype"]) for key, info in header.items()}
-    except (OSError, ValueError) as error:
-        raise UserError(f"cannot read {path}: {shown(str(error))}; copy or download it again") from error
-    except (RecursionError, TypeError, LookupError) as error:
-        raise UserError(f"{path} is damaged: its header is not of safetensors; copy or download it again") from error
-
-
-def _read_tensors(path: Any) -> dict[str, Tensor]:
-    try:
-        with safe_open(path, framework="pt") as file:
-            tensors = {key: _wide(file.get_tensor(key)).clone() for key in sorted(file.keys())}
-        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, MemoryError) as error:
-        raise UserError(f"cannot read {path}: {shown(str(error))}; copy or download it again") from error
-    if broken:
-        raise UserError(f"{path} is damaged: {some(broken)} holds values that are not finite")
-    return tensors
-
-
-def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
-
-
 def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:
     values = _read_json(path, metadata, "adapter_config")
     unknown = sorted(values.keys() - _CONFIG_FIELDS)
     if unknown or values.get("peft_type") != "ATOMS":
-        found = some(unknown) if unknown else shown(f"peft_type {values.get('peft_type')!r}")
+        found = list_some(unknown) if unknown else printable(f"peft_type {values.get('peft_type')!r}")
         raise UserError(f"{path} has settings that this atomdiff does not know ({found}): update atomdiff")
     try:
         return AtomConfig(**values)
     except (TypeError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: its settings are not valid: {shown(str(error))}") from error
+        raise UserError(f"{path} is damaged: its settings are not valid: {printable(str(error))}") from error
 
 
 def _read_fingerprint(path: Any, metadata: Mapping[str, str], layers: Collection[str]) -> dict[str, list[float]]:
@@ -291,21 +218,14 @@ def _read_fingerprint(path: Any, metadata: Mapping[str, str], layers: Collection
 
 
 def _is_number_list(values: Any) -> bool:
-    return isinstance(values, list) and all(type(v) in (int, float) and 0 <= v < _MAX_SINGULAR_VALUE for v in values)
+    return isinstance(values, list) and all(type(v) in (int, float) and 0 <= v < MAX_SINGULAR_VALUE for v in values)
 
 
 def _read_json(path: Any, metadata: Mapping[str, str], key: str) -> dict[str, Any]:
     try:
         return parse_json(metadata[key])
     except (KeyError, ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: no valid {key} in its metadata: {shown(str(error))}") from error
-
-
-def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    values = dict(pairs)
-    if len(values) < len(pairs):
-        raise ValueError("a key stands twice in a JSON object")
-    return values
+        raise UserError(f"{path} is damaged: no valid {key} in its metadata: {printable(str(error))}") from error
 
 
 def sort_header(data: bytes) -> bytes:

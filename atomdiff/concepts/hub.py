@@ -24,9 +24,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 from huggingface_hub.utils import HFValidationError, validate_repo_id  # type: ignore[attr-defined]
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 
-from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, some
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
 from atomdiff.concepts.peft_folder import LEARNED_EMBEDS_NAME
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import list_some
 from atomdiff.utils.versions import atomdiff_version
 
 PathLike = str | os.PathLike[str]
@@ -136,7 +137,7 @@ def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
         if len(found) > 1:
             raise UserError(f"{where} holds {len(found)} concepts: choose one by weight_name: {', '.join(found)}")
         if not found:
-            raise UserError(f"{where} holds no concept: found {some(names) or 'nothing'}; expected {_EXPECTED}")
+            raise UserError(f"{where} holds no concept: found {list_some(names) or 'nothing'}; expected {_EXPECTED}")
         weight_name = found[0]
     elif not weight_name.endswith(".safetensors"):
         raise UserError(f"weight_name={weight_name!r}: only safetensors files are loaded; expected {_EXPECTED}")

@@ -24,14 +24,13 @@ from atomdiff.concepts.concept_file import (
     CONCEPT_SUFFIX,
     DeltaFile,
     check_words,
-    read_any_header,
     read_delta_file,
     read_header,
-    some,
     split_token_key,
 )
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import list_some, read_safetensors_header
 
 _READERS = 8  # threads that read headers
 _TENSOR_BYTES = 520  # what torch and Python keep about a tensor besides its numbers; measured
@@ -188,7 +187,7 @@ class ConceptLibrary:
                     if new.concepts.get(name) is not held.info:
                         del self._held[name]
         if reasons := [reason for path, reason in new.damaged.items() if old.damaged.get(path) != reason]:
-            warnings.warn(f"left out of the library (.damaged lists all): {some(reasons)}", stacklevel=2)
+            warnings.warn(f"left out of the library (.damaged lists all): {list_some(reasons)}", stacklevel=2)
 
     def _read(self, info: ConceptInfo, reading: Future[DeltaFile]) -> None:
         """Read a file on behalf of all threads that wait for `reading`."""
@@ -221,7 +220,7 @@ class ConceptLibrary:
         ends = {other.rpartition("/")[2]: other for other in index.concepts}
         asked = name.removesuffix(CONCEPT_SUFFIX).rpartition("/")[2]
         near = [ends[end] for end in difflib.get_close_matches(asked, ends)]
-        hint = f"near: {some(near)}" if near else "and none of a similar name"
+        hint = f"near: {list_some(near)}" if near else "and none of a similar name"
         return f"there is no concept {name!r} among the {len(index.concepts)} in {self.folder}; {hint}"
 
 
@@ -277,7 +276,7 @@ def _look(folder: Path, old: _Index) -> _Index:
 def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo | None:
     """What the header of a file says; None: it is neither a concept nor a LoRA."""
     is_lora = not path.name.endswith(CONCEPT_SUFFIX)
-    metadata, keys = read_any_header(path) if is_lora else read_header(path)
+    metadata, keys = read_safetensors_header(path) if is_lora else read_header(path)
     if is_lora and not has_lora_keys(keys):
         return None
     words = sorted({split_token_key(key)[0] for key in keys if key.startswith("token.")})

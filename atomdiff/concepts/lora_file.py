@@ -16,13 +16,13 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
-from atomdiff.concepts.concept_file import FORMAT, parse_json, read_any_header, read_tensors, shown, some
+from atomdiff.concepts.concept_file import FORMAT, read_tensors
 from atomdiff.concepts.kohya import sgm_path
 from atomdiff.concepts.peft_folder import Adapters
 from atomdiff.tuner import base_weight
-from atomdiff.tuner.config import check_patterns
 from atomdiff.tuner.model import supported_modules
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import check_patterns, list_some, parse_json, printable, read_safetensors_header
 
 _DOWN = r"lora_down\.weight|lora_A(?:\.default)?\.weight|lora\.down\.weight|lora_linear_layer\.down\.weight"
 _UP = r"lora_up\.weight|lora_B(?:\.default)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight"
@@ -50,7 +50,7 @@ def is_lora_file(path: Path) -> bool:
     Raises:
         UserError: it is damaged.
     """
-    return read_any_header(path)[0].get("format") != FORMAT
+    return read_safetensors_header(path)[0].get("format") != FORMAT
 
 
 def has_lora_keys(keys: Iterable[str]) -> bool:
@@ -75,7 +75,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
     Raises:
         UserError: it is no such file, is damaged, or does not fit the models.
     """
-    metadata, keys = read_any_header(path)
+    metadata, keys = read_safetensors_header(path)
     found = {key: _KEY.fullmatch(key) for key in keys}
     if not has_lora_keys(keys):
         raise UserError(f"{path} is no concept and no LoRA: {_what_it_is(keys, metadata)}")
@@ -83,7 +83,9 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
         raise UserError(f"{path} is of a PEFT adapter, whose {CONFIG_NAME} is missing beside it: put it there")
     tensors = read_tensors(path)[0]
     layers: dict[str, Layer] = {}
-    left_out = [f"{some(unknown)}, which is no LoRA"] if (unknown := [key for key in keys if not found[key]]) else []
+    left_out = (
+        [f"{list_some(unknown)}, which is no LoRA"] if (unknown := [key for key in keys if not found[key]]) else []
+    )
     for key, match in found.items():
         if match is not None:
             kind = "down" if match[2] else "up" if match[3] else match[4] or match[5] or match[6]
@@ -95,7 +97,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
     for name, layer in layers.items():
         place = modules.get(flat := _flat(name)) or modules.get(f"{flat}_0")
         if gone := sorted(layer.keys() & {"diff_b", "w_norm", "b_norm", "lora_B.bias"}):
-            left_out.append(f"{shown(name)}.{some(gone)}, as only weights change")
+            left_out.append(f"{printable(name)}.{list_some(gone)}, as only weights change")
             layer = {kind: tensor for kind, tensor in layer.items() if kind not in gone}
         if not layer.keys() - {"alpha"}:
             continue
@@ -118,7 +120,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
 
 def trigger_phrase(path: Path) -> str:
     """What to write in a prompt to get what a LoRA file changes, if it says so."""
-    return read_any_header(path)[0].get("modelspec.trigger_phrase", "")
+    return read_safetensors_header(path)[0].get("modelspec.trigger_phrase", "")
 
 
 def _refuse_or_leave_out(
@@ -138,11 +140,11 @@ def _refuse_or_leave_out(
     others = [name for name in (*missing, *wrong) if name not in absent and name not in ends]
     if (others and not allow_mismatch) or not any_fits:
         way_out = "; allow_base_mismatch=True loads what fits" if any_fits else ""
-        unfit = some(others or [*missing, *wrong]) if missing or wrong else "it changes nothing"
+        unfit = list_some(others or [*missing, *wrong]) if missing or wrong else "it changes nothing"
         raise UserError(f"{path} ({_what_it_is(keys, metadata)}) does not fit this pipeline: {unfit}{way_out}")
     left_out = [f"the layers of {part}, which this pipeline does not have" for part in sorted({*absent.values()})]
     rest = [name for name in (*missing, *wrong) if name not in absent]
-    return left_out + ([some(rest)] if rest else [])
+    return left_out + ([list_some(rest)] if rest else [])
 
 
 def _factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Tensor, Tensor] | None:
@@ -282,7 +284,7 @@ def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[s
         values = parse_json(metadata.get("lora_adapter_metadata", "{}"))
         _check_scales(values)
     except (ValueError, RecursionError) as error:
-        raise UserError(f"{path} is damaged: lora_adapter_metadata: {shown(str(error))}") from error
+        raise UserError(f"{path} is damaged: lora_adapter_metadata: {printable(str(error))}") from error
 
     def scale(component: str, module: str) -> float | None:
         found = []
@@ -367,7 +369,7 @@ def _what_it_is(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
     """What a safetensors file is, and where it belongs if not here."""
     text = "\n".join(keys)
     said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
-    made_for = f", made for {shown(said)}" if said else ""
+    made_for = f", made for {printable(said)}" if said else ""
     if re.search(r"^(model\.diffusion_model|cond_stage_model|first_stage_model)\.", text, re.MULTILINE):
         return "it is a whole checkpoint, to be opened as the base"
     if re.search(r"^(emb_params|clip_[lg]|string_to_param.*)$", text, re.MULTILINE):
@@ -381,4 +383,4 @@ def _what_it_is(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
     if re.search(r"lora_|hada_|lokr_|\.diff$", text, re.MULTILINE):
         return f"a LoRA file{made_for}"
     declared = json.dumps(metadata.get("format"))
-    return f"its format is {shown(declared)}, and it holds {some(sorted(keys)) or 'nothing'}"
+    return f"its format is {printable(declared)}, and it holds {list_some(sorted(keys)) or 'nothing'}"

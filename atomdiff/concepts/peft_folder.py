@@ -12,24 +12,14 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from atomdiff.concepts.concept_file import (
-    check_words,
-    parse_json,
-    read_tensors,
-    shown,
-    some,
-    sort_header,
-    split_token_key,
-    token_key,
-)
-from atomdiff.tuner.config import check_patterns
+from atomdiff.concepts.concept_file import check_words, read_tensors, sort_header, split_token_key, token_key
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import MAX_CONFIG_BYTES, check_patterns, list_some, parse_json, printable
 
 LEARNED_EMBEDS_NAME = "learned_embeds.safetensors"
 
-_MAX_CONFIG_BYTES = 1 << 20
 _ELSEWHERE = ("adapters", "megatron_config", "shadow_model")  # make PEFT open other files, or import modules
 
 Adapters = dict[str, tuple[PeftConfig, dict[str, Tensor]]]
@@ -95,19 +85,21 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
         folder = found.pop(component)
         adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)[0])
     absent = sorted(found)
-    left_out = [f"the adapters in {some(absent)}, which this pipeline does not have"] if absent else []
+    left_out = [f"the adapters in {list_some(absent)}, which this pipeline does not have"] if absent else []
     tokens: Tokens = {}
     if (path / LEARNED_EMBEDS_NAME).is_file():
         for key, vector in read_tensors(path / LEARNED_EMBEDS_NAME)[0].items():
             if not (key.startswith("token.") and vector.is_floating_point()):
-                raise UserError(f"{path / LEARNED_EMBEDS_NAME} holds {some([key])}, not only embeddings 'token.<word>'")
+                raise UserError(
+                    f"{path / LEARNED_EMBEDS_NAME} holds {list_some([key])}, not only embeddings 'token.<word>'"
+                )
             word, encoder = split_token_key(key)
             tokens.setdefault(word, {})[encoder] = vector
         check_words(path / LEARNED_EMBEDS_NAME, tokens)
     if absent and not adapters and not tokens:
         raise UserError(
-            f"{path} has adapters for {some(absent)}, which this pipeline does not have: expected some for "
-            f"{some(sorted(components))}; where they are concepts of their own, choose one by subfolder"
+            f"{path} has adapters for {list_some(absent)}, which this pipeline does not have: expected some for "
+            f"{list_some(sorted(components))}; where they are concepts of their own, choose one by subfolder"
         )
     if not adapters and not tokens:
         raise UserError(f"{path} holds no concept: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} in it")
@@ -121,17 +113,17 @@ def _folder(path: Path, component: str, denoiser: str) -> Path:
 def _read_config(folder: Path) -> PeftConfig:
     file = folder / CONFIG_NAME
     try:
-        if (size := file.stat().st_size) > _MAX_CONFIG_BYTES:
-            raise ValueError(f"it has {size:,} bytes, expected at most {_MAX_CONFIG_BYTES:,}")
+        if (size := file.stat().st_size) > MAX_CONFIG_BYTES:
+            raise ValueError(f"it has {size:,} bytes, expected at most {MAX_CONFIG_BYTES:,}")
         values = parse_json(file.read_text("utf-8"))
         if not isinstance(values.get("peft_type"), str):
             raise ValueError("it has no peft_type")
         if elsewhere := [key for key in _ELSEWHERE if values.get(key) is not None]:
-            raise ValueError(f"it names other files or modules ({some(elsewhere)}), which atomdiff does not open")
+            raise ValueError(f"it names other files or modules ({list_some(elsewhere)}), which atomdiff does not open")
         check_patterns(_patterns(values))
         config: PeftConfig = PeftConfig.from_pretrained(str(folder))
     except Exception as error:  # PEFT checks little: a value that it does not expect can fail anywhere
-        raise UserError(f"cannot read {file}: {shown(str(error))}") from error
+        raise UserError(f"cannot read {file}: {printable(str(error))}") from error
     if change := why_not_removable(config):
         raise UserError(f"{folder} was not trained to be taken out again: {change}")
     return config

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.concepts.compatibility import fingerprint
-from atomdiff.concepts.concept_file import DeltaFile, some, write_delta_file
+from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.export.least_squares import fit_layer
 from atomdiff.pipelines.load import pipeline_models
@@ -25,6 +25,7 @@ from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, check_writable, expand_paths, refuse_overlap
 from atomdiff.utils.text_files import read_yaml
+from atomdiff.utils.untrusted import list_some
 from atomdiff.utils.versions import atomdiff_version
 
 
@@ -187,7 +188,7 @@ def extract(
     if not adapted:
         raise UserError(
             f"target_modules={config.target_modules!r} means {len(targets)} layers, none of which was tuned; tuned was "
-            f"{some(differing)}: choose target_modules that cover these (atoms adapt no biases and no norms)"
+            f"{list_some(differing)}: choose target_modules that cover these (atoms adapt no biases and no norms)"
         )
     layers, tensors, prints = [], {}, {}
     for name, key in adapted.items():
@@ -260,10 +261,10 @@ def _denoiser(source: Any) -> tuple[str, nn.Module]:
 
 def _parameters(model: nn.Module, what: str) -> dict[str, Tensor]:
     if adapters := list(adapter_state.adapter_configs(model)):
-        raise UserError(f"the {what} has adapters ({some(adapters)}): take them out, or export it merged, first")
+        raise UserError(f"the {what} has adapters ({list_some(adapters)}): take them out, or export it merged, first")
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if broken := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
-        raise UserError(f"the {what} holds values that are not finite, in {some(broken)}: use another checkpoint")
+        raise UserError(f"the {what} holds values that are not finite, in {list_some(broken)}: use another checkpoint")
     return found
 
 
@@ -272,7 +273,7 @@ def _check_same_architecture(before: Mapping[str, Tensor], after: Mapping[str, T
     advice = "extraction compares a model with the base that it was tuned from: check the two paths"
     for these, those, what in ((before, after, "tuned model"), (after, before, "base")):
         if missing := [name for name in these if name not in those]:
-            raise UserError(f"the {what} has no {some(missing)}: another architecture; {advice}")
+            raise UserError(f"the {what} has no {list_some(missing)}: another architecture; {advice}")
     for name, tensor in before.items():
         if tensor.shape != after[name].shape:
             found, expected = tuple(after[name].shape), tuple(tensor.shape)

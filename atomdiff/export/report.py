@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from atomdiff.concepts.concept_file import some
+from atomdiff.utils.untrusted import list_some
 
 
 @dataclass(frozen=True)
@@ -70,10 +70,10 @@ def describe_export(report: ExportReport) -> str:
             lines.append("much of the concept is missing: a higher --rank comes nearer, --to diff is exact")
         lines.append("")
     if report.biases_left_out:
-        lines.append(f"left out, because a LoRA holds no biases: those of {some(report.biases_left_out)}")
+        lines.append(f"left out, because a LoRA holds no biases: those of {list_some(report.biases_left_out)}")
     for program, names in report.unread.items():
         all_of_it = len(names) == len(report.layers)
-        lines.append(f"{program} leaves out {'everything: it reads LoRAs only' if all_of_it else some(names)}")
+        lines.append(f"{program} leaves out {'everything: it reads LoRAs only' if all_of_it else list_some(names)}")
     if report.layers or not report.embeddings or report.is_folder:
         lines.append(f"saved {report.path}")
     for encoder, why in report.longer_tables.items():

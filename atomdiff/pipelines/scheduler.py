@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from atomdiff.concepts.concept_file import parse_json
 from atomdiff.concepts.modelspec import prediction_type
 from atomdiff.utils.choices import FLOW_SHIFTS, PredictionType
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import parse_json
 
 
 @dataclass(frozen=True)

@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any, Literal
 import torch
 from PIL import Image
 
-from atomdiff.concepts.concept_file import some
 from atomdiff.pipelines.adapter_weight import command_line_weights
 from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
 from atomdiff.pipelines.prompt_syntax import split_tags
@@ -30,6 +29,7 @@ from atomdiff.utils.paths import PathText, expand_paths
 from atomdiff.utils.precision import choose_precision, compute_device, log_precision
 from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.text_files import read_text
+from atomdiff.utils.untrusted import list_some
 
 if TYPE_CHECKING:
     from atomdiff.sampling.batching import Line
@@ -263,7 +263,7 @@ def image_size(pipe: Any, height: int | None, width: int | None) -> tuple[int | 
 
 def hidden_images(images: Sequence[tuple[str, int]]) -> str:
     """Say which images, by prompt and seed, a safety checker blacked out."""
-    named = some([f"{prompt!r} with seed {seed}" for prompt, seed in images])
+    named = list_some([f"{prompt!r} with seed {seed}" for prompt, seed in images])
     return f"not saved, as the safety checker of the base blacked them out: {named}"
 
 
@@ -401,7 +401,7 @@ def _tell_schedulers(base: Any, schedulers: "dict[Line, Any]") -> None:
             if len(facts) > 1:
                 told.setdefault("; ".join(facts), []).append(name)
     for said, names in told.items():
-        print(f"{some(list(dict.fromkeys(names)))}: {said}")
+        print(f"{list_some(list(dict.fromkeys(names)))}: {said}")
 
 
 def _trained_for(schedule: ScheduleConfig, base: Any, scheduler: Any) -> list[str]:

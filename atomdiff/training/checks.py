@@ -9,6 +9,7 @@ from atomdiff.data.buckets import parse_buckets
 from atomdiff.pipelines.token_names import group_placeholder_tokens, placeholder_tokens
 from atomdiff.utils.choices import FLOW_SHIFTS, MOST_REPEATS
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import MAX_TRIGGER_WORDS
 
 if TYPE_CHECKING:
     from atomdiff.training.config import Subject, TrainConfig
@@ -37,7 +38,6 @@ _RANGES: dict[str, tuple[float, float]] = {
 }
 _ATTENTION = ("plain_attention", "enable_xformers_memory_efficient_attention", "enable_attention_slicing")
 _QUANTIZED = ("load_in_8bit", "load_in_4bit")
-_MOST_WORDS = 64  # in a concept file, see delta_file.py
 
 
 def check_run(config: TrainConfig) -> None:
@@ -185,8 +185,8 @@ def _check_repositories(config: TrainConfig) -> None:
 
 def _check_together(config: TrainConfig, words: list[str]) -> None:
     """Check the trigger words of one concept."""
-    if len(words) * config.num_vectors > _MOST_WORDS:
-        expected = f"at most {_MOST_WORDS} vectors in a concept, found {len(words)} words"
+    if len(words) * config.num_vectors > MAX_TRIGGER_WORDS:
+        expected = f"at most {MAX_TRIGGER_WORDS} vectors in a concept, found {len(words)} words"
         raise UserError(f"num_vectors={config.num_vectors}: expected {expected}")
     if len({word.lower() for word in words}) < len(set(words)):
         raise UserError(f"found the trigger words {', '.join(words)}: CLIP does not see their case; choose others")

@@ -10,7 +10,6 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from atomdiff.concepts.concept_file import some
 from atomdiff.data.buckets import Size, bucket_sizes, nearest_bucket
 from atomdiff.data.captions import tag_orders
 from atomdiff.data.crops import View, views
@@ -43,6 +42,7 @@ from atomdiff.training.summary import describe_images, warn_of_cut_prompts
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.tensor_cache import DiskCache
+from atomdiff.utils.untrusted import list_some
 
 
 @dataclass(frozen=True)
@@ -269,7 +269,7 @@ def refuse_black(folder: Path, pictures: Sequence[Photo]) -> None:
     """
     if black := [photo.name for photo in pictures if photo.picture.getbbox() is None]:
         cause = "black all over, as a VAE whose numbers overflow or a safety checker leaves them"
-        raise UserError(f"{folder}: {some(black)}: {cause}; remove them: generated ones are generated anew")
+        raise UserError(f"{folder}: {list_some(black)}: {cause}; remove them: generated ones are generated anew")
 
 
 def cut_photo(config: TrainConfig, photo: Photo, mask: Picture | None, size: Size) -> list[View]:

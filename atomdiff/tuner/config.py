@@ -2,11 +2,7 @@
 
 from __future__ import annotations
 
-import importlib
-import math
 import re
-import sys
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Any, Literal
 
@@ -14,16 +10,12 @@ from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
 from atomdiff.tuner.peft_type import ATOMS
+from atomdiff.utils.untrusted import check_patterns
 
 PRESETS = ("conv", "conv+proj", "attention", "cross_attention", "all")
 BASES = ("svd", "dct", "sparse")
 
 _MAX_SPARSITY = 1e30  # what float32 can hold a multiple of
-_NAME_LENGTH = 64  # of a module path, about
-_MAX_WAYS = 20_000_000  # to match a name: about two seconds for the 700 layers of a large model
-_MAX_PATTERNS = 3000
-_MAX_PATTERN_LENGTH = 200_000  # of all together
-_parser: Any = importlib.import_module("re._parser" if sys.version_info >= (3, 11) else "sre_parse")
 
 
 @dataclass
@@ -202,52 +194,3 @@ def _are(kind: type, value: Any) -> bool:
     """Whether a value is of this type, or a collection of such values, or None."""
     values = value if isinstance(value, (list, tuple, set, range)) else [] if value is None else [value]
     return all(type(each) is kind for each in values)
-
-
-def check_patterns(patterns: Iterable[str]) -> None:
-    """Check that matching these regular expressions to module names takes no longer than seconds.
-
-    Python tries one way after another in which an expression can match, and a few characters can have more ways than
-    there is time.
-
-    Raises:
-        ValueError: one is no regular expression, they are too many, or can match in too many ways.
-    """
-    patterns = list(patterns)
-    few = len(patterns) <= _MAX_PATTERNS and sum(map(len, patterns)) <= _MAX_PATTERN_LENGTH
-    ways = {pattern: _ways_of(pattern) for pattern in patterns} if few else {}
-    if not few or sum(ways.values()) > _MAX_WAYS:
-        example = max(ways, key=ways.__getitem__) if few else patterns[0]
-        raise ValueError(
-            f"{len(patterns)} regular expression(s) such as {example!r} would take too long to match: repeat nothing "
-            f"within a repeated group, use few repetitions in all, and at most {_MAX_PATTERNS} expressions"
-        )
-
-
-def _ways_of(pattern: str) -> float:
-    try:
-        return _ways(_parser.parse(pattern))
-    except RecursionError:
-        return math.inf
-    except (re.error, OverflowError) as error:  # together with what is put around it, it could be one after all
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
-
-
-def _ways(parts: Any) -> float:
-    """At most how many ways a parsed regular expression has to match the start of a name."""
-    total = 1.0
-    for operation, value in parts:
-        kind = str(operation)
-        if kind == "BRANCH":
-            total *= sum(map(_ways, value[1]))
-        elif kind.endswith("_REPEAT"):
-            least, most, body = value
-            most = min(int(most), _NAME_LENGTH)
-            inner = min(_ways(body), 2.0 * _MAX_WAYS)
-            total *= sum(inner ** min(count, 30) for count in range(min(int(least), most), most + 1))  # stays finite
-        elif kind in ("SUBPATTERN", "ASSERT", "ASSERT_NOT", "ATOMIC_GROUP", "GROUPREF_EXISTS"):
-            inside = [part for part in (value if isinstance(value, tuple) else [value]) if hasattr(part, "getwidth")]
-            total *= sum(map(_ways, inside))
-        if total > _MAX_WAYS:
-            break
-    return total

@@ -10,7 +10,8 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
-_MAX_ELEMENTS = 1 << 28  # 1 GiB in float32: no layer's adapter has a tensor as large
+from atomdiff.utils.untrusted import MAX_TENSOR_ELEMENTS
+
 _FACTORIES = (
     torch.arange,
     torch.empty,
@@ -47,10 +48,10 @@ class DryRun(TorchFunctionMode):
         if func in _FACTORIES:
             generator = {"generator": None} if "generator" in kwargs else {}
             made = func(*args, **{**kwargs, **generator, "device": "meta"})
-            if made.numel() > _MAX_ELEMENTS:
+            if made.numel() > MAX_TENSOR_ELEMENTS:
                 raise ValueError(
-                    f"its settings ask for a tensor {tuple(made.shape)}, expected at most {_MAX_ELEMENTS:,} elements: "
-                    "check its rank, or copy or download it again"
+                    f"its settings ask for a tensor {tuple(made.shape)}, expected at most "
+                    f"{MAX_TENSOR_ELEMENTS:,} elements: check its rank, or copy or download it again"
                 )
             if not self.values:
                 return made

@@ -11,9 +11,10 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from atomdiff.atoms.update import dct_atoms
-from atomdiff.concepts.concept_file import DeltaFile, read_delta_file, read_header, shown, write_delta_file
+from atomdiff.concepts.concept_file import DeltaFile, read_delta_file, read_header, write_delta_file
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import printable
 
 CONFIG = AtomConfig(channel_block=2, target_modules=["b", "a"])
 
@@ -212,15 +213,15 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
     many = {f"word{i}": {"text_encoder": torch.zeros(5)} for i in range(65)}
     with pytest.raises(UserError, match=r"65 trigger words \(word0, word1, word10 and 62 more\); .* at most 64"):
         write_delta_file(tmp_path / "x", make_delta(tokens=many))
-    monkeypatch.setattr("atomdiff.concepts.concept_file._MAX_FILE_BYTES", 1000)
+    monkeypatch.setattr("atomdiff.concepts.concept_file.MAX_FILE_BYTES", 1000)
     with pytest.raises(UserError, match="cannot save a concept of .* bytes, only 1,000"):
         write_delta_file(tmp_path / "x", make_delta())
     assert not list(tmp_path.iterdir())
 
 
 def test_messages_stay_short_and_leave_a_terminal_alone():
-    assert shown("unet.conv_in") == "unet.conv_in" and shown("a\x1b[2J") == r"'a\x1b[2J'"
-    assert shown("x" * 10**6) == "x" * 300 + "..."
+    assert printable("unet.conv_in") == "unet.conv_in" and printable("a\x1b[2J") == r"'a\x1b[2J'"
+    assert printable("x" * 10**6) == "x" * 300 + "..."
 
 
 def test_a_folder_is_refused_with_what_is_expected(tmp_path):

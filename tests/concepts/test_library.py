@@ -20,12 +20,13 @@ from safetensors.torch import save_file
 
 import atomdiff
 from atomdiff.concepts import library as library_module
-from atomdiff.concepts.concept_file import MAX_HEADER_BYTES, DeltaFile, read_delta_file, write_delta_file
+from atomdiff.concepts.concept_file import DeltaFile, read_delta_file, write_delta_file
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.sampling.adapter_cache import Wardrobe
 from atomdiff.sampling.batching import read_lines
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import MAX_HEADER_BYTES
 
 SECONDS = 30  # no thread waits longer: a test that would hang fails instead
 
@@ -278,7 +279,7 @@ def test_refresh_reads_the_headers_of_new_and_changed_files_only(three, headers)
 def test_files_that_are_no_concepts_are_looked_at_once(three, monkeypatch):
     for name in ("unet", "vae"):
         save_file({"conv_in.weight": torch.zeros(2), "act.alpha": torch.ones(1)}, three / f"{name}.safetensors")
-    looks = Reads(monkeypatch, "read_any_header")
+    looks = Reads(monkeypatch, "read_safetensors_header")
     library = ConceptLibrary(three)
     library.refresh()
     assert looks.done == {"unet": 1, "vae": 1} and sorted(library) == ["ant", "bee", "cat"]

@@ -12,7 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
-from atomdiff.concepts.concept_file import _MAX_WORDS, read_delta_file
+from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.load import load_atoms, save_atoms, unload_atoms
 from atomdiff.sampling.sample import SampleConfig, save_samples
 from atomdiff.training import dreambooth
@@ -21,6 +21,7 @@ from atomdiff.training.dreambooth import TrainConfig, train
 from atomdiff.training.model import build_training_model
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import MAX_TRIGGER_WORDS
 
 PROMPT = "a photo of a sks mug, red sks"
 FOLDERS = {"sd1": "tiny_pipe_folder", "sd2": "tiny_sd2_pipe_folder", "sdxl": "tiny_xl_pipe_folder"}
@@ -302,7 +303,7 @@ def test_validation_draws_with_what_is_trained(config_for, tmp_path):
     ("fields", "message"),
     [
         ({"num_vectors": 0}, "num_vectors=0: expected a number of at least 1"),
-        ({"num_vectors": _MAX_WORDS + 1}, f"expected at most {_MAX_WORDS} vectors in a concept"),
+        ({"num_vectors": MAX_TRIGGER_WORDS + 1}, f"expected at most {MAX_TRIGGER_WORDS} vectors in a concept"),
         ({"num_vectors": 2, "train_token": False}, "num_vectors=2: expected train_token=True"),
         ({"train_text_encoder_ti_frac": 1.5}, "train_text_encoder_ti_frac=1.5: expected a share"),
         ({"train_text_encoder_ti_frac": 0.5, "train_token": False}, "ti_frac=0.5: expected train_token=True"),
