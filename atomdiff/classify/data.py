@@ -7,14 +7,16 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from PIL import ImageOps
+from PIL import Image, ImageOps
 from torch import Tensor
 from torch.utils.data import DataLoader, Dataset, default_collate
 
-from atomdiff.data.image_files import normal, picture_files
-from atomdiff.data.images import Picture, derive_seed, read_picture, sample_order
+from atomdiff.data.image_files import list_images, normalize_name
+from atomdiff.data.images import read_image
+from atomdiff.data.sampler import sample_order
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.progress import ProgressBar
+from atomdiff.utils.seeds import derive_seed
 
 _SPLIT_NAMES = {"train": "train", "validation": "validation", "val": "validation", "test": "test"}
 
@@ -95,13 +97,13 @@ def _sub_folders(folder: Path) -> list[Path]:
 
 def _read_classes(folder: Path, known: Mapping[str, object] | None = None) -> dict[str, list[Path]]:
     """List the pictures of every class, in the order of the names; all names must be `known` ones, if given."""
-    classes = {normal(path.name): picture_files(path) for path in _sub_folders(folder)}
+    classes = {normalize_name(path.name): list_images(path) for path in _sub_folders(folder)}
     if known is None and len(classes) < 2:
         names = ", ".join(classes) or "none"
         raise UserError(
             f"{folder}: found {len(classes)} sub-folders ({names}); expected one for each of several classes"
         )
-    if deeper := [path for each in _sub_folders(folder) for path in _sub_folders(each) if picture_files(path)]:
+    if deeper := [path for each in _sub_folders(folder) for path in _sub_folders(each) if list_images(path)]:
         expected = "a class's pictures directly in its folder, and splits called train, validation (or val) and test"
         raise UserError(f"{deeper[0]}: pictures too deep inside, they would be passed over; expected {expected}")
     if empty := [name for name, files in classes.items() if not files]:
@@ -142,7 +144,7 @@ def _refuse_unreadable(files: Sequence[Path], folder: Path) -> None:
     unreadable = []
     for file in ProgressBar(files, "checking images", unit="images", disable=len(files) < 2000, leave=False):
         try:
-            read_picture(file)
+            read_image(file)
         except UserError as error:
             unreadable.append(f"{file.relative_to(folder)} ({error})")
     if unreadable:
@@ -159,7 +161,7 @@ class Augmentation:
     least_area: float
     """Smallest share of the area that is cut out."""
 
-    def __call__(self, picture: Picture, generator: torch.Generator) -> Picture:
+    def __call__(self, picture: Image.Image, generator: torch.Generator) -> Image.Image:
         """Cut a rectangle of the picture's own shape at a random place, its area evenly drawn; perhaps mirror it."""
         mirror, area, left, top = torch.rand(4, generator=generator).tolist()
         scale = math.sqrt(self.least_area + (1 - self.least_area) * area)
@@ -190,7 +192,7 @@ class PictureSet(Dataset[tuple[Tensor, int]]):
 
     def __getitem__(self, key: tuple[int, int]) -> tuple[Tensor, int]:
         number, position = key
-        picture = read_picture(self.pictures.files[number])
+        picture = read_image(self.pictures.files[number])
         if self.augmentation:
             generator = torch.Generator().manual_seed(derive_seed(self.seed, "augmentation", position))
             picture = self.augmentation(picture, generator)

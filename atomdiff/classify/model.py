@@ -19,12 +19,12 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import read_tensors
-from atomdiff.data.images import derive_seed
 from atomdiff.training.method import ADAPTER_NAME
 from atomdiff.tuner.adapter_state import peft_tensors
 from atomdiff.tuner.attach import attach_peft
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.seeds import derive_seed
 from atomdiff.utils.untrusted import list_some
 
 HEAD_FILE, FACTS_FILE = "head.safetensors", "classifier.json"

@@ -40,7 +40,6 @@ from atomdiff.classify.model import (
     open_processor,
     save_classifier,
 )
-from atomdiff.data.images import derive_seed
 from atomdiff.training.run_log import RunLog
 from atomdiff.tuner.read_config import describe_adapter
 from atomdiff.utils.atomic import write_json, write_result
@@ -48,6 +47,7 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
 from atomdiff.utils.paths import check_writable, refuse_overlap
 from atomdiff.utils.precision import training_precision
+from atomdiff.utils.seeds import derive_seed
 from atomdiff.utils.versions import versions
 
 _DEFAULT_RATES = {"full": 1e-4, "adapter": 5e-3}

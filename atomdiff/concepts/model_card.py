@@ -18,7 +18,7 @@ from PIL import Image
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file
 from atomdiff.concepts.hub import PathLike, Pictures, adapter_files, files_in, locate, names_repository
-from atomdiff.data.image_files import upright
+from atomdiff.data.image_files import open_upright
 from atomdiff.tuner.layer import TRAINED_KINDS
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
@@ -295,7 +295,7 @@ def _text(file: Path, key: str) -> str:
 def _open_picture(file: Path) -> Image.Image:
     """A picture as it is seen, without its metadata."""
     try:
-        image = upright(file).convert("RGB")
+        image = open_upright(file).convert("RGB")
     except UserError as error:
         raise UserError(f"cannot read the picture {file}: {error}") from error
     return Image.frombytes("RGB", image.size, image.tobytes())

@@ -12,16 +12,16 @@ from typing import Any
 
 import torch
 
-from atomdiff.data.image_files import normal
+from atomdiff.data.image_files import normalize_name
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.text_files import read_text
 
 _SUFFIXES = (".txt", ".caption")
 _TABLES = ("metadata.jsonl", "metadata.csv")
 _COLUMNS = ("text", "caption", "prompt")
-_LIKE_CAPTIONS = {*_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".xml"}
-_OWN = {"class_images.json", "manifest.json"}  # beside images that atomdiff generated
-_MOST_ORDERS = 16  # a caption's orders are few enough for their text states to be computed once
+_MAYBE_CAPTIONS = {*_SUFFIXES, ".json", ".jsonl", ".csv", ".tsv", ".parquet", ".yaml", ".yml", ".xml"}
+_OWN_FILES = {"class_images.json", "manifest.json"}  # beside images that atomdiff generated
+_MAX_ORDERS = 16  # few enough for the prompt embeddings of all to be computed once
 
 
 def read_captions(folder: Path, images: Sequence[Path]) -> dict[str, str]:
@@ -46,12 +46,12 @@ def read_captions(folder: Path, images: Sequence[Path]) -> dict[str, str]:
     """
     owners: dict[str, list[str]] = {}
     for image in images:
-        for name in (normal(image.stem), normal(image.name)):
+        for name in (normalize_name(image.stem), normalize_name(image.name)):
             owners.setdefault(name, []).append(image.name)
     found: dict[str, tuple[str, str]] = {}
     unused = []
     for file in sorted(folder.iterdir()):
-        if file.name.startswith(".") or not file.is_file() or file.suffix.lower() not in _LIKE_CAPTIONS:
+        if file.name.startswith(".") or not file.is_file() or file.suffix.lower() not in _MAYBE_CAPTIONS:
             continue
         if file.name in _TABLES:
             table = list(_read_table(file))
@@ -59,11 +59,11 @@ def read_captions(folder: Path, images: Sequence[Path]) -> dict[str, str]:
             if captions and (strange := sum(key not in owners for key, _ in table)):
                 unused.append(f"{strange} lines of {file.name}")
         elif file.suffix.lower() in _SUFFIXES:
-            names = owners.get(normal(file.name)[: -len(file.suffix)], ())
+            names = owners.get(normalize_name(file.name)[: -len(file.suffix)], ())
             captions = dict.fromkeys(names, read_text(file).strip() if names else "")
         else:
             captions = {}
-        if not captions and file.name not in _OWN:
+        if not captions and file.name not in _OWN_FILES:
             unused.append(file.name)
         for name, text in captions.items():
             other = found.setdefault(name, (text, file.name)) if text else (text, file.name)
@@ -71,57 +71,57 @@ def read_captions(folder: Path, images: Sequence[Path]) -> dict[str, str]:
                 raise UserError(f"{folder}: {name} has one caption in {other[1]} and another in {file.name}; keep one")
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
-        expected = f"that of photo.png is expected in photo.txt or photo.caption, or in {_TABLES[0]}"
+        expected = f"that of 01.png is expected in 01.txt or 01.caption, or in {_TABLES[0]}"
         warnings.warn(f"{folder}: not read, as no caption of an image: {shown}; {expected}", stacklevel=2)
     return {name: text for name, (text, _) in found.items()}
 
 
 def _read_table(file: Path) -> Iterator[tuple[str, str]]:
     """Yield the names of images, in one Unicode form, and their captions."""
-    for number, row in _rows(file):
-        columns = [column for column in _COLUMNS if isinstance(row.get(column), str)]
-        if not isinstance(row.get("file_name"), str) or not columns:
-            found = ", ".join(map(str, row)) or "nothing"
+    for number, entry in _entries(file):
+        columns = [column for column in _COLUMNS if isinstance(entry.get(column), str)]
+        if not isinstance(entry.get("file_name"), str) or not columns:
+            found = ", ".join(map(str, entry)) or "nothing"
             raise UserError(
                 f"{file}: line {number} has {found}; expected file_name, and {', '.join(_COLUMNS[:-1])} or "
                 f"{_COLUMNS[-1]}"
             )
-        yield normal(row["file_name"].removeprefix("./")), row[columns[0]].strip()
+        yield normalize_name(entry["file_name"].removeprefix("./")), entry[columns[0]].strip()
 
 
-def _rows(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _entries(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     """Yield the number and the columns of each line that is not empty."""
     text = read_text(file)
     if file.suffix == ".csv":
         reader = csv.DictReader(io.StringIO(text, newline=""))  # a quoted caption may have several lines
         try:
-            yield from ((reader.line_num, row) for row in reader)
+            yield from ((reader.line_num, entry) for entry in reader)
         except csv.Error as error:
             raise UserError(f"{file}: line {reader.line_num} is not CSV ({error})") from error
         return
     for number, line in enumerate(text.split("\n"), 1):
         try:
-            row = json.loads(line) if line.strip() else None
+            entry = json.loads(line) if line.strip() else None
         except ValueError as error:
             raise UserError(f"{file}: line {number} is not JSON ({error})") from error
-        if row is not None:
-            yield number, row if isinstance(row, dict) else {}
+        if entry is not None:
+            yield number, entry if isinstance(entry, dict) else {}
 
 
 def tag_orders(caption: str, keep_tokens: int, seed: int) -> tuple[str, ...]:
-    """Return a caption with its comma-separated tags in several orders, each once: all if up to three tags can move.
+    """Return a caption with its comma-separated tags in several orders, each once; if at most 3 can move, in all.
 
     Args:
         caption: Tags such as "sks mug, red, on a table"; one without commas stays alone.
         keep_tokens: How many of the first tags stay where they are.
-        seed: Draws up to 16 orders where there are more.
+        seed: Chooses 16 of the orders where there are more.
     """
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
-    kept, loose = tags[:keep_tokens], tags[keep_tokens:]
-    if len(loose) < 2:
+    kept, movable = tags[:keep_tokens], tags[keep_tokens:]
+    if len(movable) < 2:
         return (caption,)
-    orders: Iterable[Sequence[int]] = itertools.permutations(range(len(loose)))
-    if math.factorial(len(loose)) > _MOST_ORDERS:
+    orders: Iterable[Sequence[int]] = itertools.permutations(range(len(movable)))
+    if math.factorial(len(movable)) > _MAX_ORDERS:
         generator = torch.Generator().manual_seed(seed)
-        orders = (torch.randperm(len(loose), generator=generator).tolist() for _ in range(_MOST_ORDERS))
-    return tuple(dict.fromkeys(", ".join([*kept, *(loose[place] for place in order)]) for order in orders))
+        orders = (torch.randperm(len(movable), generator=generator).tolist() for _ in range(_MAX_ORDERS))
+    return tuple(dict.fromkeys(", ".join([*kept, *(movable[i] for i in order)]) for order in orders))

@@ -23,11 +23,11 @@ _TURNED = {
     8: Image.Transpose.ROTATE_90,
 }
 _PNG, _JPEG = b"\x89PNG\r\n\x1a\n", b"\xff\xd8"
-_PNG_NOTES = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
-_JPEG_NOTES = (*range(0xE1, 0xEE), 0xEF, 0xFE)  # markers of all application data but JFIF and Adobe's, and comments
+_PNG_METADATA = (b"tEXt", b"zTXt", b"iTXt", b"iCCP")
+_JPEG_METADATA = (*range(0xE1, 0xEE), 0xEF, 0xFE)  # markers of all application data but JFIF and Adobe's, and comments
 
 
-def picture_files(folder: Path) -> list[Path]:
+def list_images(folder: Path) -> list[Path]:
     """List the files of `folder` whose suffix promises an image, in the order of their names.
 
     Hidden files are passed over; a link that leads nowhere is listed, so that whoever reads it complains.
@@ -40,15 +40,15 @@ def picture_files(folder: Path) -> list[Path]:
     if folders := sorted(file.name for file in named if file.is_dir()):
         warnings.warn(f"{folder}: not read, as they are folders: {', '.join(folders)}", stacklevel=2)
     files = [file for file in named if file.is_file() or (file.is_symlink() and not file.exists())]
-    return sorted(files, key=lambda file: (normal(file.name), file.name))
+    return sorted(files, key=lambda file: (normalize_name(file.name), file.name))
 
 
-def normal(name: str) -> str:
+def normalize_name(name: str) -> str:
     """Return a file's name in one Unicode form: an accent may be a character of its own, as on a Mac, or not."""
     return unicodedata.normalize("NFC", name)
 
 
-def upright(file: Path) -> Image.Image:
+def open_upright(file: Path) -> Image.Image:
     """Read the pixels of one image in the mode of its file, turned as its EXIF orientation says.
 
     Warns:
@@ -66,16 +66,16 @@ def upright(file: Path) -> Image.Image:
             "far below"
         ) from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers raise
-        image = _without_notes(file, error)
+        image = _load_without_metadata(file, error)
     return image
 
 
-def _without_notes(file: Path, error: Exception) -> Image.Image:
+def _load_without_metadata(file: Path, error: Exception) -> Image.Image:
     """Read the pixels of a PNG or JPEG whose texts or profiles are at fault; else raise the reason as a UserError."""
     try:
-        whole = file.read_bytes()
-        bare = _bare_png(whole) if whole.startswith(_PNG) else _bare_jpeg(whole) if whole.startswith(_JPEG) else whole
-        if bare == whole:
+        content = file.read_bytes()
+        bare = _strip_metadata(content)
+        if bare == content:
             raise error
         image = _load(io.BytesIO(bare), file)
     except Exception:
@@ -112,23 +112,29 @@ def _reason(file: Path, error: Exception) -> str:
     return " ".join(str(error).split()) or type(error).__name__
 
 
-def _bare_png(content: bytes) -> bytes:
+def _strip_metadata(content: bytes) -> bytes:
+    if content.startswith(_PNG):
+        return _strip_png(content)
+    return _strip_jpeg(content) if content.startswith(_JPEG) else content
+
+
+def _strip_png(content: bytes) -> bytes:
     """Return a PNG without its texts and its color profile."""
-    kept, place = [content[:8]], 8
-    while place + 12 <= len(content):
-        end = place + 12 + int.from_bytes(content[place : place + 4], "big")
-        if content[place + 4 : place + 8] not in _PNG_NOTES:
-            kept.append(content[place:end])
-        place = end
+    kept, start = [content[:8]], 8
+    while start + 12 <= len(content):
+        end = start + 12 + int.from_bytes(content[start : start + 4], "big")
+        if content[start + 4 : start + 8] not in _PNG_METADATA:
+            kept.append(content[start:end])
+        start = end
     return b"".join(kept)
 
 
-def _bare_jpeg(content: bytes) -> bytes:
+def _strip_jpeg(content: bytes) -> bytes:
     """Return a JPEG without EXIF, other application data and comments."""
-    kept, place = [content[:2]], 2
-    while place + 4 <= len(content) and content[place] == 0xFF and content[place + 1] != 0xDA:  # start of the pixels
-        end = place + 2 + int.from_bytes(content[place + 2 : place + 4], "big")
-        if content[place + 1] not in _JPEG_NOTES:
-            kept.append(content[place:end])
-        place = end
-    return b"".join([*kept, content[place:]])
+    kept, start = [content[:2]], 2
+    while start + 4 <= len(content) and content[start] == 0xFF and content[start + 1] != 0xDA:  # of the pixels
+        end = start + 2 + int.from_bytes(content[start + 2 : start + 4], "big")
+        if content[start + 1] not in _JPEG_METADATA:
+            kept.append(content[start:end])
+        start = end
+    return b"".join([*kept, content[start:]])

@@ -1,4 +1,4 @@
-"""What a VAE says of pictures, computed once, and what a step draws from it."""
+"""The VAE latents of images: encoded once, cached, and sampled in every step."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ import torch
 from diffusers import AutoencoderKL
 from torch import Tensor
 
-from atomdiff.data.crops import View
-from atomdiff.data.masks import latent_weights
+from atomdiff.data.crops import Crop
+from atomdiff.data.masks import loss_weights
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_model, hash_values
 from atomdiff.utils.tensor_cache import DiskCache, Tensors
@@ -21,22 +21,22 @@ from atomdiff.utils.tensor_cache import DiskCache, Tensors
 
 @dataclass(frozen=True)
 class Latents:
-    """Latents of some views and what belongs to each."""
+    """Latents of some crops, and what belongs to each."""
 
     latents: Tensor
     """Clean latents (batch, c, h, w), in the scale that the UNet works in."""
     time_ids: Tensor
-    """Sizes and crop that SDXL is told of (batch, 6), float32, in pixels; `View` says which."""
+    """SDXL's micro-conditioning (batch, 6), float32, in pixels, as `Crop` has it."""
     weights: Tensor | None
     """Loss weights (batch, 1, h, w) where losses are masked."""
 
 
 @dataclass(frozen=True)
 class LatentCache:
-    """What the VAE says of every view of a set of pictures; a step draws a view and then latents from it.
+    """Latent distributions of every crop of a set of images; a step samples a crop and then latents of it.
 
-    `mean` and `std` have shape (views, c, h, w), in the scale that the UNet works in, `time_ids` and `weights` are as
-    in `Latents`; the views of picture `i` are the rows from `starts[i]` to `starts[i + 1]`.
+    `mean` and `std` have shape (crops, c, h, w), in the scale that the UNet works in, `time_ids` and `weights` are as
+    in `Latents`; the crops of image `i` are those from `starts[i]` to `starts[i + 1]`.
     """
 
     mean: Tensor
@@ -48,20 +48,20 @@ class LatentCache:
     def __len__(self) -> int:
         return len(self.starts) - 1
 
-    def draw(self, pictures: Sequence[int], generator: torch.Generator) -> Latents:
-        """Draw latents on the CPU of a random view of each of `pictures`."""
-        share = torch.rand(len(pictures), generator=generator).tolist()
-        rows = [
+    def sample(self, images: Sequence[int], generator: torch.Generator) -> Latents:
+        """Sample latents, on the CPU, of a random crop of each of `images` (indices)."""
+        share = torch.rand(len(images), generator=generator).tolist()
+        chosen = [
             self.starts[i] + int(part * (self.starts[i + 1] - self.starts[i]))
-            for i, part in zip(pictures, share, strict=True)
+            for i, part in zip(images, share, strict=True)
         ]
-        mean = self.mean[rows]
-        latents = mean + self.std[rows] * torch.randn(mean.shape, generator=generator)
-        return Latents(latents, self.time_ids[rows], None if self.weights is None else self.weights[rows])
+        mean = self.mean[chosen]
+        latents = mean + self.std[chosen] * torch.randn(mean.shape, generator=generator)
+        return Latents(latents, self.time_ids[chosen], None if self.weights is None else self.weights[chosen])
 
 
-def join(caches: Sequence[LatentCache]) -> LatentCache:
-    """Put the pictures of several caches, all of one size, into one."""
+def concatenate(caches: Sequence[LatentCache]) -> LatentCache:
+    """Join the caches of several images, all of one size."""
     counts = [end - start for cache in caches for start, end in zip(cache.starts, cache.starts[1:], strict=False)]
     weights = [cache.weights for cache in caches if cache.weights is not None]
     return LatentCache(
@@ -74,42 +74,42 @@ def join(caches: Sequence[LatentCache]) -> LatentCache:
 
 
 @dataclass(frozen=True)
-class Encoder:
-    """Encodes pictures with a VAE, on its device and in its dtype, unless a disk cache knows the result."""
+class LatentEncoder:
+    """Encodes images with a VAE, on its device and in its dtype, unless a disk cache knows the result."""
 
     vae: AutoencoderKL
     batch_size: int
-    """Most views encoded together."""
+    """Most crops encoded together."""
     cache: DiskCache
     unmasked_weight: float | None = None
-    """Loss weight of what the masks leave out; None for no masks."""
+    """Loss weight where a mask is black; None for no masks."""
 
     @cached_property
     def _vae_key(self) -> str:
         return hash_model(self.vae)
 
-    def __call__(self, views: Sequence[View]) -> LatentCache:
-        """Encode the views of one picture.
+    def __call__(self, crops: Sequence[Crop]) -> LatentCache:
+        """Encode the crops of one image.
 
-        The result is kept by the pixels of the views and the VAE; it does not depend on other pictures.
+        The disk cache knows the result by the pixels of the crops and the VAE; it does not depend on other images.
 
         Raises:
-            UserError: The VAE's numbers are not finite, or the cache cannot be written.
+            UserError: The latents are not finite, or the cache cannot be written.
         """
-        pixels = np.stack([np.asarray(view.picture) for view in views])  # (views, height, width, 3)
-        together = min(self.batch_size, len(views))
+        pixels = np.stack([np.asarray(crop.image) for crop in crops])  # (crops, height, width, 3)
+        together = min(self.batch_size, len(crops))
         key = hash_values("latents", self._vae_key, together, repr(pixels.shape), pixels.tobytes())
         found = self.cache.get(key, lambda: self._encode(pixels, together))
         weights = None
         if self.unmasked_weight is not None:
             size = (found["mean"].shape[-2], found["mean"].shape[-1])
-            weights = latent_weights([view.mask for view in views], size, self.unmasked_weight)
-        time_ids = torch.tensor([view.time_ids for view in views], dtype=torch.float32)
-        return LatentCache(found["mean"], found["std"], time_ids, weights, (0, len(views)))
+            weights = loss_weights([crop.mask for crop in crops], size, self.unmasked_weight)
+        time_ids = torch.tensor([crop.time_ids for crop in crops], dtype=torch.float32)
+        return LatentCache(found["mean"], found["std"], time_ids, weights, (0, len(crops)))
 
     @torch.no_grad()
     def _encode(self, pixels: np.ndarray, together: int) -> Tensors:
-        """Return mean and std (views, c, h, w) for pixels (views, height, width, 3)."""
+        """Return mean and std (crops, c, h, w) for pixels (crops, height, width, 3)."""
         parts: Iterable[Tensor] = torch.from_numpy(pixels).split(together)
         means, stds = [], []
         for part in parts:
@@ -120,5 +120,5 @@ class Encoder:
         shift, scale = self.vae.config.shift_factor or 0.0, self.vae.config.scaling_factor
         mean, std = (torch.cat(means) - shift) * scale, torch.cat(stds) * scale
         if not (mean.isfinite().all() and std.isfinite().all()):
-            raise UserError(f"the base's VAE gives numbers that are not finite in {self.vae.dtype}; use another VAE")
+            raise UserError(f"the base's VAE gives latents that are not finite in {self.vae.dtype}; use another VAE")
         return {"mean": mean, "std": std}

@@ -10,7 +10,7 @@ from typing import Any
 
 from PIL import Image
 
-from atomdiff.data.images import read_photos
+from atomdiff.data.images import read_images
 from atomdiff.evaluate.drift import drift
 from atomdiff.evaluate.fidelity import fidelity, mean_pairwise_similarity
 from atomdiff.evaluate.prompt_match import prompt_match
@@ -96,9 +96,9 @@ def subject_photos(folder: Path) -> tuple[Pictures, Pictures, bool]:
 
     The latter come from the folder `unseen` in it; without one, the training photos themselves are compared with.
     """
-    photos = [photo.picture for photo in read_photos(str(folder), minimum_side=32)]
+    photos = [photo.rgb for photo in read_images(str(folder), minimum_side=32)]
     if (folder / UNSEEN).is_dir():
-        return photos, [photo.picture for photo in read_photos(str(folder / UNSEEN), minimum_side=32)], True
+        return photos, [photo.rgb for photo in read_images(str(folder / UNSEEN), minimum_side=32)], True
     return photos, photos, False
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 from PIL import Image, PngImagePlugin
 
-from atomdiff.data.image_files import picture_files
+from atomdiff.data.image_files import list_images
 from atomdiff.utils.atomic import new_file, write_png
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import wait_for_folder
@@ -122,7 +122,7 @@ def refuse_foreign_images(folder: Path) -> None:
     Raises:
         UserError: It does; the message names some.
     """
-    files = picture_files(folder) if folder.is_dir() else []
+    files = list_images(folder) if folder.is_dir() else []
     if foreign := [file.name for file in files if file.name not in _SHEETS and not _SAMPLE.search(file.name)]:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
         raise UserError(

@@ -8,9 +8,9 @@ from typing import Any, TypeAlias
 import torch
 from accelerate import Accelerator
 from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from PIL import Image
 from torch import nn
 
-from atomdiff.data.images import Picture
 from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
 from atomdiff.sampling.sample import generate
 from atomdiff.training.config import TrainConfig
@@ -126,7 +126,7 @@ def size_multiple(pipe: BasePipeline) -> int:
 
 def generate_images(
     config: TrainConfig, pipe: BasePipeline, prompts: Sequence[str], seeds: Sequence[int]
-) -> list[Picture]:
+) -> list[Image.Image]:
     """Draw one picture a prompt, each from its own seed, as large as those trained on."""
     side = training_resolution(config, pipe)
     with _decoding_in_float32(pipe.vae):

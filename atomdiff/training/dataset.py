@@ -1,362 +1,213 @@
-"""What a run learns from: photos and class pictures, their prompts and latents, and what each step draws of them."""
+"""The dataset of a run: instance and class images as latents, their prompts, and the batch of each forward pass."""
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from functools import partial
-from pathlib import Path
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from atomdiff.data.buckets import Size, bucket_sizes, nearest_bucket
-from atomdiff.data.captions import tag_orders
-from atomdiff.data.crops import View, views
-from atomdiff.data.images import (
-    Photo,
-    Picture,
-    bucket_turn,
-    derive_seed,
-    ensure_class_pictures,
-    read_photos,
-    sample_order,
-)
-from atomdiff.data.latents import Encoder, LatentCache, join
-from atomdiff.data.masks import read_masks
-from atomdiff.pipelines.placeholder_tokens import check_addable
-from atomdiff.pipelines.token_names import placeholder_tokens
+from atomdiff.data.buckets import Size, bucket_sizes
+from atomdiff.data.latents import LatentCache, LatentEncoder, concatenate
+from atomdiff.data.sampler import bucket_for_pass, sample_order
 from atomdiff.training.base_keys import base_keys
-from atomdiff.training.base_model import (
-    BasePipeline,
-    generate_images,
-    move_to_device,
-    size_multiple,
-    training_resolution,
-)
-from atomdiff.training.config import Subject, TrainConfig
-from atomdiff.training.fingerprint import Row, image_key, text_key
-from atomdiff.training.preflight import check_named
+from atomdiff.training.base_model import BasePipeline, move_to_device, size_multiple, training_resolution
+from atomdiff.training.class_images import generate_class_images
+from atomdiff.training.config import TrainConfig
 from atomdiff.training.push import validation_prompts
 from atomdiff.training.summary import describe_images, warn_of_cut_prompts
-from atomdiff.utils.errors import UserError
+from atomdiff.training.training_images import (
+    TrainingImage,
+    check_masks,
+    check_trigger_words,
+    read_class_images,
+    read_instance_images,
+)
 from atomdiff.utils.progress import ProgressBar
+from atomdiff.utils.seeds import derive_seed
 from atomdiff.utils.tensor_cache import DiskCache
-from atomdiff.utils.untrusted import list_some
 
 
 @dataclass(frozen=True)
-class Pictures:
-    """Pictures to train on, all cut to one size."""
+class EncodedImages:
+    """Images of one size, as latents."""
 
     latents: LatentCache
     prompts: tuple[tuple[int, ...], ...]
-    """The numbers of each picture's prompts: its tags in several orders."""
+    """Indices of each image's prompts: its tags in several orders."""
     epoch: tuple[int, ...]
-    """What an epoch holds: the number of each picture, as often as it is repeated."""
+    """An epoch: the index of each image, as often as it is repeated."""
 
 
 @dataclass(frozen=True)
-class Samples:
-    """What one forward pass learns from: photos first, then class pictures. On the CPU."""
+class Batch:
+    """Samples of one forward pass, on the CPU: instance images, then class images."""
 
     latents: Tensor
     """Clean latents (batch, c, h, w)."""
     prompts: list[int]
-    """Number of each sample's prompt."""
-    instances: int
-    """How many of the samples are photos."""
+    """Index of each sample's prompt."""
+    num_instance_images: int
+    """How many of the samples are instance images; they come first."""
     time_ids: Tensor
-    """What SDXL is told of each view (batch, 6): original height and width, crop top and left, target height and width,
-    in pixels."""
+    """SDXL's micro-conditioning (batch, 6), as `Crop` has it."""
     weights: Tensor | None = None
     """Loss weights (batch, 1, h, w) where losses are masked."""
 
 
 @dataclass(frozen=True)
-class Material:
-    """What the training steps draw from."""
+class DreamBoothDataset:
+    """What the training steps sample from."""
 
     prompts: tuple[str, ...]
     """All prompts, each once."""
-    photos: tuple[Pictures, ...]
-    """The subjects', those of each bucket together."""
-    class_pictures: tuple[Pictures, ...] | None
-    """With prior preservation: all of them for every bucket."""
+    instance_images: tuple[EncodedImages, ...]
+    """Those of each bucket."""
+    class_images: tuple[EncodedImages, ...] | None
+    """With prior preservation: all of them, in the size of each bucket."""
     caption_dropout: float = 0.0
     """Share of samples that get the empty prompt."""
-    known_by: Mapping[str, Any] = field(default_factory=dict)
-    """What tells it and the base from others, as `identity.differences` compares it."""
+    fingerprint: Mapping[str, Any] = field(default_factory=dict)
+    """What images, captions, masks and base are recognized by, see `fingerprint.differences`."""
     description: str = ""
     """What was found, for people to read."""
 
     @property
-    def image_count(self) -> int:
-        """How many photos there are."""
-        return sum(len(pictures.prompts) for pictures in self.photos)
+    def num_instance_images(self) -> int:
+        """The number of instance images."""
+        return sum(len(images.prompts) for images in self.instance_images)
 
-    def draw(self, number: int, batch_size: int, seed: int, generator: torch.Generator) -> Samples:
-        """Draw the samples of a forward pass, all from one bucket.
+    def sample(self, number: int, batch_size: int, seed: int, generator: torch.Generator) -> Batch:
+        """Sample the batch of a forward pass, all from one bucket.
 
         Args:
-            number: Of the forward pass, counted over all processes from 0; with the seed it chooses the pictures.
-            batch_size: Photos, and class pictures if there are any.
+            number: Of the forward pass, counted over all processes from 0; with the seed it chooses the images.
+            batch_size: Instance images, and class images if there are any.
             seed: Of the run.
-            generator: Chooses everything else, such as the view of a picture and the order of its tags.
+            generator: Chooses everything else, such as the crop of an image and the order of its tags.
         """
-        counts = [len(pictures.epoch) for pictures in self.photos]
-        bucket, turn = bucket_turn(number, counts, derive_seed(seed, "buckets"))
-        sources = [("photos", self.photos[bucket], turn)]
-        if self.class_pictures is not None:
-            sources.append(("class pictures", self.class_pictures[bucket], number))
-        drawn, prompts = [], []
-        for name, pictures, earlier in sources:
-            order = sample_order(len(pictures.epoch), earlier * batch_size, batch_size, derive_seed(seed, name))
-            chosen = [pictures.epoch[place] for place in order]
-            drawn.append(pictures.latents.draw(chosen, generator))
-            prompts += self._draw_prompts([pictures.prompts[picture] for picture in chosen], generator)
-        weights = [part.weights for part in drawn if part.weights is not None]
-        return Samples(
-            torch.cat([part.latents for part in drawn]),
+        counts = [len(images.epoch) for images in self.instance_images]
+        bucket, turn = bucket_for_pass(number, counts, derive_seed(seed, "buckets"))
+        sources = [("photos", self.instance_images[bucket], turn)]  # the names belong to the seeds
+        if self.class_images is not None:
+            sources.append(("class pictures", self.class_images[bucket], number))
+        parts, prompts = [], []
+        for name, images, earlier in sources:
+            order = sample_order(len(images.epoch), earlier * batch_size, batch_size, derive_seed(seed, name))
+            chosen = [images.epoch[index] for index in order]
+            parts.append(images.latents.sample(chosen, generator))
+            prompts += self._sample_prompts([images.prompts[image] for image in chosen], generator)
+        weights = [part.weights for part in parts if part.weights is not None]
+        return Batch(
+            torch.cat([part.latents for part in parts]),
             prompts,
             batch_size,
-            torch.cat([part.time_ids for part in drawn]),
+            torch.cat([part.time_ids for part in parts]),
             torch.cat(weights) if weights else None,
         )
 
-    def _draw_prompts(self, orders: Sequence[Sequence[int]], generator: torch.Generator) -> list[int]:
-        """Draw one of each sample's prompts, or the empty one; nothing is drawn where there is no choice."""
-        prompts = [of_one[0] for of_one in orders]
-        if any(len(of_one) > 1 for of_one in orders):
-            share = torch.rand(len(orders), generator=generator).tolist()
-            prompts = [of_one[int(part * len(of_one))] for of_one, part in zip(orders, share, strict=True)]
+    def _sample_prompts(self, choices: Sequence[Sequence[int]], generator: torch.Generator) -> list[int]:
+        """Choose one of each sample's prompts, or the empty one; where there is no choice, nothing random is used."""
+        prompts = [prompts[0] for prompts in choices]
+        if any(len(prompts) > 1 for prompts in choices):
+            share = torch.rand(len(choices), generator=generator).tolist()
+            prompts = [prompts[int(part * len(prompts))] for prompts, part in zip(choices, share, strict=True)]
         if self.caption_dropout:
             empty = self.prompts.index("")
-            dropped = (torch.rand(len(orders), generator=generator) < self.caption_dropout).tolist()
+            dropped = (torch.rand(len(choices), generator=generator) < self.caption_dropout).tolist()
             prompts = [empty if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
         return prompts
 
 
-@dataclass(frozen=True)
-class Source:
-    """A picture as it was read."""
-
-    prompts: tuple[str, ...]
-    """Its tags in several orders."""
-    cut: Callable[[Size], list[View]]
-    """Gives its views of a size."""
-    bucket: Size | None = None
-    """The size it is cut to; None for all that photos are cut to."""
-    masked: bool = False
-    """Whether it has a mask."""
-    repeats: int = 1
-    """How often it comes in an epoch."""
-    known_by: Row = ()
-    """What tells it from others, see `identity.py`."""
-    captioned: bool = False
-    """Whether it has a caption of its own."""
-
-
-def prepare_material(
-    config: TrainConfig, pipe: BasePipeline, accelerator: Accelerator, whole: bool = False
-) -> Material:
-    """Read the photos, draw the class pictures that are missing, and cache all latents; then the VAE is let go.
+def build_dataset(
+    config: TrainConfig, pipe: BasePipeline, accelerator: Accelerator, full_tuning: bool = False
+) -> DreamBoothDataset:
+    """Read the instance images, generate the class images that are missing, and encode all; then the VAE is dropped.
 
     Args:
         config: The run.
-        pipe: The base, with the scheduler that the run draws with; its parts are moved to the run's device.
+        pipe: The base, with the scheduler that the run generates with; its parts are moved to the run's device.
         accelerator: Of the run.
-        whole: Whether the UNet will be trained as a whole, and so has to keep every bit.
+        full_tuning: Whether all of the UNet will be trained, and so has to keep every bit.
 
     Raises:
         UserError: The resolution or a bucket does not suit the base, a folder does not hold what it should, or no
-            prompt names the trigger word whose vector is to be trained.
+            prompt names the trigger word whose embedding is to be trained.
     """
     side = training_resolution(config, pipe)
     sizes = bucket_sizes(config.aspect_ratio_buckets, side, size_multiple(pipe))
-    of_subjects = {subject.instance_data_dir: read_subject(config, subject, sizes) for subject in config.subjects}
-    photos = [source for sources in of_subjects.values() for source in sources]
-    if config.masked_loss and not any(photo.masked for photo in photos):
-        folder = Path(config.subjects[0].instance_data_dir) / "mask"
-        expected = f"masks in {folder}, named like the photos, or photos with an alpha channel"
-        raise UserError(f"masked_loss=True: no photo has a mask; expected {expected}")
-    if config.train_token:
-        check_words(config, pipe, [prompt for photo in photos for prompt in photo.prompts])
+    by_subject = [read_instance_images(config, subject, sizes) for subject in config.subjects]
+    instance_images = [image for images in by_subject for image in images]
+    check_masks(config, instance_images)
+    check_trigger_words(config, pipe, [prompt for image in instance_images for prompt in image.prompts])
     base = base_keys(pipe)
-    of_class = []
+    class_images: list[TrainingImage] = []
     for subject in config.subjects if config.with_prior_preservation else ():
-        folder = draw_class_pictures(config, subject, pipe, accelerator, side, base, whole)
-        pictures = read_photos(folder, minimum_side=side // 2, limit=config.num_class_images)
-        refuse_black(folder, pictures)
-        for photo in pictures:
-            orders = tag_texts(config, subject.fill(photo.caption or subject.class_prompt))
-            known_by = (photo.name, image_key(photo.picture), text_key(orders), "")
-            of_class.append(Source(orders, partial(views, photo.picture, center_crop=True), known_by=known_by))
+        folder = generate_class_images(config, subject, pipe, accelerator, base, full_tuning)
+        class_images += read_class_images(config, subject, folder, minimum_side=side // 2)
     if accelerator.is_main_process:
-        firsts = {"captions": photos, "class prompts": of_class}
-        checked = {what: [source.prompts[0] for source in sources] for what, sources in firsts.items()}
-        shown = validation_prompts(config) if config.validation_steps else []
-        warn_of_cut_prompts(pipe, config, checked | {"validation prompts": shown})
-    texts = [prompt for source in [*photos, *of_class] for prompt in source.prompts]
-    texts += [""] if config.caption_dropout else []
-    prompts = {text: number for number, text in enumerate(dict.fromkeys(texts))}
+        images = {"captions": instance_images, "class prompts": class_images}
+        prompts = {name: [image.prompts[0] for image in found] for name, found in images.items()}
+        prompts["validation prompts"] = validation_prompts(config) if config.validation_steps else []
+        warn_of_cut_prompts(pipe, config, prompts)
     move_to_device(pipe, accelerator, "vae")
-    cache = DiskCache(config.cache_folder)
-    encoder = Encoder(pipe.vae, config.sample_batch_size, cache, config.unmasked_weight if config.masked_loss else None)
-
-    def encode(sources: Sequence[Source], size: Size) -> Pictures:
-        latents = encode_together(encoder, [partial(source.cut, size) for source in sources], accelerator)
-        numbers = tuple(tuple(prompts[text] for text in source.prompts) for source in sources)
-        epoch = tuple(number for number, source in enumerate(sources) for _ in range(source.repeats))
-        return Pictures(latents, numbers, epoch)
-
-    used = [size for size in sizes if any(photo.bucket == size for photo in photos)]
-    material = Material(
-        tuple(prompts),
-        tuple(encode([photo for photo in photos if photo.bucket == size], size) for size in used),
-        tuple(encode(of_class, size) for size in used) if of_class else None,
-        config.caption_dropout,
-        {
-            "base": base,
-            "photos": [list(photo.known_by) for photo in photos],
-            "class_images": [list(picture.known_by) for picture in of_class],
-        },
-        describe_images(
-            config,
-            {
-                folder: (len(found), sum(each.captioned for each in found), sum(each.masked for each in found))
-                for folder, found in of_subjects.items()
-            },
-            len(of_class),
-            [photo.bucket for photo in photos if photo.bucket is not None],
-        ),
-    )
+    dataset = encode_dataset(config, pipe, accelerator, sizes, instance_images, class_images)
     pipe.vae = None
-    move_to_device(pipe, accelerator, trained_whole=whole)
-    return material
+    move_to_device(pipe, accelerator, trained_whole=full_tuning)
+    fingerprint = {
+        "base": base,
+        "instance_images": [list(image.fingerprint) for image in instance_images],
+        "class_images": [list(image.fingerprint) for image in class_images],
+    }
+    description = describe_images(config, by_subject, len(class_images))
+    return replace(dataset, fingerprint=fingerprint, description=description)
 
 
-def read_subject(config: TrainConfig, subject: Subject, sizes: Sequence[Size]) -> list[Source]:
-    """Read the photos of a subject, with their masks if the run wants them.
+def encode_dataset(
+    config: TrainConfig,
+    pipe: BasePipeline,
+    accelerator: Accelerator,
+    sizes: Sequence[Size],
+    instance_images: Sequence[TrainingImage],
+    class_images: Sequence[TrainingImage],
+) -> DreamBoothDataset:
+    """Encode all images, the class images in every size that instance images are cut to."""
+    texts = [prompt for image in (*instance_images, *class_images) for prompt in image.prompts]
+    texts += [""] if config.caption_dropout else []
+    prompts = {text: index for index, text in enumerate(dict.fromkeys(texts))}
+    unmasked_weight = config.unmasked_weight if config.masked_loss else None
+    encoder = LatentEncoder(pipe.vae, config.sample_batch_size, DiskCache(config.cache_folder), unmasked_weight)
 
-    Raises:
-        UserError: The folder does not hold what it should; the message names the files.
-    """
-    folder = subject.instance_data_dir
-    photos = read_photos(folder, minimum_side=min(map(min, sizes)) // 2)
-    masks = read_masks(folder, photos) if config.masked_loss else [None] * len(photos)
-    tiny, sources = [], []
-    for photo, mask in zip(photos, masks, strict=True):
-        width, height = photo.picture.size
-        bucket = nearest_bucket((height, width), sizes)
-        if max(bucket[0] / height, bucket[1] / width) > 2:
-            tiny.append(f"{photo.name} ({width}x{height} for {bucket[1]}x{bucket[0]})")
-        orders = tag_texts(config, subject.fill(photo.caption or subject.instance_prompt))
-        cut = partial(cut_photo, config, photo, mask)
-        known_by = (photo.name, image_key(photo.picture), text_key(orders), image_key(mask) if mask else "")
-        captioned = photo.caption is not None
-        sources.append(Source(orders, cut, bucket, mask is not None, subject.repeats, known_by, captioned))
-    if tiny:
-        raise UserError(f"{folder}: less than half as large as their bucket: {', '.join(tiny)}. Replace or remove them")
-    return sources
+    def encode(images: Sequence[TrainingImage], size: Size) -> EncodedImages:
+        latents = encode_images(encoder, images, size, accelerator)
+        indices = tuple(tuple(prompts[text] for text in image.prompts) for image in images)
+        epoch = tuple(index for index, image in enumerate(images) for _ in range(image.repeats))
+        return EncodedImages(latents, indices, epoch)
 
-
-def refuse_black(folder: Path, pictures: Sequence[Photo]) -> None:
-    """Refuse class images that show nothing, as a network whose numbers overflow or a safety checker leaves them.
-
-    Raises:
-        UserError: There are such; the message names them.
-    """
-    if black := [photo.name for photo in pictures if photo.picture.getbbox() is None]:
-        cause = "black all over, as a VAE whose numbers overflow or a safety checker leaves them"
-        raise UserError(f"{folder}: {list_some(black)}: {cause}; remove them: generated ones are generated anew")
+    used = [size for size in sizes if any(image.bucket == size for image in instance_images)]
+    return DreamBoothDataset(
+        tuple(prompts),
+        tuple(encode([image for image in instance_images if image.bucket == size], size) for size in used),
+        tuple(encode(class_images, size) for size in used) if class_images else None,
+        config.caption_dropout,
+    )
 
 
-def cut_photo(config: TrainConfig, photo: Photo, mask: Picture | None, size: Size) -> list[View]:
-    """Return the views of a photo, but for those that show nothing of what its mask marks, if the rest counts nothing.
-
-    Raises:
-        UserError: None is left.
-    """
-    cut = views(photo.picture, size, config.center_crop, config.random_flip, mask)
-    if mask is None or config.unmasked_weight:
-        return cut
-    cut = [view for view in cut if view.mask is not None and view.mask.getbbox()]
-    if not cut:
-        what = f"a photo cut to {size[1]}x{size[0]} shows nothing of what its mask marks"
-        raise UserError(f"{photo.name}: {what}; crop it yourself, or set center_crop to false or aspect_ratio_buckets")
-    return cut
-
-
-def tag_texts(config: TrainConfig, text: str) -> tuple[str, ...]:
-    """Return a prompt with its tags in the orders that the run wants."""
-    if not config.shuffle_captions:
-        return (text,)
-    return tag_orders(text, config.keep_tokens, derive_seed(config.seed, "tags", text))
-
-
-def check_words(config: TrainConfig, pipe: BasePipeline, texts: Sequence[str]) -> None:
-    """Check that the base can learn the trigger word of every subject, and that the photos' prompts name it.
-
-    Raises:
-        UserError: It cannot, or they do not.
-    """
-    words = [
-        each for subject in config.subjects for each in placeholder_tokens(subject.trigger_word, config.num_vectors)
-    ]
-    check_addable(pipe, words)
-    check_named(config, texts)
-
-
-def encode_together(
-    encoder: Encoder, cuts: Sequence[Callable[[], list[View]]], accelerator: Accelerator
+def encode_images(
+    encoder: LatentEncoder, images: Sequence[TrainingImage], size: Size, accelerator: Accelerator
 ) -> LatentCache:
-    """Encode the views of pictures of one size; where there are several processes, each encodes its share of them.
+    """Encode the crops of images; where there are several processes, each encodes its share of the images.
 
     Args:
-        encoder: Its cache is what the processes exchange their results in.
-        cuts: Each gives the views of a picture.
+        encoder: Its disk cache is what the processes exchange their results in.
+        images: The images.
+        size: Height and width of the crops.
         accelerator: The processes.
     """
     if accelerator.num_processes > 1:
-        for cut in cuts[accelerator.process_index :: accelerator.num_processes]:
-            encoder(cut())
+        for image in images[accelerator.process_index :: accelerator.num_processes]:
+            encoder(image.crop(size))
         accelerator.wait_for_everyone()
-    shown = ProgressBar(cuts, "encoding images", unit="images", disable=not accelerator.is_main_process)
-    return join([encoder(cut()) for cut in shown])
-
-
-def draw_class_pictures(
-    config: TrainConfig,
-    subject: Subject,
-    pipe: BasePipeline,
-    accelerator: Accelerator,
-    side: int,
-    drawn_by: Mapping[str, str],
-    whole: bool = False,
-) -> Path:
-    """Let the base draw the class pictures of a subject that are missing, and return their folder.
-
-    Raises:
-        UserError: The folder holds pictures that were drawn with other settings, or by another base.
-    """
-    folder = config.class_folder(subject)
-    prompt = subject.fill(subject.class_prompt)
-    recipe = {
-        "prompt": prompt,
-        **drawn_by,
-        "side": side,
-        "num_inference_steps": config.num_inference_steps,
-        "guidance_scale": config.guidance_scale,
-    }
-
-    def draw(numbers: list[int]) -> list[Picture]:
-        move_to_device(pipe, accelerator, trained_whole=whole)
-        seeds = [derive_seed(0, "class picture", number) for number in numbers]
-        return generate_images(config, pipe, [prompt] * len(numbers), seeds)
-
-    share = (accelerator.process_index, accelerator.num_processes)
-    with accelerator.autocast():
-        ensure_class_pictures(folder, config.num_class_images, config.sample_batch_size, recipe, draw, share)
-    accelerator.wait_for_everyone()
-    return folder
+    shown = ProgressBar(images, "encoding images", unit="images", disable=not accelerator.is_main_process)
+    return concatenate([encoder(image.crop(size)) for image in shown])

@@ -20,12 +20,11 @@ from diffusers.training_utils import EMAModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from atomdiff.data.images import derive_seed
 from atomdiff.pipelines.placeholder_tokens import set_token_embedding
 from atomdiff.training.base_model import BasePipeline, all_parts_loaded, generate_images, load_base
 from atomdiff.training.checkpoint import choose_checkpoint, find_checkpoints, save_checkpoint
 from atomdiff.training.config import TrainConfig, load_config
-from atomdiff.training.dataset import Material, prepare_material
+from atomdiff.training.dataset import DreamBoothDataset, build_dataset
 from atomdiff.training.ema import averaged
 from atomdiff.training.fingerprint import differences
 from atomdiff.training.launch import frozen_dtype, start_accelerator, start_trackers
@@ -43,6 +42,7 @@ from atomdiff.utils.atomic import WriteError, remove_leftovers, write_result
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
 from atomdiff.utils.progress import log
+from atomdiff.utils.seeds import derive_seed
 from atomdiff.utils.tensor_cache import DiskCache
 
 __all__ = ["TrainConfig", "load_config", "train"]
@@ -59,7 +59,7 @@ class Run:
     accelerator: Accelerator
     pipe: BasePipeline
     """The base, with what is trained in it."""
-    material: Material
+    dataset: DreamBoothDataset
     concept: TrainingModel
     model: nn.Module
     """The concept as accelerate wrapped it."""
@@ -114,7 +114,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         count = sum(parameter.numel() for parameter in run.trained.values())
         done = state["step"] if state else 0
-        log(f"{run.material.description}\n{describe_training(config, count, accelerator.num_processes, done)}")
+        log(f"{run.dataset.description}\n{describe_training(config, count, accelerator.num_processes, done)}")
 
     start_trackers(replace(config, hub_token=None), accelerator)  # they show the config to others
     final_loss = take_steps(run, recipe, state)
@@ -173,18 +173,18 @@ def build_run(
         log(f"loading the base {config.pretrained_model_name_or_path}")
     pipe = load_base(config)
     set_training_scheduler(config, pipe)
-    material = prepare_material(config, pipe, accelerator, adapter is None)
+    dataset = build_dataset(config, pipe, accelerator, adapter is None)
     dtype = frozen_dtype(accelerator)
     cache = DiskCache(config.cache_folder)
     if accelerator.is_main_process:
         log("adding what is trained to the base")
-    concept = build_training_model(config, pipe, adapter, material.prompts, dtype, text_adapter, cache)
+    concept = build_training_model(config, pipe, adapter, dataset.prompts, dtype, text_adapter, cache)
     optimizer, rate_factor = build_optimizer(config, concept.parameter_groups(), accelerator.num_processes)
     model, optimizer = accelerator.prepare(concept, optimizer)
     trained = concept.trained_parameters()
     average = EMAModel(trained.values(), decay=config.ema_decay) if config.use_ema else None
     diffusion = forward_diffusion(config, pipe)
-    return Run(config, accelerator, pipe, material, concept, model, trained, optimizer, rate_factor, diffusion, average)
+    return Run(config, accelerator, pipe, dataset, concept, model, trained, optimizer, rate_factor, diffusion, average)
 
 
 def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -> float:
@@ -213,7 +213,7 @@ def take_steps(run: Run, recipe: dict[str, Any], state: dict[str, Any] | None) -
             if stopped or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
                 if accelerator.is_main_process:
                     state = {"step": step, "average_loss": average_loss, **state_of(run)}
-                    state |= {"config": config.snapshot(), "known_by": run.material.known_by}
+                    state |= {"config": config.snapshot(), "fingerprint": run.dataset.fingerprint}
                     keep_checkpoint(run, step, state, recipe, stopped)
             if stopped:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
@@ -294,15 +294,15 @@ def batch_loss(run: Run, number: int) -> Tensor:
     config, accelerator = run.config, run.accelerator
     position = number * accelerator.num_processes + accelerator.process_index
     generator = torch.manual_seed(derive_seed(config.seed, "batch", position, 0))
-    samples = run.material.draw(position, config.train_batch_size, config.seed, generator)
-    noised = run.diffusion.sample(samples.latents, generator)
+    batch = run.dataset.sample(position, config.train_batch_size, config.seed, generator)
+    noised = run.diffusion.sample(batch.latents, generator)
     device = accelerator.device
     prediction = run.model(
-        noised.latents.to(device), noised.timesteps.to(device), samples.prompts, samples.time_ids.to(device)
+        noised.latents.to(device), noised.timesteps.to(device), batch.prompts, batch.time_ids.to(device)
     )
-    mask = None if samples.weights is None else samples.weights.to(device)
+    mask = None if batch.weights is None else batch.weights.to(device)
     losses = sample_losses(prediction, noised.target.to(device), mask) * noised.weights.to(device)
-    return prior_preservation_loss(losses, samples.instances, config.prior_loss_weight)
+    return prior_preservation_loss(losses, batch.num_instance_images, config.prior_loss_weight)
 
 
 def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:
@@ -339,10 +339,10 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
         UserError: It is of a run that learned from something else, or has other parameters.
     """
     again = "or start anew, without resume_from_checkpoint, in another output_dir"
-    if "known_by" not in state:
+    if "fingerprint" not in state:
         said = "does not note what it learned from; photos, captions and base are taken for the same"
         warnings.warn(f"{state['checkpoint']}: {said}", stacklevel=1)
-    elif found := differences(state["known_by"], run.material.known_by):
+    elif found := differences(state["fingerprint"], run.dataset.fingerprint):
         raise UserError(
             f"{state['checkpoint']}: written with {'; '.join(found)}. Put back what it learned from, {again}"
         )
@@ -408,7 +408,7 @@ def validate(run: Run, step: int) -> None:
 
 def samples_per_step(run: Run) -> int:
     """Return how many samples a step sees, on all processes."""
-    batch = run.config.train_batch_size * (2 if run.material.class_pictures else 1)
+    batch = run.config.train_batch_size * (2 if run.dataset.class_images else 1)
     return batch * run.config.gradient_accumulation_steps * run.accelerator.num_processes
 
 
@@ -434,7 +434,7 @@ def save_concept(
         "config": recorded,
         "steps": config.max_train_steps,
         "seed": config.seed,
-        "image_count": run.material.image_count,
+        "image_count": run.dataset.num_instance_images,
         "final_loss": final_loss,
     }
     about = {"trigger_phrase": trigger_phrase(config), "training": facts}

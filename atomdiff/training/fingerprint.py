@@ -1,4 +1,7 @@
-"""What a run learns from, known by its content: wherever the files lie, a run goes on with what it began with only."""
+"""Fingerprints of what a run learns from: it resumes with the same images, captions, masks and base only.
+
+They are taken of the content, wherever the files lie.
+"""
 
 import hashlib
 from collections.abc import Mapping, Sequence
@@ -6,10 +9,10 @@ from typing import Any
 
 from PIL import Image
 
-Row = Sequence[str]
+ImageFingerprint = Sequence[str]
 """File name, and keys of the pixels, of the prompts and of the mask; the last may be empty."""
 
-_KINDS = {"photos": "photos", "class_images": "class images"}
+_KINDS = ("instance_images", "class_images")
 
 
 def image_key(image: Image.Image) -> str:
@@ -28,25 +31,26 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say in words what is other than it was; names of files do not count, only their order and what they hold.
 
     Args:
-        then: `base`, keys by part; `photos` and `class_images`, a `Row` each.
+        then: `base`, keys by part; `instance_images` and `class_images`, an `ImageFingerprint` each.
         now: The same.
     """
-    said = []
+    found = []
     parts = [name for name in {**then["base"], **now["base"]} if then["base"].get(name) != now["base"].get(name)]
     if parts:
-        said.append(f"another base ({', '.join(parts)})")
-    for field, kind in _KINDS.items():
-        old, new = [list(row) for row in then[field]], [list(row) for row in now[field]]
-        if [row[1:] for row in old] != [row[1:] for row in new]:
-            said.append(f"other {kind} ({_rows(old, new)})")
-    return said
+        found.append(f"another base ({', '.join(parts)})")
+    for kind in _KINDS:
+        old, new = [list(image) for image in then[kind]], [list(image) for image in now[kind]]
+        if [image[1:] for image in old] != [image[1:] for image in new]:
+            found.append(f"other {kind.replace('_', ' ')} ({_image_differences(old, new)})")
+    return found
 
 
-def _rows(old: Sequence[Row], new: Sequence[Row]) -> str:
+def _image_differences(old: Sequence[ImageFingerprint], new: Sequence[ImageFingerprint]) -> str:
     """Say which images, captions or masks differ."""
-    before, after = ({name: (image, text, mask) for name, image, text, mask in rows} for rows in (old, new))
-    known, seen = ({row[1] for row in rows} for rows in (old, new))
-    lost, come = [row[0] for row in old if row[1] not in seen], [row[0] for row in new if row[1] not in known]
+    before, after = ({name: (image, text, mask) for name, image, text, mask in images} for images in (old, new))
+    known, seen = ({image[1] for image in images} for images in (old, new))
+    lost = [image[0] for image in old if image[1] not in seen]
+    come = [image[0] for image in new if image[1] not in known]
     found = {
         "gone": [name for name in lost if name not in come],
         "new": [name for name in come if name not in lost],
@@ -55,8 +59,8 @@ def _rows(old: Sequence[Row], new: Sequence[Row]) -> str:
     same = [name for name in before if name in after and before[name][0] == after[name][0]]
     found["caption changed"] = [name for name in same if before[name][1] != after[name][1]]
     found["mask changed"] = [name for name in same if before[name][2] != after[name][2]]
-    told = [f"{what}: {_few(names)}" for what, names in found.items() if names]
-    return "; ".join(told) or f"the same in another order or number: {len(old)} then, {len(new)} now"
+    parts = [f"{what}: {_few(names)}" for what, names in found.items() if names]
+    return "; ".join(parts) or f"the same in another order or number: {len(old)} then, {len(new)} now"
 
 
 def _few(names: Sequence[str]) -> str:

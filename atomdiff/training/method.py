@@ -11,13 +11,13 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftConfig
 
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
-from atomdiff.data.images import derive_seed
 from atomdiff.pipelines.load import save_atoms
 from atomdiff.pipelines.portable import save_portable
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.seeds import derive_seed
 
 ADAPTER_NAME = "default"
 

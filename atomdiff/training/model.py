@@ -8,7 +8,6 @@ from diffusers import UNet2DConditionModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
-from atomdiff.data.images import derive_seed
 from atomdiff.data.prompt_embeds import (
     PromptEmbeds,
     encode_prompts,
@@ -26,6 +25,7 @@ from atomdiff.training.memory import save_memory
 from atomdiff.training.method import make_trainable
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_model, hash_values
+from atomdiff.utils.seeds import derive_seed
 from atomdiff.utils.tensor_cache import DiskCache
 
 

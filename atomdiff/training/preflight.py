@@ -3,10 +3,11 @@
 from collections.abc import Sequence
 from pathlib import Path
 
-from atomdiff.data.image_files import picture_files
-from atomdiff.data.images import CLASS_RECORD, is_generated, read_photos
+from atomdiff.data.image_files import list_images
+from atomdiff.data.images import read_images
 from atomdiff.data.masks import read_masks
 from atomdiff.pipelines.prompt_syntax import has_word
+from atomdiff.training.class_images import RECORD_FILE, is_generated
 from atomdiff.training.config import Subject, TrainConfig
 from atomdiff.training.method import place_for
 from atomdiff.tuner.read_config import read_adapter
@@ -80,15 +81,15 @@ def check_named(run: TrainConfig, texts: Sequence[str]) -> None:
 def _check_subject(run: TrainConfig, subject: Subject) -> list[str]:
     """Read all files of a subject, and return the prompts of its photos."""
     folder = Path(subject.instance_data_dir)
-    photos = read_photos(folder, minimum_side=1 if run.resolution is None else run.resolution // 2)
-    if (folder / CLASS_RECORD).is_file():
-        found = f"holds class images that were generated there ({CLASS_RECORD})"
+    photos = read_images(folder, minimum_side=1 if run.resolution is None else run.resolution // 2)
+    if (folder / RECORD_FILE).is_file():
+        found = f"holds class images that were generated there ({RECORD_FILE})"
         raise UserError(f"{folder}: {found}; remove them and that file, or they would be trained on as photos")
     if run.masked_loss:
         read_masks(folder, photos)
     of_class = run.class_folder(subject)
     if run.with_prior_preservation and of_class.is_dir():
-        foreign = [file for file in picture_files(of_class) if not is_generated(file)]
+        foreign = [file for file in list_images(of_class) if not is_generated(file)]
         if foreign:
-            read_photos(of_class, minimum_side=1, limit=run.num_class_images)
+            read_images(of_class, minimum_side=1, limit=run.num_class_images)
     return [subject.fill(photo.caption or subject.instance_prompt) for photo in photos]

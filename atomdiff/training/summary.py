@@ -7,31 +7,31 @@ from typing import Any
 
 from atomdiff.pipelines.prompt_syntax import replace_words
 from atomdiff.training.config import TrainConfig
+from atomdiff.training.training_images import TrainingImage
 
 
 def describe_images(
-    config: TrainConfig, images: Mapping[str, tuple[int, int, int]], class_images: int, sizes: Sequence[tuple[int, int]]
+    config: TrainConfig, instance_images: Sequence[Sequence[TrainingImage]], num_class_images: int
 ) -> str:
     """Return the lines about images.
 
     Args:
         config: The run.
-        images: Folder of photos -> its number of images, of captions, of masks.
-        class_images: Their number, of all subjects.
-        sizes: Height and width that each photo is cut to.
+        instance_images: Of each subject.
+        num_class_images: Of all subjects.
     """
     lines = []
-    for subject in config.subjects:
-        count, captions, masks = images[subject.instance_data_dir]
-        line = f"{subject.name}: {_several(count, 'image')} in {subject.instance_data_dir}"
+    for subject, images in zip(config.subjects, instance_images, strict=True):
+        captions, masks = sum(image.captioned for image in images), sum(image.masked for image in images)
+        line = f"{subject.name}: {_several(len(images), 'image')} in {subject.instance_data_dir}"
         line += f", {_several(captions, 'caption')}"
-        line += f" (else {subject.fill(subject.instance_prompt)!r})" if captions < count else ""
+        line += f" (else {subject.fill(subject.instance_prompt)!r})" if captions < len(images) else ""
         lines.append(line + (f", {_several(masks, 'mask')}" if config.masked_loss else ""))
     if config.with_prior_preservation:
         folders = dict.fromkeys(str(config.class_folder(subject)) for subject in config.subjects)
-        lines.append(f"class: {_several(class_images, 'image')} in {', '.join(folders)}")
-    counted = Counter(sizes)
-    lines.append("sizes: " + ", ".join(f"{width}x{height} ({counted[height, width]})" for height, width in counted))
+        lines.append(f"class: {_several(num_class_images, 'image')} in {', '.join(folders)}")
+    sizes = Counter(image.bucket for images in instance_images for image in images if image.bucket)
+    lines.append("sizes: " + ", ".join(f"{width}x{height} ({count})" for (height, width), count in sizes.items()))
     return "\n".join(lines)
 
 

@@ -5,7 +5,7 @@ import pytest
 from PIL import Image
 
 from atomdiff.data.captions import tag_orders
-from atomdiff.data.images import read_photos
+from atomdiff.data.images import read_images
 from atomdiff.utils.errors import UserError
 
 
@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def captions(folder):
-    return {photo.name: photo.caption for photo in read_photos(folder, minimum_side=1) if photo.caption}
+    return {photo.name: photo.caption for photo in read_images(folder, minimum_side=1) if photo.caption}
 
 
 @pytest.mark.parametrize("name", ["01.txt", "01.TXT", "01.caption", "01.Caption", "01.png.txt", "01.png.caption"])

@@ -3,7 +3,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from atomdiff.data.crops import views
+from atomdiff.data.crops import make_crops
 
 
 def ramp(width=40, height=32):
@@ -17,39 +17,39 @@ def mean(picture):
 
 def test_squares_are_cut_along_the_longer_side():
     wide = ramp(96, 32).convert("RGB")
-    assert [view.picture.size for view in views(wide, (16, 16), center_crop=True)] == [(16, 16)]
-    left, middle, right = (mean(view.picture) for view in views(wide, (16, 16), center_crop=False))
+    assert [crop.image.size for crop in make_crops(wide, (16, 16), center_crop=True)] == [(16, 16)]
+    left, middle, right = (mean(crop.image) for crop in make_crops(wide, (16, 16), center_crop=False))
     np.testing.assert_allclose([left, middle, right], [255 / 6, 255 / 2, 255 * 5 / 6], atol=3)
-    upper, *_, lower = views(wide.rotate(-90, expand=True), (16, 16), center_crop=False)
-    assert mean(upper.picture) < 50 < 200 < mean(lower.picture)
+    upper, *_, lower = make_crops(wide.rotate(-90, expand=True), (16, 16), center_crop=False)
+    assert mean(upper.image) < 50 < 200 < mean(lower.image)
 
 
 def test_a_picture_shaped_like_its_bucket_is_seen_whole():
-    (view,) = views(ramp(96, 48).convert("RGB"), (16, 32), center_crop=False)
-    np.testing.assert_allclose(np.asarray(view.picture)[5, [0, -1], 0], [0, 255], atol=8)
-    assert view.time_ids == (48, 96, 0, 0, 16, 32)
+    (crop,) = make_crops(ramp(96, 48).convert("RGB"), (16, 32), center_crop=False)
+    np.testing.assert_allclose(np.asarray(crop.image)[5, [0, -1], 0], [0, 255], atol=8)
+    assert crop.time_ids == (48, 96, 0, 0, 16, 32)
 
 
 def test_square_pictures_have_one_view_and_its_mirror_image():
-    view, mirrored = views(ramp(31, 31).convert("RGB"), (16, 16), center_crop=False, random_flip=True)
-    assert np.array_equal(np.asarray(view.picture)[:, ::-1], mirrored.picture)
+    crop, mirrored = make_crops(ramp(31, 31).convert("RGB"), (16, 16), center_crop=False, random_flip=True)
+    assert np.array_equal(np.asarray(crop.image)[:, ::-1], mirrored.image)
 
 
 def test_sizes_and_corners_are_those_of_the_picture_mirrored_before_it_is_cut():
     wide = ramp(100, 40).convert("RGB")
-    seen = views(wide, (20, 30), center_crop=False, random_flip=True)
-    assert [view.time_ids for view in seen[:3]] == [(40, 100, 0, left, 20, 30) for left in (0, 10, 20)]
-    turned = views(wide.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (20, 30), center_crop=False)
-    expected = {view.time_ids: np.asarray(view.picture).astype(int) for view in turned}
+    seen = make_crops(wide, (20, 30), center_crop=False, random_flip=True)
+    assert [crop.time_ids for crop in seen[:3]] == [(40, 100, 0, left, 20, 30) for left in (0, 10, 20)]
+    turned = make_crops(wide.transpose(Image.Transpose.FLIP_LEFT_RIGHT), (20, 30), center_crop=False)
+    expected = {crop.time_ids: np.asarray(crop.image).astype(int) for crop in turned}
     assert len(seen) == 6
-    for view in seen[3:]:
-        np.testing.assert_allclose(view.picture, expected[view.time_ids], atol=1)
+    for crop in seen[3:]:
+        np.testing.assert_allclose(crop.image, expected[crop.time_ids], atol=1)
 
 
 def test_masks_are_cut_and_mirrored_with_the_picture():
     wide = ramp(64, 16)
-    for view in views(wide.convert("RGB"), (16, 16), center_crop=False, random_flip=True, mask=wide):
-        np.testing.assert_allclose(np.asarray(view.picture)[..., 0].astype(int), view.mask, atol=1)
+    for crop in make_crops(wide.convert("RGB"), (16, 16), center_crop=False, random_flip=True, mask=wide):
+        np.testing.assert_allclose(np.asarray(crop.image)[..., 0].astype(int), crop.mask, atol=1)
 
 
 @settings(deadline=None)
@@ -60,6 +60,6 @@ def test_masks_are_cut_and_mirrored_with_the_picture():
     center=st.booleans(),
 )
 def test_views_always_have_their_size_and_lie_in_the_picture(width, height, size, center):
-    for view in views(ramp(width, height).convert("RGB"), size, center, random_flip=True):
-        assert (view.picture.height, view.picture.width) == size == view.time_ids[4:]
-        assert view.time_ids[:2] == (height, width) and min(view.time_ids[2:4]) >= 0
+    for crop in make_crops(ramp(width, height).convert("RGB"), size, center, random_flip=True):
+        assert (crop.image.height, crop.image.width) == size == crop.time_ids[4:]
+        assert crop.time_ids[:2] == (height, width) and min(crop.time_ids[2:4]) >= 0

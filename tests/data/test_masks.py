@@ -3,8 +3,8 @@ import pytest
 import torch
 from PIL import Image
 
-from atomdiff.data.images import read_photos
-from atomdiff.data.masks import latent_weights, read_masks
+from atomdiff.data.images import read_images
+from atomdiff.data.masks import loss_weights, read_masks
 from atomdiff.utils.errors import UserError
 
 
@@ -23,7 +23,7 @@ def left_half(size=(40, 20), mode="L", white=255):
 
 
 def masks_of(folder):
-    photos = read_photos(folder, minimum_side=1)
+    photos = read_images(folder, minimum_side=1)
     return {photo.name: mask for photo, mask in zip(photos, read_masks(folder, photos), strict=True)}
 
 
@@ -80,9 +80,9 @@ def test_one_error_names_every_mask_that_cannot_be_used(folder):
     with pytest.raises(UserError) as error:
         masks_of(folder)
     assert str(error.value) == (
-        f"{folder}: masks that cannot be used: a second one of this name: d.png; no photo of this name: other.png; "
+        f"{folder}: masks that cannot be used: a second one of this name: d.png; no image of this name: other.png; "
         "cannot be read: a.png (no png nor any other image that Pillow knows); "
-        "shaped unlike the photo: b.png (20x20, its photo 40x20); "
+        "shaped unlike the image: b.png (20x20, its image 40x20); "
         "nowhere white: c.png, alpha channel of e.png. Replace or remove them"
     )
 
@@ -90,7 +90,7 @@ def test_one_error_names_every_mask_that_cannot_be_used(folder):
 def test_weights_are_the_masks_mean_over_each_latent_pixel():
     random = np.random.default_rng(0)
     light = random.integers(0, 256, (24, 16), dtype=np.uint8)
-    weights = latent_weights([Image.fromarray(light), None], (6, 4), unmasked_weight=0.25)
+    weights = loss_weights([Image.fromarray(light), None], (6, 4), unmasked_weight=0.25)
     share = light.reshape(6, 4, 4, 4).mean(axis=(1, 3)) / 255
     torch.testing.assert_close(weights[0, 0], torch.tensor(0.25 + 0.75 * share, dtype=torch.float32))
     assert torch.equal(weights[1], torch.ones(1, 6, 4))

@@ -16,9 +16,9 @@ from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.load import load_atoms, save_atoms, unload_atoms
 from atomdiff.sampling.sample import SampleConfig, save_samples
 from atomdiff.training import dreambooth
-from atomdiff.training.dataset import check_words
 from atomdiff.training.dreambooth import TrainConfig, train
 from atomdiff.training.model import build_training_model
+from atomdiff.training.training_images import check_trigger_words
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import MAX_TRIGGER_WORDS
@@ -338,9 +338,9 @@ def test_a_word_within_another_cannot_have_several_vectors(config_for, tmp_path,
 def test_a_word_is_named_where_pipelines_see_it(config_for):
     config = config_for()
     pipe = fresh(config)
-    check_words(config, pipe, ["a mug", "a SKS_mug"])
+    check_trigger_words(config, pipe, ["a mug", "a SKS_mug"])
     with pytest.raises(UserError, match="no prompt names it"):
-        check_words(config, pipe, ["a mug", "asks"])
+        check_trigger_words(config, pipe, ["a mug", "asks"])
 
 
 def test_other_atoms_on_the_text_encoders_are_refused(config_for, tmp_path):

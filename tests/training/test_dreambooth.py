@@ -19,8 +19,8 @@ from safetensors.torch import load_file
 
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.load import load_atoms
-from atomdiff.training import dataset, dreambooth, run_log
-from atomdiff.training.dataset import Material
+from atomdiff.training import class_images, dreambooth, run_log
+from atomdiff.training.dataset import DreamBoothDataset
 from atomdiff.training.dreambooth import TrainConfig, train
 from atomdiff.training.model import build_training_model
 from atomdiff.training.noise import ForwardDiffusion
@@ -80,15 +80,15 @@ def log_of(config):
     return [json.loads(line) for line in (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()]
 
 
-def recorded(monkeypatch, kind, method="draw"):
-    """Record what every call of a method of a class gives, with the object it is called on."""
-    draw, found = getattr(kind, method), []
+def recorded(monkeypatch, kind, name="sample"):
+    """Record what every call of this method of a class gives, with the object it is called on."""
+    method, found = getattr(kind, name), []
 
     def note(self, *arguments):
-        found.append((self, draw(self, *arguments)))
+        found.append((self, method(self, *arguments)))
         return found[-1][1]
 
-    monkeypatch.setattr(kind, method, note)
+    monkeypatch.setattr(kind, name, note)
     return found
 
 
@@ -357,28 +357,28 @@ def test_learning_rates_follow_the_schedule(config):
     np.testing.assert_allclose([line["lr"] for line in log_of(config)], [0, 0.005, 0.01, 0.005])
 
 
-def test_class_pictures_are_generated_once_and_trained_on(config, monkeypatch):
+def test_class_images_are_generated_once_and_trained_on(config, monkeypatch):
     config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=3)
     drawn = []
-    draw, batches = dataset.generate_images, recorded(monkeypatch, Material)
+    draw, batches = class_images.generate_images, recorded(monkeypatch, DreamBoothDataset)
 
     def note(config, pipe, prompts, seeds):
         drawn.append((prompts, list(seeds)))
         return draw(config, pipe, prompts, seeds)
 
-    monkeypatch.setattr(dataset, "generate_images", note)
+    monkeypatch.setattr(class_images, "generate_images", note)
     for _ in range(2):
         train(config)
     ((prompts, seeds),) = drawn
     assert prompts == ["a photo of a teapot"] * 3 and len(set(seeds)) == 3
-    material, samples = batches[0]
+    dataset, batch = batches[0]
     assert len(list((Path(config.output_dir) / "class_images").glob("*.png"))) == 3
-    assert samples.latents.shape == (4, 4, 8, 8) and samples.instances == 2
-    prompts = [material.prompts[number] for number in samples.prompts]
+    assert batch.latents.shape == (4, 4, 8, 8) and batch.num_instance_images == 2
+    prompts = [dataset.prompts[number] for number in batch.prompts]
     assert prompts == ["a photo of sks teapot"] * 2 + ["a photo of a teapot"] * 2
 
 
-def test_class_pictures_of_another_base_are_refused(config, tiny_pipe, tmp_path):
+def test_class_images_of_another_base_are_refused(config, tiny_pipe, tmp_path):
     config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=2, max_train_steps=1)
     train(config)
     tiny_pipe.unet.up_blocks[0].resnets[0].conv1.weight.data[1, 2] += 1e-3  # a little, far from conv_out
@@ -396,7 +396,7 @@ def test_class_pictures_of_another_base_are_refused(config, tiny_pipe, tmp_path)
     assert json.loads(record.read_text()) == then
 
 
-def test_class_pictures_are_told_by_the_scheduler_and_not_by_what_is_written_out(config):
+def test_class_images_are_told_by_the_scheduler_and_not_by_what_is_written_out(config):
     config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=1, max_train_steps=1)
     train(config)
     train(dataclasses.replace(config, prediction_type="v_prediction", rescale_betas_zero_snr=False))  # as it is
@@ -408,15 +408,15 @@ def test_class_pictures_are_told_by_the_scheduler_and_not_by_what_is_written_out
 def test_captions_are_the_photos_prompts(config, photos, monkeypatch):
     (photos / "1.txt").write_text("a picture of sks on the beach")
     prompts = {}
-    usual = dreambooth.prepare_material
+    usual = dreambooth.build_dataset
 
     def note(*arguments):
-        material = usual(*arguments)
-        (photos,) = material.photos
-        prompts.update({number: material.prompts[prompt] for number, (prompt,) in enumerate(photos.prompts)})
-        return material
+        dataset = usual(*arguments)
+        (photos,) = dataset.instance_images
+        prompts.update({number: dataset.prompts[prompt] for number, (prompt,) in enumerate(photos.prompts)})
+        return dataset
 
-    monkeypatch.setattr(dreambooth, "prepare_material", note)
+    monkeypatch.setattr(dreambooth, "build_dataset", note)
     train(config)
     assert prompts == {0: "a photo of sks teapot", 1: "a picture of sks on the beach", 2: "a photo of sks teapot"}
 
@@ -565,7 +565,7 @@ def test_mistakes_are_user_errors(config, fields, message):
         train(dataclasses.replace(config, **fields))
 
 
-def test_class_pictures_have_a_folder_for_every_class(config, tmp_path):
+def test_class_images_have_a_folder_for_every_class(config, tmp_path):
     config = dataclasses.replace(
         config,
         with_prior_preservation=True,
@@ -581,13 +581,13 @@ def test_class_pictures_have_a_folder_for_every_class(config, tmp_path):
 def test_every_batch_is_drawn_anew_and_every_photo_in_turn(config, photos, monkeypatch):
     for number in range(3):
         (photos / f"{number}.txt").write_text(f"sks {number}")
-    drawn, noised = recorded(monkeypatch, Material), recorded(monkeypatch, ForwardDiffusion, "sample")
+    drawn, noised = recorded(monkeypatch, DreamBoothDataset), recorded(monkeypatch, ForwardDiffusion)
     train(dataclasses.replace(config, max_train_steps=3, gradient_accumulation_steps=2))
     assert len(drawn) == len(noised) == 6
     targets = torch.cat([batch.target for _, batch in noised])
     assert len(targets.flatten(1).unique(dim=0)) == 12
     assert len(torch.cat([batch.timesteps for _, batch in noised]).unique()) > 6
-    prompts = [number for _, samples in drawn for number in samples.prompts]
+    prompts = [number for _, batch in drawn for number in batch.prompts]
     assert all(sorted(prompts[first : first + 3]) == [0, 1, 2] for first in range(0, 12, 3))
 
 
@@ -649,10 +649,10 @@ def another_mask(folder):
 @pytest.mark.parametrize(
     ("change", "said"),
     [
-        (another_photo, r"other photos \(changed: 1.png\)"),
-        (a_new_photo, r"other photos \(new: 9.png\)"),
-        (another_caption, r"other photos \(caption changed: 0.png\)"),
-        (another_mask, r"other photos \(mask changed: 2.png\)"),
+        (another_photo, r"other instance images \(changed: 1.png\)"),
+        (a_new_photo, r"other instance images \(new: 9.png\)"),
+        (another_caption, r"other instance images \(caption changed: 0.png\)"),
+        (another_mask, r"other instance images \(mask changed: 2.png\)"),
     ],
 )
 @pytest.mark.parametrize("steps", [2, 3])
@@ -697,7 +697,7 @@ def test_a_checkpoint_that_does_not_note_what_it_learned_from_is_told_and_used(s
     config, _, _ = stopped
     file = Path(config.output_dir) / "checkpoint-2" / "state.pt"
     state = torch.load(file, weights_only=True)
-    del state["known_by"], state["config"]
+    del state["fingerprint"], state["config"]
     torch.save(state, file)
     with pytest.warns(UserWarning, match="checkpoint-2: does not note what it learned from"):
         train(dataclasses.replace(config, max_train_steps=3))

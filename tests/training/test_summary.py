@@ -2,6 +2,7 @@ import copy
 import json
 import warnings
 from dataclasses import replace
+from functools import partial
 
 import pytest
 from PIL import Image
@@ -9,6 +10,7 @@ from PIL import Image
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.summary import describe_images, describe_training, warn_of_cut_prompts
+from atomdiff.training.training_images import TrainingImage
 from atomdiff.utils.errors import UserError
 
 
@@ -56,8 +58,9 @@ def test_masks_class_images_and_several_words_are_told(tmp_path):
         class_data_dir="things",
         **fields,
     )
-    counts = {"photos/mug": (3, 3, 1), "photos/cat": (1, 0, 0)}
-    assert describe_images(config, counts, 200, [(64, 64)] * 4).splitlines() == [
+    image = partial(TrainingImage, (), list, (64, 64))
+    mugs = [image(captioned=True, masked=True), image(captioned=True), image(captioned=True)]
+    assert describe_images(config, [mugs, [image()]], 200).splitlines() == [
         "mug: 3 images in photos/mug, 3 captions, 1 mask",
         "cat: 1 image in photos/cat, no captions (else 'a photo of cat thing'), no masks",
         "class: 200 images in things",

@@ -18,12 +18,14 @@ from safetensors.torch import load_file
 from torch.nn.functional import avg_pool2d
 
 from atomdiff.concepts.concept_file import read_delta_file
-from atomdiff.data.images import sample_order
 from atomdiff.data.latents import LatentCache
+from atomdiff.data.sampler import sample_order
 from atomdiff.training import dreambooth
-from atomdiff.training.dataset import Material, Pictures, encode_together
+from atomdiff.training.dataset import DreamBoothDataset, EncodedImages, encode_images
 from atomdiff.training.dreambooth import TrainConfig, train
+from atomdiff.training.training_images import TrainingImage
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.seeds import derive_seed
 
 SIZES = {"a": (64, 32), "b": (62, 33), "c": (32, 64), "d": (32, 32), "e": (40, 40)}  # width, height
 
@@ -79,14 +81,14 @@ def numbers(place):
 
 @pytest.fixture
 def drawn(monkeypatch):
-    """Every `Samples` that runs draw from now on, with its material."""
-    draw, found = Material.draw, []
+    """Every batch that runs sample from now on, with its dataset."""
+    sample, found = DreamBoothDataset.sample, []
 
     def note(self, *arguments):
-        found.append((self, draw(self, *arguments)))
+        found.append((self, sample(self, *arguments)))
         return found[-1][1]
 
-    monkeypatch.setattr(Material, "draw", note)
+    monkeypatch.setattr(DreamBoothDataset, "sample", note)
     return found
 
 
@@ -96,26 +98,30 @@ def kept_latents(folder):
 
 
 def texts(drawn):
-    return [material.prompts[number] for material, samples in drawn for number in samples.prompts]
+    return [dataset.prompts[number] for dataset, batch in drawn for number in batch.prompts]
 
 
 def test_everything_at_once_in_batches_of_one_size(config, drawn):
     config = dataclasses.replace(config, **EVERYTHING, max_train_steps=20)
     train(config)
-    shapes = {tuple(samples.latents.shape) for _, samples in drawn}
+    shapes = {tuple(batch.latents.shape) for _, batch in drawn}
     assert shapes == {(4, 4, 8, 16), (4, 4, 16, 8), (4, 4, 8, 8)}
-    material, _ = drawn[0]
-    assert [len(pictures.prompts) for pictures in material.photos] == [2, 1, 2] and material.image_count == 5
-    for _, samples in drawn:
-        height, width = samples.latents.shape[-2:]
-        assert samples.instances == 2 and samples.weights.shape == (4, 1, height, width)
-        assert samples.time_ids[:, 4:].tolist() == [[4 * height, 4 * width]] * 4
-        assert samples.time_ids[2:, :4].tolist() in (
+    dataset, _ = drawn[0]
+    assert [len(pictures.prompts) for pictures in dataset.instance_images] == [
+        2,
+        1,
+        2,
+    ] and dataset.num_instance_images == 5
+    for _, batch in drawn:
+        height, width = batch.latents.shape[-2:]
+        assert batch.num_instance_images == 2 and batch.weights.shape == (4, 1, height, width)
+        assert batch.time_ids[:, 4:].tolist() == [[4 * height, 4 * width]] * 4
+        assert batch.time_ids[2:, :4].tolist() in (
             [[32, 32, 0, 0]] * 2,
             [[32, 32, 0, 16]] * 2,
             [[32, 32, 16, 0]] * 2,
         )
-        assert torch.equal(samples.weights[2:], torch.ones(2, 1, height, width))
+        assert torch.equal(batch.weights[2:], torch.ones(2, 1, height, width))
     prompts = texts(drawn)
     assert "" in prompts and 0.2 < prompts.count("") / len(prompts) < 0.6
     of_a = {text for text in prompts if text.startswith("sks teapot a")}
@@ -136,7 +142,7 @@ def test_one_bucket_of_the_resolution_changes_nothing(config):
 
 def test_without_buckets_photos_come_in_the_plain_order(config, drawn):
     train(config)
-    seed = dreambooth.derive_seed(config.seed, "photos")
+    seed = derive_seed(config.seed, "photos")
     names = [text.split(",")[0][-1] for text in texts(drawn)]
     assert names == ["abcde"[place] for place in sample_order(5, 0, 12, seed)]
 
@@ -155,7 +161,7 @@ def test_repeats_balance_subjects(config, tmp_path, photos, drawn):
     prompts = texts(drawn)
     for epoch in (prompts[:10], prompts[10:]):
         assert epoch.count("robot") == 5 and len(set(epoch)) == 6
-    assert drawn[0][0].image_count == 6
+    assert drawn[0][0].num_instance_images == 6
 
 
 def test_masks_weigh_the_loss_and_turn_with_the_photo(config, drawn, photos):
@@ -166,7 +172,7 @@ def test_masks_weigh_the_loss_and_turn_with_the_photo(config, drawn, photos):
     train(dataclasses.replace(config, **fields, unmasked_weight=0.25))
     left = torch.full((1, 8, 16), 0.25)
     left[..., :8] = 1
-    weights = torch.cat([samples.weights for _, samples in drawn])
+    weights = torch.cat([batch.weights for _, batch in drawn])
     sides = ["left" if torch.equal(w, left) else "right" if torch.equal(w, left.flip(-1)) else "" for w in weights]
     assert set(sides) == {"left", "right"}
     light = torch.zeros(1, 32, 64)
@@ -197,7 +203,7 @@ def test_views_without_the_subject_are_left_out(config, photos, drawn):
     mask.save(photos / "mask" / "a.png")
     masked = dataclasses.replace(config, masked_loss=True)
     train(masked)
-    assert {tuple(ids.tolist()) for _, samples in drawn for ids in samples.time_ids} == {(32, 64, 0, 0, 32, 32)}
+    assert {tuple(ids.tolist()) for _, batch in drawn for ids in batch.time_ids} == {(32, 64, 0, 0, 32, 32)}
     with pytest.raises(UserError, match="a.png: a photo cut to 32x32 shows nothing of what its mask marks"):
         train(dataclasses.replace(masked, center_crop=True))
 
@@ -283,7 +289,7 @@ def test_a_word_that_no_caption_names_is_found_although_captions_drop_out(config
         train(dataclasses.replace(config, caption_dropout=0.5, shuffle_captions=True))
 
 
-def test_words_that_the_base_cannot_learn_are_found_before_class_pictures_are_drawn(config, tmp_path):
+def test_words_that_the_base_cannot_learn_are_found_before_class_images_are_drawn(config, tmp_path):
     classes = tmp_path / "classes"
     fields = {"with_prior_preservation": True, "num_class_images": 1, "class_data_dir": str(classes)}
     with pytest.raises(UserError, match="'tea' cannot be a trigger word"):
@@ -308,31 +314,31 @@ def test_masked_loss_needs_a_mask(config, photos):
         train(dataclasses.replace(config, masked_loss=True))
 
 
-def material_of(orders, dropout):
+def dataset_of(orders, dropout):
     """Four pictures of one view each, whose prompts are those of `orders`."""
     random = torch.Generator().manual_seed(0)
     mean, std = torch.randn(2, 4, 4, 8, 8, generator=random)
     cache = LatentCache(mean, std, torch.zeros(4, 6), None, tuple(range(5)))
-    return Material(tuple("abcd") + ("",), (Pictures(cache, orders, tuple(range(4))),), None, dropout)
+    return DreamBoothDataset(tuple("abcd") + ("",), (EncodedImages(cache, orders, tuple(range(4))),), None, dropout)
 
 
 def test_without_choices_nothing_more_is_drawn():
-    material = material_of(((0,), (1,), (2,), (3,)), dropout=0.0)
+    dataset = dataset_of(((0,), (1,), (2,), (3,)), dropout=0.0)
     drawn, plain = torch.Generator().manual_seed(5), torch.Generator().manual_seed(5)
-    samples = material.draw(3, 4, 0, drawn)
-    order = sample_order(4, 12, 4, dreambooth.derive_seed(0, "photos"))
-    cache = material.photos[0].latents
+    batch = dataset.sample(3, 4, 0, drawn)
+    order = sample_order(4, 12, 4, derive_seed(0, "photos"))
+    cache = dataset.instance_images[0].latents
     torch.rand(4, generator=plain)
     noise = torch.randn(4, 4, 8, 8, generator=plain)
-    assert torch.equal(samples.latents, cache.mean[order] + cache.std[order] * noise)
-    assert samples.prompts == order and samples.weights is None
+    assert torch.equal(batch.latents, cache.mean[order] + cache.std[order] * noise)
+    assert batch.prompts == order and batch.weights is None
     assert torch.equal(drawn.get_state(), plain.get_state())
 
 
 def test_orders_of_tags_and_dropouts_are_drawn_as_often_as_they_should():
-    material = material_of(((0, 1), (0, 1), (0, 1), (2,)), dropout=0.25)
+    dataset = dataset_of(((0, 1), (0, 1), (0, 1), (2,)), dropout=0.25)
     generator = torch.Generator().manual_seed(0)
-    prompts = [prompt for number in range(500) for prompt in material.draw(number, 4, 0, generator).prompts]
+    prompts = [prompt for number in range(500) for prompt in dataset.sample(number, 4, 0, generator).prompts]
     share = torch.bincount(torch.tensor(prompts), minlength=5) / len(prompts)
     expected = torch.tensor([0.75 * 3 / 8, 0.75 * 3 / 8, 0.75 / 4, 0, 0.25])
     torch.testing.assert_close(share, expected, atol=0.04, rtol=0)
@@ -340,10 +346,10 @@ def test_orders_of_tags_and_dropouts_are_drawn_as_often_as_they_should():
 
 def test_a_process_encodes_its_share_before_it_waits_for_the_others():
     log = []
-    cuts = [partial(list, [number]) for number in range(5)]
+    images = [TrainingImage((), lambda size, number=number: [number]) for number in range(5)]
 
-    def encoder(views):
-        log.append(views[0])
+    def encoder(crops):
+        log.append(crops[0])
         return LatentCache(*torch.zeros(2, 1, 4, 8, 8), torch.zeros(1, 6), None, (0, 1))
 
     def accelerator(processes):
@@ -351,10 +357,10 @@ def test_a_process_encodes_its_share_before_it_waits_for_the_others():
         place = {"num_processes": processes, "process_index": processes - 1, "is_main_process": processes == 1}
         return SimpleNamespace(**place, wait_for_everyone=wait)
 
-    assert len(encode_together(encoder, cuts, accelerator(2))) == 5
+    assert len(encode_images(encoder, images, (8, 8), accelerator(2))) == 5
     assert log == [1, 3, "wait", 0, 1, 2, 3, 4]
     log.clear()
-    encode_together(encoder, cuts, accelerator(1))
+    encode_images(encoder, images, (8, 8), accelerator(1))
     assert log == [0, 1, 2, 3, 4]
 
 
