@@ -204,7 +204,7 @@ def test_views_without_the_subject_are_left_out(config, photos, drawn):
     masked = dataclasses.replace(config, masked_loss=True)
     train(masked)
     assert {tuple(ids.tolist()) for _, batch in drawn for ids in batch.time_ids} == {(32, 64, 0, 0, 32, 32)}
-    with pytest.raises(UserError, match="a.png: a photo cut to 32x32 shows nothing of what its mask marks"):
+    with pytest.raises(UserError, match="a.png: cut to 32x32, it shows nothing of what its mask marks"):
         train(dataclasses.replace(masked, center_crop=True))
 
 
@@ -310,7 +310,7 @@ def test_captions_may_spell_a_word_in_another_case(config, photos):
 
 def test_masked_loss_needs_a_mask(config, photos):
     (photos / "mask" / "a.png").unlink()
-    with pytest.raises(UserError, match="masked_loss=True: no photo has a mask; expected masks in .*mask, named like"):
+    with pytest.raises(UserError, match="masked_loss=True: no image has a mask; expected masks in .*mask, named like"):
         train(dataclasses.replace(config, masked_loss=True))
 
 
@@ -368,7 +368,7 @@ def test_processes_encode_their_shares_and_train_in_step(config, tmp_path):
     fields = {**dataclasses.asdict(config), **EVERYTHING, "validation_prompts": ["{trigger}"], "max_train_steps": 2}
     (tmp_path / "run.yaml").write_text(json.dumps(fields))
     script = tmp_path / "run.py"
-    script.write_text("from atomdiff import dreambooth\ndreambooth.train(dreambooth.load_config())\n")
+    script.write_text("from atomdiff.training import dreambooth\ndreambooth.train(dreambooth.load_config())\n")
     root = Path(__file__).parents[2]
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2".split()
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": "1"}
