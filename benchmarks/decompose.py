@@ -1,4 +1,4 @@
-"""Seconds to decompose every convolution kernel of a UNet of Stable Diffusion 1.5's size, and how good the codes are.
+"""Seconds to decompose every convolution kernel of a UNet of Stable Diffusion 1.5's size, and how good the fits are.
 
     python benchmarks/decompose.py
 
@@ -26,8 +26,8 @@ from einops import rearrange
 from safetensors.torch import load_file
 from torch import Tensor
 
-from atomdiff.atoms.sparse import code_quality, sparse_atoms, sparse_codes
-from atomdiff.atoms.update import svd_atoms
+from atomdiff.atoms.basis import svd_atoms
+from atomdiff.atoms.sparse import sparse_atoms, sparse_coefficients, sparse_quality
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 
@@ -106,17 +106,17 @@ def recipe(rows: Tensor, num_atoms: int, sparsity: float) -> tuple[Tensor, Tenso
     """The paper's recipe: dictionary D (m, d) and coefficients A (blocks, m)."""
     generator = torch.Generator().manual_seed(0)
     atoms = torch.nn.functional.normalize(torch.randn(num_atoms, rows.shape[1], generator=generator))
-    codes = torch.zeros(len(rows), num_atoms)
+    coefficients = torch.zeros(len(rows), num_atoms)
     for step in range(DICTIONARY_STEPS):
         if step:
-            damping = 1e-6 * codes.square().sum(dim=0).max() * torch.eye(num_atoms)
-            atoms = torch.linalg.solve(codes.T @ codes + damping, codes.T @ rows)
+            damping = 1e-6 * coefficients.square().sum(dim=0).max() * torch.eye(num_atoms)
+            atoms = torch.linalg.solve(coefficients.T @ coefficients + damping, coefficients.T @ rows)
             atoms = torch.nn.functional.normalize(atoms)
         lipschitz = torch.linalg.eigvalsh(atoms @ atoms.T)[-1]
         for _ in range(CODE_STEPS):
-            slope = (codes @ atoms - rows) @ atoms.T
-            codes = torch.nn.functional.softshrink(codes - slope / lipschitz, float(sparsity / lipschitz))
-    return atoms, codes
+            slope = (coefficients @ atoms - rows) @ atoms.T
+            coefficients = torch.nn.functional.softshrink(coefficients - slope / lipschitz, float(sparsity / lipschitz))
+    return atoms, coefficients
 
 
 def seconds(work: Callable[[], object]) -> float:
@@ -138,7 +138,7 @@ def timings(kernels: dict[str, Tensor], config: BenchmarkConfig) -> dict[str, An
 
     svd = all_layers(config.svd_repeats, lambda name, rows: svd_atoms(rows, m))
     fit = all_layers(config.sparse_repeats, lambda name, rows: sparse_atoms(rows, m, sparsity))
-    encode = all_layers(config.sparse_repeats, lambda name, rows: sparse_codes(rows, atoms[name], sparsity))
+    encode = all_layers(config.sparse_repeats, lambda name, rows: sparse_coefficients(rows, atoms[name], sparsity))
     subset = seconds(lambda: [recipe(rows, m, sparsity) for rows in sampled])
     svd_median, fit_median, encode_median = map(statistics.median, (svd, fit, encode))
     sparse, scaled = fit_median + encode_median, subset / share
@@ -166,13 +166,13 @@ def qualities(rows: Tensor, config: BenchmarkConfig) -> Iterator[tuple[str, dict
     m, sparsity = config.num_atoms, config.sparsity
     learnt, plain = sparse_atoms(rows, m, sparsity), svd_atoms(rows, m)
     pairs = {
-        "sparse": (learnt, sparse_codes(rows, learnt, sparsity)),
+        "sparse": (learnt, sparse_coefficients(rows, learnt, sparsity)),
         "recipe": recipe(rows, m, sparsity),
-        "svd atoms, sparse codes": (plain, sparse_codes(rows, plain, sparsity)),
+        "svd atoms, sparse coefficients": (plain, sparse_coefficients(rows, plain, sparsity)),
         "svd": (plain, rows @ plain.T),
     }
-    for name, (atoms, codes) in pairs.items():
-        quality = code_quality(rows, atoms, codes, sparsity)
+    for name, (atoms, coefficients) in pairs.items():
+        quality = sparse_quality(rows, atoms, coefficients, sparsity)
         yield (
             name,
             {

@@ -57,7 +57,7 @@ def write_library(folder: str, concepts: int) -> None:
     import torch
     from decompose import untrained_kernels
 
-    from atomdiff.atoms.update import svd_atoms
+    from atomdiff.atoms.basis import svd_atoms
     from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
     from atomdiff.tuner import AtomConfig
 

@@ -74,12 +74,20 @@ class View:
         """What `columns` was made from: (batch, d, width) -> (out, in/groups, n), n being `positions`."""
         return rearrange(columns, f"{self._columns(by_input)} -> {_WEIGHT}", n=positions, **self._sides())
 
-    def code_columns(self, codes: Tensor, weight_shape: Sequence[int], by_input: bool = False) -> Tensor:
-        """One code a row (blocks, m), in the order of `rows` -> (batch, m, width), in the order of `columns`."""
+    def coefficient_columns(self, coefficients: Tensor, weight_shape: Sequence[int], by_input: bool = False) -> Tensor:
+        """Coefficients (blocks, m) in the order of `rows` -> (batch, m, width) in the order of `columns`."""
+        rows, columns, sides = self._coefficients(weight_shape, by_input)
+        return rearrange(coefficients, f"{rows} -> {columns}", **sides).contiguous()
+
+    def coefficient_rows(self, columns: Tensor, weight_shape: Sequence[int], by_input: bool = False) -> Tensor:
+        """Undo `coefficient_columns`: (batch, m, width) -> (blocks, m)."""
+        rows, of_columns, sides = self._coefficients(weight_shape, by_input)
+        return rearrange(columns, f"{of_columns} -> {rows}", **sides)
+
+    def _coefficients(self, weight_shape: Sequence[int], by_input: bool) -> tuple[str, str, dict[str, int]]:
         rows = "(o i) m" if self.whole else "(o i n) m"
         columns = self._columns(by_input).replace("(p q n)" if self.whole else "(p q)", "m")
-        count = weight_shape[0] // self.block[0], weight_shape[1] // self.block[1]
-        return rearrange(codes, f"{rows} -> {columns}", o=count[0], i=count[1]).contiguous()
+        return rows, columns, {"o": weight_shape[0] // self.block[0], "i": weight_shape[1] // self.block[1]}
 
     def _columns(self, by_input: bool) -> str:
         if not self.whole:

@@ -1,12 +1,13 @@
-"""Atoms that a weight's rows are sparse in, and their code: dictionary learning and the lasso.
+"""Atoms in which a weight's rows are sparse, and their coefficients: dictionary learning and the lasso.
 
 Chen, Miao, Qiu, "Large Convolutional Model Tuning via Filter Subspace", arXiv 2403.00269. For rows X (blocks, d),
 coefficients A (blocks, m) and atoms D (m, d), any m:
 
     min over A, D of  1/2 ||X - A @ D||^2 + sparsity * ||A||_1        rows of D of norm at most 1
 
-The code is found by FISTA (Beck & Teboulle 2009), the atoms by alternating with block-coordinate updates (Mairal, Bach,
-Ponce, Sapiro 2009). Work is done on columns, A.T (m, columns): a small matrix times long rows is what CPUs do fastest.
+The coefficients are found by FISTA (Beck & Teboulle 2009), the atoms by alternating with block-coordinate updates
+(Mairal, Bach, Ponce, Sapiro 2009). Work is done on columns, A.T (m, columns): a small matrix times long rows is what
+CPUs do fastest.
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from atomdiff.atoms.update import svd_atoms
+from atomdiff.atoms.basis import svd_atoms
 
 _CPU_CHUNK = 1 << 18  # coefficients at once: the arrays of a chunk stay in the cache (2**16 to 2**19 are equally fast)
 _GPU_CHUNK = 1 << 25
@@ -26,13 +27,13 @@ _MAX_STEPS = 200
 _CHECK_EVERY = 5
 _SAMPLE = 1 << 13  # rows; learning from all 40,000 to 74,000 of trained layers lowers the objective by another 0.2 %
 _MAX_ALTERNATIONS = 100
-_ALTERNATION_STEPS = 20  # FISTA steps an alternation; each starts from the code of the one before
+_ALTERNATION_STEPS = 20  # FISTA steps an alternation; each starts from the coefficients of the one before
 _LEAST_GAIN = 1e-4  # relative, over `_WINDOW` alternations
 _WINDOW = 10
 
 
 @dataclass(frozen=True)
-class CodeQuality:
+class SparseQuality:
     """How well coefficients A and atoms D describe rows X."""
 
     objective: float
@@ -44,16 +45,16 @@ class CodeQuality:
 
 
 def sparse_atoms(rows: Tensor, num_atoms: int, sparsity: float = 1e-3, seed: int = 0) -> Tensor:
-    """Atoms learnt from rows (blocks, d), on their device: float32 (num_atoms, d), `num_atoms` of any size.
+    """Atoms learned from rows (blocks, d), on their device: float32 (num_atoms, d), `num_atoms` of any size.
 
-    They start as the top right-singular vectors, followed by randomly chosen rows where `num_atoms` exceeds d. Codes
-    and atoms then take turns on a random sample of at most 8192 rows, with momentum, until ten turns lower the
-    objective by less than 1e-4 of its value, or 100 turns have passed. An atom that no row uses takes the direction of
-    the worst described row, unless no direction would be used at this sparsity: then it stays.
+    They start as the top right-singular vectors, followed by randomly chosen rows where `num_atoms` exceeds d.
+    Coefficients and atoms then take turns on a random sample of at most 8192 rows, with momentum, until ten turns lower
+    the objective by less than 1e-4 of its value, or 100 turns have passed. An atom that no row uses takes the direction
+    of the worst described row, unless no direction would be used at this sparsity: then it stays.
 
     The result depends on the arguments only; the global random state is neither read nor changed. Each entry has at
     most 8 significant bits and is zero or at least 2**-14 in magnitude, so float16, bfloat16 and float32 all hold it
-    exactly: a file may store the atoms in any of them, and the code comes back the same. Norms are at most 1.
+    exactly: a file may store the atoms in any of them, and the coefficients come back the same. Norms are at most 1.
 
     Raises:
         ValueError: a value in `rows` is not finite, `num_atoms` is below 1, or `sparsity` is not above 0 and finite.
@@ -72,7 +73,7 @@ def sparse_atoms(rows: Tensor, num_atoms: int, sparsity: float = 1e-3, seed: int
         return _storable(_learn(sample, atoms, sparsity)).to(rows.device)
 
 
-def sparse_codes(rows: Tensor, atoms: Tensor, sparsity: float = 1e-3) -> Tensor:
+def sparse_coefficients(rows: Tensor, atoms: Tensor, sparsity: float = 1e-3) -> Tensor:
     """Coefficients A (blocks, m) that minimise 1/2 ||X - A @ D||^2 + sparsity * ||A||_1 for rows X (blocks, d).
 
     FISTA from zero, in chunks of rows. A chunk is done when no coefficient changes in a step by more than 1e-5 of the
@@ -93,32 +94,32 @@ def sparse_codes(rows: Tensor, atoms: Tensor, sparsity: float = 1e-3) -> Tensor:
     """
     _check_sparsity(sparsity)
     wide = _wide(rows)
-    codes = torch.empty(len(rows), len(atoms), dtype=wide, device=rows.device)
+    coefficients = torch.empty(len(rows), len(atoms), dtype=wide, device=rows.device)
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         known = atoms.to(rows.device, wide, copy=True)  # copies are aligned, and BLAS rounds the same only if they are
         products = _gram(known)
         for span in _chunks(rows, len(atoms)):
             projections = known @ rows[span].to(wide, copy=True).T  # (m, columns)
             if not torch.isfinite(projections).all():
-                raise ValueError("the rows or the atoms hold values that are not finite: there is no code for them")
-            codes[span] = _lasso(projections, products, sparsity, torch.zeros_like(projections), _MAX_STEPS).T
-    return codes
+                raise ValueError("the rows or the atoms hold values that are not finite: they have no coefficients")
+            coefficients[span] = _lasso(projections, products, sparsity, torch.zeros_like(projections), _MAX_STEPS).T
+    return coefficients
 
 
-def code_quality(rows: Tensor, atoms: Tensor, codes: Tensor, sparsity: float) -> CodeQuality:
+def sparse_quality(rows: Tensor, atoms: Tensor, coefficients: Tensor, sparsity: float) -> SparseQuality:
     """Measure coefficients (blocks, m) of rows (blocks, d) in atoms (m, d); sums over rows in float64."""
     error = norm = magnitude = zeros = 0.0
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         for span in _chunks(rows, len(atoms)):
-            part, code = rows[span].to(_wide(rows)), codes[span]
-            error += float((part - code @ atoms.to(part)).square().sum())
+            part, found = rows[span].to(_wide(rows)), coefficients[span]
+            error += float((part - found @ atoms.to(part)).square().sum())
             norm += float(part.square().sum())
-            magnitude += float(code.abs().sum())
-            zeros += float((code == 0).sum())
-    return CodeQuality(
+            magnitude += float(found.abs().sum())
+            zeros += float((found == 0).sum())
+    return SparseQuality(
         objective=(error / 2 + sparsity * magnitude) / max(len(rows), 1),
         relative_error=math.sqrt(error / norm) if norm else 0.0,
-        zero_fraction=zeros / max(codes.numel(), 1),
+        zero_fraction=zeros / max(coefficients.numel(), 1),
     )
 
 
@@ -136,7 +137,7 @@ def _lasso(projections: Tensor, products: Tensor, sparsity: float, start: Tensor
     most_momentum, threshold = (1 - root) / (1 + root), sparsity / largest
     step = (torch.eye(len(products), dtype=products.dtype, device=products.device) - products / largest).to(projections)
     shift = projections / largest
-    codes, point = start, start.clone()
+    coefficients, point = start, start.clone()
     moved, fresh = torch.empty_like(start), torch.empty_like(start)
     pace = 1.0
     for count in range(1, max_steps + 1):
@@ -144,31 +145,31 @@ def _lasso(projections: Tensor, products: Tensor, sparsity: float, start: Tensor
         torch.clamp(moved, -threshold, threshold, out=fresh)
         torch.sub(moved, fresh, out=fresh)  # exactly zero within the threshold
         if count % _CHECK_EVERY == 0:
-            change = torch.sub(fresh, codes, out=moved).abs_().max()
+            change = torch.sub(fresh, coefficients, out=moved).abs_().max()
             if change <= _TOLERANCE * fresh.abs().max():
                 return fresh
         pace, last_pace = (1 + math.sqrt(1 + 4 * pace * pace)) / 2, pace
         momentum = min((last_pace - 1) / pace, most_momentum)
-        torch.lerp(codes, fresh, 1 + momentum, out=point)
-        codes, fresh = fresh, codes
-    return codes
+        torch.lerp(coefficients, fresh, 1 + momentum, out=point)
+        coefficients, fresh = fresh, coefficients
+    return coefficients
 
 
 def _learn(sample: Tensor, atoms: Tensor, sparsity: float) -> Tensor:
-    """Alternate between codes and atoms on a sample (rows, d); the best atoms met, float64 on the CPU (m, d).
+    """Alternate between coefficients and atoms on a sample (rows, d); the best atoms met, float64 on the CPU (m, d).
 
     At low sparsity the coefficients follow the atoms, and plain alternation creeps. So the atoms move on with
     Nesterov's momentum, which starts again whenever the objective rises (O'Donoghue & Candes 2015).
     """
     columns = sample.T.contiguous()  # (d, rows)
-    codes = torch.zeros(len(atoms), len(sample), dtype=sample.dtype, device=sample.device)
+    coefficients = torch.zeros(len(atoms), len(sample), dtype=sample.dtype, device=sample.device)
     atoms = best = updated = atoms.to("cpu", torch.float64)
     pace, objectives, lowest = 1.0, [], []
     for _ in range(_MAX_ALTERNATIONS):
         known = atoms.to(sample)
-        codes = _lasso(known @ columns, _gram(known), sparsity, codes, _ALTERNATION_STEPS)
-        residual = torch.addmm(columns, known.T, codes, alpha=-1)  # (d, rows)
-        objectives.append(float(residual.square().sum()) / 2 + sparsity * float(codes.abs().sum()))
+        coefficients = _lasso(known @ columns, _gram(known), sparsity, coefficients, _ALTERNATION_STEPS)
+        residual = torch.addmm(columns, known.T, coefficients, alpha=-1)  # (d, rows)
+        objectives.append(float(residual.square().sum()) / 2 + sparsity * float(coefficients.abs().sum()))
         if objectives[-1] == min(objectives):
             best = atoms
         lowest.append(min(objectives))
@@ -176,9 +177,9 @@ def _learn(sample: Tensor, atoms: Tensor, sparsity: float) -> Tensor:
             break
         if objectives[-1] > objectives[-2:][0]:
             pace = 1.0
-        updated, last = _update_atoms(atoms, codes, residual), updated
+        updated, last = _update_atoms(atoms, coefficients, residual), updated
         change = updated - last
-        unused = (codes == 0).all(dim=1).cpu()
+        unused = (coefficients == 0).all(dim=1).cpu()
         if unused.any():
             updated[unused] = _worst_described(updated[unused], residual, sparsity)
             change[unused] = 0
@@ -187,16 +188,16 @@ def _learn(sample: Tensor, atoms: Tensor, sparsity: float) -> Tensor:
     return best
 
 
-def _update_atoms(atoms: Tensor, codes: Tensor, residual: Tensor) -> Tensor:
+def _update_atoms(atoms: Tensor, coefficients: Tensor, residual: Tensor) -> Tensor:
     """One round of block-coordinate descent (Mairal et al. 2009, algorithm 2): each atom in turn takes its best value.
 
     Args:
         atoms: D (m, d), float64 on the CPU.
-        codes: A.T (m, rows).
+        coefficients: A.T (m, rows).
         residual: (X - A @ D).T (d, rows).
     """
-    usage = (codes @ codes.T).to("cpu", torch.float64)  # (m, m)
-    gradient = (codes @ residual.T).to("cpu", torch.float64)  # (m, d)
+    usage = (coefficients @ coefficients.T).to("cpu", torch.float64)  # (m, m)
+    gradient = (coefficients @ residual.T).to("cpu", torch.float64)  # (m, d)
     updated = atoms.clone()
     for index in usage.diagonal().nonzero().flatten().tolist():
         descent = gradient[index] - usage[index] @ (updated - atoms)  # (d,)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from atomdiff.atoms.sparse import code_quality, sparse_codes
+from atomdiff.atoms.sparse import sparse_coefficients, sparse_quality
 from atomdiff.concepts.compatibility import compare_base, weights_below
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
 from atomdiff.concepts.lora_file import has_lora_keys
@@ -110,6 +110,6 @@ def _code(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:
         weight = weights[module].detach()
         for factor in factors_of(delta.config, module.partition(".")[2], weight.shape):
             rows, atoms = factor.view.rows(weight), tensors[f"{factor.kind}_basis"]
-            found.append(code_quality(rows, atoms, sparse_codes(rows, atoms, sparsity), sparsity))
+            found.append(sparse_quality(rows, atoms, sparse_coefficients(rows, atoms, sparsity), sparsity))
     error, zeros = (mean(values) for values in zip(*((q.relative_error, q.zero_fraction) for q in found), strict=True))
     return f"relative reconstruction error {error:.3g}, {100 * zeros:.3g} % zeros (means over layers)"

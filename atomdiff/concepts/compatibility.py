@@ -11,7 +11,7 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
-from atomdiff.atoms.update import singular_values
+from atomdiff.atoms.basis import singular_values
 from atomdiff.concepts.concept_file import DeltaFile
 from atomdiff.tuner.adapter_state import base_weights, check_readable
 from atomdiff.tuner.config import AtomConfig

@@ -25,7 +25,7 @@ _RANK_TOLERANCE = 1e-12  # of squared singular values: what is below comes from 
 _MAX_SWEEPS = 50
 _SETTLED = 1e-5  # a sweep that lessens the residual by a smaller part is the last
 _ROUNDING = 1e-6  # a residual this small, of the difference, is due to rounding in float32
-_NUMBERS_AT_ONCE = 1 << 22  # so that a large weight is never there in float64 as a whole
+_CPU_PART = 1 << 22  # so that a large weight is never there in float64 as a whole
 
 
 @torch.no_grad()
@@ -66,10 +66,10 @@ def _best_delta(layer: AtomLayer, factor: Factor, target: Tensor) -> Tensor:
     """
     start = layer.adapted_weight([_NAME])
     missing = factor.view.columns(as_kernels(target - start))  # (batch, d, width)
-    codes = layer.codes(_NAME, factor)
-    source = factor.view.columns(as_kernels(start)) if codes is None else codes  # (batch, d or m, width)
+    coefficients = layer.coefficients(_NAME, factor)
+    source = factor.view.columns(as_kernels(start)) if coefficients is None else coefficients  # (batch, d or m, width)
     squares, mixed = _products(source, source), _products(source, missing)
-    if codes is None:
+    if coefficients is None:
         atoms = layer.tensors(f"{factor.kind}_basis")[_NAME].to(torch.float64)
         squares, mixed = atoms @ squares @ atoms.T, atoms @ mixed
     return torch.linalg.pinv(squares, rtol=_RANK_TOLERANCE, hermitian=True) @ mixed
@@ -78,7 +78,7 @@ def _best_delta(layer: AtomLayer, factor: Factor, target: Tensor) -> Tensor:
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """Sum over the batch of left @ right.T: (batch, m, width), (batch, d, width) -> (m, d) in float64."""
     total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
-    at_once = max(1, _NUMBERS_AT_ONCE // max(1, left[0].numel()))
+    at_once = max(1, _CPU_PART // max(1, left[0].numel()))
     for one, two in zip(left.split(at_once), right.split(at_once), strict=True):
         total += (one.to(torch.float64) @ two.to(torch.float64).mT).sum(dim=0)
     return total

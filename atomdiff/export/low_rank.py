@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from atomdiff.atoms.update import gram
+from atomdiff.atoms.basis import gram
 
 
 def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:

@@ -129,10 +129,10 @@ def unwrapped_key(key: str) -> str:
 
 
 def compute_coefficients(model: nn.Module, name: str) -> None:
-    """Work out the sparse codes of an adapter now, which takes a while, and not in its first forward pass."""
+    """Work out the sparse coefficients of an adapter now, which takes a while, and not in its first forward pass."""
     for layer in adapter_layers(model, name):
         for factor in layer.factors[name] if isinstance(layer, AtomLayer) else ():
-            layer.codes(name, factor)
+            layer.coefficients(name, factor)
 
 
 def activate(model: nn.Module, names: list[str]) -> None:

@@ -97,11 +97,11 @@ def attach_peft(
         ValueError: the tensors are not those of this method on this model.
     """
     atoms = is_atoms(config)
-    changes: dict[str, Any] = {"filled_by_loader": True} if atoms else {}
+    updates: dict[str, Any] = {"filled_by_loader": True} if atoms else {}
     found = {unwrapped_key(key): tensor for key, tensor in tensors.items()}
     if atoms:  # as they were named at first
         found = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): found[key] for key in found}
-    expected = _expected_tensors(model, _copy_config(config, **changes), name)
+    expected = _expected_tensors(model, _copy_config(config, **updates), name)
     wrong = _differing(found, expected)
     left_out = sorted({_module_of(key, config) for key in wrong})
     rest = {_module_of(key, config) for key in found} - set(left_out)
@@ -109,8 +109,8 @@ def attach_peft(
         found = {key: tensor for key, tensor in found.items() if _module_of(key, config) in rest}
         there = {_module_of(key, config) for key in expected}
         if unfit := sorted(there.intersection(left_out)):
-            changes |= _excluding(config, unfit, sorted(there.difference(left_out)))
-        expected = _expected_tensors(model, _copy_config(config, **changes), name)
+            updates |= _excluding(config, unfit, sorted(there.difference(left_out)))
+        expected = _expected_tensors(model, _copy_config(config, **updates), name)
         wrong = _differing(found, expected)
     if wrong:
         of_file = tuple(found[wrong[0]].shape) if wrong[0] in found else "none"
@@ -120,7 +120,7 @@ def attach_peft(
             f"its tensors do not fit this model: {wrong[0]!r:.200}: found {of_file}, by its settings expected "
             f"{of_model} ({len(wrong)} in all); load it into the base that it was made for, download it again{way_out}"
         )
-    inject(model, _copy_config(config, **changes), name)
+    inject(model, _copy_config(config, **updates), name)
     set_peft_model_state_dict(model, {expected[key][0]: found[key] for key in found}, adapter_name=name)
     model.peft_config[name] = _copy_config(config)
     return left_out
@@ -240,8 +240,8 @@ def _quiet_tuner(config: Any) -> Any:
     return Quiet
 
 
-def _copy_config(config: Any, **changes: Any) -> Any:
+def _copy_config(config: Any, **updates: Any) -> Any:
     changed = copy.deepcopy(config)
-    for key, value in {"inference_mode": True, **changes}.items():
+    for key, value in {"inference_mode": True, **updates}.items():
         setattr(changed, key, value)
     return changed

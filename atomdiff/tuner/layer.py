@@ -17,23 +17,17 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from atomdiff.atoms import autograd, im2col
-from atomdiff.atoms.sparse import sparse_atoms, sparse_codes
-from atomdiff.atoms.update import (
-    Change,
-    adapt_weight,
-    adapt_weight_by_row,
-    dct_atoms,
-    recursive_delta,
-    svd_atoms,
-    update_matrix,
-    without_autocast,
-    write_adapted,
-)
+from atomdiff.atoms.basis import dct_atoms, svd_atoms
+from atomdiff.atoms.batched import adapt_weight_per_sample
+from atomdiff.atoms.merge import adapt_weight, write_adapted
+from atomdiff.atoms.sparse import sparse_atoms, sparse_coefficients
+from atomdiff.atoms.update import WeightUpdate, recursive_delta, update_matrix
 from atomdiff.tuner import base_weight, weight_access
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.peft_type import PREFIX
 from atomdiff.utils import functional_call
+from atomdiff.utils.functional_call import without_autocast
 from atomdiff.utils.thread_local import ThreadLocal
 
 TRAINED_KINDS = ("atom_delta", "channel_delta", "recursion_delta", "recursion_mix")
@@ -109,7 +103,9 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # diffusers switches it where layers are cast for storage
-        self._codes: dict[tuple[str, str], tuple[Any, Tensor]] = {}  # (adapter, kind of factor) -> (made from, codes)
+        self._coefficients: dict[
+            tuple[str, str], tuple[Any, Tensor]
+        ] = {}  # (adapter, kind of factor) -> (made from, coefficients)
 
     def __getattr__(self, name: str) -> Any:
         """Give what the layer itself lacks from the base module: other layers and models ask for `groups`, `stride`."""
@@ -121,13 +117,13 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             return getattr(self.base_layer, name)
 
     @property
-    def mixed_batch(self) -> tuple[BatchLayout, list[Change]] | None:
+    def mixed_batch(self) -> tuple[BatchLayout, list[WeightUpdate]] | None:
         """The batch that this thread mixes, with the weight updates of each sample; None: it mixes none."""
-        mixed: tuple[BatchLayout, list[Change]] | None = self._mixed.value
+        mixed: tuple[BatchLayout, list[WeightUpdate]] | None = self._mixed.value
         return mixed
 
     @mixed_batch.setter
-    def mixed_batch(self, mixed: tuple[BatchLayout, list[Change]] | None) -> None:
+    def mixed_batch(self, mixed: tuple[BatchLayout, list[WeightUpdate]] | None) -> None:
         self._mixed.value = mixed
 
     @property
@@ -199,14 +195,14 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     def _adapt(self, weight: Tensor, weights: Mapping[str, float]) -> Tensor:
         """A weight changed by adapters, each times its weight."""
         with without_autocast(weight):  # bfloat16 would blur the small matrices
-            return adapt_weight(weight, _on(weight.device, self._changes(weights)))
+            return adapt_weight(weight, _on(weight.device, self.weight_updates(weights)))
 
     def tensors(self, kind: str) -> Any:
         """The tensors of a kind, by adapter."""
         return getattr(self, attribute(kind))
 
-    def codes(self, adapter_name: str, factor: Factor) -> Tensor | None:
-        """The sparse code of the base weight in an adapter's atoms, as `Change` takes it; None for other bases.
+    def coefficients(self, adapter_name: str, factor: Factor) -> Tensor | None:
+        """The sparse code of the base weight in an adapter's atoms, as `WeightUpdate` takes it; None for other bases.
 
         It is worked out when it is first needed, and again when atoms or base weights are loaded.
         """
@@ -215,14 +211,18 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             return None
         key, basis = (adapter_name, factor.kind), self._tensor(f"{factor.kind}_basis", adapter_name)
         stays = torch.compiler.is_compiling() or weight_access.comes_per_call(self.get_base_layer())
-        if key in self._codes and (stays or self._codes[key][0] == self._source(*key)):
-            return self._codes[key][1]
+        if key in self._coefficients and (stays or self._coefficients[key][0] == self._source(*key)):
+            return self._coefficients[key][1]
         weight = self.unmerged_weight().detach()
         with torch.inference_mode(False), torch.no_grad():
-            codes = sparse_codes(factor.view.rows(weight), basis.to(weight.device), config.sparsity).to(weight.dtype)
-            codes = factor.view.code_columns(codes, weight.shape, by_input=factor.recursion is not None)
-        self._codes[key] = self._source(*key), codes
-        return codes
+            coefficients = sparse_coefficients(factor.view.rows(weight), basis.to(weight.device), config.sparsity).to(
+                weight.dtype
+            )
+            coefficients = factor.view.coefficient_columns(
+                coefficients, weight.shape, by_input=factor.recursion is not None
+            )
+        self._coefficients[key] = self._source(*key), coefficients
+        return coefficients
 
     def _source(self, adapter_name: str, kind: str) -> Any:
         """What tells the atoms and the base weight that a code was made from, from others."""
@@ -230,36 +230,40 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         versions = [None if tensor.is_inference() else tensor._version for tensor in made_from]
         return made_from[0].data_ptr(), made_from[1].data_ptr(), versions
 
-    def _valid_codes(self) -> dict[tuple[str, str], Tensor]:
-        return {key: codes for key, (source, codes) in self._codes.items() if source == self._source(*key)}
+    def _valid_coefficients(self) -> dict[tuple[str, str], Tensor]:
+        return {
+            key: coefficients
+            for key, (source, coefficients) in self._coefficients.items()
+            if source == self._source(*key)
+        }
 
     def _overwrite(self, weight: Tensor, fill: Callable[[Tensor], object]) -> None:
-        """Let something write into the weight: autograd takes note, and codes, which are of the unmerged one, stay."""
-        valid = self._valid_codes()
+        """Let something write into the weight: autograd takes note, and coefficients, of the unmerged one, stay."""
+        valid = self._valid_coefficients()
         fill(weight.detach())
-        self._codes = {key: (self._source(*key), codes) for key, codes in valid.items()}
+        self._coefficients = {key: (self._source(*key), coefficients) for key, coefficients in valid.items()}
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """Move codes along to another device or dtype, unless something newer has been loaded.
+        """Move coefficients along to another device or dtype, unless something newer has been loaded.
 
         Deltas and atoms move, but are never rounded: they stay in float32 in a model of half precision.
         """
-        valid = self._valid_codes()
+        valid = self._valid_coefficients()
         held = [self.tensors(kind) for kind in TENSOR_KINDS]
         for child in self.children() if recurse else ():
             child._apply(partial(_apply_unrounded, fn) if child in held else fn)
         moved = super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
-        self._codes = {key: (self._source(*key), fn(codes)) for key, codes in valid.items()}
+        self._coefficients = {key: (self._source(*key), fn(coefficients)) for key, coefficients in valid.items()}
         return moved
 
     def __getstate__(self) -> dict[str, Any]:
-        """Leave codes, as large as the weights, out of copies and pickles."""
-        return self.__dict__ | {"_codes": {}}
+        """Leave coefficients, as large as the weights, out of copies and pickles."""
+        return self.__dict__ | {"_coefficients": {}}
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the adapted weight where adapters are active."""
         if (mixed := self.mixed_batch) is not None:
-            return self._forward_rows(*mixed, x, *args, **kwargs)
+            return self._forward_mixed(*mixed, x, *args, **kwargs)
         if self.holds_merged and not self.disable_adapters:  # no look at names: compiled code outlives a switch
             return self.base_layer(x, *args, **kwargs)
         if self.disable_adapters:
@@ -271,31 +275,33 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         if not functional_call.is_plain(base):
             weights = {name: self.scaling[name] for name in names}
             return self._call_with(lambda weight: self._adapt(weight, weights), None, x, *args, **kwargs)
-        if autograd.fits(base, x, *args, *kwargs):
-            changes = self._changes({name: self.scaling[name] for name in names})
-            return autograd.call(base, self.unmerged_weight(), changes, x)
+        if autograd.can_recompute(base, x, *args, *kwargs):
+            updates = self.weight_updates({name: self.scaling[name] for name in names})
+            return autograd.call(base, self.unmerged_weight(), updates, x)
         return functional_call.call(base, self.adapted_weight(names), base.bias, x, *args, **kwargs)
 
-    def _forward_rows(self, batch: BatchLayout, changes: list[Change], x: Tensor, *args: Any, **kwargs: Any) -> Any:
-        """The base module's forward with a weight for each row; all rows share one product."""
+    def _forward_mixed(
+        self, batch: BatchLayout, updates: list[WeightUpdate], x: Tensor, *args: Any, **kwargs: Any
+    ) -> Any:
+        """The base module's forward with a weight for each sample; all samples share one product."""
         base = cast(Any, self.base_layer)
 
         def adapt(weight: Tensor) -> Tensor:
             with without_autocast(weight):
-                return adapt_weight_by_row(weight, _on(weight.device, changes))
+                return adapt_weight_per_sample(weight, _on(weight.device, updates))
 
         def by_row(call: Callable[[Tensor, Tensor], Tensor], x: Tensor, adapted: Tensor) -> Tensor:
             return batch.join(vmap(call)(batch.split(x), adapted))
 
         if not functional_call.is_plain(base):
-            if not changes:
+            if not updates:
                 return self._call_with(lambda weight: weight, None, x, *args, **kwargs)
             return self._call_with(adapt, by_row, x, *args, **kwargs)
         weight = self.unmerged_weight()
-        if not changes:
+        if not updates:
             return functional_call.call(base, weight, base.bias, x, *args, **kwargs)
-        if not (args or kwargs) and im2col.pays(base, changes, x.numel() // (x.shape[1] * batch.samples)):
-            return batch.join(im2col.convolve(base, weight, changes, batch.split(x)))
+        if not (args or kwargs) and im2col.im2col_is_cheaper(base, updates, x.numel() // (x.shape[1] * batch.samples)):
+            return batch.join(im2col.convolve(base, weight, updates, batch.split(x)))
         return by_row(lambda x, row: functional_call.call(base, row, base.bias, x, *args, **kwargs), x, adapt(weight))
 
     def _call_with(self, adapt: Callable[[Tensor], Tensor], by_row: Any, x: Tensor, *args: Any, **kwargs: Any) -> Any:
@@ -319,11 +325,11 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in self.scaling if any(sample.get(name) for sample in samples)]
         weights = torch.tensor([[sample.get(name, 0.0) for name in names] for sample in samples])  # (samples, names)
-        changes = [self._change(name, factor) for name in names for factor in self.factors[name]]
+        updates = [self._weight_update(name, factor) for name in names for factor in self.factors[name]]
         of_name = [place for place, name in enumerate(names) for _ in self.factors[name]]
         self.mixed_batch = (
             layout,
-            [_by_row(c, weights[:, place].to(c.matrix)) for c, place in zip(changes, of_name, strict=True)],
+            [_per_sample(c, weights[:, place].to(c.matrix)) for c, place in zip(updates, of_name, strict=True)],
         )
 
     @torch.no_grad()
@@ -362,8 +368,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 base_weight.put(module, base_weight.unmerged(module).detach().clone())
             base_weight.put_stored(module, stored)
             self.written = {name: self.scaling[name] for name in adapter_names}
-            base, changes = base_weight.unmerged(module).detach(), _on(weight.device, self._changes(self.written))
-            self._overwrite(weight, lambda goal: write_adapted(goal, base, changes))
+            base, updates = base_weight.unmerged(module).detach(), _on(weight.device, self.weight_updates(self.written))
+            self._overwrite(weight, lambda goal: write_adapted(goal, base, updates))
         self.merged_adapters = list(adapter_names)
         self.holds_merged = True
 
@@ -400,7 +406,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 self.write(others, self.stored_base_weight)
             else:
                 self.unmerge()
-        self._codes = {key: value for key, value in self._codes.items() if key[0] != adapter_name}
+        self._coefficients = {key: value for key, value in self._coefficients.items() if key[0] != adapter_name}
         super().delete_adapter(adapter_name)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -420,25 +426,25 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             if name in self.scaling:
                 self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
 
-    def _changes(self, weights: Mapping[str, float]) -> list[Change]:
-        """The changes of adapters, each times its weight."""
+    def weight_updates(self, weights: Mapping[str, float]) -> list[WeightUpdate]:
+        """The updates of adapters, each times its weight."""
         found = [
-            (self._change(name, factor), weight)
+            (self._weight_update(name, factor), weight)
             for name, weight in weights.items()
             if weight
             for factor in self.factors[name]
         ]
-        return [replace(change, matrix=weight * change.matrix) for change, weight in found]
+        return [replace(update, matrix=weight * update.matrix) for update, weight in found]
 
-    def _change(self, name: str, factor: Factor) -> Change:
-        """The change that one factor of an adapter makes at weight 1."""
+    def _weight_update(self, name: str, factor: Factor) -> WeightUpdate:
+        """The update by one set of atoms of an adapter at weight 1."""
         if factor.recursion is None:
             delta = self._tensor(f"{factor.kind}_delta", name)
         else:
             delta = recursive_delta(self._tensor("recursion_mix", name), self._tensor("recursion_delta", name))
-        codes = self.codes(name, factor)
-        matrix = update_matrix(self._tensor(f"{factor.kind}_basis", name), delta) if codes is None else delta
-        return Change(factor.view, matrix, codes)
+        coefficients = self.coefficients(name, factor)
+        matrix = update_matrix(self._tensor(f"{factor.kind}_basis", name), delta) if coefficients is None else delta
+        return WeightUpdate(factor.view, matrix, coefficients)
 
     def _tensor(self, kind: str, name: str) -> Tensor:
         """A tensor of an adapter, wherever it is kept."""
@@ -472,17 +478,19 @@ def _apply_unrounded(fn: Callable[[Tensor], Tensor], tensor: Tensor) -> Tensor:
     return moved if moved.itemsize >= tensor.itemsize else tensor.to(moved.device)
 
 
-def _on(device: torch.device, changes: list[Change]) -> list[Change]:
+def _on(device: torch.device, updates: list[WeightUpdate]) -> list[WeightUpdate]:
     """Changes on a device: offloaded ones are elsewhere."""
-    if all(change.matrix.device == device for change in changes):
-        return changes
-    codes = [None if change.codes is None else change.codes.to(device) for change in changes]
-    return [replace(c, matrix=c.matrix.to(device), codes=code) for c, code in zip(changes, codes, strict=True)]
+    if all(update.matrix.device == device for update in updates):
+        return updates
+    coefficients = [None if update.coefficients is None else update.coefficients.to(device) for update in updates]
+    return [
+        replace(c, matrix=c.matrix.to(device), coefficients=code) for c, code in zip(updates, coefficients, strict=True)
+    ]
 
 
-def _by_row(change: Change, weights: Tensor) -> Change:
-    """A change times a weight for each row: matrix (...) -> (rows, ...)."""
-    return replace(change, matrix=weights.reshape(-1, *[1] * change.matrix.ndim) * change.matrix)
+def _per_sample(update: WeightUpdate, weights: Tensor) -> WeightUpdate:
+    """An update times a weight for each sample: matrix (...) -> (samples, ...)."""
+    return replace(update, matrix=weights.reshape(-1, *[1] * update.matrix.ndim) * update.matrix)
 
 
 def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int, module_name: str) -> Tensor:

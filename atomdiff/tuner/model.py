@@ -46,7 +46,7 @@ class AtomModel(BaseTuner):
     target_module_mapping: dict[str, list[str]] = {}
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
-        """Refuse what cannot work before a layer changes, and leave no name of it behind."""
+        """Refuse what cannot work before a layer updates, and leave no name of it behind."""
         try:
             self._targets = set(find_targets(model, peft_config))
         except (ValueError, TypeError):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from typing import Any, cast
 
 import torch
@@ -147,3 +148,8 @@ def _replaced(value: Any, weight: Any, other: Tensor) -> Any:
     if isinstance(value, (list, tuple)):
         return type(value)(_replaced(each, weight, other) for each in value)
     return value
+
+
+def without_autocast(tensor: Tensor) -> Any:
+    """Within, no autocast on a tensor's device; the meta device knows none."""
+    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)

@@ -6,9 +6,11 @@ from peft import get_peft_model
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
-from atomdiff.atoms import autograd
+from atomdiff.atoms import autograd, im2col_autograd
+from atomdiff.atoms.autograd import MatrixGradients
 from atomdiff.atoms.layout import View
-from atomdiff.atoms.update import Change, MatrixGradients, adapt_weight, parts_of
+from atomdiff.atoms.merge import parts_of
+from atomdiff.atoms.update import WeightUpdate, updated_weight
 from atomdiff.tuner import AtomConfig
 
 VARIANTS = {
@@ -71,10 +73,11 @@ def possible(layers, variants):
 
 
 @pytest.mark.parametrize(("layer", "variant"), possible(LAYERS, VARIANTS))
-def test_gradients_are_those_of_autograd(layer, variant, monkeypatch):
+def test_gradients_are_those_of_the_equation(layer, variant, monkeypatch):
     model, x = adapted(layer, variant)
     found = gradients(model, x)
-    monkeypatch.setattr(autograd, "fits", lambda *_: False)
+    monkeypatch.setattr(autograd, "can_recompute", lambda *_: False)
+    monkeypatch.setattr("atomdiff.tuner.layer.adapt_weight", updated_weight)
     assert_close(found, gradients(model, x))
 
 
@@ -82,8 +85,8 @@ def test_gradients_are_those_of_autograd(layer, variant, monkeypatch):
 def test_any_parts_and_products_give_the_same_numbers(at_once, monkeypatch):
     model, x = adapted("few positions", "blocks" if at_once > 1 else "few atoms")
     expected = gradients(model, x)
-    monkeypatch.setattr(autograd, "_NUMBERS_AT_ONCE", at_once)
-    monkeypatch.setattr(autograd, "_FEW", 0)
+    monkeypatch.setattr(im2col_autograd, "_CPU_PART", at_once)
+    monkeypatch.setattr(im2col_autograd, "_FEW", 0)
     assert_close(gradients(model, x), expected)
 
 
@@ -138,7 +141,7 @@ def test_nothing_of_the_size_of_a_weight_is_kept(layer, variant, monkeypatch):
     x = torch.randn(1, 512) if layer == "linear" else torch.randn(1, 64, 4, 4)
     size = model.base_model.model[0].get_base_layer().weight.numel()
     assert max(kept(model, x), default=0) < size / 2
-    monkeypatch.setattr(autograd, "fits", lambda *_: False)
+    monkeypatch.setattr(autograd, "can_recompute", lambda *_: False)
     assert max(kept(model, x)) >= size
 
 
@@ -189,9 +192,9 @@ def test_a_bias_that_is_trained_too_gets_its_gradient():
     assert gradients(model, x)["base_model.model.0.base_layer.bias"].abs().max() > 0
 
 
-def matrix_gradients(weight, changes, gradient):
-    found = MatrixGradients(changes, weight[0, 0].numel())
-    for part in parts_of(weight, changes):
+def matrix_gradients(weight, updates, gradient):
+    found = MatrixGradients(updates, weight[0, 0].numel())
+    for part in parts_of(weight, updates):
         found.add(weight[part], gradient[part], part)
     return found.result()
 
@@ -199,23 +202,23 @@ def matrix_gradients(weight, changes, gradient):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
 @pytest.mark.parametrize("blocks", [((1, 1), None), (None, (4, 2)), ((1, 1), (4, 2)), ((4, 2), None), ((2, 2), (4, 2))])
 def test_matrix_gradients(dtype, blocks, monkeypatch):
-    monkeypatch.setattr("atomdiff.atoms.update._NUMBERS_AT_ONCE", 200)
+    monkeypatch.setattr("atomdiff.atoms.merge._CPU_PART", 200)
     torch.manual_seed(0)
     weight = torch.randn(16, 8, 3, 3, dtype=dtype)
     sizes = [(blocks[0], True), (blocks[1], False)]
     views = [View(block, whole) for block, whole in sizes if block]
-    changes = [Change(view, torch.randn([view.rows(weight).shape[1]] * 2, dtype=dtype) / 5) for view in views]
-    leaves = [change.matrix.requires_grad_() for change in changes]
+    updates = [WeightUpdate(view, torch.randn([view.rows(weight).shape[1]] * 2, dtype=dtype) / 5) for view in views]
+    leaves = [update.matrix.requires_grad_() for update in updates]
     gradient = torch.randn_like(weight)
-    expected = torch.autograd.grad(adapt_weight(weight, changes), leaves, gradient)
-    for found, wanted in zip(matrix_gradients(weight, changes, gradient), expected, strict=True):
+    expected = torch.autograd.grad(updated_weight(weight, updates), leaves, gradient)
+    for found, wanted in zip(matrix_gradients(weight, updates, gradient), expected, strict=True):
         torch.testing.assert_close(found, wanted, atol=1e-3 if dtype == torch.float32 else 1e-9, rtol=1e-4)
 
 
 def test_gradients_in_float16_may_be_larger_than_its_numbers():
     weight, gradient = torch.ones(64, 64, 3, 3), torch.full((64, 64, 3, 3), 100.0)
-    change = Change(View(), torch.zeros(9, 9))
-    (found,) = matrix_gradients(weight.half(), [change], gradient.half())
+    update = WeightUpdate(View(), torch.zeros(9, 9))
+    (found,) = matrix_gradients(weight.half(), [update], gradient.half())
     torch.testing.assert_close(found, torch.full((9, 9), 409600.0))
 
 
@@ -224,7 +227,7 @@ def test_inputs_without_a_batch(layer, monkeypatch):
     model, x = adapted(layer, "blocks")
     x = x[0, 0] if layer == "linear" else x[0]
     found = gradients(model, x)
-    monkeypatch.setattr(autograd, "fits", lambda *_: False)
+    monkeypatch.setattr(autograd, "can_recompute", lambda *_: False)
     assert_close(found, gradients(model, x))
 
 
@@ -233,7 +236,7 @@ def test_float64_stays_float64(variant, monkeypatch):
     model, x = adapted("few positions", variant)
     model, x = model.double(), x.double()
     found = gradients(model, x)
-    monkeypatch.setattr(autograd, "fits", lambda *_: False)
+    monkeypatch.setattr(autograd, "can_recompute", lambda *_: False)
     assert_close(found, gradients(model, x), tolerance=1e-12)
 
 

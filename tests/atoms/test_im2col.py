@@ -1,4 +1,4 @@
-"""Rows with weights of their own, by mixed taps: equal to each row's own weight, for every geometry."""
+"""Rows with weights of their own, by mixed patches: equal to each row's own weight, for every geometry."""
 
 import pytest
 import torch
@@ -27,9 +27,9 @@ BLOCKS = {"kernels": (1, 1), "channels": (4, 4), "some have channels": (1, 4), "
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @torch.no_grad()
 def test_each_row_is_as_it_would_be_alone(geometry, blocks, dtype, tolerance, monkeypatch):
-    settings, by_taps = GEOMETRIES[geometry]
-    by_taps = by_taps and blocks != "blocks of two sizes"
-    monkeypatch.setattr("atomdiff.atoms.update._BYTES_AT_ONCE", 30_000)
+    settings, by_im2col = GEOMETRIES[geometry]
+    by_im2col = by_im2col and blocks != "blocks of two sizes"
+    monkeypatch.setattr("atomdiff.atoms.batched._PART_BYTES", 30_000)
     calls = []
     convolve = im2col.convolve
     monkeypatch.setattr(im2col, "convolve", lambda *args: calls.append(args) or convolve(*args))
@@ -46,7 +46,7 @@ def test_each_row_is_as_it_would_be_alone(geometry, blocks, dtype, tolerance, mo
     layer.mix(BatchLayout(3, images=2), rows)
     together = layer(x)
     layer.mixed_batch = None
-    assert bool(calls) is by_taps
+    assert bool(calls) is by_im2col
     for place, image in enumerate(x):
         for name in ("a", "b"):
             layer.set_scale(name, rows[place // 2 % 3].get(name, 0.0))
@@ -75,8 +75,8 @@ def test_many_positions_and_few_channels_take_weights_by_row():
     layer = AtomLayer(nn.Conv2d(4, 8, 3))
     layer.update_layer("a", AtomConfig(channel_block=1), "conv")
     layer.mix(BatchLayout(2), [{"a": 1.0}, {}])
-    batch, changes = layer.mixed_batch
-    assert im2col.pays(layer.base_layer, changes, positions=7)
-    assert not im2col.pays(layer.base_layer, changes, positions=8)
+    batch, updates = layer.mixed_batch
+    assert im2col.im2col_is_cheaper(layer.base_layer, updates, positions=7)
+    assert not im2col.im2col_is_cheaper(layer.base_layer, updates, positions=8)
     with pytest.raises(ValueError, match="a tensor of 3 in a mixed batch of 2 samples"):
         layer(torch.zeros(3, 4, 8, 8))

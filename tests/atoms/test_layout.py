@@ -41,7 +41,7 @@ def test_columns_are_the_rows_and_go_back(view, by_input):
     weight = torch.arange(4 * 6 * 5).reshape(4, 6, 5)
     columns = view.columns(weight, by_input)
     assert torch.equal(view.from_columns(columns, 5, by_input), weight)
-    assert torch.equal(view.code_columns(view.rows(weight), weight.shape, by_input), columns)
+    assert torch.equal(view.coefficient_columns(view.rows(weight), weight.shape, by_input), columns)
 
 
 @pytest.mark.parametrize(

@@ -1,12 +1,12 @@
-"""Sparse atoms and codes against scikit-learn, the lasso's optimality conditions and the promises to stored files."""
+"""Sparse atoms against scikit-learn, the lasso's optimality conditions and the promises to stored files."""
 
 import pytest
 import torch
 from sklearn.decomposition import dict_learning, sparse_encode
 
 from atomdiff.atoms import sparse
-from atomdiff.atoms.sparse import code_quality, sparse_atoms, sparse_codes
-from atomdiff.atoms.update import svd_atoms
+from atomdiff.atoms.basis import svd_atoms
+from atomdiff.atoms.sparse import sparse_atoms, sparse_coefficients, sparse_quality
 
 SIZE, SPARSITY = 9, 1e-3
 NUMBERS_OF_ATOMS = [4, SIZE, 14]
@@ -27,10 +27,10 @@ def some_atoms(num_atoms, seed=1):
     return torch.nn.functional.normalize(torch.eye(num_atoms, SIZE) + 0.3 * noise)
 
 
-def objective(rows, atoms, codes, sparsity):
+def objective(rows, atoms, coefficients, sparsity):
     """Written out once more, in float64: the mean over rows."""
-    rows, atoms, codes = rows.double(), torch.as_tensor(atoms).double(), torch.as_tensor(codes).double()
-    return float(((rows - codes @ atoms) ** 2).sum() / 2 + sparsity * codes.abs().sum()) / len(rows)
+    rows, atoms, coefficients = rows.double(), torch.as_tensor(atoms).double(), torch.as_tensor(coefficients).double()
+    return float(((rows - coefficients @ atoms) ** 2).sum() / 2 + sparsity * coefficients.abs().sum()) / len(rows)
 
 
 @pytest.mark.parametrize("num_atoms", NUMBERS_OF_ATOMS)
@@ -39,12 +39,14 @@ def test_codes_are_as_good_as_scikit_learns(num_atoms, std):
     rows, atoms = weight_rows(std=std), some_atoms(num_atoms)
     sparsity = SPARSITY if std < 1 else 0.1
     theirs = sparse_encode(rows.double().numpy(), atoms.double().numpy(), algorithm="lasso_lars", alpha=sparsity)
-    codes = sparse_codes(rows, atoms, sparsity)
+    coefficients = sparse_coefficients(rows, atoms, sparsity)
     best = objective(rows, atoms, theirs, sparsity)
-    assert codes.shape == (len(rows), num_atoms) and codes.dtype == torch.float32
-    assert objective(rows, atoms, codes, sparsity) == pytest.approx(best, rel=1e-4 if num_atoms <= SIZE else 1e-2)
+    assert coefficients.shape == (len(rows), num_atoms) and coefficients.dtype == torch.float32
+    assert objective(rows, atoms, coefficients, sparsity) == pytest.approx(
+        best, rel=1e-4 if num_atoms <= SIZE else 1e-2
+    )
     if num_atoms <= SIZE:  # one minimum only
-        torch.testing.assert_close(codes, torch.from_numpy(theirs).float(), rtol=1e-3, atol=0.02 * sparsity)
+        torch.testing.assert_close(coefficients, torch.from_numpy(theirs).float(), rtol=1e-3, atol=0.02 * sparsity)
 
 
 @pytest.mark.filterwarnings("ignore::sklearn.exceptions.ConvergenceWarning")
@@ -57,7 +59,7 @@ def test_atoms_are_as_good_as_scikit_learns(num_atoms, std):
     code, dictionary, _ = dict_learning(theirs, num_atoms, alpha=sparsity, method="cd", max_iter=20, random_state=0)
     atoms = sparse_atoms(rows, num_atoms, sparsity)
     assert atoms.shape == (num_atoms, SIZE) and atoms.dtype == torch.float32
-    ours = objective(rows, atoms, sparse_codes(rows, atoms, sparsity), sparsity)
+    ours = objective(rows, atoms, sparse_coefficients(rows, atoms, sparsity), sparsity)
     assert ours < objective(rows, dictionary, code, sparsity)  # singular vectors alone are up to 18 % above
 
 
@@ -77,22 +79,22 @@ def test_codes_meet_the_optimality_conditions(num_atoms, monkeypatch):
         monkeypatch.setattr(sparse, "_MAX_STEPS", 5000)
     rows = weight_rows()
     atoms = sparse_atoms(rows, num_atoms, SPARSITY)
-    codes = sparse_codes(rows, atoms, SPARSITY)
+    coefficients = sparse_coefficients(rows, atoms, SPARSITY)
     slope = (
-        (rows.double() - codes.double() @ atoms.double()) @ atoms.double().T
+        (rows.double() - coefficients.double() @ atoms.double()) @ atoms.double().T
     ) / SPARSITY  # sign(a), or within [-1, 1]
-    used = codes != 0
+    used = coefficients != 0
     slack = 0.005 if num_atoms <= SIZE else 0.02
     assert used.any() and not used.all()
-    assert (slope[used] - codes[used].sign()).abs().max() < slack
+    assert (slope[used] - coefficients[used].sign()).abs().max() < slack
     assert slope[~used].abs().max() < 1 + slack
 
 
 def test_float64_rows_get_float64_codes():
     rows, atoms = weight_rows(), some_atoms(SIZE)
-    exact = sparse_codes(rows.double(), atoms, SPARSITY)
+    exact = sparse_coefficients(rows.double(), atoms, SPARSITY)
     assert exact.dtype == torch.float64
-    torch.testing.assert_close(sparse_codes(rows, atoms, SPARSITY).double(), exact, rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(sparse_coefficients(rows, atoms, SPARSITY).double(), exact, rtol=1e-4, atol=1e-6)
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -100,9 +102,12 @@ def test_float64_rows_get_float64_codes():
 def test_rows_in_half_precision_have_almost_the_same_codes(dtype, num_atoms):
     rows = weight_rows()
     atoms = sparse_atoms(rows, num_atoms, SPARSITY)
-    codes, halfs = sparse_codes(rows, atoms, SPARSITY), sparse_codes(rows.to(dtype), atoms, SPARSITY)
+    coefficients, halfs = (
+        sparse_coefficients(rows, atoms, SPARSITY),
+        sparse_coefficients(rows.to(dtype), atoms, SPARSITY),
+    )
     assert halfs.dtype == torch.float32
-    assert 0 < (codes - halfs).norm() / codes.norm() < torch.finfo(dtype).eps
+    assert 0 < (coefficients - halfs).norm() / coefficients.norm() < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -111,7 +116,7 @@ def test_atoms_survive_storage_in_half_precision(dtype, num_atoms):
     rows = weight_rows()
     atoms = sparse_atoms(rows, num_atoms, SPARSITY)
     assert torch.equal(atoms.to(dtype).float(), atoms)
-    assert torch.equal(sparse_codes(rows, atoms.to(dtype), SPARSITY), sparse_codes(rows, atoms, SPARSITY))
+    assert torch.equal(sparse_coefficients(rows, atoms.to(dtype), SPARSITY), sparse_coefficients(rows, atoms, SPARSITY))
     assert 0.995 < atoms.double().norm(dim=1).min() and atoms.double().norm(dim=1).max() <= 1
 
 
@@ -128,11 +133,11 @@ def test_same_arguments_same_result_and_no_other_randomness(num_atoms, monkeypat
     torch.manual_seed(1)
     state = torch.get_rng_state()
     atoms = sparse_atoms(rows, num_atoms, SPARSITY)
-    codes = sparse_codes(rows, atoms, SPARSITY)
+    coefficients = sparse_coefficients(rows, atoms, SPARSITY)
     assert torch.equal(torch.get_rng_state(), state)
     torch.manual_seed(2)
     assert torch.equal(sparse_atoms(rows.clone(), num_atoms, SPARSITY), atoms)
-    assert torch.equal(sparse_codes(rows.clone(), atoms, SPARSITY), codes)
+    assert torch.equal(sparse_coefficients(rows.clone(), atoms, SPARSITY), coefficients)
     assert not torch.equal(sparse_atoms(rows, num_atoms, SPARSITY, seed=1), atoms)
 
 
@@ -141,25 +146,27 @@ def test_autocast_does_not_reach_the_code():
     atoms = sparse_atoms(rows, SIZE, SPARSITY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
         assert torch.equal(sparse_atoms(rows, SIZE, SPARSITY), atoms)
-        codes = sparse_codes(rows, atoms, SPARSITY)
-        quality = code_quality(rows, atoms, codes, SPARSITY)
-    assert torch.equal(codes, sparse_codes(rows, atoms, SPARSITY))
-    assert quality == code_quality(rows, atoms, codes, SPARSITY)
+        coefficients = sparse_coefficients(rows, atoms, SPARSITY)
+        quality = sparse_quality(rows, atoms, coefficients, SPARSITY)
+    assert torch.equal(coefficients, sparse_coefficients(rows, atoms, SPARSITY))
+    assert quality == sparse_quality(rows, atoms, coefficients, SPARSITY)
 
 
 def test_weights_that_are_trained_elsewhere_have_plain_atoms_and_codes():
     rows = weight_rows().requires_grad_()
     atoms = sparse_atoms(rows, SIZE, SPARSITY)
-    assert not atoms.requires_grad and not sparse_codes(rows, atoms, SPARSITY).requires_grad
+    assert not atoms.requires_grad and not sparse_coefficients(rows, atoms, SPARSITY).requires_grad
 
 
 def test_chunks_do_not_matter(monkeypatch):
     rows, atoms = weight_rows(), some_atoms(SIZE)
-    codes = sparse_codes(rows, atoms, SPARSITY)
-    quality = code_quality(rows, atoms, codes, SPARSITY)
+    coefficients = sparse_coefficients(rows, atoms, SPARSITY)
+    quality = sparse_quality(rows, atoms, coefficients, SPARSITY)
     monkeypatch.setattr(sparse, "_CPU_CHUNK", 7 * SIZE)
-    torch.testing.assert_close(sparse_codes(rows, atoms, SPARSITY), codes, rtol=1e-3, atol=0.01 * SPARSITY)
-    assert code_quality(rows, atoms, codes, SPARSITY).objective == pytest.approx(quality.objective, rel=1e-6)
+    torch.testing.assert_close(
+        sparse_coefficients(rows, atoms, SPARSITY), coefficients, rtol=1e-3, atol=0.01 * SPARSITY
+    )
+    assert sparse_quality(rows, atoms, coefficients, SPARSITY).objective == pytest.approx(quality.objective, rel=1e-6)
 
 
 def test_a_sample_of_the_rows_is_enough():
@@ -167,29 +174,31 @@ def test_a_sample_of_the_rows_is_enough():
     sampled = sparse_atoms(rows, SIZE, SPARSITY)
     some = rows[:8192]
     own = sparse_atoms(some, SIZE, SPARSITY)
-    ours, best = (objective(some, atoms, sparse_codes(some, atoms, SPARSITY), SPARSITY) for atoms in (sampled, own))
+    ours, best = (
+        objective(some, atoms, sparse_coefficients(some, atoms, SPARSITY), SPARSITY) for atoms in (sampled, own)
+    )
     assert ours < 1.01 * best
 
 
 def test_atoms_are_updated_one_after_the_other():
     rows, atoms = weight_rows().double(), some_atoms(SIZE).double()
-    codes = sparse_codes(rows, atoms, 0.02)
-    codes[:, 2] = 0  # an unused atom stays
+    coefficients = sparse_coefficients(rows, atoms, 0.02)
+    coefficients[:, 2] = 0  # an unused atom stays
     expected = atoms.clone()
     for index in range(SIZE):  # least squares for this atom, the others fixed, then into the unit ball
-        rest = rows - codes @ expected + torch.outer(codes[:, index], expected[index])
-        if codes[:, index].any():
-            best = codes[:, index] @ rest / codes[:, index].square().sum()
+        rest = rows - coefficients @ expected + torch.outer(coefficients[:, index], expected[index])
+        if coefficients[:, index].any():
+            best = coefficients[:, index] @ rest / coefficients[:, index].square().sum()
             expected[index] = best / best.norm().clamp(min=1)
-    updated = sparse._update_atoms(atoms, codes.T, (rows - codes @ atoms).T)
+    updated = sparse._update_atoms(atoms, coefficients.T, (rows - coefficients @ atoms).T)
     torch.testing.assert_close(updated, expected, rtol=1e-9, atol=1e-12)
     assert torch.equal(updated[2], atoms[2]) and not torch.equal(updated[3], atoms[3])
 
 
 def test_unused_atoms_are_put_to_use():
     rows = weight_rows(size=3) @ torch.randn(3, SIZE, generator=torch.Generator().manual_seed(0))  # of rank 3
-    codes = sparse_codes(rows, sparse_atoms(rows, SIZE, SPARSITY), SPARSITY)
-    assert (codes != 0).any(dim=0).all()
+    coefficients = sparse_coefficients(rows, sparse_atoms(rows, SIZE, SPARSITY), SPARSITY)
+    assert (coefficients != 0).any(dim=0).all()
 
 
 @pytest.mark.parametrize("num_atoms", NUMBERS_OF_ATOMS)
@@ -197,25 +206,25 @@ def test_zero_rows_have_atoms_and_zero_codes(num_atoms):
     rows = torch.zeros(20, SIZE)
     atoms = sparse_atoms(rows, num_atoms)
     assert atoms.isfinite().all() and atoms.norm(dim=1).min() > 0.99
-    codes = sparse_codes(rows, atoms)
-    assert torch.equal(codes, torch.zeros(20, num_atoms))
-    quality = code_quality(rows, atoms, codes, SPARSITY)
+    coefficients = sparse_coefficients(rows, atoms)
+    assert torch.equal(coefficients, torch.zeros(20, num_atoms))
+    quality = sparse_quality(rows, atoms, coefficients, SPARSITY)
     assert (quality.objective, quality.relative_error, quality.zero_fraction) == (0, 0, 1)
-    assert torch.equal(sparse_codes(weight_rows(), torch.zeros(2, SIZE)), torch.zeros(300, 2))
+    assert torch.equal(sparse_coefficients(weight_rows(), torch.zeros(2, SIZE)), torch.zeros(300, 2))
 
 
 def test_rows_far_below_the_sparsity_have_zero_codes():
     rows = weight_rows(std=1e-6)
-    assert not sparse_codes(rows, sparse_atoms(rows, 14)).any()
+    assert not sparse_coefficients(rows, sparse_atoms(rows, 14)).any()
 
 
 def test_quality_is_the_formula():
     rows, atoms = weight_rows(), some_atoms(5)
-    codes = sparse_codes(rows, atoms, 0.01)
-    quality = code_quality(rows, atoms, codes, 0.01)
-    assert quality.objective == pytest.approx(objective(rows, atoms, codes, 0.01), rel=1e-5)
-    assert quality.relative_error == pytest.approx(float((rows - codes @ atoms).norm() / rows.norm()), rel=1e-5)
-    assert quality.zero_fraction == pytest.approx(float((codes == 0).float().mean()))
+    coefficients = sparse_coefficients(rows, atoms, 0.01)
+    quality = sparse_quality(rows, atoms, coefficients, 0.01)
+    assert quality.objective == pytest.approx(objective(rows, atoms, coefficients, 0.01), rel=1e-5)
+    assert quality.relative_error == pytest.approx(float((rows - coefficients @ atoms).norm() / rows.norm()), rel=1e-5)
+    assert quality.zero_fraction == pytest.approx(float((coefficients == 0).float().mean()))
 
 
 @pytest.mark.parametrize("sparsity", [0.0, -1.0, float("nan"), float("inf")])
@@ -223,7 +232,7 @@ def test_impossible_sparsities_are_refused(sparsity):
     with pytest.raises(ValueError, match=f"sparsity={sparsity}.*finite number above 0"):
         sparse_atoms(weight_rows(), 3, sparsity)
     with pytest.raises(ValueError, match=f"sparsity={sparsity}.*finite number above 0"):
-        sparse_codes(weight_rows(), some_atoms(3), sparsity)
+        sparse_coefficients(weight_rows(), some_atoms(3), sparsity)
 
 
 def test_no_atoms_are_refused():
@@ -238,4 +247,4 @@ def test_broken_weights_are_refused(value):
     with pytest.raises(ValueError, match="not finite"):
         sparse_atoms(rows, 3)
     with pytest.raises(ValueError, match="not finite"):
-        sparse_codes(rows, some_atoms(3))
+        sparse_coefficients(rows, some_atoms(3))

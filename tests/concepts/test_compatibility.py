@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from atomdiff.atoms.update import dct_atoms
+from atomdiff.atoms.basis import dct_atoms
 from atomdiff.concepts.compatibility import DERIVED_BASE, SAME_BASE, base_distance, check_layers, fingerprint
 from atomdiff.concepts.concept_file import DeltaFile
 from atomdiff.tuner import AtomConfig

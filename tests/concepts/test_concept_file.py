@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from safetensors import safe_open
 from safetensors.torch import save_file
 
-from atomdiff.atoms.update import dct_atoms
+from atomdiff.atoms.basis import dct_atoms
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file, read_header, write_delta_file
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError

@@ -11,9 +11,9 @@ from safetensors import safe_open
 from torch import nn
 
 import atomdiff
+from atomdiff.atoms.basis import dct_atoms, svd_atoms
 from atomdiff.atoms.layout import View
-from atomdiff.atoms.sparse import sparse_codes
-from atomdiff.atoms.update import dct_atoms, svd_atoms
+from atomdiff.atoms.sparse import sparse_coefficients
 from atomdiff.concepts.concept_file import write_delta_file
 from atomdiff.export import extract as extract_module
 from atomdiff.export.extract import ExtractConfig, describe_extraction, extract, extract_concept
@@ -129,8 +129,8 @@ def test_a_sparse_code_explains_as_far_as_least_squares_can():
     config = AtomConfig(channel_block=1, basis="sparse", num_atoms=12)
     tensors, residual = fit_layer(layer, tuned, config, "layer")
     rows = View().rows(base)
-    codes = sparse_codes(rows, tensors["atom_basis"], config.sparsity)
-    expected = explained_by_lstsq(rows, View().rows(tuned), codes)
+    coefficients = sparse_coefficients(rows, tensors["atom_basis"], config.sparsity)
+    expected = explained_by_lstsq(rows, View().rows(tuned), coefficients)
     assert 1 - residual**2 / float((tuned - base).square().sum()) == pytest.approx(expected, abs=1e-5)
 
 

@@ -8,7 +8,8 @@ from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from atomdiff.atoms.layout import View
-from atomdiff.atoms.update import Change, adapt_weight
+from atomdiff.atoms.merge import adapt_weight
+from atomdiff.atoms.update import WeightUpdate
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.model import preset_targets, supported_modules
@@ -37,8 +38,8 @@ def test_adapters_add_up_before_they_touch_the_weight():
     layer.set_scale("b", -0.5)
     spatial = matrix(layer, "atom", "a") + matrix(layer, "atom", "b")
     channel = matrix(layer, "channel", "a") + matrix(layer, "channel", "b")
-    changes = [Change(View(), spatial), Change(View((4, 4), whole=False), channel)]
-    expected = adapt_weight(layer.weight, changes)
+    updates = [WeightUpdate(View(), spatial), WeightUpdate(View((4, 4), whole=False), channel)]
+    expected = adapt_weight(layer.weight, updates)
     torch.testing.assert_close(layer.adapted_weight(["a", "b"]), expected, atol=1e-6, rtol=0)
 
 
@@ -271,7 +272,7 @@ def test_a_sparse_code_made_for_inference_serves_training_and_merging_and_moves_
         layer(x)
     layer(x).sum().backward()
     assert layer.tensors("atom_delta")["a"].grad.abs().max() > 0
-    monkeypatch.setattr("atomdiff.tuner.layer.sparse_codes", lambda *_: pytest.fail("worked out again"))
+    monkeypatch.setattr("atomdiff.tuner.layer.sparse_coefficients", lambda *_: pytest.fail("worked out again"))
     layer.merge()
     layer.unmerge()
     expected = layer(x).double()
@@ -280,8 +281,8 @@ def test_a_sparse_code_made_for_inference_serves_training_and_merging_and_moves_
 
 def test_copies_work_out_their_own_codes():
     layer, x = coded_layer(), torch.randn(1, 8, 5, 5)
-    assert layer._codes == {} and torch.equal(copy.deepcopy(layer)(x), layer(x)) and layer._codes
-    assert copy.deepcopy(layer)._codes == {}
+    assert layer._coefficients == {} and torch.equal(copy.deepcopy(layer)(x), layer(x)) and layer._coefficients
+    assert copy.deepcopy(layer)._coefficients == {}
 
 
 @pytest.mark.filterwarnings("ignore::UserWarning")

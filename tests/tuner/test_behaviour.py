@@ -129,14 +129,14 @@ def test_reloaded_under_another_seed_and_in_another_dtype(base, method, dtype, t
     torch.manual_seed(99)
     loaded = PeftModel.from_pretrained(copy.deepcopy(base).to(dtype), tmp_path)
     pairs = zip(*([m for m in each.modules() if isinstance(m, AtomLayer)] for each in (model, loaded)), strict=True)
-    changes = []
+    updates = []
     for before, after in pairs:
         weight, again = (layer.adapted_weight(["default"]).detach().double() for layer in (before, after))
         size = float(weight.abs().max())
-        changes.append(float((weight - before.weight).abs().max()) / size)
+        updates.append(float((weight - before.weight).abs().max()) / size)
         assert after.weight.dtype == dtype
         torch.testing.assert_close(again, weight, rtol=0, atol=tolerance * size)
-    assert max(changes) > 3 * tolerance
+    assert max(updates) > 3 * tolerance
 
 
 @pytest.mark.parametrize("method", ATOMS)

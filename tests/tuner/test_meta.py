@@ -48,7 +48,7 @@ def make(layer, config):
     made.set_adapter(["a", "b"])
     for name in "ab":
         for factor in made.factors[name]:
-            made.codes(name, factor)
+            made.coefficients(name, factor)
     return made.to("meta"), torch.randn(LAYERS[layer][1], device="meta", requires_grad=True)
 
 

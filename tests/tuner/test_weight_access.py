@@ -29,7 +29,7 @@ def add(pipe, name, config, seed=0):
 
 @pytest.fixture(scope="module")
 def files(pipe_template, tmp_path_factory):
-    """Concepts of all weights, and with sparse codes."""
+    """Concepts of all weights, and with sparse coefficients."""
     folder, pipe, found = tmp_path_factory.mktemp("concepts"), copy.deepcopy(pipe_template), {}
     configs = {
         "all": AtomConfig(target_modules="all"),
@@ -183,7 +183,7 @@ def test_codes_of_offloaded_weights_are_worked_out_once(pipe, files, monkeypatch
     atomdiff.load_atoms(pipe, files["sparse"])
     expected = predict(pipe)
     by_group(pipe.unet, None, "leaf_level")
-    monkeypatch.setattr("atomdiff.tuner.layer.sparse_codes", lambda *_: pytest.fail("worked out again"))
+    monkeypatch.setattr("atomdiff.tuner.layer.sparse_coefficients", lambda *_: pytest.fail("worked out again"))
     torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
 
 

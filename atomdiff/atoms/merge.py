@@ -1,0 +1,192 @@
+"""Write the updated weight, as fast as memory allows: `atoms.update.updated_weight` in float32 at least, rounded once.
+
+Updates of one view are added before the weight is touched, short rows are multiplied several at a time, and a large
+weight is worked on in parts.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from atomdiff.atoms.layout import View, as_kernels
+from atomdiff.atoms.update import WeightUpdate
+
+_HALF = (torch.float16, torch.bfloat16)
+_CPU_PART = 1 << 20  # elements, so that a part of a weight stays in the cache
+_GPU_PART = 1 << 22  # so that what is there in float32 beside a weight stays small
+_WIDEST_BLOCK = 256  # elements of a row up to which one product of whole blocks is cheaper than two of their sides
+
+
+def adapt_weight(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
+    """The weight with all updates, as `atoms.update.updated_weight` defines it.
+
+    The sums run in float32 at least, and the result is rounded once, to the weight's dtype; zero matrices give back the
+    very same values.
+
+    Args:
+        weight: (out, in/groups, ...), or (out, in) of a Linear. Never changed.
+        updates: in any order.
+
+    Returns:
+        A tensor like `weight`, with the same strides.
+    """
+    adapted = adapt_wide(weight, updates)
+    if adapted.dtype == weight.dtype and adapted.stride() == weight.stride():
+        return adapted
+    return torch.empty_like(weight, requires_grad=False).copy_(adapted)
+
+
+def adapt_weight_as(weight: Tensor, updates: Sequence[WeightUpdate], dtype: torch.dtype) -> Tensor:
+    """What `adapt_weight` gives, in any precision and without a gradient, as `write_adapted` makes it."""
+    out = torch.empty_like(weight, dtype=dtype, requires_grad=False)
+    write_adapted(out, weight, updates)
+    return out
+
+
+def parts_of(weight: Tensor, updates: Sequence[WeightUpdate], copies: int = 1) -> list[slice]:
+    """Parts of the first axis, of whole blocks, of which so many copies stay in a CPU's cache, or small on a GPU."""
+    block = math.lcm(*(update.view.block[0] for update in updates))
+    at_once = (_CPU_PART if weight.is_cpu else _GPU_PART) // (weight[0].numel() * block * copies)
+    size = max(at_once, 1) * block
+    return [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
+
+
+def updates_of(updates: Sequence[WeightUpdate], part: slice) -> list[WeightUpdate]:
+    """The updates of some outputs."""
+    return [part_of_update(update, part, update.by_input) for update in updates]
+
+
+def write_adapted(out: Tensor, weight: Tensor, updates: Sequence[WeightUpdate]) -> None:
+    """Write what `adapt_weight` gives into `out`, a tensor of the weight's shape with memory of its own.
+
+    Where kernels alone are updated, one product writes into `out` at once; half precision then rounds the small matrix,
+    too, but not the sum, as it does in small blocks. Else it goes over the first axis in parts that stay in the cache.
+    """
+    sums = sum_by_view(updates)
+    kernels, goal = as_kernels(weight), as_kernels(out)
+    if not sums:
+        out.copy_(weight)
+    elif out.dtype != weight.dtype:
+        for part in parts_of(weight, sums):
+            out[part] = adapt_weight_as(weight[part].to(out.dtype), updates_of(sums, part), out.dtype)
+    elif len(sums) == 1 and _is_spatial(sums[0]) and weight.is_contiguous() and out.is_contiguous():
+        _multiply_rows(kernels, sums[0].matrix, goal)
+    elif len(sums) == 1 and _is_spatial(sums[0]) and kernels.mT.is_contiguous() and goal.mT.is_contiguous():
+        _multiply_columns(kernels.mT, sums[0].matrix.mT, goal.mT)
+    elif weight.dtype in _HALF and (one := as_one_update(sums, kernels.shape[2])) is not None:
+        factor = one.matrix.to(weight.dtype)
+        for part in parts_of(weight, sums):
+            rows = one.view.rows(weight[part])
+            out[part] = one.view.from_rows(torch.addmm(rows, rows, factor), out[part].shape)
+    else:
+        for part in parts_of(weight, sums):
+            out[part] = adapt_weight(weight[part], updates_of(sums, part))
+
+
+def adapt_wide(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
+    """The adapted weight in float32 at least, in any memory layout."""
+    wide = as_kernels(weight).to(torch.promote_types(weight.dtype, torch.float32))
+    for whole in (True, False):
+        wide = _update_rows(wide, [update for update in updates if update.view.whole is whole])
+    return wide.reshape(weight.shape)
+
+
+def part_of_update(update: WeightUpdate, part: slice, by_input: bool) -> WeightUpdate:
+    """The update of some outputs; only coefficients differ from that of all."""
+    if update.coefficients is None:
+        return update
+    blocks = slice(part.start // update.view.block[0], part.stop // update.view.block[0])
+    found = update.coefficients[..., blocks] if by_input else update.coefficients[blocks]
+    return replace(update, coefficients=found)
+
+
+def _update_rows(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
+    """Add updates to a weight (out, in/groups, n); each acts on the weight as it is before all of them."""
+    changed = weight
+    for update in sum_by_view(updates):
+        view, by_input = update.view, update.by_input
+        if changed is weight and _is_spatial(update) and weight.is_contiguous():
+            changed = _multiply_rows(weight, update.matrix)
+            continue
+        columns = view.columns(changed, by_input)
+        source = update.coefficients
+        if source is None:
+            source = columns if changed is weight else view.columns(weight, by_input)
+        matrix = update.matrix.mT.to(columns.dtype).expand(len(columns), -1, -1)
+        mixed = torch.baddbmm(columns, matrix, source.to(columns.dtype))
+        changed = view.from_columns(mixed, weight.shape[2], by_input)
+    return changed
+
+
+def _is_spatial(update: WeightUpdate) -> bool:
+    return update.view == View() and update.coefficients is None and not update.by_input
+
+
+def as_one_update(updates: Sequence[WeightUpdate], positions: int) -> WeightUpdate | None:
+    """Updates of kernels and of channels as one of whole blocks: (I + C) x (I + S) - I, a Kronecker product.
+
+    None where there is no such small matrix: with coefficients, matrices by input channel, or blocks of several kinds.
+    """
+    sums = sum_by_view(updates)
+    by_kind = {update.view.whole: update for update in sums}
+    if len(by_kind) < len(sums) or any(update.coefficients is not None or update.by_input for update in sums):
+        return None
+    whole, channels = by_kind.get(True), by_kind.get(False)
+    if channels is None:
+        return whole
+    size = len(channels.matrix) * positions
+    if size > _WIDEST_BLOCK or (whole is not None and whole.view != View()):
+        return None
+    of_kernels = identity(positions, channels.matrix)
+    if whole is not None:
+        of_kernels = of_kernels + whole.matrix
+    matrix = torch.kron(identity(len(channels.matrix), channels.matrix) + channels.matrix, of_kernels)
+    return WeightUpdate(View(channels.view.block), matrix - identity(size, matrix))
+
+
+def _multiply_rows(kernels: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
+    """X + X @ matrix for contiguous kernels X (out, in/groups, n).
+
+    Products of so few columns are slow, so that several kernels make one row: as many as was fastest on a CPU, and on a
+    GPU eight, which aligns rows.
+    """
+    wanted = (2 if kernels.dtype == torch.float32 else 1) if kernels.is_cpu else 8
+    fold = math.gcd(wanted, kernels.numel() // len(matrix))
+    factor = torch.kron(identity(fold, matrix), matrix).to(kernels.dtype)
+    rows = kernels.view(-1, len(factor))
+    goal = None if out is None else out.view(rows.shape)
+    if kernels.dtype in _HALF:
+        mixed = torch.addmm(rows, rows, factor, out=goal)
+    else:
+        mixed = torch.mm(rows, identity(len(factor), factor) + factor, out=goal)
+    return mixed.view(kernels.shape)
+
+
+def _multiply_columns(columns: Tensor, matrix: Tensor, out: Tensor) -> None:
+    """Write X + matrix @ X for kernels that are columns X (out, n, in/groups)."""
+    factor = matrix.to(columns.dtype).expand(len(columns), -1, -1)
+    if columns.dtype in _HALF:
+        torch.baddbmm(columns, factor, columns, out=out)
+    else:
+        torch.bmm(identity(len(matrix), factor) + factor, columns, out=out)
+
+
+def identity(size: int, like: Tensor) -> Tensor:
+    """The identity matrix (size, size), in the dtype and on the device of a tensor."""
+    return torch.eye(size, dtype=like.dtype, device=like.device)
+
+
+def sum_by_view(updates: Sequence[WeightUpdate]) -> list[WeightUpdate]:
+    """One update for all of each view, and those with coefficients as they are."""
+    sums: dict[View, Tensor] = {}
+    for update in updates:
+        if update.coefficients is None:
+            before = sums.get(update.view)
+            sums[update.view] = update.matrix if before is None else before + update.matrix
+    others = [update for update in updates if update.coefficients is not None]
+    return [WeightUpdate(view, matrix) for view, matrix in sums.items()] + others
