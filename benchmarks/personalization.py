@@ -101,7 +101,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
     from PIL import Image
 
     from atomdiff.cli.demo import open_concept
-    from atomdiff.sampling.sample import generate
+    from atomdiff.sampling.generate import generate
     from atomdiff.training.dreambooth import load_config
     from atomdiff.training.method import place_for
     from atomdiff.tuner.read_config import read_adapter

@@ -43,7 +43,8 @@ def train(args: Sequence[str]) -> None:
 
 def sample(args: Sequence[str]) -> None:
     """Draw prompts, with any number of concepts."""
-    from atomdiff.sampling.sample import SampleConfig, save_samples
+    from atomdiff.sampling.config import SampleConfig
+    from atomdiff.sampling.sample import save_samples
 
     config = parse_config(SampleConfig, args, prog="atomdiff sample")
     quiet_libraries()
@@ -104,7 +105,8 @@ def export(args: Sequence[str]) -> None:
 
 def extract(args: Sequence[str]) -> None:
     """Find the atoms that best explain a fully tuned model."""
-    from atomdiff.export.extract import ExtractConfig, describe_extraction, extract_concept
+    from atomdiff.export.extract import ExtractConfig, extract_concept
+    from atomdiff.export.extraction import describe_extraction
 
     config = parse_config(ExtractConfig, args, prog="atomdiff extract")
     quiet_libraries()

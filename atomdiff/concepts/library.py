@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import difflib
 import os
-import re
-import stat
 import sys
 import threading
-import unicodedata
 import warnings
 from collections import OrderedDict
-from collections.abc import Iterable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import suppress
-from dataclasses import dataclass
+from collections.abc import Iterator
+from concurrent.futures import Future
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -23,43 +18,13 @@ from torch import Tensor
 from atomdiff.concepts.concept_file import (
     CONCEPT_SUFFIX,
     DeltaFile,
-    check_words,
     read_delta_file,
-    read_header,
-    split_token_key,
 )
-from atomdiff.concepts.lora_file import has_lora_keys
+from atomdiff.concepts.library_index import ConceptInfo, LibraryIndex, normalize_name, scan
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.untrusted import list_some, read_safetensors_header
+from atomdiff.utils.untrusted import list_some
 
-_READERS = 8  # threads that read headers
 _TENSOR_BYTES = 520  # what torch and Python keep about a tensor besides its numbers; measured
-
-_Stamp = tuple[int, int, int]  # size, mtime_ns, inode: what tells a changed file from an unchanged one
-
-
-@dataclass(frozen=True, slots=True)
-class ConceptInfo:
-    """What the header of a concept file says."""
-
-    name: str
-    """Path in the library's folder, with `/` and without the ending, in Unicode's form NFC."""
-    path: Path
-    """The file."""
-    trigger_phrase: str
-    """What to write in a prompt to get the concept."""
-    trigger_words: tuple[str, ...]
-    """Words whose embeddings are in the file."""
-    base_model: str
-    """Name or path of the base as it was given; only a text, never opened."""
-    size: int
-    """Bytes of the file."""
-    mtime_ns: int
-    """When the file was last changed, in nanoseconds."""
-    inode: int
-    """Number of the file in its file system; one that was put in another's place has another."""
-    is_lora: bool = False
-    """Whether it is a LoRA file of another program, which `load_atoms` takes by its path."""
 
 
 class _Held(NamedTuple):
@@ -95,7 +60,7 @@ class ConceptLibrary:
             raise UserError(f"memory_budget={memory_budget}: expected bytes, at least 0")
         self.folder = Path(os.path.abspath(folder))
         self.memory_budget = memory_budget
-        self._index = _Index([], {})  # never changed, only replaced: reading it takes no lock
+        self._index = LibraryIndex([], {})  # never changed, only replaced: reading it takes no lock
         self._looks = 0
         self._refreshing = threading.Lock()
         self._lock = threading.Lock()  # of all below, and of replacing the index; never held while a file is read
@@ -110,7 +75,7 @@ class ConceptLibrary:
         return iter(self._index.concepts)
 
     def __contains__(self, name: object) -> bool:
-        return isinstance(name, str) and _composed(name) in self._index.concepts
+        return isinstance(name, str) and normalize_name(name) in self._index.concepts
 
     def __getitem__(self, name: str) -> DeltaFile:
         """The concept of that name, from memory or from its file; shared, not to be changed.
@@ -141,7 +106,7 @@ class ConceptLibrary:
         """
         if name not in self:
             self.refresh()
-        if info := self._index.concepts.get(_composed(name)):
+        if info := self._index.concepts.get(normalize_name(name)):
             return info
         raise UserError(self._unknown(name))
 
@@ -179,7 +144,7 @@ class ConceptLibrary:
         with self._refreshing:
             if self._looks > looks + 1:  # another thread has begun and ended a look since this one was asked for
                 return
-            old, new = self._index, _look(self.folder, self._index)
+            old, new = self._index, scan(self.folder, self._index)
             self._looks += 1
             with self._lock:
                 self._index = new
@@ -224,92 +189,6 @@ class ConceptLibrary:
         return f"there is no concept {name!r} among the {len(index.concepts)} in {self.folder}; {hint}"
 
 
-class _Index:
-    """What is known of a folder at one time."""
-
-    def __init__(
-        self, infos: Iterable[ConceptInfo], damaged: dict[Path, str], others: Mapping[str, _Stamp] | None = None
-    ) -> None:
-        self.others = others or {}  # files that are neither concepts nor LoRAs
-        self.concepts = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
-        self.damaged = dict(sorted(damaged.items()))
-        self._names: dict[str, set[str]] = {}  # by word
-        for name, info in self.concepts.items():
-            for text in (info.trigger_phrase, *info.trigger_words):
-                for word in _words(text):
-                    self._names.setdefault(word, set()).add(name)
-
-    def find(self, phrase: str) -> list[str]:
-        """Names with the phrase, then with all of its words."""
-        found = [self._names.get(word, set()) for word in _words(phrase)] or [set()]
-        names, wanted = sorted(min(found, key=len).intersection(*found)), _plain(phrase)
-        return sorted(names, key=lambda name: _plain(self.concepts[name].trigger_phrase) != wanted)
-
-
-def _look(folder: Path, old: _Index) -> _Index:
-    """The index of a folder; the headers of files that have not changed are not read again, but for damaged ones."""
-    stamps, damaged = _list(folder)
-    known = {str(info.path): info for info in old.concepts.values()}
-    infos = {file: info for file, info in known.items() if stamps.get(file) == (info.size, info.mtime_ns, info.inode)}
-    others = {file: stamp for file, stamp in old.others.items() if stamps.get(file) == stamp}
-    with ThreadPoolExecutor(_READERS) as pool:  # they wait for the disk together
-        new = [file for file in stamps if file not in infos and file not in others]
-        reading = {file: pool.submit(_read_info, folder, Path(file), stamps[file]) for file in new}
-    for file, future in reading.items():
-        try:
-            if (info := future.result()) is not None:
-                infos[file] = info
-            else:
-                others[file] = stamps[file]
-        except UserError as error:
-            if os.path.exists(file):  # not gone since it was listed
-                damaged[Path(file)] = str(error)
-    first: dict[str, str] = {}
-    for file in sorted(infos, key=lambda file: (infos[file].is_lora, file)):
-        if (other := first.setdefault(infos[file].name, file)) != file:
-            damaged[Path(file)] = f"{file} has the same name in the library as {other}: rename one"
-            del infos[file]
-    same = (infos, damaged, others) == (known, old.damaged, old.others)
-    return old if same else _Index(infos.values(), damaged, others)
-
-
-def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo | None:
-    """What the header of a file says; None: it is neither a concept nor a LoRA."""
-    is_lora = not path.name.endswith(CONCEPT_SUFFIX)
-    metadata, keys = read_safetensors_header(path) if is_lora else read_header(path)
-    if is_lora and not has_lora_keys(keys):
-        return None
-    words = sorted({split_token_key(key)[0] for key in keys if key.startswith("token.")})
-    check_words(path, words)
-    name = path.relative_to(folder).as_posix().removesuffix(".safetensors" if is_lora else CONCEPT_SUFFIX)
-    phrase = metadata.get("trigger_phrase") or metadata.get("modelspec.trigger_phrase", "")
-    base_model = metadata.get("base_model") or metadata.get("ss_sd_model_name", "")
-    return ConceptInfo(_composed(name), path, phrase, tuple(words), base_model, *stamp, is_lora)
-
-
-def _list(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
-    """Concept file below a folder -> its stamp, and subfolder -> why it cannot be read."""
-    stamps: dict[str, _Stamp] = {}
-    unreadable: dict[Path, str] = {}
-
-    def note(error: OSError) -> None:
-        if error.filename == str(folder):
-            raise UserError(f"folder={error.filename!r} cannot be read as a folder of concepts: {error}") from error
-        if not isinstance(error, FileNotFoundError):  # gone since it was listed
-            unreadable[Path(error.filename)] = f"cannot read {error.filename}: {error}"
-
-    for below, subfolders, files in os.walk(folder, onerror=note):
-        subfolders[:] = [name for name in subfolders if not name.startswith(".")]
-        for name in files:
-            if name.endswith(".safetensors") and not name.startswith("."):
-                file = os.path.join(below, name)
-                with suppress(OSError):  # a link to nothing, or gone since it was listed
-                    found = os.stat(file)
-                    if stat.S_ISREG(found.st_mode):  # no pipe, which would be waited for
-                        stamps[file] = (found.st_size, found.st_mtime_ns, found.st_ino)
-    return stamps, unreadable
-
-
 def _memory(delta: DeltaFile) -> int:
     """Bytes that a concept takes with all that it holds; what several concepts share is counted for each."""
     total = 0
@@ -324,16 +203,3 @@ def _memory(delta: DeltaFile) -> int:
         elif isinstance(value, (list, tuple, set, frozenset)):
             pending += value
     return total
-
-
-def _composed(name: str) -> str:
-    """The name as one sequence of characters: file systems and keyboards give "é" as one or as two."""
-    return unicodedata.normalize("NFC", name)
-
-
-def _plain(phrase: str) -> str:
-    return " ".join(phrase.casefold().split())
-
-
-def _words(text: str) -> list[str]:
-    return re.findall(r"\w+", text.casefold()) or text.split()  # the latter of a text of nothing but signs

@@ -14,7 +14,7 @@ from atomdiff.data.images import read_images
 from atomdiff.evaluate.drift import drift
 from atomdiff.evaluate.fidelity import fidelity, mean_pairwise_similarity
 from atomdiff.evaluate.prompt_match import prompt_match
-from atomdiff.sampling.sample import draw_each
+from atomdiff.sampling.generate import generate_each
 from atomdiff.toybox.judge import Judge
 from atomdiff.toybox.places import PLACES
 from atomdiff.utils.progress import ProgressBar
@@ -80,7 +80,7 @@ def sit(exam: Exam, pipe: Any, subject: str, phase: str = "images", precision: A
     settings: dict[str, Any] = {"num_inference_steps": exam.num_inference_steps, "guidance_scale": exam.guidance_scale}
     with precision or nullcontext():
         pictures = list(
-            ProgressBar(draw_each(pipe, prompts, seeds, _BATCH, **settings), phase, len(prompts), unit="images")
+            ProgressBar(generate_each(pipe, prompts, seeds, _BATCH, **settings), phase, len(prompts), unit="images")
         )
     return Answers(pictures[: len(named)], pictures[len(named) :])
 

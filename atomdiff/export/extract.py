@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from atomdiff.concepts.compatibility import fingerprint
 from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.modelspec import model_spec
+from atomdiff.export.extraction import ExtractedLayer, Extraction
 from atomdiff.export.least_squares import fit_layer
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.pipelines.open import open_pipeline, stored_dtype
@@ -57,53 +58,6 @@ class ExtractConfig:
 
     def __post_init__(self) -> None:
         expand_paths(self)
-
-
-@dataclass(frozen=True)
-class ExtractedLayer:
-    """One layer that was tuned."""
-
-    module: str
-    """Its path, component first."""
-    size: float
-    """Frobenius norm of the base weight."""
-    difference: float
-    """Frobenius norm of tuned minus base weight."""
-    residual: float
-    """Frobenius norm of what the atoms do not explain of it."""
-
-    @property
-    def explained(self) -> float:
-        """1 - |residual|^2 / |difference|^2."""
-        return 1 - (self.residual / self.difference) ** 2
-
-
-@dataclass(frozen=True)
-class Extraction:
-    """A concept, and how much of the tuning it explains."""
-
-    delta: DeltaFile
-    """What goes into a file."""
-    layers: tuple[ExtractedLayer, ...]
-    """The layers that atoms adapt and tuning changed."""
-    unexplained: dict[str, tuple[int, float]]
-    """Kind of what else tuning changed -> its number of tensors, and the Frobenius norm of the changes."""
-    other_models: dict[str, int]
-    """Other parts of the pipeline that were tuned -> their number of changed tensors."""
-
-    @property
-    def explained(self) -> float:
-        """Share of the squared difference that is explained, over the layers that atoms adapt."""
-        return self._share(0.0)
-
-    @property
-    def explained_of_all(self) -> float:
-        """Share of the squared difference that is explained, over all parameters of the model."""
-        return self._share(math.hypot(*(size for _, size in self.unexplained.values())))
-
-    def _share(self, rest: float) -> float:
-        residual = math.hypot(rest, *(layer.residual for layer in self.layers))
-        return 1 - (residual / math.hypot(rest, *(layer.difference for layer in self.layers))) ** 2
 
 
 def extract_concept(config: ExtractConfig) -> Extraction:
@@ -211,23 +165,6 @@ def extract(
     found = Extraction(delta, tuple(layers), _by_kind(others), _other_models(base, tuned))
     shares = {"explained": round(found.explained, 6), "explained_of_all": round(found.explained_of_all, 6)}
     return replace(found, delta=replace(delta, training={**shares, **(training or {})}))
-
-
-def describe_extraction(found: Extraction) -> str:
-    """An extraction as a readable table."""
-    width = max(len(layer.module) for layer in found.layers)
-    lines = [f"{'layer':<{width}}{'change':>10}{'explained':>12}"]
-    for layer in found.layers:
-        change = layer.difference / layer.size if layer.size else math.inf
-        lines.append(f"{layer.module:<{width}}{change:>10.2e}{layer.explained:>12.4f}")
-    lines += ["", f"explained: {found.explained:.4f} of the squared change of {len(found.layers)} layers"]
-    if found.unexplained:
-        lines.append(f"           {found.explained_of_all:.4f} of that of all parameters; left out are")
-    for kind, (count, size) in found.unexplained.items():
-        lines.append(f"           {count} {kind} (change {size:.3g} in all)")
-    for part, count in found.other_models.items():
-        lines.append(f"left out: {count} tensors of the {part}, which was tuned, too")
-    return "\n".join(lines)
 
 
 def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:

@@ -1,4 +1,4 @@
-"""The files of a sampling job: PNGs that know how they were made, their grid and their manifest."""
+"""The files of a sampling folder: PNGs that carry how they were made, a grid and a manifest of all of them."""
 
 import hashlib
 import json
@@ -16,115 +16,130 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import wait_for_folder
 from atomdiff.utils.image_grid import SHEET_PIXELS, make_image_grid
 
+_SAMPLE = re.compile(r"-[0-9a-f]{6}-seed\d+\.png$")
+_SHEETS = {"grid.png", "contact_sheet.png", "before_after.png", "training_curve.png"}  # that atomdiff writes
+_BROKEN = (OSError, SyntaxError, ValueError)  # what Pillow raises for damaged files
+_NO_SETTING = ("prompt", "seed", "size")  # of the text in a PNG
+
 
 @dataclass(frozen=True)
-class PictureFile:
-    """One PNG of a job; its file name depends on prompt and seed alone."""
+class SampleFile:
+    """One PNG of a sampling job; its file name depends on prompt and seed alone."""
 
     folder: Path
-    """Where it belongs."""
+    """Its folder."""
     prompt: str
-    """What it shows."""
+    """Its prompt."""
     seed: int
-    """Where its noise comes from."""
+    """Seed of its noise."""
     settings: dict[str, str]
-    """What else it depends on."""
+    """Everything else that it depends on."""
 
     @property
     def path(self) -> Path:
-        """Where the picture is, or will be."""
+        """The PNG's path."""
         slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60]
         digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:6]
         return self.folder / f"{slug}-{digest}-seed{self.seed}.png"
 
     @property
-    def facts(self) -> dict[str, str]:
-        """The text in the PNG."""
+    def metadata(self) -> dict[str, str]:
+        """The text in the PNG, without the image's size."""
         return {"prompt": self.prompt, "seed": str(self.seed), **self.settings}
 
     def is_saved(self) -> bool:
-        """Tell whether the picture is there, whole, not black all over, and made with these very settings."""
+        """Tell whether the PNG exists, undamaged, not completely black, and with the same metadata."""
         try:
             with Image.open(self.path) as image:
                 image.load()
-                return self.is_told_by(image) and image.getbbox() is not None
-        except (OSError, SyntaxError):  # what Pillow raises for damaged files
+                return self.metadata.items() <= image.info.items() and image.getbbox() is not None
+        except _BROKEN:
             return False
 
-    def is_told_by(self, image: Image.Image) -> bool:
-        """Tell whether the text in an open PNG is that of this picture."""
-        return all(image.info.get(key) == value for key, value in self.facts.items())
-
     def save(self, image: Image.Image) -> None:
-        """Write the picture; it gets its name once it is whole."""
+        """Write the PNG, whole or not at all."""
         text = PngImagePlugin.PngInfo()
-        for key, value in {**self.facts, "size": _size(image)}.items():
+        for key, value in {**self.metadata, "size": f"{image.width}x{image.height}"}.items():
             text.add_text(key, value)
         write_png(self.path, image, pnginfo=text)
 
 
-def write_overview(folder: Path, pictures: Sequence[PictureFile]) -> None:
-    """Write grid.png, prompts down and seeds across, and manifest.json, where settings that all share stand once.
+def write_overview(folder: Path, samples: Sequence[SampleFile]) -> None:
+    """Write grid.png and manifest.json of all samples in a folder, those of earlier jobs, too.
+
+    The grid has a row for each prompt and a column for each seed. Settings that all images share stand once in the
+    manifest.
 
     Args:
-        folder: where the pictures are.
-        pictures: of one job, saved: for each prompt one from each seed.
+        folder: the folder.
+        samples: the images of this job, which come first; saved.
 
     Raises:
-        UserError: another job has replaced a picture.
+        UserError: another job has replaced an image of this one.
     """
-    prompts = list(dict.fromkeys(picture.prompt for picture in pictures))
-    seeds = list(dict.fromkeys(picture.seed for picture in pictures))
-    side = max(32, math.isqrt(SHEET_PIXELS // len(pictures)))
-    sizes, thumbnails = zip(*[_thumbnail(picture, side) for picture in pictures], strict=True)
-    small = iter(thumbnails)
-    sheet = make_image_grid(
-        [[next(small) for _ in seeds] for _ in prompts], prompts, [f"seed {seed}" for seed in seeds]
-    )
-    shared = dict(set.intersection(*[set(picture.settings.items()) for picture in pictures]))
-    manifest = {
-        "settings": {key: value for key, value in pictures[0].settings.items() if key in shared},
+    with (
+        wait_for_folder(folder),
+        new_file(folder / "grid.png") as grid_file,
+        new_file(folder / "manifest.json") as manifest,
+    ):
+        earlier = [file for file in sorted(folder.glob("*.png")) if _SAMPLE.search(file.name)]
+        files = dict.fromkeys([*(sample.path for sample in samples), *earlier])
+        side = max(32, math.isqrt(SHEET_PIXELS // len(files)))
+        found = {file: image for file in files if (image := _read(file, side)) is not None}
+        for sample in samples:
+            if sample.path not in found or not sample.metadata.items() <= found[sample.path].text.items():
+                raise UserError(f"{sample.path}: another job replaced it; use another --output_dir for one of them")
+        _write_grid(grid_file, list(found.values()))
+        manifest.write_text(json.dumps(_manifest(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+
+
+@dataclass(frozen=True)
+class _SavedImage:
+    text: dict[str, str]
+    size: str
+    thumbnail: Image.Image
+
+
+def _read(file: Path, side: int) -> _SavedImage | None:
+    """Return a PNG's text and a thumbnail; None: it is damaged, or no sample."""
+    try:
+        with Image.open(file) as image:
+            text = {str(key): value for key, value in image.info.items() if isinstance(value, str)}
+            size = f"{image.width}x{image.height}"
+            image.thumbnail((side, side))
+            saved = _SavedImage(text, size, image.convert("RGB"))
+    except _BROKEN:
+        return None
+    return saved if text.keys() >= {"prompt", "seed", "concepts"} else None
+
+
+def _write_grid(file: Path, images: Sequence[_SavedImage]) -> None:
+    by_place = {(image.text["prompt"], image.text["seed"]): image.thumbnail for image in images}
+    prompts, seeds = (list(dict.fromkeys(keys)) for keys in zip(*by_place, strict=True))
+    rows = [[by_place.get((prompt, seed)) for seed in seeds] for prompt in prompts]
+    make_image_grid(rows, prompts, [f"seed {seed}" for seed in seeds]).save(file, format="png")
+
+
+def _manifest(images: dict[Path, _SavedImage]) -> dict[str, object]:
+    settings = [{key: image.text[key] for key in image.text if key not in _NO_SETTING} for image in images.values()]
+    shared = dict(set.intersection(*[set(each.items()) for each in settings]))
+    return {
+        "settings": {key: value for key, value in settings[0].items() if key in shared},
         "images": [
-            {"file": picture.path.name, "prompt": picture.prompt, "seed": picture.seed, "size": size}
-            | {key: value for key, value in picture.settings.items() if key not in shared}
-            for picture, size in zip(pictures, sizes, strict=True)
+            {"file": file.name, "prompt": image.text["prompt"], "seed": int(image.text["seed"]), "size": image.size}
+            | {key: value for key, value in of_image.items() if key not in shared}
+            for (file, image), of_image in zip(images.items(), settings, strict=True)
         ],
     }
-    written = json.dumps(manifest, indent=2, ensure_ascii=False) + "\n"
-    with wait_for_folder(folder), new_file(folder / "grid.png") as image, new_file(folder / "manifest.json") as text:
-        sheet.save(image, format="png")
-        text.write_text(written, encoding="utf-8")
-
-
-def _thumbnail(picture: PictureFile, side: int) -> tuple[str, Image.Image]:
-    """Return the size of an image, as text, and a small copy."""
-    with Image.open(picture.path) as image:
-        if not picture.is_told_by(image):
-            raise UserError(f"{picture.path}: another job replaced it; name another --output_dir for one of them")
-        size = _size(image)
-        image.thumbnail((side, side))
-        return size, image.convert("RGB")
-
-
-def _size(image: Image.Image) -> str:
-    return f"{image.width}x{image.height}"
-
-
-_SHEETS = {"grid.png", "contact_sheet.png", "before_after.png", "training_curve.png"}  # that atomdiff writes
-
-
-_SAMPLE = re.compile(r"-[0-9a-f]{6}-seed\d+\.png$")
 
 
 def refuse_foreign_images(folder: Path) -> None:
-    """Refuse a folder for samples that holds images which nobody sampled, such as photos to be trained on.
+    """Refuse an output folder with images that were not sampled, such as training images.
 
     Raises:
-        UserError: It does; the message names some.
+        UserError: it has some; the message names them.
     """
     files = list_images(folder) if folder.is_dir() else []
     if foreign := [file.name for file in files if file.name not in _SHEETS and not _SAMPLE.search(file.name)]:
         shown = ", ".join(foreign[:3]) + (", ..." if len(foreign) > 3 else "")
-        raise UserError(
-            f"output_dir={str(folder)!r}: holds images that were not sampled ({shown}); name another folder"
-        )
+        raise UserError(f"output_dir={str(folder)!r}: has images that were not sampled ({shown}); use another folder")

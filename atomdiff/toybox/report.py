@@ -9,7 +9,7 @@ import torch
 from diffusers import StableDiffusionPipeline
 from PIL import Image
 
-from atomdiff.sampling.sample import generate
+from atomdiff.sampling.generate import generate
 from atomdiff.toybox.dataset import render_world
 from atomdiff.toybox.judge import LABELS, Judge
 from atomdiff.toybox.pretrain import as_signal

@@ -12,7 +12,7 @@ from PIL import Image
 from torch import nn
 
 from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
-from atomdiff.sampling.sample import generate
+from atomdiff.sampling.generate import generate
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.launch import frozen_dtype
 from atomdiff.utils.errors import UserError

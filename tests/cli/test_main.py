@@ -143,7 +143,7 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tiny_pipe_folder, tmp_path, capsy
     def stop(*_, **__):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(sample, "draw_each", stop)
+    monkeypatch.setattr(sample, "generate_each", stop)
     options = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--output_dir", str(tmp_path)]
     assert main(["sample", *options, "--prompts", "a mug"]) == 130
     assert "the same command draws what is missing" in capsys.readouterr().err

@@ -28,8 +28,8 @@ import atomdiff
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.model_card import write_repository
 from atomdiff.export.export import ExportConfig, export_concepts
-from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
-from atomdiff.sampling.output_files import PictureFile, write_overview
+from atomdiff.pipelines.load import add_placeholder_token, set_token_embedding
+from atomdiff.sampling.output_files import SampleFile, write_overview
 from atomdiff.training import dreambooth
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
@@ -270,7 +270,7 @@ def draw(folder, concept, prompts, name="grid"):
     """Leave what `atomdiff sample` leaves."""
     folder.mkdir(exist_ok=True)
     concepts = json.dumps([{"file": concept.name, "sha256": hash_file(concept), "weight": 1.0}])
-    files = [PictureFile(folder, prompt, 0, {"concepts": concepts}) for prompt in prompts]
+    files = [SampleFile(folder, prompt, 0, {"concepts": concepts}) for prompt in prompts]
     for file in files:
         file.save(Image.new("RGB", (8, 8), "red"))
     write_overview(folder, files)
@@ -773,7 +773,7 @@ def test_a_run_whose_push_fails_says_where_its_concept_is(server, run_config, mo
 
 def test_another_endpoint_is_taken_from_the_environment(server, concept, tmp_path):
     server.put("ada/mug", {"mug.atoms.safetensors": concept[0]})
-    code = "import sys; from atomdiff import hub; print(hub.locate('ada/mug')[1])"
+    code = "import sys; from atomdiff.concepts import hub; print(hub.locate('ada/mug')[1])"
     environment = {**os.environ, "HF_ENDPOINT": server.url, "HF_HOME": str(tmp_path / "home")}
     done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
     assert done.stdout.strip() == "mug.atoms.safetensors"

@@ -20,10 +20,11 @@ from safetensors.torch import save_file
 
 import atomdiff
 from atomdiff.concepts import library as library_module
+from atomdiff.concepts import library_index
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file, write_delta_file
 from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.sampling.adapter_cache import Wardrobe
-from atomdiff.sampling.batching import read_lines
+from atomdiff.sampling.adapter_cache import AdapterCache
+from atomdiff.sampling.prompt_requests import read_requests
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import MAX_HEADER_BYTES
@@ -75,7 +76,8 @@ class Reads:
         self.before = lambda name: None
         self.after = lambda name: None
         self._lock = threading.Lock()
-        read = getattr(library_module, function)
+        module = library_module if hasattr(library_module, function) else library_index
+        read = getattr(module, function)
 
         def counted(path):
             name = Path(path).name.partition(".")[0]
@@ -92,7 +94,7 @@ class Reads:
                 with self._lock:
                     self.now[name] -= 1
 
-        monkeypatch.setattr(library_module, function, counted)
+        monkeypatch.setattr(module, function, counted)
 
 
 @pytest.fixture
@@ -143,7 +145,7 @@ def test_lora_files_are_listed_and_loaded_by_their_path(tmp_path, tiny_pipe):
     with pytest.raises(UserError, match="'old mug' is a LoRA file and holds no atoms: load it by its path"):
         library["old mug"]
     before = tiny_pipe.unet.get_submodule(module).weight.clone()
-    with Wardrobe(tiny_pipe).worn(read_lines(["a mug <lora:old mug:0.5>"], library=library)):
+    with AdapterCache(tiny_pipe).use(read_requests(["a mug <lora:old mug:0.5>"], library=library)):
         weight = tiny_pipe.unet.get_submodule(module).get_base_layer().weight
         assert torch.allclose(weight, before + 0.5, atol=1e-6)
 

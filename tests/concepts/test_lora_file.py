@@ -11,11 +11,14 @@ from safetensors.torch import load_file, save_file
 import atomdiff
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.kohya import layer_name, sgm_path
-from atomdiff.export.export import ExportConfig, export_concepts, export_diff, export_lora
+from atomdiff.export.export import ExportConfig, export_concepts
+from atomdiff.export.lora import export_lora
+from atomdiff.export.merged_delta import export_diff
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.load import pipeline_models
-from atomdiff.sampling.adapter_cache import Wardrobe
-from atomdiff.sampling.batching import given_concept, read_lines
+from atomdiff.sampling.adapter_cache import AdapterCache
+from atomdiff.sampling.concept_source import open_source
+from atomdiff.sampling.prompt_requests import read_requests
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 
@@ -234,13 +237,13 @@ def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
             pass
     atomdiff.unload_atoms(tiny_pipe)
 
-    given = [(given_concept(str(source)), AdapterWeight(1.0)) for source in (concept, path)]
+    given = [(open_source(str(source)), AdapterWeight(1.0)) for source in (concept, path)]
     assert [each.name for each, _ in given] == ["cat", "old mug"]
-    with Wardrobe(tiny_pipe).worn(read_lines(["a mug"], given)):
+    with AdapterCache(tiny_pipe).use(read_requests(["a mug"], given)):
         found = tiny_pipe.unet.get_submodule(module).get_base_layer().weight
         assert (found - expected).abs().max() < 2e-6
     with pytest.raises(UserError, match="is a LoRA file, which has no word to rename"):
-        given_concept(str(path), "sks")
+        open_source(str(path), "sks")
 
     out = tmp_path / "out.safetensors"
     export_concepts(ExportConfig(str(tiny_pipe_folder), (str(path),), "diff", str(out), dtype="float32"))

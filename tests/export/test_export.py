@@ -32,8 +32,11 @@ import atomdiff
 from atomdiff.concepts.kohya import layer_name, zero_layers
 from atomdiff.concepts.parameter_count import open_architecture
 from atomdiff.export import export as export_module
-from atomdiff.export.export import ExportConfig, export_concepts, export_diff, export_lora, export_pipeline
+from atomdiff.export.export import ExportConfig, export_concepts
+from atomdiff.export.lora import export_lora
 from atomdiff.export.low_rank import low_rank
+from atomdiff.export.merged_delta import export_diff
+from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.export.report import describe_export
 from atomdiff.pipelines.differences import layer_differences
 from atomdiff.pipelines.load import pipeline_models

@@ -16,7 +16,8 @@ from atomdiff.atoms.layout import View
 from atomdiff.atoms.sparse import sparse_coefficients
 from atomdiff.concepts.concept_file import write_delta_file
 from atomdiff.export import extract as extract_module
-from atomdiff.export.extract import ExtractConfig, describe_extraction, extract, extract_concept
+from atomdiff.export.extract import ExtractConfig, extract, extract_concept
+from atomdiff.export.extraction import describe_extraction
 from atomdiff.export.least_squares import fit_layer
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError

@@ -14,7 +14,8 @@ from atomdiff.cli.summary import describe
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.parameter_count import count_numbers
 from atomdiff.pipelines.load import load_atoms, unload_atoms
-from atomdiff.sampling.sample import SampleConfig, save_samples
+from atomdiff.sampling.config import SampleConfig
+from atomdiff.sampling.sample import save_samples
 from atomdiff.training.dreambooth import TrainConfig, train
 from atomdiff.tuner import AtomConfig
 

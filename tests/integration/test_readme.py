@@ -9,7 +9,7 @@ from atomdiff.cli.demo import DemoConfig
 from atomdiff.cli.main import main
 from atomdiff.export.export import ExportConfig
 from atomdiff.export.extract import ExtractConfig
-from atomdiff.sampling.sample import SampleConfig
+from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.dreambooth import load_config
 from atomdiff.utils.options import parse_config
 

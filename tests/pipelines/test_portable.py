@@ -9,7 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from transformers import CLIPImageProcessor, CLIPTokenizer
 
-from atomdiff.export.export import export_pipeline
+from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.export.report import describe_export
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_tokens, set_token_embedding
 from atomdiff.pipelines.portable import _prefix_keys

@@ -24,7 +24,7 @@ from atomdiff.pipelines.scheduler import (
     scheduler_code,
     trained_schedule,
 )
-from atomdiff.sampling.sample import generate
+from atomdiff.sampling.generate import generate
 from atomdiff.utils.errors import UserError
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}

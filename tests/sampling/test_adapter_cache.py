@@ -11,8 +11,8 @@ from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.load import list_atoms
 from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.sampling import adapter_cache
-from atomdiff.sampling.adapter_cache import Wardrobe
-from atomdiff.sampling.batching import read_lines
+from atomdiff.sampling.adapter_cache import AdapterCache
+from atomdiff.sampling.prompt_requests import read_requests
 from atomdiff.utils.errors import UserError
 
 NAMES = ("ant", "bee", "cat", "dog", "eel")
@@ -51,7 +51,7 @@ def loads(monkeypatch):
 @pytest.fixture
 def lines(library):
     """One line for each concept, by name; "" wears none."""
-    found = read_lines(["sks", *(f"sks <atoms:{name}>" for name in NAMES)], library=library)
+    found = read_requests(["sks", *(f"sks <atoms:{name}>" for name in NAMES)], library=library)
     return dict(zip(("", *NAMES), found, strict=True))
 
 
@@ -61,12 +61,12 @@ def embedding(pipe, word):
 
 
 def test_every_line_is_spelled_with_the_embedding_of_its_concept(tiny_pipe, lines, monkeypatch):
-    monkeypatch.setattr(adapter_cache, "MOST_LOADED", 3)
+    monkeypatch.setattr(adapter_cache, "MAX_LOADED", 3)
     before = tiny_pipe.text_encoder.get_input_embeddings().weight.clone()
-    held = Wardrobe(tiny_pipe)
+    held = AdapterCache(tiny_pipe)
     for batch in (("ant", "bee", ""), ("cat", "dog"), ("eel", "ant", "dog"), ("bee", "cat")):
-        with held.worn([lines[name] for name in batch]):
-            spelled = {name: held.spell(lines[name], "sks") for name in batch}
+        with held.use([lines[name] for name in batch]):
+            spelled = {name: held.replace_trigger_words(lines[name], "sks") for name in batch}
             assert len(set(spelled.values())) == len(batch)
             for name, word in spelled.items():
                 assert word == "sks" if not name else embedding(tiny_pipe, word) == NAMES.index(name) + 1
@@ -76,20 +76,20 @@ def test_every_line_is_spelled_with_the_embedding_of_its_concept(tiny_pipe, line
 
 
 def test_those_used_last_stay(tiny_pipe, lines, loads, monkeypatch):
-    monkeypatch.setattr(adapter_cache, "MOST_LOADED", 3)
-    held = Wardrobe(tiny_pipe)
+    monkeypatch.setattr(adapter_cache, "MAX_LOADED", 3)
+    held = AdapterCache(tiny_pipe)
     for batch in ("ant", "bee", "cat", "ant", "eel", "ant", "cat", "bee"):  # eel puts bee out, bee eel
-        with held.worn([lines[batch]]):
+        with held.use([lines[batch]]):
             assert any(concept.name.startswith(batch) and concept.merged for concept in list_atoms(tiny_pipe))
         assert len(list_atoms(tiny_pipe)) <= 3
     assert loads == {"ant": 1, "bee": 2, "cat": 1, "eel": 1}
 
 
 def test_what_a_batch_needs_stays_and_what_it_does_not_makes_room(tiny_pipe, lines, loads, monkeypatch):
-    monkeypatch.setattr(adapter_cache, "MOST_LOADED", 2)
-    held = Wardrobe(tiny_pipe)
+    monkeypatch.setattr(adapter_cache, "MAX_LOADED", 2)
+    held = AdapterCache(tiny_pipe)
     for batch in (("ant", "bee"), ("ant", "cat"), ("eel", "cat", "ant")):
-        with held.worn([lines[name] for name in batch]):
+        with held.use([lines[name] for name in batch]):
             assert {concept.name.partition("-")[0] for concept in list_atoms(tiny_pipe)} == set(batch)
     assert max(loads.values()) == 1
 
@@ -98,10 +98,10 @@ def test_weights_are_written_once_for_batches_alike(tiny_pipe, lines, monkeypatc
     written, write = [], adapter_cache.set_active
     monkeypatch.setattr(adapter_cache, "set_active", lambda pipe, row: written.append(list(row)) or write(pipe, row))
     base = tiny_pipe.unet.conv_in.weight.clone()
-    held = Wardrobe(tiny_pipe)
+    held = AdapterCache(tiny_pipe)
     batches = [("ant", "ant"), ("ant",), ("", "ant"), ("ant",), ("",), ("ant",), ("ant", "bee"), ("ant",), ("ant",)]
     for batch in batches:
-        with held.worn([lines[name] for name in batch]):
+        with held.use([lines[name] for name in batch]):
             changed = not torch.equal(tiny_pipe.unet.conv_in.base_layer.weight, base)
             assert changed == (batch[:1] == ("ant",) and batch[-1:] == ("ant",)) or len(set(batch)) > 1
     assert written == [["ant-1"], [], ["ant-1"], ["ant-1"]]  # a load restores the weights
@@ -115,9 +115,9 @@ def test_a_concept_that_does_not_fit_is_named_with_its_file(tiny_pipe, library):
     tokens = {"sks": {"text_encoder": torch.ones(3)}}
     write_delta_file(library.folder / "short.atoms.safetensors", DeltaFile(delta.config, {}, {}, tokens))
     for name, message in (("odd", "no unet.conv_inn"), ("short", r"the embedding of 'sks' has shape \(3,\)")):
-        lines = read_lines([f"sks <atoms:{name}>"], library=library)
+        lines = read_requests([f"sks <atoms:{name}>"], library=library)
         with pytest.raises(UserError, match=rf"the concept '{name}' \(.*{name}.atoms.safetensors\): .*{message}"):
-            with Wardrobe(tiny_pipe).worn(lines):
+            with AdapterCache(tiny_pipe).use(lines):
                 pass
 
 

@@ -7,7 +7,7 @@ import threading
 import pytest
 from PIL import Image
 
-from atomdiff.sampling.output_files import PictureFile, write_overview
+from atomdiff.sampling.output_files import SampleFile, write_overview
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file, hash_listing
 
@@ -15,7 +15,7 @@ SETTINGS = {"concepts": "[]", "negative_prompt": "", "num_inference_steps": "3"}
 
 
 def saved(folder, prompt, seed, side=16):
-    picture = PictureFile(folder, prompt, seed, SETTINGS)
+    picture = SampleFile(folder, prompt, seed, SETTINGS)
     picture.save(Image.new("RGB", (side, side), (9 * seed, 99, 199)))
     return picture
 
@@ -32,12 +32,12 @@ def test_facts_of_any_text_are_read_back(tmp_path, prompt):
 @pytest.mark.parametrize("other", [{"num_inference_steps": "4"}, {"negative_prompt": "cat"}, {"more": "1"}])
 def test_other_settings_are_another_picture_of_the_same_name(tmp_path, other):
     picture = saved(tmp_path, "a photo", 3)
-    changed = PictureFile(tmp_path, "a photo", 3, {**SETTINGS, **other})
+    changed = SampleFile(tmp_path, "a photo", 3, {**SETTINGS, **other})
     assert changed.path == picture.path and not changed.is_saved()
 
 
 def test_what_is_no_picture_is_not_saved(tmp_path):
-    picture = PictureFile(tmp_path, "a photo", 0, SETTINGS)
+    picture = SampleFile(tmp_path, "a photo", 0, SETTINGS)
     assert not picture.is_saved()
     picture.path.write_text("not a picture")
     assert not picture.is_saved()
@@ -47,7 +47,7 @@ def test_large_jobs_get_a_small_grid(tmp_path, monkeypatch):
     pictures = [saved(tmp_path, prompt, seed, side=256) for prompt in ("one", "two", "three") for seed in range(2)]
     write_overview(tmp_path, pictures)
     whole = Image.open(tmp_path / "grid.png").size
-    for module in ("grid", "picture_files"):
+    for module in ("utils.image_grid", "sampling.output_files"):
         monkeypatch.setattr(f"atomdiff.{module}.SHEET_PIXELS", 6 * 64 * 64)
     write_overview(tmp_path, pictures)
     small = Image.open(tmp_path / "grid.png").size
@@ -63,7 +63,7 @@ def test_large_jobs_get_a_small_grid(tmp_path, monkeypatch):
 
 
 def test_two_jobs_in_one_folder_never_tear_each_others_files(tmp_path):
-    pictures = [PictureFile(tmp_path, "a mug", seed, SETTINGS) for seed in range(3)]
+    pictures = [SampleFile(tmp_path, "a mug", seed, SETTINGS) for seed in range(3)]
     failures = []
 
     def job():
@@ -89,9 +89,28 @@ def test_two_jobs_in_one_folder_never_tear_each_others_files(tmp_path):
 
 def test_a_picture_that_another_job_replaced_is_told(tmp_path):
     picture = saved(tmp_path, "a mug", 0)
-    PictureFile(tmp_path, "a mug", 0, SETTINGS | {"concepts": "[1]"}).save(Image.new("RGB", (16, 16), "red"))
+    SampleFile(tmp_path, "a mug", 0, SETTINGS | {"concepts": "[1]"}).save(Image.new("RGB", (16, 16), "red"))
     with pytest.raises(UserError, match="another job replaced it"):
         write_overview(tmp_path, [picture])
+
+
+def test_the_manifest_and_the_grid_have_the_images_of_earlier_jobs(tmp_path):
+    saved(tmp_path, "a cat", 1)
+    mug = SampleFile(tmp_path, "a mug", 0, SETTINGS | {"num_inference_steps": "9"})
+    mug.save(Image.new("RGB", (32, 16), (1, 2, 3)))
+    broken, foreign = (tmp_path / f"a-robot-abcdef-seed{seed}.png" for seed in (0, 1))
+    broken.write_bytes(mug.path.read_bytes()[:90])
+    Image.new("RGB", (16, 16), "red").save(foreign)
+    write_overview(tmp_path, [mug])
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert manifest["settings"] == {key: SETTINGS[key] for key in ("concepts", "negative_prompt")}
+    assert [(image["prompt"], image["seed"], image["size"]) for image in manifest["images"]] == [
+        ("a mug", 0, "32x16"),
+        ("a cat", 1, "16x16"),
+    ]
+    assert [image["num_inference_steps"] for image in manifest["images"]] == ["9", "3"]
+    with Image.open(tmp_path / "grid.png") as grid:
+        assert {(1, 2, 3), (9, 99, 199)} <= {color for _, color in grid.getcolors(1 << 20)}
 
 
 def test_hashes_follow_content_and_listing(tmp_path):

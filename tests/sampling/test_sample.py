@@ -22,7 +22,9 @@ from atomdiff.pipelines.load import list_atoms
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.pipelines.scheduler import schedule_settings
 from atomdiff.sampling import adapter_cache, sample
-from atomdiff.sampling.sample import SampleConfig, generate, save_samples
+from atomdiff.sampling.config import SampleConfig
+from atomdiff.sampling.generate import generate, image_size
+from atomdiff.sampling.sample import save_samples
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.noise import set_training_scheduler
@@ -345,7 +347,7 @@ def json_text(strength):
     return json.dumps(strength)
 
 
-@pytest.mark.filterwarnings("ignore:.*by which it is called")
+@pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_every_line_wears_its_own_concepts_as_if_it_were_drawn_alone(config, tiny_pipe, library):
     lines = {
         "a photo of sks mug": ("a photo of sks mug", {}),
@@ -401,7 +403,7 @@ def test_pictures_tell_their_own_concepts_in_the_order_of_the_prompts(config, li
     assert all("atoms-bee-0-5" in image["file"] for image in manifest["images"] if "bee" in image["prompt"])
 
 
-@pytest.mark.filterwarnings("ignore:.*by which it is called")
+@pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_only_pictures_of_a_changed_concept_are_drawn_again(config, tiny_pipe, library, loads):
     prompts = ("sks mug <atoms:bee>", "sks mug", "sks mug <atoms:ant>", "a cat <atoms:bee> <atoms:ant>")
     config = replace(config, library=str(library), prompts=prompts, seeds=(0,))
@@ -422,14 +424,14 @@ def test_only_pictures_of_a_changed_concept_are_drawn_again(config, tiny_pipe, l
 
 
 def test_the_pipeline_holds_few_concepts_however_many_a_job_has(config, tiny_pipe, library, monkeypatch):
-    held, draw = [], sample.draw_each
-    monkeypatch.setattr(adapter_cache, "MOST_LOADED", 2)
+    held, draw = [], sample.generate_each
+    monkeypatch.setattr(adapter_cache, "MAX_LOADED", 2)
 
     def counted(pipe, *args, **settings):
         held.append((len(list_atoms(pipe)), len(tokens_in(pipe))))
         return draw(pipe, *args, **settings)
 
-    monkeypatch.setattr(sample, "draw_each", counted)
+    monkeypatch.setattr(sample, "generate_each", counted)
     prompts = tuple(
         f"sks mug <atoms:{name}>" for name in ("ant", "bee", "cat", "dog", "pets/eel", "ant:0.5", "cat:0.5")
     )
@@ -451,7 +453,7 @@ def test_lines_that_wear_the_same_are_drawn_from_merged_weights(config, library,
     assert len(files(config)) == 4
 
 
-@pytest.mark.filterwarnings("ignore:.*by which it is called")
+@pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_what_all_lines_wear_goes_with_what_they_name_and_a_tag_changes_its_weight(config, tiny_pipe, library):
     own = str(library / "cat.atoms.safetensors")
     prompts = ("a cat", "a cat <atoms:ant:0.5>", "a cat <atoms:cat:0>")
@@ -462,7 +464,7 @@ def test_what_all_lines_wear_goes_with_what_they_name_and_a_tag_changes_its_weig
     assert [concept["weight"] for concept in told(config)["a cat <atoms:ant:0.5>"]] == [0.7, 0.5]
 
 
-@pytest.mark.filterwarnings("ignore:.*by which it is called")
+@pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_other_methods_are_worn_beside_a_library_without_mixing(config, tiny_pipe, library, tmp_path, monkeypatch):
     from peft import LoraConfig
 
@@ -481,7 +483,7 @@ def test_other_methods_are_worn_beside_a_library_without_mixing(config, tiny_pip
         expected = pixels(generate(tiny_pipe, ["a mug"], seeds=[0], progress=False, **QUICK)[0])
         atomdiff.unload_atoms(tiny_pipe)
         assert abs(picture(config, prompt) - expected).max() <= 1
-    with pytest.raises(UserError, match="lora is no concept of atoms: only those can be weighted by block and step"):
+    with pytest.raises(UserError, match="lora is not an atoms concept: only those can be weighted by block and step"):
         save_samples(replace(config, weights=(STEPS,)))
 
 
@@ -521,7 +523,7 @@ def test_a_concept_for_another_base_is_named(config, tiny_pipe, library):
 
 
 def test_concepts_that_no_word_calls_are_warned_of(config, library):
-    with pytest.warns(UserWarning, match="wears 'ant', but does not say 'sks mug'"):
+    with pytest.warns(UserWarning, match="uses 'ant' without its trigger phrase 'sks mug'"):
         save_samples(replace(config, library=str(library), prompts=("a cat <atoms:ant>",), seeds=(0,)))
 
 
@@ -586,8 +588,8 @@ def test_a_base_that_needs_larger_multiples_says_so(tiny_pipe, monkeypatch):
 
 def test_a_lone_side_of_a_base_that_is_not_square(tiny_pipe):
     tiny_pipe.unet.register_to_config(sample_size=[8, 12])
-    assert sample.image_size(tiny_pipe, 64, None) == (64, 48)
-    assert sample.image_size(tiny_pipe, None, 64) == (32, 64)
+    assert image_size(tiny_pipe, 64, None) == (64, 48)
+    assert image_size(tiny_pipe, None, 64) == (32, 64)
 
 
 # images that are no results
@@ -604,12 +606,12 @@ def spoiled(template, tmp_path, part):
 
 @pytest.mark.parametrize(
     ("part", "cause"),
-    [("vae", "the VAE cannot decode"), ("unet", "the numbers of the UNet overflow; lower the weights")],
+    [("vae", "the VAE cannot decode"), ("unet", "the UNet's values overflow; lower the weights")],
 )
 def test_images_that_are_not_finite_are_never_saved(config, pipe_template, tmp_path, part, cause):
     wrong = replace(config, pretrained_model_name_or_path=spoiled(pipe_template, tmp_path, part))
     for _ in range(2):  # they count as done the second time as little as the first
-        with pytest.raises(UserError, match=f"'a red mug' with seed 0 has numbers that are not finite: {cause}"):
+        with pytest.raises(UserError, match=f"'a red mug' with seed 0 has values that are not finite: {cause}"):
             save_samples(wrong)
         assert not files(config) and not (config_folder(config) / "manifest.json").exists()
 
@@ -634,7 +636,7 @@ def test_black_images_are_drawn_again_and_refused(config, tiny_pipe, monkeypatch
     monkeypatch.setattr(
         type(tiny_pipe.vae), "decode", lambda self, latents, **_: (-torch.ones(len(latents), 3, 32, 32),)
     )
-    with pytest.raises(UserError, match="is black all over: the VAE"):
+    with pytest.raises(UserError, match="is completely black: the VAE"):
         save_samples(config)
 
 
@@ -739,11 +741,11 @@ def test_processes_share_the_missing_pictures_and_one_writes_the_overview(config
             self.process_index = int(threading.current_thread().name)
             self.is_main_process = self.process_index == 0
 
-    save, overview = sample.PictureFile.save, sample.write_overview
+    save, overview = sample.SampleFile.save, sample.write_overview
     monkeypatch.setattr(accelerate, "Accelerator", Process)
     monkeypatch.setattr(sample, "open_pipeline", lambda *_, **__: copy.deepcopy(tiny_pipe))  # loading in threads fails
     monkeypatch.setattr(
-        sample.PictureFile, "save", lambda self, im: (drawn.append(threading.current_thread().name), save(self, im))
+        sample.SampleFile, "save", lambda self, im: (drawn.append(threading.current_thread().name), save(self, im))
     )
     monkeypatch.setattr(
         sample, "write_overview", lambda *a: (overviews.append(threading.current_thread().name), overview(*a))
@@ -771,7 +773,7 @@ OBJECTIVES = {  # the tiny base predicts v, without zero terminal SNR
 
 @pytest.fixture(scope="module")
 def trained(tiny_pipe_folder, tmp_path_factory):
-    """Concepts of one step each, by objective, and one of another method; and their runs."""
+    """Concepts of one step each, by schedule, and one of another method; and their runs."""
     folder = tmp_path_factory.mktemp("trained")
     (folder / "photos").mkdir()
     Image.new("RGB", (32, 32), "red").save(folder / "photos" / "0.png")
@@ -796,9 +798,11 @@ def trained(tiny_pipe_folder, tmp_path_factory):
 @pytest.fixture
 def used(monkeypatch):
     """Records the scheduler of each batch with its prompts."""
-    found, draw = [], sample.draw_each
+    found, draw = [], sample.generate_each
     monkeypatch.setattr(
-        sample, "draw_each", lambda pipe, prompts, *a, **k: found.append(pipe.scheduler) or draw(pipe, prompts, *a, **k)
+        sample,
+        "generate_each",
+        lambda pipe, prompts, *a, **k: found.append(pipe.scheduler) or draw(pipe, prompts, *a, **k),
     )
     return found
 
@@ -822,7 +826,7 @@ def test_a_concept_is_drawn_by_the_scheduler_that_it_was_trained_with(config, tr
     if name in ("same", "plain"):
         assert told == "" and tiny_pipe.scheduler is base
     else:
-        assert f"{name}: drawn by a {type(scheduler).__name__} with prediction_type=" in told
+        assert f"{name}: generated with a {type(scheduler).__name__} with prediction_type=" in told
         assert "the base has a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False\n" in told
         assert abs(picture(config, "a photo of sks mug") - drawn_by(tiny_pipe, base)).max() > 2
 
@@ -832,7 +836,7 @@ def drawn_by(pipe, scheduler):
     return pixels(generate(pipe, ["a photo of sks mug"], seeds=[0], progress=False, **QUICK)[0])
 
 
-@pytest.mark.filterwarnings("ignore:.*by which it is called")
+@pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_each_prompt_is_drawn_as_its_own_concepts_were_trained(config, trained, used, tiny_pipe, capsys):
     names = {"a cat": None, "sks mug <atoms:noise>": "noise", "a mug <atoms:zero>": "zero", "a mug <atoms:plain>": None}
     names |= {"a robot <atoms:noise:0.5>": "noise", "a mug <atoms:noise:0>": None}
@@ -848,7 +852,7 @@ def test_each_prompt_is_drawn_as_its_own_concepts_were_trained(config, trained, 
     assert abs(picture(config, "a robot <atoms:noise:0.5>") - expected).max() <= 1
 
 
-@pytest.mark.filterwarnings("ignore:.*by which it is called")
+@pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_a_prompt_with_concepts_of_two_schedulers_is_refused_unless_one_is_chosen(config, trained, used):
     prompts = ("a cat", "a sks mug <atoms:zero>")
     both = {"library": str(trained[0]), "concepts": (str(trained[0] / f"plain{CONCEPT_SUFFIX}"),), "seeds": (0,)}
@@ -879,10 +883,8 @@ def test_a_choice_against_the_training_is_told_in_a_line(config, trained, used, 
     config = replace(config, prompts=("a sks mug",), seeds=(0,), concepts=(str(trained[0] / "lora"),))
     save_samples(replace(config, prediction_type="v_prediction"))  # warns of nothing
     told = capsys.readouterr().out
-    chosen = (
-        "lora: drawn by a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False; trained for"
-    )
-    assert told == f"{chosen} a DDIMScheduler with prediction_type=epsilon, rescale_betas_zero_snr=False\n"
+    chosen = "lora: generated with a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False"
+    assert told == f"{chosen}; trained for a DDIMScheduler with prediction_type=epsilon, rescale_betas_zero_snr=False\n"
 
 
 def test_a_lora_that_does_not_tell_its_training_is_drawn_with_any_concept(config, trained, used, tmp_path):
@@ -902,7 +904,7 @@ def test_what_is_predicted_can_be_chosen(config, used, tiny_pipe, capsys):
     save_samples(chosen)
     assert [scheduler.config.prediction_type for scheduler in used] == ["v_prediction", "epsilon"]
     assert abs(picture(chosen, "a mug") - plain).max() > 2
-    assert "the base: drawn by a DDIMScheduler with prediction_type=epsilon" in capsys.readouterr().out
+    assert "the base: generated with a DDIMScheduler with prediction_type=epsilon" in capsys.readouterr().out
     save_samples(config)  # drawn again
     assert len(used) == 3 and np.array_equal(picture(config, "a mug"), plain)
     with pytest.raises(UserError, match="prediction_type='noise': expected one of"):

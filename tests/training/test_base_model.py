@@ -14,7 +14,9 @@ from safetensors.torch import save_file
 
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.open import open_pipeline, pipeline_class, refuse_other_pipelines, stored_dtype
-from atomdiff.sampling.sample import SampleConfig, generate, save_samples
+from atomdiff.sampling.config import SampleConfig
+from atomdiff.sampling.generate import generate
+from atomdiff.sampling.sample import save_samples
 from atomdiff.training.base_model import all_parts_loaded, generate_images, load_base, training_resolution
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train

@@ -18,7 +18,7 @@ from diffusers import (
 from PIL import Image
 
 from atomdiff.concepts.concept_file import read_delta_file
-from atomdiff.sampling.sample import generate
+from atomdiff.sampling.generate import generate
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.noise import forward_diffusion, set_training_scheduler

@@ -5,7 +5,7 @@ import pytest
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.export.export import ExportConfig
 from atomdiff.export.extract import ExtractConfig
-from atomdiff.sampling.sample import SampleConfig
+from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.config import TrainConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config

@@ -1,0 +1,154 @@
+"""Tensors of one layer of a LoRA, LoCon, LoHa, LoKr, DoRA or difference -> the two factors of a plain LoRA."""
+
+from __future__ import annotations
+
+import re
+from math import prod
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from atomdiff.tuner import base_weight
+
+_MAGNITUDE = re.compile(r"dora_scale|lora_magnitude_vector(?:\.weight)?")
+
+
+_LARGEST_CORE = 4096  # ranks of a Tucker decomposition
+
+
+_LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
+
+
+Layer = dict[str, Tensor]
+
+
+def lora_factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Tensor, Tensor] | None:
+    """Down (r, in, ...) and up (out, r, 1, ...), scaled, whose product is a layer's difference; None: it is zero.
+
+    Raises:
+        ValueError: they are not of this weight's shape, or not complete.
+        RuntimeError: likewise.
+        LookupError: likewise.
+    """
+    shape = tuple(cast(Tensor, base.weight).shape)
+    if odd := [kind for kind, tensor in layer.items() if kind != "alpha" and not tensor.is_floating_point()]:
+        raise ValueError(f"found {layer[odd[0]].dtype} in {odd[0]}")
+    magnitudes = [
+        tensor if kind == "dora_scale" else tensor.reshape(-1, 1)  # PEFT has only those of outputs
+        for kind, tensor in layer.items()
+        if _MAGNITUDE.fullmatch(kind)
+    ]
+    layer = {kind: tensor for kind, tensor in layer.items() if not _MAGNITUDE.fullmatch(kind)}
+    up, down = _up_and_down(layer, shape, scale)
+    if magnitudes:
+        up, down = _exact_factors(_dora_delta(base_weight.unmerged(base).detach(), up @ down, magnitudes[0]))
+    if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
+        raise ValueError("its numbers are too large")
+    ones = [1] * (len(shape) - 2)
+    return (down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones)) if up.any() and down.any() else None
+
+
+def _up_and_down(layer: Layer, shape: tuple[int, ...], scale: float | None) -> tuple[Tensor, Tensor]:
+    """Up (out, r) and down (r, in * ...), scaled."""
+    if layer.keys() >= {"up", "down"} and "lora_mid" not in layer:
+        up, down = layer["up"].flatten(1), layer["down"]
+        rank = len(down)
+        if up.shape != (shape[0], rank) or not _has_inputs(down, shape):
+            raise ValueError(f"found {tuple(layer['up'].shape)} x {tuple(down.shape)} for {shape} here")
+        return up * (scale if scale is not None else _alpha_over_rank(layer, rank)), down.flatten(1)
+    if layer.keys() >= _LOHA and not layer.keys() & {"hada_t1", "hada_t2"}:
+        sides = [(layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"].flatten(1)) for side in ("1", "2")]
+        ranks = prod(len(b) for _, b in sides)
+        for a, b in sides:
+            if a.shape != (shape[0], len(b)) or not _has_inputs(b, shape):
+                raise ValueError(f"found {tuple(a.shape)} x {tuple(b.shape)} for {shape} here")
+        if ranks < min(shape[0], prod(shape[1:])):  # the product of two sums is the sum of all products
+            up = torch.einsum("oi,oj->oij", sides[0][0], sides[1][0]).flatten(1)
+            down = torch.einsum("ix,jx->ijx", sides[0][1], sides[1][1]).flatten(0, 1)
+            return up * _alpha_over_rank(layer, len(layer["hada_w1_b"])), down
+    delta = _delta(layer, shape)
+    if delta.shape[0] != shape[0] or not _has_inputs(delta, shape):
+        raise ValueError(f"found {tuple(delta.shape)} for {shape} here")
+    return _exact_factors(delta.flatten(1))
+
+
+def _has_inputs(tensor: Tensor, shape: tuple[int, ...]) -> bool:
+    """Whether the rows of a tensor are those of a weight of this shape, as they are or flat."""
+    inputs = prod(shape[1:])
+    return tensor[:1].numel() == inputs and tensor.shape[1] in (shape[1], inputs)
+
+
+def _exact_factors(delta: Tensor) -> tuple[Tensor, Tensor]:
+    """Two factors of a matrix, one of which is the identity."""
+    out, inputs = delta.shape
+    return (torch.eye(out), delta) if out <= inputs else (delta, torch.eye(inputs))
+
+
+def _dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
+    """The difference (out, in * ...) of a weight that a DoRA makes (arXiv 2402.09353), of the difference of its LoRA.
+
+    The magnitudes are of the outputs or, as LyCORIS has them, of the inputs: (1, in, ...).
+    """
+    weight = weight.to(delta)
+    adapted = weight + delta.reshape(weight.shape)
+    by_inputs = len(magnitude) == 1 < len(weight)
+    if magnitude.numel() != weight.shape[by_inputs]:
+        raise ValueError(f"found magnitudes {tuple(magnitude.shape)} for {tuple(weight.shape)} here")
+    others = [axis for axis in range(weight.ndim) if axis != by_inputs]
+    sizes = torch.linalg.vector_norm(adapted, dim=others, keepdim=True).clamp(min=torch.finfo(torch.float32).tiny)
+    return (magnitude.reshape(sizes.shape) / sizes * adapted - weight).flatten(1)
+
+
+def _delta(layer: Layer, shape: tuple[int, ...]) -> Tensor:
+    """The difference of a weight of this shape that LyCORIS makes of its factors (arXiv 2309.14859)."""
+    if "diff" in layer:
+        return layer["diff"]
+    if layer.keys() >= {"up", "down", "lora_mid"}:
+        down, up = layer["down"].flatten(1), layer["up"].flatten(1)
+        return _alpha_over_rank(layer, len(down)) * _tucker(layer["lora_mid"], up.T, down, shape)
+    if layer.keys() >= _LOHA:
+        sides = []
+        for side in ("1", "2"):
+            a, b, core = layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"], layer.get(f"hada_t{side}")
+            factor = _checked_product(a, b.flatten(1), shape) if core is None else _tucker(core, a, b, shape)
+            sides.append(factor.flatten(1))
+        return _alpha_over_rank(layer, len(layer["hada_w1_b"])) * sides[0] * sides[1]
+    if any(kind.startswith("lokr_w1") for kind in layer) and any(kind.startswith("lokr_w2") for kind in layer):
+        first, second, ranks = *(_lokr_side(layer, side, shape) for side in ("1", "2")), _lokr_ranks(layer)
+        if first.numel() * second.numel() != prod(shape):
+            raise ValueError(f"found {tuple(first.shape)} and {tuple(second.shape)} for {shape} here")
+        first = first.reshape(*first.shape, *[1] * (second.ndim - first.ndim))
+        return (_alpha_over_rank(layer, ranks[0]) if ranks else 1.0) * torch.kron(first, second)
+    raise ValueError(f"found {', '.join(sorted(layer))}, expected all tensors of a LoRA, LoHa, LoKr or difference")
+
+
+def _lokr_side(layer: Layer, side: str, shape: tuple[int, ...]) -> Tensor:
+    if (whole := layer.get(f"lokr_w{side}")) is not None:
+        return whole
+    a, b = layer[f"lokr_w{side}_a"], layer[f"lokr_w{side}_b"]
+    if "lokr_t2" in layer and side == "2":
+        return _tucker(layer["lokr_t2"], a, b, shape)
+    return _checked_product(a, b, shape)
+
+
+def _lokr_ranks(layer: Layer) -> list[int]:
+    return [len(layer[key]) for key in ("lokr_w1_b", "lokr_w2_b") if key in layer]
+
+
+def _checked_product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    if a.shape[0] * b.shape[1] > prod(shape):
+        raise ValueError(f"found {tuple(a.shape)} x {tuple(b.shape)} for {shape} here")
+    return a @ b
+
+
+def _tucker(core: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
+    """Core (i, j, k, l), a (i, out), b (j, in) -> (out, in, k, l)."""
+    if max(core.shape[:2]) > _LARGEST_CORE or a.shape[1] * b.shape[1] * prod(core.shape[2:]) > prod(shape):
+        raise ValueError(f"found {tuple(core.shape)}, {tuple(a.shape)}, {tuple(b.shape)} for {shape} here")
+    return torch.einsum("ij..., ip, jr -> pr...", core, a, b).contiguous()
+
+
+def _alpha_over_rank(layer: Layer, rank: int) -> float:
+    """By which programs multiply what they load: alpha / rank."""
+    return float(layer["alpha"]) / rank if "alpha" in layer else 1.0

@@ -1,0 +1,79 @@
+"""Token embeddings of trigger words in files that other programs read."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from itertools import chain, count
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from atomdiff.concepts.kohya import (
+    as_written,
+    is_sdxl,
+    named_rows,
+    save_tensors,
+)
+from atomdiff.pipelines.load import list_atoms
+from atomdiff.pipelines.placeholder_tokens import token_id, tokens_in
+from atomdiff.pipelines.token_names import group_placeholder_tokens
+from atomdiff.sampling.concept_source import ConceptSource
+
+TokenEmbeddings = dict[str, dict[str, Tensor]]  # word -> rows (n, hidden), named as in a file
+
+
+def embeddings_without_base(concepts: list[ConceptSource]) -> TokenEmbeddings | None:
+    """The embeddings of concepts that are only words, which need no base; None: there are others."""
+    words: TokenEmbeddings = {}
+    for concept in concepts:
+        delta = concept.read() if concept.read is not None else None
+        if delta is None or delta.layers:
+            return None
+        sdxl = "-xl-" in delta.modelspec.get("architecture", "")
+        encoders = ["text_encoder", "text_encoder_2"] if sdxl else ["text_encoder"]
+        if any(sorted(vectors) != encoders for vectors in delta.tokens.values()):
+            return None
+        groups = group_placeholder_tokens(delta.tokens)
+        if groups.keys() & words.keys():
+            return None
+        for word, group in groups.items():
+            rows = {encoder: torch.stack([delta.tokens[each][encoder] for each in group]) for encoder in encoders}
+            words[word] = named_rows(rows, sdxl)
+    return words
+
+
+def active_embeddings(pipe: Any) -> TokenEmbeddings:
+    """The trigger words of active concepts, as their rows in the embedding tables."""
+    inactive = {concept.name for concept in list_atoms(pipe) if concept.layers and not concept.active}
+    by_owner: dict[str | None, list[str]] = {}
+    for word, entry in tokens_in(pipe).items():
+        if entry.vectors and entry.owner not in inactive:
+            by_owner.setdefault(entry.owner, []).append(word)
+    groups = [group_placeholder_tokens(words) for words in by_owner.values()]
+    return {word: embedding_rows(pipe, group) for found in groups for word, group in found.items()}
+
+
+def save_embeddings(folder: Path, prefix: str, words: TokenEmbeddings, dtype: torch.dtype) -> dict[str, Path]:
+    """Write a file for each word, named as every system allows. Returns word -> its file."""
+    files: dict[str, Path] = {}
+    for word, rows in words.items():
+        name, taken = prefix + re.sub(r"[^\w.-]", "_", word), {file.stem.lower() for file in files.values()}
+        names = chain([name], (f"{name}-{number}" for number in count(2)))
+        files[word] = folder / f"{next(each for each in names if each.lower() not in taken)}.safetensors"
+        save_tensors(files[word], {key: as_written(row, dtype, word) for key, row in rows.items()}, {})
+    return files
+
+
+def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
+    """The rows (n, hidden) of n words in the embedding tables, named as in files for ComfyUI and others."""
+    rows = {}
+    for encoder in ("text_encoder", "text_encoder_2"):
+        if pipe.components.get(encoder) is not None:
+            table, known = getattr(pipe, encoder).get_input_embeddings().weight.detach(), tokens_in(pipe)
+            own = [known[word].vectors if word in known else {} for word in words]  # not rounded to the table's dtype
+            found = [table[token_id(pipe, word, encoder)] for word in words]
+            rows[encoder] = torch.stack([mine.get(encoder, row.float()) for mine, row in zip(own, found, strict=True)])
+    return named_rows(rows, is_sdxl(pipe))

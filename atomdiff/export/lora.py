@@ -1,0 +1,76 @@
+"""The active concepts as a LoRA of a given rank, for other programs."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atomdiff.concepts.kohya import (
+    as_written,
+    layer_name,
+)
+from atomdiff.export.low_rank import low_rank
+from atomdiff.export.merged_delta import write_file
+from atomdiff.export.report import ExportedLayer, ExportReport
+from atomdiff.pipelines.differences import layer_differences
+from atomdiff.utils.errors import UserError
+
+_TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
+
+
+def export_lora(
+    pipe: Any,
+    path: str | os.PathLike[str],
+    rank: int = 16,
+    *,
+    dtype: torch.dtype = torch.float16,
+    trigger_phrase: str = "",
+) -> ExportReport:
+    """Save the best approximation of a rank to what the active concepts change, with kohya's keys.
+
+    A weight (out, in/groups, ...) becomes `lora_up` (out, r, 1, ...) and `lora_down` (r, in/groups, ...), r being
+    `rank` or what the layer allows, and `alpha` `rank`; grouped convolutions so, too, as programs that merge read them.
+
+    Args:
+        pipe: a pipeline with concepts of any PEFT method; a merged one is restored.
+        path: the file; `.safetensors` is appended where it is missing. Embeddings of words are written beside it.
+        rank: of every layer, at least 1.
+        dtype: of the written numbers.
+        trigger_phrase: what to write in a prompt to get the concept.
+
+    Raises:
+        UserError: there is nothing to export, or it has no form in such a file; or a value is too large for `dtype`.
+    """
+    check_rank(rank)
+    tensors: dict[str, Tensor] = {}
+    layers, biases = [], []
+    for difference in layer_differences(pipe):
+        name = layer_name(pipe, difference.component, difference.module)
+        if isinstance(difference.layer, _TRANSPOSED):
+            raise UserError(f"{name} is a transposed convolution, which has no LoRA in other programs: use --to diff")
+        if (bias := difference.parameters.get("bias")) is not None and bias.any():
+            biases.append(name)
+        weight = difference.parameters["weight"]
+        if not weight.any():
+            continue
+        matrix = weight.flatten(1)
+        factors = low_rank(matrix, rank)
+        scale = rank / len(factors[1])  # alpha / r, by which programs multiply what they load
+        up, down = (as_written(factor / scale**0.5, dtype, name) for factor in factors)
+        missed = matrix.cpu() - scale * up.float() @ down.float()
+        tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (weight.ndim - 2))
+        tensors[f"{name}.lora_down.weight"] = down.reshape(-1, *weight.shape[1:])
+        tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # diffusers mistakes alphas that differ between layers
+        size, residual = float(weight.norm()), float(missed.norm())
+        layers.append(ExportedLayer(name, tuple(weight.shape), len(down), size, residual))
+    return write_file(pipe, Path(path), tensors, layers, dtype, trigger_phrase, rank, biases)
+
+
+def check_rank(rank: int) -> None:
+    """Refuse a rank below 1."""
+    if rank < 1:
+        raise UserError(f"rank={rank}: expected at least 1")

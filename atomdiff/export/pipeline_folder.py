@@ -1,0 +1,43 @@
+"""A diffusers pipeline folder with the active concepts merged in."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atomdiff.export.embeddings import active_embeddings, save_embeddings
+from atomdiff.export.report import ExportReport
+from atomdiff.pipelines.differences import without_adapters
+from atomdiff.pipelines.portable import save_portable
+from atomdiff.utils.atomic import new_folder
+from atomdiff.utils.errors import UserError
+
+
+def check_empty(folder: Path) -> None:
+    """Refuse a path that exists, unless it is an empty folder."""
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{str(folder)!r} is there already: give a new or empty folder")
+
+
+def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
+    """Save a pipeline with its active concepts merged in, the words of all that are loaded in its text encoders.
+
+    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype. Words of active
+    concepts are also embedding files in the folder's `embeddings`, for programs that take a checkpoint made of it.
+
+    Raises:
+        UserError: the folder is not empty.
+    """
+    folder = Path(folder)
+    check_empty(folder)
+    words = active_embeddings(pipe)  # of what is active, while there are layers to ask
+    written = pipe.components["text_encoder"].dtype if words else torch.float32
+    with without_adapters(pipe):
+        with new_folder(folder) as unfinished:
+            longer = save_portable(pipe, unfinished)
+            embeddings = save_embeddings(unfinished / "embeddings", "", words, written)
+    embeddings = {word: folder / file.relative_to(unfinished) for word, file in embeddings.items()}
+    return ExportReport(folder, embeddings=embeddings, longer_tables=longer, is_folder=True)
