@@ -8,7 +8,7 @@ from typing import Annotated, Any, Literal
 
 from atomdiff.training.config.data import ImageConfig
 from atomdiff.training.config.run import LoggingConfig, RunConfig, ScheduleConfig
-from atomdiff.utils.choices import Schedule
+from atomdiff.utils.choices import Precision, Schedule
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import BatchSize, NonNegativeFloat, PositiveInt, Range
 from atomdiff.utils.options import parse_with_overrides
@@ -33,6 +33,9 @@ class ClassifyConfig(LoggingConfig, ScheduleConfig, ImageConfig, RunConfig):
     adapter: PathText = "atoms"
     """What to train beside the classification head: a JSON file with the config of any PEFT method, "atoms" (filter
     atoms with their default settings), "linear" (nothing), or "full" (all weights)."""
+    mixed_precision: Precision | None = None
+    """Precision of the computation; weights stay in float32. Default: the setting of `accelerate config`; without one,
+    bf16 where the hardware supports it, else no (float32)."""
     train_data_dir: PathText
     """Folder of training images, with a subfolder for each class; or with subfolders train, validation and test, each
     with a subfolder for each class."""

@@ -1,4 +1,4 @@
-"""A frozen dataclass as a command line: one `--option` a field, help from the field docstrings, YAML by `--config`."""
+"""Command lines from dataclasses: an `--option` for each field, help from its docstring, YAML files by `--config`."""
 
 import contextlib
 import dataclasses
@@ -10,12 +10,12 @@ from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, 
 
 import yaml
 from docstring_parser import parse_from_object
-from jsonargparse import ActionConfigFile, ArgumentParser  # type: ignore[attr-defined]
+from jsonargparse import ActionConfigFile, ArgumentParser, DefaultHelpFormatter  # type: ignore[attr-defined]
 
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import OneOf, marked_fields
-from atomdiff.utils.paths import expand_path
+from atomdiff.utils.paths import expand_path, path_fields
 from atomdiff.utils.text_files import read_yaml
 
 Config = TypeVar("Config")
@@ -30,10 +30,10 @@ def parse_config(
 ) -> Config:
     """Build a config from the command line and from the YAML files named by `--config`; what comes later wins.
 
-    Fields of type `tuple[X, ...]` take one or more values, as in `--seeds 0 1 2`; a truth value's option alone means
-    true. `none` and `null` stand for nothing where a field may be nothing, `yes`, `no`, `on` and `off` for truth
-    values. Options and YAML keys that are no fields, values of a wrong type and missing fields end the program with one
-    line that says so.
+    Fields of type `tuple[X, ...]` take one or more values, as in `--seeds 0 1 2`; the option of
+    a bool alone means true. `none` and `null` mean None where a field may be None; bools may also be `yes`, `no`, `on`
+    and `off`. Unknown options and YAML keys, values of a wrong type and missing fields end the program with one line
+    that says so.
 
     Args:
         config_class: a dataclass whose fields have docstrings.
@@ -47,7 +47,7 @@ def parse_config(
     """
     hints = get_type_hints(config_class)
     parser = _parser(config_class, prog, positional)
-    values = vars(parser.parse_args(_as_typed(sys.argv[1:] if args is None else args, hints)))
+    values = vars(parser.parse_args(_normalize_arguments(sys.argv[1:] if args is None else args, hints)))
     fields = {field.name: values[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
     return config_class(**{k: tuple(v) if get_origin(hints[k]) is tuple else v for k, v in fields.items()})
 
@@ -78,34 +78,34 @@ def parse_with_overrides(
     return cast(Config, config)
 
 
-def _as_typed(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
-    """Spell the values of options as the parser knows them."""
+def _normalize_arguments(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
+    """Spell the values of options as the parser expects them."""
     typed: list[str] = []
     hint: Any = str
     for word in args:
         name, equals, value = word.partition("=")
         if word.startswith("--"):
             hint = hints.get(name[2:], str)
-            typed.append(f"{name}={_spelled(value, hint)}" if equals else word)
+            typed.append(f"{name}={_normalize_argument(value, hint)}" if equals else word)
         else:
-            typed.append(_spelled(word, hint))
+            typed.append(_normalize_argument(word, hint))
     return typed
 
 
-def _spelled(value: str, hint: Any) -> str:
-    meant = _meant(value, hint)
+def _normalize_argument(value: str, hint: Any) -> str:
+    meant = _normalize(value, hint)
     return meant if isinstance(meant, str) else json.dumps(meant)
 
 
-def _meant(value: Any, hint: Any) -> Any:
+def _normalize(value: Any, hint: Any) -> Any:
     """Return None, true, false or a whole number for what stands for it in a field of that type; else the value."""
-    kinds = (hint, *get_args(hint))
+    types = (hint, *get_args(hint))
     if isinstance(value, str):
-        if value.lower() in ("none", "null") and type(None) in kinds:
+        if value.lower() in ("none", "null") and type(None) in types:
             return None
-        if value.lower() in _TRUTH and bool in kinds:
+        if value.lower() in _TRUTH and bool in types:
             return _TRUTH[value.lower()]
-    if int in kinds and float not in kinds and not isinstance(value, bool):
+    if int in types and float not in types and not isinstance(value, bool):
         with contextlib.suppress(TypeError, ValueError):  # 1e3 and 1000.0 are whole numbers
             return int(float(value)) if float(value).is_integer() and not str(value).isdecimal() else value
     return value
@@ -124,10 +124,10 @@ class _ConfigFile(ActionConfigFile):
 
 
 def _read_options(file: str, hints: dict[str, Any]) -> dict[str, Any]:
-    """Read a YAML file of options as the parser knows them.
+    """Read a YAML file of options.
 
     Raises:
-        UserError: It is no such file.
+        UserError: The file cannot be read, or does not hold options.
     """
     found = read_yaml(file)
     options = {} if found is None else found
@@ -137,13 +137,23 @@ def _read_options(file: str, hints: dict[str, Any]) -> dict[str, Any]:
         if name not in hints:
             raise UserError(f"{file}: there is no option {name!r}")
         several = get_origin(hints[name]) is tuple
-        options[name] = [value] if several and not isinstance(value, list) else _meant(value, hints[name])
+        options[name] = [value] if several and not isinstance(value, list) else _normalize(value, hints[name])
         if options[name] in (None, [None]) and type(None) not in get_args(hints[name]):
             raise UserError(f"{file}: {name} has no value; write one, or leave the line out for the default")
     return options
 
 
 _TRUTH = {"yes": True, "on": True, "no": False, "off": False}
+
+
+class _HelpFormatter(DefaultHelpFormatter):
+    """Shows the help as it is: types and defaults are in it."""
+
+    def _get_help_string(self, action: Any) -> str:
+        return _OWN_HELP.get(action.dest, action.help or "")
+
+
+_OWN_HELP = {"help": "Show this help and exit.", "print_config": "Print the options as YAML and exit."}
 
 
 class _Parser(ArgumentParser):
@@ -154,33 +164,52 @@ class _Parser(ArgumentParser):
 
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
         """End the program with the message on one line."""
-        said = " ".join(message.split()).rstrip(".")
-        raise SystemExit(f"{self.prog}: error: {said}. --help lists the options")
+        line = " ".join(message.split()).rstrip(".")
+        raise SystemExit(f"{self.prog}: error: {line}. --help lists the options")
 
 
 def _parser(config_class: type[Any], prog: str | None, positional: str | None) -> ArgumentParser:
-    parser = _Parser(prog=prog, description=parse_from_object(config_class).short_description)
+    parser = _Parser(
+        prog=prog,
+        usage=f"%(prog)s [OPTIONS]{f' [{positional}]' if positional else ''}",
+        description=parse_from_object(config_class).short_description,
+        formatter_class=_HelpFormatter,
+    )
     helps = _helps(config_class)
     hints = get_type_hints(config_class)
     for name, one_of in marked_fields(config_class, OneOf).items():
         hints[name] = Literal[tuple(one_of.table)]
     parser.hints = hints
     if "config" not in hints:  # a field of that name is something else
-        parser.add_argument("--config", action=_ConfigFile, help="A YAML file with any of the options below.")
+        parser.add_argument("--config", action=_ConfigFile, metavar="PATH", help="YAML file with options.")
+    paths = path_fields(config_class)
+    sections: dict[str, Any] = {"": parser}
     for field in dataclasses.fields(config_class):
-        options: dict[str, Any] = {"type": hints[field.name], "help": helps[field.name]}
-        if get_origin(hints[field.name]) is tuple:
-            options |= {"type": get_args(hints[field.name])[0], "nargs": "+"}
-        if hints[field.name] in (bool, bool | None):
-            options |= {"nargs": "?", "const": True}
-        required = field.default is dataclasses.MISSING
-        if not required:
-            options["default"] = list(field.default) if isinstance(field.default, tuple) else field.default
-        if field.name != positional:
-            parser.add_argument(f"--{field.name}", required=required, **options)
-        else:
-            parser.add_argument(field.name, **options | ({} if required else {"nargs": "?"}))
+        option = _option(field, hints[field.name], helps[field.name])
+        if field.name == positional:
+            parser.add_argument(field.name, **option | ({"nargs": "?"} if "default" in option else {}))
+            continue
+        title = _section(config_class, field.name)
+        section = sections[title] = sections.get(title) or parser.add_argument_group(title)
+        metavar = "PATH" if field.name in paths else _metavar(hints[field.name])
+        section.add_argument(f"--{field.name}", required="default" not in option, metavar=metavar, **option)
     return parser
+
+
+def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> dict[str, Any]:
+    """Return the parser's arguments for a field."""
+    option: dict[str, Any] = {"type": hint, "help": text}
+    if get_origin(hint) is tuple:
+        option |= {"type": get_args(hint)[0], "nargs": "+"}
+    if hint in (bool, bool | None):
+        option |= {"nargs": "?", "const": True}
+    default = field.default
+    if default is dataclasses.MISSING:
+        return option | {"help": f"{text} (required)"}
+    shown = default if isinstance(default, tuple) else () if default is None else (default,)
+    if shown and default is not False:
+        option["help"] += f" (default: {', '.join(map(str, shown))})"
+    return option | {"default": list(default) if isinstance(default, tuple) else default}
 
 
 def _helps(config_class: type[Any]) -> dict[str, str]:
@@ -190,3 +219,19 @@ def _helps(config_class: type[Any]) -> dict[str, str]:
     for name, one_of in marked_fields(config_class, OneOf).items():
         helps[name] += " " + "; ".join(f"{choice}: {entry.help}" for choice, entry in one_of.table.items()) + "."
     return helps
+
+
+def _section(config_class: type[Any], name: str) -> str:
+    """Return the title under which `--help` lists a field: that of the group it comes from; none for its own."""
+    owner = next(group for group in reversed(config_class.__mro__) if name in vars(group).get("__annotations__", {}))
+    return "" if owner is config_class else (parse_from_object(owner).short_description or "").rstrip(".")
+
+
+def _metavar(hint: Any) -> str:
+    """Return how `--help` shows the values of a type."""
+    if get_origin(hint) is Literal:
+        return "{" + ",".join(map(str, get_args(hint))) + "}"
+    return _METAVARS.get(hint) or next(map(_metavar, get_args(hint)), "TEXT")
+
+
+_METAVARS = {bool: "{true,false}", int: "INT", float: "FLOAT", str: "TEXT"}

@@ -3,7 +3,8 @@ from importlib.metadata import PackageNotFoundError
 
 import pytest
 
-from atomdiff.cli.main import doctor, main
+from atomdiff.cli import doctor
+from atomdiff.cli.main import main
 from atomdiff.utils.precision import choose_precision, compute_device
 
 

@@ -225,7 +225,7 @@ def test_words_stop_learning_and_all_else_goes_on(config_for, vectors_by_step, t
     assert not torch.equal(vectors[1], vectors[2]) and all(torch.equal(vectors[2], later) for later in vectors[3:])
     before, after = vectors_by_step[2][1], vectors_by_step[5][1]
     parts = {name.partition(".")[0] for name in before if not torch.equal(before[name], after[name])}
-    assert parts == ({"unet", "encoders"} if text else {"unet"})
+    assert parts == ({"denoiser", "text_encoders"} if text else {"denoiser"})
 
 
 @pytest.mark.parametrize(
@@ -306,7 +306,10 @@ def test_validation_draws_with_what_is_trained(config_for, tmp_path):
         ({"num_vectors": 0}, "num_vectors=0: expected a number of at least 1"),
         ({"num_vectors": MAX_TRIGGER_WORDS + 1}, f"expected at most {MAX_TRIGGER_WORDS} vectors in a concept"),
         ({"num_vectors": 2, "train_token": False}, "num_vectors=2: expected train_token=True"),
-        ({"train_text_encoder_ti_frac": 1.5}, "train_text_encoder_ti_frac=1.5: expected a share"),
+        (
+            {"train_text_encoder_ti_frac": 1.5},
+            "train_text_encoder_ti_frac=1.5: expected a number of at least 0 and",
+        ),
         ({"train_text_encoder_ti_frac": 0.5, "train_token": False}, "ti_frac=0.5: expected train_token=True"),
         ({"text_encoder_lr": 0.1}, "text_encoder_lr=0.1: expected train_text_encoder=True"),
         ({"text_encoder_adapter": "full"}, "text_encoder_adapter='full': expected train_text_encoder=True"),

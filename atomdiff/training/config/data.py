@@ -23,7 +23,7 @@ class ImageConfig(ConfigGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class DataConfig(ImageConfig):
-    """Crops, captions and masks of instance images."""
+    """Crops, captions and masks."""
 
     center_crop: bool = False
     """Use only the center crop of images that are not square. Default: also the crops at both ends of the long side."""
@@ -58,7 +58,7 @@ class DataConfig(ImageConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class ClassImagesConfig(ConfigGroup):
-    """Prior preservation, and how class and validation images are generated."""
+    """Prior preservation and image generation."""
 
     with_prior_preservation: bool = False
     """Train on class images too (prior preservation), so that the class keeps its look."""

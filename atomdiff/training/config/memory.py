@@ -14,7 +14,7 @@ _QUANTIZED = ("load_in_8bit", "load_in_4bit")
 
 @dataclass(frozen=True, kw_only=True)
 class MemoryConfig(ConfigGroup):
-    """Checkpointing, attention and quantization."""
+    """Memory and speed."""
 
     gradient_checkpointing: bool = False
     """Recompute activations in the backward pass: less memory, about a third slower."""

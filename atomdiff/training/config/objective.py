@@ -12,7 +12,7 @@ from atomdiff.utils.fields import ConfigGroup, NonNegativeFloat, NonNegativeInt,
 
 @dataclass(frozen=True, kw_only=True)
 class ObjectiveConfig(ConfigGroup):
-    """What the model learns to predict, and on which timesteps."""
+    """Training objective: noise, timesteps and loss."""
 
     snr_gamma: PositiveFloat | None = None
     """Gamma of min-SNR loss weighting; 5 is recommended. Default: no weighting."""

@@ -32,7 +32,7 @@ Build = Callable[["OptimizerConfig", list[dict[str, Any]], dict[str, Any]], "Opt
 class OptimizerSpec:
     """What there is to know about an optimizer."""
 
-    help: str
+    summary: str
     """A few words for `--help`."""
     build: Build
     """Builds it from the run's options, the parameter groups, and `lr`, `betas` and `eps`."""
@@ -47,10 +47,16 @@ class OptimizerSpec:
     check: Callable[[OptimizerConfig], None] = lambda config: None
     """Raises a UserError for options that do not go with it."""
 
+    @property
+    def help(self) -> str:
+        """What `--help` says."""
+        token = "" if self.token_learning_rate is None else f", of token embeddings {self.token_learning_rate:g}"
+        return f"{self.summary} (default learning rate {self.learning_rate:g}{token})"
+
 
 @dataclass(frozen=True, kw_only=True)
 class OptimizerConfig(TextConfig, ScheduleConfig):
-    """Optimizer, its settings, and the learning rates."""
+    """Optimizer."""
 
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
     """Optimizer. If its package is missing: pip install "atomdiff[optimizers]"."""
@@ -165,7 +171,7 @@ def _check_schedule_free(config: OptimizerConfig) -> None:
 OPTIMIZERS = {
     "adamw": OptimizerSpec("AdamW", _adamw, build_8bit=_adamw_8bit),
     "prodigy": OptimizerSpec(
-        "Prodigy, which estimates one step size for all parameters; leave the learning rates at their default, 1",
+        "Prodigy, which estimates one step size for all parameters",
         _prodigy,
         needs=NeedsPackage("prodigyopt", "optimizers"),
         learning_rate=1.0,
@@ -173,7 +179,7 @@ OPTIMIZERS = {
         check=_check_prodigy,
     ),
     "adamw_schedulefree": OptimizerSpec(
-        "schedule-free AdamW, which averages its steps in place of a learning-rate schedule",
+        "schedule-free AdamW, which averages its steps and needs no learning-rate schedule",
         _schedule_free,
         needs=NeedsPackage("schedulefree", "optimizers"),
         check=_check_schedule_free,

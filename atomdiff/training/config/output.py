@@ -14,7 +14,7 @@ from atomdiff.utils.paths import PathText
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(LoggingConfig):
-    """Checkpoints, validation images and logs."""
+    """Checkpoints, validation prompts and tracker."""
 
     validation_prompts: tuple[str, ...] = ("a photo of {trigger_word} {class_name}",)
     """Prompts of the validation images."""
@@ -37,7 +37,7 @@ class OutputConfig(LoggingConfig):
 
 @dataclass(frozen=True, kw_only=True)
 class HubConfig(ConfigGroup):
-    """The push to the Hugging Face Hub."""
+    """Push to the Hugging Face Hub."""
 
     push_to_hub: bool = False
     """Push the concept file to the Hugging Face Hub after training, with validation images and a model card."""

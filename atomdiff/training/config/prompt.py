@@ -19,15 +19,16 @@ _MAX_TOKENS = 64  # in a concept file
 
 @dataclass(frozen=True, kw_only=True)
 class TextConfig(ConfigGroup):
-    """Training of token embeddings and text encoders."""
+    """Token embeddings and text encoders."""
 
     train_token: bool = True
-    """Train the token embedding of the trigger word (textual inversion); it is saved in the concept file."""
+    """Train the token embedding of the trigger word (textual inversion), without weight decay; it is saved in the
+    concept file."""
     num_vectors: PositiveInt = 1
     """Token embeddings per trigger word. Several are initialized from the tokens of initializer_token if it has as
     many, else from their mean with a little noise. Each takes the place of one token in prompts."""
     token_learning_rate: NonNegativeFloat | None = None
-    """Learning rate of token embeddings. Default: 1e-2; with prodigy, learning_rate."""
+    """Learning rate of token embeddings. Default: that of the optimizer."""
     train_text_encoder_ti_frac: Annotated[float, Range(0, 1)] = 1.0
     """Fraction of the steps, from the start, in which token embeddings are trained; after it they are frozen."""
     train_text_encoder: bool = False
@@ -49,7 +50,7 @@ class TextConfig(ConfigGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class PromptConfig(TextConfig, SubjectConfig):
-    """The subjects of a run."""
+    """Several subjects."""
 
     concepts_list: PathText | None = None
     """YAML or JSON file with several subjects, in place of instance_data_dir: a list of mappings with

@@ -12,7 +12,7 @@ from atomdiff.utils.paths import PathText
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(ConfigGroup):
-    """Base model, adapter, precision, seed and output folder of a run."""
+    """Base model, adapter and output."""
 
     pretrained_model_name_or_path: PathText
     """Base model, Stable Diffusion 1.x, 2.x or XL: a folder or Hub id of a diffusers pipeline, or a single checkpoint
@@ -33,7 +33,7 @@ class RunConfig(ConfigGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class ScheduleConfig(ConfigGroup):
-    """Steps, batch size and learning rate of a run."""
+    """Steps, batch size and learning rate."""
 
     max_train_steps: PositiveInt = 400
     """Number of optimizer steps."""
@@ -41,7 +41,7 @@ class ScheduleConfig(ConfigGroup):
     """Training images per step and process. Class images come on top, one for each."""
     learning_rate: NonNegativeFloat | None = None
     """Learning rate of the adapter. Default: the value in overrides.yaml beside the adapter's JSON file; without one,
-    5e-3 (1 with prodigy)."""
+    that of the optimizer."""
     lr_scheduler: Schedule = "constant"
     """Learning-rate schedule."""
     lr_warmup_steps: NonNegativeInt = 0
@@ -49,7 +49,7 @@ class ScheduleConfig(ConfigGroup):
     max_grad_norm: NonNegativeFloat = 1.0
     """Maximum gradient norm, for gradient clipping; 0 turns clipping off."""
     adam_weight_decay: NonNegativeFloat = 1e-2
-    """Weight decay, with every optimizer. Token embeddings have none."""
+    """Weight decay."""
 
     def check(self) -> None:
         """Check that the warm-up ends within the run."""
@@ -60,7 +60,7 @@ class ScheduleConfig(ConfigGroup):
 
 @dataclass(frozen=True, kw_only=True)
 class LoggingConfig(ConfigGroup):
-    """How often a run validates and logs."""
+    """Validation and logging."""
 
     validation_steps: NonNegativeInt = 0
     """Steps between validations, each of which adds a row of images to the contact sheet; 0 for none."""

@@ -16,14 +16,14 @@ from atomdiff.utils.text_files import read_yaml
 
 @dataclass(frozen=True, kw_only=True)
 class SubjectConfig(ConfigGroup):
-    """Images, trigger word and prompts of a subject.
+    """Images, trigger word and prompts of the subject.
 
     Prompts may contain `{trigger_word}` (or `{trigger}`) and `{class_name}`.
     """
 
     instance_data_dir: PathText | None = None
-    """Folder of instance images, which show the subject. A .txt file beside an image is its caption and replaces
-    instance_prompt."""
+    """Folder of instance images, which show the subject; required without concepts_list. A .txt file beside an image is
+    its caption and replaces instance_prompt."""
     repeats: Annotated[int, Range(1, MOST_REPEATS)] = 1
     """How often each instance image is used in an epoch. Balances subjects with few and many images in one_file."""
     class_name: str | None = None

@@ -21,7 +21,7 @@ from atomdiff.utils.paths import PathText, path_fields
 
 @dataclass(frozen=True, kw_only=True)
 class BaseModelConfig(RunConfig):
-    """The files of the base model."""
+    """Files of the base model."""
 
     variant: str | None = None
     """Variant of the base model's weight files, such as fp16."""
