@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test test-fast check
+.PHONY: help setup demo test test-fast check docs
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -24,7 +24,10 @@ test: $(READY)  ## Run all tests.
 test-fast: $(READY)  ## Run the tests that take no longer than a second or so.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow"
 
-check: $(READY)  ## Check style, format, types and imports.
+docs: $(READY)  ## Build the documentation in site/; a broken link or a missing name is an error.
+	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet
+
+check: $(READY) docs  ## Check style, format, types and imports, and that the documentation builds.
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy

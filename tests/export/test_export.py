@@ -450,9 +450,9 @@ def test_a_word_of_several_vectors_is_one_file(pipe_template, sdxl_template, tmp
         assert not torch.allclose(draw(template), draw(pipe), atol=1e-3)
 
 
-def test_the_lines_of_the_readme_load_a_word_in_diffusers(pipe_template, sdxl_template, tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
-    lines = [code for code in re.findall(r"```py\n(.*?)```", readme, re.DOTALL) if "load_textual_inversion" in code]
+def test_the_lines_of_the_documentation_load_a_word_in_diffusers(pipe_template, sdxl_template, tmp_path, monkeypatch):
+    page = (Path(__file__).parents[2] / "docs" / "exporting.md").read_text()
+    lines = [code for code in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "load_textual_inversion" in code]
     monkeypatch.chdir(tmp_path)
     for template, code in zip((pipe_template, sdxl_template), lines, strict=True):
         pipe, other = fresh(template), fresh(template)

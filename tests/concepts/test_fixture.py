@@ -1,0 +1,80 @@
+"""A concept file of 0.1.0's format, kept as it was written: it must load and act as it did then, forever."""
+
+import json
+import re
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+import atomdiff
+from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.toybox.base import load_toybox
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "tests" / "fixtures" / "robot.atoms.safetensors"
+THEN = json.loads(FILE.with_name("robot.json").read_text())
+
+
+@pytest.fixture(scope="module")
+def adapted():
+    """A pipeline that has loaded the file, merged; and its UNet's weights before."""
+    pipe = load_toybox().to(torch.float32)
+    pipe.set_progress_bar_config(disable=True)
+    before = {name: parameter.detach().clone() for name, parameter in pipe.unet.named_parameters()}
+    atomdiff.load_atoms(pipe, FILE)
+    atomdiff.set_active(pipe, "robot")
+    return pipe, before
+
+
+def changes(pipe, before):
+    after = {name.replace(".base_layer", ""): parameter.detach() for name, parameter in pipe.unet.named_parameters()}
+    found = {name: (after[name] - weight).double().flatten() for name, weight in before.items()}
+    return {name.removesuffix(".weight"): change for name, change in found.items() if change.any()}
+
+
+def test_what_it_says_is_read():
+    concept = read_delta_file(FILE)
+    assert concept.config.channel_block == 4 and concept.config.basis == "svd"
+    assert concept.trigger_phrase == "sks robot" and concept.base_model == "samples/toybox-sd"
+    assert concept.training["steps"] == 60 and concept.training["config"]["timestep_sampling"] == "logit_normal"
+    assert concept.tokens["sks"]["text_encoder"].shape == (128,)
+    assert {name.removeprefix("unet.") for name in concept.layers} == THEN["layers"].keys()
+
+
+def test_it_changes_the_weights_as_it_did(adapted):
+    found = changes(*adapted)
+    assert found.keys() == THEN["layers"].keys()
+    for layer, (norm, product) in THEN["layers"].items():
+        noise = torch.randn(found[layer].numel(), generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+        assert float(found[layer].norm()) == pytest.approx(norm, rel=1e-4)
+        assert float(found[layer] @ noise) == pytest.approx(product, abs=1e-3 * norm)
+
+
+def test_it_generates_the_image_that_it_did(adapted):
+    pipe, _ = adapted
+    settings = {"num_inference_steps": 4, "guidance_scale": 4.0, "generator": torch.Generator().manual_seed(0)}
+    image = pipe("a photo of sks robot in the snow", output_type="np", **settings).images[0]
+    blurred = image.reshape(4, 16, 4, 16, 3).mean((1, 3, 4))  # a quarter of the width each
+    np.testing.assert_allclose(blurred, THEN["image"], atol=0.01)
+
+
+def test_the_page_of_the_format_reads_it_without_atomdiff(adapted, monkeypatch, capsys):
+    pipe, before = adapted
+    (code,) = re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "concept-file.md").read_text(), re.DOTALL)
+    assert set(re.findall(r"^(?:import|from) (\w+)", code, re.MULTILINE)) == {"json", "numpy", "safetensors"}
+    monkeypatch.chdir(ROOT)
+    names = {}
+    exec(code, names)
+    assert f"# {capsys.readouterr().out}" in code
+    np.testing.assert_allclose(names["adapted"], pipe.unet.conv_out.base_layer.weight.detach(), atol=1e-5)
+    assert not np.allclose(names["adapted"], before["conv_out.weight"], atol=1e-3)
+
+
+def test_the_page_of_the_format_has_its_numbers():
+    page, data = (ROOT / "docs" / "concept-file.md").read_text(), FILE.read_bytes()
+    header = int.from_bytes(data[:8], "little")
+    assert (
+        f"{len(data):,} bytes" in page and f"| {header} |" in page and f"| {len(data) - 8 - header:,} bytes |" in page
+    )

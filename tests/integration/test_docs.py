@@ -1,0 +1,185 @@
+"""README.md and docs/: commands are accepted, Python runs, links, files and figures are there."""
+
+import dataclasses
+import json
+import math
+import pkgutil
+import re
+import shlex
+from itertools import pairwise
+from pathlib import Path
+
+import pytest
+
+from atomdiff.classify.config import ClassifyConfig
+from atomdiff.classify.config import load_config as load_classifier_config
+from atomdiff.cli.demo import DemoConfig
+from atomdiff.cli.main import main
+from atomdiff.export.export import ExportConfig
+from atomdiff.export.extract import ExtractConfig
+from atomdiff.sampling.config import SampleConfig
+from atomdiff.training.config import TrainConfig, load_config
+from atomdiff.utils.options import parse_config
+
+ROOT = Path(__file__).parents[2]
+PAGES = {
+    str(path.relative_to(ROOT)): path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
+}
+CONCEPT = "out/demo/mug.atoms.safetensors"
+VERBS = {
+    "train": load_config,
+    "train_dreambooth": load_config,
+    "train_classifier": load_classifier_config,
+    "sample": lambda options: parse_config(SampleConfig, options),
+    "demo": lambda options: parse_config(DemoConfig, options),
+    "export": lambda options: parse_config(ExportConfig, options),
+    "extract": lambda options: parse_config(ExtractConfig, options),
+}
+
+
+def blocks(page, language):
+    return re.findall(rf"^```{language}\n(.*?)^```", PAGES[page], re.DOTALL | re.MULTILINE)
+
+
+def commands():
+    text = "\n".join(block for page in PAGES for block in blocks(page, "sh")).replace("\\\n", " ")
+    return [shlex.split(line, comments=True) for line in text.splitlines() if line.strip()]
+
+
+@pytest.fixture(scope="module")
+def concept(tmp_path_factory):
+    """The bytes of a concept file of the real base, whose deltas are zero."""
+    import atomdiff
+    from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
+    from atomdiff.toybox.base import load_toybox
+
+    pipe = load_toybox()
+    add_placeholder_token(pipe, "sks")
+    set_token_embedding(pipe, "sks", {"text_encoder": pipe.text_encoder.get_input_embeddings().weight[5].detach()})
+    pipe.unet.add_adapter(atomdiff.AtomConfig(), "default")
+    file = tmp_path_factory.mktemp("concept") / "mug.atoms.safetensors"
+    atomdiff.save_atoms(pipe, file, "default", trigger_phrase="sks mug", base_model="samples/toybox-sd")
+    return file.read_bytes()
+
+
+@pytest.fixture
+def clone(concept, tmp_path, monkeypatch):
+    """A folder in which the pages' paths are there, and where the demo leaves its concept."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("samples", "configs", "tests"):
+        (tmp_path / name).symlink_to(ROOT / name)
+    for name in ("my-photos", "my-images", "out/tuned", "out/demo"):
+        (tmp_path / name).mkdir(parents=True)
+    Path(CONCEPT).write_bytes(concept)
+
+
+def test_the_readme_is_short():
+    assert len(PAGES["README.md"].splitlines()) <= 150
+
+
+def test_make_commands_exist():
+    targets = re.findall(r"^([\w-]+):", (ROOT / "Makefile").read_text(), re.MULTILINE)
+    named = {command[1] for command in commands() if command[0] == "make"}
+    named |= {name for page in PAGES.values() for name in re.findall(r"`make ([\w-]+)`", page)}
+    assert {"demo", "test", "check", "docs"} <= named <= set(targets)
+
+
+def test_every_command_is_accepted(clone, capsys):
+    seen = set()
+    for words in commands():
+        if words[0] == "accelerate":
+            assert (ROOT / words[2]).is_file()
+            verb, options = Path(words[2]).stem, words[3:]
+        elif Path(words[0]).name == "atomdiff":
+            verb, options = words[1], words[2:]
+        else:
+            assert words[0] in ("make", "pre-commit"), words
+            continue
+        seen.add(verb)
+        if verb == "inspect":
+            main([verb, *options])
+            assert ("sks mug" if CONCEPT in options else "17,524") in capsys.readouterr().out
+        else:
+            VERBS[verb](options)
+    assert seen == {*VERBS, "inspect"}
+
+
+@pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
+def test_the_python_of_a_page_runs(clone, page):
+    names = {}
+    for code in blocks(page, "python"):
+        exec(code.replace(").images", ", num_inference_steps=1).images"), names)
+    if "images" in names:
+        assert names["images"][0].size == (64, 64)
+    if "unload_atoms(pipe)  #" in code:
+        assert not names["atomdiff"].list_atoms(names["pipe"])
+
+
+def test_other_python_is_python():
+    for page in PAGES:
+        for code in blocks(page, "py"):
+            compile(code, page, "exec")
+
+
+def test_links_and_files_are_there():
+    for page, text in PAGES.items():
+        for link in re.findall(r"\]\(([^)#\s]+)(?:#[^)\s]*)?\)", text):
+            assert link.startswith("https://") or (ROOT / page).parent.joinpath(link).exists(), (page, link)
+        for path in re.findall(
+            r"(?<![\w/])(?:samples|configs|benchmarks|train_scripts|examples|atomdiff|tests)/[\w./-]+\w", text
+        ):
+            assert (ROOT / path).exists() or page == "CHANGELOG.md", (page, path)
+
+
+def test_names_of_modules_and_options_are_there():
+    known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run"}
+    for kind in (TrainConfig, ClassifyConfig, SampleConfig, DemoConfig, ExportConfig, ExtractConfig):
+        known |= {field.name for field in dataclasses.fields(kind)}
+    for page, text in PAGES.items():
+        if page == "CHANGELOG.md":
+            continue
+        for name in re.findall(r"(?<![\w/-])atomdiff(?:\.[A-Za-z_]\w*)+(?!\w*[/\w])", text):
+            assert pkgutil.resolve_name(name) is not None, (page, name)
+        for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
+            assert option in known, (page, option)
+
+
+def test_figures_stand_in_the_result_files():
+    checked = 0
+    for page in ("README.md", "docs/benchmarks.md", "docs/method.md"):
+        found = set()
+        for above, line in pairwise(PAGES[page].splitlines()):
+            if files := re.findall(r"benchmarks/results/\w+\.json", line):
+                found = set(numbers_in(json.loads((ROOT / files[-1]).read_text())))
+            if not line.startswith("|") or not above.startswith("|"):
+                continue
+            for cell in line.split("|")[2:]:
+                for figure, decimals, scales in figures(cell):
+                    margin = 0.501 * 10**-decimals
+                    assert any(abs(f * s - figure) < margin for f in found for s in scales), (page, line, figure)
+                    checked += 1
+    assert checked > 150
+
+
+def numbers_in(value):
+    if isinstance(value, dict):
+        for each in value.values():
+            yield from numbers_in(each)
+        if {"mug", "robot"} <= value.keys():  # the subjects of a trial, of which a table has the means
+            both = zip(numbers_in(value["mug"]), numbers_in(value["robot"]), strict=True)
+            yield from ((mug + robot) / 2 for mug, robot in both)
+    elif isinstance(value, list):
+        for each in value:
+            yield from numbers_in(each)
+    elif isinstance(value, (int, float)) and math.isfinite(value):
+        yield float(value)
+
+
+def figures(cell):
+    """The figures of a table's cell with their decimals, and what those in the file may be multiplied by."""
+    units = {"GB": 1e-9, "MB": 1e-6, "KB": 1e-3, "%": 100}
+    scales = [1, *(scale for unit, scale in units.items() if unit in cell)]
+    cell = re.sub(r"`[^`]*`|[A-Za-z]\w*|\d+x\d+|MiB", " ", re.sub(r"\b\w* ?[=@*]+ ?\S*", " ", cell))
+    for text in re.findall(r"(?<![\w.,])(?:\d[\d,]*(?:\.\d+)?|\.\d+)", cell):
+        number = text.replace(",", "")
+        yield float(number), len(number.partition(".")[2]), scales
