@@ -7,7 +7,7 @@ from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from atomdiff.training.config.data import ImageConfig
-from atomdiff.training.config.run import LoggingConfig, RunConfig, ScheduleConfig
+from atomdiff.training.config.run import LoggingConfig, RunConfig, StepsConfig
 from atomdiff.utils.choices import Precision, Schedule
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import BatchSize, NonNegativeFloat, PositiveInt, Range
@@ -20,7 +20,7 @@ BatchNorm = Literal["frozen", "updated"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig(LoggingConfig, ScheduleConfig, ImageConfig, RunConfig):
+class ClassifyConfig(LoggingConfig, StepsConfig, ImageConfig, RunConfig):
     """Fine-tune an image classifier on folders of images.
 
     Fields known from diffusers' training scripts mean the same here.

@@ -15,7 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from atomdiff.training.config.prompt import TextConfig
-from atomdiff.training.config.run import ScheduleConfig
+from atomdiff.training.config.run import StepsConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import NeedsPackage, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Share
 
@@ -55,7 +55,7 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(TextConfig, ScheduleConfig):
+class OptimizerConfig(TextConfig, StepsConfig):
     """Optimizer."""
 
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"

@@ -13,8 +13,7 @@ from atomdiff.training.config.subject import Subject, SubjectConfig, read_subjec
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import ConfigGroup, NonNegativeFloat, PositiveInt, Range
 from atomdiff.utils.paths import PathText
-
-_MAX_TOKENS = 64  # in a concept file
+from atomdiff.utils.untrusted import MAX_TRIGGER_WORDS
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -99,8 +98,8 @@ class PromptConfig(TextConfig, SubjectConfig):
 
     def _check_trigger_words(self, words: Sequence[str]) -> None:
         """Check the trigger words of one concept."""
-        if len(words) * self.num_vectors > _MAX_TOKENS:
-            expected = f"at most {_MAX_TOKENS} vectors in a concept, found {len(words)} words"
+        if len(words) * self.num_vectors > MAX_TRIGGER_WORDS:
+            expected = f"at most {MAX_TRIGGER_WORDS} vectors in a concept, found {len(words)} words"
             raise UserError(f"num_vectors={self.num_vectors}: expected {expected}")
         if len({word.lower() for word in words}) < len(set(words)):
             raise UserError(

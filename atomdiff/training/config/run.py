@@ -32,7 +32,7 @@ class RunConfig(ConfigGroup):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ScheduleConfig(ConfigGroup):
+class StepsConfig(ConfigGroup):
     """Steps, batch size and learning rate."""
 
     max_train_steps: PositiveInt = 400
