@@ -14,6 +14,7 @@ from torch import nn
 from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
 from atomdiff.sampling.generate import generate
 from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.data import ImageConfig
 from atomdiff.training.launch import frozen_dtype
 from atomdiff.utils.errors import UserError
 
@@ -105,7 +106,7 @@ def all_parts_loaded(config: TrainConfig, pipe: BasePipeline) -> Iterator[None]:
             setattr(pipe, name, None)
 
 
-def training_resolution(config: TrainConfig, pipe: BasePipeline) -> int:
+def training_resolution(config: ImageConfig, pipe: BasePipeline) -> int:
     """Return the side of the training pictures in pixels.
 
     Raises:

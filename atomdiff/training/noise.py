@@ -11,7 +11,7 @@ from torch import Tensor
 
 from atomdiff.concepts.modelspec import prediction_type
 from atomdiff.pipelines.scheduler import ScheduleConfig, matching_scheduler
-from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.objective import ObjectiveConfig
 from atomdiff.training.objective import add_noise, min_snr_weights, offset_noise, sample_timesteps, training_target
 from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
@@ -35,7 +35,7 @@ class NoisyLatents:
 class ForwardDiffusion:
     """The noise schedule, and what is predicted."""
 
-    config: TrainConfig
+    config: ObjectiveConfig
     """The run."""
     prediction_type: PredictionType
     """What the denoiser predicts."""
@@ -69,7 +69,7 @@ class ForwardDiffusion:
         return NoisyLatents(add_noise(latents, noise, alpha, sigma), self.timesteps[chosen], target, weights)
 
 
-def forward_diffusion(config: TrainConfig, pipe: Any) -> ForwardDiffusion:
+def forward_diffusion(config: ObjectiveConfig, pipe: Any) -> ForwardDiffusion:
     """Return the forward diffusion of a base, with what the run sets of it.
 
     Raises:
@@ -92,7 +92,7 @@ def forward_diffusion(config: TrainConfig, pipe: Any) -> ForwardDiffusion:
     return ForwardDiffusion(config, predicted, alpha, sigma, timesteps)
 
 
-def set_training_scheduler(config: TrainConfig, pipe: Any) -> None:
+def set_training_scheduler(config: ObjectiveConfig, pipe: Any) -> None:
     """Give a base the scheduler that generates images the way the run trains it.
 
     Raises:
@@ -101,5 +101,5 @@ def set_training_scheduler(config: TrainConfig, pipe: Any) -> None:
     pipe.scheduler = matching_scheduler(_schedule_config(config), pipe.scheduler)
 
 
-def _schedule_config(config: TrainConfig) -> ScheduleConfig:
+def _schedule_config(config: ObjectiveConfig) -> ScheduleConfig:
     return ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr, config.flow_shift)

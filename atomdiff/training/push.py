@@ -6,10 +6,11 @@ from peft import PeftConfig
 
 from atomdiff.concepts.push import check_upload, push_to_hub
 from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.prompt import PromptConfig
 from atomdiff.utils.errors import UserError
 
 
-def trigger_phrase(config: TrainConfig) -> str:
+def trigger_phrase(config: PromptConfig) -> str:
     """Return what to write in prompts: word and class of every subject."""
     return ", ".join(subject.phrase for subject in config.subjects)
 

@@ -7,6 +7,7 @@ from typing import Any
 
 from atomdiff.pipelines.prompt_syntax import replace_words
 from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.prompt import PromptConfig
 from atomdiff.training.training_images import TrainingImage
 
 
@@ -57,7 +58,7 @@ def describe_training(config: TrainConfig, num_trainable_parameters: int, proces
     )
 
 
-def warn_of_cut_prompts(pipe: Any, config: TrainConfig, prompts: Mapping[str, Sequence[str]]) -> None:
+def warn_of_cut_prompts(pipe: Any, config: PromptConfig, prompts: Mapping[str, Sequence[str]]) -> None:
     """Warn of prompts of which the base reads the beginning alone.
 
     Args:

@@ -17,6 +17,7 @@ from atomdiff.pipelines.placeholder_tokens import check_addable
 from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.training.base_model import BasePipeline
 from atomdiff.training.config import Subject, TrainConfig
+from atomdiff.training.config.data import DataConfig
 from atomdiff.training.fingerprint import ImageFingerprint, image_key, text_key
 from atomdiff.training.preflight import check_named
 from atomdiff.utils.errors import UserError
@@ -87,7 +88,7 @@ def read_class_images(config: TrainConfig, subject: Subject, folder: Path, minim
     return found
 
 
-def crop_image(config: TrainConfig, image: CaptionedImage, mask: Image.Image | None, size: Size) -> list[Crop]:
+def crop_image(config: DataConfig, image: CaptionedImage, mask: Image.Image | None, size: Size) -> list[Crop]:
     """Return the crops of an image; if nothing counts outside its mask, those that show some of what it marks.
 
     Raises:
