@@ -84,11 +84,11 @@ def summary(reports: list[dict[str, Any]]) -> dict[str, float]:
         "similarity_base": median(lambda r: r["similarity"]["base"]),
         "similarity": median(lambda r: r["similarity"]["concept"]),
         "similarity_real": median(lambda r: r["similarity"]["real"]),
-        "gain": median(lambda r: r["similarity"]["gain"]),
+        "gain": median(lambda r: r["similarity"]["normalized_gain"]),
         "scene_accuracy_base": median(lambda r: r["scene_accuracy"]["base"]),
         "scene_accuracy": median(lambda r: r["scene_accuracy"]["concept"]),
         "drift": median(lambda r: r["drift"]),
-        "trained_numbers": median(lambda r: r["trained_numbers"]),
+        "trained_numbers": median(lambda r: r["num_trainable_parameters"]),
         "file_bytes": median(lambda r: r["file_bytes"]),
         "train_seconds": median(lambda r: r["train_seconds"]),
         "total_seconds": median(lambda r: r["total_seconds"]),
@@ -100,7 +100,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
     from diffusers import StableDiffusionPipeline
     from PIL import Image
 
-    from atomdiff.cli.demo import open_concept
+    from atomdiff.evaluate.suite import open_adapted
     from atomdiff.sampling.generate import generate
     from atomdiff.training.dreambooth import load_config
     from atomdiff.training.method import place_for
@@ -122,7 +122,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
             "progress": False,
         }
         before = generate(pipe, [f"a photo of a {subject} {places[0]}"], seeds=[0], **settings)
-        pipe = open_concept(pipe, place_for(adapter, home / subject))
+        pipe = open_adapted(pipe, place_for(adapter, home / subject))
         prompts = [f"a photo of {run.trigger_word} {subject} {place}" for place in places]
         after = generate(pipe, prompts, seeds=[0] * len(places), **settings)
         photo = Image.open(ROOT / "samples" / "subjects" / subject / "01.png")

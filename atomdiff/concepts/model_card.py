@@ -253,7 +253,7 @@ def _figures(figures: Mapping[str, Any] | None, concept: _Concept) -> dict[str, 
         digest = hash_file(concept.path)
         if figures.get("file_sha256", digest) != digest:
             return {}
-        unshown = ("file_bytes", "file_sha256", "trained_numbers", "versions")
+        unshown = ("file_bytes", "file_sha256", "num_trainable_parameters", "versions")
         figures = {name: value for name, value in figures.items() if name not in unshown}
     rows: dict[str, Any] = {}
     for name, value in figures.items():

@@ -1,1 +1,1 @@
-"""What a concept is worth: one metric a file, each a pure function."""
+"""Evaluation: a prompt suite, the encoders that look at its images, and one metric a file."""

@@ -16,14 +16,14 @@ def stored_bytes(path: str | os.PathLike[str]) -> int:
     return sum(file.stat().st_size for file in _files(Path(path)))
 
 
-def trained_numbers(path: str | os.PathLike[str]) -> int:
-    """Return how many numbers of a stored concept were trained, trigger words included.
+def num_trainable_parameters(path: str | os.PathLike[str]) -> int:
+    """Return the number of trained parameters of a stored concept, trigger words included.
 
-    Bases, which delta files carry beside the deltas, were not. Of a fully tuned pipeline the denoiser counts, and no
+    Atoms, which concept files carry beside the deltas, were not. Of a fully tuned pipeline the denoiser counts, and no
     trigger word.
 
     Args:
-        path: a delta file, a directory written by PEFT, or a pipeline folder.
+        path: a concept file, a folder written by PEFT, or a pipeline folder.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.

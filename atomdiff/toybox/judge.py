@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -85,6 +86,11 @@ class Judge(nn.Module):
         """The most likely word of each kind (`class`, `scene`, `colour`, `pattern`) for every picture."""
         logits = self._look(images)[0]
         return {name: [LABELS[name][i] for i in logits[name].argmax(1).tolist()] for name in LABELS}
+
+    def recognize(self, images: list[Image.Image], labels: Sequence[str]) -> list[str]:
+        """The most likely word for every picture, of the kind that has all the labels."""
+        kind = next(kind for kind, words in LABELS.items() if set(labels) <= set(words))
+        return self.classify(images)[kind]
 
 
 def individual_loss(vectors: Tensor, individuals: Tensor, temperature: float = 0.1) -> Tensor:

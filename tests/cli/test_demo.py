@@ -6,9 +6,9 @@ import pytest
 import yaml
 from PIL import Image
 
-from atomdiff.cli.demo import DemoConfig, draw_sheet, run_demo
+from atomdiff.cli.demo import DemoConfig, make_sheet, run_demo
 from atomdiff.cli.main import main
-from atomdiff.evaluate.concept import Exam
+from atomdiff.evaluate.suite import SCENES, Evaluation, GeneratedImages, make_suite
 from atomdiff.utils import image_grid
 from atomdiff.utils.errors import UserError
 
@@ -51,7 +51,8 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     for path in (concept, output / "before_after.png", output / "training_curve.png", output / "report.json"):
         assert str(path) in printed and path.is_file()
     assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +0\.\d{3}\nscenes right .*\ndrift +0\.\d{3}\n", printed)
-    assert re.search(r"size +[\d,]+ bytes, [\d,]+ numbers\ntime +\d+ s, \d+ s of them training\nin +float32 ", printed)
+    assert re.search(r"size +[\d,]+ bytes, [\d,]+ parameters\n", printed)
+    assert re.search(r"time +\d+ s, \d+ s of them training\nin +float32 ", printed)
     first, second = (line.strip() for line in printed.splitlines()[-2:])
     assert f'atomdiff.load_atoms(pipe, "{concept}")' in second
     exec(f"{first}\n{second.replace('guidance_scale=4', 'num_inference_steps=2')}", {})
@@ -62,7 +63,7 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     assert {"base", "concept", "real"} <= report["similarity"].keys()
     assert report["similarity"]["base"] < 0.6 < report["similarity"]["real"]
     assert report["scene_accuracy"].keys() == {"base", "concept"}
-    assert 0 < report["trained_numbers"] < 40_000 and report["total_seconds"] > report["train_seconds"] > 0
+    assert 0 < report["num_trainable_parameters"] < 40_000 and report["total_seconds"] > report["train_seconds"] > 0
     assert Image.open(output / "before_after.png").width > 800
 
 
@@ -81,7 +82,7 @@ def test_any_method_objective_and_folder_go_the_same_way(quick, tmp_path):
     )
     report = run_demo(config)
     assert report["subject"] == "my-photos" and report["references"] == "training photos"
-    assert report["trained_numbers"] > 250_000
+    assert report["num_trainable_parameters"] > 250_000
 
 
 @pytest.mark.slow
@@ -96,19 +97,18 @@ def test_one_large_photo_of_a_class_without_a_word(quick, tmp_path, capsys):
     assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +-\n", printed)
     assert "warning: the base has no word 'ogre'; give --class_name what comes closest of mug, " in told
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["similarity"]["real"] is None and report["similarity"]["gain"] is None
+    assert report["similarity"]["real"] is None and report["similarity"]["normalized_gain"] is None
     assert max(Image.open(tmp_path / "out" / "before_after.png").size) < 2500
 
 
 def test_the_sheet_names_an_umbrella(monkeypatch):
     labels = []
-    monkeypatch.setattr(image_grid, "grid", lambda rows, beside, above: labels.extend(beside))
-    exam = Exam("umbrella", "sks", ("snow",), num_inference_steps=2, guidance_scale=1, seeds_per_scene=2)
-    pictures = [Image.new("RGB", (64, 64))] * 2
-    draw_sheet(pictures, exam, pictures, pictures)
+    monkeypatch.setattr(image_grid, "make_image_grid", lambda rows, beside, above: labels.extend(beside))
+    images = [Image.new("RGB", (64, 64))] * 2
+    suite = make_suite("umbrella", {"snow": SCENES["snow"]}, images_per_scene=2)
+    generated = GeneratedImages(images, [])
+    make_sheet(Evaluation(suite, None, images, generated, generated), "sks", images)
     assert labels[1] == 'the base: "an umbrella"'
-    assert "a photo of an umbrella on the beach" in exam.bystanders()
-    assert not any("a umbrella" in prompt for prompt in Exam("mug", "sks", (), 2, 1).bystanders())
 
 
 def test_a_missing_folder_is_one_clear_line(capsys):

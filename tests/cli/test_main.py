@@ -103,7 +103,13 @@ def test_demo_says_where_things_are_and_how_to_use_them(tiny_pipe, monkeypatch, 
     report = {
         "similarity": {"base": 0.1, "concept": 0.7, "real": None},
         "scene_accuracy": {"base": 1.0, "concept": 0.95},
-        **{"drift": 0.138, "file_bytes": 12345, "trained_numbers": 81, "total_seconds": 99, "train_seconds": 70.4},
+        **{
+            "drift": 0.138,
+            "file_bytes": 12345,
+            "num_trainable_parameters": 81,
+            "total_seconds": 99,
+            "train_seconds": 70.4,
+        },
         **{"precision": "float32", "concept": str(path), "base": "samples/toybox-sd"},
     }
     monkeypatch.setattr("atomdiff.cli.demo.run_demo", lambda config: report)
@@ -115,7 +121,7 @@ def test_demo_says_where_things_are_and_how_to_use_them(tiny_pipe, monkeypatch, 
         ["scenes", "right", "1.000", "0.950"],
         ["drift", "0.138"],
     ]
-    assert "12,345 bytes, 81 numbers" in shown and "99 s, 70 s of them training" in shown
+    assert "12,345 bytes, 81 parameters" in shown and "99 s, 70 s of them training" in shown
     assert str(path) in shown and str(tmp_path / "before_after.png") in shown
     code = [line.strip() for line in shown.splitlines() if line.startswith("    ") and "pipe" in line]
     assert len(code) == 2 and "from_pretrained('samples/toybox-sd')" in code[0]

@@ -6,7 +6,7 @@ from peft import LoraConfig
 from safetensors.torch import save_file
 
 import atomdiff
-from atomdiff.evaluate.size import stored_bytes, trained_numbers
+from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 
 
@@ -19,11 +19,11 @@ def test_a_stored_concept_counts_what_was_trained(tiny_pipe, tmp_path, config):
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "concept")
     trained = sum(p.numel() for p in tiny_pipe.unet.parameters() if p.requires_grad)
     assert trained > 0
-    assert trained_numbers(path) == trained + 32
+    assert num_trainable_parameters(path) == trained + 32
 
 
 def test_of_a_pipeline_the_denoiser_counts(tiny_pipe, tiny_pipe_folder):
-    assert trained_numbers(tiny_pipe_folder) == sum(p.numel() for p in tiny_pipe.unet.parameters())
+    assert num_trainable_parameters(tiny_pipe_folder) == sum(p.numel() for p in tiny_pipe.unet.parameters())
 
 
 def test_bytes_of_files_and_folders(tmp_path):
@@ -38,4 +38,4 @@ def test_a_missing_path_is_named(tmp_path):
     with pytest.raises(FileNotFoundError, match="nowhere"):
         stored_bytes(tmp_path / "nowhere")
     save_file({"x.atom_delta": torch.zeros(2, 3), "x.atom_basis": torch.zeros(2, 9)}, tmp_path / "x.safetensors")
-    assert trained_numbers(tmp_path / "x.safetensors") == 6
+    assert num_trainable_parameters(tmp_path / "x.safetensors") == 6

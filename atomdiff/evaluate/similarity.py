@@ -1,20 +1,39 @@
-"""Subject fidelity: how much generated pictures look like the subject's photos.
+"""Subject fidelity: how much generated images look like the subject.
 
 Ruiz et al., "DreamBooth: Fine Tuning Text-to-Image Diffusion Models for Subject-Driven Generation", arXiv 2208.12242,
 section 4.2: there with the embeddings of CLIP (CLIP-I) or DINO ViT-S/16 (DINO), here with any.
 """
 
+from __future__ import annotations
+
 import torch
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from atomdiff.evaluate.suite import Evaluation
 
-def fidelity(generated: Tensor, references: Tensor) -> float:
-    """Return the mean cosine similarity of all pairs of a generated and a reference picture.
+
+def similarity(evaluation: Evaluation) -> dict[str, float | None]:
+    """Return how similar the subject's images are to the references.
+
+    Returns:
+        `base`, `concept`: mean cosine similarity to the references. `real`: that of the references to each other.
+        `normalized_gain`: the concept's share of the way from base to real. A single reference leaves these two None.
+    """
+    references = evaluation.encoder.embed(evaluation.references)
+    base = mean_similarity(evaluation.encoder.embed(evaluation.base.subject), references)
+    concept = mean_similarity(evaluation.encoder.embed(evaluation.concept.subject), references)
+    real = mean_pairwise_similarity(references) if len(references) > 1 else None
+    gain = None if real is None or real == base else (concept - base) / (real - base)
+    return {"base": base, "concept": concept, "real": real, "normalized_gain": gain}
+
+
+def mean_similarity(generated: Tensor, references: Tensor) -> float:
+    """Return the mean cosine similarity of all pairs of a generated and a reference image.
 
     Args:
         generated: embeddings (n, e), of any length.
-        references: embeddings (m, e) of photos of the subject, best ones that were not trained on.
+        references: embeddings (m, e) of images of the subject, best ones that were not trained on.
 
     Returns:
         From -1 to 1; for the subject itself about `mean_pairwise_similarity(references)`.
@@ -30,7 +49,7 @@ def fidelity(generated: Tensor, references: Tensor) -> float:
 
 
 def mean_pairwise_similarity(embeddings: Tensor) -> float:
-    """Return the mean cosine similarity of all pairs of different pictures of one set, from -1 to 1.
+    """Return the mean cosine similarity of all pairs of different images of one set, from -1 to 1.
 
     For photos of one subject it is what DreamBooth's table 1 calls "real images": as alike as such photos are.
 
@@ -46,7 +65,7 @@ def mean_pairwise_similarity(embeddings: Tensor) -> float:
 
 
 def _cosines(first: Tensor, second: Tensor) -> Tensor:
-    """Cosines (n, m) in float64."""
+    """Return cosines (n, m) in float64."""
     return normalize(first.double(), dim=1) @ normalize(second.double(), dim=1).T
 
 

@@ -1,0 +1,122 @@
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from atomdiff.evaluate.metrics import METRICS, score
+from atomdiff.evaluate.suite import (
+    SCENES,
+    Evaluation,
+    GeneratedImages,
+    generate_images,
+    make_suite,
+    open_adapted,
+    read_subject,
+    unseen_scenes,
+)
+from atomdiff.toybox.judge import load_judge
+from atomdiff.toybox.places import PLACES
+from atomdiff.toybox.scenes import Individual
+from atomdiff.toybox.shapes import SUBJECT_COLOURS
+from atomdiff.toybox.subjects import SUBJECTS, views
+
+SUBJECT_FOLDERS = sorted((Path(__file__).parents[2] / "samples" / "subjects").iterdir())
+TOYBOX_SCENES = {label: phrase for label, (phrase, _) in PLACES.items()}
+SUITE = make_suite(
+    "mug", {label: TOYBOX_SCENES[label] for label in ("snow", "city")}, TOYBOX_SCENES, images_per_scene=2
+)
+
+
+@pytest.fixture(scope="module")
+def judge():
+    return load_judge()
+
+
+@pytest.mark.parametrize("folder", SUBJECT_FOLDERS, ids=lambda folder: folder.name)
+def test_every_shipped_subject_has_photos_in_few_scenes_and_unseen_ones_in_the_others(folder, judge):
+    images, references, unseen = read_subject(folder)
+    assert 4 <= len(images) <= 6 and len(references) >= 5 and unseen
+    assert tuple(unseen_scenes(judge, images, TOYBOX_SCENES)) == ("desert", "snow", "city", "space", "sea")
+    assert set(judge.classify(references)["class"]) == {SUBJECTS[folder.name].class_name}
+
+
+def test_without_unseen_images_the_training_images_are_compared_with(tmp_path):
+    for number, image in enumerate(views(SUBJECTS["cat"], 3, seed=1)):
+        image.save(tmp_path / f"{number}.png")
+    images, references, unseen = read_subject(tmp_path)
+    assert len(images) == 3 and references == images and not unseen
+
+
+def test_images_of_every_scene_leave_all_scenes_to_ask_for(judge):
+    images = views(SUBJECTS["cat"], len(PLACES), seed=1)
+    assert unseen_scenes(judge, images, TOYBOX_SCENES) == TOYBOX_SCENES
+
+
+def test_prompts_name_subject_and_scene():
+    assert SUITE.prompts("sks mug") == ["a photo of sks mug in the snow"] * 2 + ["a photo of sks mug in the city"] * 2
+    assert SUITE.labels == ["snow", "snow", "city", "city"]
+    assert len(SUITE.unrelated_prompts) == 2 * len(PLACES)
+    assert not any("sks" in prompt for prompt in SUITE.unrelated_prompts)
+    assert "a photo of a mug on the beach" in SUITE.unrelated_prompts
+
+
+def test_articles_fit_the_classes():
+    assert "a photo of an umbrella on the beach" in make_suite("umbrella").unrelated_prompts
+    assert not any("a umbrella" in prompt for prompt in make_suite("mug").unrelated_prompts)
+
+
+def generated(individual, scenes=("snow", "snow", "city", "city"), seed=5):
+    return GeneratedImages(views(individual, 4, seed, scenes), views(individual, 3, seed + 1))
+
+
+def scores(judge, references, base, concept):
+    return score(Evaluation(SUITE, judge, references, base, concept))
+
+
+def test_a_perfect_concept_goes_all_the_way_and_the_base_none(judge):
+    subject = SUBJECTS["mug"]
+    plain = Individual("mug", "striped", SUBJECT_COLOURS["lime"], SUBJECT_COLOURS["maroon"])
+    base, perfect = generated(plain), generated(subject)
+    references = views(subject, 6, seed=9)
+    none = scores(judge, references, base, base)
+    assert none["similarity"]["normalized_gain"] == 0 and none["drift"] == 0
+    assert none["diversity"]["base"] == none["diversity"]["concept"] > 0
+    full = scores(judge, references, base, perfect)
+    assert full["similarity"]["normalized_gain"] > 0.9 and full["drift"] > 0.02
+    assert full["scene_accuracy"] == {"base": 1.0, "concept": 1.0}
+
+
+def test_forgotten_scenes_are_seen(judge):
+    subject = SUBJECTS["mug"]
+    base, forgetful = generated(subject), generated(subject, scenes=("snow",))
+    assert scores(judge, views(subject, 4, seed=2), base, forgetful)["scene_accuracy"]["concept"] == 0.5
+
+
+def test_a_single_reference_leaves_open_how_alike_images_are(judge):
+    base, perfect = generated(SUBJECTS["cat"]), generated(SUBJECTS["mug"])
+    similarity = scores(judge, views(SUBJECTS["mug"], 1, seed=9), base, perfect)["similarity"]
+    assert similarity["base"] < similarity["concept"] and similarity["real"] is similarity["normalized_gain"] is None
+
+
+class MeanColor:
+    """The smallest encoder: the mean color of an image, and the first label for all."""
+
+    def embed(self, images):
+        return torch.stack([torch.tensor(image.resize((1, 1)).getpixel((0, 0)), dtype=torch.float) for image in images])
+
+    def recognize(self, images, labels):
+        return [labels[0]] * len(images)
+
+
+def test_a_suite_runs_on_any_pipeline_with_any_encoder_and_a_new_metric(tiny_pipe, tiny_pipe_folder, monkeypatch):
+    suite = make_suite("dog", {"snow": SCENES["snow"]}, {"sea": SCENES["sea"]}, num_inference_steps=1)
+    base = generate_images(suite, tiny_pipe, "a dog")
+    assert len(base.subject) == 4 and len(base.unrelated) == 2
+    tuned = generate_images(suite, open_adapted(tiny_pipe, tiny_pipe_folder), "sks dog")
+    references = [Image.new("RGB", (32, 32), (200, 30, 30))] * 2
+    monkeypatch.setitem(METRICS, "brightness", lambda e: float(e.encoder.embed(e.concept.subject).mean()))
+    found = score(Evaluation(suite, MeanColor(), references, base, tuned))
+    assert list(found) == ["similarity", "scene_accuracy", "diversity", "drift", "brightness"]
+    assert found["scene_accuracy"] == {"base": 1.0, "concept": 1.0} and 0 < found["brightness"] < 255
+    assert found["drift"] == 0  # the same weights, and unrelated prompts do not name the subject
