@@ -6,7 +6,7 @@ Every field of `atomdiff.classify.config.ClassifyConfig` is an option; --help li
 import sys
 
 from atomdiff.classify.config import load_config
-from atomdiff.cli.main import run_program
+from atomdiff.cli.run_program import run_program
 from atomdiff.utils.quiet import quiet_libraries
 
 PROGRAM = "train_classifier.py"

@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from atomdiff.toybox.places import PLACES
-from atomdiff.toybox.scenes import CLASSES, COLOURS, PICTURE_SIZE
+from atomdiff.toybox.scenes import CLASSES, COLORS, PICTURE_SIZE
 from atomdiff.toybox.shapes import PATTERNS
 from atomdiff.utils.assets import find_asset
 
@@ -39,7 +39,7 @@ def build_vae() -> AutoencoderKL:
 
 def build_tokenizer() -> CLIPTokenizer:
     """A CLIP tokenizer in which every word of the world and every rare word is one token, others fall into letters."""
-    return make_tokenizer([*(phrase for phrase, _ in PLACES.values()), *CLASSES, *COLOURS, *PATTERNS])
+    return make_tokenizer([*(phrase for phrase, _ in PLACES.values()), *CLASSES, *COLORS, *PATTERNS])
 
 
 def make_tokenizer(phrases: list[str]) -> CLIPTokenizer:

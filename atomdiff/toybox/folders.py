@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from atomdiff.toybox.scenes import CLASSES, COLOURS, SCENES, Caption, base_individual, draw
+from atomdiff.toybox.scenes import CLASSES, COLORS, SCENES, Caption, base_individual, draw
 from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
 from atomdiff.toybox.styles import ink
 from atomdiff.toybox.subjects import random_individual
@@ -21,9 +21,9 @@ PATTERN_NAMES = tuple(SUBJECT_PATTERNS)
 
 
 def class_picture(class_name: str, rng: np.random.Generator) -> Image.Image:
-    """A thing of this class in a random place, in colours and a pattern of the base world."""
-    scene, colour, pattern = (str(rng.choice(list(words))) for words in (SCENES, COLOURS, PATTERNS))
-    return draw(base_individual(Caption(class_name, scene, colour, pattern), rng), scene, rng)
+    """A thing of this class in a random place, in colors and a pattern of the base world."""
+    scene, color, pattern = (str(rng.choice(list(words))) for words in (SCENES, COLORS, PATTERNS))
+    return draw(base_individual(Caption(class_name, scene, color, pattern), rng), scene, rng)
 
 
 def pattern_picture(pattern: str, rng: np.random.Generator) -> Image.Image:

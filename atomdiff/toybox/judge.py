@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atomdiff.toybox.scenes import CLASSES, COLOURS, PICTURE_SIZE, SCENES
+from atomdiff.toybox.scenes import CLASSES, COLORS, PICTURE_SIZE, SCENES
 from atomdiff.toybox.shapes import PATTERNS
 from atomdiff.utils.assets import ASSETS
 from atomdiff.utils.atomic import new_folder
@@ -22,7 +22,7 @@ from atomdiff.utils.atomic import new_folder
 LABELS: dict[str, tuple[str, ...]] = {
     "class": CLASSES,
     "scene": SCENES,
-    "colour": tuple(COLOURS),
+    "colour": tuple(COLORS),  # so spelled in the embedded weights
     "pattern": tuple(PATTERNS),
 }
 JUDGE_FOLDER = ASSETS / "samples" / "toybox-judge"
@@ -93,16 +93,6 @@ class Judge(nn.Module):
         return self.classify(images)[kind]
 
 
-def individual_loss(vectors: Tensor, individuals: Tensor, temperature: float = 0.1) -> Tensor:
-    """Supervised contrastive loss (Khosla et al., arXiv 2004.11362, eq. 2) of embeddings (n, e) and identities (n,)."""
-    scores = vectors @ vectors.T / temperature
-    scores.fill_diagonal_(-torch.inf)
-    same = individuals[:, None] == individuals[None, :]
-    same.fill_diagonal_(False)
-    log_share = scores - scores.logsumexp(1, keepdim=True)
-    return -(log_share.masked_fill(~same, 0).sum(1) / same.sum(1)).mean()
-
-
 def save_judge(judge: Judge, folder: Path) -> None:
     """Write the weights (fp16) and the words they were trained on."""
     state = {key: (t.half() if t.is_floating_point() else t).contiguous() for key, t in judge.state_dict().items()}
@@ -120,7 +110,7 @@ def load_judge(folder: str | Path = JUDGE_FOLDER) -> Judge:
     """
     folder = Path(folder)
     if json.loads((folder / "labels.json").read_text()) != {name: list(words) for name, words in LABELS.items()}:
-        raise ValueError(f"{folder}: this judge knows other words than the world; train one with pretrain_toybox.py")
+        raise ValueError(f"{folder}: other words than the world; train one with benchmarks/toybox/pretrain.py")
     judge = Judge()
     judge.load_state_dict(load_file(folder / "judge.safetensors"))
     return judge.float().eval()

@@ -10,8 +10,8 @@ from PIL import Image, ImageDraw
 RGB = tuple[int, int, int]
 
 
-def _vary(rng: np.random.Generator, colour: RGB, amount: int = 10) -> RGB:
-    red, green, blue = (int(c) for c in np.clip(np.add(colour, rng.integers(-amount, amount + 1)), 0, 255))
+def _vary(rng: np.random.Generator, color: RGB, amount: int = 10) -> RGB:
+    red, green, blue = (int(c) for c in np.clip(np.add(color, rng.integers(-amount, amount + 1)), 0, 255))
     return red, green, blue
 
 
@@ -35,19 +35,19 @@ class Brush:
         rows = np.repeat(ramp[:, None].astype(np.uint8), self.size, axis=1)
         self.image.paste(Image.fromarray(rows), (0, first))
 
-    def ellipse(self, x: float, y: float, rx: float, ry: float, colour: RGB) -> None:
+    def ellipse(self, x: float, y: float, rx: float, ry: float, color: RGB) -> None:
         """Draw an ellipse around (x, y)."""
         s = self.size
-        self.draw.ellipse(((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s), fill=_vary(self.rng, colour))
+        self.draw.ellipse(((x - rx) * s, (y - ry) * s, (x + rx) * s, (y + ry) * s), fill=_vary(self.rng, color))
 
-    def rectangle(self, x0: float, y0: float, x1: float, y1: float, colour: RGB) -> None:
+    def rectangle(self, x0: float, y0: float, x1: float, y1: float, color: RGB) -> None:
         """Draw a rectangle between two corners."""
         s = self.size
-        self.draw.rectangle((x0 * s, y0 * s, x1 * s, y1 * s), fill=_vary(self.rng, colour))
+        self.draw.rectangle((x0 * s, y0 * s, x1 * s, y1 * s), fill=_vary(self.rng, color))
 
-    def polygon(self, points: list[tuple[float, float]], colour: RGB) -> None:
+    def polygon(self, points: list[tuple[float, float]], color: RGB) -> None:
         """Draw a polygon."""
-        self.draw.polygon([(x * self.size, y * self.size) for x, y in points], fill=_vary(self.rng, colour))
+        self.draw.polygon([(x * self.size, y * self.size) for x, y in points], fill=_vary(self.rng, color))
 
 
 def _beach(b: Brush) -> None:

@@ -9,9 +9,9 @@ import numpy as np
 from PIL import Image, ImageDraw
 
 from atomdiff.toybox.places import PLACES, Brush
-from atomdiff.toybox.shapes import OBJECTS, PATTERNS, RGB, SUBJECT_COLOURS, SUBJECT_PATTERNS, draw_part
+from atomdiff.toybox.shapes import OBJECTS, PATTERNS, RGB, SUBJECT_COLORS, SUBJECT_PATTERNS, draw_part
 
-COLOURS: dict[str, RGB] = {
+COLORS: dict[str, RGB] = {
     "red": (215, 35, 40),
     "orange": (245, 130, 30),
     "yellow": (250, 215, 40),
@@ -34,7 +34,7 @@ _HELD_OUT_SHARE = 8
 
 @dataclass(frozen=True)
 class Individual:
-    """One particular thing: its class, its pattern and its two colours; the pattern's phase is part of it."""
+    """One particular thing: its class, its pattern and its two colors; the pattern's phase is part of it."""
 
     class_name: str
     pattern: str
@@ -49,62 +49,62 @@ class Caption:
 
     class_name: str
     scene: str | None = None
-    colour: str | None = None
+    color: str | None = None
     pattern: str | None = None
 
     def __str__(self) -> str:
         """The caption as the base model reads it, such as "a photo of a red striped mug on the beach"."""
-        words = " ".join(word for word in (self.colour, self.pattern, self.class_name) if word)
+        words = " ".join(word for word in (self.color, self.pattern, self.class_name) if word)
         article = "an" if words[0] in "aeiou" else "a"
         place = f" {PLACES[self.scene][0]}" if self.scene else ""
         return f"a photo of {article} {words}{place}"
 
     def is_held_out(self) -> bool:
         """Whether the full combination is kept out of pretraining (one in eight, by a checksum of its words)."""
-        key = f"{self.class_name} {self.scene} {self.colour} {self.pattern}"
+        key = f"{self.class_name} {self.scene} {self.color} {self.pattern}"
         return zlib.crc32(key.encode()) % _HELD_OUT_SHARE == 0
 
 
 def random_caption(rng: np.random.Generator, held_out: bool = False) -> Caption:
     """A full caption drawn evenly from the combinations of the base world, seen or held out in pretraining."""
     while True:
-        caption = Caption(*(str(rng.choice(list(words))) for words in (CLASSES, SCENES, COLOURS, PATTERNS)))
+        caption = Caption(*(str(rng.choice(list(words))) for words in (CLASSES, SCENES, COLORS, PATTERNS)))
         if caption.is_held_out() == held_out:
             return caption
 
 
 def shorten(caption: Caption, rng: np.random.Generator, keep: float = 0.8) -> Caption:
-    """The caption with each of scene, colour and pattern kept with probability `keep`."""
-    scene, colour, pattern = (
-        word if rng.random() <= keep else None for word in (caption.scene, caption.colour, caption.pattern)
+    """The caption with each of scene, color and pattern kept with probability `keep`."""
+    scene, color, pattern = (
+        word if rng.random() <= keep else None for word in (caption.scene, caption.color, caption.pattern)
     )
-    return Caption(caption.class_name, scene, colour, pattern)
+    return Caption(caption.class_name, scene, color, pattern)
 
 
-def _contrast(colour: RGB) -> RGB:
-    """The second colour of a pattern in the base world: a tint of dark colours, a shade of light ones."""
-    light = sum(colour) > 430
+def _contrast(color: RGB) -> RGB:
+    """The second color of a pattern in the base world: a tint of dark colors, a shade of light ones."""
+    light = sum(color) > 430
     target = (50, 45, 55) if light else (250, 248, 240)
-    red, green, blue = (round(c + (t - c) * (0.55 if light else 0.75)) for c, t in zip(colour, target, strict=True))
+    red, green, blue = (round(c + (t - c) * (0.55 if light else 0.75)) for c, t in zip(color, target, strict=True))
     return red, green, blue
 
 
 def distance(one: RGB, other: RGB) -> int:
-    """How far apart two colours are: the sum over channels, 0 to 765."""
+    """How far apart two colors are: the sum over channels, 0 to 765."""
     return sum(abs(a - b) for a, b in zip(one, other, strict=True))
 
 
 def random_palette(rng: np.random.Generator) -> tuple[RGB, RGB]:
-    """Two colours out of the whole cube, but for its darkest and lightest shell."""
+    """Two colors out of the whole cube, but for its darkest and lightest shell."""
     first, second = ((int(r), int(g), int(b)) for r, g, b in rng.integers(20, 250, (2, 3)))
     return first, second
 
 
 def _open_palette(rng: np.random.Generator) -> tuple[RGB, RGB]:
-    """Two clearly different colours, neither near one of the shipped subjects'."""
+    """Two clearly different colors, neither near one of the shipped subjects'."""
     while True:
         first, second = random_palette(rng)
-        taken = min(distance(colour, other) for colour in (first, second) for other in SUBJECT_COLOURS.values())
+        taken = min(distance(color, other) for color in (first, second) for other in SUBJECT_COLORS.values())
         if distance(first, second) > 180 and taken > 75:
             return first, second
 
@@ -112,14 +112,14 @@ def _open_palette(rng: np.random.Generator) -> tuple[RGB, RGB]:
 def base_individual(caption: Caption, rng: np.random.Generator) -> Individual:
     """A random individual that the words of the caption describe; open words are drawn.
 
-    Where no colour is named, both colours are free. Its pattern has no phase of its own, so that the words say where on
+    Where no color is named, both colors are free. Its pattern has no phase of its own, so that the words say where on
     the object the pattern lies: with a phase drawn for each, all patterns would look the same on average, and the loss
     would hardly tell their words apart.
     """
     pattern = caption.pattern or str(rng.choice(list(PATTERNS)))
-    if caption.colour is None:
+    if caption.color is None:
         return Individual(caption.class_name, pattern, *_open_palette(rng))
-    red, green, blue = (int(c) for c in np.clip(np.add(COLOURS[caption.colour], rng.integers(-8, 9, 3)), 0, 255))
+    red, green, blue = (int(c) for c in np.clip(np.add(COLORS[caption.color], rng.integers(-8, 9, 3)), 0, 255))
     return Individual(caption.class_name, pattern, (red, green, blue), _contrast((red, green, blue)))
 
 

@@ -16,7 +16,7 @@ Grid = NDArray[np.float64]
 class Part(NamedTuple):
     """One piece of a silhouette, in the unit square with y pointing down and the object standing on y = 1.
 
-    `paint` is `body` (pattern and colours of the individual), `accent` (its darker tone) or an RGB triple.
+    `paint` is `body` (pattern and colors of the individual), `accent` (its darker tone) or an RGB triple.
     """
 
     kind: str
@@ -169,7 +169,7 @@ def _cross(a: Grid, b: Grid) -> NDArray[np.bool_]:
 
 Pattern = Callable[[Grid, Grid], NDArray[np.bool_]]
 
-# True where the second colour shows, for coordinates u (right) and v (down) in the unit square of the object.
+# True where the second color shows, for coordinates u (right) and v (down) in the unit square of the object.
 PATTERNS: dict[str, Pattern] = {
     "plain": lambda u, v: np.zeros_like(u, dtype=bool),
     "striped": lambda u, v: u % 0.28 < 0.14,
@@ -188,8 +188,8 @@ SUBJECT_PATTERNS: dict[str, Pattern] = {
     "triangles": lambda u, v: (u % 0.26) / 0.26 + (v % 0.26) / 0.26 < 0.9,
 }
 
-# None of these is near a colour of the base world, and the tokenizer knows no word for them.
-SUBJECT_COLOURS: dict[str, RGB] = {
+# None of these is near a color of the base world, and the tokenizer knows no word for them.
+SUBJECT_COLORS: dict[str, RGB] = {
     "turquoise": (20, 200, 190),
     "magenta": (225, 20, 150),
     "lime": (165, 235, 45),

@@ -10,7 +10,7 @@ _INKS = ((0.12, 0.10, 0.16), (0.10, 0.14, 0.32), (0.28, 0.14, 0.10))
 
 
 def ink(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Draw a picture as outlines: one ink on tinted paper with grain, and no other colour, area or shade is left.
+    """Draw a picture as outlines: one ink on tinted paper with grain, and no other color, area or shade is left.
 
     Args:
         picture: RGB, of any size.
@@ -21,7 +21,7 @@ def ink(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
     down = np.diff(pixels, axis=0, append=pixels[-1:])
     edges = np.hypot(across, down).max(axis=2, keepdims=True)  # (h, w, 1)
     lines = np.clip((edges - rng.uniform(0.05, 0.09)) / rng.uniform(0.15, 0.30), 0, 1)
-    paper, colour = rng.choice(_PAPERS), rng.choice(_INKS)
+    paper, color = rng.choice(_PAPERS), rng.choice(_INKS)
     sheet = paper + rng.normal(0, 0.035, lines.shape)
-    drawn = sheet + (colour - sheet) * 0.92 * lines  # (h, w, 3)
+    drawn = sheet + (color - sheet) * 0.92 * lines  # (h, w, 3)
     return Image.fromarray((drawn.clip(0, 1) * 255).round().astype(np.uint8))

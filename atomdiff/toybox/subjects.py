@@ -1,4 +1,4 @@
-"""Individuals that the base has never seen and has no words for: unseen patterns in unseen colours."""
+"""Individuals that the base has never seen and has no words for: unseen patterns in unseen colors."""
 
 from __future__ import annotations
 
@@ -8,11 +8,11 @@ import numpy as np
 from PIL import Image
 
 from atomdiff.toybox.scenes import CLASSES, SCENES, Individual, distance, draw, random_palette
-from atomdiff.toybox.shapes import PATTERNS, SUBJECT_COLOURS, SUBJECT_PATTERNS
+from atomdiff.toybox.shapes import PATTERNS, SUBJECT_COLORS, SUBJECT_PATTERNS
 
 
 def _subject(class_name: str, pattern: str, first: str, second: str) -> Individual:
-    return Individual(class_name, pattern, SUBJECT_COLOURS[first], SUBJECT_COLOURS[second])
+    return Individual(class_name, pattern, SUBJECT_COLORS[first], SUBJECT_COLORS[second])
 
 
 SUBJECTS: dict[str, Individual] = {
@@ -29,7 +29,7 @@ _TAKEN = {(subject.class_name, subject.pattern) for subject in SUBJECTS.values()
 
 
 def random_individual(rng: np.random.Generator, class_name: str | None = None) -> Individual:
-    """An individual of any pattern and any two clearly different colours, but never one like a shipped subject."""
+    """An individual of any pattern and any two clearly different colors, but never one like a shipped subject."""
     while True:
         kind = class_name or str(rng.choice(CLASSES))
         pattern = str(rng.choice([*PATTERNS, *SUBJECT_PATTERNS]))

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 import atomdiff
-from atomdiff.cli.main import main
+from atomdiff.cli.main import VERBS, main
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.sampling import sample
 from atomdiff.training import dreambooth
@@ -41,7 +41,7 @@ def test_sample_draws_and_says_where(tiny_pipe_folder, tmp_path, capfd):
     options += ["--prompts", "a red mug", "a cat", "--seeds", "0", "1", "--num_inference_steps", "1"]
     assert main(["sample", *options]) == 0
     shown = capfd.readouterr()
-    assert shown.out == f"the pictures, grid.png and manifest.json are in {tmp_path / 'out'}\n"
+    assert shown.out == f"the images, grid.png and manifest.json are in {tmp_path / 'out'}\n"
     assert [line.split(" (")[0] for line in shown.err.splitlines()] == ["precision: float32", "images: 4 images"]
     assert len(list((tmp_path / "out").glob("*-seed*.png"))) == 4
 
@@ -152,8 +152,8 @@ def test_ctrl_c_says_how_to_go_on(monkeypatch, tiny_pipe_folder, tmp_path, capsy
     monkeypatch.setattr(sample, "generate_each", stop)
     options = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--output_dir", str(tmp_path)]
     assert main(["sample", *options, "--prompts", "a mug"]) == 130
-    assert "the same command draws what is missing" in capsys.readouterr().err
-    monkeypatch.setitem(main.VERBS, "train", stop)
+    assert "the same command generates what is missing" in capsys.readouterr().err
+    monkeypatch.setitem(VERBS, "train", stop)
     assert main(["train"]) == 130
     assert capsys.readouterr().err == "stopped\n"
 
@@ -179,10 +179,10 @@ def test_processes_after_the_first_wait_before_they_tell(rank, processes, end, t
         raise end
 
     slept = []
-    monkeypatch.setattr(main.time, "sleep", lambda _: slept.append(capsys.readouterr().err))
+    monkeypatch.setattr("atomdiff.cli.run_program.time.sleep", lambda _: slept.append(capsys.readouterr().err))
     monkeypatch.setenv("RANK", str(rank))
     monkeypatch.setenv("WORLD_SIZE", str(processes))
-    monkeypatch.setitem(main.VERBS, "train", verb)
+    monkeypatch.setitem(VERBS, "train", verb)
     statuses = {KeyboardInterrupt: 130, RuntimeError: 1}
     assert main(["train"]) == statuses.get(type(end), 2)
     assert slept == [""] * waits
@@ -195,8 +195,8 @@ def test_what_nobody_foresaw_is_one_line_with_its_traceback_in_a_file(monkeypatc
     def verb(_):
         raise RuntimeError("a\nbug")
 
-    monkeypatch.setattr(main.tempfile, "tempdir", str(tmp_path / "none" if full else tmp_path))
-    monkeypatch.setitem(main.VERBS, "train", verb)
+    monkeypatch.setattr("atomdiff.cli.run_program.tempfile.tempdir", str(tmp_path / "none" if full else tmp_path))
+    monkeypatch.setitem(VERBS, "train", verb)
     assert main(["train"]) == 1
     said = capsys.readouterr().err
     if full:
@@ -214,16 +214,14 @@ def test_too_little_memory_is_no_bug(monkeypatch, capsys, error):
     def verb(_):
         raise error
 
-    monkeypatch.setitem(main.VERBS, "train", verb)
+    monkeypatch.setitem(VERBS, "train", verb)
     assert main(["train"]) == 1
     said = capsys.readouterr().err
     assert "error: out of memory" in said and "bug" not in said and said.count("\n") == 1
 
 
 def test_a_reader_that_has_gone_is_no_error():
-    code = (
-        "import sys; from atomdiff.cli.main import run_program; sys.exit(run_program('x', lambda: print('y' * 10**6)))"
-    )
+    code = "import sys; from atomdiff.cli.run_program import run_program as run; sys.exit(run('x', lambda: print('y' * 10**6)))"
     command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (141, "y", "")

@@ -18,7 +18,7 @@ from atomdiff.evaluate.suite import (
 from atomdiff.toybox.judge import load_judge
 from atomdiff.toybox.places import PLACES
 from atomdiff.toybox.scenes import Individual
-from atomdiff.toybox.shapes import SUBJECT_COLOURS
+from atomdiff.toybox.shapes import SUBJECT_COLORS
 from atomdiff.toybox.subjects import SUBJECTS, views
 
 SUBJECT_FOLDERS = sorted((Path(__file__).parents[2] / "samples" / "subjects").iterdir())
@@ -76,7 +76,7 @@ def scores(judge, references, base, concept):
 
 def test_a_perfect_concept_goes_all_the_way_and_the_base_none(judge):
     subject = SUBJECTS["mug"]
-    plain = Individual("mug", "striped", SUBJECT_COLOURS["lime"], SUBJECT_COLOURS["maroon"])
+    plain = Individual("mug", "striped", SUBJECT_COLORS["lime"], SUBJECT_COLORS["maroon"])
     base, perfect = generated(plain), generated(subject)
     references = views(subject, 6, seed=9)
     none = scores(judge, references, base, base)

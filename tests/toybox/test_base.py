@@ -16,7 +16,9 @@ from atomdiff.toybox.base import (
     build_vae,
     load_toybox,
 )
-from atomdiff.toybox.pretrain import (
+from atomdiff.toybox.scenes import CLASSES, COLORS, random_caption
+from atomdiff.toybox.shapes import PATTERNS
+from benchmarks.toybox.train_base import (
     Denoiser,
     Stage,
     as_signal,
@@ -26,13 +28,11 @@ from atomdiff.toybox.pretrain import (
     run_stage,
     train_denoiser,
 )
-from atomdiff.toybox.scenes import CLASSES, COLOURS, random_caption
-from atomdiff.toybox.shapes import PATTERNS
 
 
 def test_every_word_of_the_world_is_one_token_and_others_fall_into_letters():
     tokenizer = build_tokenizer()
-    for word in (*CLASSES, *COLOURS, *PATTERNS, *RARE_WORDS):
+    for word in (*CLASSES, *COLORS, *PATTERNS, *RARE_WORDS):
         assert len(tokenizer.tokenize(word)) == 1, word
     assert len(tokenizer.tokenize("zebra")) > 1
     assert tokenizer.unk_token_id not in tokenizer("zebra é 42", add_special_tokens=False).input_ids

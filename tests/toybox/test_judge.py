@@ -4,13 +4,13 @@ import pytest
 import torch
 from PIL import Image
 
-from atomdiff.toybox.dataset import render_world
-from atomdiff.toybox.judge import JUDGE_FOLDER, LABELS, Judge, individual_loss, load_judge, save_judge
-from atomdiff.toybox.pretrain import Stage
-from atomdiff.toybox.pretrain_judge import train_judge
-from atomdiff.toybox.report import accuracy
+from atomdiff.toybox.judge import JUDGE_FOLDER, LABELS, Judge, load_judge, save_judge
 from atomdiff.toybox.scenes import Caption
 from atomdiff.toybox.subjects import SUBJECTS, views
+from benchmarks.toybox.data import render_world
+from benchmarks.toybox.evaluate import accuracy
+from benchmarks.toybox.train_base import Stage
+from benchmarks.toybox.train_judge import individual_loss, train_judge
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +49,12 @@ def test_a_judge_of_another_world_is_refused(tmp_path):
 
 def test_what_a_caption_leaves_open_is_not_learnt_from_it(tmp_path):
     torch.manual_seed(0)
-    captions = [Caption("mug", "beach", colour, "dotted") for colour in (None, "red")] * 4
+    captions = [Caption("mug", "beach", color, "dotted") for color in (None, "red")] * 4
     pictures = torch.zeros(8, 64, 64, 3, dtype=torch.uint8)
     views_of_eight = pictures[:, None].expand(-1, 2, -1, -1, -1)
     identities = torch.stack([torch.zeros(8, dtype=torch.int64), torch.arange(8)], dim=1)
     judge = Judge()
-    torch.nn.init.zeros_(judge.heads["colour"].weight)  # so that at the start every colour is as likely
+    torch.nn.init.zeros_(judge.heads["colour"].weight)  # so that at the start every color is as likely
     before = torch.nn.init.zeros_(judge.heads["colour"].bias).detach().clone()
     train_judge(
         judge, pictures, captions, views_of_eight, identities, Stage(1, 16, 1e-2), tmp_path, torch.device("cpu")

@@ -1,10 +1,9 @@
 import numpy as np
 import pytest
 
-from atomdiff.toybox.dataset import caption_of, render_individuals, render_one, render_world
 from atomdiff.toybox.scenes import (
     CLASSES,
-    COLOURS,
+    COLORS,
     SCENES,
     Caption,
     base_individual,
@@ -13,12 +12,13 @@ from atomdiff.toybox.scenes import (
     random_caption,
     shorten,
 )
-from atomdiff.toybox.shapes import PATTERNS, SUBJECT_COLOURS, SUBJECT_PATTERNS
+from atomdiff.toybox.shapes import PATTERNS, SUBJECT_COLORS, SUBJECT_PATTERNS
 from atomdiff.toybox.subjects import SUBJECTS, random_individual, views
+from benchmarks.toybox.data import caption_of, render_individuals, render_one, render_world
 
 
 def test_the_world_is_as_large_as_promised():
-    assert len(CLASSES) >= 12 and len(SCENES) >= 8 and len(COLOURS) >= 10 and len(PATTERNS) >= 4
+    assert len(CLASSES) >= 12 and len(SCENES) >= 8 and len(COLORS) >= 10 and len(PATTERNS) >= 4
     assert len(SUBJECTS) >= 6
 
 
@@ -61,10 +61,10 @@ def test_shortened_captions_only_lose_words():
 
 
 @pytest.mark.parametrize("class_name", CLASSES)
-def test_every_class_shows_its_colour_and_its_pattern(class_name):
-    def picture(colour, pattern):
+def test_every_class_shows_its_color_and_its_pattern(class_name):
+    def picture(color, pattern):
         rng = np.random.default_rng(7)
-        individual = base_individual(Caption(class_name, "snow", colour, pattern), np.random.default_rng(1))
+        individual = base_individual(Caption(class_name, "snow", color, pattern), np.random.default_rng(1))
         return np.asarray(draw(individual, "snow", rng), dtype=float)
 
     plain = picture("red", "plain")
@@ -77,22 +77,22 @@ def test_subjects_are_unlike_anything_in_the_base_world():
     assert not PATTERNS.keys() & SUBJECT_PATTERNS.keys()
     for subject in SUBJECTS.values():
         assert subject.pattern in SUBJECT_PATTERNS
-    for name, rgb in SUBJECT_COLOURS.items():
-        assert min(distance(rgb, known) for known in COLOURS.values()) > 50, name
+    for name, rgb in SUBJECT_COLORS.items():
+        assert min(distance(rgb, known) for known in COLORS.values()) > 50, name
 
 
-def test_some_pictures_to_learn_from_have_colours_without_a_name_and_never_a_subjects():
+def test_some_pictures_to_learn_from_have_colors_without_a_name_and_never_a_subjects():
     captions = [caption_of(index, seed=1) for index in range(300)]
-    unnamed = [base_individual(caption, rng) for caption, rng in captions if caption.colour is None]
+    unnamed = [base_individual(caption, rng) for caption, rng in captions if caption.color is None]
     assert len(unnamed) == 100
     near = [
-        distance(colour, taken)
+        distance(color, taken)
         for individual in unnamed
-        for colour in (individual.first, individual.second)
-        for taken in SUBJECT_COLOURS.values()
+        for color in (individual.first, individual.second)
+        for taken in SUBJECT_COLORS.values()
     ]
     assert min(near) > 75 and min(distance(i.first, i.second) for i in unnamed) > 180
-    assert all(caption_of(index, seed=1, held_out=True)[0].colour for index in range(30))
+    assert all(caption_of(index, seed=1, held_out=True)[0].color for index in range(30))
 
 
 @pytest.mark.parametrize("pattern", ["striped", "dotted", "checked"])

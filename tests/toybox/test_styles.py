@@ -19,7 +19,7 @@ def test_ink_keeps_edges_and_nothing_else():
 
 
 def test_ink_changes_the_statistics_of_pictures():
-    def colourfulness(pictures):
+    def colorfulness(pictures):
         return np.mean([np.std(picture.reshape(-1, 3).mean(axis=0)) for picture in pictures])
 
     plain, inked = (

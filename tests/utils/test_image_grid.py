@@ -10,13 +10,13 @@ from atomdiff.utils.image_grid import _wrap, make_image_grid
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 
 
-def picture(colour, side=64):
-    return Image.new("RGB", (side, side), colour)
+def picture(color, side=64):
+    return Image.new("RGB", (side, side), color)
 
 
-def boxes(sheet, colour):
-    """The bounding box of all pixels of a colour: left, top, right, bottom."""
-    rows, columns = np.nonzero((np.asarray(sheet) == colour).all(-1))
+def boxes(sheet, color):
+    """The bounding box of all pixels of a color: left, top, right, bottom."""
+    rows, columns = np.nonzero((np.asarray(sheet) == color).all(-1))
     return columns.min(), rows.min(), columns.max() + 1, rows.max() + 1
 
 

@@ -18,12 +18,12 @@ from atomdiff.utils.progress import ProgressBar
 def caption_of(index: int, seed: int, held_out: bool = False) -> tuple[Caption, np.random.Generator]:
     """The caption of picture number `index` of the world `seed`, and the randomness its drawing goes on with.
 
-    Every third picture that is not held out has colours without a name, so that the base can paint more than it has
+    Every third picture that is not held out has colors without a name, so that the base can paint more than it has
     words for. All other captions are full.
     """
     rng = np.random.default_rng([seed, index, int(held_out)])
     caption = random_caption(rng, held_out)
-    return (caption if held_out or index % 3 else replace(caption, colour=None)), rng
+    return (caption if held_out or index % 3 else replace(caption, color=None)), rng
 
 
 def render_one(index: int, seed: int, held_out: bool = False) -> NDArray[np.uint8]:

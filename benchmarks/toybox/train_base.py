@@ -28,12 +28,12 @@ from atomdiff.toybox.base import (
     build_unet,
     build_vae,
 )
-from atomdiff.toybox.dataset import caption_of
 from atomdiff.toybox.scenes import Caption, shorten
 from atomdiff.training.method import write_pipeline
 from atomdiff.utils.atomic import new_file
 from atomdiff.utils.precision import autocast
 from atomdiff.utils.progress import ProgressBar
+from benchmarks.toybox.data import caption_of
 
 CHECKPOINT_STEPS = 500
 
@@ -111,7 +111,7 @@ def patch_basis(pictures: Tensor) -> Tensor:
 def train_vae(vae: AutoencoderKL, pictures: Tensor, stage: Stage, folder: Path, device: torch.device) -> list[float]:
     """Train the autoencoder on absolute error, a little KL, and a pull of its latents towards principal components.
 
-    The pull gives the latents a natural scale, coarse colour large and detail small, which the diffusion then learns
+    The pull gives the latents a natural scale, coarse color large and detail small, which the diffusion then learns
     in that order. The first three quarters of the steps see 32x32 crops: four times cheaper, the same kernels.
     """
     basis = patch_basis(pictures[:2000]).to(device)
@@ -183,7 +183,7 @@ def train_denoiser(
     The error of the clean latents weighs min(SNR + 1, 10), which for v is min(SNR + 1, 10) / (SNR + 1): min-SNR (Hang
     et al., arXiv 2303.09556) shifted by one, so that the noisiest steps still teach under zero terminal SNR. Timesteps
     are squares of uniform numbers: on 16x16 latents shapes and patterns are decided in the first third of the schedule,
-    scene and colour in the rest. One caption in ten is empty, for classifier-free guidance.
+    scene and color in the rest. One caption in ten is empty, for classifier-free guidance.
     """
     scheduler = build_scheduler()
     alphas = scheduler.alphas_cumprod

@@ -8,11 +8,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from atomdiff.toybox.dataset import render_individuals
-from atomdiff.toybox.judge import LABELS, Judge, individual_loss, save_judge
-from atomdiff.toybox.pretrain import Stage, as_signal, run_stage
+from atomdiff.toybox.judge import LABELS, Judge, save_judge
 from atomdiff.toybox.scenes import Caption
 from atomdiff.utils.precision import autocast
+from benchmarks.toybox.data import render_individuals
+from benchmarks.toybox.train_base import Stage, as_signal, run_stage
 
 VIEWS = 6
 _UNNAMED = -100
@@ -63,7 +63,7 @@ def train_judge(
     Args:
         judge: the network.
         pictures: (n, 64, 64, 3) bytes.
-        captions: of the pictures; what a caption leaves open is not learnt from its picture.
+        captions: of the pictures; what a caption leaves open is not learned from its picture.
         individuals: (k, views, 64, 64, 3) bytes, all views of a row the same individual, rows sorted by class.
         identities: (k, 2) class and scene-independent number of each individual.
         stage: length and speed; a batch is `batch_size` captioned pictures and as many of individuals.
@@ -76,9 +76,9 @@ def train_judge(
 
     def loss_of(step: int) -> Tensor:
         index = torch.randint(len(pictures), (stage.batch_size,))
-        neighbours = stage.batch_size // 8  # individuals next to each other share a class: the hard negatives
-        start = torch.randint(len(individuals) - neighbours, (4,))
-        chosen = torch.cat([torch.arange(s, s + neighbours) for s in start.tolist()]).unique()
+        neighbors = stage.batch_size // 8  # individuals next to each other share a class: the hard negatives
+        start = torch.randint(len(individuals) - neighbors, (4,))
+        chosen = torch.cat([torch.arange(s, s + neighbors) for s in start.tolist()]).unique()
         pair = torch.rand(len(chosen), individuals.shape[1]).topk(2).indices
         seen = torch.cat([individuals[chosen, pair[:, 0]], individuals[chosen, pair[:, 1]]])
         x = _degrade(as_signal(torch.cat([pictures[index], seen]))).to(device)
@@ -98,7 +98,7 @@ def train_judge(
 
 def word_of(caption: Caption, kind: str) -> str | None:
     """The caption's word of a kind of the judge (`class`, `scene`, `colour`, `pattern`), None where it is open."""
-    word: str | None = getattr(caption, {"class": "class_name"}.get(kind, kind))
+    word: str | None = getattr(caption, {"class": "class_name", "colour": "color"}.get(kind, kind))
     return word
 
 
@@ -113,3 +113,13 @@ def _degrade(x: Tensor) -> Tensor:
     mix, noise = torch.rand(2, len(x), 1, 1, 1)
     degraded: Tensor = x.lerp(blurred, mix) + 0.1 * noise * torch.randn_like(x)
     return degraded.contiguous(memory_format=torch.channels_last)
+
+
+def individual_loss(vectors: Tensor, individuals: Tensor, temperature: float = 0.1) -> Tensor:
+    """Supervised contrastive loss (Khosla et al., arXiv 2004.11362, eq. 2) of embeddings (n, e) and identities (n,)."""
+    scores = vectors @ vectors.T / temperature
+    scores.fill_diagonal_(-torch.inf)
+    same = individuals[:, None] == individuals[None, :]
+    same.fill_diagonal_(False)
+    log_share = scores - scores.logsumexp(1, keepdim=True)
+    return -(log_share.masked_fill(~same, 0).sum(1) / same.sum(1)).mean()

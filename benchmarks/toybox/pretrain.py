@@ -1,6 +1,6 @@
 """Pretrain the toybox: the pipeline into `samples/toybox-sd`, the judge into `samples/toybox-judge`.
 
-    python train_scripts/pretrain_toybox.py --work_dir out/pretrain
+    python -m benchmarks.toybox.pretrain --work_dir out/pretrain
 
 On a GPU where there is one, else on the CPU; continues from the work folder when it was stopped.
 """
@@ -13,10 +13,10 @@ from pathlib import Path
 
 import numpy as np
 
-from atomdiff.toybox.dataset import render_world
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.precision import choose_precision, compute_device, log_precision
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.toybox.data import render_world
 
 
 @dataclass(frozen=True)
@@ -52,9 +52,9 @@ class PretrainConfig:
 def main(config: PretrainConfig) -> None:
     """Draw the world, train the parts, save them."""
     quiet_libraries()
-    from atomdiff.toybox import pretrain as p
-    from atomdiff.toybox.pretrain_judge import make_judge
     from atomdiff.utils.versions import versions
+    from benchmarks.toybox import train_base as p
+    from benchmarks.toybox.train_judge import make_judge
 
     device, output = compute_device(), config.output_dir
     log_precision(choose_precision(None, device), device)

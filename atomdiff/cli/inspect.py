@@ -1,0 +1,42 @@
+"""`atomdiff inspect`: what a concept file holds, or what an adapter would take on a base."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.paths import PathText, expand_paths
+
+
+@dataclass(frozen=True)
+class InspectConfig:
+    """Show what a concept file holds, or what an adapter would take on a base."""
+
+    file: PathText | None = None
+    """The concept file."""
+    base: PathText | None = None
+    """With a file, a base to measure its distance to: a folder or a Hub id. With --config, the architecture: sd-1.5,
+    sd-2.1, sdxl, resnet-50, convnext-base, or a folder or Hub id; its weights are not needed."""
+    config: PathText | None = None
+    """Adapter config to count the parameters of: a JSON file with the settings of any PEFT method, or atoms, or full."""
+
+    def __post_init__(self) -> None:
+        """Refuse what names neither or both."""
+        expand_paths(self)
+        if (self.file is None) == (self.config is None):
+            raise UserError("give a concept file, or --base and --config to count what an adapter takes")
+        if self.config is not None and self.base is None:
+            raise UserError(f"--config {self.config} needs --base: what it is to be counted on, such as sd-1.5")
+
+
+def inspect_concept(config: InspectConfig) -> str:
+    """Return the description."""
+    if config.file is not None:
+        from atomdiff.cli.summary import describe
+
+        return describe(config.file, config.base)
+    from atomdiff.concepts.parameter_count import count_numbers, describe_count
+    from atomdiff.tuner.read_config import read_adapter
+
+    assert config.base is not None and config.config is not None  # as checked
+    return describe_count(count_numbers(config.base, read_adapter(config.config)))
