@@ -18,7 +18,7 @@ class InspectConfig:
     """With a file, a base to measure its distance to: a folder or a Hub id. With --config, the architecture: sd-1.5,
     sd-2.1, sdxl, resnet-50, convnext-base, or a folder or Hub id; its weights are not needed."""
     config: PathText | None = None
-    """Adapter config to count the parameters of: a JSON file with the settings of any PEFT method, or atoms, or full."""
+    """Adapter config to count the parameters of: a JSON file of any PEFT method, or atoms, or full."""
 
     def __post_init__(self) -> None:
         """Refuse what names neither or both."""

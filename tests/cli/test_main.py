@@ -221,7 +221,10 @@ def test_too_little_memory_is_no_bug(monkeypatch, capsys, error):
 
 
 def test_a_reader_that_has_gone_is_no_error():
-    code = "import sys; from atomdiff.cli.run_program import run_program as run; sys.exit(run('x', lambda: print('y' * 10**6)))"
+    code = (
+        "import sys; from atomdiff.cli.run_program import run_program; "
+        "sys.exit(run_program('x', lambda: print('y' * 10**6)))"
+    )
     command = f'{sys.executable} -c "{code}" | head -c 1; exit ${{PIPESTATUS[0]}}'
     done = subprocess.run(["bash", "-c", command], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (141, "y", "")
