@@ -64,7 +64,7 @@ def build_pipe(dtype: torch.dtype, device: str) -> Any:
     """A pipeline whose UNet has SD 1.5's architecture and random weights, and which has nothing else."""
     from diffusers import DDIMScheduler, StableDiffusionPipeline
 
-    from atomdiff.concepts.parameter_count import ARCHITECTURES
+    from atomdiff.bases.architectures import ARCHITECTURES
 
     with torch.device("meta"):
         unet = ARCHITECTURES["sd-1.5"]().to(dtype).eval()

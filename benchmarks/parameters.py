@@ -37,7 +37,8 @@ def main(config: ParametersConfig) -> None:
     quiet_libraries()
     from peft import LoraConfig
 
-    from atomdiff.concepts.parameter_count import ARCHITECTURES, count_numbers, open_architecture
+    from atomdiff.bases.architectures import ARCHITECTURES, open_architecture
+    from atomdiff.concepts.parameter_count import count_parameters
     from atomdiff.tuner import AtomConfig
     from atomdiff.tuner.config import PRESETS
     from atomdiff.tuner.model import preset_targets
@@ -46,11 +47,11 @@ def main(config: ParametersConfig) -> None:
     figures: dict[str, float] = {}
 
     def count(name: str, form: str, adapter: Any) -> None:
-        counted = count_numbers(name, adapter)
-        figures[f"{name}:{form}:numbers"] = counted.trained_numbers
+        counted = count_parameters(name, adapter)
+        figures[f"{name}:{form}:numbers"] = counted.num_trainable_parameters
         figures[f"{name}:{form}:percent"] = float(f"{100 * counted.share:.3g}")
         figures[f"{name}:{form}:bytes"] = counted.file_bytes
-        print(f"{name:<15}{form:<45}{counted.trained_numbers:>12,}{100 * counted.share:>10.4f} %", flush=True)
+        print(f"{name:<15}{form:<45}{counted.num_trainable_parameters:>12,}{100 * counted.share:>10.4f} %", flush=True)
 
     for name in ARCHITECTURES:
         model = open_architecture(name)

@@ -129,7 +129,7 @@ def tiny_unet() -> nn.Module:
 
 def make_unet(part: Part) -> Any:
     """The UNet of a part without weights."""
-    from atomdiff.concepts.parameter_count import ARCHITECTURES
+    from atomdiff.bases.architectures import ARCHITECTURES
 
     with torch.device("meta"):
         return (ARCHITECTURES | {"tiny": tiny_unet})[part.architecture]()

@@ -35,8 +35,8 @@ def inspect_concept(config: InspectConfig) -> str:
         from atomdiff.cli.summary import describe
 
         return describe(config.file, config.base)
-    from atomdiff.concepts.parameter_count import count_numbers, describe_count
+    from atomdiff.concepts.parameter_count import count_parameters, describe_count
     from atomdiff.tuner.read_config import read_adapter
 
     assert config.base is not None and config.config is not None  # as checked
-    return describe_count(count_numbers(config.base, read_adapter(config.config)))
+    return describe_count(count_parameters(config.base, read_adapter(config.config)))

@@ -14,8 +14,8 @@ from peft.utils import CONFIG_NAME
 from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
+from atomdiff.bases.find import BASES, find_base
 from atomdiff.concepts.concept_file import FORMAT, read_tensors
-from atomdiff.concepts.kohya import sgm_path
 from atomdiff.concepts.lora_layers import Layer, lora_factors
 from atomdiff.concepts.peft_folder import Adapters
 from atomdiff.tuner.model import supported_modules
@@ -27,12 +27,6 @@ _UP = r"lora_up\.weight|lora_B(?:\.default)?\.weight|lora\.up\.weight|lora_linea
 _FACTORS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
 _OTHER = r"alpha|diff|diff_b|w_norm|b_norm|lora_B\.bias|dora_scale|lora_magnitude_vector(?:\.weight)?"
 _KEY = re.compile(rf"(.+?)[._](?:({_DOWN})|({_UP})|(lora_mid)\.weight|({_FACTORS})|({_OTHER}))")
-_PREFIXES = {  # of kohya's programs, diffusers, ComfyUI, SimpleTuner
-    "unet": ["lora_unet", "unet", "diffusion_model", "lycoris"],
-    "text_encoder": ["lora_te", "lora_te1", "text_encoder", *(f"text_encoders.clip_{x}.transformer" for x in "lh")],
-    "text_encoder_2": ["lora_te2", "text_encoder_2", "text_encoders.clip_g.transformer"],
-}
-
 _LARGEST = 1e9  # rank or alpha
 
 
@@ -199,27 +193,23 @@ def _adapter(modules: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[LoraConfig, 
 
 def _modules_by_name(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str, nn.Module]]:
     """Name of a layer in files, without dots -> component, path and layer."""
-    found = {}
-    for component, prefixes in _PREFIXES.items():
+    found, base = {}, find_base(models)
+    for component, prefixes in base.layer_prefixes.items():
         model: Any = models.get(component)
         for path, module in supported_modules(model).items() if model is not None else ():
-            if component == "unet":
-                paths = [path, other] if (other := sgm_path(path, model)) else [path]
+            if component == base.denoiser:
                 found[_flat(path)] = component, path, module  # as diffusers' first training scripts named them
-            else:  # transformers 5 took the level text_model out of some text encoders
-                short = path.removeprefix("text_model.")
-                paths = [short, f"text_model.{short}"]
+            paths = base.layer_paths(component, path, model)
             names = [_flat(f"{prefix}.{each}") for prefix in prefixes for each in paths]
             found.update(dict.fromkeys(names, (component, path, module)))
     return found
 
 
 def _component_of(name: str) -> str | None:
-    flat = _flat(name)
-    for component in ("text_encoder_2", "text_encoder", "unet"):
-        if any(flat.startswith(f"{prefix}_") for prefix in _PREFIXES[component]):
-            return component
-    return None
+    """The component that a layer of any base architecture belongs to, by the longest prefix."""
+    prefixes = {_flat(prefix): part for base in BASES for part, of in base.layer_prefixes.items() for prefix in of}
+    found = max((prefix for prefix in prefixes if _flat(name).startswith(f"{prefix}_")), key=len, default=None)
+    return None if found is None else prefixes[found]
 
 
 def _flat(name: str) -> str:

@@ -7,6 +7,8 @@ import time
 from datetime import datetime, timezone
 from typing import Any
 
+from atomdiff.bases.find import find_base
+from atomdiff.bases.noise_schedule import prediction_type
 from atomdiff.utils.errors import UserError
 
 
@@ -18,26 +20,19 @@ def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str
     Raises:
         UserError: SOURCE_DATE_EPOCH is no whole number.
     """
-    predicts = prediction_type(pipe.components.get("scheduler"))
+    base = find_base(pipe.components)
+    predicted, size = prediction_type(pipe.components.get("scheduler")), base.native_size(pipe)
     fields = {
         "sai_model_spec": "1.0.1",
-        "architecture": f"{_architecture(pipe)}/atoms",
+        "architecture": f"{base.architecture(pipe)}/atoms",
         "implementation": "diffusers",
         "title": title,
         "date": _date(),
         "trigger_phrase": trigger_phrase,
-        "prediction_type": {"v_prediction": "v"}.get(predicts, predicts),
-        "resolution": _resolution(pipe),
+        "prediction_type": {"v_prediction": "v"}.get(predicted, predicted),
+        "resolution": f"{size[1]}x{size[0]}" if size else "",
     }
     return {key: value for key, value in fields.items() if value}
-
-
-def prediction_type(scheduler: Any) -> str:
-    """What a diffusers scheduler says is predicted: epsilon, v_prediction, sample or flow; empty if it does not say."""
-    if type(scheduler).__name__.startswith("FlowMatch"):
-        return "flow"
-    found = getattr(getattr(scheduler, "config", None), "prediction_type", "")
-    return "flow" if found == "flow_prediction" else str(found or "")
 
 
 def _date() -> str:
@@ -47,23 +42,3 @@ def _date() -> str:
         raise UserError(f"SOURCE_DATE_EPOCH={given!r}: expected whole seconds since 1970, such as 1700000000")
     seconds = int(given) if given else time.time()
     return datetime.fromtimestamp(seconds, timezone.utc).isoformat(timespec="seconds")
-
-
-def _architecture(pipe: Any) -> str:
-    if "XL" in type(pipe).__name__:
-        return "stable-diffusion-xl-v1-base"
-    unet = pipe.components.get("unet")
-    width = getattr(getattr(unet, "config", None), "cross_attention_dim", 0)
-    predicts_v = prediction_type(pipe.components.get("scheduler")) == "v_prediction"
-    second = "stable-diffusion-v2-768-v" if predicts_v else "stable-diffusion-v2-512"
-    known = {768: "stable-diffusion-v1", 1024: second}
-    return known.get(width, "stable-diffusion") if type(pipe).__name__.startswith("StableDiffusion") else "other"
-
-
-def _resolution(pipe: Any) -> str:
-    denoiser = pipe.components.get("unet", pipe.components.get("transformer"))
-    size = getattr(getattr(denoiser, "config", None), "sample_size", None)
-    if not isinstance(size, int):
-        return ""
-    pixels = size * int(getattr(pipe, "vae_scale_factor", 8))
-    return f"{pixels}x{pixels}"

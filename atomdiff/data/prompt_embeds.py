@@ -1,33 +1,25 @@
-"""Prompts as the states that a UNet attends to, encoded exactly as the diffusers pipelines do."""
+"""Conditioning on prompts: token ids, precomputed embeddings, and token embeddings that are trained."""
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
-from transformers import CLIPTextModelWithProjection
 
+from atomdiff.bases.base import Base, PromptEmbeds
+from atomdiff.bases.find import find_base
 from atomdiff.utils.hashing import hash_values
 from atomdiff.utils.tensor_cache import DiskCache
 
 _NOISE = 0.1  # of the standard deviation of a table's numbers
 
 
-class PromptEmbeds(NamedTuple):
-    """What a UNet is told of some prompts."""
-
-    prompt_embeds: Tensor
-    """The text encoder's last states (prompts, 77, hidden); in SDXL those before, of both encoders side by side."""
-    pooled_prompt_embeds: Tensor | None
-    """SDXL's second encoder's projection (prompts, projected) of its state at the end of the prompt."""
-
-
 def text_encoders(pipe: Any) -> dict[str, Any]:
-    """Return a pipeline's text encoders by name, in the order of their states."""
-    parts = {name: getattr(pipe, name, None) for name in ("text_encoder", "text_encoder_2")}
+    """Return a pipeline's text encoders by name, in the order of their embeddings."""
+    parts = {name: getattr(pipe, name, None) for name in find_base(pipe.components).text_encoders}
     return {name: part for name, part in parts.items() if part is not None}
 
 
@@ -45,40 +37,26 @@ def tokenize(pipe: Any, encoder: str, prompts: Iterable[str]) -> Tensor:
     return ids
 
 
-def encode_prompts(encoders: Sequence[Any], ids: Sequence[Tensor]) -> PromptEmbeds:
-    """Encode prompts, given as token ids (prompts, 77) for each of a pipeline's text encoders.
-
-    An encoder with a projection is taken for one of SDXL's, which uses the states before the last layer (Podell et al.,
-    "SDXL: Improving Latent Diffusion Models for High-Resolution Image Synthesis", arXiv 2307.01952, section 2.1).
-    """
-    if not isinstance(encoders[-1], CLIPTextModelWithProjection):
-        (encoder,) = encoders
-        return PromptEmbeds(encoder(ids[0].to(encoder.device))[0], None)
-    outputs = [
-        encoder(of_encoder.to(encoder.device), output_hidden_states=True)
-        for encoder, of_encoder in zip(encoders, ids, strict=True)
-    ]
-    return PromptEmbeds(torch.cat([output.hidden_states[-2] for output in outputs], dim=-1), outputs[-1].text_embeds)
-
-
 def precompute_prompt_embeds(
+    base: Base,
     encoders: Mapping[str, Any],
     ids: Mapping[str, Tensor],
     numbers: Iterable[int],
     cache: DiskCache | None = None,
     key: str = "",
 ) -> dict[int, PromptEmbeds]:
-    """Encode prompts that will not change, each by itself, so that its states do not depend on the others.
+    """Encode prompts that will not change, each by itself, so that its embeddings do not depend on the others.
 
     Args:
+        base: The base architecture.
         encoders: The text encoders by name.
         ids: Token ids (prompts, 77) by text encoder.
         numbers: Which of the prompts.
-        cache: Keeps the states for further runs.
+        cache: Keeps the embeddings for further runs.
         key: Names the text encoders there.
 
     Returns:
-        The states on the CPU, (77, hidden) and (projected,) by the prompt's number.
+        The embeddings on the CPU, (77, hidden) and (projected,) by the prompt's number.
     """
     known = {}
     for number in numbers:
@@ -86,7 +64,7 @@ def precompute_prompt_embeds(
 
         def make(of_prompt: list[Tensor] = of_prompt) -> dict[str, Tensor]:
             with torch.no_grad():
-                found = encode_prompts(list(encoders.values()), of_prompt)
+                found = base.encode_prompts(list(encoders.values()), of_prompt)
             return {name: tensor[0].cpu() for name, tensor in found._asdict().items() if tensor is not None}
 
         own_key = hash_values("prompt_embeds", key, torch.cat(of_prompt).numpy().tobytes())
@@ -96,7 +74,7 @@ def precompute_prompt_embeds(
 
 
 def replace_token_embeddings(text_encoder: Any, tokens: Sequence[int], vectors: Tensor) -> RemovableHandle:
-    """Make `vectors` (tokens, hidden) what the embedding table answers for these ids; the table does not change.
+    """Make the embedding table give `vectors` (tokens, hidden) for these ids; the table itself does not change.
 
     Returns:
         A handle whose `remove()` undoes this.

@@ -6,6 +6,8 @@ from pathlib import Path
 
 from safetensors import safe_open
 
+from atomdiff.bases.find import find_base
+
 
 def stored_bytes(path: str | os.PathLike[str]) -> int:
     """Return the bytes of a file, or of all files in a folder and its subfolders.
@@ -30,7 +32,7 @@ def num_trainable_parameters(path: str | os.PathLike[str]) -> int:
     """
     path = Path(path)
     if (path / "model_index.json").is_file():
-        path = next(folder for folder in (path / "unet", path / "transformer") if folder.is_dir())
+        path /= find_base({folder.name: folder for folder in path.iterdir()}).denoiser
     count = 0
     for file in _files(path):
         if file == path or file.suffix == ".safetensors":

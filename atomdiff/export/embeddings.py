@@ -11,12 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atomdiff.concepts.kohya import (
-    as_written,
-    is_sdxl,
-    named_rows,
-    save_tensors,
-)
+from atomdiff.bases.find import base_of_architecture, find_base
+from atomdiff.export.kohya import as_written, save_tensors
 from atomdiff.pipelines.load import list_atoms
 from atomdiff.pipelines.placeholder_tokens import token_id, tokens_in
 from atomdiff.pipelines.token_names import group_placeholder_tokens
@@ -32,16 +28,17 @@ def embeddings_without_base(concepts: list[ConceptSource]) -> TokenEmbeddings | 
         delta = concept.read() if concept.read is not None else None
         if delta is None or delta.layers:
             return None
-        sdxl = "-xl-" in delta.modelspec.get("architecture", "")
-        encoders = ["text_encoder", "text_encoder_2"] if sdxl else ["text_encoder"]
-        if any(sorted(vectors) != encoders for vectors in delta.tokens.values()):
+        base = base_of_architecture(delta.modelspec.get("architecture", ""))
+        if base is None or any(sorted(vectors) != sorted(base.text_encoders) for vectors in delta.tokens.values()):
             return None
         groups = group_placeholder_tokens(delta.tokens)
         if groups.keys() & words.keys():
             return None
         for word, group in groups.items():
-            rows = {encoder: torch.stack([delta.tokens[each][encoder] for each in group]) for encoder in encoders}
-            words[word] = named_rows(rows, sdxl)
+            words[word] = {
+                name: torch.stack([delta.tokens[token][encoder] for token in group])
+                for encoder, name in base.embedding_names.items()
+            }
     return words
 
 
@@ -70,10 +67,10 @@ def save_embeddings(folder: Path, prefix: str, words: TokenEmbeddings, dtype: to
 def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
     """The rows (n, hidden) of n words in the embedding tables, named as in files for ComfyUI and others."""
     rows = {}
-    for encoder in ("text_encoder", "text_encoder_2"):
+    for encoder, name in find_base(pipe.components).embedding_names.items():
         if pipe.components.get(encoder) is not None:
             table, known = getattr(pipe, encoder).get_input_embeddings().weight.detach(), tokens_in(pipe)
             own = [known[word].vectors if word in known else {} for word in words]  # not rounded to the table's dtype
             found = [table[token_id(pipe, word, encoder)] for word in words]
-            rows[encoder] = torch.stack([mine.get(encoder, row.float()) for mine, row in zip(own, found, strict=True)])
-    return named_rows(rows, is_sdxl(pipe))
+            rows[name] = torch.stack([mine.get(encoder, row.float()) for mine, row in zip(own, found, strict=True)])
+    return rows

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from atomdiff.bases.find import BASES, find_base
 from atomdiff.concepts.compatibility import fingerprint
 from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.modelspec import model_spec
@@ -173,26 +174,28 @@ def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:
     if not folder.is_dir() or not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
         described_by = config.single_file_config
         return open_pipeline(name, dtype, revision=revision, variant=config.variant, single_file_config=described_by)
-    from diffusers import UNet2DConditionModel
+    import diffusers
 
     settings = read_yaml(folder / "config.json")
     kind = settings.get("_class_name") if isinstance(settings, dict) else type(settings).__name__
-    if kind != "UNet2DConditionModel":
-        raise UserError(f"{name!r} holds a {kind}: expected the folder of a pipeline or of a UNet2DConditionModel")
+    known = list(dict.fromkeys(base.denoiser_class for base in BASES))
+    if kind not in known:
+        expected = f"the folder of a pipeline or of a {' or '.join(known)}"
+        raise UserError(f"{name!r} holds a {kind}: expected {expected}")
     try:
         loaded_as = dtype or stored_dtype(folder, config.variant)
-        return UNet2DConditionModel.from_pretrained(name, variant=config.variant, dtype=loaded_as)
+        return getattr(diffusers, kind).from_pretrained(name, variant=config.variant, dtype=loaded_as)
     except (OSError, ValueError) as error:
         raise UserError(f"{name!r} is there, but cannot be loaded ({' '.join(str(error).split())})") from error
 
 
 def _denoiser(source: Any) -> tuple[str, nn.Module]:
     if isinstance(source, nn.Module):
-        return "unet", source
+        return next((b.denoiser for b in BASES if b.denoiser_class == type(source).__name__), "unet"), source
     models = pipeline_models(source)
-    for component in ("unet", "transformer"):
-        if component in models:
-            return component, models[component]
+    denoiser = find_base(models).denoiser
+    if denoiser in models:
+        return denoiser, models[denoiser]
     raise UserError(f"{type(source).__name__} has no UNet: expected a pipeline from text to images, or a UNet")
 
 

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomdiff.concepts.kohya import (
+from atomdiff.export.kohya import (
     as_written,
     layer_name,
 )

@@ -9,7 +9,8 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from atomdiff.concepts.kohya import (
+from atomdiff.export.embeddings import active_embeddings, save_embeddings
+from atomdiff.export.kohya import (
     as_written,
     layer_name,
     metadata,
@@ -17,7 +18,6 @@ from atomdiff.concepts.kohya import (
     unread_by,
     zero_layers,
 )
-from atomdiff.export.embeddings import active_embeddings, save_embeddings
 from atomdiff.export.report import ExportedLayer, ExportReport
 from atomdiff.pipelines.differences import layer_differences
 from atomdiff.utils.errors import UserError

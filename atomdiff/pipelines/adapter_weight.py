@@ -12,6 +12,7 @@ from typing import Any
 
 import numpy as np
 
+from atomdiff.bases.find import BASES
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.thread_local import CallLock, ThreadLocal
@@ -19,7 +20,6 @@ from atomdiff.utils.thread_local import CallLock, ThreadLocal
 Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
 _LOCK = threading.Lock()  # of what several threads do to one model
 
-_PARTS = {"down": "down_blocks", "mid": "mid_block", "up": "up_blocks"}
 _EXPECTED = (
     "give a number, or {'weight': number, 'blocks': {'down': number, 'up.1': number}, 'steps': {0: number, 1: number}}"
 )
@@ -223,8 +223,9 @@ def _reach(module: str, part: str) -> int:
 def _path(key: str) -> str:
     """A part's path as modules have it: `up.block_1` and `unet.up.1` are `up_blocks.1` and `unet.up_blocks.1`."""
     names = [re.sub(r"^block_(\d+)$", r"\1", name) for name in key.split(".")]
-    first = 1 if len(names) > 1 and names[1] in _PARTS else 0
-    return ".".join([*names[:first], _PARTS.get(names[first], names[first]), *names[first + 1 :]])
+    parts = {short: path for base in BASES for short, path in base.block_names.items()}
+    first = 1 if len(names) > 1 and names[1] in parts else 0
+    return ".".join([*names[:first], parts.get(names[first], names[first]), *names[first + 1 :]])
 
 
 def _flat(blocks: Any, prefix: str = "") -> Iterable[tuple[str, float]]:

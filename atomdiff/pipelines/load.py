@@ -14,6 +14,7 @@ from weakref import WeakSet, ref
 import torch
 from torch import Tensor, nn
 
+from atomdiff.bases.find import find_base
 from atomdiff.concepts import hub, peft_folder
 from atomdiff.concepts.compatibility import fingerprint
 from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
@@ -156,7 +157,7 @@ def load_concept(
     for model in models.values():
         adapter_state.check_restorable(model)
     source = path if isinstance(path, DeltaFile) else cast(Path, place)
-    parts = read_parts(source, models, denoiser_name(models), allow_base_mismatch, stacklevel=4)
+    parts = read_parts(source, models, find_base(models).denoiser, allow_base_mismatch, stacklevel=4)
     parts.tokens = renamed_tokens(parts.tokens, trigger_word)
     take_fitting_tokens(parts, pipe, allow_base_mismatch)
     left_over = _left_over(pipe, name)
@@ -233,7 +234,7 @@ def save_atoms(
             part: (config, adapter_state.peft_tensors(models[part], adapter_name)) for part, config in configs.items()
         }
         facts = {"training": json.dumps(training)} if training else {}
-        peft_folder.write(path, adapters, tokens, denoiser_name(models), facts)
+        peft_folder.write(path, adapters, tokens, find_base(models).denoiser, facts)
         return path
     config = next(iter(configs.values()), AtomConfig())
     if any(other.shaping() != config.shaping() for other in configs.values()):
@@ -400,11 +401,6 @@ def _warn_of_scheduler(pipe: Any, name: str, schedule: ScheduleConfig | None) ->
             f"import diffusers; {scheduler_code(wanted, scheduler)}",
             stacklevel=4,
         )
-
-
-def denoiser_name(models: Mapping[str, nn.Module]) -> str:
-    """The component that denoises."""
-    return "transformer" if "transformer" in models else "unet"
 
 
 def _has(model: nn.Module, name: str) -> bool:

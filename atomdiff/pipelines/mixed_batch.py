@@ -11,9 +11,10 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from atomdiff.bases.find import find_base
 from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule, before_calls
 from atomdiff.pipelines.caller import find_caller
-from atomdiff.pipelines.load import denoiser_name, pipeline_models
+from atomdiff.pipelines.load import pipeline_models
 from atomdiff.pipelines.switch import read_adapter_weights
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.layer import BatchLayout
@@ -54,7 +55,7 @@ def mixed_batch(pipe: Any, rows: Sequence[Row]) -> Iterator[None]:
         for layer in adapter_state.atom_layers(model).values()
     ):
         raise UserError("there is a mixed batch in this pipeline already: leave its `with` block first")
-    denoiser = denoiser_name(models)
+    denoiser = find_base(models).denoiser
     for model in models.values():
         adapter_state.check_in_memory(model)
         _refuse_others(model, {name for row in wanted for name in row})

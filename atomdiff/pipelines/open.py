@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import inspect
 import re
 from pathlib import Path
 from typing import Any
@@ -10,15 +9,11 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
+from atomdiff.bases.find import BASES
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
 
 _SINGLE_FILES = (".safetensors", ".ckpt")
-_KINDS_OF_FILES = {  # what diffusers calls a checkpoint -> its pipeline
-    "v1": "StableDiffusionPipeline",
-    "v2": "StableDiffusionPipeline",
-    "xl_base": "StableDiffusionXLPipeline",
-}
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # what safetensors calls a dtype
 _LONGEST_PROMPT = 10**6  # tokens; transformers makes an empty tokenizer without a limit where its files are missing
 _OF_DAMAGED_FOLDERS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
@@ -98,7 +93,7 @@ def refuse_other_pipelines(
     single_file_config: str | None = None,
     field: str = "pretrained_model_name_or_path",
 ) -> None:
-    """Refuse a pipeline that does not draw from text alone with a UNet of two dimensions, before it is loaded.
+    """Refuse a pipeline that does not generate images from text alone with a known base, before it is loaded.
 
     Args:
         name: as for `open_pipeline`.
@@ -114,10 +109,8 @@ def refuse_other_pipelines(
     if is_single_file(name):  # only those that are known are opened
         return
     kind = pipeline_class(name, revision=revision, single_file_config=single_file_config)
-    made: Any = getattr(diffusers, kind, None)
-    parts = {} if made is None else inspect.signature(made.__init__).parameters
-    unet = str(parts["unet"].annotation) if {"unet", "vae", "text_encoder", "tokenizer"} <= parts.keys() else ""
-    if "UNet2DConditionModel" not in unet or "image" in inspect.signature(made.__call__).parameters:
+    made = getattr(diffusers, kind, None)
+    if made is None or not any(base.generates_from_text(made) for base in BASES):
         expected = "a pipeline of Stable Diffusion 1.x, 2.x or XL, from text to images"
         raise UserError(f"{field}={name!r}: found a {kind}; expected {expected}")
 
@@ -182,9 +175,10 @@ def _class_of_file(name: str) -> str:
         kind = infer_diffusers_model_type(load_single_file_checkpoint(name))
     except (OSError, ValueError) as error:
         raise _cannot_load(name, error) from error
-    if kind not in _KINDS_OF_FILES:
+    base = next((base for base in BASES if kind in base.checkpoint_types), None)
+    if base is None:
         raise UserError(f"the checkpoint {name!r} is a {kind}: expected Stable Diffusion 1.x, 2.x or XL")
-    return _KINDS_OF_FILES[kind]
+    return base.pipeline_class
 
 
 def _cannot_load(name: str, error: Exception, what: str = "", advice: str = "") -> UserError:

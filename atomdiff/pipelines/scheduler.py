@@ -7,7 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, get_args
 
-from atomdiff.concepts.modelspec import prediction_type
+from atomdiff.bases.find import find_base
+from atomdiff.bases.noise_schedule import prediction_type
 from atomdiff.utils.choices import FLOW_SHIFTS, PredictionType
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import parse_json
@@ -132,7 +133,7 @@ def pipeline_scheduler(pipe: Any, scheduler: Any) -> Any:
     FlowMatchEuler's last step but one ends next to zero: with few steps the pictures differ somewhat. Diffusers fails
     where (shift - 1) * steps comes to 1000, as its first timesteps, which are whole here, coincide.
     """
-    if "unet" not in pipe.components or not type(scheduler).__name__.startswith("FlowMatch"):
+    if find_base(pipe.components).takes_flow_scheduler or not type(scheduler).__name__.startswith("FlowMatch"):
         return scheduler
     from diffusers import DPMSolverMultistepScheduler
 

@@ -9,10 +9,11 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from atomdiff.bases.find import find_base
 from atomdiff.pipelines import base_offload
 from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule
 from atomdiff.pipelines.base_offload import BaseOffload
-from atomdiff.pipelines.load import concept_names, denoiser_name, pipeline_models, restore, stop_schedule, tidy
+from atomdiff.pipelines.load import concept_names, pipeline_models, restore, stop_schedule, tidy
 from atomdiff.tuner import adapter_state, merging
 from atomdiff.utils.errors import UserError
 
@@ -50,7 +51,7 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
     for part, model in models.items():
         layers = adapter_state.atom_layers(model)
         writers[part] = _Writer(part, model, layers, strengths, others, base_offload.keep(model, layers, offload_base))
-    denoiser = denoiser_name(models)
+    denoiser = find_base(models).denoiser
     stop_schedule(pipe)
     try:
         for part, write in writers.items():

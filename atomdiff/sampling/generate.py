@@ -11,6 +11,7 @@ from diffusers.image_processor import VaeImageProcessor
 from PIL import Image
 from torch import Tensor
 
+from atomdiff.bases.find import denoiser_of, find_base
 from atomdiff.sampling.config import SIZE_MULTIPLE
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.progress import ProgressBar
@@ -139,8 +140,7 @@ def image_size(pipe: Any, height: int | None, width: int | None) -> tuple[int | 
             raise UserError(f"{name}={value}: this base needs a multiple of {unit}")
     if (height is None) == (width is None):
         return height, width
-    side = pipe.unet.config.sample_size
-    default = [each * pipe.vae_scale_factor for each in (side if isinstance(side, (list, tuple)) else (side, side))]
+    default = find_base(pipe.components).native_size(pipe) or (None, None)
     return height or default[0], width or default[1]
 
 
@@ -176,8 +176,9 @@ def _generate_batch(
 def _cause(pipe: Any, what: str, image: Tensor, latent: Tensor) -> str:
     """Return a message that says why an image is broken, and what to do."""
     found = "is completely black" if image.isfinite().all() else "has values that are not finite"
-    half = f" in {str(pipe.unet.dtype).removeprefix('torch.')}" if pipe.unet.dtype != torch.float32 else ""
-    wider = ", or use dtype float32 or bfloat16" if pipe.unet.dtype == torch.float16 else ""
+    dtype = denoiser_of(pipe).dtype
+    half = f" in {str(dtype).removeprefix('torch.')}" if dtype != torch.float32 else ""
+    wider = ", or use dtype float32 or bfloat16" if dtype == torch.float16 else ""
     if latent.isfinite().all():
         advice = "use another VAE or lower concept weights" + wider
         return f"{what} {found}: the VAE cannot decode the UNet's latents{half}; {advice}. It is not saved"

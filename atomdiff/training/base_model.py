@@ -1,4 +1,4 @@
-"""The base of a training run: loaded, put together again after parts were let go, and drawn with."""
+"""The base of a training run: load it, reload parts that were freed, and generate images with it."""
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -7,10 +7,11 @@ from typing import Any, TypeAlias
 
 import torch
 from accelerate import Accelerator
-from diffusers import AutoencoderKL, StableDiffusionPipeline, StableDiffusionXLPipeline
+from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import nn
 
+from atomdiff.bases.find import base_of_class, denoiser_of, find_base
 from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
 from atomdiff.sampling.generate import generate
 from atomdiff.training.config import TrainConfig
@@ -18,13 +19,8 @@ from atomdiff.training.config.data import ImageConfig
 from atomdiff.training.launch import frozen_dtype
 from atomdiff.utils.errors import UserError
 
-BasePipeline: TypeAlias = StableDiffusionPipeline | StableDiffusionXLPipeline
+BasePipeline: TypeAlias = DiffusionPipeline
 
-_OPTIONS: dict[str, dict[str, Any]] = {  # of the pipelines that can be trained
-    "StableDiffusionPipeline": {"safety_checker": None, "feature_extractor": None, "requires_safety_checker": False},
-    "StableDiffusionXLPipeline": {"add_watermarker": False},
-}
-_LET_GO = ("vae", "text_encoder", "text_encoder_2")  # what a run may do without, most of the time
 _SLICED_FROM = 768  # pixels; a VAE takes larger pictures one by one
 
 
@@ -42,18 +38,19 @@ def load_base(config: TrainConfig, **parts: Any) -> BasePipeline:
     if described_by and not any(map(is_single_file, (name, config.pretrained_vae_model_name_or_path or ""))):
         raise UserError(f"single_file_config={described_by!r}: describes a checkpoint file, but {name!r} is none")
     kind = pipeline_class(name, revision=revision, single_file_config=described_by)
-    if kind not in _OPTIONS:
+    base = base_of_class(kind)
+    if base is None:
         raise _wrong_base(name, f"a {kind}")
     if config.pretrained_vae_model_name_or_path is not None and "vae" not in parts:
         parts["vae"] = _load_vae(config.pretrained_vae_model_name_or_path, described_by)
-    parts = _OPTIONS[kind] | parts
+    parts = {**base.pipeline_options, **parts}
     pipe: BasePipeline = open_pipeline(
         name, revision=revision, variant=config.variant, single_file_config=described_by, **parts
     )
-    missing = [part for part in ("text_encoder", "text_encoder_2") if pipe.components.get(part, pipe) is None]
+    missing = [part for part in base.text_encoders if pipe.components.get(part) is None]
     if missing:
         raise _wrong_base(name, f"a {kind} without {missing[0]}, such as a refiner")
-    takes, makes = pipe.unet.config.in_channels, pipe.vae.config.latent_channels
+    takes, makes = denoiser_of(pipe).config.in_channels, pipe.vae.config.latent_channels
     if takes != makes:
         raise _wrong_base(name, f"a UNet of {takes} channels, as for inpainting, with a VAE of {makes}")
     if training_resolution(config, pipe) > _SLICED_FROM:
@@ -85,17 +82,19 @@ def move_to_device(pipe: BasePipeline, accelerator: Accelerator, *names: str, tr
     The UNet gets the run's precision, unless it is trained as a whole. All else stays in float32: the VAE of SDXL
     overflows in float16.
     """
+    denoiser = denoiser_of(pipe)
     for name in names or pipe.components:
         part = pipe.components[name]
         if isinstance(part, nn.Module):
-            frozen = name == "unet" and not trained_whole
+            frozen = part is denoiser and not trained_whole
             part.to(accelerator.device, frozen_dtype(accelerator) if frozen else torch.float32)
 
 
 @contextmanager
 def all_parts_loaded(config: TrainConfig, pipe: BasePipeline) -> Iterator[None]:
     """Make a `with` block in which the parts of the pipeline that were let go are back."""
-    gone = [name for name in _LET_GO if pipe.components.get(name, pipe) is None]
+    freed = ("vae", *find_base(pipe.components).text_encoders)
+    gone = [name for name in freed if pipe.components.get(name, pipe) is None]
     if gone:
         fresh = load_base(config, **{name: part for name, part in pipe.components.items() if part is not None})
         pipe.register_modules(**{name: getattr(fresh, name).to(pipe.device, torch.float32) for name in gone})
@@ -112,17 +111,14 @@ def training_resolution(config: ImageConfig, pipe: BasePipeline) -> int:
     Raises:
         UserError: The VAE and the UNet cannot halve it as often as they do.
     """
-    unit = size_multiple(pipe)
-    side = config.resolution or int(pipe.unet.config.sample_size * pipe.vae_scale_factor)
+    base = find_base(pipe.components)
+    unit = base.size_multiple(pipe)
+    side = config.resolution or max(base.native_size(pipe) or (0,))
+    if not side:
+        raise UserError(f"resolution={side}: this base does not name one; give a multiple of {unit}")
     if side % unit:
         raise UserError(f"resolution={side}: this base needs a multiple of {unit}")
     return side
-
-
-def size_multiple(pipe: BasePipeline) -> int:
-    """Return what the sides of pictures must be multiples of, in pixels: the VAE and the UNet halve them that often."""
-    unit: int = pipe.vae_scale_factor * 2 ** (len(pipe.unet.config.block_out_channels) - 1)
-    return unit
 
 
 def generate_images(

@@ -8,11 +8,12 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
+from atomdiff.bases.find import find_base
 from atomdiff.data.buckets import Size, bucket_sizes
 from atomdiff.data.latents import LatentCache, LatentEncoder, concatenate
 from atomdiff.data.sampler import bucket_for_pass, sample_order
 from atomdiff.training.base_keys import base_keys
-from atomdiff.training.base_model import BasePipeline, move_to_device, size_multiple, training_resolution
+from atomdiff.training.base_model import BasePipeline, move_to_device, training_resolution
 from atomdiff.training.class_images import generate_class_images
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.push import validation_prompts
@@ -136,7 +137,7 @@ def build_dataset(
             prompt names the trigger word whose embedding is to be trained.
     """
     side = training_resolution(config, pipe)
-    sizes = bucket_sizes(config.aspect_ratio_buckets, side, size_multiple(pipe))
+    sizes = bucket_sizes(config.aspect_ratio_buckets, side, find_base(pipe.components).size_multiple(pipe))
     by_subject = [read_instance_images(config, subject, sizes) for subject in config.subjects]
     instance_images = [image for images in by_subject for image in images]
     check_masks(config, instance_images)

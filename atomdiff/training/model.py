@@ -1,16 +1,15 @@
-"""What a training run optimises, as one module: the adapted UNet, the trigger words' vectors, the text encoders."""
+"""What a run trains, as one module: the denoiser with its adapter, token embeddings of trigger words, text encoders."""
 
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
-from diffusers import UNet2DConditionModel
 from peft import PeftConfig
 from torch import Tensor, nn
 
+from atomdiff.bases.base import Base, PromptEmbeds
+from atomdiff.bases.find import find_base
 from atomdiff.data.prompt_embeds import (
-    PromptEmbeds,
-    encode_prompts,
     init_token_embeddings,
     precompute_prompt_embeds,
     replace_token_embeddings,
@@ -33,6 +32,7 @@ class TrainingModel(nn.Module):
     """A denoiser that takes the numbers of prompts: most are precomputed, the others are encoded in each step.
 
     Args:
+        base: The base architecture.
         denoiser: With its adapter.
         prompt_embeds: Precomputed conditioning, (77, hidden) and (projected,), by the prompt's number.
         text_encoders: Encode the prompts whose embeddings change, by name; none if there are no such prompts.
@@ -44,7 +44,8 @@ class TrainingModel(nn.Module):
 
     def __init__(
         self,
-        denoiser: UNet2DConditionModel,
+        base: Base,
+        denoiser: Any,
         prompt_embeds: Mapping[int, PromptEmbeds],
         text_encoders: Mapping[str, nn.Module] | None = None,
         token_ids: Mapping[str, Tensor] | None = None,
@@ -52,6 +53,7 @@ class TrainingModel(nn.Module):
         placeholder_tokens: Sequence[str] = (),
     ) -> None:
         super().__init__()
+        self.base = base
         self.denoiser = denoiser
         self.text_encoders = nn.ModuleDict(text_encoders or {})
         self.token_embeddings = nn.ParameterDict(token_embeddings or {})
@@ -63,21 +65,15 @@ class TrainingModel(nn.Module):
     def forward(
         self, latents: Tensor, timesteps: Tensor, prompts: Sequence[int], time_ids: Tensor | None = None
     ) -> Tensor:
-        """Return the UNet's prediction (batch, c, h, w).
+        """Return the denoiser's prediction (batch, c, h, w).
 
         Args:
-            latents: Noised latents (batch, c, h, w).
+            latents: Noisy latents (batch, c, h, w).
             timesteps: Their timesteps (batch,).
             prompts: The number of each sample's prompt.
-            time_ids: What SDXL is told of each picture (batch, 6): original height and width, crop top and left, target
-                height and width, in pixels. Other UNets do not look at it.
+            time_ids: Size and crop of each image (batch, 6), as `Base.denoise` takes them.
         """
-        text = self.encode_prompts(prompts)
-        pooled = text.pooled_prompt_embeds
-        added = None if pooled is None else {"text_embeds": pooled, "time_ids": time_ids}
-        conditions = {"encoder_hidden_states": text.prompt_embeds, "added_cond_kwargs": added}
-        prediction: Tensor = self.denoiser(latents, timesteps, **conditions, return_dict=False)[0]
-        return prediction
+        return self.base.denoise(self.denoiser, latents, timesteps, self.encode_prompts(prompts), time_ids)
 
     # Else torch.compile would begin anew with every other choice of prompts.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
@@ -86,7 +82,7 @@ class TrainingModel(nn.Module):
         found = dict(self.prompt_embeds)
         if changing := sorted(set(prompts) - found.keys()):
             ids = [self.token_ids[name][changing] for name in self.text_encoders]
-            encoded, pooled = encode_prompts([*self.text_encoders.values()], ids)
+            encoded, pooled = self.base.encode_prompts([*self.text_encoders.values()], ids)
             each_pooled: Iterable[Tensor | None] = [None] * len(changing) if pooled is None else pooled
             found.update(zip(changing, map(PromptEmbeds, encoded, each_pooled), strict=True))
         device = self.denoiser.device
@@ -112,16 +108,16 @@ class TrainingModel(nn.Module):
         return {name: parameters for name, parameters in groups.items() if parameters}
 
     def learned_embeddings(self) -> dict[str, dict[str, Tensor]]:
-        """Return the trained words' vectors (hidden,): word -> text encoder -> vector."""
+        """Return the trained embeddings (hidden,): placeholder token -> text encoder -> embedding."""
         return {
             word: {encoder: vectors[row].detach() for encoder, vectors in self.token_embeddings.items()}
             for row, word in enumerate(self.placeholder_tokens)
         }
 
     def freeze_token_embeddings(self) -> None:
-        """Leave the trigger words' vectors as they are from now on; unless the encoders train, all prompts are known.
+        """Stop training token embeddings; unless text encoders are trained, precompute all prompts.
 
-        The vectors go on to have gradients, which `clear_frozen_gradients` takes away before an optimizer sees them.
+        The embeddings go on to have gradients, which `clear_frozen_gradients` removes before an optimizer sees them.
         """
         if self.embeddings_frozen:
             return
@@ -129,10 +125,12 @@ class TrainingModel(nn.Module):
         if "text_encoder" not in self.parameter_groups() and self.token_embeddings:
             count = len(next(iter(self.token_ids.values())))
             missing = [number for number in range(count) if number not in self.prompt_embeds]
-            self.prompt_embeds |= precompute_prompt_embeds(dict(self.text_encoders.items()), self.token_ids, missing)
+            self.prompt_embeds |= precompute_prompt_embeds(
+                self.base, dict(self.text_encoders.items()), self.token_ids, missing
+            )
 
     def clear_frozen_gradients(self) -> None:
-        """Take away the gradients of what does not learn any more: no optimizer moves a parameter without one."""
+        """Remove the gradients of frozen token embeddings: no optimizer moves a parameter without one."""
         if self.embeddings_frozen:
             for parameter in self.token_embeddings.values():
                 parameter.grad = None
@@ -147,23 +145,25 @@ def build_training_model(
     text_adapter: PeftConfig | None = None,
     cache: DiskCache | None = None,
 ) -> TrainingModel:
-    """Add adapters to the models and trigger words to the tokenizers; text encoders go unless they are needed.
+    """Add adapters to the models and placeholder tokens to the tokenizers; remove text encoders that are not needed.
 
     Args:
         config: The run.
         pipe: The base; what is trained becomes part of it.
-        adapter: The method, None for training the whole UNet.
+        adapter: The method, None for training the whole denoiser.
         prompts: All prompts.
-        dtype: Of the UNet's weights that are not trained; text encoders stay in float32.
+        dtype: Of the denoiser's weights that are not trained; text encoders stay in float32.
         text_adapter: With `train_text_encoder` the method for the text encoders, None for training them whole.
-        cache: Keeps the states of prompts that do not change.
+        cache: Keeps the embeddings of prompts that do not change.
 
     Raises:
         UserError: An adapter does not fit the base, or a trigger word is in no prompt.
     """
-    pipe.unet.to(dtype=torch.float32 if adapter is None else dtype).train()
-    make_trainable(pipe.unet, adapter, config.seed)
-    save_memory(config, pipe.unet, dtype)
+    base = find_base(pipe.components)
+    denoiser = getattr(pipe, base.denoiser)
+    denoiser.to(dtype=torch.float32 if adapter is None else dtype).train()
+    make_trainable(denoiser, adapter, config.seed)
+    save_memory(config, denoiser, dtype)
 
     encoders = text_encoders(pipe)
     words, vectors = init_placeholder_tokens(config, pipe) if config.train_token else ([], {})
@@ -180,7 +180,7 @@ def build_training_model(
         replace_token_embeddings(encoders[name], tokens, vectors[name])
         for word, token in zip(words, tokens, strict=True):
             changes |= prompts_with(word, token, ids[name])
-    known = precompute_prompt_embeds(encoders, ids, (~changes).nonzero().flatten().tolist(), cache, key)
+    known = precompute_prompt_embeds(base, encoders, ids, (~changes).nonzero().flatten().tolist(), cache, key)
     if config.train_text_encoder:
         for name, encoder in encoders.items():
             make_trainable(encoder.train(), text_adapter, derive_seed(config.seed, name))
@@ -192,11 +192,11 @@ def build_training_model(
         for name in encoders:
             setattr(pipe, name, None)
         encoders, ids = {}, {}
-    return TrainingModel(pipe.unet, known, encoders, ids, vectors, words)
+    return TrainingModel(base, denoiser, known, encoders, ids, vectors, words)
 
 
 def init_placeholder_tokens(config: TrainConfig, pipe: Any) -> tuple[list[str], dict[str, nn.Parameter]]:
-    """Return the words for the vectors of all trigger words, and what these start as: (words, hidden) by encoder."""
+    """Return the placeholder tokens of all trigger words, and their first embeddings (tokens, hidden) by encoder."""
     words: list[str] = []
     starts: dict[str, list[Tensor]] = {name: [] for name in text_encoders(pipe)}
     for subject in config.subjects:

@@ -6,10 +6,9 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 from torch import Tensor
 
-from atomdiff.concepts.modelspec import prediction_type
+from atomdiff.bases.noise_schedule import NoiseSchedule, noise_schedule, prediction_type
 from atomdiff.pipelines.scheduler import ScheduleConfig, matching_scheduler
 from atomdiff.training.config.objective import ObjectiveConfig
 from atomdiff.training.objective import add_noise, min_snr_weights, offset_noise, sample_timesteps, training_target
@@ -39,13 +38,8 @@ class ForwardDiffusion:
     """The run."""
     prediction_type: PredictionType
     """What the denoiser predicts."""
-    alpha: Tensor
-    """Scale of the clean latents at each timestep (timesteps,), least noise first: `sqrt(alpha_bar)`; for flow
-    `1 - sigma`."""
-    sigma: Tensor
-    """Scale of the noise at each timestep (timesteps,): `sqrt(1 - alpha_bar)`, or the sigma of flow."""
-    timesteps: Tensor
-    """The timesteps, as the denoiser takes them (timesteps,)."""
+    schedule: NoiseSchedule
+    """How much noise there is at which timestep."""
 
     def sample(self, latents: Tensor, generator: torch.Generator) -> NoisyLatents:
         """Sample a timestep and noise for each of some clean latents (batch, c, h, w), all on the CPU."""
@@ -53,7 +47,7 @@ class ForwardDiffusion:
         noise = torch.randn(latents.shape, generator=generator)
         chosen = sample_timesteps(
             len(latents),
-            (config.min_timestep, len(self.timesteps) if config.max_timestep is None else config.max_timestep),
+            (config.min_timestep, len(self.schedule.timesteps) if config.max_timestep is None else config.max_timestep),
             config.timestep_sampling,
             generator,
             logit_mean=config.logit_mean,
@@ -61,12 +55,12 @@ class ForwardDiffusion:
         )
         if config.noise_offset:
             noise = offset_noise(noise, config.noise_offset, generator)
-        alpha, sigma = self.alpha[chosen], self.sigma[chosen]
+        alpha, sigma, timesteps = (values[chosen] for values in self.schedule)
         weights = torch.ones(len(latents))
         if config.snr_gamma is not None:
             weights = min_snr_weights(alpha, sigma, config.snr_gamma, self.prediction_type)
         target = training_target(latents, noise, alpha, sigma, self.prediction_type)
-        return NoisyLatents(add_noise(latents, noise, alpha, sigma), self.timesteps[chosen], target, weights)
+        return NoisyLatents(add_noise(latents, noise, alpha, sigma), timesteps, target, weights)
 
 
 def forward_diffusion(config: ObjectiveConfig, pipe: Any) -> ForwardDiffusion:
@@ -76,20 +70,13 @@ def forward_diffusion(config: ObjectiveConfig, pipe: Any) -> ForwardDiffusion:
         UserError: The run wants something of it that does not go together, or that the base does not have.
     """
     scheduler = matching_scheduler(_schedule_config(config), pipe.scheduler)
-    predicted: Any = prediction_type(scheduler)
-    if predicted == "flow":
-        # A new one: its sigmas, from much noise to little, are those of training until images are generated.
-        flow = FlowMatchEulerDiscreteScheduler.from_config(scheduler.config)
-        sigmas, timesteps = flow.sigmas.flip(0), flow.timesteps.flip(0)
-        alpha, sigma = 1 - sigmas, sigmas
-    else:
-        alpha_bar = DDPMScheduler.from_config(scheduler.config).alphas_cumprod
-        alpha, sigma, timesteps = alpha_bar.sqrt(), (1 - alpha_bar).sqrt(), torch.arange(len(alpha_bar))
+    schedule = noise_schedule(scheduler)
+    count = len(schedule.timesteps)
     for name, value in (("min_timestep", config.min_timestep + 1), ("max_timestep", config.max_timestep or 1)):
-        if value > len(timesteps):
-            most = f"the base has {len(timesteps)} timesteps"
-            raise UserError(f"{name}={getattr(config, name)}: {most}; choose some of them")
-    return ForwardDiffusion(config, predicted, alpha, sigma, timesteps)
+        if value > count:
+            raise UserError(f"{name}={getattr(config, name)}: the base has {count} timesteps; choose some of them")
+    predicted: Any = prediction_type(scheduler)
+    return ForwardDiffusion(config, predicted, schedule)
 
 
 def set_training_scheduler(config: ObjectiveConfig, pipe: Any) -> None:

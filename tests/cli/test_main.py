@@ -58,7 +58,7 @@ def test_inspect_counts_an_adapter_on_an_architecture(tmp_path, capsys):
     (tmp_path / "adapter.json").write_text('{"peft_type": "ATOMS", "channel_block": 1}')
     assert main(["inspect", "--base", "resnet-50", "--config", str(tmp_path / "adapter.json")]) == 0
     shown = capsys.readouterr().out
-    assert "25,557,032" in shown and "3,697 numbers (0.0145 %" in shown
+    assert "25,557,032" in shown and "3,697 parameters (0.0145 %" in shown
     assert main(["inspect"]) == 2 and main(["inspect", "--config", "atoms"]) == 2
     assert "such as sd-1.5" in capsys.readouterr().err
 

@@ -9,9 +9,10 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import atomdiff
+from atomdiff.bases.stable_diffusion import original_path
 from atomdiff.cli.summary import describe
-from atomdiff.concepts.kohya import layer_name, sgm_path
 from atomdiff.export.export import ExportConfig, export_concepts
+from atomdiff.export.kohya import layer_name
 from atomdiff.export.lora import export_lora
 from atomdiff.export.merged_delta import export_diff
 from atomdiff.pipelines.adapter_weight import AdapterWeight
@@ -160,7 +161,7 @@ def bare_path(pipe, component, module):
 
 def comfy_path(pipe, component, module):
     if component == "unet":
-        return f"diffusion_model.{sgm_path(module, pipe.unet)}"
+        return f"diffusion_model.{original_path(module, pipe.unet)}"
     encoder = {"text_encoder": "clip_l", "text_encoder_2": "clip_g"}[component]
     return f"text_encoders.{encoder}.transformer.text_model.{module.removeprefix('text_model.')}"
 

@@ -2,8 +2,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from atomdiff.concepts import kohya
 from atomdiff.concepts.modelspec import model_spec
+from atomdiff.export import kohya
 
 
 def pipeline(kind, width, predicts):

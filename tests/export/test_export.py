@@ -29,10 +29,10 @@ from torch import nn
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import atomdiff
-from atomdiff.concepts.kohya import layer_name, zero_layers
-from atomdiff.concepts.parameter_count import open_architecture
+from atomdiff.bases.architectures import open_architecture
 from atomdiff.export import export as export_module
 from atomdiff.export.export import ExportConfig, export_concepts
+from atomdiff.export.kohya import layer_name, zero_layers
 from atomdiff.export.lora import export_lora
 from atomdiff.export.low_rank import low_rank
 from atomdiff.export.merged_delta import export_diff

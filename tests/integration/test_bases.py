@@ -12,7 +12,7 @@ from PIL import Image
 
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.concept_file import read_delta_file
-from atomdiff.concepts.parameter_count import count_numbers
+from atomdiff.concepts.parameter_count import count_parameters
 from atomdiff.pipelines.load import load_atoms, unload_atoms
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.sampling.sample import save_samples
@@ -124,8 +124,8 @@ def test_bf16_and_gradient_checkpointing_go_through(config, half_precision):
 
 
 def test_numbers_are_counted_without_weights(config):
-    counted = count_numbers(config.pretrained_model_name_or_path, AtomConfig())
+    counted = count_parameters(config.pretrained_model_name_or_path, AtomConfig())
     concept = read_delta_file(train(dataclasses.replace(config, max_train_steps=1, train_token=False)))
     tensors = [(kind, tensor) for layer in concept.layers.values() for kind, tensor in layer.items()]
     trained = sum(tensor.numel() for kind, tensor in tensors if kind.endswith("_delta"))
-    assert counted.trained_numbers == trained
+    assert counted.num_trainable_parameters == trained

@@ -12,6 +12,7 @@ from diffusers import DiffusionPipeline
 from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
+from atomdiff.bases.sdxl import StableDiffusionXL
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.load import load_atoms, save_atoms, unload_atoms
 from atomdiff.sampling.config import SampleConfig
@@ -288,7 +289,7 @@ def test_states_are_kept_for_a_second_run(config_for, monkeypatch, tmp_path):
     def refuse(*_):
         raise AssertionError("encoded again")
 
-    monkeypatch.setattr("atomdiff.data.prompt_embeds.encode_prompts", refuse)
+    monkeypatch.setattr(StableDiffusionXL, "encode_prompts", refuse)
     assert contents(train(dataclasses.replace(config, output_dir=str(tmp_path / "again")))) == first
 
 

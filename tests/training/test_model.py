@@ -5,13 +5,16 @@ import torch
 from peft import LoraConfig
 from torch import nn
 
-from atomdiff.data.prompt_embeds import PromptEmbeds, encode_prompts, init_token_embeddings, text_encoders, tokenize
+from atomdiff.bases.base import PromptEmbeds
+from atomdiff.bases.stable_diffusion import StableDiffusion
+from atomdiff.data.prompt_embeds import init_token_embeddings, text_encoders, tokenize
 from atomdiff.pipelines.placeholder_tokens import token_id
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.model import TrainingModel, build_training_model
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 
+SD = StableDiffusion()
 PROMPTS = ("a photo of sks mug", "a photo of a mug")
 CONFIG = TrainConfig(pretrained_model_name_or_path="base", instance_data_dir="photos", class_name="mug")
 ON_TEXT = AtomConfig(target_modules="attention")
@@ -33,11 +36,11 @@ def pipe(request):
 def test_known_prompts_are_not_encoded_and_others_once(tiny_pipe):
     ids = tokenize(tiny_pipe, "text_encoder", ["a photo of sks mug", "a photo of a mug", "a picture of sks"])
     with torch.no_grad():
-        expected = encode_prompts([tiny_pipe.text_encoder], [ids]).prompt_embeds
+        expected = SD.encode_prompts([tiny_pipe.text_encoder], [ids]).prompt_embeds
     encoded = []
     tiny_pipe.text_encoder.register_forward_pre_hook(lambda _, inputs: encoded.append(inputs[0]))
     known = {1: PromptEmbeds(expected[1], None)}
-    concept = TrainingModel(tiny_pipe.unet, known, {"text_encoder": tiny_pipe.text_encoder}, {"text_encoder": ids})
+    concept = TrainingModel(SD, tiny_pipe.unet, known, {"text_encoder": tiny_pipe.text_encoder}, {"text_encoder": ids})
     states = concept.encode_prompts([2, 1, 0, 2]).prompt_embeds
     torch.testing.assert_close(states, expected[[2, 1, 0, 2]])
     assert [len(batch) for batch in encoded] == [2]
@@ -48,7 +51,7 @@ def test_known_prompts_are_not_encoded_and_others_once(tiny_pipe):
 def test_the_prediction_is_the_unets(tiny_pipe):
     states = torch.randn(2, 77, 32, generator=torch.Generator().manual_seed(0))
     concept = TrainingModel(
-        tiny_pipe.unet, {number: PromptEmbeds(of_prompt, None) for number, of_prompt in enumerate(states)}
+        SD, tiny_pipe.unet, {number: PromptEmbeds(of_prompt, None) for number, of_prompt in enumerate(states)}
     )
     latents, timesteps = torch.randn(2, 4, 8, 8), torch.tensor([3, 500])
     with torch.no_grad():
@@ -74,7 +77,9 @@ def test_trained_parameters_by_name_and_group(tiny_pipe):
     tiny_pipe.unet.requires_grad_(False)
     tiny_pipe.unet.conv_in.bias.requires_grad_(True)
     vectors = nn.Parameter(torch.zeros(1, 32))
-    concept = TrainingModel(tiny_pipe.unet, {}, token_embeddings={"text_encoder": vectors}, placeholder_tokens=["sks"])
+    concept = TrainingModel(
+        SD, tiny_pipe.unet, {}, token_embeddings={"text_encoder": vectors}, placeholder_tokens=["sks"]
+    )
     trained = concept.trained_parameters()
     assert (
         set(trained) == {"token_embeddings.text_encoder", "denoiser.conv_in.bias"}

@@ -76,7 +76,7 @@ def test_flow_is_told_its_sigma_and_keeps_the_shift_of_the_base(scheduler):
     torch.testing.assert_close(noised.latents, clean + (1 - clean_share) * noised.target)
     evenly = (torch.arange(1000) + 1) / 1000
     shifted = 3 * evenly / (1 + 2 * evenly)
-    torch.testing.assert_close(process(scheduler).timesteps, 1000 * shifted)
+    torch.testing.assert_close(process(scheduler).schedule.timesteps, 1000 * shifted)
     torch.testing.assert_close(noised.weights, torch.minimum((1 - sigmas) ** 2, 5 * sigmas**2))
 
 
@@ -85,14 +85,14 @@ def test_zero_terminal_snr_is_that_of_its_paper():
     found = process(base, rescale_betas_zero_snr=True)
     usual = base.alphas_cumprod.sqrt()  # algorithm 1: shift so that the last is zero, scale so that the first is kept
     expected = (usual - usual[-1]) * usual[0] / (usual[0] - usual[-1])
-    torch.testing.assert_close(found.alpha, expected, atol=1e-5, rtol=0)
-    assert found.alpha[-1] == 0 and found.sigma[-1] == 1
+    torch.testing.assert_close(found.schedule.alpha, expected, atol=1e-5, rtol=0)
+    assert found.schedule.alpha[-1] == 0 and found.schedule.sigma[-1] == 1
     noised = process(base, rescale_betas_zero_snr=True, min_timestep=999, snr_gamma=5.0).sample(latents(), seeded())
     assert torch.equal(noised.target, -latents())  # at pure noise v is the picture, and min-SNR's weight is 0, not nan
     assert noised.weights.tolist() == [0] * 6
     said = DDIMScheduler(**STABLE, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    assert torch.equal(process(said).alpha, found.alpha)
-    assert torch.equal(process(said, rescale_betas_zero_snr=False).alpha, usual)
+    assert torch.equal(process(said).schedule.alpha, found.schedule.alpha)
+    assert torch.equal(process(said, rescale_betas_zero_snr=False).schedule.alpha, usual)
 
 
 def test_choices_of_the_run_reach_the_draw():
