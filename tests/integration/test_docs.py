@@ -8,17 +8,23 @@ import re
 import shlex
 from itertools import pairwise
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+from PIL import Image
 
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.config import load_config as load_classifier_config
 from atomdiff.cli.demo import DemoConfig
 from atomdiff.cli.main import main
+from atomdiff.evaluate.metrics import METRICS, score
 from atomdiff.export.export import ExportConfig
 from atomdiff.export.extract import ExtractConfig
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.config import TrainConfig, load_config
+from atomdiff.training.config.optimizer import OPTIMIZERS
+from atomdiff.training.optimizers import build_optimizer
 from atomdiff.utils.options import parse_config
 
 ROOT = Path(__file__).parents[2]
@@ -142,6 +148,27 @@ def test_names_of_modules_and_options_are_there():
             assert pkgutil.resolve_name(name) is not None, (page, name)
         for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
             assert option in known, (page, option)
+
+
+@pytest.mark.parametrize("name", ["metric", "optimizer"])
+def test_what_the_pages_add_is_called(name, monkeypatch):
+    names = {}
+    exec(*blocks(f"docs/adding-{'an' if name[0] in 'aeiou' else 'a'}-{name}.md", "python"), names)
+    if name == "metric":
+        red, blue = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
+        evaluation = SimpleNamespace(references=[red], base=SimpleNamespace(subject=[blue]))
+        evaluation.concept = SimpleNamespace(subject=[red, red])
+        monkeypatch.setitem(METRICS, "color_distance", names["color_distance"])
+        found = score(evaluation, {"color_distance": METRICS["color_distance"]})
+        assert found == {"color_distance": {"base": 0.6667, "concept": 0.0}}
+    else:
+        monkeypatch.setitem(OPTIMIZERS, "lion", names["lion"])
+        command = "--pretrained_model_name_or_path base --instance_data_dir photos --class_name mug --optimizer lion"
+        parameter = torch.nn.Parameter(torch.ones(3))
+        optimizer, _ = build_optimizer(load_config(command.split()), {"adapter": [parameter]})
+        parameter.square().sum().backward()
+        optimizer.step()
+        assert (parameter < 1).all()
 
 
 def test_figures_stand_in_the_result_files():
