@@ -103,7 +103,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
     from atomdiff.evaluate.suite import open_adapted
     from atomdiff.sampling.generate import generate
     from atomdiff.training.dreambooth import load_config
-    from atomdiff.training.method import place_for
+    from atomdiff.training.saving import result_path
     from atomdiff.tuner.read_config import read_adapter
     from atomdiff.utils.image_grid import make_image_grid
 
@@ -122,7 +122,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
             "progress": False,
         }
         before = generate(pipe, [f"a photo of a {subject} {places[0]}"], seeds=[0], **settings)
-        pipe = open_adapted(pipe, place_for(adapter, home / subject))
+        pipe = open_adapted(pipe, result_path(adapter, home / subject))
         prompts = [f"a photo of {run.trigger_word} {subject} {place}" for place in places]
         after = generate(pipe, prompts, seeds=[0] * len(places), **settings)
         photo = Image.open(ROOT / "samples" / "subjects" / subject / "01.png")

@@ -253,7 +253,7 @@ def bytes_on_disk(method: str, unet: Any) -> int:
     from diffusers import DDIMScheduler, StableDiffusionPipeline
     from safetensors.torch import save_file
 
-    from atomdiff.training.method import place_for, save_trained
+    from atomdiff.training.saving import result_path, save_trained
 
     trained = {name: p.detach() for name, p in unet.named_parameters() if p.requires_grad}
     if method == "full":  # as large as its numbers, and nothing to try out
@@ -266,7 +266,7 @@ def bytes_on_disk(method: str, unet: Any) -> int:
             others = ("vae", "text_encoder", "tokenizer", "safety_checker", "feature_extractor")
             parts = dict.fromkeys(others) | {"unet": unet, "scheduler": DDIMScheduler()}
             pipe = StableDiffusionPipeline(**parts, requires_safety_checker=False)
-            save_trained(pipe, adapter, place_for(adapter, Path(folder) / "trained"))
+            save_trained(pipe, adapter, result_path(adapter, Path(folder) / "trained"))
         return sum(file.stat().st_size for file in Path(folder).rglob("*") if file.is_file())
 
 

@@ -21,11 +21,11 @@ def train(args: Sequence[str]) -> None:
     from accelerate import PartialState
 
     from atomdiff.training import dreambooth
-    from atomdiff.training.preflight import look_first
+    from atomdiff.training.preflight import check_runs
 
     runs = config.runs()
     if len(runs) > 1:  # a single one is checked when it begins
-        look_first(runs)
+        check_runs(runs)
     for run in runs:
         written = dreambooth.train(run)
         PartialState().print(f"saved {written}")

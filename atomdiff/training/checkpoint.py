@@ -27,6 +27,7 @@ _BATCHES = ("gradient_accumulation_steps", "num_processes")
 
 _FOLDER = re.compile(r"checkpoint-\d+")  # others, such as copies that somebody made, are left alone
 _RUN_FILE, _STATE_FILE = "run.json", "state.pt"
+_FORMAT = 2  # raised whenever the names in the files change
 
 
 @dataclass(frozen=True)
@@ -37,18 +38,20 @@ class Checkpoint:
 
     @cached_property
     def run(self) -> dict[str, Any]:
-        """`step`, `saved` (seconds since 1970) and `recipe`.
+        """`format`, `step`, `saved` (seconds since 1970) and `config`, a snapshot of the run's config.
 
         Raises:
-            UserError: The file is missing or damaged.
+            UserError: The file is missing or damaged, or of another version of atomdiff.
         """
         try:
             run = json.loads((self.folder / _RUN_FILE).read_bytes())
         except (OSError, ValueError) as error:
             raise self._damaged(_RUN_FILE, error) from error
-        kinds: dict[str, Any] = {"step": int, "saved": (int, float), "recipe": dict}
-        if not isinstance(run, dict) or not all(isinstance(run.get(name), kind) for name, kind in kinds.items()):
-            raise self._damaged(_RUN_FILE, f"no {', '.join(kinds)} in it")
+        if isinstance(run, dict) and run.get("format") != _FORMAT:
+            raise self._damaged(_RUN_FILE, "written by another version of atomdiff: start without a checkpoint")
+        types: dict[str, Any] = {"step": int, "saved": (int, float), "config": dict}
+        if not isinstance(run, dict) or not all(isinstance(run.get(name), type_) for name, type_ in types.items()):
+            raise self._damaged(_RUN_FILE, f"no {', '.join(types)} in it")
         return run
 
     @cached_property
@@ -65,8 +68,8 @@ class Checkpoint:
             state = torch.load(self.folder / _STATE_FILE, map_location="cpu", weights_only=True)
         except Exception as error:  # torch raises many kinds
             raise self._damaged(_STATE_FILE, error) from error
-        if not isinstance(state, dict) or not isinstance(state.get("trained"), dict) or "step" not in state:
-            raise self._damaged(_STATE_FILE, "no step and trained parameters in it")
+        if not isinstance(state, dict) or not isinstance(state.get("parameters"), dict) or "step" not in state:
+            raise self._damaged(_STATE_FILE, "no step and parameters in it")
         return state
 
     def _damaged(self, name: str, error: object) -> UserError:
@@ -82,24 +85,21 @@ class Checkpoint:
         if self.run and not zipfile.is_zipfile(self.folder / _STATE_FILE):
             raise self._damaged(_STATE_FILE, "missing or cut off")
 
-    def load(self, recipe: dict[str, Any], defaults: dict[str, Any] | None = None) -> dict[str, Any]:
+    def load(self, config: dict[str, Any]) -> dict[str, Any]:
         """Read the state and check that it belongs to a run.
 
         Args:
-            recipe: Of the run.
-            defaults: Values of what a checkpoint of an older version did not know.
+            config: The config snapshot of the run.
 
         Raises:
-            UserError: The checkpoint cannot be read, or was written with another recipe; learning rates, their course
+            UserError: The checkpoint cannot be read, or was written with another config; learning rates, their schedule
                 and the number of steps may differ. So may the number of processes if each accumulates as many more or
-                fewer batches; a checkpoint from before that number was noted counts as one of a single process.
+                fewer batches.
         """
-        then, now = {**(defaults or {}), **self.run["recipe"]}, recipe
-        state = self.state
-        free = (*_MAY_CHANGE, *_BATCHES)
-        changed = [key for key in now.keys() | then.keys() if then.get(key) != now.get(key) and key not in free]
-        if changed:
-            changes = "; ".join(f"{key}={then.get(key)!r}, now {now.get(key)!r}" for key in sorted(changed))
+        then, now, state = self.run["config"], config, self.state
+        fixed = (now.keys() | then.keys()) - {*_MAY_CHANGE, *_BATCHES}
+        if changed := sorted(key for key in fixed if then.get(key) != now.get(key)):
+            changes = "; ".join(f"{key}={then.get(key)!r}, now {now.get(key)!r}" for key in changed)
             raise UserError(f"{self.folder}: written with {changes}. Use its values, or start without a checkpoint")
         _check_batches(self.folder, then, now)
         return state
@@ -107,7 +107,7 @@ class Checkpoint:
 
 def _check_batches(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> None:
     """Check that a step has as many batches as it had."""
-    old, new = ([recipe.get(name) or 1 for name in _BATCHES] for recipe in (then, now))
+    old, new = ([config[name] for name in _BATCHES] for config in (then, now))
     batches, processes = math.prod(old), new[1]
     if batches == math.prod(new):
         return
@@ -120,7 +120,7 @@ def _check_batches(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> N
 
 
 def save_checkpoint(
-    output_dir: Path, step: int, state: dict[str, Any], recipe: dict[str, Any], limit: int | None
+    output_dir: Path, step: int, state: dict[str, Any], config: dict[str, Any], limit: int | None
 ) -> None:
     """Write `checkpoint-<step>`, then remove the oldest checkpoints beyond `limit`; damaged ones do not count.
 
@@ -134,7 +134,7 @@ def save_checkpoint(
     with new_folder(folder) as unfinished:
         with open(unfinished / _STATE_FILE, "wb") as file:
             torch.save(state, file)
-        run = {"step": step, "saved": time.time(), "recipe": recipe}
+        run = {"format": _FORMAT, "step": step, "saved": time.time(), "config": config}
         (unfinished / _RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
     for old in find_checkpoints(output_dir)[:-limit] if limit is not None else ():
         remove_folder(old.folder)
@@ -145,13 +145,13 @@ def find_checkpoints(output_dir: Path) -> list[Checkpoint]:
 
     Their tensors are not read.
     """
-    found, problems = _sort_out(output_dir)
+    found, problems = _list_checkpoints(output_dir)
     if problems:
         warnings.warn(f"passed over {'; '.join(problems)}", stacklevel=2)
     return found
 
 
-def _sort_out(output_dir: Path) -> tuple[list[Checkpoint], list[str]]:
+def _list_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], list[str]]:
     """Return the checkpoints in a folder in the order in which they were written, and what is wrong with others."""
     found, problems = [], []
     for folder in sorted(output_dir.glob("checkpoint-*")):
@@ -189,7 +189,7 @@ def choose_checkpoint(resume_from: str | None, output_dir: Path) -> Checkpoint |
 
 def _latest(output_dir: Path) -> Checkpoint | None:
     """Return the checkpoint that was written last of those that are whole; warn of those that are not."""
-    found, problems = _sort_out(output_dir)
+    found, problems = _list_checkpoints(output_dir)
     chosen = None
     while found and chosen is None:
         checkpoint = found.pop()

@@ -16,7 +16,7 @@ from atomdiff.training.base_keys import base_keys
 from atomdiff.training.base_model import BasePipeline, move_to_device, training_resolution
 from atomdiff.training.class_images import generate_class_images
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.push import validation_prompts
+from atomdiff.training.contact_sheet import validation_prompts
 from atomdiff.training.summary import describe_images, warn_of_cut_prompts
 from atomdiff.training.training_images import (
     TrainingImage,

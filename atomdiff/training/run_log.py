@@ -1,27 +1,16 @@
-"""What a training run shows while it goes on: a bar, log lines, a contact sheet; and how it is asked to stop."""
+"""What a training run shows while it goes on: a progress bar and lines in a log."""
 
 import errno
 import json
 import os
-import re
-import signal
-import threading
-import time
 import warnings
-from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType, TracebackType
 from typing import Any
 
 from accelerate import Accelerator
-from PIL import Image
 
-from atomdiff.utils.atomic import WriteError, write_png, write_text, writing
-from atomdiff.utils.image_grid import make_image_grid
+from atomdiff.utils.atomic import WriteError, write_text, writing
 from atomdiff.utils.progress import ProgressBar
-
-_SAME = 1.0  # second
-_STEP = re.compile(r"step-(\d+)-\d+\.png")
 
 
 class RunLog:
@@ -109,85 +98,3 @@ def _append(file: Path, text: str) -> None:
         except OSError:
             lines.truncate(size)
             raise
-
-
-def extend_contact_sheet(output_dir: Path, step: int, pictures: Sequence[Image.Image], prompts: Sequence[str]) -> None:
-    """Add a row to `contact_sheet.png`, one picture a prompt; the pictures themselves go to `validation/`.
-
-    Rows of this step and of later ones, left by a run that was stopped or by an earlier one, are replaced. Earlier rows
-    may have more or fewer pictures, of other prompts; the place of one that cannot be read stays empty.
-    """
-    folder = output_dir / "validation"
-    folder.mkdir(parents=True, exist_ok=True)
-    drop_rows(output_dir, step)
-    rows: dict[int, list[Image.Image | None]] = {}
-    for number, file in _row_files(output_dir):
-        rows.setdefault(number, []).append(_read(file))
-    rows[step] = list(pictures)
-    unknown = [""] * (max(map(len, rows.values())) - len(prompts))
-    sheet = make_image_grid(list(rows.values()), [f"step {number}" for number in rows], [*prompts, *unknown])
-    write_png(output_dir / "contact_sheet.png", sheet)
-    for column, picture in enumerate(pictures):  # after the sheet, so that who finds all of them has the row
-        write_png(folder / f"step-{step:06d}-{column:02d}.png", picture)
-
-
-def drop_rows(output_dir: Path, step: int) -> None:
-    """Remove the pictures of the rows of a step and of later ones."""
-    for number, file in _row_files(output_dir):
-        if number >= step:
-            file.unlink()
-
-
-def _row_files(output_dir: Path) -> list[tuple[int, Path]]:
-    """List the pictures of the contact sheet with their steps, in order."""
-    files = [(_STEP.fullmatch(file.name), file) for file in sorted((output_dir / "validation").glob("step-*.png"))]
-    return [(int(found[1]), file) for found, file in files if found and file.is_file()]
-
-
-def _read(file: Path) -> Image.Image | None:
-    """Return a picture and close its file; None, with a warning, if it cannot be read."""
-    try:
-        with Image.open(file) as picture:
-            return picture.convert("RGB")
-    except Exception as error:  # Pillow raises many kinds
-        warnings.warn(f"{file}: cannot be read ({error}); its place in the contact sheet stays empty", stacklevel=1)
-        return None
-
-
-class StopSignals:
-    """A `with` block in which the first Ctrl-C or SIGTERM only sets `requested`; a later one acts as usual.
-
-    Launchers of several processes pass a Ctrl-C on to those who have heard it themselves: what comes within a second of
-    the first is the same one.
-
-    Raises:
-        KeyboardInterrupt: At the block's end, in place of an error that it ends with once asked to stop. Such an error
-            may be the end of another process, which the signal was to follow.
-    """
-
-    def __init__(self) -> None:
-        self.requested = False
-        self._since = 0.0
-        self._before: dict[signal.Signals, Any] = {}
-
-    def __enter__(self) -> "StopSignals":
-        if threading.current_thread() is threading.main_thread():  # others cannot handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
-                self._before[number] = signal.signal(number, self._note)
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, traceback: TracebackType | None
-    ) -> None:
-        for number, handler in self._before.items():
-            signal.signal(number, handler)
-        self._before.clear()
-        if self.requested and isinstance(error, Exception):
-            raise KeyboardInterrupt(f"stopped; {type(error).__name__}: {error}") from error
-
-    def _note(self, number: int, frame: FrameType | None) -> None:
-        if not self.requested:
-            self.requested, self._since = True, time.monotonic()
-        elif time.monotonic() > self._since + _SAME:
-            self.__exit__(None, None, None)
-            signal.raise_signal(number)

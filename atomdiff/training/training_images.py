@@ -14,12 +14,12 @@ from atomdiff.data.crops import Crop, make_crops
 from atomdiff.data.images import CaptionedImage, read_images
 from atomdiff.data.masks import read_masks
 from atomdiff.pipelines.placeholder_tokens import check_addable
+from atomdiff.pipelines.prompt_syntax import has_word
 from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.training.base_model import BasePipeline
 from atomdiff.training.config import Subject, TrainConfig
 from atomdiff.training.config.data import DataConfig
 from atomdiff.training.fingerprint import ImageFingerprint, image_key, text_key
-from atomdiff.training.preflight import check_named
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.seeds import derive_seed
 from atomdiff.utils.untrusted import list_some
@@ -132,4 +132,18 @@ def check_trigger_words(config: TrainConfig, pipe: BasePipeline, prompts: Sequen
     if config.train_token:
         tokens = (placeholder_tokens(subject.trigger_word, config.num_vectors) for subject in config.subjects)
         check_addable(pipe, list(itertools.chain.from_iterable(tokens)))
-        check_named(config, prompts)
+        check_prompts(config, prompts)
+
+
+def check_prompts(run: TrainConfig, texts: Sequence[str]) -> None:
+    """Check that the prompts of the instance images name the trigger word of every subject.
+
+    Raises:
+        UserError: They do not.
+    """
+    for subject in run.subjects:
+        if not any(has_word(text, subject.trigger_word) for text in texts):
+            raise UserError(
+                f"trigger_word={subject.trigger_word!r}: no prompt names it ({texts[0]!r}, ...), so its embedding "
+                "cannot be trained; write it into the prompts, or set train_token to false"
+            )

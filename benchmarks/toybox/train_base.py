@@ -29,7 +29,7 @@ from atomdiff.toybox.base import (
     build_vae,
 )
 from atomdiff.toybox.scenes import Caption, shorten
-from atomdiff.training.method import write_pipeline
+from atomdiff.training.saving import write_pipeline
 from atomdiff.utils.atomic import new_file
 from atomdiff.utils.precision import autocast
 from atomdiff.utils.progress import ProgressBar

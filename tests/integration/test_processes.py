@@ -48,18 +48,17 @@ import json, multiprocessing, os, shutil, signal, socket, sys, time
 from pathlib import Path
 import accelerate, diffusers, peft
 from atomdiff.cli.main import main
-from atomdiff.training import dreambooth
+from atomdiff.training import dreambooth, resume, validation
 
 def work(rank, port, options, spoilt):
     place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in place.items()})
     if rank:
-        for name in ("save_checkpoint", "save_concept", "extend_contact_sheet"):
-            setattr(dreambooth, name, None)
+        resume.save_checkpoint = dreambooth.save_result = validation.extend_contact_sheet = None
     elif spoilt in ("disk", "late"):
         def save_checkpoint(*_):
             raise OSError(28, "No space left on device")
-        dreambooth.save_checkpoint = save_checkpoint
+        resume.save_checkpoint = save_checkpoint
     usual = dreambooth.batch_loss
     def spoilt_loss(run, number):
         if not number and (spoilt == "both" or (rank and spoilt == "one")):

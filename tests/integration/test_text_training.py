@@ -17,7 +17,7 @@ from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.load import load_atoms, save_atoms, unload_atoms
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.sampling.sample import save_samples
-from atomdiff.training import dreambooth
+from atomdiff.training import dreambooth, saving
 from atomdiff.training.dreambooth import TrainConfig, train
 from atomdiff.training.model import build_training_model
 from atomdiff.training.training_images import check_trigger_words
@@ -68,7 +68,7 @@ def config_for(tmp_path, photos, request):
 def in_training(monkeypatch, tmp_path):
     """Draw a picture, and save every bit of the concept, at the end of each run before it is saved as usual."""
     seen = {}
-    usual = dreambooth.save_trained
+    usual = saving.save_trained
 
     def look(pipe, adapter, path, **facts):
         pipe.unet.eval()
@@ -77,7 +77,7 @@ def in_training(monkeypatch, tmp_path):
             seen["exact"] = save_atoms(pipe, tmp_path / "exact.atoms.safetensors", dtype=torch.float32)
         usual(pipe, adapter, path, **facts)
 
-    monkeypatch.setattr(dreambooth, "save_trained", look)
+    monkeypatch.setattr(saving, "save_trained", look)
     return seen
 
 
@@ -210,7 +210,7 @@ def vectors_by_step(monkeypatch):
 
     def look(run, step):
         result = usual(run, step)
-        trained = {name: parameter.detach().clone() for name, parameter in run.trained.items()}
+        trained = {name: parameter.detach().clone() for name, parameter in run.trainable.items()}
         seen.append((trained.pop("token_embeddings.text_encoder"), trained))
         return result
 

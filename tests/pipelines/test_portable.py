@@ -13,7 +13,7 @@ from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.export.report import describe_export
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_tokens, set_token_embedding
 from atomdiff.pipelines.portable import _prefix_keys
-from atomdiff.training.method import save_trained
+from atomdiff.training.saving import save_trained
 
 NOT_ASCII = [chr(number) for number in (*range(0xA1, 0xAD), *range(0xAE, 0x100))]  # bytes in a byte-level vocabulary
 

@@ -19,7 +19,8 @@ from safetensors.torch import load_file
 
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.load import load_atoms
-from atomdiff.training import class_images, dreambooth, run_log
+from atomdiff.training import class_images, contact_sheet, dreambooth, saving, validation
+from atomdiff.training import run as run_module
 from atomdiff.training.dataset import DreamBoothDataset
 from atomdiff.training.dreambooth import TrainConfig, train
 from atomdiff.training.model import build_training_model
@@ -322,11 +323,11 @@ def test_accumulated_batches_count_as_one(config, monkeypatch):
 def test_processes_may_change_if_the_batches_of_a_step_do_not(config, tmp_path):
     one = dataclasses.replace(config, checkpointing_steps=2, gradient_accumulation_steps=2)
     expected = contents(train(one))
-    record = Path(config.output_dir) / "checkpoint-2" / "run.json"
-    run = json.loads(record.read_text())
-    assert run["recipe"]["num_processes"] == 1
-    run["recipe"] |= {"num_processes": 2, "gradient_accumulation_steps": 1}
-    record.write_text(json.dumps(run))
+    file = Path(config.output_dir) / "checkpoint-2" / "run.json"
+    record = json.loads(file.read_text())
+    assert record["config"]["num_processes"] == 1
+    record["config"] |= {"num_processes": 2, "gradient_accumulation_steps": 1}
+    file.write_text(json.dumps(record))
     assert contents(train(dataclasses.replace(one, resume_from_checkpoint="checkpoint-2"))) == expected
     other = dataclasses.replace(one, resume_from_checkpoint="checkpoint-2", gradient_accumulation_steps=1)
     with pytest.raises(UserError, match="gradient_accumulation_steps=1 on 2 .*, now .*=1 on 1 .*take .*steps=2"):
@@ -408,7 +409,7 @@ def test_class_images_are_told_by_the_scheduler_and_not_by_what_is_written_out(c
 def test_captions_are_the_photos_prompts(config, photos, monkeypatch):
     (photos / "1.txt").write_text("a picture of sks on the beach")
     prompts = {}
-    usual = dreambooth.build_dataset
+    usual = run_module.build_dataset
 
     def note(*arguments):
         dataset = usual(*arguments)
@@ -416,7 +417,7 @@ def test_captions_are_the_photos_prompts(config, photos, monkeypatch):
         prompts.update({number: dataset.prompts[prompt] for number, (prompt,) in enumerate(photos.prompts)})
         return dataset
 
-    monkeypatch.setattr(dreambooth, "build_dataset", note)
+    monkeypatch.setattr(run_module, "build_dataset", note)
     train(config)
     assert prompts == {0: "a photo of sks teapot", 1: "a picture of sks on the beach", 2: "a photo of sks teapot"}
 
@@ -450,8 +451,8 @@ def test_a_row_that_a_stopped_run_owes_is_drawn_when_it_goes_on(config, step, un
     config = dataclasses.replace(config, learning_rate=0.05, **fields)
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
     train(whole)
-    usual, steps = run_log.write_png, []
-    extend = dreambooth.extend_contact_sheet
+    usual, steps = contact_sheet.write_png, []
+    extend = validation.extend_contact_sheet
 
     def note(folder, step, *rest):
         steps.append(step)
@@ -462,9 +463,9 @@ def test_a_row_that_a_stopped_run_owes_is_drawn_when_it_goes_on(config, step, un
             raise RuntimeError("died")
         usual(file, picture)
 
-    monkeypatch.setattr(dreambooth, "extend_contact_sheet", note)
+    monkeypatch.setattr(validation, "extend_contact_sheet", note)
     with monkeypatch.context() as patch:
-        patch.setattr(run_log, "write_png", die)
+        patch.setattr(contact_sheet, "write_png", die)
         with pytest.raises(RuntimeError, match="died"):
             train(config)
     assert shown(config) != shown(whole)
@@ -503,7 +504,7 @@ def test_a_row_that_cannot_be_written_is_warned_of(config, monkeypatch):
     def fail(file, picture):
         raise OSError("no space left")
 
-    monkeypatch.setattr(run_log, "write_png", fail)
+    monkeypatch.setattr(contact_sheet, "write_png", fail)
     with pytest.warns(UserWarning, match=r"step [04]: the contact sheet cannot be written \(no space left\)"):
         train(dataclasses.replace(config, validation_steps=4))
 
@@ -693,18 +694,14 @@ def test_a_file_that_no_step_was_done_for_says_how_it_was_trained(stopped):
     assert read_delta_file(place).training == before
 
 
-def test_a_checkpoint_that_does_not_note_what_it_learned_from_is_told_and_used(stopped):
+def test_a_checkpoint_with_other_parameters_is_refused(stopped):
     config, _, _ = stopped
     file = Path(config.output_dir) / "checkpoint-2" / "state.pt"
     state = torch.load(file, weights_only=True)
-    del state["fingerprint"], state["config"]
+    del state["parameters"][next(iter(state["parameters"]))]
     torch.save(state, file)
-    with pytest.warns(UserWarning, match="checkpoint-2: does not note what it learned from"):
-        train(dataclasses.replace(config, max_train_steps=3))
-    del state["trained"][next(iter(state["trained"]))]
-    torch.save(state, file)
-    with pytest.warns(UserWarning, match="does not note"), pytest.raises(UserError, match="of another version, with"):
-        train(dataclasses.replace(config, resume_from_checkpoint="checkpoint-2"))
+    with pytest.raises(UserError, match="checkpoint-2: written by another version, with other parameters"):
+        train(config)
 
 
 def test_checkpoints_that_cannot_be_written_cost_only_themselves(config, small_files):
@@ -720,7 +717,7 @@ def test_checkpoints_that_cannot_be_written_cost_only_themselves(config, small_f
 
 
 def test_a_result_that_cannot_be_written_is_kept_elsewhere(config, monkeypatch, tmp_path):
-    usual, spare = dreambooth.save_trained, tmp_path / "spare"
+    usual, spare = saving.save_trained, tmp_path / "spare"
 
     def full(pipe, adapter, place, **facts):
         if place.is_relative_to(config.output_dir):
@@ -729,7 +726,7 @@ def test_a_result_that_cannot_be_written_is_kept_elsewhere(config, monkeypatch, 
 
     spare.mkdir()
     monkeypatch.setattr(tempfile, "tempdir", str(spare))
-    monkeypatch.setattr(dreambooth, "save_trained", full)
+    monkeypatch.setattr(saving, "save_trained", full)
     with pytest.raises(
         WriteError, match=r"teapot.atoms.safetensors: cannot be written \(No space.* is in .*spare"
     ) as told:

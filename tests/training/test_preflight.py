@@ -10,7 +10,7 @@ from atomdiff.cli.main import main
 from atomdiff.sampling.output_files import refuse_foreign_images
 from atomdiff.training import dreambooth
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.preflight import look_first
+from atomdiff.training.preflight import check_runs
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import check_writable, refuse_overlap
 
@@ -72,31 +72,31 @@ def test_what_would_go_wrong_is_told_and_nothing_is_changed(config, tmp_path, fi
     (tmp_path / "out" / "validation").mkdir(parents=True)
     before = everything(tmp_path)
     with pytest.raises(UserError, match=message):
-        look_first([replace(config, adapter=str(adapter), **fields)])
+        check_runs([replace(config, adapter=str(adapter), **fields)])
     assert everything(tmp_path) == before
 
 
 def test_folders_inside_one_another_that_do_no_harm_are_fine(config, tmp_path):
-    look_first([replace(config, output_dir="photos/out"), replace(config, output_dir=".", cache_dir="out/cache")])
+    check_runs([replace(config, output_dir="photos/out"), replace(config, output_dir=".", cache_dir="out/cache")])
     assert not [path for path in everything(tmp_path) if path.endswith(".unfinished")]
 
 
 def test_links_are_followed(config, tmp_path):
     (tmp_path / "link").symlink_to(tmp_path / "photos")
     with pytest.raises(UserError, match="output_dir='link' is instance_data_dir"):
-        look_first([replace(config, output_dir="link")])
+        check_runs([replace(config, output_dir="link")])
 
 
 def test_photos_that_class_images_fell_among_are_refused(config, tmp_path):
     (tmp_path / "photos" / "class_images.json").write_text("{}")
     with pytest.raises(UserError, match="photos: holds class images that were generated there"):
-        look_first([config])
+        check_runs([config])
 
 
 def test_a_concept_file_in_the_way_is_told(config, tmp_path):
     (tmp_path / "out" / "photos.atoms.safetensors").mkdir(parents=True)
     with pytest.raises(UserError, match="photos.atoms.safetensors is in the way"):
-        look_first([config])
+        check_runs([config])
 
 
 @pytest.mark.parametrize("damage", ["photo", "caption", "folder", "class"])

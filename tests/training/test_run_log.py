@@ -1,14 +1,9 @@
 import json
-import os
-import signal
-import threading
 
 import pytest
 from accelerate import Accelerator
-from PIL import Image
 
-from atomdiff.training import run_log
-from atomdiff.training.run_log import RunLog, StopSignals, extend_contact_sheet
+from atomdiff.training.run_log import RunLog
 
 
 def feed(log, steps):
@@ -41,48 +36,6 @@ def test_going_on_drops_the_lines_after_the_checkpoint(tmp_path):
     assert [line["step"] for line in lines(file)] == [2]
 
 
-def test_the_sheet_grows_and_forgets_rows_of_a_run_that_was_stopped(tmp_path):
-    def add(step, colour):
-        extend_contact_sheet(tmp_path, step, [Image.new("RGB", (32, 32), colour)] * 2, ["one", "two"])
-        return Image.open(tmp_path / "contact_sheet.png")
-
-    def shows(sheet, colour):
-        return any(pixel == colour for _, pixel in sheet.convert("RGB").getcolors(1 << 24))
-
-    red, green, blue = (255, 0, 0), (0, 255, 0), (0, 0, 255)
-    first = add(0, red)
-    second = add(10, green)
-    assert second.height > first.height and shows(second, red) and shows(second, green)
-    third = add(20, blue)
-    again = add(10, blue)
-    assert again.size == second.size != third.size
-    assert shows(again, red) and shows(again, blue) and not shows(again, green)
-    assert len(list((tmp_path / "validation").iterdir())) == 4
-
-
-def test_the_sheet_takes_rows_of_other_lengths_and_pictures_that_cannot_be_read(tmp_path):
-    def add(step, prompts):
-        extend_contact_sheet(tmp_path, step, [Image.new("RGB", (32, 32), (step, 0, 0))] * len(prompts), prompts)
-        return Image.open(tmp_path / "contact_sheet.png")
-
-    def shows(sheet, step):
-        return any(pixel == (step, 0, 0) for _, pixel in sheet.convert("RGB").getcolors(1 << 24))
-
-    narrow = add(50, ["one"])
-    wide = add(100, ["one", "two"])
-    assert wide.width > narrow.width
-    assert add(150, ["one"]).width >= wide.width
-    folder = tmp_path / "validation"
-    (folder / "step-000050-00.png").write_bytes(b"")
-    (folder / "step-000100-00.png").write_bytes((folder / "step-000100-00.png").read_bytes()[:40])
-    (folder / "step-mine.png").write_bytes(b"")
-    (folder / "step-000300-00.png").mkdir()
-    with pytest.warns(UserWarning, match=r"step-000(050|100)-00.png: cannot be read .* stays empty"):
-        sheet = add(200, ["one", "two"])
-    assert not shows(sheet, 50) and all(shows(sheet, step) for step in (100, 150, 200))
-    assert (folder / "step-mine.png").exists()
-
-
 def test_damaged_lines_of_a_log_do_not_block_whole_ones(tmp_path):
     file = tmp_path / "log.jsonl"
     whole = [json.dumps({"step": step, "loss": 0.1 + step}) for step in (2, 4, 6)]
@@ -105,43 +58,3 @@ def test_a_log_that_cannot_be_written_is_warned_of(tmp_path, small_files):
     assert file.read_bytes() == whole
     feed(log, [3])
     assert [line["step"] for line in lines(file)] == [1, 3]
-
-
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
-def test_the_first_signal_asks_and_a_later_one_acts(number, monkeypatch):
-    def handler(*_):
-        raise RuntimeError("acted")
-
-    before = signal.signal(number, handler)
-    try:
-        with StopSignals() as stop:
-            assert not stop.requested
-            os.kill(os.getpid(), number)
-            assert stop.requested
-            os.kill(os.getpid(), number)  # of a launcher that passes the same one on
-            monkeypatch.setattr(run_log, "_SAME", 0.0)
-            with pytest.raises(RuntimeError, match="acted"):
-                os.kill(os.getpid(), number)
-        assert signal.getsignal(number) is handler
-        with StopSignals():
-            pass
-        assert signal.getsignal(number) is handler
-    finally:
-        signal.signal(number, before)
-
-
-@pytest.mark.parametrize("asked", [False, True])
-def test_an_error_after_a_signal_is_the_end_that_was_asked_for(asked):
-    with pytest.raises(KeyboardInterrupt if asked else OSError) as ended, StopSignals():
-        if asked:
-            os.kill(os.getpid(), signal.SIGTERM)
-        raise OSError("disk full")
-    assert str(ended.value) == ("stopped; OSError: disk full" if asked else "disk full")
-
-
-def test_other_threads_train_without_signals():
-    seen = []
-    thread = threading.Thread(target=lambda: seen.append(StopSignals().__enter__().requested))
-    thread.start()
-    thread.join()
-    assert seen == [False]

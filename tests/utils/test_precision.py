@@ -66,16 +66,16 @@ def test_a_step_that_overflows_is_done_again_with_a_smaller_scale(config, fields
     concept = train(config).read_bytes()
     low, high = state_of(tmp_path / "low", 2), state_of(config.output_dir, 2)
     assert low["scaler"]["scale"] == 2.0**16 and high["scaler"]["scale"] < 2.0**24
-    for name, expected in low["trained"].items():
+    for name, expected in low["parameters"].items():
         assert expected.dtype == torch.float32
-        torch.testing.assert_close(high["trained"][name], expected, atol=1e-3, rtol=1e-2)
+        torch.testing.assert_close(high["parameters"][name], expected, atol=1e-3, rtol=1e-2)
     log = Path(config.output_dir) / "training_log.jsonl"
     assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
     fp16[0] = 1.0  # which the checkpoint's replaces
     again = dataclasses.replace(config, resume_from_checkpoint="checkpoint-1")
     assert len(train(again).read_bytes()) == len(concept)
-    for name, expected in high["trained"].items():
-        assert torch.equal(state_of(config.output_dir, 2)["trained"][name], expected)
+    for name, expected in high["parameters"].items():
+        assert torch.equal(state_of(config.output_dir, 2)["parameters"][name], expected)
 
 
 def test_gradients_that_never_fit_end_the_run(config, fp16, monkeypatch):
@@ -97,23 +97,23 @@ def test_gradients_that_never_fit_end_the_run(config, fp16, monkeypatch):
 
 def test_what_is_trained_is_float32_and_the_rest_is_not(config, fp16, monkeypatch):
     seen, usual = [], dreambooth.train_step
-    monkeypatch.setattr(dreambooth, "train_step", lambda run, step: seen.append(run.concept) or usual(run, step))
+    monkeypatch.setattr(dreambooth, "train_step", lambda run, step: seen.append(run.model) or usual(run, step))
     train(dataclasses.replace(config, max_train_steps=1))
     unet = seen[0].unet
-    assert {parameter.dtype for parameter in seen[0].trained().values()} == {torch.float32}
+    assert {parameter.dtype for parameter in seen[0].trained_parameters().values()} == {torch.float32}
     assert {parameter.dtype for parameter in unet.parameters() if not parameter.requires_grad} == {torch.float16}
 
 
 TWO = """
 import os, sys, torch
-from atomdiff.training import dreambooth
+from atomdiff.training import dreambooth, resume
 
-usual, found = dreambooth.save_checkpoint, []
+found = []
 step = dreambooth.train_step
 dreambooth.train_step = lambda run, number: found.append(run) or step(run, number)
 dreambooth.train(dreambooth.load_config(["--config", sys.argv[1]]))
 run = found[0]
-torch.save(dreambooth.state_of(run), f"{sys.argv[2]}/{os.environ['RANK']}.pt")
+torch.save(resume.state_of(run), f"{sys.argv[2]}/{os.environ['RANK']}.pt")
 """
 
 
@@ -137,5 +137,5 @@ def test_two_processes_have_the_same_numbers(config, fields, tmp_path):
         assert all(torch.equal(*pair) for pair in averages)
     alone = dataclasses.replace(config, output_dir=str(tmp_path / "alone"), checkpointing_steps=2)
     train(alone)
-    unlike = state_of(alone.output_dir, 2)["trained"]
+    unlike = state_of(alone.output_dir, 2)["parameters"]
     assert not all(torch.equal(one["trained"][name], unlike[name]) for name in unlike)

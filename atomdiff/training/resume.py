@@ -1,0 +1,101 @@
+"""Going on where a run stopped: what a checkpoint holds of it, and whether it belongs to it."""
+
+import warnings
+from pathlib import Path
+from typing import Any
+
+from accelerate import Accelerator
+from peft import PeftConfig
+
+from atomdiff.training.checkpoint import choose_checkpoint, save_checkpoint
+from atomdiff.training.config import TrainConfig
+from atomdiff.training.fingerprint import differences
+from atomdiff.training.optimizers import load_optimizer
+from atomdiff.training.run import Run
+from atomdiff.tuner.read_config import describe_adapter
+from atomdiff.utils.atomic import WriteError
+from atomdiff.utils.errors import UserError
+
+_OR_START_ANEW = "or start anew, without resume_from_checkpoint, in another output_dir"
+
+
+def config_snapshot(
+    config: TrainConfig, accelerator: Accelerator, adapter: PeftConfig | None, text_adapter: PeftConfig | None
+) -> dict[str, Any]:
+    """Return what a checkpoint must have been written with, so that the run may go on from it."""
+    snapshot = {
+        **config.snapshot(),
+        "mixed_precision": accelerator.mixed_precision,
+        "num_processes": accelerator.num_processes,
+        "adapter": describe_adapter(adapter),
+    }
+    if config.train_text_encoder:
+        snapshot["text_encoder_adapter"] = describe_adapter(text_adapter)
+    return snapshot
+
+
+def read_state(config: TrainConfig, snapshot: dict[str, Any]) -> dict[str, Any] | None:
+    """Return the state in the checkpoint that the run goes on from, or None if it starts anew.
+
+    Raises:
+        UserError: The checkpoint is missing or of another run, or beyond the run's last step.
+    """
+    checkpoint = choose_checkpoint(config.resume_from_checkpoint, Path(config.output_dir))
+    if checkpoint is None:
+        return None
+    state = checkpoint.load(snapshot)
+    if state["step"] > config.max_train_steps:
+        found = f"max_train_steps={config.max_train_steps}, but {checkpoint.folder} is at step {state['step']}"
+        raise UserError(f"{found}; take at least as many steps, or go on from an earlier checkpoint")
+    return {**state, "checkpoint": str(checkpoint.folder)}
+
+
+def save_state(run: Run, step: int, average_loss: float, snapshot: dict[str, Any], stopping: bool) -> None:
+    """Save a checkpoint. One that cannot be written is only warned of, unless the run stops there.
+
+    Raises:
+        KeyboardInterrupt: The run stops, and its checkpoint cannot be written.
+    """
+    config = run.config
+    state = {"step": step, "average_loss": average_loss, **state_of(run)}
+    state |= {"config": config.snapshot(), "fingerprint": run.dataset.fingerprint}
+    try:
+        save_checkpoint(Path(config.output_dir), step, state, snapshot, config.checkpoints_total_limit)
+    except WriteError as error:
+        if stopping:
+            raise KeyboardInterrupt(f"stopped at step {step}, which is not saved: {error}") from error
+        warnings.warn(f"step {step}: {error}. The training goes on without this checkpoint", stacklevel=1)
+
+
+def state_of(run: Run) -> dict[str, Any]:
+    """Return the tensors that a later process needs to go on; all randomness follows from seed and step."""
+    scaler = run.accelerator.scaler
+    return {
+        "parameters": {name: parameter.detach().cpu() for name, parameter in run.trainable.items()},
+        "optimizer": run.optimizer.state_dict(),
+        "ema": run.ema.state_dict() if run.ema else None,
+        "scaler": scaler.state_dict() if scaler else None,
+    }
+
+
+def load_state(run: Run, state: dict[str, Any]) -> None:
+    """Put back what `save_state` saved; learning rates stay those of the config.
+
+    Raises:
+        UserError: It is of a run that learned from something else, or has other parameters.
+    """
+    if found := differences(state["fingerprint"], run.dataset.fingerprint):
+        written = f"{state['checkpoint']}: written with {'; '.join(found)}"
+        raise UserError(f"{written}. Put back what it learned from, {_OR_START_ANEW}")
+    shapes = {name: parameter.shape for name, parameter in run.trainable.items()}
+    if {name: tensor.shape for name, tensor in state["parameters"].items()} != shapes:
+        found_other = f"{state['checkpoint']}: written by another version, with other parameters"
+        raise UserError(f"{found_other}. Use that version, {_OR_START_ANEW}")
+    for name, parameter in run.trainable.items():
+        parameter.data.copy_(state["parameters"][name])
+    load_optimizer(run.optimizer, state["optimizer"])
+    if run.ema is not None:
+        run.ema.load_state_dict(state["ema"])
+        run.ema.to(run.accelerator.device)
+    if run.accelerator.scaler and state["scaler"]:
+        run.accelerator.scaler.load_state_dict(state["scaler"])

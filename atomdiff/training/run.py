@@ -1,0 +1,72 @@
+"""A training run, put together: the base, its dataset, what is trained of it, and the optimizer."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+from accelerate import Accelerator
+from diffusers.training_utils import EMAModel
+from peft import PeftConfig
+from torch import nn
+
+from atomdiff.training.base_model import BasePipeline, load_base
+from atomdiff.training.config import TrainConfig
+from atomdiff.training.dataset import DreamBoothDataset, build_dataset
+from atomdiff.training.launch import frozen_dtype
+from atomdiff.training.model import TrainingModel, build_training_model
+from atomdiff.training.noise import ForwardDiffusion, forward_diffusion, set_training_scheduler
+from atomdiff.training.optimizers import build_optimizer
+from atomdiff.utils.progress import log
+from atomdiff.utils.tensor_cache import DiskCache
+
+
+@dataclass(frozen=True)
+class Run:
+    """The parts of a run that its steps, checkpoints and validation images need."""
+
+    config: TrainConfig
+    accelerator: Accelerator
+    pipe: BasePipeline
+    """The base, with what is trained in it."""
+    dataset: DreamBoothDataset
+    model: TrainingModel
+    wrapped: nn.Module
+    """The model as accelerate wrapped it."""
+    trainable: dict[str, nn.Parameter]
+    """The model's trainable parameters, by name."""
+    optimizer: torch.optim.Optimizer
+    lr_factor: Callable[[int], float]
+    """Steps done -> factor on the learning rates."""
+    diffusion: ForwardDiffusion
+    ema: EMAModel | None
+    """Moving average of the trainable parameters, if it is asked for."""
+    started: float = field(default_factory=time.time)
+    """Seconds since 1970."""
+
+    @property
+    def samples_per_step(self) -> int:
+        """How many samples a step sees, on all processes."""
+        batch = self.config.train_batch_size * (2 if self.dataset.class_images else 1)
+        return batch * self.config.gradient_accumulation_steps * self.accelerator.num_processes
+
+
+def build_run(
+    config: TrainConfig, accelerator: Accelerator, adapter: PeftConfig | None, text_adapter: PeftConfig | None
+) -> Run:
+    """Load the base, build the dataset, and add what is trained to the base."""
+    if accelerator.is_main_process:
+        log(f"loading the base {config.pretrained_model_name_or_path}")
+    pipe = load_base(config)
+    set_training_scheduler(config, pipe)
+    dataset = build_dataset(config, pipe, accelerator, adapter is None)
+    dtype, cache = frozen_dtype(accelerator), DiskCache(config.cache_folder)
+    if accelerator.is_main_process:
+        log("adding what is trained to the base")
+    model = build_training_model(config, pipe, adapter, dataset.prompts, dtype, text_adapter, cache)
+    optimizer, lr_factor = build_optimizer(config, model.parameter_groups(), accelerator.num_processes)
+    wrapped, optimizer = accelerator.prepare(model, optimizer)
+    trainable = model.trained_parameters()
+    ema = EMAModel(trainable.values(), decay=config.ema_decay) if config.use_ema else None
+    diffusion = forward_diffusion(config, pipe)
+    return Run(config, accelerator, pipe, dataset, model, wrapped, trainable, optimizer, lr_factor, diffusion, ema)

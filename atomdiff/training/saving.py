@@ -1,0 +1,108 @@
+"""Where the result of a run is written, and how: a concept file, the folder of a PEFT adapter, or a pipeline."""
+
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from diffusers import StableDiffusionPipeline
+from peft import PeftConfig
+
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
+from atomdiff.pipelines.load import save_atoms
+from atomdiff.pipelines.placeholder_tokens import set_token_embedding
+from atomdiff.pipelines.portable import save_portable
+from atomdiff.training.base_model import all_parts_loaded
+from atomdiff.training.method import ADAPTER_NAME
+from atomdiff.training.push import trigger_phrase
+from atomdiff.training.run import Run
+from atomdiff.tuner import AtomConfig
+from atomdiff.utils.atomic import new_folder, write_result
+from atomdiff.utils.errors import UserError
+
+# Parts of Stable Diffusion pipelines, in a folder that one was saved to.
+_PIPELINE_ENTRIES = (
+    "model_index.json vae unet text_encoder text_encoder_2 tokenizer tokenizer_2 scheduler safety_checker "
+    "feature_extractor image_encoder"
+).split()
+
+
+def result_path(adapter: PeftConfig | None, path: Path) -> Path:
+    """Return where `save_trained` writes to: `path`, with the suffix of a concept file if it will be one."""
+    return path.with_name(f"{path.name}{CONCEPT_SUFFIX}") if isinstance(adapter, AtomConfig) else path
+
+
+def check_result_path(path: Path, adapter: PeftConfig | None, read: Iterable[str | None]) -> None:
+    """Refuse a path for `save_trained` that holds what the run reads, or something else than a result.
+
+    Args:
+        path: From `result_path`.
+        adapter: The method.
+        read: Files and folders that the run reads.
+
+    Raises:
+        UserError: It is such a path.
+    """
+    target = path.resolve()
+    for name in filter(None, read):
+        source = Path(name).resolve()
+        if source.exists() and (source.is_relative_to(target) or target.is_relative_to(source)):
+            advice = "name another output_dir, or rename instance_data_dir, whose name it has"
+            raise UserError(f"{path}: the result would replace {name!r}, which the run reads; {advice}")
+    if adapter is None and path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").is_file():
+        raise UserError(f"{path}: holds something else than a pipeline; move it away, or name another output_dir")
+
+
+def save_trained(pipe: StableDiffusionPipeline, adapter: PeftConfig | None, path: Path, **metadata: Any) -> None:
+    """Save a trained pipeline's adapter, or all of the pipeline if the method is full tuning.
+
+    Args:
+        pipe: The pipeline, complete, with the trigger word's vector set.
+        adapter: The method.
+        path: From `result_path`.
+        **metadata: For `atomdiff.save_atoms`: trigger_phrase, training, base_model.
+    """
+    if adapter is None:
+        write_pipeline(pipe, path)
+    else:
+        save_atoms(pipe, path, adapter_name=ADAPTER_NAME, **metadata)
+
+
+def write_pipeline(pipe: Any, folder: Path) -> None:
+    """Save a pipeline whole or not at all; of what the folder holds, only the parts of another pipeline are replaced.
+
+    Raises:
+        WriteError: It cannot be written.
+    """
+    with new_folder(folder, own=(*_PIPELINE_ENTRIES, *pipe.components)) as unfinished:
+        save_portable(pipe, unfinished)
+
+
+def save_result(
+    run: Run, adapter: PeftConfig | None, path: Path, final_loss: float, trained_with: dict[str, Any]
+) -> None:
+    """Write what was trained, the trigger words included, and how it was trained.
+
+    Args:
+        run: The run.
+        adapter: The method.
+        path: From `result_path`.
+        final_loss: The average loss at the end.
+        trained_with: The config snapshot that it was trained with.
+
+    Raises:
+        WriteError: It cannot be written there; if it can be in the folder for temporary files, the message says where.
+    """
+    config, pipe = run.config, run.pipe
+    for word, embeddings in run.model.learned_embeddings().items():
+        set_token_embedding(pipe, word, embeddings)
+    training = {
+        "config": trained_with,
+        "steps": config.max_train_steps,
+        "seed": config.seed,
+        "image_count": run.dataset.num_instance_images,
+        "final_loss": final_loss,
+    }
+    metadata = {"trigger_phrase": trigger_phrase(config), "training": training}
+    metadata["base_model"] = config.pretrained_model_name_or_path
+    with all_parts_loaded(config, pipe):
+        write_result(path, lambda target: save_trained(pipe, adapter, target, **metadata))

@@ -1,0 +1,73 @@
+"""Validation: images of the config's prompts every few steps, as a row of the contact sheet."""
+
+import warnings
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from PIL import Image
+from torch import nn
+
+from atomdiff.training.base_model import all_parts_loaded, generate_images
+from atomdiff.training.config import TrainConfig
+from atomdiff.training.contact_sheet import drop_rows, extend_contact_sheet, row_files, validation_prompts
+from atomdiff.training.ema import averaged
+from atomdiff.training.run import Run
+from atomdiff.utils.atomic import WriteError
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.progress import log
+from atomdiff.utils.seeds import derive_seed
+
+
+def is_validation_step(config: TrainConfig, step: int, start: int) -> bool:
+    """Tell whether the contact sheet is to get a row after this step, in a run that goes on from step `start`.
+
+    It may have been stopped after the checkpoint of that step, before the row, or after both.
+    """
+    last = step == config.max_train_steps
+    if not config.validation_steps or not (last or step % config.validation_steps == 0):
+        return False
+    return not (step == start > 0 and len(row_files(config, step)) >= len(validation_prompts(config)))
+
+
+def validate(run: Run, step: int) -> None:
+    """Generate the validation images, each from a seed of its own, as a row of the contact sheet.
+
+    A row that cannot be generated or written is only warned of: the training that would be lost is worth more.
+    """
+    if not run.accelerator.is_main_process:
+        return
+    output_dir, prompts = Path(run.config.output_dir), validation_prompts(run.config)
+    log(f"step {step}: generating {len(prompts)} validation images")
+    try:
+        images = _generate(run, prompts)
+    except UserError as error:
+        warnings.warn(f"step {step}: no row of the contact sheet: {error}", stacklevel=1)
+        drop_rows(output_dir, step)  # or those of an earlier run would pass for it
+        return
+    try:
+        extend_contact_sheet(output_dir, step, images, prompts)
+    except (OSError, WriteError) as error:
+        warnings.warn(f"step {step}: the contact sheet cannot be written ({error})", stacklevel=1)
+
+
+def _generate(run: Run, prompts: Sequence[str]) -> list[Image.Image]:
+    """Generate an image for each prompt with the parameters that would be saved."""
+    seeds = [derive_seed(0, "validation", index) for index in range(len(prompts))]
+    models = [part for part in run.pipe.components.values() if isinstance(part, nn.Module)]
+    with _evaluating(models), averaged(run.trainable.values(), run.optimizer, run.ema):
+        with all_parts_loaded(run.config, run.pipe), run.accelerator.autocast():
+            return generate_images(run.config, run.pipe, prompts, seeds)
+
+
+@contextmanager
+def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
+    """Put models into evaluation mode for a while."""
+    models = [model for model in models if model.training]
+    for model in models:
+        model.eval()
+    try:
+        yield
+    finally:
+        for model in models:
+            model.train()
