@@ -152,7 +152,7 @@ def test_what_is_not_needed_leaves_memory(config, monkeypatch):
         seen.append((pipe.vae is None, pipe.text_encoder is None, not concept.text_encoders))
         return concept
 
-    monkeypatch.setattr(dreambooth, "build_training_model", look)
+    monkeypatch.setattr(run_module, "build_training_model", look)
     train(config)
     concept = read_delta_file(train(dataclasses.replace(config, train_token=False)))
     assert seen == [(True, False, False), (True, True, True)]
