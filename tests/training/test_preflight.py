@@ -120,7 +120,7 @@ def test_all_runs_are_looked_at_before_the_first_begins(config, tmp_path, monkey
 
 
 def test_samples_do_not_go_among_photos(config, tmp_path):
-    with pytest.raises(UserError, match="output_dir=.*photos': holds images that were not sampled .a.png, b.png."):
+    with pytest.raises(UserError, match="output_dir=.*photos': has images that were not sampled .a.png, b.png."):
         refuse_foreign_images(tmp_path / "photos")
     (tmp_path / "samples").mkdir()
     for name in ("grid.png", "contact_sheet.png", "a-mug-0a1b2c-seed7.png"):

@@ -99,7 +99,7 @@ def test_what_is_trained_is_float32_and_the_rest_is_not(config, fp16, monkeypatc
     seen, usual = [], dreambooth.train_step
     monkeypatch.setattr(dreambooth, "train_step", lambda run, step: seen.append(run.model) or usual(run, step))
     train(dataclasses.replace(config, max_train_steps=1))
-    unet = seen[0].unet
+    unet = seen[0].denoiser
     assert {parameter.dtype for parameter in seen[0].trained_parameters().values()} == {torch.float32}
     assert {parameter.dtype for parameter in unet.parameters() if not parameter.requires_grad} == {torch.float16}
 
