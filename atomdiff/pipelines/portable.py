@@ -1,4 +1,4 @@
-"""Pipeline folders that transformers 4 opens as well as 5, and that become checkpoints which other programs read."""
+"""Save pipelines in folders that transformers 4 opens as well as 5, and that other programs make checkpoints of."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ def save_portable(pipe: Any, folder: Path) -> dict[str, str]:
 
     transformers 5 writes neither `vocab.json` and `merges.txt`, nor the level `text_model` of a text encoder's keys, by
     which transformers 4, ComfyUI and scripts that make a checkpoint of a folder find them; and other names of classes.
-    Words that were added to a tokenizer take the place of tokens that no text has, so that embedding tables keep their
+    Placeholder tokens that were added to a tokenizer get ids that no text uses, so that embedding tables keep their
     size, as programs expect it of a checkpoint.
 
     Args:
-        pipe: the pipeline; it is afterwards as it was.
+        pipe: the pipeline; unchanged afterwards.
         folder: where it goes.
 
     Returns:
@@ -39,17 +39,17 @@ def save_portable(pipe: Any, folder: Path) -> dict[str, str]:
         for name in [name for name in pipe.components if name.startswith("tokenizer")]:
             tokenizer = pipe.components[name]
             encoder = pipe.components.get(name.replace("tokenizer", "text_encoder"))
-            added = _added(tokenizer) if encoder is not None and hasattr(tokenizer, "backend_tokenizer") else []
+            added = _added_tokens(tokenizer) if encoder is not None and hasattr(tokenizer, "backend_tokenizer") else []
             if not added or encoder.get_input_embeddings().num_embeddings != len(tokenizer):
                 continue
-            free = _unused(tokenizer)
+            free = _unused_ids(tokenizer)
             if len(added) > len(free):
                 longer[name.replace("tokenizer", "text_encoder")] = (
                     f"{len(added)} words, and a place for {len(free)} in its vocabulary"
                 )
                 continue
             moved[name] = dict(zip(added, free, strict=False))
-            stack.enter_context(_rows_moved(encoder, tokenizer, moved[name]))
+            stack.enter_context(_embeddings_moved(encoder, tokenizer, moved[name]))
         stack.enter_context(as_they_are(pipe.components.values()))
         pipe.save_pretrained(folder)
     for name, part in pipe.components.items():
@@ -62,50 +62,50 @@ def save_portable(pipe: Any, folder: Path) -> dict[str, str]:
     return longer
 
 
-def _added(tokenizer: Any) -> list[str]:
-    """The words that were added behind the vocabulary, in the order of their ids."""
+def _added_tokens(tokenizer: Any) -> list[str]:
+    """Return the tokens that were added behind the vocabulary, in the order of their ids."""
     added = tokenizer.added_tokens_decoder
     return [added[number].content for number in sorted(added) if number >= tokenizer.vocab_size]
 
 
-def _unused(tokenizer: Any) -> list[int]:
-    """The ids of a byte-level vocabulary that no text has: bytes that are not in UTF-8, also at the end of a word."""
+def _unused_ids(tokenizer: Any) -> list[int]:
+    """Return the ids of a byte-level vocabulary that no text uses: bytes that UTF-8 lacks, also at a word's end."""
     known = tokenizer.backend_tokenizer.get_vocab(with_added_tokens=False)
     return [known[key] for byte in _NEVER_IN_UTF8 for key in (chr(byte), f"{chr(byte)}</w>") if key in known]
 
 
 @contextmanager
-def _rows_moved(encoder: nn.Module, tokenizer: Any, places: dict[str, int]) -> Iterator[None]:
-    """Move the rows of added words to other places of an embedding table, and cut it off, for the time of a block."""
+def _embeddings_moved(encoder: nn.Module, tokenizer: Any, ids: dict[str, int]) -> Iterator[None]:
+    """Move the embeddings of added tokens to other ids, and cut the table off, for the time of a `with` block."""
     table: Any = encoder.get_input_embeddings()  # type: ignore[operator]
     config: Any = encoder.config
-    whole, sizes = table.weight.data, (table.num_embeddings, config.vocab_size)
-    rows = whole[: tokenizer.vocab_size].clone()
-    rows[list(places.values())] = whole[tokenizer.convert_tokens_to_ids(list(places))]
+    full, sizes = table.weight.data, (table.num_embeddings, config.vocab_size)
+    rows = full[: tokenizer.vocab_size].clone()
+    rows[list(ids.values())] = full[tokenizer.convert_tokens_to_ids(list(ids))]
     try:
         table.weight.data, table.num_embeddings, config.vocab_size = rows, len(rows), len(rows)
         yield
     finally:
-        table.weight.data, (table.num_embeddings, config.vocab_size) = whole, sizes
+        table.weight.data, (table.num_embeddings, config.vocab_size) = full, sizes
 
 
-def _write_vocabulary(folder: Path, places: dict[str, int]) -> None:
-    """Write a tokenizer's vocabulary as transformers 4 reads it, with added words at these ids."""
+def _write_vocabulary(folder: Path, ids: dict[str, int]) -> None:
+    """Write a tokenizer's vocabulary as transformers 4 reads it, with added tokens at these ids."""
     file = folder / "tokenizer.json"
     found = json.loads(file.read_text(encoding="utf-8"))
     model, added = found["model"], found["added_tokens"]
-    taken = {number: word for word, number in places.items()}
+    taken = {number: token for token, number in ids.items()}
     model["vocab"] = {taken.get(number, token): number for token, number in model["vocab"].items()}
     for entry in added:
-        entry["id"] = places.get(entry["content"], entry["id"])
+        entry["id"] = ids.get(entry["content"], entry["id"])
     added.sort(key=lambda entry: entry["id"])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
     _write_json(file, found)
     _write_json(folder / "vocab.json", model["vocab"])
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n")
     settings = folder / "tokenizer_config.json"
-    told = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in added}
-    _write_json(settings, json.loads(settings.read_text(encoding="utf-8")) | {"added_tokens_decoder": told})
+    decoder = {str(entry["id"]): {key: entry[key] for key in entry if key != "id"} for entry in added}
+    _write_json(settings, json.loads(settings.read_text(encoding="utf-8")) | {"added_tokens_decoder": decoder})
 
 
 def _prefix_keys(file: Path) -> None:

@@ -1,4 +1,4 @@
-"""The scheduler that draws pictures the way a concept was trained."""
+"""Schedulers that generate images the way a concept was trained."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from atomdiff.utils.untrusted import parse_json
 
 @dataclass(frozen=True)
 class ScheduleConfig:
-    """What a run sets of what is predicted, and from which noise; None: as the base's scheduler says."""
+    """Prediction type and noise schedule of a run; None: as in the config of the base's scheduler."""
 
     prediction_type: PredictionType | None = None
-    """What is predicted."""
+    """What the denoiser predicts."""
     rescale_betas_zero_snr: bool | None = None
     """Whether the noise schedule ends in pure noise."""
     flow_shift: float | None = None
-    """Of flow: how much more noise levels lie near pure noise."""
+    """Shift of the noise levels of flow towards pure noise."""
 
     def __post_init__(self) -> None:
         if self.prediction_type not in (None, *get_args(PredictionType)):
@@ -35,25 +35,25 @@ class ScheduleConfig:
         """Return what the facts of a run in a concept file say; values that cannot be are left out."""
         found = training.get("config")
         config: dict[str, Any] = found if isinstance(found, dict) else {}
-        predicts, zero_snr = config.get("prediction_type"), config.get("rescale_betas_zero_snr")
+        predicted, zero_snr = config.get("prediction_type"), config.get("rescale_betas_zero_snr")
         shift: Any = config.get("flow_shift")
         return cls(
-            predicts if predicts in get_args(PredictionType) else None,
+            predicted if predicted in get_args(PredictionType) else None,
             zero_snr if isinstance(zero_snr, bool) else None,
             float(shift) if type(shift) in (int, float) and FLOW_SHIFTS[0] <= shift <= FLOW_SHIFTS[1] else None,
         )
 
-    def changed(self, asked: ScheduleConfig) -> ScheduleConfig:
-        """Return this with the prediction type and zero terminal SNR asked for, where they are.
+    def overridden(self, asked: ScheduleConfig) -> ScheduleConfig:
+        """Return this with the prediction type and zero terminal SNR of another, where it has them.
 
-        Of its own values, those go that another prediction type has no use for: the shift, or zero terminal SNR.
+        A new prediction type removes what does not apply to it: the shift, or zero terminal SNR.
         """
-        predicts, zero_snr = asked.prediction_type, asked.rescale_betas_zero_snr
-        flow = predicts == "flow"
+        predicted, zero_snr = asked.prediction_type, asked.rescale_betas_zero_snr
+        flow = predicted == "flow"
         return ScheduleConfig(
-            predicts or self.prediction_type,
+            predicted or self.prediction_type,
             zero_snr if zero_snr is not None or flow else self.rescale_betas_zero_snr,
-            self.flow_shift if predicts is None or flow else None,
+            self.flow_shift if predicted is None or flow else None,
         )
 
 
@@ -73,7 +73,7 @@ def trained_schedule(path: Path) -> ScheduleConfig | None:
 
 
 def fitting_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
-    """Return the scheduler itself if it draws as trained, else one in its place that does.
+    """Return the scheduler itself if it generates as trained, else one in its place that does.
 
     Raises:
         UserError: As `matching_scheduler`.
@@ -88,7 +88,7 @@ def common_scheduler(
     asked: ScheduleConfig = ScheduleConfig(),
     advice: str = "",
 ) -> Any:
-    """Return the base's scheduler if it draws all of some concepts as trained, else one in its place that does.
+    """Return the base's scheduler if it generates all concepts as trained, else one in its place that does.
 
     Args:
         concepts: their names and schedules.
@@ -102,9 +102,9 @@ def common_scheduler(
     wanted = []
     for name, schedule in concepts:
         try:
-            wanted.append((name, fitting_scheduler(schedule.changed(asked), scheduler)))
+            wanted.append((name, fitting_scheduler(schedule.overridden(asked), scheduler)))
         except UserError as error:
-            raise UserError(f"no scheduler draws the concept {name!r}: {error}") from error
+            raise UserError(f"no scheduler generates the concept {name!r}: {error}") from error
     found = wanted[0][1] if wanted else fitting_scheduler(asked, scheduler)
     if any(schedule_settings(other) != schedule_settings(found) for _, other in wanted):
         needs = ", ".join(f"{name!r} for {describe_scheduler(other)}" for name, other in wanted)
@@ -113,24 +113,24 @@ def common_scheduler(
 
 
 def schedule_settings(scheduler: Any) -> dict[str, Any]:
-    """Return what a scheduler says of what is predicted, by the names that a run has for it."""
-    config, predicts = scheduler.config, prediction_type(scheduler)
-    if predicts == "flow":
-        return {"prediction_type": predicts, "flow_shift": config.get("shift", config.get("flow_shift", 1.0))}
-    return {"prediction_type": predicts, "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr"))}
+    """Return the prediction type and noise schedule of a scheduler, by the names of the options of a run."""
+    config, predicted = scheduler.config, prediction_type(scheduler)
+    if predicted == "flow":
+        return {"prediction_type": predicted, "flow_shift": config.get("shift", config.get("flow_shift", 1.0))}
+    return {"prediction_type": predicted, "rescale_betas_zero_snr": bool(config.get("rescale_betas_zero_snr"))}
 
 
 def describe_scheduler(scheduler: Any) -> str:
-    """Return a scheduler's class and `schedule_settings` it, for people to read."""
+    """Return a scheduler's class and settings, for people to read."""
     settings = ", ".join(f"{key}={value}" for key, value in schedule_settings(scheduler).items())
     return f"a {type(scheduler).__name__} with {settings}"
 
 
 def pipeline_scheduler(pipe: Any, scheduler: Any) -> Any:
-    """Return the scheduler, or what a diffusers pipeline with a UNet can draw with in place of a flow scheduler.
+    """Return the scheduler, or what a pipeline can use in place of a flow scheduler that does not suit it.
 
     Its first-order steps are Euler's, too. Its noise levels are spaced evenly down to zero (before the shift), where
-    FlowMatchEuler's last step but one ends next to zero: with few steps the pictures differ somewhat. Diffusers fails
+    FlowMatchEuler's last step but one ends next to zero: with few steps the images differ somewhat. Diffusers fails
     where (shift - 1) * steps comes to 1000, as its first timesteps, which are whole here, coincide.
     """
     if find_base(pipe.components).takes_flow_scheduler or not type(scheduler).__name__.startswith("FlowMatch"):
@@ -155,7 +155,7 @@ def scheduler_code(wanted: Any, scheduler: Any) -> str:
 def matching_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     """Return the base's scheduler where it does as the run wants, else a DDIM or flow scheduler that does.
 
-    Zero terminal SNR, and that pictures are then drawn from the last timestep on ("trailing"): Lin et al., "Common
+    Zero terminal SNR, and that images are then generated from the last timestep on ("trailing"): Lin et al., "Common
     Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, algorithm 1 and section 3.3.
 
     Raises:
@@ -164,28 +164,28 @@ def matching_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     from diffusers import DDIMScheduler
 
     kind, said, base = type(scheduler).__name__, prediction_type(scheduler), scheduler.config
-    predicts = schedule.prediction_type or said
-    if predicts not in get_args(PredictionType):
+    predicted = schedule.prediction_type or said
+    if predicted not in get_args(PredictionType):
         known = ", ".join(get_args(PredictionType))
         raise UserError(f"the base's {kind} says prediction_type={said!r}; choose one with prediction_type: {known}")
-    if predicts == "flow":
+    if predicted == "flow":
         return _flow_scheduler(schedule, scheduler)
     if schedule.flow_shift is not None:
-        found = f"flow_shift={schedule.flow_shift}: the base predicts {predicts}"
+        found = f"flow_shift={schedule.flow_shift}: the base predicts {predicted}"
         raise UserError(f"{found}; expected prediction_type flow")
     if said == "flow" or not hasattr(scheduler, "alphas_cumprod"):
         found = f"the base's {kind} has no noise schedule of diffusion (alphas_cumprod)"
         advice = "take a base with a DDIMScheduler, or prediction_type flow"
-        raise UserError(f"prediction_type={predicts!r}: {found}; {advice}")
+        raise UserError(f"prediction_type={predicted!r}: {found}; {advice}")
     said_zero = bool(base.get("rescale_betas_zero_snr"))
     zero_snr = said_zero if schedule.rescale_betas_zero_snr is None else schedule.rescale_betas_zero_snr
-    if zero_snr and predicts == "epsilon":
-        found = "at zero terminal SNR the base's epsilon says nothing of the picture"
+    if zero_snr and predicted == "epsilon":
+        found = "at zero terminal SNR the base's epsilon says nothing of the image"
         raise UserError(f"rescale_betas_zero_snr=True: {found}; set it to false, or prediction_type to v_prediction")
     spacing = "trailing" if zero_snr else base.get("timestep_spacing")
-    if (predicts, zero_snr, spacing) == (said, said_zero, base.get("timestep_spacing")):
+    if (predicted, zero_snr, spacing) == (said, said_zero, base.get("timestep_spacing")):
         return scheduler
-    changes = {"prediction_type": predicts, "rescale_betas_zero_snr": zero_snr, "clip_sample": False}
+    changes = {"prediction_type": predicted, "rescale_betas_zero_snr": zero_snr, "clip_sample": False}
     return DDIMScheduler.from_config(base, **changes, **({"timestep_spacing": spacing} if spacing else {}))
 
 

@@ -1,4 +1,4 @@
-"""What tells a base from others by the pictures that it draws."""
+"""Hashes of the parts of a base that its images depend on."""
 
 import json
 from typing import Any
@@ -7,11 +7,11 @@ from torch import nn
 
 from atomdiff.utils.hashing import hash_values, quick_hash
 
-_SETTINGS = ("scaling_factor", "shift_factor")  # of a VAE: between its latents and those of the UNet
+_SETTINGS = ("scaling_factor", "shift_factor")  # of a VAE: between its latents and those of the denoiser
 
 
 def base_keys(pipe: Any) -> dict[str, str]:
-    """Return a key (16 hexadecimal digits) of each part of a pipeline that its pictures depend on.
+    """Return a key (16 hexadecimal digits) of each part of a pipeline that its images depend on.
 
     Of networks all weights count, in the precision that they have in memory; of the scheduler all settings that are
     not off, so that what later versions of diffusers add to it, off at first, changes nothing.

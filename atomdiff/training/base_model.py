@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from atomdiff.bases.find import base_of_class, denoiser_of, find_base
+from atomdiff.bases.find import BASES, base_of_class, denoiser_of, find_base
 from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
 from atomdiff.sampling.generate import generate
 from atomdiff.training.config import TrainConfig
@@ -21,7 +21,7 @@ from atomdiff.utils.errors import UserError
 
 BasePipeline: TypeAlias = DiffusionPipeline
 
-_SLICED_FROM = 768  # pixels; a VAE takes larger pictures one by one
+_SLICED_FROM = 768  # pixels; a VAE takes larger images one by one
 
 
 def load_base(config: TrainConfig, **parts: Any) -> BasePipeline:
@@ -32,7 +32,7 @@ def load_base(config: TrainConfig, **parts: Any) -> BasePipeline:
         **parts: Components that are there already and not to be loaded.
 
     Raises:
-        UserError: There is no such base, or it is no Stable Diffusion 1.x, 2.x or XL that draws from text alone.
+        UserError: There is no such base, or its architecture is none of `BASES`, from text alone to images.
     """
     name, revision, described_by = config.pretrained_model_name_or_path, config.revision, config.single_file_config
     if described_by and not any(map(is_single_file, (name, config.pretrained_vae_model_name_or_path or ""))):
@@ -59,7 +59,7 @@ def load_base(config: TrainConfig, **parts: Any) -> BasePipeline:
 
 
 def _wrong_base(name: str, found: str) -> UserError:
-    expected = "a StableDiffusionPipeline (1.x, 2.x) or a StableDiffusionXLPipeline, from text to pictures"
+    expected = f"{' or '.join(f'a {base.pipeline_class}' for base in BASES)}, from text to images"
     return UserError(f"pretrained_model_name_or_path={name!r}: found {found}; expected {expected}")
 
 
@@ -79,7 +79,7 @@ def _load_vae(name: str, single_file_config: str | None) -> AutoencoderKL:
 def move_to_device(pipe: BasePipeline, accelerator: Accelerator, *names: str, trained_whole: bool = False) -> None:
     """Move parts of the pipeline, all unless they are named, to the run's device.
 
-    The UNet gets the run's precision, unless it is trained as a whole. All else stays in float32: the VAE of SDXL
+    The denoiser gets the run's precision, unless it is trained as a whole. All else stays in float32: the VAE of SDXL
     overflows in float16.
     """
     denoiser = denoiser_of(pipe)
@@ -92,24 +92,24 @@ def move_to_device(pipe: BasePipeline, accelerator: Accelerator, *names: str, tr
 
 @contextmanager
 def all_parts_loaded(config: TrainConfig, pipe: BasePipeline) -> Iterator[None]:
-    """Make a `with` block in which the parts of the pipeline that were let go are back."""
-    freed = ("vae", *find_base(pipe.components).text_encoders)
-    gone = [name for name in freed if pipe.components.get(name, pipe) is None]
-    if gone:
-        fresh = load_base(config, **{name: part for name, part in pipe.components.items() if part is not None})
-        pipe.register_modules(**{name: getattr(fresh, name).to(pipe.device, torch.float32) for name in gone})
+    """Reload the parts of the pipeline that were freed, for the time of a `with` block."""
+    parts = ("vae", *find_base(pipe.components).text_encoders)
+    missing = [name for name in parts if pipe.components.get(name, pipe) is None]
+    if missing:
+        loaded = load_base(config, **{name: part for name, part in pipe.components.items() if part is not None})
+        pipe.register_modules(**{name: getattr(loaded, name).to(pipe.device, torch.float32) for name in missing})
     try:
         yield
     finally:
-        for name in gone:
+        for name in missing:
             setattr(pipe, name, None)
 
 
 def training_resolution(config: ImageConfig, pipe: BasePipeline) -> int:
-    """Return the side of the training pictures in pixels.
+    """Return the side of the training images in pixels.
 
     Raises:
-        UserError: The VAE and the UNet cannot halve it as often as they do.
+        UserError: It is no multiple of what the base needs.
     """
     base = find_base(pipe.components)
     unit = base.size_multiple(pipe)
@@ -124,7 +124,7 @@ def training_resolution(config: ImageConfig, pipe: BasePipeline) -> int:
 def generate_images(
     config: TrainConfig, pipe: BasePipeline, prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[Image.Image]:
-    """Draw one picture a prompt, each from its own seed, as large as those trained on."""
+    """Generate one image per prompt, each from its own seed, as large as those trained on."""
     side = training_resolution(config, pipe)
     with _decoding_in_float32(pipe.vae):
         return generate(

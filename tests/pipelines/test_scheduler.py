@@ -122,7 +122,7 @@ def test_concepts_of_different_schedulers_have_none_in_common():
     asked = ScheduleConfig("sample")
     for concepts in ([both[0], ("cat", ScheduleConfig())], []):
         assert schedule_settings(common_scheduler(concepts, base, asked))["prediction_type"] == "sample"
-    with pytest.raises(UserError, match="no scheduler draws the concept 'mug': .*epsilon says nothing"):
+    with pytest.raises(UserError, match="no scheduler generates the concept 'mug': .*epsilon says nothing"):
         common_scheduler([("mug", ScheduleConfig(None, True))], base)
 
 
@@ -139,7 +139,7 @@ def test_concepts_of_different_schedulers_have_none_in_common():
     ],
 )
 def test_what_is_asked_for_leaves_the_rest_as_trained(schedule, asked, expected):
-    assert schedule.changed(asked) == expected
+    assert schedule.overridden(asked) == expected
 
 
 def test_diffusers_takes_the_steps_of_euler_for_flow(tiny_pipe):

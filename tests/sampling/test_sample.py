@@ -909,5 +909,5 @@ def test_what_is_predicted_can_be_chosen(config, used, tiny_pipe, capsys):
     assert len(used) == 3 and np.array_equal(picture(config, "a mug"), plain)
     with pytest.raises(UserError, match="prediction_type='noise': expected one of"):
         replace(config, prediction_type="noise")
-    with pytest.raises(UserError, match="epsilon says nothing of the picture"):
+    with pytest.raises(UserError, match="epsilon says nothing of the image"):
         save_samples(replace(chosen, rescale_betas_zero_snr=True))
