@@ -28,7 +28,7 @@ import atomdiff
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.model_card import write_repository
 from atomdiff.export.export import ExportConfig, export_concepts
-from atomdiff.pipelines.load import add_placeholder_token, set_token_embedding
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.sampling.output_files import SampleFile, write_overview
 from atomdiff.training import dreambooth
 from atomdiff.tuner import AtomConfig
