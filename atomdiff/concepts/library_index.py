@@ -17,7 +17,7 @@ from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import read_safetensors_header
 
-_READERS = 8  # threads that read headers
+_NUM_THREADS = 8  # that read headers
 
 
 _Stamp = tuple[int, int, int]  # size, mtime_ns, inode: what tells a changed file from an unchanged one
@@ -28,7 +28,7 @@ class ConceptInfo:
     """What the header of a concept file says."""
 
     name: str
-    """Path in the library's folder, with `/` and without the ending, in Unicode's form NFC."""
+    """Path within the library's folder, with `/` and without the ending, in Unicode normal form NFC."""
     path: Path
     """The file."""
     trigger_phrase: str
@@ -36,19 +36,19 @@ class ConceptInfo:
     trigger_words: tuple[str, ...]
     """Words whose embeddings are in the file."""
     base_model: str
-    """Name or path of the base as it was given; only a text, never opened."""
+    """Name or path of the base in the file; never opened."""
     size: int
     """Bytes of the file."""
     mtime_ns: int
     """When the file was last changed, in nanoseconds."""
     inode: int
-    """Number of the file in its file system; one that was put in another's place has another."""
+    """Inode number; a file that replaces another has a different one."""
     is_lora: bool = False
-    """Whether it is a LoRA file of another program, which `load_atoms` takes by its path."""
+    """Whether it is a LoRA file of another program, which is loaded by its path."""
 
 
 class LibraryIndex:
-    """What is known of a folder at one time."""
+    """What a scan of the folder found; immutable."""
 
     def __init__(
         self, infos: Iterable[ConceptInfo], damaged: dict[Path, str], others: Mapping[str, _Stamp] | None = None
@@ -63,19 +63,19 @@ class LibraryIndex:
                     self._names.setdefault(word, set()).add(name)
 
     def find(self, phrase: str) -> list[str]:
-        """Names with the phrase, then with all of its words."""
+        """Return names with this trigger phrase, then those with all of its words."""
         found = [self._names.get(word, set()) for word in _words(phrase)] or [set()]
         names, wanted = sorted(min(found, key=len).intersection(*found)), _normalize_phrase(phrase)
         return sorted(names, key=lambda name: _normalize_phrase(self.concepts[name].trigger_phrase) != wanted)
 
 
 def scan(folder: Path, old: LibraryIndex) -> LibraryIndex:
-    """The index of a folder; the headers of files that have not changed are not read again, but for damaged ones."""
+    """Scan a folder; headers of unchanged files are not read again, except damaged ones."""
     stamps, damaged = _list_files(folder)
     known = {str(info.path): info for info in old.concepts.values()}
     infos = {file: info for file, info in known.items() if stamps.get(file) == (info.size, info.mtime_ns, info.inode)}
     others = {file: stamp for file, stamp in old.others.items() if stamps.get(file) == stamp}
-    with ThreadPoolExecutor(_READERS) as pool:  # they wait for the disk together
+    with ThreadPoolExecutor(_NUM_THREADS) as pool:  # they wait for the disk together
         new = [file for file in stamps if file not in infos and file not in others]
         reading = {file: pool.submit(_read_info, folder, Path(file), stamps[file]) for file in new}
     for file, future in reading.items():
@@ -97,7 +97,7 @@ def scan(folder: Path, old: LibraryIndex) -> LibraryIndex:
 
 
 def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo | None:
-    """What the header of a file says; None: it is neither a concept nor a LoRA."""
+    """Read the header of a file; None: it is neither a concept nor a LoRA."""
     is_lora = not path.name.endswith(CONCEPT_SUFFIX)
     metadata, keys = read_safetensors_header(path) if is_lora else read_header(path)
     if is_lora and not has_lora_keys(keys):
@@ -111,7 +111,7 @@ def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo | None:
 
 
 def _list_files(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
-    """Concept file below a folder -> its stamp, and subfolder -> why it cannot be read."""
+    """Return safetensors file -> its stamp, and unreadable subfolder -> the reason."""
     stamps: dict[str, _Stamp] = {}
     unreadable: dict[Path, str] = {}
 
@@ -134,7 +134,7 @@ def _list_files(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
 
 
 def normalize_name(name: str) -> str:
-    """The name as one sequence of characters: file systems and keyboards give "é" as one or as two."""
+    """Return the name in NFC: file systems and keyboards write "é" as one character or as two."""
     return unicodedata.normalize("NFC", name)
 
 

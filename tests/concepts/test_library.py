@@ -22,7 +22,7 @@ import atomdiff
 from atomdiff.concepts import library as library_module
 from atomdiff.concepts import library_index
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file, write_delta_file
-from atomdiff.concepts.library import ConceptLibrary
+from atomdiff.concepts.library import ConceptLibrary, _memory
 from atomdiff.sampling.adapter_cache import AdapterCache
 from atomdiff.sampling.prompt_requests import read_requests
 from atomdiff.tuner import AtomConfig
@@ -531,7 +531,7 @@ def test_threads_get_right_concepts_while_files_come_and_go(tmp_path, reads):
         write(tmp_path, f"c{number}", number)
     library = ConceptLibrary(tmp_path)
     library["c0"]
-    library.memory_budget = 10 * library.memory_used
+    library = ConceptLibrary(tmp_path, 10 * library.memory_used)
     reads.before = lambda name: time.sleep(0.001)
 
     def work(thread):
@@ -548,7 +548,7 @@ def test_threads_get_right_concepts_while_files_come_and_go(tmp_path, reads):
 
     assert all(in_threads(8, work))
     assert not library._reading
-    assert library.memory_used == sum(held.size for held in library._held.values())
+    assert library.memory_used == sum(map(_memory, library._cache.values()))
 
 
 def test_one_of_many_threads_reads_and_all_get_what_it_read(three, reads):
