@@ -1,11 +1,11 @@
-"""Concepts on the Hugging Face Hub: found and fetched by the name of a repository."""
+"""Find concepts on this disk, or download them from the Hugging Face Hub."""
 
 from __future__ import annotations
 
 import glob
 import os
 import re
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -31,7 +31,6 @@ from atomdiff.utils.untrusted import list_some
 from atomdiff.utils.versions import atomdiff_version
 
 PathLike = str | os.PathLike[str]
-Pictures = PathLike | Sequence[PathLike] | Mapping[Any, str]  # the last from file to prompt
 
 _CONFIG, _WEIGHTS, _WORDS = map(re.escape, (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME, LEARNED_EMBEDS_NAME))
 _ADAPTER_FILE = re.compile(rf"(\w+/)?({_CONFIG}|{_WEIGHTS})|{_WORDS}")
@@ -56,20 +55,20 @@ def locate(
     Only safetensors and JSON files are ever downloaded.
 
     Args:
-        source: a concept file, a directory, or the name of a repository.
-        weight_name: the concept file to take where there are several; `adapter_model.safetensors` is a PEFT adapter.
-        subfolder: folder of the concept within the directory or repository.
+        source: a concept file, a folder, or the name of a repository.
+        weight_name: the concept file where there are several; `adapter_model.safetensors` is a PEFT adapter.
+        subfolder: folder of the concept within the folder or repository.
         revision: branch, tag or commit of the repository.
         token: access token; None: the one logged in with.
-        cache_dir: where downloads are kept; None: the Hub client's cache.
-        local_files_only: take what was downloaded before and ask no network.
+        cache_dir: folder for downloads; None: the Hub client's cache.
+        local_files_only: use earlier downloads only, without network.
         force_download: download again what was downloaded before.
 
     Returns:
-        The concept's file, or its directory if it is a PEFT adapter, and the name to know it by.
+        The concept's file, or the folder of a PEFT adapter, and its name.
 
     Raises:
-        UserError: nothing is there, several concepts are, or the Hub does not answer or refuses.
+        UserError: no concept or several are found, or the Hub does not answer or refuses.
     """
     local = Path(source)
     if local.is_file():
@@ -107,7 +106,7 @@ def locate(
 
 
 def names_repository(name: str) -> bool:
-    """Whether a string has the form of "user/repo" and none that only a path has."""
+    """Tell whether a string can be "user/repo" on the Hub."""
     try:
         validate_repo_id(name)
     except HFValidationError:
@@ -116,18 +115,18 @@ def names_repository(name: str) -> bool:
 
 
 def files_in(folder: Path) -> list[str]:
-    """Names of the files of a folder and of the folders in it."""
+    """Return the names of the files in a folder and in its direct subfolders."""
     found = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()]
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
 def adapter_files(names: Iterable[str]) -> list[str]:
-    """Those of a folder's files that belong to a PEFT adapter or its words."""
+    """Return those of a folder's files that belong to a PEFT adapter or its token embeddings."""
     return [name for name in names if _ADAPTER_FILE.fullmatch(name)]
 
 
 def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
-    """The concept file among a folder's files, or "" if the concept is the folder itself, a PEFT adapter."""
+    """Return the concept file among a folder's files, or "" if the folder is a PEFT adapter."""
     found = [name for name in names if name.endswith(CONCEPT_SUFFIX) and "/" not in name]
     if any(_ADAPTER_SIGN.fullmatch(name) for name in names):
         found.append(SAFETENSORS_WEIGHTS_NAME)
@@ -147,7 +146,7 @@ def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
 
 
 def _listing(api: HfApi, repo_id: str, revision: str | None) -> list[str] | None:
-    """Names of a repository's files; None where the Hub does not answer, so that what is in the cache has to do."""
+    """Return the names of a repository's files; None where the Hub does not answer and the cache has to do."""
     try:
         return [file.rfilename for file in api.model_info(repo_id, revision=revision).siblings or []]
     except (HTTPError, OfflineModeIsEnabled) as error:

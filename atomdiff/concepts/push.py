@@ -1,8 +1,11 @@
-"""Concepts pushed to the Hugging Face Hub: a repository's folder is written, then uploaded in one commit."""
+"""Push concepts to the Hugging Face Hub: write the repository's folder, then upload it in one commit."""
 
 from __future__ import annotations
 
+import re
+import shutil
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -13,8 +16,10 @@ from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError 
 )
 from huggingface_hub.utils import validate_repo_id  # type: ignore[attr-defined]
 
-from atomdiff.concepts.hub import PathLike, Pictures, explained, files_in
-from atomdiff.concepts.model_card import write_repository
+from atomdiff.concepts.example_images import ExampleImages, find_examples, open_without_metadata
+from atomdiff.concepts.hub import PathLike, explained, files_in, locate
+from atomdiff.concepts.model_card import metric_rows, summarize_adapter, summarize_file, write_card
+from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
 
@@ -28,27 +33,27 @@ def push_to_hub(
     commit_message: str = "Upload a concept of atomdiff",
     create_pr: bool = False,
     model_card: bool = True,
-    pictures: Pictures | None = None,
-    figures: Mapping[str, Any] | None = None,
+    images: ExampleImages | None = None,
+    metrics: Mapping[str, Any] | None = None,
     license: str | None = None,
     base_model: str | None = None,
     trigger_phrase: str | None = None,
     tags: Sequence[str] = (),
 ) -> str:
-    """Upload a concept, its model card and example pictures to the Hub, in one commit.
+    """Upload a concept, its model card and example images to the Hub, in one commit.
 
-    `atomdiff.concepts.model_card.write_repository` takes the same arguments and shows beforehand what will be uploaded.
+    `atomdiff.concepts.push.write_repository` takes the same arguments and writes what would be uploaded to a folder.
 
     Args:
-        path: a concept file, a folder with one of these, such as a run's output, or a PEFT adapter's directory.
-        repo_id: "user/repo", or "repo" for one of your own; made if it does not exist.
-        private: make a new repository private; None: as the account makes them.
+        path: a concept file, a folder with one, such as a run's output, or the folder of a PEFT adapter.
+        repo_id: "user/repo", or "repo" for one of your own; created if it does not exist.
+        private: create a new repository as private; None: the account's default.
         token: access token that may write; None: the one logged in with.
         commit_message: first line of the commit.
         create_pr: open a pull request instead of committing.
-        model_card: write README.md, in place of the one there; False: leave it as it is.
-        pictures: see `write_repository`.
-        figures: see `write_repository`.
+        model_card: replace README.md; False: leave it as it is.
+        images: see `write_repository`.
+        metrics: see `write_repository`.
         license: see `write_repository`.
         base_model: see `write_repository`.
         trigger_phrase: see `write_repository`.
@@ -58,7 +63,7 @@ def push_to_hub(
         The address of the repository, or of the pull request.
 
     Raises:
-        UserError: the concept or a picture cannot be read, nobody is logged in, or the Hub refuses.
+        UserError: the concept or an image cannot be read, nobody is logged in, or the Hub refuses.
     """
     with TemporaryDirectory() as folder:
         full_id = check_upload(repo_id, token) if "/" not in repo_id else repo_id
@@ -66,8 +71,8 @@ def push_to_hub(
             folder,
             path,
             full_id,
-            pictures=pictures,
-            figures=figures,
+            images=images,
+            metrics=metrics,
             license=license,
             base_model=base_model,
             trigger_phrase=trigger_phrase,
@@ -79,13 +84,75 @@ def push_to_hub(
             api = HfApi(token=token, library_name="atomdiff", library_version=atomdiff_version())
             url = api.create_repo(full_id, private=private, exist_ok=True)
             names = [name for name in files_in(Path(folder)) if model_card or name != "README.md"]
+            # not upload_folder, which may make several commits, and pull requests that are drafts
             added = [CommitOperationAdd(name, Path(folder, name)) for name in names]
-            done = api.create_commit(full_id, added, commit_message=commit_message, create_pr=create_pr)
-    return str(done.pr_url or url)
+            commit = api.create_commit(full_id, added, commit_message=commit_message, create_pr=create_pr)
+    return str(commit.pr_url or url)
+
+
+def write_repository(
+    folder: PathLike,
+    path: PathLike,
+    repo_id: str,
+    *,
+    images: ExampleImages | None = None,
+    metrics: Mapping[str, Any] | None = None,
+    license: str | None = None,
+    base_model: str | None = None,
+    trigger_phrase: str | None = None,
+    tags: Sequence[str] = (),
+) -> Path:
+    """Write the folder that `push_to_hub` uploads: the concept, `images/` and the model card, README.md.
+
+    Images are stored without the metadata of their files. Training images are never included unasked.
+
+    Args:
+        folder: an empty or missing folder.
+        path: a concept file, a folder with one, or the folder of a PEFT adapter.
+        repo_id: the repository's full name, for the card.
+        images: example images: files, folders of `atomdiff sample`, or a mapping from file to prompt. None: images in
+            the concept's folder that were generated with it, and the contact sheet.
+        metrics: further rows of the card's table. None: those of the report.json in the concept's folder.
+        license: the Hub's name of a license, such as cc-by-4.0.
+        base_model: Hub id of the base; None: the concept's base, if it looks like a Hub id.
+        trigger_phrase: what to write in a prompt; None: the concept's own.
+        tags: further tags of the card.
+
+    Returns:
+        `folder`.
+
+    Raises:
+        UserError: the folder is not empty, or the concept or an image cannot be read; nothing is written.
+    """
+    folder = Path(folder)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        raise UserError(f"{folder} is not empty: name an empty or a new folder")
+    located, title = locate(Path(path))
+    concept = summarize_file(located) if located.is_file() else summarize_adapter(located, title)
+    concept = replace(
+        concept,
+        base_model=base_model or concept.base_model,
+        trigger_phrase=trigger_phrase or concept.trigger_phrase,
+        rows={**concept.rows, **metric_rows(metrics, concept)},
+    )
+    examples = {
+        f"images/{number:02d}-{_slug(file.stem)}.png": (open_without_metadata(file), prompt)
+        for number, (file, prompt) in enumerate(find_examples(images, concept.path))
+    }
+    card = write_card(concept, repo_id, {name: prompt for name, (_, prompt) in examples.items()}, license, tags)
+    with new_folder(folder) as unfinished:
+        for name, file in concept.files.items():
+            (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copyfile(file, unfinished / name)
+        for name, (image, _) in examples.items():
+            (unfinished / name).parent.mkdir(exist_ok=True)
+            image.save(unfinished / name, format="png")
+        (unfinished / "README.md").write_text(card, encoding="utf-8")
+    return folder
 
 
 def check_upload(repo_id: str, token: str | bool | None = None) -> str:
-    """Ask the Hub who is logged in, so that a push that cannot succeed is refused early; nothing is changed.
+    """Check early that a push can succeed, by asking the Hub who is logged in.
 
     Returns:
         The repository's full name, "user/repo".
@@ -99,3 +166,7 @@ def check_upload(repo_id: str, token: str | bool | None = None) -> str:
     if user.get("auth", {}).get("accessToken", {}).get("role") == "read":
         raise UserError(f"cannot push to {repo_id}: the token may only read; make one that may write")
     return repo_id if "/" in repo_id else f"{user['name']}/{repo_id}"
+
+
+def _slug(name: str) -> str:
+    return re.sub(r"[^A-Za-z0-9]+", "-", name).strip("-")[:80] or "image"

@@ -40,7 +40,7 @@ def push_concept(config: TrainConfig, path: Path, repo_id: str) -> str:
             repo_id,
             private=config.hub_private_repo or None,
             token=config.hub_token,
-            pictures=dict(zip(row, validation_prompts(config), strict=False)),
+            images=dict(zip(row, validation_prompts(config), strict=False)),
             base_model=config.pretrained_model_name_or_path,
             trigger_phrase=trigger_phrase(config),
         )

@@ -26,7 +26,7 @@ from safetensors.torch import load_file
 
 import atomdiff
 from atomdiff.concepts.concept_file import read_delta_file
-from atomdiff.concepts.model_card import write_repository
+from atomdiff.concepts.push import write_repository
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.sampling.output_files import SampleFile, write_overview
@@ -495,7 +495,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(concept, tmp_path):
     numbers = sum(
         t.numel() for kinds in read_delta_file(file).layers.values() for k, t in kinds.items() if "delta" in k
     )
-    assert f"| numbers trained | {numbers + 32:,}, of which 32 in trigger words |" in text
+    assert f"| trainable parameters | {numbers + 32:,}, of which 32 in token embeddings |" in text
     assert f"| bytes | {file.stat().st_size:,} |" in text
     assert "| training | final loss 0.1235, seed 0, steps 40, learning rate 0.005 |" in text
     assert "Write `sks mug` in a prompt" in text and "<Gallery />" not in text and "{" not in text
@@ -580,7 +580,7 @@ def test_pictures_can_be_named_with_and_without_prompts_and_lose_their_metadata(
     text.add_text("prompt", '{"a workflow": "secret"}')
     workflow = tmp_path / "workflow.png"
     Image.new("RGBA", (8, 4)).save(workflow, pnginfo=text)
-    folder = write_repository(tmp_path / "repo", file, "ada/mug", pictures=[drawn, photo, str(workflow)])
+    folder = write_repository(tmp_path / "repo", file, "ada/mug", images=[drawn, photo, str(workflow)])
     data, _ = card_of((folder / "README.md").read_text())
     assert [item["text"] for item in data["widget"]] == ["sks mug"]
     stored = sorted((folder / "images").iterdir())
@@ -591,16 +591,16 @@ def test_pictures_can_be_named_with_and_without_prompts_and_lose_their_metadata(
             assert not image.info and not image.getexif()
             sizes.append(image.size)
     assert sizes == [(8, 8), (4, 8), (8, 4)]
-    named = write_repository(tmp_path / "named", file, "ada/mug", pictures={photo: "sks mug, again"})
+    named = write_repository(tmp_path / "named", file, "ada/mug", images={photo: "sks mug, again"})
     data, _ = card_of((named / "README.md").read_text())
     assert data["widget"] == [{"text": "sks mug, again", "output": {"url": "images/00-my-photo.png"}}]
-    write_repository(tmp_path / "searched", file, "ada/mug", pictures=[tmp_path / "drawn"])
+    write_repository(tmp_path / "searched", file, "ada/mug", images=[tmp_path / "drawn"])
     assert len(list((tmp_path / "searched" / "images").iterdir())) == 2  # the picture and grid.png
     broken = tmp_path / "broken.png"
     broken.write_bytes(b"\x89PNG")
     for bad in (broken, tmp_path / "nothing.png"):
-        with pytest.raises(UserError, match=f"cannot read the picture {re.escape(str(bad))}"):
-            write_repository(tmp_path / "bad", file, "ada/mug", pictures=[drawn, bad])
+        with pytest.raises(UserError, match=f"cannot read the image {re.escape(str(bad))}"):
+            write_repository(tmp_path / "bad", file, "ada/mug", images=[drawn, bad])
     assert not (tmp_path / "bad").exists()
 
 
@@ -616,14 +616,14 @@ def test_figures_come_from_the_report_about_this_file_or_are_given(concept, tmp_
         (file.parent / "report.json").write_text(json.dumps({**report, **of_another}))
         write_repository(tmp_path / f"stale{number}", file, "ada/mug")
         assert "similarity" not in (tmp_path / f"stale{number}" / "README.md").read_text()
-    write_repository(tmp_path / "given", file, "ada/mug", figures={"a | b": {"DINO": 0.5}})
+    write_repository(tmp_path / "given", file, "ada/mug", metrics={"a | b": {"DINO": 0.5}})
     assert r"| a \| b, DINO | 0.5 |" in (tmp_path / "given" / "README.md").read_text()
 
 
 def test_a_folder_with_other_things_in_it_is_not_written_to(concept, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("dear diary")
-    with pytest.raises(UserError, match="full is there and not empty: name an empty or a new folder"):
+    with pytest.raises(UserError, match="full is not empty: name an empty or a new folder"):
         write_repository(tmp_path / "full", concept[0], "ada/mug")
 
 
