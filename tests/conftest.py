@@ -11,6 +11,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -20,6 +21,7 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
+from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
@@ -190,6 +192,42 @@ def saved(template: Any, factory: pytest.TempPathFactory, name: str) -> Path:
     folder = factory.mktemp("pipe") / name
     template.save_pretrained(folder)
     return folder
+
+
+@pytest.fixture
+def teapot_images(tmp_path: Path) -> Path:
+    """A folder `teapot` of three random images of different widths."""
+    folder = tmp_path / "teapot"
+    folder.mkdir()
+    random = np.random.default_rng(0)
+    for number in range(3):
+        pixels = random.integers(0, 255, (32, 32 + 8 * number, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
+
+
+@pytest.fixture
+def train_config(tmp_path: Path, tiny_pipe_folder: Path, request: pytest.FixtureRequest) -> Callable[..., Any]:
+    """Makes a TrainConfig of a short run on the tiny pipeline, by default on `teapot_images`."""
+
+    def make(**fields: Any) -> Any:
+        from atomdiff.training.config import TrainConfig
+
+        if not fields.keys() & {"instance_data_dir", "concepts_list"}:
+            fields["instance_data_dir"] = str(request.getfixturevalue("teapot_images"))
+        usual = {
+            "pretrained_model_name_or_path": str(tiny_pipe_folder),
+            "output_dir": str(tmp_path / "out"),
+            "class_name": "teapot",
+            "train_batch_size": 2,
+            "max_train_steps": 3,
+            "num_inference_steps": 2,
+            "logging_steps": 1,
+            "report_to": None,
+        }
+        return TrainConfig(**usual | fields)
+
+    return make
 
 
 @contextmanager

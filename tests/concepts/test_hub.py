@@ -15,7 +15,6 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import parse_qs, unquote, urlsplit
 
-import numpy as np
 import pytest
 import torch
 import yaml
@@ -691,24 +690,9 @@ def test_a_hub_that_is_not_there_is_said(server, logged_in, concept, monkeypatch
 
 
 @pytest.fixture
-def run_config(tmp_path, tiny_pipe_folder):
-    photos = tmp_path / "teapot"
-    photos.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(photos / "0.png")
-    return dreambooth.TrainConfig(
-        pretrained_model_name_or_path=str(tiny_pipe_folder),
-        instance_data_dir=str(photos),
-        output_dir=str(tmp_path / "out"),
-        class_name="teapot",
-        train_batch_size=1,
-        max_train_steps=2,
-        num_inference_steps=2,
-        validation_steps=1,
-        validation_prompts=("a {trigger_word} {class_name}", "{trigger_word} in the city"),
-        push_to_hub=True,
-        report_to=None,
-    )
+def run_config(train_config):
+    prompts = ("a {trigger_word} {class_name}", "{trigger_word} in the city")
+    return train_config(max_train_steps=2, validation_steps=1, validation_prompts=prompts, push_to_hub=True)
 
 
 def test_a_run_pushes_its_concept_with_the_last_validation_pictures(server, run_config, tiny_pipe, capsys):

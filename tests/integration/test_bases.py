@@ -8,7 +8,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.concept_file import read_delta_file
@@ -16,21 +15,10 @@ from atomdiff.concepts.parameter_count import count_parameters
 from atomdiff.pipelines.load import load_atoms, unload_atoms
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.sampling.sample import save_samples
-from atomdiff.training.dreambooth import TrainConfig, train
+from atomdiff.training.dreambooth import train
 from atomdiff.tuner import AtomConfig
 
 KINDS = ["tiny_sd2_pipe", "tiny_xl_pipe"]
-
-
-@pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "teapot"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for number in range(3):
-        pixels = random.integers(0, 255, (32, 32 + 8 * number, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
 
 
 @pytest.fixture(params=KINDS)
@@ -39,19 +27,9 @@ def kind(request):
 
 
 @pytest.fixture
-def config(tmp_path, photos, kind, request):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(request.getfixturevalue(f"{kind}_folder")),
-        instance_data_dir=str(photos),
-        output_dir=str(tmp_path / "out"),
-        class_name="teapot",
-        train_batch_size=2,
-        max_train_steps=3,
-        learning_rate=0.05,
-        num_inference_steps=2,
-        logging_steps=1,
-        report_to=None,
-    )
+def config(train_config, kind, request):
+    folder = request.getfixturevalue(f"{kind}_folder")
+    return train_config(pretrained_model_name_or_path=str(folder), learning_rate=0.05)
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from atomdiff.pipelines.load import load_atoms, save_atoms, unload_atoms
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.sampling.sample import save_samples
 from atomdiff.training import dreambooth, saving
-from atomdiff.training.dreambooth import TrainConfig, train
+from atomdiff.training.dreambooth import train
 from atomdiff.training.model import build_training_model
 from atomdiff.training.training_images import check_trigger_words
 from atomdiff.tuner import AtomConfig
@@ -42,24 +42,12 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def config_for(tmp_path, photos, request):
+def config_for(train_config, photos, request):
     def make(base="sd1", **fields):
-        return TrainConfig(
-            **{
-                "pretrained_model_name_or_path": str(request.getfixturevalue(FOLDERS[base])),
-                "instance_data_dir": str(photos),
-                "output_dir": str(tmp_path / "out"),
-                "class_name": "mug",
-                "train_batch_size": 1,
-                "max_train_steps": 3,
-                "learning_rate": 0.05,
-                "token_learning_rate": 0.05,
-                "num_inference_steps": 1,
-                "logging_steps": 1,
-                "report_to": None,
-            }
-            | fields
-        )
+        usual = {"pretrained_model_name_or_path": str(request.getfixturevalue(FOLDERS[base]))}
+        usual |= {"instance_data_dir": str(photos), "class_name": "mug", "train_batch_size": 1}
+        usual |= {"learning_rate": 0.05, "token_learning_rate": 0.05, "num_inference_steps": 1}
+        return train_config(**usual | fields)
 
     return make
 

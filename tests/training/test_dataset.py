@@ -22,7 +22,7 @@ from atomdiff.data.latents import LatentCache
 from atomdiff.data.sampler import sample_order
 from atomdiff.training import dreambooth
 from atomdiff.training.dataset import DreamBoothDataset, EncodedImages, encode_images
-from atomdiff.training.dreambooth import TrainConfig, train
+from atomdiff.training.dreambooth import train
 from atomdiff.training.training_images import TrainingImage
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.seeds import derive_seed
@@ -46,17 +46,8 @@ def photos(tmp_path):
 
 
 @pytest.fixture
-def config(tmp_path, photos, tiny_pipe_folder):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_pipe_folder),
-        instance_data_dir=str(photos),
-        output_dir=str(tmp_path / "out"),
-        class_name="teapot",
-        train_batch_size=2,
-        max_train_steps=6,
-        num_inference_steps=1,
-        report_to=None,
-    )
+def config(train_config, photos):
+    return train_config(instance_data_dir=str(photos), max_train_steps=6, num_inference_steps=1)
 
 
 EVERYTHING = {

@@ -22,7 +22,7 @@ from atomdiff.pipelines.load import load_atoms
 from atomdiff.training import class_images, contact_sheet, dreambooth, saving, validation
 from atomdiff.training import run as run_module
 from atomdiff.training.dataset import DreamBoothDataset
-from atomdiff.training.dreambooth import TrainConfig, train
+from atomdiff.training.dreambooth import train
 from atomdiff.training.model import build_training_model
 from atomdiff.training.noise import ForwardDiffusion
 from atomdiff.utils.atomic import WriteError
@@ -39,29 +39,8 @@ METHODS = {
 
 
 @pytest.fixture
-def photos(tmp_path):
-    folder = tmp_path / "teapot"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for number in range(3):
-        pixels = random.integers(0, 255, (32, 32 + 8 * number, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
-
-
-@pytest.fixture
-def config(tmp_path, photos, tiny_pipe_folder):
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_pipe_folder),
-        instance_data_dir=str(photos),
-        output_dir=str(tmp_path / "out"),
-        class_name="teapot",
-        train_batch_size=2,
-        max_train_steps=4,
-        num_inference_steps=2,
-        logging_steps=1,
-        report_to=None,
-    )
+def config(train_config):
+    return train_config(max_train_steps=4)
 
 
 def adapter_file(tmp_path, method):
@@ -406,8 +385,8 @@ def test_class_images_are_told_by_the_scheduler_and_not_by_what_is_written_out(c
             train(dataclasses.replace(config, **changes))
 
 
-def test_captions_are_the_photos_prompts(config, photos, monkeypatch):
-    (photos / "1.txt").write_text("a picture of sks on the beach")
+def test_captions_are_the_photos_prompts(config, teapot_images, monkeypatch):
+    (teapot_images / "1.txt").write_text("a picture of sks on the beach")
     prompts = {}
     usual = run_module.build_dataset
 
@@ -579,9 +558,9 @@ def test_class_images_have_a_folder_for_every_class(config, tmp_path):
     assert sorted(folder.name for folder in (tmp_path / "class").iterdir()) == ["cat", "mug"]
 
 
-def test_every_batch_is_drawn_anew_and_every_photo_in_turn(config, photos, monkeypatch):
+def test_every_batch_is_drawn_anew_and_every_photo_in_turn(config, teapot_images, monkeypatch):
     for number in range(3):
-        (photos / f"{number}.txt").write_text(f"sks {number}")
+        (teapot_images / f"{number}.txt").write_text(f"sks {number}")
     drawn, noised = recorded(monkeypatch, DreamBoothDataset), recorded(monkeypatch, ForwardDiffusion)
     train(dataclasses.replace(config, max_train_steps=3, gradient_accumulation_steps=2))
     assert len(drawn) == len(noised) == 6

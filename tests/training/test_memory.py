@@ -3,16 +3,13 @@ import json
 import re
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 from torch import nn
 
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.load import load_atoms
 from atomdiff.training import launch
-from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.launch import start_accelerator
 from atomdiff.training.memory import quantize, save_memory
@@ -29,20 +26,8 @@ def unet(request):
 
 
 @pytest.fixture
-def config(tiny_xl_pipe_folder, tmp_path):
-    folder = tmp_path / "teapot"
-    folder.mkdir()
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)).save(folder / "0.png")
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_xl_pipe_folder),
-        instance_data_dir=str(folder),
-        output_dir=str(tmp_path / "out"),
-        class_name="teapot",
-        train_batch_size=2,
-        max_train_steps=3,
-        num_inference_steps=2,
-        report_to=None,
-    )
+def config(train_config, tiny_xl_pipe_folder):
+    return train_config(pretrained_model_name_or_path=str(tiny_xl_pipe_folder))
 
 
 def adapted(unet):

@@ -5,7 +5,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from PIL import Image
 from safetensors import safe_open
 
 from atomdiff.training import dreambooth
@@ -171,23 +170,9 @@ def test_prodigy_as_in_its_paper():
 
 
 @pytest.fixture
-def run(tmp_path, tiny_pipe_folder):
-    """The config of a short run on three photos."""
-    photos = tmp_path / "teapot"
-    photos.mkdir()
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)):
-        Image.fromarray(pixels).save(photos / f"{number}.png")
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_pipe_folder),
-        instance_data_dir=str(photos),
-        output_dir=str(tmp_path / "out"),
-        class_name="teapot",
-        train_batch_size=1,
-        max_train_steps=4,
-        num_inference_steps=2,
-        logging_steps=1,
-        report_to=None,
-    )
+def run(train_config):
+    """The config of a short run on three images."""
+    return train_config(train_batch_size=1, max_train_steps=4)
 
 
 KINDS = {
