@@ -12,14 +12,14 @@ from typing import Any
 
 from torch import Tensor
 
-from atomdiff.atoms.sparse import sparse_coefficients, sparse_quality
+from atomdiff.atoms.sparse import sparse_quality
 from atomdiff.concepts.compatibility import compare_base, weights_below
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.parameter_count import group_table
 from atomdiff.pipelines.load import pipeline_models
-from atomdiff.tuner.factor import factors_of
-from atomdiff.tuner.layer import TRAINED_KINDS
+from atomdiff.tuner.atom_basis import ATOM_BASES
+from atomdiff.tuner.variants import PARAMETER_NAMES, atoms_of, variant_of
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import printable, read_safetensors_header
 
@@ -38,7 +38,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
     if has_lora_keys(read_safetensors_header(path)[1]):
         raise UserError(f"{path} is a LoRA file of another program, not a concept file; load_atoms takes it as it is")
     delta = read_delta_file(path)
-    trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind in TRAINED_KINDS]
+    trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind in PARAMETER_NAMES]
     vectors = [vector for of in delta.tokens.values() for vector in of.values()]
     spec = delta.modelspec
     rows = {
@@ -59,7 +59,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         rows["distance"] = f"{distance:.3g} (0: made on this base)"
         if left_out:
             rows["does not fit"] = "; ".join(left_out)
-        if delta.config.basis == "sparse":
+        if ATOM_BASES[delta.config.basis].has_coefficients:
             rows["code"] = _code(fitting, weights_below(fitting, models))
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {printable(value)}" for label, value in rows.items()]
@@ -69,10 +69,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
 def _method(delta: DeltaFile) -> str:
     config = delta.config
     atoms = "all atoms" if config.num_atoms is None else f"{config.num_atoms} atoms"
-    form = " taken whole" if config.joint else "" if config.recursion is None else f", recursion {config.recursion}"
-    return (
-        f"{atoms}, basis {config.basis}, channel blocks of {config.channel_block}{form}, layers {config.target_modules}"
-    )
+    return f"{atoms}, basis {config.basis}, {variant_of(config).label(config)}, layers {config.target_modules}"
 
 
 def _layer_table(delta: DeltaFile) -> list[str]:
@@ -80,7 +77,7 @@ def _layer_table(delta: DeltaFile) -> list[str]:
         (f"{module.partition('.')[0]} {kind}", tuple(tensor.shape))
         for module, kinds in delta.layers.items()
         for kind, tensor in kinds.items()
-        if kind in TRAINED_KINDS
+        if kind in PARAMETER_NAMES
     )
     return group_table(dict(groups))
 
@@ -104,12 +101,13 @@ def _open(base: Any) -> Any:
 
 
 def _code(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:
-    """How well the sparse code describes the base weights, as means over all factors of all layers."""
-    sparsity, found = delta.config.sparsity, []
+    """How well the coefficients describe the base weights, as means over all atoms of all layers."""
+    config, found = delta.config, []
     for module, tensors in delta.layers.items():
         weight = weights[module].detach()
-        for factor in factors_of(delta.config, module.partition(".")[2], weight.shape):
-            rows, atoms = factor.view.rows(weight), tensors[f"{factor.kind}_basis"]
-            found.append(sparse_quality(rows, atoms, sparse_coefficients(rows, atoms, sparsity), sparsity))
+        for atoms in atoms_of(config, module.partition(".")[2], weight.shape):
+            rows, basis = atoms.view.rows(weight), tensors[f"{atoms.name}_basis"]
+            coefficients = ATOM_BASES[config.basis].coefficients(rows, basis, config)
+            found.append(sparse_quality(rows, basis, coefficients, config.sparsity))
     error, zeros = (mean(values) for values in zip(*((q.relative_error, q.zero_fraction) for q in found), strict=True))
     return f"relative reconstruction error {error:.3g}, {100 * zeros:.3g} % zeros (means over layers)"

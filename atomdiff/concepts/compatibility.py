@@ -14,8 +14,9 @@ from torch import Tensor, nn
 from atomdiff.atoms.basis import singular_values
 from atomdiff.concepts.concept_file import DeltaFile
 from atomdiff.tuner.adapter_state import base_weights, check_readable
+from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.factor import Factor, factors_of
+from atomdiff.tuner.variants import Atoms, atoms_of
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 
@@ -29,7 +30,6 @@ DERIVED_BASE = 0.15
 LATENT_AXES = {"conv_in": 1, "conv_out": 0}
 _MOST_LATENT_CHANNELS = 32
 
-_SPARSE_SIZES = (2**-20, 2.0)  # of numbers in sparse atoms that are not zero, and of their norms, with some room
 
 # Fingerprints of weights as they are now: a second concept loads without a look at the whole base.
 _FOUND: dict[Hashable, list[float]] = {}
@@ -97,14 +97,14 @@ def weights_below(delta: DeltaFile, models: Mapping[str, nn.Module]) -> dict[str
 
 
 def fingerprint(weight: Tensor, config: AtomConfig, module: str) -> list[float]:
-    """Singular values, to 6 digits, of a base weight's rows: those of the first factor (kernels where there are any).
+    """Singular values, to 6 digits, of a base weight's rows: those of the first atoms (kernels where there are any).
 
     Args:
         weight: (out, in/groups, ...) or (out, in).
         config: settings that shape the rows.
         module: path of the module within its model.
     """
-    view = factors_of(config, module, weight.shape)[0].view
+    view = atoms_of(config, module, weight.shape)[0].view
     key = view, _content_key(weight)
     if key not in _FOUND:
         if len(_FOUND) >= _MOST_FOUND:
@@ -156,28 +156,30 @@ def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, 
     Raises:
         UserError: a layer takes more memory or time than there may be, whatever the base.
     """
-    unfit = {}
+    unfit, basis = {}, ATOM_BASES[delta.config.basis]
     for module, tensors in delta.layers.items():
         if module not in weights:
             unfit[module] = f"{module} is not there"
             continue
         try:
-            factors, expected = _expected(delta, module, tuple(weights[module].shape))
+            atom_sets, expected = _expected(delta, module, tuple(weights[module].shape))
         except ValueError as error:
             unfit[module] = str(error)
             continue
         if (found := _found(delta, module)) != expected:
             unfit[module] = f"{module} (found {found}, this base takes {expected})"
-        elif large := [f for f in factors if f.size > MAX_ROW_LENGTH or f.num_atoms > MAX_ATOMS_PER_NUMBER * f.size]:
+        elif large := [a for a in atom_sets if a.size > MAX_ROW_LENGTH or a.num_atoms > MAX_ATOMS_PER_NUMBER * a.size]:
             count, size = large[0].num_atoms, large[0].size
             raise UserError(
                 f"the concept has {count} atoms of {size} numbers in {module}, too many to work with: train one with "
                 f"rows of at most {MAX_ROW_LENGTH} numbers and at most {MAX_ATOMS_PER_NUMBER} times as many atoms as "
                 "numbers"
             )
-        elif delta.config.basis == "sparse" and not all(_have_codes(tensors[f"{f.kind}_basis"]) for f in factors):
+        elif defects := list(
+            filter(None, (basis.defect(tensors[f"{a.name}_basis"]) for a in atom_sets if basis.is_stored))
+        ):
             raise UserError(
-                f"the concept is damaged: the sparse atoms of {module} are longer than 1 or hold numbers next to 0; "
+                f"the concept is damaged: the {delta.config.basis} atoms of {module} {defects[0]}; "
                 "copy or download it again"
             )
     return unfit
@@ -190,11 +192,11 @@ def _found(delta: DeltaFile, module: str) -> dict[str, tuple[int, ...]]:
 
 def _expected(
     delta: DeltaFile, module: str, shape: tuple[int, ...]
-) -> tuple[tuple[Factor, ...], dict[str, tuple[int, ...]]]:
-    """The factors of a layer, and the shapes that a concept has for it; ValueError: its weight is too small."""
-    factors = factors_of(delta.config, module.partition(".")[2], shape)
-    expected = {kind: shape for factor in factors for kind, shape in factor.stored(delta.config).items()}
-    return factors, {**expected, "fingerprint": (factors[0].size,)}
+) -> tuple[tuple[Atoms, ...], dict[str, tuple[int, ...]]]:
+    """The atoms of a layer, and the shapes that a concept has for it; ValueError: its weight is too small."""
+    atom_sets = atoms_of(delta.config, module.partition(".")[2], shape)
+    expected = {name: size for atoms in atom_sets for name, size in atoms.stored_shapes(delta.config).items()}
+    return atom_sets, {**expected, "fingerprint": (atom_sets[0].size,)}
 
 
 def _fits_other_latents(delta: DeltaFile, module: str, weights: Mapping[str, Tensor]) -> bool:
@@ -231,13 +233,6 @@ def _fitting_part(
     layers = {module: kinds for module, kinds in delta.layers.items() if module not in unfit}
     fingerprint = {module: delta.fingerprint[module] for module in layers}
     return dataclasses.replace(delta, layers=layers, fingerprint=fingerprint), left_out
-
-
-def _have_codes(atoms: Tensor) -> bool:
-    """Whether sparse codes can be worked out in float32 for atoms (m, d), as they are learnt and stored."""
-    least, most = _SPARSE_SIZES
-    sizes = atoms.abs()
-    return bool(((sizes == 0) | (sizes >= least)).all() and (atoms.norm(dim=1) <= most).all())
 
 
 def base_distance(delta: DeltaFile, weights: Mapping[str, Tensor]) -> float:

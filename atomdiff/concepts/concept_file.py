@@ -15,7 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.layer import TENSOR_KINDS
+from atomdiff.tuner.variants import TENSOR_NAMES
 from atomdiff.utils.atomic import write_bytes
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import (
@@ -113,7 +113,7 @@ def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
         raise UserError(f"{path} has {size:,} bytes; a concept has at most {MAX_FILE_BYTES:,}")
     for key, dtype in dtypes.items():
         kind = key.rpartition(".")[2]
-        if dtype not in _DTYPES or not (key.startswith("token.") or kind in TENSOR_KINDS):
+        if dtype not in _DTYPES or not (key.startswith("token.") or kind in TENSOR_NAMES):
             raise UserError(
                 f"{path} holds {list_some([key])!r} ({printable(dtype)}), which this atomdiff does not know: update it"
             )

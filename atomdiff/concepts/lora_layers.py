@@ -9,7 +9,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from atomdiff.tuner import base_weight
+from atomdiff.tuner.base_weight import BaseWeight
 
 _MAGNITUDE = re.compile(r"dora_scale|lora_magnitude_vector(?:\.weight)?")
 
@@ -42,7 +42,7 @@ def lora_factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Te
     layer = {kind: tensor for kind, tensor in layer.items() if not _MAGNITUDE.fullmatch(kind)}
     up, down = _up_and_down(layer, shape, scale)
     if magnitudes:
-        up, down = _exact_factors(_dora_delta(base_weight.unmerged(base).detach(), up @ down, magnitudes[0]))
+        up, down = _exact_factors(_dora_delta(BaseWeight(base).read().detach(), up @ down, magnitudes[0]))
     if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
         raise ValueError("its numbers are too large")
     ones = [1] * (len(shape) - 2)

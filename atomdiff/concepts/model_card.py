@@ -14,7 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file
 from atomdiff.concepts.hub import adapter_files, files_in, names_repository
-from atomdiff.tuner.layer import TRAINED_KINDS
+from atomdiff.tuner.variants import PARAMETER_NAMES, variant_of
 from atomdiff.utils.hashing import hash_file
 
 _TRAINING_SETTINGS = ("learning_rate", "token_learning_rate", "lr_scheduler", "train_batch_size")
@@ -105,7 +105,7 @@ def summarize_file(path: Path) -> ConceptSummary:
         UserError: it cannot be read.
     """
     delta = read_delta_file(path)
-    trained = [tensor for kinds in delta.layers.values() for kind, tensor in kinds.items() if kind in TRAINED_KINDS]
+    trained = [tensor for kinds in delta.layers.values() for kind, tensor in kinds.items() if kind in PARAMETER_NAMES]
     vectors = [vector for of in delta.tokens.values() for vector in of.values()]
     count, size = sum(tensor.numel() for tensor in trained + vectors), path.stat().st_size
     rows = {
@@ -179,9 +179,7 @@ def _size(files: Mapping[str, Path]) -> int:
 
 def _method(delta: DeltaFile) -> str:
     config = delta.config
-    form = " taken whole" if config.joint else f", recursion {config.recursion}" if config.recursion else ""
-    blocks = f"channel blocks of {config.channel_block}{form}"
-    return f"filter atoms, basis {config.basis}, {blocks}, in {len(delta.layers)} layers"
+    return f"filter atoms, basis {config.basis}, {variant_of(config).label(config)}, in {len(delta.layers)} layers"
 
 
 def _training(training: Mapping[str, Any]) -> str:

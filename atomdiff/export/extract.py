@@ -24,6 +24,7 @@ from atomdiff.tuner import adapter_state
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.model import find_targets
 from atomdiff.tuner.read_config import read_adapter
+from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, check_writable, expand_paths, refuse_overlap
 from atomdiff.utils.text_files import read_yaml
@@ -124,8 +125,8 @@ def extract(
         UserError: the models do not belong together, have adapters, or nothing that these atoms adapt differs.
     """
     config = config or AtomConfig()
-    if config.recursion is not None:
-        raise UserError(f"recursion={config.recursion}: its atoms are no least-squares fit; extract without recursion")
+    if reason := variant_of(config).why_not_fitted(config):
+        raise UserError(reason)
     if config.modules_to_save:
         raise UserError(f"modules_to_save={config.modules_to_save}: a concept file holds atoms only; leave it out")
     component, old = _denoiser(base)

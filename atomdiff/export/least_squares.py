@@ -1,6 +1,6 @@
 """Least-squares fit of deltas: the atoms that bring a base weight nearest to a tuned one.
 
-|R - A @ dD| over dD, with R = W1 - W0 as rows and A = X @ D.T or a sparse code, has the normal equations
+|R - A @ dD| over dD, with R = W1 - W0 as rows and A = X @ D.T or sparse coefficients, has the normal equations
 
     (A.T @ A) @ dD = A.T @ R                A.T @ A = D @ (X.T @ X) @ D.T  (m, m)
 
@@ -17,8 +17,8 @@ from torch import Tensor, nn
 
 from atomdiff.atoms.layout import as_kernels
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.factor import Factor
 from atomdiff.tuner.layer import AtomLayer
+from atomdiff.tuner.variants import Atoms
 
 _NAME = "fitted"
 _RANK_TOLERANCE = 1e-12  # of squared singular values: what is below comes from rounding in float32
@@ -35,7 +35,7 @@ def fit_layer(module: nn.Module, tuned: Tensor, config: AtomConfig, name: str) -
     Args:
         module: the base layer, that stays as it is.
         tuned: weight (out, in/groups, ...) to come near to.
-        config: the atoms; no recursion.
+        config: the atoms, of a variant that least squares can fit.
         name: path of the layer in its model.
 
     Returns:
@@ -43,35 +43,35 @@ def fit_layer(module: nn.Module, tuned: Tensor, config: AtomConfig, name: str) -
     """
     layer = AtomLayer(copy.deepcopy(module).to(torch.float32))
     layer.update_layer(_NAME, config, name)
-    factors = layer.factors[_NAME]
+    atom_sets = layer.atoms[_NAME]
     target = tuned.to(layer.unmerged_weight())
     residual = difference = float((target - layer.unmerged_weight()).norm())
-    for _ in range(_MAX_SWEEPS if len(factors) > 1 else 1):
+    for _ in range(_MAX_SWEEPS if len(atom_sets) > 1 else 1):
         before = residual
-        for factor in factors:
-            delta = layer.tensors(f"{factor.kind}_delta")[_NAME]
+        for atoms in atom_sets:
+            delta = layer.tensors(f"{atoms.name}_delta")[_NAME]
             delta.zero_()
-            delta.copy_(_best_delta(layer, factor, target))
+            delta.copy_(_best_delta(layer, atoms, target))
         residual = float((target - layer.adapted_weight([_NAME])).norm())
         if residual >= (1 - _SETTLED) * before or residual < _ROUNDING * difference:
             break
-    kinds = [kind for factor in factors for kind in factor.stored(config)]
-    return {kind: layer.tensors(kind)[_NAME].detach().clone() for kind in kinds}, residual
+    names = [name for atoms in atom_sets for name in atoms.stored_shapes(config)]
+    return {name: layer.tensors(name)[_NAME].detach().clone() for name in names}, residual
 
 
-def _best_delta(layer: AtomLayer, factor: Factor, target: Tensor) -> Tensor:
-    """The delta dD (m, d) of one factor, now zero, that minimises |R - A @ dD|, R being what is missing to `target`.
+def _best_delta(layer: AtomLayer, atoms: Atoms, target: Tensor) -> Tensor:
+    """The delta dD (m, d) of one set of atoms, now zero, that minimizes |R - A @ dD|, R being what `target` has more.
 
-    A = X @ D.T of the rows X as the other factor leaves them, or their sparse code.
+    A = X @ D.T of the rows X as the other set leaves them, or their sparse coefficients.
     """
     start = layer.adapted_weight([_NAME])
-    missing = factor.view.columns(as_kernels(target - start))  # (batch, d, width)
-    coefficients = layer.coefficients(_NAME, factor)
-    source = factor.view.columns(as_kernels(start)) if coefficients is None else coefficients  # (batch, d or m, width)
+    missing = atoms.view.columns(as_kernels(target - start))  # (batch, d, width)
+    coefficients = layer.coefficients(_NAME, atoms)
+    source = atoms.view.columns(as_kernels(start)) if coefficients is None else coefficients  # (batch, d or m, width)
     squares, mixed = _products(source, source), _products(source, missing)
     if coefficients is None:
-        atoms = layer.tensors(f"{factor.kind}_basis")[_NAME].to(torch.float64)
-        squares, mixed = atoms @ squares @ atoms.T, atoms @ mixed
+        basis = layer.tensors(f"{atoms.name}_basis")[_NAME].to(torch.float64)
+        squares, mixed = basis @ squares @ basis.T, basis @ mixed
     return torch.linalg.pinv(squares, rtol=_RANK_TOLERANCE, hermitian=True) @ mixed
 
 

@@ -121,12 +121,12 @@ def keep(model: Any, layers: dict[str, Any], place: BaseOffload | None) -> dict[
         return dict(_find_in_files(model, layers))
     if place == "cpu":
         return {path: _on_host(layer) for path, layer in layers.items()}
-    return {path: layer.stored_base_weight if place is None else None for path, layer in layers.items()}
+    return {path: layer.base_weight.offloaded if place is None else None for path, layer in layers.items()}
 
 
 def _on_host(layer: Any) -> HostCopy:
-    if isinstance(layer.stored_base_weight, HostCopy):
-        return layer.stored_base_weight
+    if isinstance(layer.base_weight.offloaded, HostCopy):
+        return layer.base_weight.offloaded
     copy = layer.unmerged_weight().detach().to("cpu", copy=True)
     return HostCopy(copy.pin_memory() if torch.cuda.is_available() else copy)
 
@@ -141,8 +141,8 @@ def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fi
             for key in opened.keys():  # noqa: SIM118
                 places.setdefault(key, []).append(file)
     for path, layer in layers.items():
-        if isinstance(layer.stored_base_weight, FileWeight):
-            yield path, layer.stored_base_weight
+        if isinstance(layer.base_weight.offloaded, FileWeight):
+            yield path, layer.base_weight.offloaded
             continue
         base = layer.unmerged_weight().detach()
         key = f"{path}.weight"

@@ -12,10 +12,12 @@ from peft import PeftConfig, get_peft_model_state_dict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
-from atomdiff.tuner import base_weight, weight_access
+from atomdiff.tuner import weight_access
+from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.layer import TENSOR_KINDS, AtomLayer, attribute
+from atomdiff.tuner.layer import AtomLayer, attribute
 from atomdiff.tuner.model import base_modules, supported_modules
+from atomdiff.tuner.variants import TENSOR_NAMES
 
 PEFT_PREFIX = "base_model.model."
 
@@ -54,7 +56,7 @@ def adapter_configs(model: nn.Module) -> dict[str, Any]:
 
 def base_weights(model: nn.Module) -> dict[str, Tensor]:
     """Module path -> weight of every layer that atoms can adapt, as it is without any adapter, merged or not."""
-    return {path: base_weight.unmerged(module).detach() for path, module in supported_modules(model).items()}
+    return {path: BaseWeight(module).read().detach() for path, module in supported_modules(model).items()}
 
 
 def check_readable(model: nn.Module, modules: Iterable[str]) -> None:
@@ -74,7 +76,7 @@ def check_in_memory(model: nn.Module) -> None:
         UserError: they cannot.
     """
     layers = atom_layers(model).values()
-    weight_access.check_in_memory(model, [layer.tensors(kind) for layer in layers for kind in TENSOR_KINDS])
+    weight_access.check_in_memory(model, [layer.tensors(kind) for layer in layers for kind in TENSOR_NAMES])
 
 
 def check_writable(model: nn.Module) -> None:
@@ -89,7 +91,7 @@ def check_writable(model: nn.Module) -> None:
     bases = {path: cast(Any, layer).get_base_layer() for path, layer in layers.items()}
     weight_access.check_writable(model, bases.items())
     for base in bases.values():
-        base_weight.check_stored(base)
+        BaseWeight(base).check_offloaded()
 
 
 def check_restorable(model: nn.Module) -> None:
@@ -98,10 +100,10 @@ def check_restorable(model: nn.Module) -> None:
     Raises:
         UserError: one cannot.
     """
-    bases = [(path.replace(".base_layer", ""), m) for path, m in weight_access.walk(model) if base_weight.is_kept(m)]
+    bases = [(path.replace(".base_layer", ""), m) for path, m in weight_access.walk(model) if BaseWeight(m).is_kept]
     weight_access.check_writable(model, bases, exactly=True)
     for _, base in bases:
-        base_weight.check_stored(base)
+        BaseWeight(base).check_offloaded()
 
 
 def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
@@ -111,7 +113,7 @@ def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
     for path, layer in weight_access.walk(model):
         if isinstance(layer, AtomLayer) and name in layer.scaling:
             module = path.replace(".base_layer", "")
-            for kind in TENSOR_KINDS:
+            for kind in TENSOR_NAMES:
                 if (key := f"{path}.{attribute(kind)}.{name}") in persistent:
                     found.setdefault(module, {})[kind] = persistent[key]
     return found
@@ -131,8 +133,8 @@ def unwrapped_key(key: str) -> str:
 def compute_coefficients(model: nn.Module, name: str) -> None:
     """Work out the sparse coefficients of an adapter now, which takes a while, and not in its first forward pass."""
     for layer in adapter_layers(model, name):
-        for factor in layer.factors[name] if isinstance(layer, AtomLayer) else ():
-            layer.coefficients(name, factor)
+        for atoms in layer.atoms[name] if isinstance(layer, AtomLayer) else ():
+            layer.coefficients(name, atoms)
 
 
 def activate(model: nn.Module, names: list[str]) -> None:

@@ -1,7 +1,7 @@
-"""Keep the base parameters of a module aside while adapters are merged into it.
+"""The base weight of a module while adapters are merged into it: kept as a copy beside it, or offloaded.
 
-They lie in the base module itself: adapter layers may be taken away by others (`unload_lora_weights`), and the base
-must come back all the same.
+What is kept lies in the base module itself: adapter layers may be taken away by others (`unload_lora_weights`), and the
+base must come back all the same.
 """
 
 from __future__ import annotations
@@ -13,93 +13,112 @@ from torch import Tensor, nn
 
 from atomdiff.tuner import weight_access
 
-_KEPT = "kept_base_"  # buffers, which follow the module to other devices and dtypes and into copies
-_STORED = "stored_base_weight"  # what reads the weight from where it takes no memory of the device
+_COPY = "kept_base_"  # buffers, which follow the module to other devices and dtypes and into copies
+_OFFLOADED = "stored_base_weight"
 _MERGED = "merged_layers"  # layers of other methods than atoms that merged into it, and kept its parameters first
 
 
-def get(base: nn.Module, name: str = "weight") -> Tensor | None:
-    """A kept parameter of a base module; None: it is not kept."""
-    return base._buffers.get(_KEPT + name)
+class BaseWeight:
+    """The parameters of a base module without what is merged into it.
 
-
-def put(base: nn.Module, value: Tensor | None, name: str = "weight") -> None:
-    """Keep a parameter of a base module, or with None keep it no more."""
-    base._buffers.pop(_KEPT + name, None)
-    weight_access.forget_buffer(base, _KEPT + name)
-    base._non_persistent_buffers_set.discard(_KEPT + name)
-    if value is not None:
-        base.register_buffer(_KEPT + name, value, persistent=False)
-
-
-def get_stored(base: nn.Module) -> Any:
-    """What reads the kept weight of a base module from elsewhere; None: nothing does."""
-    return vars(base).get(_STORED)
-
-
-def put_stored(base: nn.Module, stored: Any) -> None:
-    """Let something read the weight of a base module from elsewhere, or with None nothing."""
-    vars(base).pop(_STORED, None)
-    if stored is not None:
-        vars(base)[_STORED] = stored
-
-
-def check_stored(base: nn.Module) -> None:
-    """Check that the kept weight of a base module can be read from elsewhere, if it has to be.
-
-    Raises:
-        UserError: it cannot.
+    Args:
+        module: the base module; all that is kept is kept in it.
     """
-    if (stored := get_stored(base)) is not None:
-        stored.check()
 
+    def __init__(self, module: nn.Module) -> None:
+        self.module = module
 
-def unmerged(base: nn.Module) -> Tensor:
-    """The weight of a base module without what is merged into it, wherever it is kept, as calls compute with it."""
-    stored, of_device = get_stored(base), get(base)
-    if stored is None:
-        return weight_access.read(base) if of_device is None else weight_access.as_computed(base, of_device)
-    weight, found = cast(Tensor, base.weight), cast(Tensor, stored())
-    return weight_access.as_computed(base, found if weight.is_meta else found.to(weight, non_blocking=True))
+    @property
+    def copy(self) -> Tensor | None:
+        """The copy of the weight beside it; None: there is none."""
+        return self.copy_of("weight")
 
+    def copy_of(self, name: str) -> Tensor | None:
+        """The copy of a parameter beside it; None: there is none."""
+        return self.module._buffers.get(_COPY + name)
 
-def merged_layers(base: nn.Module) -> list[Any]:
-    """The layers of other methods than atoms that are merged into a base module whose parameters are kept."""
-    return list(vars(base).get(_MERGED, []))
+    def set_copy(self, value: Tensor | None, name: str = "weight") -> None:
+        """Keep a copy of a parameter, or with None keep it no more."""
+        self.module._buffers.pop(_COPY + name, None)
+        weight_access.forget_buffer(self.module, _COPY + name)
+        self.module._non_persistent_buffers_set.discard(_COPY + name)
+        if value is not None:
+            self.module.register_buffer(_COPY + name, value, persistent=False)
 
+    @property
+    def offloaded(self) -> Any:
+        """What reads the weight from where it takes no memory of the device, when called; None: nothing does."""
+        return vars(self.module).get(_OFFLOADED)
 
-def keep_for(base: nn.Module, layer: Any) -> None:
-    """Keep all parameters of a base module before a layer of another method than atoms merges into it."""
-    for name, parameter in base.named_parameters(recurse=False):
-        if get(base, name) is None and not (name == "weight" and get_stored(base)):
-            put(base, parameter.detach().clone(), name)
-    layers = vars(base).setdefault(_MERGED, [])
-    if layer not in layers:
-        layers.append(layer)
+    @offloaded.setter
+    def offloaded(self, reader: Any) -> None:
+        vars(self.module).pop(_OFFLOADED, None)
+        if reader is not None:
+            vars(self.module)[_OFFLOADED] = reader
 
+    @property
+    def is_kept(self) -> bool:
+        """Whether parameters are kept, or other methods merged into the module."""
+        state = vars(self.module)
+        return _MERGED in state or _OFFLOADED in state or any(key.startswith(_COPY) for key in self.module._buffers)
 
-def release(base: nn.Module) -> None:
-    """Let the layers of other methods act unmerged again, as the weight is about to be written; not so the weight."""
-    for layer in vars(base).pop(_MERGED, []):
-        layer.merged_adapters.clear()
-    for name in [key.removeprefix(_KEPT) for key in base._buffers if key.startswith(_KEPT)]:
-        if name != "weight":
-            give_back(base, name)
+    @property
+    def merged_layers(self) -> list[Any]:
+        """The layers of other methods than atoms that are merged into the module."""
+        return list(vars(self.module).get(_MERGED, []))
 
+    def check_offloaded(self) -> None:
+        """Check that the weight can be read from where it is offloaded, if it is.
 
-def give_back(base: nn.Module, name: str = "weight") -> None:
-    """Copy a kept parameter back, every bit as it was, and keep it no more; without effect where it is not kept."""
-    parameter = weight_access.memory(base, name) if base._parameters.get(name) is not None else None
-    stored = get_stored(base) if name == "weight" else None
-    kept = stored() if stored else get(base, name)
-    if parameter is not None and kept is not None:
-        with torch.inference_mode(parameter.is_inference()), torch.no_grad():
-            parameter.detach().copy_(kept)
-    put(base, None, name)
-    if name == "weight":
-        put_stored(base, None)
+        Raises:
+            UserError: it cannot.
+        """
+        if self.offloaded is not None:
+            self.offloaded.check()
 
+    def read(self) -> Tensor:
+        """The weight, wherever it is kept, as calls compute with it."""
+        offloaded, copy = self.offloaded, self.copy
+        if offloaded is None:
+            return weight_access.read(self.module) if copy is None else weight_access.as_computed(self.module, copy)
+        weight, found = cast(Tensor, self.module.weight), cast(Tensor, offloaded())
+        found = found if weight.is_meta else found.to(weight, non_blocking=True)
+        return weight_access.as_computed(self.module, found)
 
-def is_kept(base: nn.Module) -> bool:
-    """Whether parameters of a module are kept, or others merged into it."""
-    return _MERGED in vars(base) or _STORED in vars(base) or any(key.startswith(_KEPT) for key in base._buffers)
+    def keep(self, offloaded: Any = None) -> None:
+        """Keep the weight before it is written: as a copy, if it is not yet, or as what reads it from elsewhere."""
+        if offloaded is not None:
+            self.set_copy(None)
+        elif self.copy is None:
+            self.set_copy(self.read().detach().clone())
+        self.offloaded = offloaded
+
+    def keep_for(self, layer: Any) -> None:
+        """Keep all parameters before a layer of another method than atoms merges into the module."""
+        for name, parameter in self.module.named_parameters(recurse=False):
+            if self.copy_of(name) is None and not (name == "weight" and self.offloaded):
+                self.set_copy(parameter.detach().clone(), name)
+        layers = vars(self.module).setdefault(_MERGED, [])
+        if layer not in layers:
+            layers.append(layer)
+
+    def release_layers(self) -> None:
+        """Let layers of other methods act unmerged again; restore all but the weight, which is about to be written."""
+        for layer in vars(self.module).pop(_MERGED, []):
+            layer.merged_adapters.clear()
+        for name in [key.removeprefix(_COPY) for key in self.module._buffers if key.startswith(_COPY)]:
+            if name != "weight":
+                self.restore(name)
+
+    def restore(self, name: str = "weight") -> None:
+        """Copy a parameter back, every bit as it was, and keep it no more; without effect where it is not kept."""
+        is_there = self.module._parameters.get(name) is not None
+        offloaded = self.offloaded if name == "weight" else None
+        kept = offloaded() if offloaded else self.copy_of(name)
+        if is_there and kept is not None:
+            parameter = weight_access.memory(self.module, name)
+            with torch.inference_mode(parameter.is_inference()), torch.no_grad():
+                parameter.detach().copy_(kept)
+        self.set_copy(None, name)
+        if name == "weight":
+            self.offloaded = None

@@ -3,18 +3,28 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
 from peft import PeftConfig
 from peft.utils.other import get_pattern_key
 
+from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.peft_type import ATOMS
+from atomdiff.tuner.variants import VARIANTS, check_count
 from atomdiff.utils.untrusted import check_patterns
 
 PRESETS = ("conv", "conv+proj", "attention", "cross_attention", "all")
-BASES = ("svd", "dct", "sparse")
 
+_NOT_SHAPING = {
+    "seed",
+    "target_modules",
+    "exclude_modules",
+    "layers_to_transform",
+    "layers_pattern",
+    "modules_to_save",
+    "init_weights",
+}
 _MAX_SPARSITY = 1e30  # what float32 can hold a multiple of
 
 
@@ -64,7 +74,7 @@ class AtomConfig(PeftConfig):
         default="svd",
         metadata={
             "help": "Atoms: 'svd' fitted to each weight, 'dct' the same for all (not stored), or the paper's 'sparse', "
-            "learnt so that few of them make up a row; keeps coefficients as large as the weights."
+            "learned so that few of them make up a row; keeps coefficients as large as the weights."
         },
     )
     sparsity: float = field(
@@ -128,12 +138,12 @@ class AtomConfig(PeftConfig):
     @property
     def stores_basis(self) -> bool:
         """Whether files carry the atoms beside their deltas: all but the DCT's depend on the weight."""
-        return self.basis != "dct"
+        return ATOM_BASES[self.basis].is_stored
 
-    def shaping(self) -> tuple[Any, ...]:
+    def shaping(self) -> dict[str, Any]:
         """The settings that the shapes and the meaning of deltas follow from."""
-        blocks = self.channel_block, self.channel_block_pattern, self.joint
-        return self.num_atoms, *blocks, self.recursion, self.basis, self.sparsity
+        own = {each.name for each in fields(self)} - {each.name for each in fields(PeftConfig)} - _NOT_SHAPING
+        return {name: getattr(self, name) for name in sorted(own)}
 
     def to_dict(self) -> dict[str, Any]:
         """The fields as JSON-ready values, the same for every run."""
@@ -146,41 +156,34 @@ class AtomConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a name or a list of names")
         if not _are(int, self.layers_to_transform):
             raise ValueError(f"layers_to_transform={self.layers_to_transform!r}: expected a number or a list of them")
-        for name in ("joint", "init_weights"):
-            if not isinstance(getattr(self, name), bool):
-                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
+        if not isinstance(self.init_weights, bool):
+            raise ValueError(f"init_weights={self.init_weights!r}: expected true or false")
         pattern = self.channel_block_pattern
         if pattern and not (isinstance(pattern, dict) and all(isinstance(key, str) for key in pattern)):
             raise ValueError(f"channel_block_pattern={pattern!r}: expected regular expressions with a number each")
 
     def _check_values(self) -> None:
-        counts = {"channel_block": self.channel_block, "num_atoms": self.num_atoms, "recursion": self.recursion}
-        counts = {name: count for name, count in counts.items() if count is not None or name == "channel_block"}
-        counts |= {f"channel_block_pattern[{name!r}]": block for name, block in self.channel_block_pattern.items()}
-        for name, count in counts.items():
-            if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-                raise ValueError(f"{name}={count!r}: expected a whole number of at least 1")
+        check_count("channel_block", self.channel_block)
+        if self.num_atoms is not None:
+            check_count("num_atoms", self.num_atoms)
+        for name, block in self.channel_block_pattern.items():
+            check_count(f"channel_block_pattern[{name!r}]", block)
         check_patterns(self.channel_block_pattern)
         for pattern in self.channel_block_pattern:
             try:
                 re.compile(f"({pattern})$")  # as it is used
             except re.error as error:
                 raise ValueError(f"channel_block_pattern: {pattern!r} is no regular expression: {error}") from error
-        if self.basis not in BASES:
-            raise ValueError(f"basis={self.basis!r}: expected one of {', '.join(BASES)}")
+        if self.basis not in ATOM_BASES:
+            raise ValueError(f"basis={self.basis!r}: expected one of {', '.join(ATOM_BASES)}")
         if type(self.sparsity) not in (int, float) or not 0 < self.sparsity <= _MAX_SPARSITY:
             raise ValueError(f"sparsity={self.sparsity!r}: expected a number above 0, such as 1e-3")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed={self.seed!r}: expected a whole number from 0 to 2**32 - 1")
 
     def _check_combinations(self) -> None:
-        if self.joint and self.recursion is not None:
-            raise ValueError(
-                f"joint=True with recursion={self.recursion}: recursion decomposes the atoms of single kernels, joint "
-                "takes blocks of them as one; choose one of the two"
-            )
-        if self.joint and max(self.channel_block, *self.channel_block_pattern.values(), 1) == 1:
-            raise ValueError("joint=True with channel_block=1: there are no blocks to take whole; use 2 or more")
+        for variant in VARIANTS:
+            variant.check(self)
         if self.layers_to_transform is not None and not (
             isinstance(self.target_modules, list) or self.target_modules in PRESETS
         ):

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch.overrides import TorchFunctionMode
 
+from atomdiff.tuner.coefficient_cache import CoefficientCache
 from atomdiff.utils.untrusted import MAX_TENSOR_ELEMENTS
 
 _FACTORIES = (
@@ -24,7 +25,7 @@ _FACTORIES = (
     torch.randperm,
     torch.zeros,
 )
-_CONTAINERS = (dict, list, set, OrderedDict)  # what modules keep about themselves
+_CONTAINERS = (dict, list, set, OrderedDict, CoefficientCache)  # what modules keep about themselves
 _Module = TypeVar("_Module", bound=nn.Module)
 _MOVES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 

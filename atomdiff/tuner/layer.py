@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 import zlib
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
@@ -17,22 +16,20 @@ from torch import Tensor, nn
 from torch.func import vmap
 
 from atomdiff.atoms import autograd, im2col
-from atomdiff.atoms.basis import dct_atoms, svd_atoms
 from atomdiff.atoms.batched import adapt_weight_per_sample
 from atomdiff.atoms.merge import adapt_weight, write_adapted
-from atomdiff.atoms.sparse import sparse_atoms, sparse_coefficients
-from atomdiff.atoms.update import WeightUpdate, recursive_delta, update_matrix
-from atomdiff.tuner import base_weight, weight_access
+from atomdiff.atoms.update import WeightUpdate, update_matrix
+from atomdiff.tuner import weight_access
+from atomdiff.tuner.atom_basis import ATOM_BASES
+from atomdiff.tuner.base_weight import BaseWeight
+from atomdiff.tuner.coefficient_cache import CoefficientCache, Key
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.factor import Factor, factors_of
 from atomdiff.tuner.peft_type import PREFIX
+from atomdiff.tuner.variants import BASIS_NAMES, PARAMETER_NAMES, TENSOR_NAMES, Atoms, atoms_of
 from atomdiff.utils import functional_call
 from atomdiff.utils.functional_call import without_autocast
 from atomdiff.utils.thread_local import ThreadLocal
 
-TRAINED_KINDS = ("atom_delta", "channel_delta", "recursion_delta", "recursion_mix")
-BASIS_KINDS = ("atom_basis", "channel_basis")
-TENSOR_KINDS = TRAINED_KINDS + BASIS_KINDS
 _RANDOM_START = 0.5  # size of a random start: about that of the change of a weight, relative to the weight
 
 
@@ -80,8 +77,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         base_layer: the module to adapt, possibly wrapped by layers of other PEFT methods already.
     """
 
-    adapter_layer_names = tuple(map(attribute, TRAINED_KINDS))
-    other_param_names = (*map(attribute, BASIS_KINDS), "settings", "factors", "scaling")
+    adapter_layer_names = tuple(map(attribute, PARAMETER_NAMES))
+    other_param_names = (*map(attribute, BASIS_NAMES), "settings", "atoms", "scaling")
     base_layer: nn.Module
     holds_merged: bool
 
@@ -94,18 +91,16 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         self.in_features = base.in_features if isinstance(base, nn.Linear) else base.in_channels  # as all of PEFT have
         self.out_features = base.out_features if isinstance(base, nn.Linear) else base.out_channels
-        for kind in TRAINED_KINDS:
-            setattr(self, attribute(kind), nn.ParameterDict())  # shapes: `Factor.trained`
-        for kind in BASIS_KINDS:
+        for kind in PARAMETER_NAMES:
+            setattr(self, attribute(kind), nn.ParameterDict())  # shapes: `Atoms.parameter_shapes`
+        for kind in BASIS_NAMES:
             setattr(self, attribute(kind), BufferDict())  # (m, d)
         self.settings: dict[str, AtomConfig] = {}
-        self.factors: dict[str, tuple[Factor, ...]] = {}
+        self.atoms: dict[str, tuple[Atoms, ...]] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # diffusers switches it where layers are cast for storage
-        self._coefficients: dict[
-            tuple[str, str], tuple[Any, Tensor]
-        ] = {}  # (adapter, kind of factor) -> (made from, coefficients)
+        self._coefficients = CoefficientCache()
 
     def __getattr__(self, name: str) -> Any:
         """Give what the layer itself lacks from the base module: other layers and models ask for `groups`, `stride`."""
@@ -127,22 +122,9 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         self._mixed.value = mixed
 
     @property
-    def kept_base_weight(self) -> Tensor | None:
-        """The untouched weight while merged; it lies in the base module, which outlives this layer."""
-        return base_weight.get(self.get_base_layer())
-
-    @kept_base_weight.setter
-    def kept_base_weight(self, weight: Tensor | None) -> None:
-        base_weight.put(self.get_base_layer(), weight)
-
-    @property
-    def stored_base_weight(self) -> Callable[[], Tensor] | None:
-        """What reads the untouched weight while merged from where it takes no memory of the device."""
-        return cast(Callable[[], Tensor] | None, base_weight.get_stored(self.get_base_layer()))
-
-    @stored_base_weight.setter
-    def stored_base_weight(self, stored: Callable[[], Tensor] | None) -> None:
-        base_weight.put_stored(self.get_base_layer(), stored)
+    def base_weight(self) -> BaseWeight:
+        """The weight without what is merged into it; it lies in the base module, which outlives this layer."""
+        return BaseWeight(self.get_base_layer())
 
     @property
     def r(self) -> dict[str, float]:
@@ -163,30 +145,28 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             ValueError: `config.num_atoms` exceeds the numbers in a row, or the base weight is not finite.
         """
         weight = self.unmerged_weight().detach()
-        factors = factors_of(config, module_name, weight.shape)
+        found = atoms_of(config, module_name, weight.shape)
         seed = config.seed << 32 | zlib.crc32(module_name.encode())
-        for factor in factors:
-            for kind, shape in factor.trained().items():
-                start = torch.zeros(shape)
-                if kind == "recursion_mix":
-                    generator = torch.Generator().manual_seed(seed)
-                    start = torch.randn(shape, generator=generator) / shape[-1] ** 0.5
-                elif not (config.init_weights or config.filled_by_loader):
-                    start = _RANDOM_START * torch.randn(shape) / shape[-1] ** 0.5
+        for atoms in found:
+            for kind, shape in atoms.parameter_shapes().items():
+                start = atoms.initial(kind, shape, seed)
+                if start is None:
+                    is_zero = config.init_weights or config.filled_by_loader
+                    start = torch.zeros(shape) if is_zero else _RANDOM_START * torch.randn(shape) / shape[-1] ** 0.5
                 self.tensors(kind)[adapter_name] = nn.Parameter(start.to(weight.device))
-            basis = _first_atoms(factor, config, weight, seed, module_name)
+            basis = _first_atoms(atoms, config, weight, seed, module_name)
             # Fitted atoms are saved with the deltas: their signs and order are not the same everywhere.
-            self.tensors(f"{factor.kind}_basis").register_buffer(
+            self.tensors(f"{atoms.name}_basis").register_buffer(
                 adapter_name, basis.to(weight.device), persistent=config.stores_basis
             )
         self.settings[adapter_name] = config
-        self.factors[adapter_name] = factors
+        self.atoms[adapter_name] = found
         self.scaling[adapter_name] = 1.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
     def unmerged_weight(self) -> Tensor:
         """The base weight without any adapter of this layer, wherever it is kept."""
-        return base_weight.unmerged(self.get_base_layer())
+        return self.base_weight.read()
 
     def adapted_weight(self, adapter_names: Sequence[str]) -> Tensor:
         """The base weight changed by these adapters, each times its weight; like the base weight in all else."""
@@ -201,64 +181,35 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """The tensors of a kind, by adapter."""
         return getattr(self, attribute(kind))
 
-    def coefficients(self, adapter_name: str, factor: Factor) -> Tensor | None:
-        """The sparse code of the base weight in an adapter's atoms, as `WeightUpdate` takes it; None for other bases.
-
-        It is worked out when it is first needed, and again when atoms or base weights are loaded.
-        """
+    def coefficients(self, adapter_name: str, atoms: Atoms) -> Tensor | None:
+        """The coefficients of the base weight in atoms, as `WeightUpdate` takes them; None: none are needed."""
         config = self.settings[adapter_name]
-        if config.basis != "sparse":
+        basis = ATOM_BASES[config.basis]
+        if not basis.has_coefficients:
             return None
-        key, basis = (adapter_name, factor.kind), self._tensor(f"{factor.kind}_basis", adapter_name)
+
+        def compute() -> Tensor:
+            weight, held = self.unmerged_weight().detach(), self._tensor(f"{atoms.name}_basis", adapter_name)
+            with torch.inference_mode(False), torch.no_grad():
+                found = basis.coefficients(atoms.view.rows(weight), held, config).to(weight.dtype)
+                return atoms.view.coefficient_columns(found, weight.shape, by_input=atoms.by_input)
+
         stays = torch.compiler.is_compiling() or weight_access.comes_per_call(self.get_base_layer())
-        if key in self._coefficients and (stays or self._coefficients[key][0] == self._source(*key)):
-            return self._coefficients[key][1]
-        weight = self.unmerged_weight().detach()
-        with torch.inference_mode(False), torch.no_grad():
-            coefficients = sparse_coefficients(factor.view.rows(weight), basis.to(weight.device), config.sparsity).to(
-                weight.dtype
-            )
-            coefficients = factor.view.coefficient_columns(
-                coefficients, weight.shape, by_input=factor.recursion is not None
-            )
-        self._coefficients[key] = self._source(*key), coefficients
-        return coefficients
+        return self._coefficients.get((adapter_name, atoms.name), self._sources, compute, always_valid=stays)
 
-    def _source(self, adapter_name: str, kind: str) -> Any:
-        """What tells the atoms and the base weight that a code was made from, from others."""
-        made_from = self.tensors(f"{kind}_basis")[adapter_name], self.get_base_layer().weight
-        versions = [None if tensor.is_inference() else tensor._version for tensor in made_from]
-        return made_from[0].data_ptr(), made_from[1].data_ptr(), versions
-
-    def _valid_coefficients(self) -> dict[tuple[str, str], Tensor]:
-        return {
-            key: coefficients
-            for key, (source, coefficients) in self._coefficients.items()
-            if source == self._source(*key)
-        }
-
-    def _overwrite(self, weight: Tensor, fill: Callable[[Tensor], object]) -> None:
-        """Let something write into the weight: autograd takes note, and coefficients, of the unmerged one, stay."""
-        valid = self._valid_coefficients()
-        fill(weight.detach())
-        self._coefficients = {key: (self._source(*key), coefficients) for key, coefficients in valid.items()}
+    def _sources(self, key: Key) -> tuple[Tensor, Tensor]:
+        return self.tensors(f"{key[1]}_basis")[key[0]], self.get_base_layer().weight
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Move coefficients along to another device or dtype, unless something newer has been loaded.
 
         Deltas and atoms move, but are never rounded: they stay in float32 in a model of half precision.
         """
-        valid = self._valid_coefficients()
-        held = [self.tensors(kind) for kind in TENSOR_KINDS]
-        for child in self.children() if recurse else ():
-            child._apply(partial(_apply_unrounded, fn) if child in held else fn)
-        moved = super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
-        self._coefficients = {key: (self._source(*key), fn(coefficients)) for key, coefficients in valid.items()}
-        return moved
-
-    def __getstate__(self) -> dict[str, Any]:
-        """Leave coefficients, as large as the weights, out of copies and pickles."""
-        return self.__dict__ | {"_coefficients": {}}
+        held = [self.tensors(kind) for kind in TENSOR_NAMES]
+        with self._coefficients.kept(self._sources, fn):
+            for child in self.children() if recurse else ():
+                child._apply(partial(_apply_unrounded, fn) if child in held else fn)
+            return super()._apply(fn, recurse=False)  # type: ignore[no-untyped-call]
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Any:
         """The base module's forward, with the adapted weight where adapters are active."""
@@ -325,8 +276,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in self.scaling if any(sample.get(name) for sample in samples)]
         weights = torch.tensor([[sample.get(name, 0.0) for name in names] for sample in samples])  # (samples, names)
-        updates = [self._weight_update(name, factor) for name in names for factor in self.factors[name]]
-        of_name = [place for place, name in enumerate(names) for _ in self.factors[name]]
+        updates = [self._weight_update(name, atoms) for name in names for atoms in self.atoms[name]]
+        of_name = [place for place, name in enumerate(names) for _ in self.atoms[name]]
         self.mixed_batch = (
             layout,
             [_per_sample(c, weights[:, place].to(c.matrix)) for c, place in zip(updates, of_name, strict=True)],
@@ -349,27 +300,24 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         names = [*self.merged_adapters, *names]
         if safe_merge and not torch.isfinite(self.adapted_weight(names)).all():
             raise ValueError(f"merging {names} gives values that are not finite; lower their weights or retrain them")
-        self.write(names, self.stored_base_weight)
+        self.write(names, self.base_weight.offloaded)
 
-    def write(self, adapter_names: Sequence[str], stored: Callable[[], Tensor] | None = None) -> None:
+    def write(self, adapter_names: Sequence[str], offloaded: Callable[[], Tensor] | None = None) -> None:
         """Write the base weight, changed by exactly these adapters, into the memory of the weight in place.
 
         Args:
             adapter_names: of this layer, none for the base weight; each counts with its weight.
-            stored: reads the base weight; None: a copy of it is kept on its device.
+            offloaded: reads the base weight from elsewhere; None: a copy of it is kept on its device.
         """
-        module = self.get_base_layer()
-        self._release_others(module)
-        weight = weight_access.memory(module)
+        base = self.base_weight
+        self._release_others(base)
+        weight = weight_access.memory(base.module)
         with torch.inference_mode(weight.is_inference()), torch.no_grad():
-            if stored is not None:
-                base_weight.put(module, None)
-            elif base_weight.get(module) is None:
-                base_weight.put(module, base_weight.unmerged(module).detach().clone())
-            base_weight.put_stored(module, stored)
+            base.keep(offloaded)
             self.written = {name: self.scaling[name] for name in adapter_names}
-            base, updates = base_weight.unmerged(module).detach(), _on(weight.device, self.weight_updates(self.written))
-            self._overwrite(weight, lambda goal: write_adapted(goal, base, updates))
+            updates = _on(weight.device, self.weight_updates(self.written))
+            with self._coefficients.kept(self._sources):  # they are those of the base weight
+                write_adapted(weight.detach(), base.read().detach(), updates)
         self.merged_adapters = list(adapter_names)
         self.holds_merged = True
 
@@ -377,22 +325,20 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """Copy the base weight back, every bit as it was; without effect where nothing is merged."""
         if not self.holds_merged:
             return
-        module = self.get_base_layer()
-        self._release_others(module)
-        weight = weight_access.memory(module)
-        with torch.inference_mode(weight.is_inference()), torch.no_grad():
-            base = base_weight.unmerged(module)
-            self._overwrite(weight, lambda goal: goal.copy_(base))
-        self.kept_base_weight = self.stored_base_weight = self.written = None
+        base = self.base_weight
+        self._release_others(base)
+        with self._coefficients.kept(self._sources):
+            base.restore()
+        self.written = None
         self.merged_adapters.clear()
         self.holds_merged = False
 
-    def _release_others(self, base: nn.Module) -> None:
+    def _release_others(self, base: BaseWeight) -> None:
         """Let layers of other methods act unmerged: the weight is about to be written from the base weight."""
-        base_weight.release(base)
+        base.release_layers()
         inside = cast(Any, self.base_layer)
         while isinstance(inside, BaseTunerLayer):
-            if inside.merged and base_weight.is_kept(base):
+            if inside.merged and base.is_kept:
                 inside.merged_adapters.clear()
             elif inside.merged:
                 inside.unmerge()  # it came first, without a copy: as exact as its method can
@@ -403,10 +349,10 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         if adapter_name in self.merged_adapters:
             others = [name for name in self.merged_adapters if name != adapter_name]
             if others:
-                self.write(others, self.stored_base_weight)
+                self.write(others, self.base_weight.offloaded)
             else:
                 self.unmerge()
-        self._coefficients = {key: value for key, value in self._coefficients.items() if key[0] != adapter_name}
+        self._coefficients.drop(adapter_name)
         super().delete_adapter(adapter_name)
 
     def set_scale(self, adapter: str, scale: float) -> None:
@@ -429,22 +375,20 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     def weight_updates(self, weights: Mapping[str, float]) -> list[WeightUpdate]:
         """The updates of adapters, each times its weight."""
         found = [
-            (self._weight_update(name, factor), weight)
+            (self._weight_update(name, atoms), weight)
             for name, weight in weights.items()
             if weight
-            for factor in self.factors[name]
+            for atoms in self.atoms[name]
         ]
         return [replace(update, matrix=weight * update.matrix) for update, weight in found]
 
-    def _weight_update(self, name: str, factor: Factor) -> WeightUpdate:
+    def _weight_update(self, name: str, atoms: Atoms) -> WeightUpdate:
         """The update by one set of atoms of an adapter at weight 1."""
-        if factor.recursion is None:
-            delta = self._tensor(f"{factor.kind}_delta", name)
-        else:
-            delta = recursive_delta(self._tensor("recursion_mix", name), self._tensor("recursion_delta", name))
-        coefficients = self.coefficients(name, factor)
-        matrix = update_matrix(self._tensor(f"{factor.kind}_basis", name), delta) if coefficients is None else delta
-        return WeightUpdate(factor.view, matrix, coefficients)
+        delta = atoms.delta(lambda kind: self._tensor(kind, name))
+        coefficients = self.coefficients(name, atoms)
+        if coefficients is None:
+            delta = update_matrix(self._tensor(f"{atoms.name}_basis", name), delta)
+        return WeightUpdate(atoms.view, delta, coefficients)
 
     def _tensor(self, kind: str, name: str) -> Tensor:
         """A tensor of an adapter, wherever it is kept."""
@@ -454,7 +398,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: torch.device | None = None) -> None:
         """Move an adapter to the base weight's device, in float32 whatever the base's dtype."""
         device = device or self.unmerged_weight().device
-        for kind in TENSOR_KINDS:
+        for kind in TENSOR_NAMES:
             if adapter_name in self.tensors(kind):
                 tensor = self.tensors(kind)[adapter_name]
                 tensor.data = tensor.data.to(device, torch.float32)
@@ -493,28 +437,16 @@ def _per_sample(update: WeightUpdate, weights: Tensor) -> WeightUpdate:
     return replace(update, matrix=weights.reshape(-1, *[1] * update.matrix.ndim) * update.matrix)
 
 
-def _first_atoms(factor: Factor, config: AtomConfig, weight: Tensor, seed: int, module_name: str) -> Tensor:
-    """The atoms (m, d) that a layer starts with; zeros where a loader fills them in.
-
-    Warns:
-        UserWarning: no row is longer than `config.sparsity`, so that its code is zero.
-    """
-    if config.basis == "dct":
-        return dct_atoms(factor.axes, factor.num_atoms)
+def _first_atoms(atoms: Atoms, config: AtomConfig, weight: Tensor, seed: int, module_name: str) -> Tensor:
+    """The atoms (m, d) that a layer starts with; zeros where a loader fills them in."""
+    basis = ATOM_BASES[config.basis]
+    if (fixed := basis.fixed(atoms.axes, atoms.num_atoms)) is not None:
+        return fixed
     if config.filled_by_loader:
-        return torch.zeros(factor.num_atoms, factor.size)
+        return torch.zeros(atoms.num_atoms, atoms.size)
     if weight.is_meta:
         raise ValueError(
             f"the weight of {module_name} is on the meta device: load weights to fit atoms to, "
             "or count numbers with atomdiff.concepts.parameter_count"
         )
-    rows = factor.view.rows(weight)
-    if config.basis == "svd":
-        return svd_atoms(rows, factor.num_atoms)
-    if len(rows) and float(rows.float().norm(dim=1).max()) <= config.sparsity:
-        warnings.warn(
-            f"no row of {module_name} is longer than sparsity={config.sparsity:g}: its sparse code is zero and its "
-            "atoms will change nothing; lower sparsity or leave the layer out",
-            stacklevel=2,
-        )
-    return sparse_atoms(rows, factor.num_atoms, config.sparsity, seed)
+    return basis.fit(atoms.view.rows(weight), atoms.num_atoms, config, seed, module_name)

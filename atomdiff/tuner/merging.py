@@ -9,9 +9,10 @@ from typing import Any
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
-from atomdiff.tuner import base_weight, weight_access
+from atomdiff.tuner import weight_access
 from atomdiff.tuner.adapter_state import adapter_layers, atom_layers, other_layers, set_scale_of
 from atomdiff.tuner.attach import set_adapter_configs, unwrap
+from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.utils.errors import UserError
 
@@ -82,7 +83,7 @@ def restore(model: nn.Module) -> None:
     That includes weights whose adapter layers others have taken away meanwhile.
     """
     for layer in other_layers(model):
-        if layer.merged and base_weight.is_kept(layer.get_base_layer()):
+        if layer.merged and BaseWeight(layer.get_base_layer()).is_kept:
             layer.merged_adapters.clear()  # the weight is given back below
         elif layer.merged:
             layer.unmerge()  # merged by others, without a copy: as exact as its method can
@@ -94,15 +95,16 @@ def restore(model: nn.Module) -> None:
 def strip_adapters(model: Any) -> None:
     """Take all adapters out of a copy of a model that shares its tensors with the model, which is left alone."""
     for path, module in reversed(weight_access.walk(model)):
-        if (stored := base_weight.get_stored(module)) is not None:
+        base = BaseWeight(module)
+        if (offloaded := base.offloaded) is not None:
             module._parameters["weight"] = nn.Parameter(
-                stored().clone(), requires_grad=False
+                offloaded().clone(), requires_grad=False
             )  # no window onto the file
         for name in list(module._parameters):
-            value = base_weight.get(module, name)
+            value = base.copy_of(name)
             if value is not None:
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
-                base_weight.put(module, None, name)
+                base.set_copy(None, name)
         if isinstance(module, BaseTunerLayer):
             unwrap(model, path, module)
     set_adapter_configs(model, {})
@@ -113,9 +115,9 @@ def restore_others(model: nn.Module) -> None:
     atoms = {layer.get_base_layer(): layer for layer in atom_layers(model).values() if layer.holds_merged}
     for layer in other_layers(model):
         base = layer.get_base_layer()
-        if base in atoms and (layer.merged or layer in base_weight.merged_layers(base)):
-            atoms[base].write(list(atoms[base].merged_adapters), atoms[base].stored_base_weight)
-        elif layer.merged and not base_weight.is_kept(base):
+        if base in atoms and (layer.merged or layer in BaseWeight(base).merged_layers):
+            atoms[base].write(list(atoms[base].merged_adapters), BaseWeight(base).offloaded)
+        elif layer.merged and not BaseWeight(base).is_kept:
             layer.unmerge()  # merged by others, without a copy: as exact as its method can
         layer.merged_adapters.clear()
     _give_back([module for _, module in weight_access.walk(model) if module not in atoms])
@@ -123,9 +125,9 @@ def restore_others(model: nn.Module) -> None:
 
 def _give_back(modules: Iterable[nn.Module]) -> None:
     for module in modules:
-        if base_weight.is_kept(module):
-            base_weight.release(module)
-            base_weight.give_back(module)
+        if (base := BaseWeight(module)).is_kept:
+            base.release_layers()
+            base.restore()
 
 
 def keep_when_merged(model: nn.Module) -> None:
@@ -154,7 +156,7 @@ def _merge_kept(layer: Any, safe_merge: bool = False, adapter_names: list[str] |
         return
     _check_in_place(layer)
     base = layer.get_base_layer()
-    base_weight.keep_for(base, layer)
+    BaseWeight(base).keep_for(layer)
     in_place = {parameter: parameter.data for _, parameter in base.named_parameters(recurse=False)}
     type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
     for parameter, data in in_place.items():

@@ -22,9 +22,9 @@ from torch import nn
 
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.config import PRESETS, AtomConfig
-from atomdiff.tuner.factor import factors_of
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.peft_type import PREFIX
+from atomdiff.tuner.variants import atoms_of, variant_of
 from atomdiff.utils.functional_call import PLAIN
 
 ATTENTION_PROJECTIONS = re.compile(
@@ -225,14 +225,10 @@ def _nothing_matches(model: nn.Module, config: AtomConfig) -> str:
 
 
 def _check_settings(config: AtomConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
-    factors = {name: factors_of(config, name, shape) for name, shape in shapes.items()}
-    if config.recursion is not None and not any(f.recursion for of in factors.values() for f in of):
-        raise ValueError(
-            f"recursion={config.recursion} decomposes kernels larger than 1x1, and none of the {len(shapes)} matching "
-            "layers has one: leave it out, or adapt convolutions"
-        )
+    layers = {name: atoms_of(config, name, shape) for name, shape in shapes.items()}
+    variant_of(config).check_targets(config, layers)
     wanted = {name: config.block_of(name) for name in shapes}
-    blocks = {factor.view.block for of in factors.values() for factor in of}
+    blocks = {atoms.view.block for of_layer in layers.values() for atoms in of_layer}
     if max(wanted.values()) > 1 and blocks == {(1, 1)}:
         name = max(wanted, key=wanted.__getitem__)
         raise ValueError(

@@ -11,6 +11,7 @@ from torch.func import functional_call
 from atomdiff.atoms.sparse import sparse_coefficients
 from atomdiff.atoms.update import updated_weight
 from atomdiff.tuner import AtomConfig, AtomLayer
+from atomdiff.tuner.variants import TENSOR_NAMES
 
 LAYERS = {
     "3x3": lambda: nn.Conv2d(4, 6, 3),
@@ -41,7 +42,6 @@ VARIANTS = {
     "sparse, joint": {"channel_block": 2, "basis": "sparse", "joint": True, "num_atoms": 5},
     "sparse, recursion": {"channel_block": 2, "basis": "sparse", "recursion": 2, "num_atoms": 2},
 }
-KINDS = ("atom_delta", "atom_basis", "channel_delta", "channel_basis", "recursion_delta", "recursion_mix")
 
 
 def make_layer(kind: str, variant: str) -> AtomLayer:
@@ -59,7 +59,7 @@ def oracle(layer: AtomLayer, config: AtomConfig) -> np.ndarray:
     """The adapted weight by the equations alone, one block after the other."""
     weight = layer.base_layer.weight.detach().numpy()
     base = weight.reshape(*weight.shape[:2], -1)
-    given = {kind: layer.tensors(kind)["a"].detach().numpy() for kind in KINDS if "a" in layer.tensors(kind)}
+    given = {kind: layer.tensors(kind)["a"].detach().numpy() for kind in TENSOR_NAMES if "a" in layer.tensors(kind)}
     p, q = (config.channel_block if size % config.channel_block == 0 else 1 for size in base.shape[:2])
     adapted = base.copy()
     if "atom_basis" in given:  # X' = X + A dD on each kernel, or on each whole block

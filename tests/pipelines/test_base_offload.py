@@ -93,13 +93,13 @@ def test_only_the_place_asked_for_takes_memory(tiny_pipe_folder, concept):
     for place, kind in (("cpu", HostCopy), ("device", type(None)), ("file", FileWeight)):
         for weight in (1.0, 0.5):  # None keeps it where it is
             atomdiff.set_active(pipe, {"a": weight}, offload_base=place if weight == 1 else None)
-            assert {type(layer.stored_base_weight) for layer in layers(pipe)} == {kind}
-            assert all((layer.kept_base_weight is not None) == (place == "device") for layer in layers(pipe))
+            assert {type(layer.base_weight.offloaded) for layer in layers(pipe)} == {kind}
+            assert all((layer.base_weight.copy is not None) == (place == "device") for layer in layers(pipe))
         taken = bytes_in_memory() - empty
         assert taken < largest if place == "file" else 0.95 * adapted < taken < 1.05 * adapted + largest
     atomdiff.restore(pipe)
     atomdiff.set_active(pipe, "a")
-    assert all(layer.kept_base_weight is not None for layer in layers(pipe))  # restored, it starts anew
+    assert all(layer.base_weight.copy is not None for layer in layers(pipe))  # restored, it starts anew
 
 
 def sharded(pipe, folder):
@@ -200,11 +200,11 @@ def test_saving_and_adding_read_the_kept_base(tiny_pipe_folder, concept, tmp_pat
 def test_weights_that_are_in_no_file_are_refused(tiny_pipe, tiny_pipe_folder, concept, tmp_path):
     def refused(pipe, message):
         before = bits(pipe)
-        kept = [(layer.stored_base_weight, layer.kept_base_weight) for layer in layers(pipe)]
+        kept = [(layer.base_weight.offloaded, layer.base_weight.copy) for layer in layers(pipe)]
         with pytest.raises(UserError, match=message):
             atomdiff.set_active(pipe, {"a": 0.1}, offload_base="file")
         assert_same(bits(pipe), before)
-        assert [(layer.stored_base_weight, layer.kept_base_weight) for layer in layers(pipe)] == kept
+        assert [(layer.base_weight.offloaded, layer.base_weight.copy) for layer in layers(pipe)] == kept
 
     atomdiff.load_atoms(tiny_pipe, concept, "a")
     refused(
@@ -296,7 +296,7 @@ def test_merging_more_by_other_means_keeps_the_place(tiny_pipe_folder, concept):
     for layer in layers(pipe):
         layer.set_adapter(["a", "b"])
     pipe.fuse_lora(components=["unet", "text_encoder"])
-    assert all(layer.kept_base_weight is None for layer in layers(pipe))
+    assert all(layer.base_weight.copy is None for layer in layers(pipe))
     together = bits(pipe)
     atomdiff.set_active(pipe, ["a", "b"])
     assert_same(bits(pipe), together)

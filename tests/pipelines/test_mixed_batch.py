@@ -113,7 +113,7 @@ def state(pipe):
                 list(layer.merged_adapters),
                 layer.mixed_batch,
             )
-            + (layer.holds_merged, layer.written, layer.stored_base_weight)
+            + (layer.holds_merged, layer.written, layer.base_weight.offloaded)
             for model in models.values()
             for layer in atom_layers(model).values()
         ],
@@ -216,7 +216,7 @@ def test_the_base_in_a_file_underneath(tiny_pipe_folder, loaded, tmp_path):
     with atomdiff.mixed_batch(pipe, ["separable", None]):
         mixed = draw(pipe, prompts_for("ab"), noise(2))
     torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=0)
-    assert all(layer.kept_base_weight is None for layer in atom_layers(pipe.unet).values())
+    assert all(layer.base_weight.copy is None for layer in atom_layers(pipe.unet).values())
 
 
 def test_a_schedule_underneath_goes_on_afterwards(pipe):

@@ -47,8 +47,8 @@ def make(layer, config):
         made.update_layer(name, settings, "layer")
     made.set_adapter(["a", "b"])
     for name in "ab":
-        for factor in made.factors[name]:
-            made.coefficients(name, factor)
+        for atoms in made.atoms[name]:
+            made.coefficients(name, atoms)
     return made.to("meta"), torch.randn(LAYERS[layer][1], device="meta", requires_grad=True)
 
 

@@ -183,7 +183,7 @@ def test_codes_of_offloaded_weights_are_worked_out_once(pipe, files, monkeypatch
     atomdiff.load_atoms(pipe, files["sparse"])
     expected = predict(pipe)
     by_group(pipe.unet, None, "leaf_level")
-    monkeypatch.setattr("atomdiff.tuner.layer.sparse_coefficients", lambda *_: pytest.fail("worked out again"))
+    monkeypatch.setattr("atomdiff.tuner.atom_basis.sparse_coefficients", lambda *_: pytest.fail("worked out again"))
     torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
 
 

@@ -1,0 +1,268 @@
+"""The variants of the method: what is trained of a layer's atoms, one class each.
+
+A variant is chosen by its fields of `AtomConfig`. To add one, write a subclass of `Atoms`, name it in `VARIANTS`, and
+give `AtomConfig` its field; layers, files, reports and commands ask the class.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any, ClassVar
+
+import torch
+from torch import Tensor
+
+from atomdiff.atoms.layout import Block, View, fit_block
+from atomdiff.atoms.update import recursive_delta
+from atomdiff.tuner.atom_basis import ATOM_BASES
+
+if TYPE_CHECKING:
+    from atomdiff.tuner.config import AtomConfig
+
+
+@dataclass(frozen=True)
+class Atoms:
+    """Atoms D (m, d) on one view of a layer's weight, whose delta dD (m, d) is trained.
+
+    The plain variant: atoms of kernels, and beside them those of channel blocks. Other variants of the atoms of kernels
+    override what differs.
+    """
+
+    name: str
+    """First part of the tensors' names: `atom`, or `channel` for those of channel blocks."""
+    view: View
+    """The rows that the atoms belong to."""
+    axes: tuple[int, ...]
+    """The axes of a row; their product is d."""
+    num_atoms: int
+    """m."""
+
+    parameter_names: ClassVar[tuple[str, ...]] = ("atom_delta", "channel_delta")
+    """All trained tensors there may be, as files name them."""
+    by_input: ClassVar[bool] = False
+    """Whether the delta has a leading axis of input channels."""
+    takes_blocks: ClassVar[bool] = False
+    """Whether a row is a whole block of channels with its kernels, so that there are no atoms of channels beside it."""
+
+    @classmethod
+    def is_chosen(cls, config: AtomConfig) -> bool:
+        """Whether a config means this variant."""
+        return True
+
+    @classmethod
+    def check(cls, config: AtomConfig) -> None:
+        """Check the variant's own fields, also where it is not chosen.
+
+        Raises:
+            ValueError: a field has a value it may not have, or contradicts another one.
+        """
+
+    @classmethod
+    def check_targets(cls, config: AtomConfig, layers: Mapping[str, Sequence[Atoms]]) -> None:
+        """Check, where the variant is chosen, that it has something to act on in the matching layers.
+
+        Raises:
+            ValueError: it has not.
+        """
+
+    @classmethod
+    def label(cls, config: AtomConfig) -> str:
+        """How reports and model cards describe it."""
+        return f"channel blocks of {config.channel_block}"
+
+    @classmethod
+    def why_not_fitted(cls, config: AtomConfig) -> str:
+        """Why least squares cannot fit its deltas to a tuned weight; empty: they can."""
+        return ""
+
+    @classmethod
+    def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
+        """The atoms of the kernels, or whole blocks, of a layer."""
+        return cls("atom", view, view.axes(weight_shape), num_atoms)
+
+    @property
+    def size(self) -> int:
+        """d, the length of a row."""
+        return math.prod(self.axes)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each trained tensor."""
+        return {f"{self.name}_delta": (self.num_atoms, self.size)}
+
+    def initial(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
+        """The values that a trained tensor starts from; None: zeros."""
+        return None
+
+    def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
+        """Delta dD (m, d), or (in, m, d) by input.
+
+        Args:
+            tensor: gives the trained tensors and the atoms (`atom_basis`) by name.
+        """
+        return tensor(f"{self.name}_delta")
+
+    def stored_shapes(self, config: AtomConfig) -> dict[str, tuple[int, ...]]:
+        """Name -> shape of each tensor in a file."""
+        basis = {f"{self.name}_basis": (self.num_atoms, self.size)} if config.stores_basis else {}
+        return self.parameter_shapes() | basis
+
+
+@dataclass(frozen=True)
+class JointAtoms(Atoms):
+    """Blocks of channels with their kernels taken as one row, chosen by `joint`."""
+
+    takes_blocks = True
+
+    @classmethod
+    def is_chosen(cls, config: AtomConfig) -> bool:
+        """See `Atoms`."""
+        return config.joint
+
+    @classmethod
+    def check(cls, config: AtomConfig) -> None:
+        """See `Atoms`."""
+        if not isinstance(config.joint, bool):
+            raise ValueError(f"joint={config.joint!r}: expected true or false")
+        if config.joint and max(config.channel_block, *config.channel_block_pattern.values(), 1) == 1:
+            raise ValueError("joint=True with channel_block=1: there are no blocks to take whole; use 2 or more")
+
+    @classmethod
+    def label(cls, config: AtomConfig) -> str:
+        """See `Atoms`."""
+        return f"{super().label(config)} taken whole"
+
+
+@dataclass(frozen=True)
+class RecursiveAtoms(Atoms):
+    """The paper's D = beta x D1, chosen by `recursion`: each input channel combines m1 trained atoms in its own way."""
+
+    recursion: int
+    """m1."""
+    inputs: int
+    """Input channels of a group."""
+
+    parameter_names = ("recursion_delta", "recursion_mix")
+    by_input = True
+
+    @classmethod
+    def is_chosen(cls, config: AtomConfig) -> bool:
+        """See `Atoms`."""
+        return config.recursion is not None
+
+    @classmethod
+    def check(cls, config: AtomConfig) -> None:
+        """See `Atoms`."""
+        if config.recursion is not None:
+            check_count("recursion", config.recursion)
+            if config.joint:
+                raise ValueError(
+                    f"joint=True with recursion={config.recursion}: recursion decomposes the atoms of single kernels, "
+                    "joint takes blocks of them as one; choose one of the two"
+                )
+
+    @classmethod
+    def check_targets(cls, config: AtomConfig, layers: Mapping[str, Sequence[Atoms]]) -> None:
+        """See `Atoms`."""
+        if not any(isinstance(atoms, cls) for of_layer in layers.values() for atoms in of_layer):
+            raise ValueError(
+                f"recursion={config.recursion} decomposes kernels larger than 1x1, and none of the {len(layers)} "
+                "matching layers has one: leave it out, or adapt convolutions"
+            )
+
+    @classmethod
+    def label(cls, config: AtomConfig) -> str:
+        """See `Atoms`."""
+        return f"{super().label(config)}, recursion {config.recursion}"
+
+    @classmethod
+    def why_not_fitted(cls, config: AtomConfig) -> str:
+        """See `Atoms`."""
+        return f"recursion={config.recursion}: its atoms are no least-squares fit; extract without recursion"
+
+    @classmethod
+    def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
+        """See `Atoms`."""
+        assert config.recursion is not None
+        return cls("atom", view, view.axes(weight_shape), num_atoms, config.recursion, weight_shape[1])
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Atoms`."""
+        return {
+            "recursion_delta": (self.num_atoms, self.recursion, self.size),
+            "recursion_mix": (self.inputs, self.num_atoms, self.recursion),
+        }
+
+    def initial(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
+        """See `Atoms`."""
+        if name != "recursion_mix":
+            return None
+        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / self.recursion**0.5
+
+    def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
+        """See `Atoms`."""
+        return recursive_delta(tensor("recursion_mix"), tensor("recursion_delta"))
+
+
+VARIANTS: tuple[type[Atoms], ...] = (JointAtoms, RecursiveAtoms, Atoms)
+"""All variants; a config means the first that it chooses."""
+
+PARAMETER_NAMES = tuple(dict.fromkeys(name for variant in reversed(VARIANTS) for name in variant.parameter_names))
+BASIS_NAMES = ("atom_basis", "channel_basis")
+TENSOR_NAMES = PARAMETER_NAMES + BASIS_NAMES
+"""Names of an adapter's tensors in files: trained ones, then atoms."""
+
+
+def variant_of(config: AtomConfig) -> type[Atoms]:
+    """The variant that a config chooses."""
+    return next(variant for variant in VARIANTS if variant.is_chosen(config))
+
+
+def atoms_of(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) -> tuple[Atoms, ...]:
+    """The atoms of one layer: of its kernels (or whole blocks), and of its channel blocks.
+
+    A layer without a kernel has only the latter; if it has no blocks either, one number that scales its weight.
+
+    Args:
+        config: settings of the adapter.
+        module_name: path of the layer.
+        weight_shape: (out, in/groups, ...).
+
+    Raises:
+        ValueError: `config.num_atoms` exceeds the numbers in a row, which only an overcomplete basis allows.
+    """
+    block = fit_block(weight_shape, config.block_of(module_name))
+    has_kernel = math.prod(weight_shape[2:]) > 1
+    variant = variant_of(config) if has_kernel else Atoms
+    found = []
+    if has_kernel or block == (1, 1):
+        view = View(block if variant.takes_blocks else (1, 1))
+        num_atoms = _num_atoms(config, module_name, view.block, view.axes(weight_shape)) if has_kernel else 1
+        found.append(variant.of_kernels(config, view, weight_shape, num_atoms))
+    if block != (1, 1) and not variant.takes_blocks:
+        view = View(block, whole=False)
+        found.append(Atoms("channel", view, view.axes(weight_shape), math.prod(block)))
+    return tuple(found)
+
+
+def _num_atoms(config: AtomConfig, module_name: str, block: Block, axes: Sequence[int]) -> int:
+    size = math.prod(axes)
+    num_atoms = config.num_atoms or size
+    if num_atoms > size and not ATOM_BASES[config.basis].is_overcomplete:
+        row = "the kernel" if block == (1, 1) else f"a block of {block[0]} x {block[1]} kernels"
+        raise ValueError(
+            f"num_atoms={num_atoms}, but {row} of {module_name} has only {size} numbers: "
+            f"use at most {size}, or None for all; more than that takes basis='sparse'"
+        )
+    return num_atoms
+
+
+def check_count(name: str, count: Any) -> None:
+    """Check that a field is a whole number of at least 1.
+
+    Raises:
+        ValueError: it is not.
+    """
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise ValueError(f"{name}={count!r}: expected a whole number of at least 1")
