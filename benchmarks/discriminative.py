@@ -150,9 +150,9 @@ def compare(config: BenchmarkConfig, work: Path, method: str) -> tuple[dict[str,
         "test_accuracy_max": round(max(test), 2),
         "test_accuracy_mean": round(statistics.mean(test), 2),
         "train_accuracy": round(statistics.median(100 * report["accuracy"]["train"] for report in reports), 2),
-        "trained_numbers": reports[0]["trained_numbers"]["adapter"],
-        "statistics": reports[0]["trained_numbers"]["statistics"],
-        "share": round(reports[0]["share"], 6),
+        "trained_numbers": reports[0]["num_trainable_parameters"]["adapter"],
+        "statistics": reports[0]["num_trainable_parameters"]["statistics"],
+        "share": round(reports[0]["trainable_share"], 6),
         "train_seconds": round(statistics.median(report["train_seconds"] for report in reports), 1),
     }
     runs = {
@@ -173,7 +173,7 @@ def main(config: BenchmarkConfig) -> None:
     base = prepare_base(config, work)
     figures: dict[str, float] = {
         "base_test_accuracy": round(100 * base["accuracy"]["test"], 2),
-        "base_numbers": base["base_numbers"],
+        "base_numbers": base["num_base_parameters"],
         "chance": round(100 / len(list((work / "target").iterdir())), 2),
     }
     runs: dict[str, Any] = {}

@@ -27,16 +27,16 @@ def read_method(config: ClassifyConfig) -> PeftConfig | str | None:
     return method
 
 
-def spare_head(method: PeftConfig | str | None, model: Any) -> PeftConfig | str | None:
-    """Keep an adapter for "all" layers off the head; one that says itself what it excludes is left as it is."""
+def exclude_head(method: PeftConfig | str | None, model: Any) -> PeftConfig | str | None:
+    """Exclude the head from an adapter; one that says itself what it excludes is left as it is."""
     if not isinstance(method, PeftConfig) or getattr(method, "exclude_modules", "") is not None:
         return method
-    spared = copy.deepcopy(method)
-    spared.exclude_modules = rf"(?!{re.escape(model.base_model_prefix)}\.).*"
-    return spared
+    adapter = copy.deepcopy(method)
+    adapter.exclude_modules = rf"(?!{re.escape(model.base_model_prefix)}\.).*"
+    return adapter
 
 
-def make_trained(model: Any, method: PeftConfig | str | None, seed: int) -> None:
+def add_trainable(model: Any, method: PeftConfig | str | None, seed: int) -> None:
     """Add the adapter and make it and the head trainable; without adapter the head alone, or for None all.
 
     Raises:

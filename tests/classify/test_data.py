@@ -3,19 +3,13 @@ import pytest
 import torch
 from PIL import Image
 
-from atomdiff.classify.data import (
-    Augmentation,
-    LabelledFiles,
-    PictureSet,
-    evaluation_batches,
-    read_splits,
-    training_batches,
-)
+from atomdiff.classify.data import Augmentation, ImageDataset, evaluation_batches, training_batches
+from atomdiff.classify.splits import LabeledFiles, read_splits
 from atomdiff.utils.errors import UserError
 
 
 def write(folder, **counts):
-    """An image folder; pictures of a class are its number in grey, and no two have one file's content."""
+    """An image folder; images of a class are its number in grey, and no two have one file's content."""
     for number, (name, count) in enumerate(counts.items()):
         (folder / name).mkdir(parents=True, exist_ok=True)
         for index in range(count):
@@ -85,15 +79,15 @@ def test_a_class_may_be_called_train(tmp_path):
     [
         ({"cat": 5}, r"found 1 sub-folders \(cat\); expected one for each of several classes"),
         ({}, r"found 0 sub-folders \(none\)"),
-        ({"cat": 5, "dog": 0}, "no picture in dog; add some, or remove the folder"),
-        ({"cat": 5, "dog": 2}, "dog: 2 pictures, 1 for test, 1 for validation: none is left"),
+        ({"cat": 5, "dog": 0}, "no image in dog; add some, or remove the folder"),
+        ({"cat": 5, "dog": 2}, "dog: 2 images, 1 for test, 1 for validation: none is left"),
         ({"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/cow": 2}, "test: cow not among the classes .*cat, dog"),
         ({"train/cat": 5, "train/dog": 5, "validation/cow": 2}, "validation: cow not among"),
-        ({"train/cat": 5, "train/dog": 5, "validation/cat": 0}, "validation: no picture in cat"),
+        ({"train/cat": 5, "train/dog": 5, "validation/cat": 0}, "validation: no image in cat"),
         ({"train/cat": 5, "train/dog": 5, "test": 2}, "test: no sub-folder in it; .* no folder test at all"),
-        ({"cat": 5, "dog": 5, "dog/puppy": 2}, "dog/puppy: pictures too deep inside, .* directly in its folder"),
-        ({"Train/cat": 5, "Train/dog": 5, "Test/cat": 5}, "Test/cat: pictures too deep .* splits called train"),
-        ({"train/cat": 5, "train/dog": 5, "holdout/cat": 2}, "holdout: not a split of the pictures"),
+        ({"cat": 5, "dog": 5, "dog/puppy": 2}, "dog/puppy: images too deep inside, .* directly in its folder"),
+        ({"Train/cat": 5, "Train/dog": 5, "Test/cat": 5}, "Test/cat: images too deep .* splits called train"),
+        ({"train/cat": 5, "train/dog": 5, "holdout/cat": 2}, "holdout: not a split of the images"),
         ({"train/cat": 5, "train/dog": 5, "val/cat": 2, "validation/cat": 2}, "validation: not a split .* each once"),
     ],
 )
@@ -104,10 +98,10 @@ def test_folders_that_do_not_look_so_are_user_errors(tmp_path, folders, message)
         split_of(tmp_path)
 
 
-def test_all_unreadable_pictures_are_named_at_once(tmp_path):
+def test_all_unreadable_images_are_named_at_once(tmp_path):
     write(tmp_path, cat=12, dog=12)
     for name in ("cat/00.png", "dog/03.png"):
-        (tmp_path / name).write_text("no picture")
+        (tmp_path / name).write_text("no image")
     with pytest.raises(UserError, match="cannot be read: .*cat/00.png.*dog/03.png|cannot be read: .*dog.*cat"):
         split_of(tmp_path)
 
@@ -115,12 +109,12 @@ def test_all_unreadable_pictures_are_named_at_once(tmp_path):
 class Plain:
     """A processor that only scales."""
 
-    def __call__(self, picture, return_tensors):
-        pixels = torch.from_numpy(np.asarray(picture, dtype=np.float32) / 255).permute(2, 0, 1)
+    def __call__(self, image, return_tensors):
+        pixels = torch.from_numpy(np.asarray(image, dtype=np.float32) / 255).permute(2, 0, 1)
         return {"pixel_values": pixels[None]}
 
 
-def test_pictures_of_any_mode_come_upright_in_rgb(tmp_path):
+def test_images_of_any_mode_come_upright_in_rgb(tmp_path):
     grey = Image.fromarray(np.arange(48, dtype=np.uint8).reshape(6, 8))
     exif = Image.Exif()
     exif[0x0112] = 6  # to be turned by 90 degrees
@@ -128,20 +122,20 @@ def test_pictures_of_any_mode_come_upright_in_rgb(tmp_path):
     Image.new("RGBA", (8, 6), (0, 0, 0, 0)).save(tmp_path / "clear.png")
     Image.new("I;16", (8, 6), 65535).save(tmp_path / "deep.png")
     files = tuple(tmp_path / name for name in ("turned.jpg", "clear.png", "deep.png"))
-    pictures = PictureSet(LabelledFiles(files, (0, 1, 2)), Plain())
-    assert pictures[0, 0][0].shape == (3, 8, 6)
-    assert pictures[1, 0][0].min() == 1 and pictures[2, 0][0].min() == 1
+    images = ImageDataset(LabeledFiles(files, (0, 1, 2)), Plain())
+    assert images[0, 0][0].shape == (3, 8, 6)
+    assert images[1, 0][0].min() == 1 and images[2, 0][0].min() == 1
 
 
-def labelled(tmp_path):
+def labeled(tmp_path):
     return split_of(write(tmp_path, cat=6, dog=6), validation=0.1, test=0).train
 
 
 def test_training_sees_every_picture_once_an_epoch_and_processes_share_it(tmp_path):
-    pictures = PictureSet(labelled(tmp_path), Plain())
+    images = ImageDataset(labeled(tmp_path), Plain())
     seen = {}
     for rank in (0, 1):
-        for step, (pixels, labels) in enumerate(training_batches(pictures, 1, 10, (rank, 2))):
+        for step, (pixels, labels) in enumerate(training_batches(images, 1, 10, (rank, 2))):
             grey = round(pixels[0, 0, 0, 0].item() * 255)
             assert labels.item() == (grey >= 40)
             seen[2 * step + rank] = grey
@@ -151,38 +145,38 @@ def test_training_sees_every_picture_once_an_epoch_and_processes_share_it(tmp_pa
 
 
 def test_evaluation_sees_every_picture_once(tmp_path):
-    pictures = PictureSet(labelled(tmp_path), Plain())
-    seen = [label for rank in (0, 1, 2) for _, labels in evaluation_batches(pictures, 2, (rank, 3)) for label in labels]
-    assert sorted(seen) == sorted(pictures.pictures.labels)
+    images = ImageDataset(labeled(tmp_path), Plain())
+    seen = [label for rank in (0, 1, 2) for _, labels in evaluation_batches(images, 2, (rank, 3)) for label in labels]
+    assert sorted(seen) == sorted(images.images.labels)
 
 
 @pytest.mark.parametrize("workers", [0, 1])
-def test_pictures_that_stay_of_different_sizes_are_a_user_error(tmp_path, workers):
-    pictures = labelled(tmp_path)
-    Image.new("RGB", (9, 6)).save(pictures.files[0])
+def test_images_that_stay_of_different_sizes_are_a_user_error(tmp_path, workers):
+    images = labeled(tmp_path)
+    Image.new("RGB", (9, 6)).save(images.files[0])
     with pytest.raises(UserError, match=r"as \(3, 6, 8\) and \(3, 6, 9\); expected one size"):
-        list(evaluation_batches(PictureSet(pictures, Plain()), 64, num_workers=workers))
+        list(evaluation_batches(ImageDataset(images, Plain()), 64, num_workers=workers))
 
 
 def test_augmentation_mirrors_half_and_cuts_within_the_picture():
     x, y = np.meshgrid(np.arange(40), np.arange(30))
-    picture = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
+    image = Image.fromarray(np.stack([x, y, 0 * x], axis=2).astype(np.uint8))
     generator = torch.Generator().manual_seed(0)
-    cuts = [np.asarray(Augmentation(True, 0.25)(picture, generator)).astype(int) for _ in range(200)]
+    cuts = [np.asarray(Augmentation(True, 0.25)(image, generator)).astype(int) for _ in range(200)]
     mirrored = sum(cut[0, 0, 0] > cut[0, -1, 0] for cut in cuts)
     areas = [cut.shape[0] * cut.shape[1] / 1200 for cut in cuts]
     assert 70 < mirrored < 130
     assert 0.2 < min(areas) < 0.35 and 0.9 < max(areas) <= 1 and abs(np.mean(areas) - 0.625) < 0.05
     assert all(abs(cut.shape[1] / cut.shape[0] - 4 / 3) < 0.1 for cut in cuts)
     assert {cut[..., 1].min() for cut in cuts} >= {0, 1, 2, 3} and max(cut[..., 1].max() for cut in cuts) == 29
-    unchanged = Augmentation(False, 1.0)(picture, generator)
-    assert np.array_equal(np.asarray(unchanged), np.asarray(picture))
+    unchanged = Augmentation(False, 1.0)(image, generator)
+    assert np.array_equal(np.asarray(unchanged), np.asarray(image))
 
 
 def test_a_position_of_the_stream_always_gives_the_same_picture(tmp_path):
-    pictures = labelled(tmp_path)
-    Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)).save(pictures.files[0])
-    varied = PictureSet(pictures, Plain(), Augmentation(True, 0.3), seed=5)
+    images = labeled(tmp_path)
+    Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)).save(images.files[0])
+    varied = ImageDataset(images, Plain(), Augmentation(True, 0.3), seed=5)
     assert torch.equal(varied[0, 7][0], varied[0, 7][0])
     others = [varied[0, position][0] for position in range(8)]
     assert any(other.shape != others[7].shape or not torch.equal(other, others[7]) for other in others[:7])

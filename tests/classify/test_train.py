@@ -21,7 +21,8 @@ from transformers import (
 
 from atomdiff.classify import train as training
 from atomdiff.classify.config import ClassifyConfig
-from atomdiff.classify.model import load_classifier, open_model, open_processor
+from atomdiff.classify.model import open_model, open_processor
+from atomdiff.classify.saving import load_classifier
 from atomdiff.classify.train import train_classifier
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
@@ -46,9 +47,9 @@ def base(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pictures(tmp_path_factory):
-    """Three classes, told apart by the direction of their stripes, 12 pictures each."""
-    folder = tmp_path_factory.mktemp("pictures")
+def images(tmp_path_factory):
+    """Three classes, told apart by the direction of their stripes, 12 images each."""
+    folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     y, x = np.mgrid[:16, :16]
     for name, wave in {"across": y, "down": x, "tilted": x + y}.items():
@@ -61,10 +62,10 @@ def pictures(tmp_path_factory):
 
 
 @pytest.fixture
-def config(base, pictures, tmp_path):
+def config(base, images, tmp_path):
     return ClassifyConfig(
         pretrained_model_name_or_path=str(base),
-        train_data_dir=str(pictures),
+        train_data_dir=str(images),
         output_dir=str(tmp_path / "out"),
         resolution=16,
         validation_share=0.25,
@@ -147,8 +148,8 @@ def test_only_what_the_method_names_moves_and_it_is_counted(config, method, batc
     assert (added > 0) == (method in ("atoms", "lora"))
     counted = sum(before[name].numel() for name in names(before, "running")) if updated else 0
     adapter = sum(before[name].numel() for name in before.keys() - heads - statistics) if method == "full" else added
-    assert report["trained_numbers"] == {"adapter": adapter, "statistics": counted, "head": 16 * 3 + 3}
-    assert report["base_numbers"] == base and report["share"] == (adapter + counted) / base
+    assert report["num_trainable_parameters"] == {"adapter": adapter, "statistics": counted, "head": 16 * 3 + 3}
+    assert report["num_base_parameters"] == base and report["trainable_share"] == (adapter + counted) / base
 
 
 def names(tensors, pattern):
@@ -166,7 +167,7 @@ def test_statistics_of_batch_norms_are_saved(config, monkeypatch):
 def test_an_adapter_for_all_layers_spares_the_head(config, targets, tmp_path):
     (tmp_path / "adapter.json").write_text(json.dumps({"peft_type": "ATOMS", "target_modules": targets}))
     report = train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json")))
-    assert report["trained_numbers"]["head"] == 16 * 3 + 3
+    assert report["num_trainable_parameters"]["head"] == 16 * 3 + 3
     assert not hasattr(load_classifier(classifier(config)).classifier[1], "base_layer")
 
 
@@ -176,16 +177,16 @@ def test_atoms_alone_learn(config):
     start = train_classifier(dataclasses.replace(config, learning_rate=0.0, max_train_steps=1))
     assert start["accuracy"]["train"] < 0.7
     assert report["accuracy"]["train"] > 0.9 and report["accuracy"]["test"] > 0.8
-    assert report["pictures"] == {"train": 18, "validation": 9, "test": 9}
+    assert report["images"] == {"train": 18, "validation": 9, "test": 9}
 
 
 def test_the_weights_of_the_best_validation_are_kept(config, monkeypatch):
     usual, scores, weights = training.evaluate, iter((0.2, 0.7, 0.7, 0.7, 0.5)), []
     losses = iter((1.0, 1.0, 0.8, 0.9, 0.1))
 
-    def judge(run, pictures):
-        if pictures is not run.splits.validation or len(weights) == 5:
-            return usual(run, pictures)
+    def judge(run, images):
+        if images is not run.splits.validation or len(weights) == 5:
+            return usual(run, images)
         weights.append(run.model.classifier[1].weight.detach().clone())
         return {"accuracy": next(scores), "loss": next(losses)}
 
@@ -199,7 +200,7 @@ def test_the_weights_of_the_best_validation_are_kept(config, monkeypatch):
 
 def test_a_run_without_progress_stops_early(config, monkeypatch):
     scores = iter((0.5, 0.6, 0.4, 0.6, 0.9))
-    monkeypatch.setattr(training, "evaluate", lambda run, pictures: {"accuracy": next(scores, 0.0), "loss": 1.0})
+    monkeypatch.setattr(training, "evaluate", lambda run, images: {"accuracy": next(scores, 0.0), "loss": 1.0})
     report = train_classifier(dataclasses.replace(config, max_train_steps=10, early_stopping_patience=2))
     assert [validation["step"] for validation in report["validations"]] == [2, 4, 6, 8] and report["best_step"] == 4
 
@@ -244,7 +245,7 @@ def test_a_base_from_scratch_is_trained_whole_from_its_config_alone(config, base
     (tmp_path / "plan" / "config.json").write_text((base / "config.json").read_text())
     config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "plan"), from_scratch=True)
     report = train_classifier(dataclasses.replace(config, adapter="full", learning_rate=1e-2))
-    assert report["share"] == 1.0
+    assert report["trainable_share"] == 1.0
     assert not torch.allclose(weight_of(load_classifier(classifier(config))), weight_of(base_model(base)), atol=0.05)
     with pytest.raises(UserError, match="adapter='atoms': from_scratch .* adapter \"full\""):
         train_classifier(config)
@@ -253,7 +254,7 @@ def test_a_base_from_scratch_is_trained_whole_from_its_config_alone(config, base
 def test_the_bases_own_preprocessing_is_used_unless_a_resolution_is_asked_for(config, base, tmp_path):
     model = untrained(config)
     plain = open_processor(str(base), model)
-    assert plain.size["shortest_edge"] == 224  # a ResNet's config does not know its pictures' size
+    assert plain.size["shortest_edge"] == 224  # a ResNet's config does not know its images' size
     own = type(plain)(size={"shortest_edge": 20}, image_mean=[0.1] * 3, crop_pct=1.0)
     for part in base.iterdir():
         (tmp_path / part.name).write_bytes(part.read_bytes())
@@ -283,13 +284,13 @@ def test_another_base_is_refused(config, tmp_path):
         ({"adapter": "nowhere.json"}, "adapter='nowhere.json': no such file"),
         ({"mixed_precision": "fp16"}, "needs a GPU"),
         ({"train_batch_size": 1, "resolution": 8}, "train_batch_size=1: .*at least 2, or batch_norm frozen"),
-        ({"output_dir": "{pictures}/out"}, "output_dir=.*is inside train_data_dir"),
+        ({"output_dir": "{images}/out"}, "output_dir=.*is inside train_data_dir"),
         ({"learning_rate": 1e30}, "step [23]: the (loss|gradient's norm) is (nan|inf); lower learning_rate"),
     ],
 )
 def test_mistakes_are_user_errors(config, fields, message):
     if "output_dir" in fields:
-        fields = {"output_dir": fields["output_dir"].format(pictures=config.train_data_dir)}
+        fields = {"output_dir": fields["output_dir"].format(images=config.train_data_dir)}
     with pytest.raises(UserError, match=message):
         train_classifier(dataclasses.replace(config, **fields))
 
@@ -328,7 +329,7 @@ def test_a_base_from_scratch_is_in_float32_whatever_its_config_says(config, own_
     change(own_base / "config.json", dtype=dtype)
     assert open_model(str(own_base), "abc", from_scratch=True).dtype == torch.float32
     config = dataclasses.replace(config, pretrained_model_name_or_path=str(own_base), from_scratch=True)
-    assert train_classifier(dataclasses.replace(config, adapter="full"))["share"] == 1.0
+    assert train_classifier(dataclasses.replace(config, adapter="full"))["trainable_share"] == 1.0
 
 
 @pytest.mark.parametrize(
@@ -370,7 +371,7 @@ def test_damaged_preprocessing_is_told_and_not_replaced_by_another(own_base):
 def test_pictures_that_a_base_does_not_take_are_told_before_training(config, tmp_path, fields):
     ViTConfig(**{**SMALL, "image_size": 16, "patch_size": 4, **fields}).save_pretrained(tmp_path / "vit")
     config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "vit"), from_scratch=True)
-    with pytest.raises(UserError, match=r"pictures do not go through the model \(.*\); use another resolution"):
+    with pytest.raises(UserError, match=r"images do not go through the model \(.*\); use another resolution"):
         train_classifier(dataclasses.replace(config, adapter="full"))
 
 
@@ -412,7 +413,7 @@ def test_a_save_that_fails_leaves_the_earlier_classifier(config, monkeypatch):
     def fail(*_):
         raise OSError("No space left on device")
 
-    monkeypatch.setattr("atomdiff.classify.model.save_file", fail)
+    monkeypatch.setattr("atomdiff.classify.saving.save_file", fail)
     with pytest.raises(WriteError, match="classifier: cannot be written .No space"):
         train_classifier(dataclasses.replace(config, seed=1))
     assert torch.equal(logits(load_classifier(classifier(config))), before)
@@ -493,5 +494,7 @@ def test_a_transformer_goes_through_as_well(config, tmp_path):
     )
     (tmp_path / "adapter.json").write_text(json.dumps({"peft_type": "ATOMS", "target_modules": "attention"}))
     report = train_classifier(dataclasses.replace(tuned, adapter=str(tmp_path / "adapter.json")))
-    assert report["trained_numbers"]["adapter"] > 0 and report["trained_numbers"]["head"] == 16 * 3 + 3
+    assert (
+        report["num_trainable_parameters"]["adapter"] > 0 and report["num_trainable_parameters"]["head"] == 16 * 3 + 3
+    )
     assert load_classifier(classifier(tuned)).config.image_size == 16

@@ -51,8 +51,8 @@ def test_two_processes_share_one_run_and_its_evaluation(command, tmp_path):
     assert run.returncode == 0, run.stderr
     assert run.stdout.count("saved") == 1
     report = json.loads((tmp_path / "out" / "report.json").read_text())
-    assert report["pictures"] == {"train": 6, "validation": 2, "test": 2}
-    assert all(accuracy * report["pictures"][split] % 1 == 0 for split, accuracy in report["accuracy"].items())
+    assert report["images"] == {"train": 6, "validation": 2, "test": 2}
+    assert all(accuracy * report["images"][split] % 1 == 0 for split, accuracy in report["accuracy"].items())
 
 
 def test_a_mistake_is_one_line_without_a_traceback(command, tmp_path, monkeypatch, capsys):
