@@ -77,14 +77,14 @@ def test_a_class_may_be_called_train(tmp_path):
 @pytest.mark.parametrize(
     ("folders", "message"),
     [
-        ({"cat": 5}, r"found 1 sub-folders \(cat\); expected one for each of several classes"),
-        ({}, r"found 0 sub-folders \(none\)"),
+        ({"cat": 5}, r"found 1 subfolders \(cat\); expected one for each of several classes"),
+        ({}, r"found 0 subfolders \(none\)"),
         ({"cat": 5, "dog": 0}, "no image in dog; add some, or remove the folder"),
         ({"cat": 5, "dog": 2}, "dog: 2 images, 1 for test, 1 for validation: none is left"),
         ({"train/cat": 5, "train/dog": 5, "test/cat": 2, "test/cow": 2}, "test: cow not among the classes .*cat, dog"),
         ({"train/cat": 5, "train/dog": 5, "validation/cow": 2}, "validation: cow not among"),
         ({"train/cat": 5, "train/dog": 5, "validation/cat": 0}, "validation: no image in cat"),
-        ({"train/cat": 5, "train/dog": 5, "test": 2}, "test: no sub-folder in it; .* no folder test at all"),
+        ({"train/cat": 5, "train/dog": 5, "test": 2}, "test: no subfolder in it; .* no folder test at all"),
         ({"cat": 5, "dog": 5, "dog/puppy": 2}, "dog/puppy: images too deep inside, .* directly in its folder"),
         ({"Train/cat": 5, "Train/dog": 5, "Test/cat": 5}, "Test/cat: images too deep .* splits called train"),
         ({"train/cat": 5, "train/dog": 5, "holdout/cat": 2}, "holdout: not a split of the images"),
