@@ -8,7 +8,6 @@ Inversion", arXiv 2208.01618.
 import math
 import time
 from contextlib import closing, nullcontext
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +84,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
         count = sum(parameter.numel() for parameter in run.trainable.values())
         log(f"{run.dataset.description}\n{describe_training(config, count, accelerator.num_processes, done)}")
 
-    start_trackers(replace(config, hub_token=None), accelerator)  # they show the config to others
+    start_trackers(config, accelerator)
     final_loss = training_loop(run, snapshot, done, state["average_loss"] if state else math.nan)
     if accelerator.is_main_process:
         trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()

@@ -1,6 +1,6 @@
-"""How a run starts: accelerate, with the packages that the run asks for, and its tracker."""
+"""Start of a run: accelerate, the optional packages that it needs, and its tracker."""
 
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
 
@@ -63,8 +63,9 @@ def frozen_dtype(accelerator: Accelerator) -> torch.dtype:
 
 
 def start_trackers(config: TrainConfig, accelerator: Accelerator) -> None:
-    """Open the tracker, if there is one, and give it the run's settings."""
+    """Open the tracker, if there is one, and give it the run's settings, without the access token."""
     if config.report_to:
+        settings = asdict(replace(config, hub_token=None))
         plain = (bool, int, float, str, type(None))
-        fields = {name: value if isinstance(value, plain) else str(value) for name, value in asdict(config).items()}
+        fields = {name: value if isinstance(value, plain) else str(value) for name, value in settings.items()}
         accelerator.init_trackers("atomdiff", config=fields)

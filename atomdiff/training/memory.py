@@ -1,4 +1,4 @@
-"""What a UNet in training takes: its attention, its checkpointing, and frozen Linear layers in 8 or 4 bits."""
+"""Memory of a UNet in training: attention, gradient checkpointing, and quantization of its frozen Linear layers."""
 
 import torch
 from diffusers import UNet2DConditionModel
@@ -11,15 +11,15 @@ from atomdiff.utils.errors import UserError
 
 
 def save_memory(config: MemoryConfig, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
-    """Make a UNet take what the run says; it has its adapter already.
+    """Set up the attention, checkpointing and quantization of a UNet, which has its adapter already.
 
     Args:
-        config: The run.
+        config: What to set up.
         unet: The UNet.
         dtype: What its Linear layers compute in.
 
     Raises:
-        UserError: There is no Linear layer that could be kept in fewer bits.
+        UserError: There is no Linear layer to quantize.
     """
     if config.load_in_8bit or config.load_in_4bit:
         bits = 8 if config.load_in_8bit else 4
@@ -37,9 +37,9 @@ def save_memory(config: MemoryConfig, unet: UNet2DConditionModel, dtype: torch.d
 
 
 def quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> int:
-    """Keep the weights of frozen Linear layers in 8 or 4 bits, by bitsandbytes; gradients pass through them.
+    """Quantize the weights of frozen Linear layers to 8 or 4 bits, by bitsandbytes; gradients pass through them.
 
-    Layers that an adapter changes stay as they are: it adds to their real weights.
+    Layers with an adapter stay as they are: it adds to their full-precision weights.
 
     8 bits: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, with
     the columns of inputs above 6 in full precision. 4 bits: NF4 of Dettmers et al., "QLoRA: Efficient Finetuning of
@@ -51,7 +51,7 @@ def quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> int:
         dtype: What the layers take, compute in and give.
 
     Returns:
-        How many layers were changed.
+        How many layers were quantized.
     """
     changed = 0
     for name, module in list(model.named_children()):
@@ -75,7 +75,9 @@ def _quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
     else:
         layer = bnb.nn.LinearNF4(*sizes, compute_dtype=dtype, device="meta")
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
-        layer.support_avx512bf16_for_cpu = False  # or drawing would repack the weights, and training could not go on
+        layer.support_avx512bf16_for_cpu = (
+            False  # or generating images would repack the weights, and training could not go on
+        )
     layer.bias = linear.bias
     layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))  # as autocast does for Linear layers
     quantized: nn.Module = layer.to(linear.weight.device).train(linear.training)  # moving it packs the weight

@@ -30,10 +30,9 @@ def parse_config(
 ) -> Config:
     """Build a config from the command line and from the YAML files named by `--config`; what comes later wins.
 
-    Fields of type `tuple[X, ...]` take one or more values, as in `--seeds 0 1 2`; the option of
-    a bool alone means true. `none` and `null` mean None where a field may be None; bools may also be `yes`, `no`, `on`
-    and `off`. Unknown options and YAML keys, values of a wrong type and missing fields end the program with one line
-    that says so.
+    Fields of type `tuple[X, ...]` take one or more values, as in `--seeds 0 1 2`; the option of a bool alone means
+    true. `none` and `null` mean None where a field may be None; bools may also be `yes`, `no`, `on` and `off`. Unknown
+    options and YAML keys, values of a wrong type and missing fields end the program with one line that says so.
 
     Args:
         config_class: a dataclass whose fields have docstrings.
@@ -181,7 +180,12 @@ def _parser(config_class: type[Any], prog: str | None, positional: str | None) -
         hints[name] = Literal[tuple(one_of.table)]
     parser.hints = hints
     if "config" not in hints:  # a field of that name is something else
-        parser.add_argument("--config", action=_ConfigFile, metavar="PATH", help="YAML file with options.")
+        parser.add_argument(
+            "--config",
+            action=_ConfigFile,
+            metavar="PATH",
+            help="YAML file with options; may be given several times, later ones win.",
+        )
     paths = path_fields(config_class)
     sections: dict[str, Any] = {"": parser}
     for field in dataclasses.fields(config_class):

@@ -22,13 +22,14 @@ import os
 import re
 import sys
 from collections.abc import Iterable, Sequence
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import torch
 from safetensors import SafetensorError, safe_open
-from torch import Tensor
 
 from atomdiff.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor  # for types alone: --help does without torch
 
 MAX_FILE_BYTES = 1 << 30  # of a concept
 MAX_HEADER_BYTES = 4 << 20  # of any safetensors file; all layers of SDXL in channel blocks of 16 take 2.5 MB
@@ -121,7 +122,7 @@ def read_finite_tensors(path: Any) -> dict[str, Tensor]:
     try:
         with safe_open(path, framework="pt") as file:
             tensors = {key: _wide(file.get_tensor(key)).clone() for key in sorted(file.keys())}
-        broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+        broken = [key for key, tensor in tensors.items() if not tensor.isfinite().all()]
     except (SafetensorError, OSError, ValueError, RuntimeError, TypeError, MemoryError) as error:
         raise UserError(f"cannot read {path}: {printable(str(error))}; copy or download it again") from error
     if broken:
@@ -130,7 +131,7 @@ def read_finite_tensors(path: Any) -> dict[str, Tensor]:
 
 
 def _wide(tensor: Tensor) -> Tensor:
-    return tensor.to(torch.float32) if tensor.is_floating_point() else tensor
+    return tensor.float() if tensor.is_floating_point() else tensor
 
 
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

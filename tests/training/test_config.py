@@ -51,7 +51,7 @@ COMMAND = [word for name, value in NEEDED.items() for word in (f"--{name}", valu
         ({"unmasked_weight": 0.5}, "unmasked_weight=0.5: expected masked_loss with it"),
         ({"trigger_word": "two words"}, "trigger_word='two words': expected one word without spaces"),
         ({"trigger_word": ""}, "trigger_word='': expected one word"),
-        ({"class_name": None}, "class_name=None: expected what the photos show"),
+        ({"class_name": None}, "class_name=None: expected what the images show"),
         ({"class_name": None, "train_token": False}, "instance_prompt='.*': expected a class_name"),
         (
             {"class_name": None, "initializer_token": "cup", "instance_prompt": "sks", "with_prior_preservation": True},

@@ -87,7 +87,7 @@ class PromptConfig(TextConfig, SubjectConfig):
             self._check_trigger_words([subject.trigger_word for subject in self.subjects])
         for subject in self.subjects:
             if self.train_token and not (subject.initializer_token or subject.class_name):
-                expected = "what the photos show, in one word such as mug, or an initializer_token"
+                expected = "what the images show, in one word such as mug, or an initializer_token"
                 raise UserError(f"class_name={subject.class_name!r}: expected {expected} (or train_token false)")
             check_prompt("instance_prompt", subject.instance_prompt, subject)
         for name, what in (("trigger_word", "a word of its own"), ("name", "a folder of another name")):

@@ -6,12 +6,13 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
-from atomdiff.utils.choices import MOST_REPEATS
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import ConfigGroup, Range
 from atomdiff.utils.paths import PathText
 from atomdiff.utils.text import fit_article
 from atomdiff.utils.text_files import read_yaml
+
+MAX_REPEATS = 10_000
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -24,7 +25,7 @@ class SubjectConfig(ConfigGroup):
     instance_data_dir: PathText | None = None
     """Folder of instance images, which show the subject; required without concepts_list. A .txt file beside an image is
     its caption and replaces instance_prompt."""
-    repeats: Annotated[int, Range(1, MOST_REPEATS)] = 1
+    repeats: Annotated[int, Range(1, MAX_REPEATS)] = 1
     """How often each instance image is used in an epoch. Balances subjects with few and many images in one_file."""
     class_name: str | None = None
     """Class of the subject, a word that the base model knows, such as mug."""
@@ -94,7 +95,7 @@ def read_subjects(file: Path) -> list[dict[str, Any]]:
 def _read_value(file: Path, name: str, value: Any) -> Any:
     if name == "repeats":
         if type(value) is not int:
-            raise UserError(f"{file}: repeats={value!r}: expected a whole number from 1 to {MOST_REPEATS}")
+            raise UserError(f"{file}: repeats={value!r}: expected a whole number from 1 to {MAX_REPEATS}")
     elif name in _OPTIONAL and str(value).lower() in ("none", "null"):
         return None
     elif not isinstance(value, str):
