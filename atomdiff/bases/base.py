@@ -21,6 +21,8 @@ class PromptEmbeds(NamedTuple):
 class Base(Protocol):
     """A base architecture. Methods with a body suit most of diffusers' pipelines from text to images."""
 
+    name: str
+    """For people to read."""
     pipeline_class: str
     """Class in diffusers of its pipelines from text to images."""
     pipeline_options: Mapping[str, Any]

@@ -20,6 +20,11 @@ def register_base(base: Base) -> None:
     BASES.insert(0, base)
 
 
+def known_bases() -> str:
+    """Return the names of those that can be trained, for messages."""
+    return " or ".join(base.name for base in reversed(BASES))
+
+
 def find_base(components: Mapping[str, Any]) -> Base:
     """Return the base architecture of a pipeline's components, `pipe.components`, or of some of them by name."""
     return next((base for base in BASES if base.matches(components)), _OTHER)

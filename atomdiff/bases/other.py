@@ -12,6 +12,7 @@ from atomdiff.bases.stable_diffusion import StableDiffusion
 class OtherBase(StableDiffusion):
     """A pipeline whose denoiser is a transformer; its text encoders count as those of Stable Diffusion."""
 
+    name = "another pipeline"
     pipeline_class, pipeline_options, checkpoint_types = "", {}, ()
     architectures: Mapping[str, str] = {}
     denoiser, denoiser_class = "transformer", "Transformer2DModel"

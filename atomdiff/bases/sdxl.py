@@ -19,6 +19,7 @@ from atomdiff.utils.errors import UserError
 class StableDiffusionXL(StableDiffusion):
     """Stable Diffusion XL; layers of its UNet are named as in Stability AI's code."""
 
+    name = "Stable Diffusion XL"
     pipeline_class = "StableDiffusionXLPipeline"
     pipeline_options: Mapping[str, Any] = {"add_watermarker": False}
     checkpoint_types = ("xl_base",)

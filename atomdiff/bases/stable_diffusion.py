@@ -34,6 +34,7 @@ _IN_BLOCK = re.compile(r"(down|mid|up)_blocks?(?:\.(\d+))?\.(resnets|attentions|
 class StableDiffusion(Base):
     """Stable Diffusion 1.x and 2.x."""
 
+    name = "Stable Diffusion 1.x, 2.x"
     pipeline_class = "StableDiffusionPipeline"
     pipeline_options: Mapping[str, Any] = {
         "safety_checker": None,

@@ -13,7 +13,7 @@ from atomdiff.utils.errors import UserError
 
 
 def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str]:
-    """Fields of the Stability model metadata standard 1.0.1 for a concept made on this pipeline, without their prefix.
+    """Return the fields of the Stability model metadata standard 1.0.1 for a concept of a pipeline, without prefix.
 
     Only `date` changes between two calls, and not even that where SOURCE_DATE_EPOCH gives it.
 
@@ -36,7 +36,7 @@ def model_spec(pipe: Any, title: str, trigger_phrase: str = "") -> dict[str, str
 
 
 def _date() -> str:
-    """Now, or what SOURCE_DATE_EPOCH says (reproducible-builds.org), in UTC to the second."""
+    """Return now, or what SOURCE_DATE_EPOCH says (reproducible-builds.org), in UTC to the second."""
     given = os.environ.get("SOURCE_DATE_EPOCH")
     if given and not given.isdecimal():
         raise UserError(f"SOURCE_DATE_EPOCH={given!r}: expected whole seconds since 1970, such as 1700000000")

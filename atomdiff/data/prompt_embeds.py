@@ -14,7 +14,7 @@ from atomdiff.bases.find import find_base
 from atomdiff.utils.hashing import hash_values
 from atomdiff.utils.tensor_cache import DiskCache
 
-_NOISE = 0.1  # of the standard deviation of a table's numbers
+_NOISE = 0.1  # of the standard deviation of an embedding table
 
 
 def text_encoders(pipe: Any) -> dict[str, Any]:
@@ -26,7 +26,7 @@ def text_encoders(pipe: Any) -> dict[str, Any]:
 def tokenize(pipe: Any, encoder: str, prompts: Iterable[str]) -> Tensor:
     """Return the token ids (prompts, 77) for a text encoder.
 
-    As in the pipelines, a word of several vectors stands for all of them, and prompts that are too long are cut off.
+    As in the pipelines, a trigger word of several tokens becomes all of them, and prompts too long are cut off.
     """
     tokenizer = getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
     texts = pipe.maybe_convert_prompt(list(prompts), tokenizer)
@@ -90,22 +90,22 @@ def replace_token_embeddings(text_encoder: Any, tokens: Sequence[int], vectors: 
     return table.register_forward_hook(replace)
 
 
-def init_token_embeddings(pipe: Any, encoder: str, words: str, count: int, seed: int) -> Tensor:
-    """Return the vectors (count, hidden) that a trigger word starts from, in float32.
+def init_token_embeddings(pipe: Any, encoder: str, initializer: str, count: int, seed: int) -> Tensor:
+    """Return the first embeddings (count, hidden) of the placeholder tokens of a trigger word, in float32.
 
-    They are the embeddings of the tokens of `words` one by one, if there are as many; else all are their mean, and if
-    there are several, each with a little noise of its own, so that they can learn different things: a tenth of the
-    standard deviation of the table's numbers.
+    They are the embeddings of the tokens of `initializer` one by one, if there are as many; else all are their mean,
+    and if there are several, each with noise of its own, a tenth of the table's standard deviation, so that they can
+    learn different things.
 
     Args:
         pipe: The base.
         encoder: Name of the text encoder.
-        words: What the trigger word starts as.
-        count: How many vectors it has.
+        initializer: Text that the trigger word starts as.
+        count: How many placeholder tokens it has.
         seed: Of the noise.
     """
     tokenizer = getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
-    ids = tokenizer(words, add_special_tokens=False).input_ids
+    ids = tokenizer(initializer, add_special_tokens=False).input_ids
     table: Tensor = getattr(pipe, encoder).get_input_embeddings().weight.detach().float()
     if len(ids) == count:
         return table[ids]

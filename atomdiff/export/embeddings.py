@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from atomdiff.bases.find import base_of_architecture, find_base
-from atomdiff.export.kohya import as_written, save_tensors
+from atomdiff.export.tensor_file import save_tensors, to_file_dtype
 from atomdiff.pipelines.load import list_atoms
 from atomdiff.pipelines.placeholder_tokens import token_id, tokens_in
 from atomdiff.pipelines.token_names import group_placeholder_tokens
@@ -60,7 +60,7 @@ def save_embeddings(folder: Path, prefix: str, words: TokenEmbeddings, dtype: to
         name, taken = prefix + re.sub(r"[^\w.-]", "_", word), {file.stem.lower() for file in files.values()}
         names = chain([name], (f"{name}-{number}" for number in count(2)))
         files[word] = folder / f"{next(each for each in names if each.lower() not in taken)}.safetensors"
-        save_tensors(files[word], {key: as_written(row, dtype, word) for key, row in rows.items()}, {})
+        save_tensors(files[word], {key: to_file_dtype(row, dtype, word) for key, row in rows.items()}, {})
     return files
 
 

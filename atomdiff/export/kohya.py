@@ -10,17 +10,14 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection, Iterable, Iterator, Mapping
-from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from atomdiff.bases.find import find_base
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.tuner.model import supported_modules
-from atomdiff.utils.atomic import new_file
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
 
@@ -31,11 +28,11 @@ _IN_KOHYA = re.compile(  # what sd-scripts puts its layers on: in the blocks of 
 
 
 def layer_name(pipe: Any, component: str, module: str) -> str:
-    """The name of a layer in a file, such as `lora_unet_down_blocks_0_resnets_0_conv1`.
+    """Return the name of a layer in a file, such as `lora_unet_down_blocks_0_resnets_0_conv1`.
 
     Args:
         pipe: the pipeline.
-        component: `unet`, `text_encoder` or `text_encoder_2`.
+        component: of the pipeline, such as `unet` or `text_encoder`.
         module: path of the layer within it.
 
     Raises:
@@ -52,13 +49,13 @@ def layer_name(pipe: Any, component: str, module: str) -> str:
 
 
 def metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> dict[str, str]:
-    """Metadata of a file: the `ss_` fields that other programs look at, and those of `model_spec`.
+    """Return the metadata of a file: the `ss_` fields that other programs look at, and those of `model_spec`.
 
     Args:
         pipe: the pipeline.
         title: name of the concept.
         trigger_phrase: what to write in a prompt to get it.
-        rank: of a LoRA, and its alpha; None for whole differences.
+        rank: of a LoRA, and its alpha; None for full differences.
     """
     spec = model_spec(pipe, title, trigger_phrase)
     architecture = spec["architecture"].removesuffix("/atoms")
@@ -79,7 +76,7 @@ def metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> di
 
 
 def zero_layers(pipe: Any, tensors: Mapping[str, Tensor], alpha: float) -> dict[str, Tensor]:
-    """Layers that change nothing, without which other programs do not read all of a file.
+    """Return layers that change nothing, without which other programs do not read all of a file.
 
     InvokeAI tells the base by the width of the first cross-attention's keys, and refuses a file without, such as one of
     convolutions. Stable Diffusion WebUI passes over an attention of OpenCLIP's text encoders (SD 2.x, SDXL) if not all
@@ -104,7 +101,7 @@ def zero_layers(pipe: Any, tensors: Mapping[str, Tensor], alpha: float) -> dict[
 
 
 def _missing_layers(pipe: Any, names: Collection[str], lora: bool) -> Iterator[tuple[str, Tensor]]:
-    """Name and weight of each layer that a file with these layers, LoRAs or not, has to have beside."""
+    """Yield name and weight of each layer that a file with these layers, LoRAs or not, needs in addition."""
     base = find_base(pipe.components)
     for component in base.layer_prefixes:
         model = pipe.components.get(component)
@@ -125,32 +122,14 @@ def _missing_layers(pipe: Any, names: Collection[str], lora: bool) -> Iterator[t
 
 
 def unread_by(names: Iterable[str], *, whole: bool) -> dict[str, tuple[str, ...]]:
-    """The programs that do not read all layers of a file, and which they leave out.
+    """Return the programs that do not read all layers of a file, and which layers they leave out.
 
     Args:
         names: of its layers.
-        whole: whether it holds whole differences, of which kohya's `merge_lora` reads nothing, and not a LoRA.
+        whole: whether it holds full differences, of which kohya's `merge_lora` reads nothing, and not a LoRA.
     """
     unread = {
         "kohya's merge_lora": tuple(name for name in names if whole or not _IN_KOHYA(name)),
         "Stable Diffusion WebUI": tuple(name for name in names if name.endswith("_text_projection")),
     }
     return {program: layers for program, layers in unread.items() if layers}
-
-
-def save_tensors(path: Path, tensors: dict[str, Tensor], facts: dict[str, str]) -> None:
-    """Write a safetensors file with metadata; whatever it replaces is replaced at once."""
-    with new_file(path) as file:
-        save_file(tensors, file, metadata={"format": "pt", **facts})
-
-
-def as_written(tensor: Tensor, dtype: torch.dtype, name: str) -> Tensor:
-    """A tensor as it goes into a file.
-
-    Raises:
-        UserError: a value is not finite, or too large for `dtype`.
-    """
-    written = tensor.to("cpu", dtype).contiguous()
-    if not torch.isfinite(written).all():
-        raise UserError(f"{name}: values are not finite or too large for {dtype}; export with --dtype float32")
-    return written

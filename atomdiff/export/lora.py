@@ -9,13 +9,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from atomdiff.export.kohya import (
-    as_written,
-    layer_name,
-)
+from atomdiff.export.kohya import layer_name
 from atomdiff.export.low_rank import low_rank
 from atomdiff.export.merged_delta import write_file
 from atomdiff.export.report import ExportedLayer, ExportReport
+from atomdiff.export.tensor_file import to_file_dtype
 from atomdiff.pipelines.differences import layer_differences
 from atomdiff.utils.errors import UserError
 
@@ -60,7 +58,7 @@ def export_lora(
         matrix = weight.flatten(1)
         factors = low_rank(matrix, rank)
         scale = rank / len(factors[1])  # alpha / r, by which programs multiply what they load
-        up, down = (as_written(factor / scale**0.5, dtype, name) for factor in factors)
+        up, down = (to_file_dtype(factor / scale**0.5, dtype, name) for factor in factors)
         missed = matrix.cpu() - scale * up.float() @ down.float()
         tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (weight.ndim - 2))
         tensors[f"{name}.lora_down.weight"] = down.reshape(-1, *weight.shape[1:])

@@ -10,15 +10,9 @@ import torch
 from torch import Tensor
 
 from atomdiff.export.embeddings import active_embeddings, save_embeddings
-from atomdiff.export.kohya import (
-    as_written,
-    layer_name,
-    metadata,
-    save_tensors,
-    unread_by,
-    zero_layers,
-)
+from atomdiff.export.kohya import layer_name, metadata, unread_by, zero_layers
 from atomdiff.export.report import ExportedLayer, ExportReport
+from atomdiff.export.tensor_file import save_tensors, to_file_dtype
 from atomdiff.pipelines.differences import layer_differences
 from atomdiff.utils.errors import UserError
 
@@ -48,9 +42,9 @@ def export_diff(
     for difference in layer_differences(pipe):
         name = layer_name(pipe, difference.component, difference.module)
         weight = difference.parameters["weight"]
-        tensors[f"{name}.diff"] = as_written(weight, dtype, name)
+        tensors[f"{name}.diff"] = to_file_dtype(weight, dtype, name)
         if (bias := difference.parameters.get("bias")) is not None and bias.any():
-            tensors[f"{name}.diff_b"] = as_written(bias, dtype, name)
+            tensors[f"{name}.diff_b"] = to_file_dtype(bias, dtype, name)
         residual = float((weight.cpu() - tensors[f"{name}.diff"].float()).norm())
         layers.append(ExportedLayer(name, tuple(weight.shape), None, float(weight.norm()), residual))
     return write_file(pipe, Path(path), tensors, layers, dtype, trigger_phrase)

@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 
-from atomdiff.bases.find import BASES
+from atomdiff.bases.find import BASES, known_bases
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
 
 _SINGLE_FILES = (".safetensors", ".ckpt")
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}  # what safetensors calls a dtype
 _LONGEST_PROMPT = 10**6  # tokens; transformers makes an empty tokenizer without a limit where its files are missing
-_OF_DAMAGED_FOLDERS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
+_DAMAGED_FOLDER_ERRORS = (OSError, ValueError, TypeError, LookupError, AttributeError, RuntimeError, SafetensorError)
 _DESCRIBE = "name a pipeline of its architecture, a folder or a Hub id, with single_file_config"
 
 
@@ -53,7 +53,7 @@ def open_pipeline(
     try:
         loaded_as = dtype or _stored_dtypes(name, revision, variant)
         pipe = DiffusionPipeline.from_pretrained(name, revision=revision, variant=variant, dtype=loaded_as, **parts)
-    except _OF_DAMAGED_FOLDERS as error:
+    except _DAMAGED_FOLDER_ERRORS as error:
         raise _cannot_load(name, error) from error
     for part, tokenizer in pipe.components.items():
         if part.startswith("tokenizer") and getattr(tokenizer, "model_max_length", 0) > _LONGEST_PROMPT:
@@ -70,8 +70,7 @@ def pipeline_class(name: str, *, revision: str | None = None, single_file_config
         single_file_config: as for `open_pipeline`.
 
     Raises:
-        UserError: it is not there, or it is a checkpoint file of another architecture than Stable Diffusion 1.x, 2.x
-            and XL, or cannot be read.
+        UserError: it is not there, or it is a checkpoint file of an unknown architecture, or cannot be read.
     """
     from diffusers import DiffusionPipeline
 
@@ -82,7 +81,7 @@ def pipeline_class(name: str, *, revision: str | None = None, single_file_config
         name = single_file_config
     try:
         return str(DiffusionPipeline.load_config(name, revision=revision)["_class_name"])
-    except _OF_DAMAGED_FOLDERS as error:
+    except _DAMAGED_FOLDER_ERRORS as error:
         raise _cannot_load(name, error) from error
 
 
@@ -111,17 +110,17 @@ def refuse_other_pipelines(
     kind = pipeline_class(name, revision=revision, single_file_config=single_file_config)
     made = getattr(diffusers, kind, None)
     if made is None or not any(base.generates_from_text(made) for base in BASES):
-        expected = "a pipeline of Stable Diffusion 1.x, 2.x or XL, from text to images"
+        expected = f"a pipeline of {known_bases()}, from text to images"
         raise UserError(f"{field}={name!r}: found a {kind}; expected {expected}")
 
 
 def is_single_file(name: str) -> bool:
-    """Whether a name is that of a checkpoint file, here or as an address on the Hub."""
+    """Return whether a name is that of a checkpoint file, here or as an address on the Hub."""
     return name.endswith(_SINGLE_FILES) and not Path(name).is_dir()
 
 
 def _stored_dtypes(name: str, revision: str | None, variant: str | None) -> dict[str, torch.dtype]:
-    """The dtype of each model in the folder of a pipeline, downloaded where it has to be."""
+    """Return the dtype of each model in the folder of a pipeline, downloaded where it has to be."""
     from diffusers import DiffusionPipeline
 
     here = Path(name)
@@ -131,7 +130,7 @@ def _stored_dtypes(name: str, revision: str | None, variant: str | None) -> dict
 
 
 def stored_dtype(place: Path, variant: str | None = None) -> torch.dtype:
-    """The dtype of the floating-point tensors in a safetensors file or a model's folder; float32 where they differ."""
+    """Return the dtype of the tensors in a safetensors file or a model's folder; float32 where they differ."""
     files = list(place.glob("*.safetensors")) if place.is_dir() else [place]
     mark = re.compile(rf"\.{re.escape(variant or '')}[.-]")  # of a whole file, or of one of several
     of_variant = [file for file in files if variant and mark.search(file.name)]
@@ -177,7 +176,7 @@ def _class_of_file(name: str) -> str:
         raise _cannot_load(name, error) from error
     base = next((base for base in BASES if kind in base.checkpoint_types), None)
     if base is None:
-        raise UserError(f"the checkpoint {name!r} is a {kind}: expected Stable Diffusion 1.x, 2.x or XL")
+        raise UserError(f"the checkpoint {name!r} is a {kind}: expected {known_bases()}")
     return base.pipeline_class
 
 

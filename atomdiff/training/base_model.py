@@ -11,7 +11,7 @@ from diffusers import AutoencoderKL, DiffusionPipeline
 from PIL import Image
 from torch import nn
 
-from atomdiff.bases.find import BASES, base_of_class, denoiser_of, find_base
+from atomdiff.bases.find import base_of_class, denoiser_of, find_base, known_bases
 from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
 from atomdiff.sampling.generate import generate
 from atomdiff.training.config import TrainConfig
@@ -59,7 +59,7 @@ def load_base(config: TrainConfig, **parts: Any) -> BasePipeline:
 
 
 def _wrong_base(name: str, found: str) -> UserError:
-    expected = f"{' or '.join(f'a {base.pipeline_class}' for base in BASES)}, from text to images"
+    expected = f"a pipeline of {known_bases()}, from text to images"
     return UserError(f"pretrained_model_name_or_path={name!r}: found {found}; expected {expected}")
 
 

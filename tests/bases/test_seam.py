@@ -45,7 +45,7 @@ class TinyPipeline(StableDiffusionPipeline):
 
 
 class TinyBase(StableDiffusion):
-    pipeline_class, pipeline_options, checkpoint_types = "TinyPipeline", {}, ()
+    name, pipeline_class, pipeline_options, checkpoint_types = "Tiny", "TinyPipeline", {}, ()
     architectures = {"tiny-v1": "tiny"}
     denoiser = "painter"
     layer_prefixes = {"painter": ("lora_painter",), "text_encoder": ("lora_tiny_te",)}

@@ -338,7 +338,7 @@ def test_a_ckpt_with_a_program_in_it_is_refused(config, tiny_pipe, tmp_path, des
 )
 def test_checkpoint_files_of_other_architectures_are_refused(config, tensors, found, tmp_path):
     save_file({name: torch.zeros(shape) for name, shape in tensors.items()}, tmp_path / "x.safetensors")
-    with pytest.raises(UserError, match=f"x.safetensors' {found}.*: expected Stable Diffusion 1.x, 2.x or XL"):
+    with pytest.raises(UserError, match=f"x.safetensors' {found}.*: expected Stable Diffusion 1.x, 2.x or"):
         load_base(based_on(config, tmp_path / "x.safetensors"))
 
 
@@ -366,7 +366,7 @@ def test_configs_for_a_base_that_is_no_file_are_refused(config):
     ("kind", "changes", "found"),
     [
         ("tiny_pipe", {"_class_name": "StableDiffusionImg2ImgPipeline"}, "found a StableDiffusionImg2ImgPipeline; exp"),
-        ("tiny_pipe", {"_class_name": "FluxPipeline"}, "found a FluxPipeline; expected a StableDiffusionPipeline"),
+        ("tiny_pipe", {"_class_name": "FluxPipeline"}, "found a FluxPipeline; expected a pipeline of Stable Diffusion"),
         ("tiny_xl_pipe", {"text_encoder": [None, None]}, "without text_encoder, such as a refiner"),
     ],
 )
