@@ -1,1 +1,1 @@
-"""Image classifiers tuned on folders of pictures, by the same methods as diffusion models."""
+"""Image classifiers tuned on folders of images, by the same methods as diffusion models."""

@@ -92,7 +92,7 @@ def training_batches(
         for step in range(steps):
             position = (step * processes + rank) * batch_size
             order = sample_order(len(images), position, batch_size, derive_seed(images.seed, "order"))
-            yield [(number, position + place) for place, number in enumerate(order)]
+            yield [(image, position + offset) for offset, image in enumerate(order)]
 
     return DataLoader(images, batch_sampler=keys(), num_workers=num_workers, collate_fn=_stack)  # type: ignore[arg-type]
 

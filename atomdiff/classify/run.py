@@ -3,12 +3,10 @@
 import copy
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from accelerate.state import AcceleratorState
 from diffusers.optimization import get_scheduler
 from peft import PeftConfig
 from torch import Tensor, nn
@@ -19,7 +17,6 @@ from atomdiff.classify.method import add_trainable, exclude_head
 from atomdiff.classify.model import hash_base, head_parameters, in_base, norm_statistics, open_model, open_processor
 from atomdiff.classify.splits import Splits, read_splits
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.precision import training_precision
 
 _DEFAULT_LEARNING_RATES = {"full": 1e-4, "adapter": 5e-3}
 
@@ -46,21 +43,6 @@ class Run:
     optimizer: torch.optim.Optimizer
     lr_factor: Callable[[int], float]
     """Steps done -> factor on both learning rates."""
-
-
-def start_accelerator(config: ClassifyConfig) -> Accelerator:
-    """Start accelerate with the precision of the run.
-
-    Raises:
-        UserError: This machine cannot do what is asked.
-    """
-    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
-    AcceleratorState._reset_state()  # or the precision of this process's first run would stay for all
-    try:
-        precision = training_precision(config.mixed_precision)
-        return Accelerator(mixed_precision=precision.name, cpu=not torch.accelerator.is_available())
-    except ValueError as error:
-        raise UserError(f"accelerate cannot start: {error}") from error
 
 
 def build_run(config: ClassifyConfig, method: PeftConfig | str | None, accelerator: Accelerator) -> Run:

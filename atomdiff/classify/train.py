@@ -18,9 +18,10 @@ from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.data import Augmentation, ImageDataset, evaluation_batches, training_batches
 from atomdiff.classify.method import read_method
 from atomdiff.classify.model import head_parameters, norm_statistics
-from atomdiff.classify.run import Run, build_run, count, start_accelerator, to_device
+from atomdiff.classify.run import Run, build_run, count, to_device
 from atomdiff.classify.saving import check_result_folder, save_classifier
 from atomdiff.classify.splits import LabeledFiles
+from atomdiff.training.launch import new_accelerator
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
 from atomdiff.training.run_log import RunLog
 from atomdiff.tuner.read_config import describe_adapter
@@ -52,7 +53,8 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
     refuse_overlap({"output_dir": config.output_dir}, sources)
     check_result_folder(folder, (config.pretrained_model_name_or_path, config.train_data_dir))
     check_writable(Path(config.output_dir), f"output_dir={config.output_dir!r}")
-    accelerator = start_accelerator(config)
+    Path(config.output_dir).mkdir(parents=True, exist_ok=True)
+    accelerator = new_accelerator(config.mixed_precision)
     with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         return run_training(config, method, folder, accelerator)
 

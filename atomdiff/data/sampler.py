@@ -28,8 +28,8 @@ def bucket_for_pass(number: int, counts: Sequence[int], seed: int) -> tuple[int,
     of the buckets, every sample comes equally often in a round. A pure function, as `sample_order` is.
     """
     length = sum(counts)
-    earlier_rounds, place = divmod(number, length)
+    earlier_rounds, position = divmod(number, length)
     buckets = [bucket for bucket, count in enumerate(counts) for _ in range(count)]
     order = [buckets[i] for i in sample_order(length, earlier_rounds * length, length, seed)]
-    bucket = order[place]
-    return bucket, earlier_rounds * counts[bucket] + order[:place].count(bucket)
+    bucket = order[position]
+    return bucket, earlier_rounds * counts[bucket] + order[:position].count(bucket)

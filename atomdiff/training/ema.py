@@ -1,4 +1,4 @@
-"""What a run shows and saves: averages over its steps, where it is asked for them, in place of the last step.
+"""Weight averages: what a run validates with and saves, in place of its last step, where it is asked for them.
 
 The exponential moving average has the rising decay of diffusers' scripts; schedule-free AdamW has averages of its own:
 Defazio et al., "The Road Less Scheduled", arXiv 2405.15682.

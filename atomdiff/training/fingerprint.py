@@ -3,11 +3,12 @@
 They are taken of the content, wherever the files lie.
 """
 
-import hashlib
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from PIL import Image
+
+from atomdiff.utils.hashing import hash_values
 
 ImageFingerprint = Sequence[str]
 """File name, and keys of the pixels, of the prompts and of the mask; the last may be empty."""
@@ -17,14 +18,12 @@ _KINDS = ("instance_images", "class_images")
 
 def image_key(image: Image.Image) -> str:
     """Return a SHA-256 of an image's mode, size and pixels (16 hexadecimal digits)."""
-    digest = hashlib.sha256(f"{image.mode} {image.size}".encode())
-    digest.update(image.tobytes())
-    return digest.hexdigest()[:16]
+    return hash_values(image.mode, *image.size, image.tobytes())[:16]
 
 
 def text_key(texts: Sequence[str]) -> str:
     """Return a SHA-256 of some texts (16 hexadecimal digits)."""
-    return hashlib.sha256(repr(tuple(texts)).encode()).hexdigest()[:16]
+    return hash_values(*texts)[:16]
 
 
 def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:

@@ -3,6 +3,7 @@
 from dataclasses import asdict, replace
 from importlib.util import find_spec
 from pathlib import Path
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -11,6 +12,7 @@ from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from atomdiff.training.config import TrainConfig
 from atomdiff.utils.atomic import writing
+from atomdiff.utils.choices import Precision
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import NeedsPackage, marked_fields
 from atomdiff.utils.precision import training_precision
@@ -32,21 +34,35 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     folder = Path(config.output_dir)
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-    AcceleratorState._reset_state()  # or the precision of this process's first run would stay for all
-    try:
-        accelerator = Accelerator(
-            mixed_precision=training_precision(config.mixed_precision).name,
-            cpu=not torch.accelerator.is_available(),  # unasked, accelerate takes CPU processes for unrelated ones
-            gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
-            log_with=config.report_to,
-            project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
-        )
-    except (ValueError, ImportError) as error:
-        raise UserError(f"accelerate cannot start: {error}") from error
+    accelerator = new_accelerator(
+        config.mixed_precision,
+        gradient_accumulation_plugin=GradientAccumulationPlugin(config.gradient_accumulation_steps),
+        log_with=config.report_to,
+        project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
+    )
     if config.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
         expected = "PyTorch's own attention (the default) or plain_attention serve this machine"
         raise UserError(f"enable_xformers_memory_efficient_attention=True: needs a GPU; {expected}")
     return accelerator
+
+
+def new_accelerator(mixed_precision: Precision | None, **options: Any) -> Accelerator:
+    """Start accelerate with this precision, on a GPU if there is one.
+
+    Args:
+        mixed_precision: As in the configs of runs.
+        **options: Of `Accelerator`.
+
+    Raises:
+        UserError: This machine cannot do what is asked.
+    """
+    AcceleratorState._reset_state()  # or the precision of this process's first run would stay for all
+    try:
+        precision = training_precision(mixed_precision).name
+        # unasked, accelerate takes CPU processes for unrelated ones
+        return Accelerator(mixed_precision=precision, cpu=not torch.accelerator.is_available(), **options)
+    except (ValueError, ImportError) as error:
+        raise UserError(f"accelerate cannot start: {error}") from error
 
 
 def needed_packages(config: TrainConfig) -> dict[str, NeedsPackage]:
