@@ -135,6 +135,8 @@ def test_links_and_files_are_there():
             r"(?<![\w/])(?:samples|configs|benchmarks|train_scripts|examples|atomdiff|tests)/[\w./-]+\w", text
         ):
             assert (ROOT / path).exists() or page == "CHANGELOG.md", (page, path)
+    for path in re.findall(r"`([a-z]+/[\w/]*(?:\.py)?)`", PAGES["ARCHITECTURE.md"]):
+        assert (ROOT / path).exists() or (ROOT / "atomdiff" / path).exists(), path
 
 
 def test_names_of_modules_and_options_are_there():
