@@ -3,9 +3,13 @@
 import dataclasses
 import json
 import math
+import os
 import pkgutil
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from itertools import pairwise
 from pathlib import Path
 from types import SimpleNamespace
@@ -171,6 +175,49 @@ def test_what_the_pages_add_is_called(name, monkeypatch):
         parameter.square().sum().backward()
         optimizer.step()
         assert (parameter < 1).all()
+
+
+USE_OF_THE_VARIANT = """
+import torch
+from peft import get_peft_model
+from atomdiff import AtomConfig
+
+for basis in ("svd", "dct", "sparse"):
+    x = torch.randn(2, 4, 8, 8)
+    config = AtomConfig(channel_block=1, target_modules="conv", scaled=True, basis=basis)
+    model = get_peft_model(torch.nn.ModuleDict({"conv": torch.nn.Conv2d(4, 8, 3)}), config)
+    layer = model.base_model.model["conv"]
+    before = layer.base_layer(x)
+    assert torch.allclose(layer(x), before, atol=1e-5)
+    (gain,) = [parameter for parameter in model.parameters() if parameter.requires_grad]
+    assert gain.shape == (9, 1)
+    layer(x).square().sum().backward()
+    gain.data -= gain.grad / gain.grad.norm()
+    adapted = layer(x)
+    assert not torch.allclose(adapted, before, atol=1e-3)
+    layer.merge()
+    assert torch.allclose(layer(x), adapted, atol=1e-4)
+"""
+
+
+@pytest.mark.slow
+def test_the_variant_of_its_page_takes_the_places_that_it_says(tmp_path):
+    page = "docs/adding-a-variant.md"
+    shutil.copytree(ROOT / "atomdiff", tmp_path / "atomdiff", ignore=shutil.ignore_patterns("toybox", "__pycache__"))
+    for file, marker, code in (
+        ("variants.py", "VARIANTS: tuple", blocks(page, "python")[0].partition("Atoms\n")[2] + "\n\n"),
+        ("variants.py", "(JointAtoms,", "(ScaledAtoms, "),
+        ("config.py", "    recursion: int | None = field(", f"    {blocks(page, 'py')[0]}"),
+    ):
+        path = tmp_path / "atomdiff" / "tuner" / file
+        left, found, right = path.read_text().partition(marker)
+        assert found
+        path.write_text(left + code + found.removeprefix("(" if code[0] == "(" else "") + right)
+    environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
+    run = subprocess.run(
+        [sys.executable, "-c", USE_OF_THE_VARIANT], cwd=tmp_path, env=environment, capture_output=True, text=True
+    )
+    assert run.returncode == 0, run.stderr
 
 
 def test_figures_stand_in_the_result_files():
