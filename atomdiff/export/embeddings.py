@@ -18,11 +18,11 @@ from atomdiff.pipelines.placeholder_tokens import token_id, tokens_in
 from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.sampling.concept_source import ConceptSource
 
-TokenEmbeddings = dict[str, dict[str, Tensor]]  # word -> rows (n, hidden), named as in a file
+TokenEmbeddings = dict[str, dict[str, Tensor]]  # trigger word -> key in a file -> embeddings (n, hidden)
 
 
 def embeddings_without_base(concepts: list[ConceptSource]) -> TokenEmbeddings | None:
-    """The embeddings of concepts that are only words, which need no base; None: there are others."""
+    """Return the token embeddings of concepts that are nothing else, which need no base; None: some have layers."""
     words: TokenEmbeddings = {}
     for concept in concepts:
         delta = concept.read() if concept.read is not None else None
@@ -43,7 +43,7 @@ def embeddings_without_base(concepts: list[ConceptSource]) -> TokenEmbeddings | 
 
 
 def active_embeddings(pipe: Any) -> TokenEmbeddings:
-    """The trigger words of active concepts, as their rows in the embedding tables."""
+    """Return the token embeddings of the active concepts."""
     inactive = {concept.name for concept in list_atoms(pipe) if concept.layers and not concept.active}
     by_owner: dict[str | None, list[str]] = {}
     for word, entry in tokens_in(pipe).items():
@@ -54,7 +54,7 @@ def active_embeddings(pipe: Any) -> TokenEmbeddings:
 
 
 def save_embeddings(folder: Path, prefix: str, words: TokenEmbeddings, dtype: torch.dtype) -> dict[str, Path]:
-    """Write a file for each word, named as every system allows. Returns word -> its file."""
+    """Write a file for each trigger word, with a name that every system allows; return word -> file."""
     files: dict[str, Path] = {}
     for word, rows in words.items():
         name, taken = prefix + re.sub(r"[^\w.-]", "_", word), {file.stem.lower() for file in files.values()}
@@ -65,7 +65,7 @@ def save_embeddings(folder: Path, prefix: str, words: TokenEmbeddings, dtype: to
 
 
 def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
-    """The rows (n, hidden) of n words in the embedding tables, named as in files for ComfyUI and others."""
+    """Return the embeddings (n, hidden) of n placeholder tokens, with the keys of files for ComfyUI and others."""
     rows = {}
     for encoder, name in find_base(pipe.components).embedding_names.items():
         if pipe.components.get(encoder) is not None:

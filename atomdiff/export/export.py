@@ -1,4 +1,4 @@
-"""What the concepts in a pipeline change, in forms that other programs read: a pipeline, differences, a LoRA."""
+"""`atomdiff export`: concepts as a pipeline, weight differences or a LoRA, for other programs."""
 
 from __future__ import annotations
 
@@ -36,53 +36,52 @@ class ExportConfig:
     """
 
     pretrained_model_name_or_path: PathText
-    """The base: a folder or a Hub id."""
+    """Base model: a folder, a Hub id, or a checkpoint file (.safetensors, .ckpt)."""
     concepts: tuple[PathText, ...]
-    """Concepts: files, directories written by PEFT, or user/repo on the Hub."""
+    """Concepts: concept or LoRA files, PEFT folders, or user/repo on the Hub."""
     to: Literal["pipeline", "diff", "lora"]
-    """pipeline: a diffusers folder with the concepts merged in. diff: the exact differences of the weights, as large as
-    the weights, for ComfyUI, Stable Diffusion WebUI and InvokeAI. lora: their best approximation of a rank, for these
-    and diffusers."""
+    """Format. pipeline: a diffusers folder with the concepts merged into the weights. diff: the exact differences of
+    the weights, as large as the weights, for ComfyUI, Stable Diffusion WebUI and InvokeAI. lora: a low-rank
+    approximation of the differences, for these and diffusers."""
     output: PathText
-    """The folder (pipeline) or the .safetensors file (diff, lora) to write."""
+    """Folder (pipeline) or .safetensors file (diff, lora) to write."""
     rank: int = 16
     """Rank of the LoRA."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision of the written numbers. Default: float16; of a pipeline float32, as others have to be opened with their
-    dtype."""
+    """Precision to save in. Default: float16; float32 for a pipeline, which others would have to be opened with."""
     weights: tuple[float | dict[Any, Any], ...] = ()
-    """AdapterWeight of each concept: a number, 1 is as trained; or JSON, by block of the model:
+    """Adapter weight of each concept: a number, 1 is as trained; or JSON with factors by block:
     '{"weight": 0.8, "blocks": {"down": 0.5, "up.1": 0}}'. Default: 1 each."""
     trigger_words: tuple[str, ...] = ()
-    """Word to use for each concept, where two come with the same one. Default: their own."""
+    """New trigger word for each concept, where two have the same one. Default: their own."""
     revision: str | None = None
-    """Revision of a base on the Hub."""
+    """Revision of a base model on the Hub."""
     variant: str | None = None
-    """Variant of the base's files, such as fp16."""
+    """Variant of the base model's files, such as fp16."""
     single_file_config: PathText | None = None
-    """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
-    diffusers finds out, from the Hub."""
+    """Pipeline folder or Hub id with the configs for a base model that is a single checkpoint file. Default: detected
+    by diffusers, from the Hub."""
     prediction_type: PredictionType | None = None
-    """What a pipeline's scheduler says is predicted. Default: what the concepts were trained to predict, else what the
-    base's scheduler config says."""
+    """Prediction type of the exported pipeline's scheduler. Default: as the concepts were trained, else as the base
+    model's scheduler config says."""
     rescale_betas_zero_snr: bool | None = None
-    """Whether the noise schedule of a pipeline ends in pure noise. Default: as for prediction_type."""
+    """Rescale the noise schedule of the exported pipeline to zero terminal SNR. Default: as for prediction_type."""
 
     def __post_init__(self) -> None:
         expand_paths(self)
-        for strength in command_line_weights(self.concepts, self.weights, self.trigger_words):
-            if strength.steps:
-                raise UserError(
-                    f"found steps={dict(strength.steps)} in weights: what is exported is the same at every denoising "
-                    "step; leave steps out"
-                )
+        weights = command_line_weights(self.concepts, self.weights, self.trigger_words)
         if not self.concepts:
             raise UserError("found no concept; give --concepts")
+        for weight in weights:
+            if weight.steps:
+                raise UserError(f"weights: steps={dict(weight.steps)} cannot be exported; leave steps out")
+        if not any(weight.weight for weight in weights):
+            raise UserError("weights: all are 0, so there is nothing to export; give one concept another weight")
         ScheduleConfig(self.prediction_type)  # refuses what it does not know
         for name in ("prediction_type", "rescale_betas_zero_snr"):
             if self.to != "pipeline" and getattr(self, name) is not None:
                 found = f"{name}={getattr(self, name)!r}: a file of {self.to} has no scheduler"
-                raise UserError(f"{found}; leave it out, or export a pipeline")
+                raise UserError(f"{found}; leave it out, or use --to pipeline")
         check_rank(self.rank)
 
 
@@ -113,19 +112,19 @@ def export_concepts(config: ExportConfig) -> ExportReport:
         single_file_config=config.single_file_config,
     )
     _set_scheduler(config, pipe, schedules(given))
-    strengths = {}
-    for number, (concept, strength) in enumerate(given, start=1):
+    weights = {}
+    for number, (concept, weight) in enumerate(given, start=1):
         name = f"concept{number}"
         load_concept(pipe, concept.path, name, trigger_word=concept.new_trigger_word)
-        if concept.read is None and _widened(pipe, name):
+        if concept.read is None and _cast_to_float32(pipe, name):
             unload_atoms(pipe, name)
             load_concept(pipe, concept.path, name, trigger_word=concept.new_trigger_word)
-        strengths[name] = strength
-    set_weights(pipe, strengths)
+        weights[name] = weight
+    set_weights(pipe, weights)
     if config.to == "pipeline":
         report = export_pipeline(pipe, config.output)
         if written != torch.float32:
-            print(f"open it with dtype=torch.{dtype}: diffusers mixes precisions without")
+            print(f"open it with dtype=torch.{dtype}: without, diffusers mixes precisions")
         return report
     phrase = ", ".join(concept.trigger_phrase for concept, _ in given if concept.trigger_phrase)
     if config.to == "diff":
@@ -133,17 +132,17 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     return export_lora(pipe, config.output, config.rank, dtype=written, trigger_phrase=phrase)
 
 
-def _widened(pipe: Any, name: str) -> bool:
-    """Cast the layers below an adapter to float32, whose dtype other methods than atoms give to their parameters."""
+def _cast_to_float32(pipe: Any, name: str) -> bool:
+    """Cast an adapter's base layers to float32, as PEFT loads adapters in their dtype; tell whether any were cast."""
     layers = [layer for model in pipeline_models(pipe).values() for layer in adapter_state.adapter_layers(model, name)]
-    narrow = [base for layer in layers if (base := layer.get_base_layer()).weight.dtype in _HALVES]
-    for base in narrow:
+    half = [base for layer in layers if (base := layer.get_base_layer()).weight.dtype in _HALVES]
+    for base in half:
         base.float()
-    return bool(narrow)
+    return bool(half)
 
 
 def _check_output(config: ExportConfig) -> None:
-    """Refuse an output that is in the way, before anything is loaded: a folder in use, or what is read."""
+    """Refuse an output folder that is not empty, and an output file that is an input, before anything is loaded."""
     if config.to == "pipeline":
         check_empty(Path(config.output))
         return
@@ -152,22 +151,22 @@ def _check_output(config: ExportConfig) -> None:
         raise UserError(f"output={str(path)!r} is a folder: give the name of a file")
     for source in (config.pretrained_model_name_or_path, *config.concepts):
         if path.exists() and Path(source).exists() and path.samefile(source):
-            raise UserError(f"output={str(path)!r} is what is exported from: give another name")
+            raise UserError(f"output={str(path)!r} is also an input: give another name")
 
 
 def _set_scheduler(config: ExportConfig, pipe: Any, concepts: list[tuple[str, ScheduleConfig]]) -> None:
-    """Give the pipeline the scheduler that its concepts are drawn with, and print where that is not the base's."""
+    """Set the scheduler that the concepts were trained for, and print where it is not the base's."""
     base = pipe.scheduler
     asked = ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr)
     if config.to == "pipeline":
-        advice = "export them by themselves, or choose for all with prediction_type and rescale_betas_zero_snr"
-        found, how = common_scheduler(concepts, base, asked, advice), "so in the folder"
+        advice = "export them separately, or set prediction_type and rescale_betas_zero_snr for all"
+        found, how = common_scheduler(concepts, base, asked, advice), "the folder has the former"
         pipe.scheduler = pipeline_scheduler(pipe, found)
     else:
-        how = "choose the like where you draw with the file"
+        how = "choose one like that where you use the file"
         try:
-            found = pipe.scheduler = common_scheduler(concepts, base, advice="choose one where you draw with the file")
-        except UserError as error:  # drawing is up to others
+            found = pipe.scheduler = common_scheduler(concepts, base, advice="choose one where you use the file")
+        except UserError as error:  # other programs choose the scheduler
             print(error)
             return
     if found is not base:

@@ -17,6 +17,7 @@ from atomdiff.export.tensor_file import to_file_dtype
 from atomdiff.pipelines.differences import layer_differences
 from atomdiff.utils.errors import UserError
 
+_MAX_RANK = 65536  # more than any layer's smaller side
 _TRANSPOSED = (nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
 
@@ -28,20 +29,21 @@ def export_lora(
     dtype: torch.dtype = torch.float16,
     trigger_phrase: str = "",
 ) -> ExportReport:
-    """Save the best approximation of a rank to what the active concepts change, with kohya's keys.
+    """Save the best low-rank approximation of what the active concepts change, with kohya's keys.
 
-    A weight (out, in/groups, ...) becomes `lora_up` (out, r, 1, ...) and `lora_down` (r, in/groups, ...), r being
-    `rank` or what the layer allows, and `alpha` `rank`; grouped convolutions so, too, as programs that merge read them.
+    A weight (out, in/groups, ...) becomes `lora_up` (out, r, 1, ...) and `lora_down` (r, in/groups, ...) with r =
+    `rank`, or less where the layer is smaller, and `alpha` = `rank`. Grouped convolutions have the same form, as
+    programs that merge read them.
 
     Args:
         pipe: a pipeline with concepts of any PEFT method; a merged one is restored.
-        path: the file; `.safetensors` is appended where it is missing. Embeddings of words are written beside it.
-        rank: of every layer, at least 1.
-        dtype: of the written numbers.
+        path: the file; `.safetensors` is appended where it is missing. Token embeddings are written beside it.
+        rank: rank of every layer.
+        dtype: precision to save in.
         trigger_phrase: what to write in a prompt to get the concept.
 
     Raises:
-        UserError: there is nothing to export, or it has no form in such a file; or a value is too large for `dtype`.
+        UserError: there is nothing to export, a LoRA file cannot hold it, or a value is too large for `dtype`.
     """
     check_rank(rank)
     tensors: dict[str, Tensor] = {}
@@ -69,6 +71,10 @@ def export_lora(
 
 
 def check_rank(rank: int) -> None:
-    """Refuse a rank below 1."""
-    if rank < 1:
-        raise UserError(f"rank={rank}: expected at least 1")
+    """Refuse a rank that no layer can have.
+
+    Raises:
+        UserError: it is below 1 or above 65,536.
+    """
+    if not 1 <= rank <= _MAX_RANK:
+        raise UserError(f"rank={rank}: expected 1 to {_MAX_RANK}")

@@ -1,4 +1,4 @@
-"""Weight differences of the active concepts, whole, in a file that other programs read."""
+"""Exact weight differences of the active concepts in a file for other programs."""
 
 from __future__ import annotations
 
@@ -26,16 +26,16 @@ def file_path(output: str | os.PathLike[str]) -> Path:
 def export_diff(
     pipe: Any, path: str | os.PathLike[str], *, dtype: torch.dtype = torch.float16, trigger_phrase: str = ""
 ) -> ExportReport:
-    """Save what the active concepts change, whole: kohya's and LyCORIS's keys `.diff` (weights) and `.diff_b` (biases).
+    """Save the exact weight differences of the active concepts, with kohya's and LyCORIS's keys `.diff` and `.diff_b`.
 
     Args:
         pipe: a pipeline with concepts of any PEFT method; a merged one is restored.
-        path: the file; `.safetensors` is appended where it is missing. Embeddings of words are written beside it.
-        dtype: of the written numbers.
+        path: the file; `.safetensors` is appended where it is missing. Token embeddings are written beside it.
+        dtype: precision to save in.
         trigger_phrase: what to write in a prompt to get the concept.
 
     Raises:
-        UserError: there is nothing to export, or it has no form in such a file; or a value is too large for `dtype`.
+        UserError: there is nothing to export, such a file cannot hold it, or a value is too large for `dtype`.
     """
     tensors: dict[str, Tensor] = {}
     layers = []
@@ -61,12 +61,14 @@ def write_file(
     biases: list[str] | None = None,
 ) -> ExportReport:
     """Write the tensors of an export, with the embeddings of the active trigger words beside the file."""
-    path, words = file_path(path), active_embeddings(pipe)
-    if not tensors and not words:
-        raise UserError("found nothing to export: no active concept changes the pipeline; load one, or give it weight")
+    path, embeddings = file_path(path), active_embeddings(pipe)
+    if not tensors and not embeddings:
+        raise UserError(
+            "found nothing to export: no active concept changes the pipeline; load one with a weight other than 0"
+        )
     if tensors:
         tensors = tensors | zero_layers(pipe, tensors, float(rank or 1))
         save_tensors(path, tensors, metadata(pipe, path.stem, trigger_phrase, rank))
-    embeddings = save_embeddings(path.parent, f"{path.stem}-", words, dtype)
+    files = save_embeddings(path.parent, f"{path.stem}-", embeddings, dtype)
     unread = unread_by([layer.name for layer in layers], whole=rank is None)
-    return ExportReport(path, tuple(layers), embeddings, tuple(biases or ()), unread)
+    return ExportReport(path, tuple(layers), files, tuple(biases or ()), unread)

@@ -19,25 +19,25 @@ from atomdiff.utils.errors import UserError
 def check_empty(folder: Path) -> None:
     """Refuse a path that exists, unless it is an empty folder."""
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} is there already: give a new or empty folder")
+        raise UserError(f"{str(folder)!r} exists already: give a new or empty folder")
 
 
 def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
-    """Save a pipeline with its active concepts merged in, the words of all that are loaded in its text encoders.
+    """Save a pipeline with its active concepts merged into the weights, and the trigger words of all loaded ones.
 
-    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype. Words of active
-    concepts are also embedding files in the folder's `embeddings`, for programs that take a checkpoint made of it.
+    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype. Token embeddings of active
+    concepts are also saved in the folder's `embeddings`, for programs that take a checkpoint made of it.
 
     Raises:
         UserError: the folder is not empty.
     """
     folder = Path(folder)
     check_empty(folder)
-    words = active_embeddings(pipe)  # of what is active, while there are layers to ask
-    written = pipe.components["text_encoder"].dtype if words else torch.float32
+    active = active_embeddings(pipe)  # while the adapter layers are there
+    dtype = pipe.components["text_encoder"].dtype if active else torch.float32
     with without_adapters(pipe):
         with new_folder(folder) as unfinished:
             longer = save_portable(pipe, unfinished)
-            embeddings = save_embeddings(unfinished / "embeddings", "", words, written)
+            embeddings = save_embeddings(unfinished / "embeddings", "", active, dtype)
     embeddings = {word: folder / file.relative_to(unfinished) for word, file in embeddings.items()}
     return ExportReport(folder, embeddings=embeddings, longer_tables=longer, is_folder=True)

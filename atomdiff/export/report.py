@@ -1,4 +1,4 @@
-"""What an export wrote, and what is missing of it for whom."""
+"""The report of an export: what was written, and what which program does not read."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ class ExportedLayer:
     name: str
     """Its name in the file."""
     shape: tuple[int, ...]
-    """Of its weight."""
+    """Shape of its weight."""
     rank: int | None
-    """Of its LoRA; None: the whole difference is there."""
+    """Rank of its LoRA; None: the exact difference."""
     size: float
-    """Frobenius norm of the difference that the concepts make."""
+    """Frobenius norm of the weight difference."""
     residual: float
-    """Frobenius norm of what the numbers in the file miss of it, rounding included."""
+    """Frobenius norm of what the file misses of it, rounding included."""
 
     @property
     def error(self) -> float:
@@ -37,9 +37,9 @@ class ExportReport:
     path: Path
     """The file or folder."""
     layers: tuple[ExportedLayer, ...] = ()
-    """The layers in the file, none for a folder; no file is written for concepts that are only words."""
+    """The layers in the file; none for a folder, and for concepts of token embeddings alone, which need no file."""
     embeddings: dict[str, Path] = field(default_factory=dict)
-    """Trigger word -> the file of its embedding, without which the concept is incomplete."""
+    """Trigger word -> the file of its token embeddings, without which the concept is incomplete."""
     biases_left_out: tuple[str, ...] = ()
     """Layers whose biases change, which a LoRA cannot hold."""
     unread: dict[str, tuple[str, ...]] = field(default_factory=dict)
@@ -47,7 +47,7 @@ class ExportReport:
     longer_tables: dict[str, str] = field(default_factory=dict)
     """Text encoder of a folder -> why its embedding table is longer than the base's, which ComfyUI refuses."""
     is_folder: bool = False
-    """Whether a pipeline was written, which knows the words."""
+    """Whether a pipeline was written, which has the trigger words in its tokenizers."""
 
     @property
     def error(self) -> float:
@@ -67,19 +67,19 @@ def describe_export(report: ExportReport) -> str:
             lines.append(f"{layer.name:<{width}}{shape:>20}{layer.rank or 'all':>7}{layer.error:>16.2e}")
         lines.append(f"{len(report.layers)} layers, relative error {report.error:.2e} over all of them")
         if report.error > 0.1:
-            lines.append("much of the concept is missing: a higher --rank comes nearer, --to diff is exact")
+            lines.append("much of the concept is missing: a higher --rank is closer, --to diff is exact")
         lines.append("")
     if report.biases_left_out:
-        lines.append(f"left out, because a LoRA holds no biases: those of {list_some(report.biases_left_out)}")
+        lines.append(f"left out, as a LoRA has no biases: those of {list_some(report.biases_left_out)}")
     for program, names in report.unread.items():
         all_of_it = len(names) == len(report.layers)
-        lines.append(f"{program} leaves out {'everything: it reads LoRAs only' if all_of_it else list_some(names)}")
+        lines.append(f"{program} does not read {'the file: it reads LoRAs only' if all_of_it else list_some(names)}")
     if report.layers or not report.embeddings or report.is_folder:
         lines.append(f"saved {report.path}")
     for encoder, why in report.longer_tables.items():
         lines.append(f"ComfyUI refuses a checkpoint made of it, for the size of {encoder}'s embedding table: {why}")
     for word, path in report.embeddings.items():
-        needed = "which only diffusers finds in the folder" if report.is_folder else "without which it is incomplete"
+        needed = "which only diffusers reads from the folder" if report.is_folder else "without which it is incomplete"
         lines.append(
             f"saved {path}, the embedding of {word!r}, {needed}: put it among the embeddings and write {path.stem} "
             f"(ComfyUI: embedding:{path.stem}) for {word!r} in prompts"

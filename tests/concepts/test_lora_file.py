@@ -243,7 +243,7 @@ def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
     with AdapterCache(tiny_pipe).use(read_requests(["a mug"], given)):
         found = tiny_pipe.unet.get_submodule(module).get_base_layer().weight
         assert (found - expected).abs().max() < 2e-6
-    with pytest.raises(UserError, match="is a LoRA file, which has no word to rename"):
+    with pytest.raises(UserError, match="is a LoRA file and has no trigger word to rename"):
         open_source(str(path), "sks")
 
     out = tmp_path / "out.safetensors"

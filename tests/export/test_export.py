@@ -192,9 +192,7 @@ def test_a_pipeline_folder_has_the_scheduler_that_the_concepts_were_trained_for(
     export_concepts(ExportConfig(str(tiny_pipe_folder), (paths[1],), "diff", str(tmp_path / "x")))
     assert capsys.readouterr().out == ""
     both = ExportConfig(str(tiny_pipe_folder), tuple(paths), "pipeline", str(tmp_path / "both"))
-    with pytest.raises(
-        UserError, match="'epsilon' for a .*, 'v_prediction' for a DDIM.*; export them by themselves, or"
-    ):
+    with pytest.raises(UserError, match="'epsilon' for a .*, 'v_prediction' for a DDIM.*; export them separately, or"):
         export_concepts(both)
     export_concepts(replace(both, prediction_type="epsilon"))
     scheduler = DDIMScheduler.from_pretrained(tmp_path / "both", subfolder="scheduler")
@@ -258,7 +256,7 @@ def test_a_word_stays_a_word_in_a_folder(pipe_template, tmp_path):
 
 def test_a_folder_that_is_in_use_is_not_written_to(tiny_pipe, tiny_pipe_folder):
     teach(tiny_pipe)
-    with pytest.raises(UserError, match="is there already"):
+    with pytest.raises(UserError, match="exists already"):
         export_pipeline(tiny_pipe, tiny_pipe_folder)
 
 
@@ -371,7 +369,7 @@ def test_biases_that_a_lora_cannot_hold_are_told(pipe_template, tmp_path):
     teach(pipe, "ia3")
     report = export_lora(pipe, tmp_path / "x.safetensors")
     assert report.biases_left_out and all("conv1" in name for name in report.biases_left_out)
-    assert "holds no biases: those of lora_unet_" in describe_export(report)
+    assert "has no biases: those of lora_unet_" in describe_export(report)
 
 
 def test_half_precision_bases_are_exported_as_exactly_as_others(pipe_template, tmp_path):
@@ -561,9 +559,9 @@ def test_what_programs_do_not_read_is_told(sdxl_template, tmp_path):
     } | {"lora_te2_text_projection"}
     assert report.unread == {"Stable Diffusion WebUI": ("lora_te2_text_projection",)}
     shown = describe_export(report)
-    assert "Stable Diffusion WebUI leaves out lora_te2_text_projection" in shown
+    assert "Stable Diffusion WebUI does not read lora_te2_text_projection" in shown
     shown = describe_export(export_diff(pipe, tmp_path / "x"))
-    assert "kohya's merge_lora leaves out everything: it reads LoRAs only" in shown
+    assert "kohya's merge_lora does not read the file: it reads LoRAs only" in shown
 
 
 def convert(keys, config):
@@ -718,9 +716,11 @@ def test_mistakes_in_a_config_are_told(tiny_pipe_folder, concepts, tmp_path):
     for wrong, said in [
         ({"concepts": ()}, "no concept"),
         ({"weights": ("much", 1.0)}, "found the strength 'much'"),
-        ({"weights": ({"steps": {0: 1, 1: 0.5}}, 1.0)}, "found steps=.* in weights: .* leave steps out"),
+        ({"weights": ({"steps": {0: 1, 1: 0.5}}, 1.0)}, "weights: steps=.* cannot be exported; leave steps out"),
         ({"weights": (1.0,)}, "1 weights for 2 concepts"),
         ({"rank": 0}, "rank=0"),
+        ({"rank": 10**30}, "rank=10+: expected 1 to 65536"),
+        ({"weights": (0, {"weight": 0.0})}, "weights: all are 0, so there is nothing to export"),
     ]:
         with pytest.raises(UserError, match=said):
             ExportConfig(

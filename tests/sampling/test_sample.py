@@ -684,7 +684,7 @@ def test_other_pipelines_are_named_before_they_are_loaded(config, tmp_path, load
         ({"library": "none"}, "found nothing at 'none'"),
         ({"weights": ({"block": {"down": "x"}},), "concepts": ("a",)}, "found the strength"),
         ({"weights": (float("nan"),), "concepts": ("a",)}, "found the strength"),
-        ({"negative_prompt": "blurry <lora:x:1>"}, "take the tag out"),
+        ({"negative_prompt": "blurry <lora:x:1>"}, "remove the tag"),
         ({"prompts_file": "none.txt"}, "none.txt"),
         ({"weights": (1.0,)}, "1 weights for 0 concepts"),
         ({"trigger_words": ("a", "b")}, "2 trigger_words for 0 concepts"),
