@@ -1,9 +1,9 @@
-"""The atoms that best explain what full tuning changed in a model."""
+"""`atomdiff extract`: the atoms that best explain what full fine-tuning changed in a model."""
 
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -34,29 +34,29 @@ from atomdiff.utils.versions import atomdiff_version
 
 @dataclass(frozen=True)
 class ExtractConfig:
-    """Find the atoms that best explain a fully tuned model, and write them to a concept file."""
+    """Find the atoms that best explain a fully fine-tuned model, and write them to a concept file."""
 
     pretrained_model_name_or_path: PathText
-    """The base: a pipeline's folder or Hub id, or a UNet's folder."""
+    """Base model: a pipeline's folder, Hub id or checkpoint file, or a UNet's folder."""
     tuned: PathText
-    """The tuned one, likewise."""
+    """Fine-tuned model, in any of these forms."""
     output: PathText
-    """The concept file to write, by custom <concept>.atoms.safetensors."""
+    """Concept file to write, usually named <concept>.atoms.safetensors."""
     adapter: PathText = "atoms"
-    """Which atoms: a JSON file with the settings of an AtomConfig, or atoms for the default."""
+    """Adapter config: a JSON file with the fields of an AtomConfig, or atoms for the default."""
     trigger_phrase: str = ""
-    """What to write in a prompt to get what was tuned."""
+    """Trigger phrase: what to write in a prompt to get the concept."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision to load both in. Default: as they are stored, which takes least memory."""
+    """Precision to load both models in. Default: as they are stored, which takes the least memory."""
     save_dtype: Literal["float32", "float16"] = "float16"
-    """Precision of the written numbers."""
+    """Precision to save the concept in."""
     revision: str | None = None
-    """Revision of a base on the Hub."""
+    """Revision of a base model on the Hub."""
     variant: str | None = None
     """Variant of both models' files, such as fp16."""
     single_file_config: PathText | None = None
-    """Folder or Hub id of a pipeline whose configs describe a base that is one checkpoint file. Default: the one that
-    diffusers finds out, from the Hub."""
+    """Pipeline folder or Hub id with the configs for models that are a single checkpoint file. Default: detected by
+    diffusers, from the Hub."""
 
     def __post_init__(self) -> None:
         expand_paths(self)
@@ -66,11 +66,11 @@ def extract_concept(config: ExtractConfig) -> Extraction:
     """Extract from two models on disk or on the Hub, and write `config.output`.
 
     Raises:
-        UserError: a model cannot be loaded, or the two do not belong together, or nothing that atoms adapt differs.
+        UserError: a model cannot be loaded, the two do not belong together, or nothing that these atoms adapt differs.
     """
     adapter = read_adapter(config.adapter)
     if not isinstance(adapter, AtomConfig):
-        raise UserError(f"adapter={config.adapter!r} is no AtomConfig: extraction finds atoms only")
+        raise UserError(f"adapter={config.adapter!r} is not an AtomConfig: only atoms can be extracted")
     sources = {
         "the base": config.pretrained_model_name_or_path,
         "the tuned model": config.tuned,
@@ -105,18 +105,18 @@ def extract(
 ) -> Extraction:
     """Find the atoms that best explain how a tuned model differs from its base; neither is changed.
 
-    For each layer the deltas minimise |W1 - adapted(W0)|, a linear least-squares problem that normal equations of the
-    size of the atoms solve in float64. Kernels and channels together (`channel_block` without `joint`) are bilinear:
-    each is solved for in turn while the other stays, until the residual settles.
+    For each layer the deltas minimize |W1 - adapted(W0)|, a linear least-squares problem that is solved in float64 by
+    normal equations of the size of the atoms. Kernels and channels together (`channel_block` without `joint`) are
+    bilinear: they are solved for in turn, until the residual settles.
 
     Args:
         base: a diffusers pipeline, or a model such as its UNet, without adapters.
-        tuned: the same after full tuning.
+        tuned: the same after full fine-tuning.
         config: the atoms to find; None: the default. All variants but `recursion`.
         title: name of the concept, for its file.
-        trigger_phrase: what to write in a prompt to get what was tuned.
+        trigger_phrase: what to write in a prompt to get the concept.
         base_model: name or path of the base, for the file.
-        training: JSON-ready facts for the file.
+        training: further JSON-ready metadata for the file.
 
     Returns:
         The concept, for `atomdiff.concepts.concept_file.write_delta_file`, and how much it explains.
@@ -125,52 +125,62 @@ def extract(
         UserError: the models do not belong together, have adapters, or nothing that these atoms adapt differs.
     """
     config = config or AtomConfig()
-    if reason := variant_of(config).why_not_fitted(config):
-        raise UserError(reason)
-    if config.modules_to_save:
-        raise UserError(f"modules_to_save={config.modules_to_save}: a concept file holds atoms only; leave it out")
+    _check_config(config)
     component, old = _denoiser(base)
     _, new = _denoiser(tuned)
     before, after = _parameters(old, "base"), _parameters(new, "tuned model")
     _check_same_architecture(before, after)
-    differing = [name for name, tensor in before.items() if _norm_of_change(tensor, after[name])]
+    differing = [name for name, tensor in before.items() if _norm_of_difference(tensor, after[name])]
     if not differing:
-        raise UserError("the tuned model is the base, number for number: check the two paths")
-    try:
-        targets = find_targets(old, config)
-    except (ValueError, TypeError) as error:
-        raise UserError(f"these atoms do not fit the model: {error}") from error
-    adapted = {name: f"{name}.weight" for name in targets if f"{name}.weight" in differing}
-    if not adapted:
-        raise UserError(
-            f"target_modules={config.target_modules!r} means {len(targets)} layers, none of which was tuned; tuned was "
-            f"{list_some(differing)}: choose target_modules that cover these (atoms adapt no biases and no norms)"
-        )
-    layers, tensors, prints = [], {}, {}
-    for name, key in adapted.items():
-        path = f"{component}.{name}"
-        tensors[path], residual = fit_layer(targets[name], after[key], config, name)
-        size, difference = float(before[key].to(torch.float32).norm()), _norm_of_change(before[key], after[key])
+        raise UserError("the tuned model has the same parameters as the base: check the two paths")
+    adapted = _adapted_layers(old, config, differing)
+    layers, tensors, fingerprints = [], {}, {}
+    for name, module in adapted.items():
+        path, weight, tuned_weight = f"{component}.{name}", before[f"{name}.weight"], after[f"{name}.weight"]
+        tensors[path], residual = fit_layer(module, tuned_weight, config, name)
+        size, difference = float(weight.to(torch.float32).norm()), _norm_of_difference(weight, tuned_weight)
         layers.append(ExtractedLayer(path, size, difference, residual))
-        prints[path] = fingerprint(before[key], config, name)
+        fingerprints[path] = fingerprint(weight, config, name)
     pipe = SimpleNamespace(components={component: old}) if isinstance(base, nn.Module) else base
     delta = DeltaFile(
         config,
         tensors,
-        prints,
+        fingerprints,
         base_model=base_model,
         trigger_phrase=trigger_phrase,
         modelspec=model_spec(pipe, title, trigger_phrase),
         atomdiff_version=atomdiff_version(),
     )
-    others = {name: (before[name], after[name]) for name in differing if name not in adapted.values()}
-    found = Extraction(delta, tuple(layers), _by_kind(others), _other_models(base, tuned))
+    others = {name: (before[name], after[name]) for name in differing if name.removesuffix(".weight") not in adapted}
+    found = Extraction(delta, tuple(layers), _group_by_kind(others), _other_models(base, tuned))
     shares = {"explained": round(found.explained, 6), "explained_of_all": round(found.explained_of_all, 6)}
     return replace(found, delta=replace(delta, training={**shares, **(training or {})}))
 
 
+def _check_config(config: AtomConfig) -> None:
+    if reason := variant_of(config).why_not_fitted(config):
+        raise UserError(reason)
+    if config.modules_to_save:
+        raise UserError(f"modules_to_save={config.modules_to_save}: a concept file holds atoms only; leave it out")
+
+
+def _adapted_layers(model: nn.Module, config: AtomConfig, differing: Sequence[str]) -> dict[str, nn.Module]:
+    """Return path -> layer for the target layers whose weight differs."""
+    try:
+        targets = find_targets(model, config)
+    except (ValueError, TypeError) as error:
+        raise UserError(f"these atoms do not fit the model: {error}") from error
+    adapted = {name: layer for name, layer in targets.items() if f"{name}.weight" in differing}
+    if not adapted:
+        raise UserError(
+            f"target_modules={config.target_modules!r} matches {len(targets)} layers, none of which was tuned; tuned "
+            f"were {list_some(differing)}: choose target_modules that match these (atoms adapt no biases and no norms)"
+        )
+    return adapted
+
+
 def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:
-    """A pipeline, or the UNet in a folder of its own."""
+    """Open a pipeline, or a UNet in a folder of its own."""
     dtype, folder = getattr(torch, config.dtype) if config.dtype else None, Path(name)
     if not folder.is_dir() or not (folder / "config.json").is_file() or (folder / "model_index.json").is_file():
         described_by = config.single_file_config
@@ -221,22 +231,22 @@ def _check_same_architecture(before: Mapping[str, Tensor], after: Mapping[str, T
             raise UserError(f"{name} of the tuned model has shape {found}, and that of the base {expected}; {advice}")
 
 
-def _norm_of_change(old: Tensor, new: Tensor) -> float:
+def _norm_of_difference(old: Tensor, new: Tensor) -> float:
     wide = old.to(torch.float32)
     return float((new.to(wide) - wide).norm())
 
 
-def _by_kind(changes: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[int, float]]:
-    """Biases, norms and other weights among these: how many, and the norm of their changes."""
+def _group_by_kind(differing: Mapping[str, tuple[Tensor, Tensor]]) -> dict[str, tuple[int, float]]:
+    """Return biases, norms and other weights -> how many there are, and the norm of their differences."""
     kinds: dict[str, list[float]] = {}
-    for name, (old, new) in changes.items():
+    for name, (old, new) in differing.items():
         kind = "biases" if name.endswith("bias") else "weights of norms" if old.ndim == 1 else "other weights"
-        kinds.setdefault(kind, []).append(_norm_of_change(old, new))
+        kinds.setdefault(kind, []).append(_norm_of_difference(old, new))
     return {kind: (len(sizes), math.hypot(*sizes)) for kind, sizes in sorted(kinds.items())}
 
 
 def _other_models(base: Any, tuned: Any) -> dict[str, int]:
-    """Other parts of two pipelines that differ -> number of tensors that do."""
+    """Return other components of two pipelines -> how many of their tensors differ."""
     if isinstance(base, nn.Module) or isinstance(tuned, nn.Module):
         return {}
     counts = {}
@@ -248,7 +258,7 @@ def _other_models(base: Any, tuned: Any) -> dict[str, int]:
 
 
 def _differs(one: Tensor, two: Tensor) -> bool:
-    """Whether two tensors differ by more than rounding to half precision."""
+    """Tell whether two tensors differ by more than rounding to half precision."""
     if one.shape != two.shape or not one.is_floating_point():
         return not torch.equal(one, two)
     return not torch.allclose(two.to(one), one, rtol=2**-7, atol=2**-10 * float(one.abs().max() if one.numel() else 0))

@@ -13,13 +13,13 @@ class ExtractedLayer:
     """One layer that was tuned."""
 
     module: str
-    """Its path, component first."""
+    """Its path, with the component."""
     size: float
     """Frobenius norm of the base weight."""
     difference: float
     """Frobenius norm of tuned minus base weight."""
     residual: float
-    """Frobenius norm of what the atoms do not explain of it."""
+    """Frobenius norm of the part of it that the atoms do not explain."""
 
     @property
     def explained(self) -> float:
@@ -32,13 +32,13 @@ class Extraction:
     """A concept, and how much of the tuning it explains."""
 
     delta: DeltaFile
-    """What goes into a file."""
+    """The contents of the concept file."""
     layers: tuple[ExtractedLayer, ...]
     """The layers that atoms adapt and tuning changed."""
     unexplained: dict[str, tuple[int, float]]
-    """Kind of what else tuning changed -> its number of tensors, and the Frobenius norm of the changes."""
+    """Kind of other parameters that were tuned -> how many, and the Frobenius norm of their differences."""
     other_models: dict[str, int]
-    """Other parts of the pipeline that were tuned -> their number of changed tensors."""
+    """Other components of the pipeline that were tuned -> how many of their tensors differ."""
 
     @property
     def explained(self) -> float:
@@ -58,15 +58,15 @@ class Extraction:
 def describe_extraction(found: Extraction) -> str:
     """An extraction as a readable table."""
     width = max(len(layer.module) for layer in found.layers)
-    lines = [f"{'layer':<{width}}{'change':>10}{'explained':>12}"]
+    lines = [f"{'layer':<{width}}{'difference':>12}{'explained':>12}"]
     for layer in found.layers:
-        change = layer.difference / layer.size if layer.size else math.inf
-        lines.append(f"{layer.module:<{width}}{change:>10.2e}{layer.explained:>12.4f}")
-    lines += ["", f"explained: {found.explained:.4f} of the squared change of {len(found.layers)} layers"]
+        relative = layer.difference / layer.size if layer.size else math.inf
+        lines.append(f"{layer.module:<{width}}{relative:>12.2e}{layer.explained:>12.4f}")
+    lines += ["", f"explained: {found.explained:.4f} of the squared difference of {len(found.layers)} layers"]
     if found.unexplained:
-        lines.append(f"           {found.explained_of_all:.4f} of that of all parameters; left out are")
+        lines.append(f"           {found.explained_of_all:.4f} of that of all parameters; left out:")
     for kind, (count, size) in found.unexplained.items():
-        lines.append(f"           {count} {kind} (change {size:.3g} in all)")
+        lines.append(f"           {count} {kind} (difference {size:.3g} in total)")
     for part, count in found.other_models.items():
-        lines.append(f"left out: {count} tensors of the {part}, which was tuned, too")
+        lines.append(f"left out: {count} tensors of the {part}, which was tuned as well")
     return "\n".join(lines)

@@ -211,7 +211,7 @@ def test_a_file_of_concepts_for_different_schedulers_is_written_and_says_so(
         report = export_concepts(ExportConfig(str(tiny_pipe_folder), tuple(paths), to, str(tmp_path / to)))
         assert report.path.is_file()
         told = capsys.readouterr().out
-        assert "'epsilon' for a DDIM" in told and told.endswith("; choose one where you draw with the file\n")
+        assert "'epsilon' for a DDIM" in told and told.endswith("; choose one where you use the file\n")
         with pytest.raises(UserError, match=f"prediction_type='flow': a file of {to} has no scheduler; leave it out"):
             ExportConfig(str(tiny_pipe_folder), tuple(paths), to, str(tmp_path / to), prediction_type="flow")
 
@@ -818,11 +818,11 @@ def test_outputs_that_are_in_the_way_are_refused_before_anything_is_loaded(conce
     (tmp_path / "used.safetensors" / "x").touch()
     file = concepts[0]
     for base, to, output, said in [
-        ("base", "pipeline", str(tmp_path), "is there already: give a new or empty folder"),
-        ("base", "pipeline", file, "is there already: give a new or empty folder"),
+        ("base", "pipeline", str(tmp_path), "exists already: give a new or empty folder"),
+        ("base", "pipeline", file, "exists already: give a new or empty folder"),
         ("base", "diff", str(tmp_path / "used"), "is a folder: give the name of a file"),
-        ("base", "lora", file, "is what is exported from: give another name"),
-        (file, "lora", file.removesuffix(".safetensors"), "is what is exported from: give another name"),
+        ("base", "lora", file, "is also an input: give another name"),
+        (file, "lora", file.removesuffix(".safetensors"), "is also an input: give another name"),
     ]:
         with pytest.raises(UserError, match=said):
             export_concepts(ExportConfig(base, (concepts[0],), to, output))

@@ -230,11 +230,11 @@ def add_layer(unet):
 @pytest.mark.parametrize(
     ("change", "config", "said"),
     [
-        (lambda unet: None, {}, "is the base, number for number"),
+        (lambda unet: None, {}, "has the same parameters as the base"),
         (
             lambda unet: unet.conv_in.bias.data.add_(1),
             {},
-            r"means 20 layers, none of which was tuned; tuned was conv_in.bias",
+            r"matches 20 layers, none of which was tuned; tuned were conv_in.bias",
         ),
         (break_shape, {}, r"conv_out.weight of the tuned model has shape \(8, 32, 3, 3\), and that of the base"),
         (lambda unet: delattr(unet, "conv_out"), {}, "tuned model has no conv_out.weight, conv_out.bias: another"),
@@ -298,7 +298,7 @@ def test_wrong_folders_are_told(tiny_pipe_folder, tmp_path):
         extract_concept(ExtractConfig(base, f"{base}/vae", str(tmp_path / "x")))
     with pytest.raises(UserError, match="cannot be loaded"):
         extract_concept(ExtractConfig(base, str(tmp_path), str(tmp_path / "x")))
-    with pytest.raises(UserError, match="no AtomConfig"):
+    with pytest.raises(UserError, match="not an AtomConfig"):
         extract_concept(ExtractConfig(base, base, str(tmp_path / "x"), "full"))
     assert not (tmp_path / "x").exists()
 
