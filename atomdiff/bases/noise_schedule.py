@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
-from typing import Any, NamedTuple
+from typing import TYPE_CHECKING, Any, NamedTuple
 
-import torch
-from torch import Tensor
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class NoiseSchedule(NamedTuple):
@@ -29,6 +29,7 @@ def prediction_type(scheduler: Any) -> str:
 
 def noise_schedule(scheduler: Any) -> NoiseSchedule:
     """Return the noise schedule that a scheduler has in training."""
+    import torch
     from diffusers import DDPMScheduler, FlowMatchEulerDiscreteScheduler
 
     if prediction_type(scheduler) == "flow":

@@ -6,14 +6,14 @@ Podell et al., "SDXL: Improving Latent Diffusion Models for High-Resolution Imag
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-import torch
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from atomdiff.bases.base import PromptEmbeds
 from atomdiff.bases.stable_diffusion import StableDiffusion, original_path
 from atomdiff.utils.errors import UserError
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class StableDiffusionXL(StableDiffusion):
@@ -46,6 +46,8 @@ class StableDiffusionXL(StableDiffusion):
 
         Section 2.1 of the paper.
         """
+        import torch
+
         outputs = [
             encoder(ids.to(encoder.device), output_hidden_states=True)
             for encoder, ids in zip(text_encoders, token_ids, strict=True)

@@ -7,12 +7,13 @@ from __future__ import annotations
 
 import re
 from collections.abc import Mapping, Sequence
-from typing import Any
-
-from torch import Tensor
+from typing import TYPE_CHECKING, Any
 
 from atomdiff.bases.base import Base, PromptEmbeds
 from atomdiff.bases.noise_schedule import prediction_type
+
+if TYPE_CHECKING:
+    from torch import Tensor
 
 _LAYERS = {
     "conv_in": "input_blocks.0.0",
