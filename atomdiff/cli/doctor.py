@@ -34,7 +34,7 @@ class DoctorConfig:
 
 
 def examine() -> str:
-    """Return the report, a line for each thing; what cannot be found out is told in its line."""
+    """Return the report, a line for each thing; what cannot be found out says so."""
     lines: dict[str, Callable[[], str]] = {
         "atomdiff": lambda: f"{version('atomdiff')} in {Path(__file__).parents[1]}",
         "python": lambda: f"{platform.python_version()} ({sys.executable})",

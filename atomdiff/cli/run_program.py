@@ -25,7 +25,7 @@ def run_program(name: str, work: Callable[[], None]) -> int:
     first = os.environ.get("RANK", "0") == "0"  # from the launcher, if there is one
     several = os.environ.get("WORLD_SIZE", "1") != "1"
 
-    def tell(message: str) -> None:
+    def report(message: str) -> None:
         if not first:
             time.sleep(_GRACE_SECONDS)
         print(message, file=sys.stderr)
@@ -40,12 +40,12 @@ def run_program(name: str, work: Callable[[], None]) -> int:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # or Python would complain at its end
         return 141
     except (UserError, OSError) as error:
-        tell(f"{name}: error: {error}")
+        report(f"{name}: error: {error}")
         return 2
     except SystemExit as end:
         if not isinstance(end.code, str):  # --help
             raise
-        tell(end.code)
+        report(end.code)
         return 2
     except KeyboardInterrupt as stop:
         if first:
@@ -54,7 +54,7 @@ def run_program(name: str, work: Callable[[], None]) -> int:
     except Exception as error:
         if several and first:
             time.sleep(_GRACE_SECONDS)
-        tell(f"{name}: {_describe_bug(error)}")
+        report(f"{name}: {_describe_bug(error)}")
         return 1
     return 0
 
@@ -64,12 +64,12 @@ def _describe_bug(error: Exception) -> str:
     what = " ".join(f"{type(error).__name__}: {error}".split())[:300]
     if isinstance(error, MemoryError) or "out of memory" in str(error) or "can't allocate memory" in str(error):
         return f"error: out of memory ({what}); take smaller images or batches, or shorten the list of prompts"
-    told = "".join(traceback.format_exception(error))
+    trace = "".join(traceback.format_exception(error))
     try:
         with tempfile.NamedTemporaryFile(
             "w", encoding="utf-8", prefix="atomdiff-error-", suffix=".txt", delete=False
         ) as file:
-            file.write(told)
+            file.write(trace)
     except OSError:
-        return f"error: {what}. This is a bug in atomdiff; please report it with these lines:\n{told}"
+        return f"error: {what}. This is a bug in atomdiff; please report it with these lines:\n{trace}"
     return f"error: {what}. This is a bug in atomdiff; please report it with {file.name}"

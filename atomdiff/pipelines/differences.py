@@ -16,7 +16,7 @@ from atomdiff.pipelines.load import merge, pipeline_models, restore
 from atomdiff.tuner import merging, weight_access
 from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.functional_call import PLAIN
+from atomdiff.utils.functional_call import PLAIN_LAYERS
 
 _PEFT_MARKS = ("peft_config", "_hf_peft_config_loaded")  # a model that has these saves its adapters only
 
@@ -56,7 +56,7 @@ def layer_differences(pipe: Any) -> Iterator[LayerDifference]:
                 raise UserError(f"{component}.{path} cannot be merged, and so not exported: {error}") from error
             if not any(difference.any() for difference in parameters.values()):
                 continue
-            if not isinstance(base, PLAIN):
+            if not isinstance(base, PLAIN_LAYERS):
                 raise UserError(
                     f"the concept changes {component}.{path}, a {type(base).__name__}, and other programs read changes "
                     "of Linear and convolutions only: use --to pipeline"

@@ -261,7 +261,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         def of_base(weight: Tensor) -> Tensor:
             return adapt(self.unmerged_weight().to(weight) if self.holds_merged else weight)
 
-        with functional_call.OtherWeight(self.get_base_layer(), of_base, by_row) as other:
+        with functional_call.SubstituteWeight(self.get_base_layer(), of_base, by_row) as other:
             result = self.base_layer(x, *args, **kwargs)
         other.check()
         return result

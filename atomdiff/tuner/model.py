@@ -25,7 +25,7 @@ from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.peft_type import PREFIX
 from atomdiff.tuner.variants import atoms_of, variant_of
-from atomdiff.utils.functional_call import PLAIN
+from atomdiff.utils.functional_call import PLAIN_LAYERS
 
 ATTENTION_PROJECTIONS = re.compile(
     r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|query|key|value|attention\.output\.dense"
@@ -168,8 +168,8 @@ def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
     found = {}
     for name, module in modules.items():
         kind, weight = type(module).__name__, weights[name]
-        if not isinstance(module, PLAIN):
-            names = ", ".join(supported.__name__ for supported in PLAIN)
+        if not isinstance(module, PLAIN_LAYERS):
+            names = ", ".join(supported.__name__ for supported in PLAIN_LAYERS)
             found[name] = f"{name} is a {kind}; atoms adapt {names}: leave it out of target_modules"
         elif weight is None:
             found[name] = f"the weight of {name} ({kind}) comes from a parametrization, where atoms cannot act"

@@ -19,7 +19,7 @@ from safetensors import SafetensorError
 
 from atomdiff.utils.errors import UserError
 
-# Names of what is being written, or was replaced: hidden, not taken for a picture or a checkpoint, and with the process
+# Names of what is being written, or was replaced: hidden, not taken for an image or a checkpoint, and with the process
 # that they belong to, so that what a killed process left can be told from what another one is writing.
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
 _LEFT = re.compile(rf"\.atomdiff-{_HOST}-(\d+)-[0-9a-f]{{8}}\.(unfinished|replaced-(.+))", re.DOTALL)
@@ -57,8 +57,8 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     except Exception as error:
         if isinstance(error, UserError) or (reason := _reason(error)) is None:
             raise
-        code, said = _told(reason)
-        raise WriteError(path, said, _ADVICE.get(code, "name another folder")) from error
+        code, text = _system_error(reason)
+        raise WriteError(path, text, _ADVICE.get(code, "name another folder")) from error
 
 
 @contextmanager
@@ -162,13 +162,13 @@ def write_result(path: Path, write: Callable[[Path], object]) -> None:
     try:
         write(path)
     except WriteError as error:
-        spare = Path(tempfile.mkdtemp(prefix="atomdiff-")) / path.name
+        fallback = Path(tempfile.mkdtemp(prefix="atomdiff-")) / path.name
         try:
-            write(spare)
+            write(fallback)
         except WriteError:
-            spare.parent.rmdir()
+            fallback.parent.rmdir()
             raise error from None
-        raise WriteError(path, error.reason, f"what was trained is in {spare}: move it from there") from error
+        raise WriteError(path, error.reason, f"what was trained is in {fallback}: move it from there") from error
 
 
 def remove_folder(folder: Path) -> None:
@@ -235,7 +235,7 @@ def _reason(error: BaseException) -> BaseException | None:
     return next(iter(system + hidden), None)
 
 
-def _told(reason: BaseException) -> tuple[int, str]:
+def _system_error(reason: BaseException) -> tuple[int, str]:
     """Return the operating system's number and words for an error; 0 and what it says for one that has none."""
     text = " ".join(str(reason).split())[:200]
     if isinstance(reason, OSError) and reason.errno:

@@ -12,7 +12,7 @@ from torch.nn import functional
 from torch.nn.modules.conv import _ConvNd, _ConvTransposeNd
 from torch.overrides import TorchFunctionMode
 
-PLAIN = (
+PLAIN_LAYERS = (
     nn.Conv1d,
     nn.Conv2d,
     nn.Conv3d,
@@ -30,7 +30,7 @@ def is_autocast(tensor: Tensor) -> bool:
     return not tensor.is_meta and torch.is_autocast_enabled(tensor.device.type)
 
 
-def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]] = PLAIN) -> bool:
+def is_plain(module: nn.Module, kinds: Sequence[type[nn.Module]] = PLAIN_LAYERS) -> bool:
     """Whether a call of the module does what PyTorch's own layer of one of these kinds does, and nothing more."""
     return type(module) in kinds and not _is_managed(module)
 
@@ -42,7 +42,7 @@ def _is_managed(module: nn.Module) -> bool:
 
 
 def call(module: Any, weight: Tensor, bias: Tensor | None, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-    """The output of a module that `is_plain` with these parameters in place of its own.
+    """Return the output of a module that `is_plain` with these parameters in place of its own.
 
     Args:
         module: gives stride, padding and all else.
@@ -71,8 +71,8 @@ def _call_transposed(
     return convolve(x, weight, bias, module.stride, module.padding, padding, module.groups, module.dilation)
 
 
-class OtherWeight(TorchFunctionMode):
-    """Within, and in this thread alone, functions that are given a module's weight compute with another one.
+class SubstituteWeight(TorchFunctionMode):
+    """A `with` block in which functions that are given a module's weight compute with another one, in this thread.
 
     For modules that are not plain: with a forward of their own, hooks, layers of other methods around them. The weight
     is looked up at the time, so that it is the real one also where hooks bring it from elsewhere for the time of a call
@@ -81,38 +81,42 @@ class OtherWeight(TorchFunctionMode):
     Args:
         module: the innermost one, which has the weight.
         adapt: weight as it is found -> the one to compute with.
-        by_row: None, or what computes a product whose weight has a leading axis of rows: (function of x and one row's
-            weight, x, weights) -> output.
+        per_sample: None, or what computes a product whose weight has a leading axis of samples: (function of x and one
+            sample's weight, x, weights) -> output.
     """
 
     def __init__(
         self,
         module: nn.Module,
         adapt: Callable[[Tensor], Tensor],
-        by_row: Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor] | None = None,
+        per_sample: Callable[[Callable[[Tensor, Tensor], Tensor], Tensor, Tensor], Tensor] | None = None,
     ) -> None:
         super().__init__()
-        self.module, self.adapt, self.by_row = module, adapt, by_row
-        self.managed = not isinstance(module, PLAIN) or _is_managed(module)
-        self.learns = torch.is_grad_enabled()
+        self.module, self.adapt, self.per_sample = module, adapt, per_sample
+        self.managed = not isinstance(module, PLAIN_LAYERS) or _is_managed(module)
+        self.needs_grad = torch.is_grad_enabled()
         self.adapted: Tensor | None = None
         self.was_used = False
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs, weight = kwargs or {}, getattr(self.module, "weight", None)  # sharding takes it away meanwhile
-        given = [*args, *kwargs.values()]
-        if weight is None or not any(_holds(value, weight) for value in given) or self._leaves_alone(func):
+        values = [*args, *kwargs.values()]
+        if weight is None or not any(_holds(value, weight) for value in values) or self._leaves_alone(func):
             return func(*args, **kwargs)
         if self.adapted is None:
             self.adapted = self.adapt(cast(Tensor, weight))
-        self.was_used = self.was_used or torch.is_grad_enabled() or not self.learns
-        if self.by_row is None:
+        self.was_used = self.was_used or torch.is_grad_enabled() or not self.needs_grad
+        if self.per_sample is None:
             args = tuple(_replaced(value, weight, self.adapted) for value in args)
             kwargs = {key: _replaced(value, weight, self.adapted) for key, value in kwargs.items()}
             return func(*args, **kwargs)
         if func not in _PRODUCTS or len(args) < 2 or args[1] is not weight:
-            raise RuntimeError(f"{self._name()} uses its weight in {func.__name__}, where rows cannot have their own")
-        return self.by_row(lambda x, row: func(x, row, *args[2:], **kwargs), args[0], self.adapted)
+            raise RuntimeError(
+                f"{self._name()} uses its weight in {func.__name__}, where samples cannot have their own"
+            )
+        return self.per_sample(
+            lambda x, sample_weight: func(x, sample_weight, *args[2:], **kwargs), args[0], self.adapted
+        )
 
     def _leaves_alone(self, func: Any) -> bool:
         """What writes into the weight, or where others act around the forward, all that may only move it."""

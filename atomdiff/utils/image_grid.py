@@ -1,4 +1,4 @@
-"""Pictures side by side on one sheet, with words beside the rows and above the columns."""
+"""Images side by side on one sheet, with labels beside the rows and above the columns."""
 
 import math
 from collections.abc import Sequence
@@ -7,8 +7,8 @@ from PIL import Image, ImageDraw, ImageFont
 
 Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 
-SHEET_PIXELS = 40_000_000  # for all pictures together; those that need more are enlarged less, or made smaller
-_COMFORTABLE_SIDE = 192  # pixels; smaller pictures are enlarged to about this
+SHEET_PIXELS = 40_000_000  # for all images together; those that need more are enlarged less, or made smaller
+_COMFORTABLE_SIDE = 192  # pixels; smaller images are enlarged to about this
 _LABEL_WIDTH = 160  # pixels; what a label beside a row may take at least
 _INK, _PAPER = (40, 40, 40), (255, 255, 255)
 
@@ -20,33 +20,33 @@ def make_image_grid(
     *,
     scale: float | None = None,
 ) -> Image.Image:
-    """Draw rows of pictures on a white sheet with word-wrapped labels.
+    """Put rows of images on a white sheet with word-wrapped labels.
 
-    Rows may differ in length, None leaves a place empty, and pictures smaller than the largest are centred in theirs.
+    Rows may differ in length, None leaves a place empty, and images smaller than the largest are centered in theirs.
 
     Args:
-        rows: the pictures, of any mode.
+        rows: the images, of any mode.
         row_labels: one a row, or none at all.
         column_labels: one a column, or none at all.
-        scale: factor by which every picture is enlarged; by default the whole one that brings small ones to about 192
-            pixels, or less than 1 where all pictures together would take more than SHEET_PIXELS.
+        scale: factor by which every image is enlarged; by default the whole one that brings small ones to about 192
+            pixels, or less than 1 where all images together would take more than SHEET_PIXELS.
 
     Returns:
-        An RGB picture.
+        An RGB image.
 
     Raises:
-        ValueError: there is no picture at all, or the number of labels is wrong.
+        ValueError: there is no image at all, or the number of labels is wrong.
     """
-    pictures = [picture for row in rows for picture in row if picture is not None]
+    images = [image for row in rows for image in row if image is not None]
     columns = max(map(len, rows), default=0)
-    if not pictures:
-        raise ValueError("found no picture to put on the sheet; give at least one")
+    if not images:
+        raise ValueError("found no image to put on the sheet; give at least one")
     for name, labels, count in (("row", row_labels, len(rows)), ("column", column_labels, columns)):
         if labels and len(labels) != count:
             raise ValueError(f"found {len(labels)} {name} labels for {count} {name}s; give one each, or none")
 
-    largest = max(picture.width for picture in pictures), max(picture.height for picture in pictures)
-    scale = scale or _scale(largest, len(pictures), len(rows) * columns)
+    largest = max(image.width for image in images), max(image.height for image in images)
+    scale = scale or _scale(largest, len(images), len(rows) * columns)
     width, height = (max(1, round(scale * side)) for side in largest)
     gap, size = max(width // 32, 4), min(max(width // 12, 12), 28)
     font = ImageFont.load_default(size)
@@ -67,21 +67,21 @@ def make_image_grid(
             y = top + row * (height + gap) + height / 2 - (len(lines) / 2 - number - 0.5) * line
             pen.text((2 * gap, y), text, _INK, font, anchor="lm")
     for row, contents in enumerate(rows):
-        for column, picture in enumerate(contents):
-            if picture is not None:
-                sides = [max(1, round(scale * side)) for side in picture.size]
-                large = picture.convert("RGB").resize(sides, Image.Resampling.LANCZOS)
+        for column, image in enumerate(contents):
+            if image is not None:
+                sides = [max(1, round(scale * side)) for side in image.size]
+                large = image.convert("RGB").resize(sides, Image.Resampling.LANCZOS)
                 x, y = left + column * (width + gap), top + row * (height + gap)
                 sheet.paste(large, (x + (width - large.width) // 2, y + (height - large.height) // 2))
     return sheet
 
 
-def _scale(largest: tuple[int, int], pictures: int, places: int) -> float:
-    """Return the factor for pictures of up to these sides, in so many places on the sheet."""
+def _scale(largest: tuple[int, int], images: int, places: int) -> float:
+    """Return the factor for images of up to these sides, in so many places on the sheet."""
     pixels = places * largest[0] * largest[1]
     if pixels > SHEET_PIXELS:
         return math.sqrt(SHEET_PIXELS / pixels)
-    return max(1, round(min(_COMFORTABLE_SIDE, math.isqrt(SHEET_PIXELS // pictures)) / max(largest)))
+    return max(1, round(min(_COMFORTABLE_SIDE, math.isqrt(SHEET_PIXELS // images)) / max(largest)))
 
 
 def _wrap(text: str, font: Font, width: int, most: int | None = None) -> list[str]:

@@ -143,8 +143,8 @@ def _limited() -> bool:
     """Return whether torch or oneDNN is built or told not to use the half-precision instructions of this processor."""
     if not torch.backends.mkldnn.is_available():  # which has the kernels
         return True
-    told = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT")).upper()
-    wide = told in ("DEFAULT", "ALL") or any(each in told for each in ("BF16", "FP16", "AMX", "AVX10"))
+    limit = os.environ.get("ONEDNN_MAX_CPU_ISA", os.environ.get("DNNL_MAX_CPU_ISA", "DEFAULT")).upper()
+    wide = limit in ("DEFAULT", "ALL") or any(each in limit for each in ("BF16", "FP16", "AMX", "AVX10"))
     return not wide or torch.backends.cpu.get_cpu_capability() in _NARROW
 
 

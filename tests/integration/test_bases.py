@@ -18,6 +18,8 @@ from atomdiff.sampling.sample import save_samples
 from atomdiff.training.dreambooth import train
 from atomdiff.tuner import AtomConfig
 
+pytestmark = pytest.mark.slow
+
 KINDS = ["tiny_sd2_pipe", "tiny_xl_pipe"]
 
 

@@ -16,6 +16,8 @@ from atomdiff.tuner import AtomConfig, adapter_state, attach, merging
 from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CONFIGS = {
     "lora": LoraConfig(r=2, target_modules=["to_q", "conv1"]),
     "oft": OFTConfig(r=0, oft_block_size=4, target_modules=["to_q"]),

@@ -26,6 +26,8 @@ from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_tok
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CONCEPTS = {
     "default": AtomConfig(channel_block=4, target_modules=["conv_in", "conv1", "to_q"]),
     "dct": AtomConfig(channel_block=2, basis="dct", target_modules="attention"),
@@ -586,7 +588,6 @@ def test_damaged_files_are_refused_or_are_what_they_say(originals, pipe, tmp_pat
     assert fuzz(range(160), originals, pipe, tmp_path / "x.atoms.safetensors") > 0
 
 
-@pytest.mark.slow
 def test_many_damaged_files_are_refused_or_are_what_they_say(originals, pipe, tmp_path):
     assert fuzz(range(1000, 3100), originals, pipe, tmp_path / "x.atoms.safetensors") > 100
 
@@ -662,7 +663,6 @@ def test_damaged_directories_are_refused(directory, tmp_path):
     fuzz_directories(range(60), directory, tmp_path)
 
 
-@pytest.mark.slow
 def test_many_damaged_directories_are_refused(directory, tmp_path):
     fuzz_directories(range(1000, 1500), directory, tmp_path)
 

@@ -24,6 +24,8 @@ from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.utils.errors import UserError
 
+pytestmark = pytest.mark.slow
+
 CONCEPTS = {
     "mug": (AtomConfig(channel_block=4, target_modules=["conv1", "conv_in", "to_q", "q_proj"]), "ohwx"),
     "cat": (AtomConfig(channel_block=2, basis="dct", target_modules="attention"), "zwx"),

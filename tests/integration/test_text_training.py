@@ -25,6 +25,8 @@ from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import MAX_TRIGGER_WORDS
 
+pytestmark = pytest.mark.slow
+
 PROMPT = "a photo of a sks mug, red sks"
 FOLDERS = {"sd1": "tiny_pipe_folder", "sd2": "tiny_sd2_pipe_folder", "sdxl": "tiny_xl_pipe_folder"}
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["to_q", "to_v"]}

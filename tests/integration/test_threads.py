@@ -14,6 +14,8 @@ from atomdiff.tuner import AtomConfig, adapter_state
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.thread_local import ThreadLocal
 
+pytestmark = pytest.mark.slow
+
 ROUNDS = 6
 CONFIGS = {
     "a": AtomConfig(channel_block=4, target_modules="all"),

@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+pytestmark = pytest.mark.slow
+
 ROOT = Path(__file__).parents[2]
 BUILD = "import sys; from setuptools import build_meta; print(build_meta.build_wheel(sys.argv[1]))"
 
@@ -40,7 +42,6 @@ def test_all_modules_and_assets_are_in_it(site):
     assert (site / "atomdiff" / "_assets" / "samples" / "toybox-sd" / "model_index.json").is_file()
 
 
-@pytest.mark.slow
 def test_the_demo_runs_in_an_empty_folder(site, tmp_path):
     run = yaml.safe_load((ROOT / "configs" / "demo.yaml").read_text())
     run |= {"max_train_steps": 1, "num_inference_steps": 2, "lr_warmup_steps": 0}

@@ -92,6 +92,7 @@ def texts(drawn):
     return [dataset.prompts[number] for dataset, batch in drawn for number in batch.prompts]
 
 
+@pytest.mark.slow
 def test_everything_at_once_in_batches_of_one_size(config, drawn):
     config = dataclasses.replace(config, **EVERYTHING, max_train_steps=20)
     train(config)
@@ -120,12 +121,14 @@ def test_everything_at_once_in_batches_of_one_size(config, drawn):
     assert all(sorted(text.split(", ")) == ["blue", "green", "red", "sks teapot a"] for text in of_a)
 
 
+@pytest.mark.slow
 def test_every_photo_comes_equally_often_whatever_the_bucket_is(config, drawn):
     train(dataclasses.replace(config, aspect_ratio_buckets="auto", max_train_steps=10, center_crop=True))
     names = [text.split(",")[0][-1] for text in texts(drawn)]
     assert sorted(names[:10]) == sorted("aabbccddee") == sorted(names[10:])
 
 
+@pytest.mark.slow
 def test_one_bucket_of_the_resolution_changes_nothing(config):
     squares = dataclasses.replace(config, aspect_ratio_buckets="32,32")
     assert numbers(train(config)) == numbers(train(squares))
@@ -138,6 +141,7 @@ def test_without_buckets_photos_come_in_the_plain_order(config, drawn):
     assert names == ["abcde"[place] for place in sample_order(5, 0, 12, seed)]
 
 
+@pytest.mark.slow
 def test_repeats_balance_subjects(config, tmp_path, photos, drawn):
     few = tmp_path / "few"
     few.mkdir()
@@ -171,6 +175,7 @@ def test_masks_weigh_the_loss_and_turn_with_the_photo(config, drawn, photos):
     torch.testing.assert_close(avg_pool2d(light, 4) * 0.75 + 0.25, left)
 
 
+@pytest.mark.slow
 def test_the_loss_is_weighted(config, photos):
     losses = {}
     for name, light in (("none", None), ("white", 255), ("half", 128)):
@@ -185,6 +190,7 @@ def test_the_loss_is_weighted(config, photos):
     assert losses["half"] == pytest.approx(losses["none"] * 128 / 255, rel=1e-5)
 
 
+@pytest.mark.slow
 def test_views_without_the_subject_are_left_out(config, photos, drawn):
     for name in "bcde":
         (photos / f"{name}.png").unlink()
@@ -199,6 +205,7 @@ def test_views_without_the_subject_are_left_out(config, photos, drawn):
         train(dataclasses.replace(masked, center_crop=True))
 
 
+@pytest.mark.slow
 def test_a_second_run_reads_its_latents_and_gives_the_same_bytes(config, tmp_path, monkeypatch):
     shared = {"cache_dir": str(tmp_path / "kept"), "class_data_dir": str(tmp_path / "class")}
     config = dataclasses.replace(config, **EVERYTHING, **shared)
@@ -226,6 +233,7 @@ def test_latents_are_kept_in_the_output_folder(config):
     assert kept_latents(Path(config.output_dir) / "cache") == len(SIZES)
 
 
+@pytest.mark.slow
 def test_a_run_with_everything_goes_on_with_the_same_bytes(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, **EVERYTHING, class_data_dir=str(tmp_path / "class"), checkpointing_steps=3)
     whole = numbers(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
@@ -236,6 +244,7 @@ def test_a_run_with_everything_goes_on_with_the_same_bytes(config, tmp_path, mon
     assert numbers(train(dataclasses.replace(config, resume_from_checkpoint="checkpoint-3"))) == whole
 
 
+@pytest.mark.slow
 def test_sdxl_is_told_of_sizes_and_crops(config, tiny_xl_pipe_folder, monkeypatch):
     forward, told = UNet2DConditionModel.forward, []
 
@@ -288,6 +297,7 @@ def test_words_that_the_base_cannot_learn_are_found_before_class_images_are_draw
     assert not classes.exists()
 
 
+@pytest.mark.slow
 def test_captions_may_spell_a_word_in_another_case(config, photos):
     trained = []
     for spelt in ("sks", "Sks"):
@@ -355,6 +365,7 @@ def test_a_process_encodes_its_share_before_it_waits_for_the_others():
     assert log == [0, 1, 2, 3, 4]
 
 
+@pytest.mark.slow
 def test_processes_encode_their_shares_and_train_in_step(config, tmp_path):
     fields = {**dataclasses.asdict(config), **EVERYTHING, "validation_prompts": ["{trigger}"], "max_train_steps": 2}
     (tmp_path / "run.yaml").write_text(json.dumps(fields))

@@ -95,6 +95,7 @@ def test_every_method_goes_through_and_its_concept_loads(config, method, tmp_pat
     assert np.abs(picture(tiny_pipe, "a photo of a mug") - base).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_the_loss_goes_down(config):
     config = dataclasses.replace(config, max_train_steps=40, learning_rate=0.05, train_batch_size=4)
     train(config)
@@ -123,6 +124,7 @@ def test_the_token_starts_as_the_class_word_and_alone_moves(config, tiny_pipe):
     assert (vector - expected).abs().max() > 0.1
 
 
+@pytest.mark.slow
 def test_what_is_not_needed_leaves_memory(config, monkeypatch):
     seen = []
 
@@ -145,6 +147,7 @@ def numbers(path):
     return torch.cat([tensor.flatten() for tensor in [*deltas, *concept.tokens.get("sks", {}).values()]])
 
 
+@pytest.mark.slow
 def test_same_config_same_bytes(config):
     assert contents(train(config)) == contents(train(config))
 
@@ -193,6 +196,7 @@ def test_every_knob_turns_something(config, tmp_path):
     assert not same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["atoms", "lora"])
 def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(config, method, tmp_path, monkeypatch, capsys):
     config = dataclasses.replace(
@@ -252,6 +256,7 @@ def test_a_killed_run_ends_with_the_same_bytes(config, half_precision, tmp_path)
     assert contents(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))) == resumed
 
 
+@pytest.mark.slow
 def test_a_checkpoint_becomes_a_concept_by_stopping_there(config, tmp_path):
     config = dataclasses.replace(config, checkpointing_steps=2)
     train(config)
@@ -299,6 +304,7 @@ def test_accumulated_batches_count_as_one(config, monkeypatch):
             torch.testing.assert_close(tensor, two.layers[module][kind], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_processes_may_change_if_the_batches_of_a_step_do_not(config, tmp_path):
     one = dataclasses.replace(config, checkpointing_steps=2, gradient_accumulation_steps=2)
     expected = contents(train(one))
@@ -337,6 +343,7 @@ def test_learning_rates_follow_the_schedule(config):
     np.testing.assert_allclose([line["lr"] for line in log_of(config)], [0, 0.005, 0.01, 0.005])
 
 
+@pytest.mark.slow
 def test_class_images_are_generated_once_and_trained_on(config, monkeypatch):
     config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=3)
     drawn = []
@@ -358,6 +365,7 @@ def test_class_images_are_generated_once_and_trained_on(config, monkeypatch):
     assert prompts == ["a photo of sks teapot"] * 2 + ["a photo of a teapot"] * 2
 
 
+@pytest.mark.slow
 def test_class_images_of_another_base_are_refused(config, tiny_pipe, tmp_path):
     config = dataclasses.replace(config, with_prior_preservation=True, num_class_images=2, max_train_steps=1)
     train(config)

@@ -190,6 +190,7 @@ def written(config):
     return [file.read_bytes()[8 + int.from_bytes(file.read_bytes()[:8], "little") :] for file in files]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_resumed_run_ends_with_the_same_bytes_and_pictures_change_nothing(run, kind, tmp_path):
     if kind == "8 bit":
@@ -203,6 +204,7 @@ def test_a_resumed_run_ends_with_the_same_bytes_and_pictures_change_nothing(run,
     assert written(dataclasses.replace(whole, **plain)) != expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["prodigy", "schedule-free"])
 def test_the_loss_of_one_batch_goes_down(run, kind, monkeypatch):
     usual = dreambooth.batch_loss

@@ -94,7 +94,7 @@ def test_none_leaves_a_place_empty_and_modes_and_sizes_may_differ():
 
 
 def test_what_cannot_be_drawn_is_refused():
-    with pytest.raises(ValueError, match="no picture"):
+    with pytest.raises(ValueError, match="no image"):
         make_image_grid([[None]])
     with pytest.raises(ValueError, match="2 row labels for 1 rows"):
         make_image_grid([[picture(RED)]], ["a", "b"])
