@@ -10,13 +10,13 @@ from atomdiff.utils.paths import PathText, expand_paths
 
 @dataclass(frozen=True)
 class InspectConfig:
-    """Show what a concept file holds, or what an adapter would take on a base."""
+    """Show the contents of a concept file, or count the parameters of an adapter on a base model."""
 
     file: PathText | None = None
     """The concept file."""
     base: PathText | None = None
-    """With a file, a base to measure its distance to: a folder or a Hub id. With --config, the architecture: sd-1.5,
-    sd-2.1, sdxl, resnet-50, convnext-base, or a folder or Hub id; its weights are not needed."""
+    """Base model: a folder or a Hub id. With a file, the distance to the base of its training is shown. With --config,
+    the weights are not needed, so that sd-1.5, sd-2.1, sdxl, resnet-50 and convnext-base are possible, too."""
     config: PathText | None = None
     """Adapter config to count the parameters of: a JSON file of any PEFT method, or atoms, or full."""
 

@@ -49,7 +49,7 @@ def sample(args: Sequence[str]) -> None:
 
 
 def inspect(args: Sequence[str]) -> None:
-    """Show what a concept file holds, or what an adapter would take on a base."""
+    """Show the contents of a concept file, or count the parameters of an adapter on a base model."""
     from atomdiff.cli.inspect import InspectConfig, inspect_concept
 
     config = parse_config(InspectConfig, args, prog="atomdiff inspect", positional="file")

@@ -31,7 +31,7 @@ _LARGEST = 1e9  # rank or alpha
 
 
 def is_lora_file(path: Path) -> bool:
-    """Whether a safetensors file is not a concept file, but may be read by `read_lora`.
+    """Tell whether a safetensors file is not a concept file, so that it may be a LoRA file.
 
     Raises:
         UserError: it is damaged.
@@ -40,26 +40,26 @@ def is_lora_file(path: Path) -> bool:
 
 
 def has_lora_keys(keys: Iterable[str]) -> bool:
-    """Whether a safetensors file with these keys holds layers that `read_lora` knows."""
+    """Tell whether a safetensors file with these keys has layers that `read_lora` can read."""
     return any(match and match[6] != "alpha" for match in map(_KEY.fullmatch, keys))
 
 
 def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool) -> tuple[Adapters, list[str]]:
-    """Read a LoRA, LoCon, LoHa, LoKr or whole differences, with the names of kohya's programs or of diffusers.
+    """Read a LoRA, LoCon, LoHa, LoKr, DoRA or weight differences, with the names of kohya's programs or of diffusers.
 
-    What is no plain LoRA becomes one of as many ranks as it takes to be exact. A DoRA does so for the base that it is
-    loaded into; its weight then counts as in ComfyUI, by which the difference of weights is multiplied.
+    What is not a plain LoRA becomes an exact LoRA of the necessary rank. A DoRA becomes one for the base that it is
+    loaded into; its adapter weight then multiplies the delta of the weights, as in ComfyUI.
 
     Args:
         path: the safetensors file.
         models: component -> model.
-        allow_mismatch: leave out layers that the models lack or have in other shapes.
+        allow_mismatch: skip layers that the models lack or have in other shapes.
 
     Returns:
-        The adapters by component, and what is left out, for a message.
+        The adapters by component, and what was skipped, for a message.
 
     Raises:
-        UserError: it is no such file, is damaged, or does not fit the models.
+        UserError: it is not such a file, is damaged, or does not fit the models.
     """
     metadata, keys = read_safetensors_header(path)
     found = {key: _KEY.fullmatch(key) for key in keys}
@@ -105,7 +105,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
 
 
 def trigger_phrase(path: Path) -> str:
-    """What to write in a prompt to get what a LoRA file changes, if it says so."""
+    """Return the trigger phrase in the metadata of a LoRA file; empty if it has none."""
     return read_safetensors_header(path)[0].get("modelspec.trigger_phrase", "")
 
 
@@ -119,7 +119,7 @@ def _refuse_or_leave_out(
     metadata: Mapping[str, str],
     keys: Iterable[str],
 ) -> list[str]:
-    """What of a file has no place here, for a message; where it is too much, or nothing is left, an error."""
+    """Return what is skipped, for a message; refuse the file where that is too much, or nothing is left."""
     of = {name: _component_of(name) for name in missing}
     absent = {name: part for name, part in of.items() if part and part not in models}
     ends = {name for name in (*missing, *wrong) if re.search(r"(?:conv_(?:in|out)|input_blocks_0_0|_out_2)\b", name)}
@@ -134,7 +134,7 @@ def _refuse_or_leave_out(
 
 
 def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[str, str], float | None]:
-    """(component, module) -> the scale that diffusers wrote into a file's metadata; None: there is none."""
+    """Return a function (component, module) -> the scale in the metadata of diffusers; None: there is none."""
     try:
         values = parse_json(metadata.get("lora_adapter_metadata", "{}"))
         _check_scales(values)
@@ -155,7 +155,7 @@ def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[s
 
 
 def _check_scales(values: Mapping[str, Any]) -> None:
-    """Check the ranks and alphas in what diffusers tells of an adapter; ValueError: they are none."""
+    """Check the ranks and alphas in the metadata of diffusers; ValueError: they are invalid."""
     patterns = {name: value for name, value in values.items() if re.search(r"\.(rank|alpha)_pattern$", name) and value}
     if odd := [name for name, value in patterns.items() if not isinstance(value, dict)]:
         raise ValueError(f"{odd[0]} is {patterns[odd[0]]!r:.50}")
@@ -173,7 +173,7 @@ def _check_scales(values: Mapping[str, Any]) -> None:
 
 
 def _adapter(modules: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[LoraConfig, dict[str, Tensor]]:
-    """The factors of a model's layers, already scaled, as PEFT has them."""
+    """Return the scaled factors of a model's layers in the form of PEFT."""
     ranks = {module: len(down) for module, (down, _) in modules.items()}
     usual = Counter(ranks.values()).most_common(1)[0][0]
     by_rank: dict[int, list[str]] = {}  # an expression for each rank: PEFT tries all of them for each layer
@@ -192,7 +192,7 @@ def _adapter(modules: Mapping[str, tuple[Tensor, Tensor]]) -> tuple[LoraConfig, 
 
 
 def _modules_by_name(models: Mapping[str, nn.Module]) -> dict[str, tuple[str, str, nn.Module]]:
-    """Name of a layer in files, without dots -> component, path and layer."""
+    """Return name of a layer in files, without dots -> component, path and layer."""
     found, base = {}, find_base(models)
     for component, prefixes in base.layer_prefixes.items():
         model: Any = models.get(component)
@@ -217,7 +217,7 @@ def _flat(name: str) -> str:
 
 
 def _what_it_is(keys: Iterable[str], metadata: Mapping[str, str]) -> str:
-    """What a safetensors file is, and where it belongs if not here."""
+    """Say what a safetensors file is, and where to use it if not here."""
     text = "\n".join(keys)
     said = metadata.get("modelspec.architecture") or metadata.get("ss_base_model_version")
     made_for = f", made for {printable(said)}" if said else ""

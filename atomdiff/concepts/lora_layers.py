@@ -24,12 +24,12 @@ Layer = dict[str, Tensor]
 
 
 def lora_factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Tensor, Tensor] | None:
-    """Down (r, in, ...) and up (out, r, 1, ...), scaled, whose product is a layer's difference; None: it is zero.
+    """Return down (r, in, ...) and up (out, r, 1, ...), scaled, whose product is a layer's delta; None: it is zero.
 
     Raises:
-        ValueError: they are not of this weight's shape, or not complete.
-        RuntimeError: likewise.
-        LookupError: likewise.
+        ValueError: the tensors do not fit the weight's shape, or are incomplete.
+        RuntimeError: as ValueError.
+        LookupError: as ValueError.
     """
     shape = tuple(cast(Tensor, base.weight).shape)
     if odd := [kind for kind, tensor in layer.items() if kind != "alpha" and not tensor.is_floating_point()]:
@@ -44,13 +44,13 @@ def lora_factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Te
     if magnitudes:
         up, down = _exact_factors(_dora_delta(BaseWeight(base).read().detach(), up @ down, magnitudes[0]))
     if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
-        raise ValueError("its numbers are too large")
+        raise ValueError("its values are too large")
     ones = [1] * (len(shape) - 2)
     return (down.reshape(-1, *shape[1:]), up.reshape(*up.shape, *ones)) if up.any() and down.any() else None
 
 
 def _up_and_down(layer: Layer, shape: tuple[int, ...], scale: float | None) -> tuple[Tensor, Tensor]:
-    """Up (out, r) and down (r, in * ...), scaled."""
+    """Return up (out, r) and down (r, in * ...), scaled."""
     if layer.keys() >= {"up", "down"} and "lora_mid" not in layer:
         up, down = layer["up"].flatten(1), layer["down"]
         rank = len(down)
@@ -74,21 +74,21 @@ def _up_and_down(layer: Layer, shape: tuple[int, ...], scale: float | None) -> t
 
 
 def _has_inputs(tensor: Tensor, shape: tuple[int, ...]) -> bool:
-    """Whether the rows of a tensor are those of a weight of this shape, as they are or flat."""
+    """Tell whether a tensor has the input axes of a weight of this shape, flattened or not."""
     inputs = prod(shape[1:])
     return tensor[:1].numel() == inputs and tensor.shape[1] in (shape[1], inputs)
 
 
 def _exact_factors(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Two factors of a matrix, one of which is the identity."""
+    """Return two factors of a matrix, one of which is the identity."""
     out, inputs = delta.shape
     return (torch.eye(out), delta) if out <= inputs else (delta, torch.eye(inputs))
 
 
 def _dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
-    """The difference (out, in * ...) of a weight that a DoRA makes (arXiv 2402.09353), of the difference of its LoRA.
+    """Return the delta weight (out, in * ...) of a DoRA (arXiv 2402.09353) from the delta of its LoRA.
 
-    The magnitudes are of the outputs or, as LyCORIS has them, of the inputs: (1, in, ...).
+    Magnitudes are per output or, in files of LyCORIS, per input: (1, in, ...).
     """
     weight = weight.to(delta)
     adapted = weight + delta.reshape(weight.shape)
@@ -101,7 +101,7 @@ def _dora_delta(weight: Tensor, delta: Tensor, magnitude: Tensor) -> Tensor:
 
 
 def _delta(layer: Layer, shape: tuple[int, ...]) -> Tensor:
-    """The difference of a weight of this shape that LyCORIS makes of its factors (arXiv 2309.14859)."""
+    """Return the delta of a weight of this shape from the factors of LyCORIS (arXiv 2309.14859)."""
     if "diff" in layer:
         return layer["diff"]
     if layer.keys() >= {"up", "down", "lora_mid"}:
@@ -143,12 +143,12 @@ def _checked_product(a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
 
 
 def _tucker(core: Tensor, a: Tensor, b: Tensor, shape: tuple[int, ...]) -> Tensor:
-    """Core (i, j, k, l), a (i, out), b (j, in) -> (out, in, k, l)."""
+    """Return the Tucker product of core (i, j, k, l), a (i, out), b (j, in): (out, in, k, l)."""
     if max(core.shape[:2]) > _LARGEST_CORE or a.shape[1] * b.shape[1] * prod(core.shape[2:]) > prod(shape):
         raise ValueError(f"found {tuple(core.shape)}, {tuple(a.shape)}, {tuple(b.shape)} for {shape} here")
     return torch.einsum("ij..., ip, jr -> pr...", core, a, b).contiguous()
 
 
 def _alpha_over_rank(layer: Layer, rank: int) -> float:
-    """By which programs multiply what they load: alpha / rank."""
+    """Return the scale that programs multiply a LoRA by: alpha / rank."""
     return float(layer["alpha"]) / rank if "alpha" in layer else 1.0

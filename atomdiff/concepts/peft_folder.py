@@ -1,4 +1,4 @@
-"""Concepts of any PEFT method in directories as PEFT writes them, with their trigger words beside."""
+"""Concepts of any PEFT method in folders as PEFT writes them, with their token embeddings in a file beside."""
 
 from __future__ import annotations
 
@@ -29,14 +29,14 @@ Tokens = dict[str, dict[str, Tensor]]
 def write(
     path: Path, adapters: Adapters, tokens: Tokens, denoiser: str, metadata: Mapping[str, str] | None = None
 ) -> None:
-    """Write a concept, the same bytes for the same input; what it replaces goes once all of it is written.
+    """Write a concept, the same bytes for the same input; what it replaces is removed once all is written.
 
     Args:
-        path: the directory, made if it is missing; what else it holds stays.
-        adapters: component -> settings and tensors; other components than the denoiser get a subfolder each.
+        path: the folder, created if it is missing; other files in it stay.
+        adapters: component -> config and tensors; components other than the denoiser get a subfolder each.
         tokens: trigger word -> text encoder -> embedding (hidden,).
         denoiser: the component whose adapter lies in `path` itself.
-        metadata: facts for the headers of the adapters.
+        metadata: metadata of the adapter files.
     """
     names = (CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME)
     own = [LEARNED_EMBEDS_NAME, *names, *(f"text_encoder*/{name}" for name in names)]
@@ -64,15 +64,15 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
     """Read a concept written by `write`, or adapters saved by PEFT itself, in a folder for each component.
 
     Args:
-        path: the directory.
+        path: the folder.
         components: those that may have an adapter.
         denoiser: the component whose adapter lies in `path` itself, or in a folder of that name as those of others do.
 
     Returns:
-        The adapters by component, the trigger words, and what is left out, for a message.
+        The adapters by component, the token embeddings, and what was skipped, for a message.
 
     Raises:
-        UserError: the directory holds neither an adapter nor a word, or one that cannot be read.
+        UserError: the folder holds neither an adapter nor token embeddings, or they cannot be read.
     """
     adapters: Adapters = {}
     found = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{CONFIG_NAME}"))}
@@ -130,7 +130,7 @@ def _read_config(folder: Path) -> PeftConfig:
 
 
 def _patterns(values: dict[str, Any]) -> Iterator[str]:
-    """What PEFT takes for regular expressions: strings for names of modules, and the keys of exceptions."""
+    """Yield what PEFT uses as regular expressions: strings for module names, and the keys of patterns."""
     for key, value in values.items():
         if isinstance(value, str) and key.endswith("_modules"):
             yield value
