@@ -24,7 +24,8 @@ pipe = StableDiffusionPipeline.from_pretrained(options.base)
 pipe.to("cuda" if torch.cuda.is_available() else "cpu")
 for name in names:
     info = library.info(name)
-    adapter = atomdiff.load_atoms(pipe, library[name], adapter_name=name.replace("/", "-").replace(".", "-"))
+    concept = info.path if info.is_lora else library[name]  # LoRA files of other programs are listed, too
+    adapter = atomdiff.load_atoms(pipe, concept, adapter_name=name.replace("/", "-").replace(".", "-"))
     atomdiff.set_active(pipe, adapter)  # written into the weights: an image costs what the base's costs
     image = pipe(f"a photo of {info.trigger_phrase}", num_inference_steps=options.steps).images[0]
     file = Path(options.output_dir, f"{name}.png")

@@ -129,6 +129,8 @@ def test_other_python_is_python():
     for page in PAGES:
         for code in blocks(page, "py"):
             compile(code, page, "exec")
+            for line in re.findall(r"^from atomdiff\S* import .+", code, re.MULTILINE):
+                exec(line, {})
 
 
 def test_links_and_files_are_there():
