@@ -238,7 +238,7 @@ def train(pipe, config, word="sks"):
 
 @pytest.fixture
 def concept(tiny_pipe, tmp_path):
-    """A concept file beside nothing else, and the picture that it makes."""
+    """A concept file beside nothing else, and the image that it makes."""
     train(tiny_pipe, AtomConfig(channel_block=4, target_modules=["conv_in", "to_q"]))
     facts = {"steps": 40, "seed": 0, "final_loss": 0.123456, "config": {"learning_rate": 0.005, "seed": 0}}
     file = tmp_path / "run" / "my mug.v2.atoms.safetensors"
@@ -542,7 +542,7 @@ def test_a_base_of_this_disk_is_no_base_of_the_hub(concept, tiny_pipe, tmp_path,
         assert "for `toybox-sd`" in text and '"path/to/toybox-sd"' in text and "secret" not in text
 
 
-def test_pictures_drawn_with_the_concept_are_found_beside_it_and_others_are_not(concept, tmp_path):
+def test_images_generated_with_the_concept_are_found_beside_it_and_others_are_not(concept, tmp_path):
     file, _ = concept
     other = tmp_path / "other.atoms.safetensors"
     other.write_bytes(b"other")
@@ -568,7 +568,7 @@ def test_pictures_drawn_with_the_concept_are_found_beside_it_and_others_are_not(
     assert not [path for path in (again / "images").iterdir() if "grid" in path.name]
 
 
-def test_pictures_can_be_named_with_and_without_prompts_and_lose_their_metadata(concept, tmp_path):
+def test_images_can_be_named_with_and_without_prompts_and_lose_their_metadata(concept, tmp_path):
     file, _ = concept
     drawn = draw(tmp_path / "drawn", file, ["sks mug"])[0]
     photo = tmp_path / "my photo.jpg"
@@ -695,7 +695,7 @@ def run_config(train_config):
     return train_config(max_train_steps=2, validation_steps=1, validation_prompts=prompts, push_to_hub=True)
 
 
-def test_a_run_pushes_its_concept_with_the_last_validation_pictures(server, run_config, tiny_pipe, capsys):
+def test_a_run_pushes_its_concept_with_the_last_validation_images(server, run_config, tiny_pipe, capsys):
     config = dataclasses.replace(run_config, hub_token="hf_writer", hub_private_repo=True, report_to="tensorboard")
     written = dreambooth.train(config)
     assert f"pushed to {server.url}/ada/teapot" in capsys.readouterr().out

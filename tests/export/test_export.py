@@ -163,7 +163,7 @@ def load_in_diffusers(pipe, report, word="ohwx"):
 
 
 @pytest.mark.parametrize("method", METHODS)
-def test_a_pipeline_folder_gives_the_same_pictures(pipe_template, tmp_path, method):
+def test_a_pipeline_folder_gives_the_same_images(pipe_template, tmp_path, method):
     pipe = fresh(pipe_template)
     teach(pipe, method, word="ohwx")
     expected, before = draw(pipe), bits(pipe)
@@ -217,7 +217,7 @@ def test_a_file_of_concepts_for_different_schedulers_is_written_and_says_so(
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_diffusers_draws_a_folder_with_a_flow_concept(pipe_template, sdxl_template, tmp_path, kind):
+def test_diffusers_generates_a_folder_with_a_flow_concept(pipe_template, sdxl_template, tmp_path, kind):
     pipe = fresh({"sd": pipe_template, "sdxl": sdxl_template}[kind])
     pipe.save_pretrained(tmp_path / "base")
     teach(pipe, "atoms")
@@ -261,7 +261,7 @@ def test_a_folder_that_is_in_use_is_not_written_to(tiny_pipe, tiny_pipe_folder):
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
-def test_a_lora_of_full_rank_gives_the_same_pictures_in_diffusers(pipe_template, sdxl_template, tmp_path, kind):
+def test_a_lora_of_full_rank_gives_the_same_images_in_diffusers(pipe_template, sdxl_template, tmp_path, kind):
     template = {"sd": pipe_template, "sdxl": sdxl_template}[kind]
     pipe = fresh(template)
     teach(pipe, "atoms", word="ohwx", size=0.02)
@@ -364,7 +364,7 @@ def test_a_difference_is_the_whole_difference(pipe_template, tmp_path):
     assert facts["modelspec.trigger_phrase"] == "ohwx mug"
 
 
-def test_biases_that_a_lora_cannot_hold_are_told(pipe_template, tmp_path):
+def test_biases_that_a_lora_cannot_hold_are_reported(pipe_template, tmp_path):
     pipe = fresh(pipe_template)
     teach(pipe, "ia3")
     report = export_lora(pipe, tmp_path / "x.safetensors")
@@ -541,7 +541,7 @@ def test_files_for_the_real_architectures_are_known(architecture, width):
             assert invokeai_width(file | zero_layers(pipe, file, 1.0)) == width
 
 
-def test_what_programs_do_not_read_is_told(sdxl_template, tmp_path):
+def test_what_programs_do_not_read_is_reported(sdxl_template, tmp_path):
     pipe = fresh(sdxl_template)
     targets = ["conv_in", "conv_out", "linear_1", "linear_2", "conv1"]
     pipe.unet.add_adapter(LoraConfig(r=1, target_modules=targets, init_lora_weights=False))
@@ -711,7 +711,7 @@ def test_files_are_exported_with_their_weights(pipe_template, tiny_pipe_folder, 
     torch.testing.assert_close(draw(other, "a sks ohwx mug"), expected, atol=1e-3, rtol=0)
 
 
-def test_mistakes_in_a_config_are_told(tiny_pipe_folder, concepts, tmp_path):
+def test_mistakes_in_a_config_are_reported(tiny_pipe_folder, concepts, tmp_path):
     base = str(tiny_pipe_folder)
     for wrong, said in [
         ({"concepts": ()}, "no concept"),

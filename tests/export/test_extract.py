@@ -246,7 +246,7 @@ def add_layer(unet):
         (lambda unet: unet.conv_in.weight.data.add_(1), {"modules_to_save": ["conv_out"]}, "leave it out"),
     ],
 )
-def test_mistakes_are_told(tiny_pipe, change, config, said):
+def test_mistakes_are_reported(tiny_pipe, change, config, said):
     tuned = copy.deepcopy(tiny_pipe.unet)
     change(tuned)
     with pytest.raises(UserError, match=said):
@@ -292,7 +292,7 @@ def test_models_are_loaded_as_they_are_stored(tiny_pipe, tmp_path, monkeypatch):
     assert set(seen) == {torch.float16, torch.float32} and found.explained > 0.9
 
 
-def test_wrong_folders_are_told(tiny_pipe_folder, tmp_path):
+def test_wrong_folders_are_reported(tiny_pipe_folder, tmp_path):
     base = str(tiny_pipe_folder)
     with pytest.raises(UserError, match="holds a AutoencoderKL"):
         extract_concept(ExtractConfig(base, f"{base}/vae", str(tmp_path / "x")))

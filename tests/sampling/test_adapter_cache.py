@@ -1,4 +1,4 @@
-"""The concepts that a pipeline holds while a large job is drawn; what becomes of pictures stands in test_sample.py."""
+"""The concepts in a pipeline during a large job; the images are tested in test_sample.py."""
 
 from collections import Counter
 
@@ -50,7 +50,7 @@ def loads(monkeypatch):
 
 @pytest.fixture
 def lines(library):
-    """One line for each concept, by name; "" wears none."""
+    """One line for each concept, by name; "" uses none."""
     found = read_requests(["sks", *(f"sks <atoms:{name}>" for name in NAMES)], library=library)
     return dict(zip(("", *NAMES), found, strict=True))
 

@@ -30,13 +30,13 @@ def test_facts_of_any_text_are_read_back(tmp_path, prompt):
 
 
 @pytest.mark.parametrize("other", [{"num_inference_steps": "4"}, {"negative_prompt": "cat"}, {"more": "1"}])
-def test_other_settings_are_another_picture_of_the_same_name(tmp_path, other):
+def test_other_settings_are_another_image_of_the_same_name(tmp_path, other):
     picture = saved(tmp_path, "a photo", 3)
     changed = SampleFile(tmp_path, "a photo", 3, {**SETTINGS, **other})
     assert changed.path == picture.path and not changed.is_saved()
 
 
-def test_what_is_no_picture_is_not_saved(tmp_path):
+def test_what_is_no_image_is_not_saved(tmp_path):
     picture = SampleFile(tmp_path, "a photo", 0, SETTINGS)
     assert not picture.is_saved()
     picture.path.write_text("not a picture")
@@ -87,7 +87,7 @@ def test_two_jobs_in_one_folder_never_tear_each_others_files(tmp_path):
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
 
 
-def test_a_picture_that_another_job_replaced_is_told(tmp_path):
+def test_an_image_that_another_job_replaced_is_reported(tmp_path):
     picture = saved(tmp_path, "a mug", 0)
     SampleFile(tmp_path, "a mug", 0, SETTINGS | {"concepts": "[1]"}).save(Image.new("RGB", (16, 16), "red"))
     with pytest.raises(UserError, match="another job replaced it"):

@@ -38,7 +38,7 @@ def worn(line):
     return [(concept.name, strength.weight) for concept, strength in line.concepts]
 
 
-def test_lines_wear_what_their_tags_name_and_what_all_wear(library, tmp_path):
+def test_lines_use_what_their_tags_name_and_what_all_use(library, tmp_path):
     (tmp_path / "own").mkdir()
     own = [(open_source(write(tmp_path / "own", "cat", "zwx cat", "zwx")), AdapterWeight(0.5))]
     prompts = ["a cat", "sks ant <atoms:ant:0.7>", "<atoms:style> sks bee <lora:pets/bee> <atoms:cat:0>"]
@@ -74,7 +74,7 @@ def test_lines_wear_what_their_tags_name_and_what_all_wear(library, tmp_path):
         ("sks ant and sks cat <atoms:ant> <atoms:bee>", r"the phrase of each \('sks ant', 'sks bee'\)"),
     ],
 )
-def test_lines_that_cannot_be_drawn_are_refused(library, prompt, message):
+def test_lines_that_cannot_be_generated_are_refused(library, prompt, message):
     with pytest.raises(UserError, match=message):
         read_requests([prompt], library=library)
 
@@ -131,7 +131,7 @@ def test_a_given_concept_may_be_on_the_hub(tmp_path, monkeypatch):
 # warnings
 
 
-def test_a_concept_that_no_word_calls_is_told_once(tiny_pipe, library):
+def test_a_concept_that_no_word_calls_is_reported_once(tiny_pipe, library):
     prompts = ["a bee <atoms:bee>", "bees <atoms:bee>", "a <atoms:ant:0>", "sks ant <atoms:ant>", "b <atoms:style>"]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
@@ -140,7 +140,7 @@ def test_a_concept_that_no_word_calls_is_told_once(tiny_pipe, library):
     assert "'a bee <atoms:bee>' uses 'bee' without its trigger phrase 'sks bee'" in str(warning.message)
 
 
-def test_concepts_that_all_lines_wear_need_no_word(tiny_pipe, tmp_path, recwarn):
+def test_concepts_that_all_lines_use_need_no_word(tiny_pipe, tmp_path, recwarn):
     own = [(open_source(write(tmp_path, "cat")), AdapterWeight())]
     warn_about_prompts(tiny_pipe, read_requests(["a cat"], own))
     assert not recwarn

@@ -83,7 +83,7 @@ def files(config):
 # generate
 
 
-def test_a_picture_depends_on_its_prompt_and_seed_but_not_on_its_batch(tiny_pipe):
+def test_an_image_depends_on_its_prompt_and_seed_but_not_on_its_batch(tiny_pipe):
     prompts, seeds = ["a red mug", "a blue cat", "a red mug", "a robot", "a red mug"], [1, 2, 3, 4, 1]
     together = generate(tiny_pipe, prompts, seeds=seeds, batch_size=5, progress=False, **QUICK)
     apart = generate(tiny_pipe, prompts, seeds=seeds, batch_size=2, progress=False, **QUICK)
@@ -114,7 +114,7 @@ def test_size_and_negative_prompt_reach_the_pipeline(tiny_pipe):
     assert not np.array_equal(pixels(plain), pixels(other))
 
 
-def test_the_progress_bar_counts_pictures_and_the_pipelines_own_is_put_back(tiny_pipe, capfd):
+def test_the_progress_bar_counts_images_and_the_pipelines_own_is_put_back(tiny_pipe, capfd):
     tiny_pipe.set_progress_bar_config(desc="mine")
     generate(tiny_pipe, ["a mug"] * 3, seeds=[0, 1, 2], batch_size=2, **QUICK)
     assert capfd.readouterr().err == "images: 3 images\n"  # a line where the output is no terminal
@@ -131,7 +131,7 @@ def test_prompts_and_seeds_come_in_pairs(tiny_pipe):
 # save_samples
 
 
-def test_pictures_metadata_grid_and_manifest(config, tiny_pipe):
+def test_images_metadata_grid_and_manifest(config, tiny_pipe):
     folder = save_samples(config)
     manifest = json.loads((folder / "manifest.json").read_text())
     assert [(entry["prompt"], entry["seed"]) for entry in manifest["images"]] == [
@@ -172,7 +172,7 @@ def test_a_finished_job_loads_nothing_and_a_stopped_one_goes_on(config, loads):
 
 
 @pytest.mark.parametrize("damage", ["cut", "empty", "no text", "other picture"])
-def test_what_is_not_whole_is_drawn_again(config, damage):
+def test_what_is_not_whole_is_generated_again(config, damage):
     config = replace(config, prompts=("a mug",))
     folder = save_samples(config)
     first, second = (folder / name for name in files(config))
@@ -189,7 +189,7 @@ def test_what_is_not_whole_is_drawn_again(config, damage):
     assert first.read_bytes() == content
 
 
-def test_a_picture_half_written_never_has_its_final_name(config, monkeypatch):
+def test_an_image_half_written_never_has_its_final_name(config, monkeypatch):
     written = Image.Image.save
 
     def fail(self, path, *args, **kwargs):
@@ -216,7 +216,7 @@ def test_a_picture_half_written_never_has_its_final_name(config, monkeypatch):
         {"dtype": "bfloat16"},
     ],
 )
-def test_other_settings_draw_anew_under_the_same_names(config, change):
+def test_other_settings_generate_anew_under_the_same_names(config, change):
     config = replace(config, seeds=(0,))
     save_samples(config)
     before = files(config)
@@ -228,7 +228,7 @@ def test_other_settings_draw_anew_under_the_same_names(config, change):
     assert {name: (config_folder(config) / name).read_bytes() for name in before} == contents
 
 
-def test_names_of_pictures_are_safe_and_differ_with_the_prompt(config):
+def test_names_of_images_are_safe_and_differ_with_the_prompt(config):
     prompts = ("../up/and\\away: 100%?", "A Mug!", "a mug", "кружка", "чашка", "x" * 70)
     folder = save_samples(replace(config, prompts=prompts, seeds=(0,), num_inference_steps=1))
     names = [entry["file"] for entry in json.loads((folder / "manifest.json").read_text())["images"]]
@@ -277,7 +277,7 @@ def test_concepts_act_with_their_weights_and_words(config, tiny_pipe, tmp_path):
     assert abs(word - one).max() > 0
 
 
-def test_a_concept_trained_again_is_drawn_again(config, tiny_pipe, tmp_path):
+def test_a_concept_trained_again_is_generated_again(config, tiny_pipe, tmp_path):
     path = concept_file(tiny_pipe, tmp_path / "mug.atoms.safetensors", 0)
     config = replace(config, concepts=(path,), seeds=(0,))
     save_samples(config)
@@ -309,7 +309,7 @@ def library(tiny_pipe, tmp_path):
 
 
 def told(config):
-    """Prompt -> concepts, as the pictures of a job tell them."""
+    """Prompt -> concepts, as the images of a job tell them."""
     found = {}
     for name in files(config):
         with Image.open(config_folder(config) / name) as image:
@@ -318,14 +318,14 @@ def told(config):
 
 
 def picture(config, prompt, seed=0):
-    """A picture of a finished job."""
+    """An image of a finished job."""
     images = json.loads((config_folder(config) / "manifest.json").read_text())["images"]
     (file,) = [image["file"] for image in images if (image["prompt"], image["seed"]) == (prompt, seed)]
     return pixels(Image.open(config_folder(config) / file))
 
 
 def alone(pipe, library, text, strengths, seed=0, **changes):
-    """A picture drawn with nothing else in the pipeline, by its own words, unmerged where strengths are numbers."""
+    """An image generated with nothing else in the pipeline, by its own words, unmerged where weights are numbers."""
     for number, name in enumerate(strengths):
         word = "sks" if len(strengths) == 1 else f"w{number}"
         atomdiff.load_atoms(pipe, library / f"{name}.atoms.safetensors", f"c{number}", trigger_word=word)
@@ -348,7 +348,7 @@ def json_text(strength):
 
 
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
-def test_every_line_wears_its_own_concepts_as_if_it_were_drawn_alone(config, tiny_pipe, library):
+def test_every_line_uses_its_own_concepts_as_if_it_were_generated_alone(config, tiny_pipe, library):
     lines = {
         "a photo of sks mug": ("a photo of sks mug", {}),
         "a photo of sks mug <atoms:ant>": ("a photo of sks mug", {"ant": 1.0}),
@@ -387,7 +387,7 @@ def test_negative_prompts_have_the_words_of_their_rows(config, tiny_pipe, librar
     assert abs(picture(config, prompts[0]) - picture(config, prompts[1])).max() > 1
 
 
-def test_pictures_tell_their_own_concepts_in_the_order_of_the_prompts(config, library):
+def test_images_tell_their_own_concepts_in_the_order_of_the_prompts(config, library):
     prompts = ("sks mug <atoms:bee:0.5>", "a cat", "sks mug <atoms:ant>", "sks cat <atoms:bee:0.5>")
     config = replace(config, library=str(library), prompts=prompts)
     manifest = json.loads((save_samples(config) / "manifest.json").read_text())
@@ -404,7 +404,7 @@ def test_pictures_tell_their_own_concepts_in_the_order_of_the_prompts(config, li
 
 
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
-def test_only_pictures_of_a_changed_concept_are_drawn_again(config, tiny_pipe, library, loads):
+def test_only_images_of_a_changed_concept_are_generated_again(config, tiny_pipe, library, loads):
     prompts = ("sks mug <atoms:bee>", "sks mug", "sks mug <atoms:ant>", "a cat <atoms:bee> <atoms:ant>")
     config = replace(config, library=str(library), prompts=prompts, seeds=(0,))
     folder = save_samples(config)
@@ -447,14 +447,14 @@ def test_the_pipeline_holds_few_concepts_however_many_a_job_has(config, tiny_pip
 
 
 @pytest.mark.parametrize("prompts", [("a cat", "a mug"), ("sks cat <atoms:ant>", "sks mug <atoms:ant>")])
-def test_lines_that_wear_the_same_are_drawn_from_merged_weights(config, library, monkeypatch, prompts):
+def test_lines_that_use_the_same_are_generated_from_merged_weights(config, library, monkeypatch, prompts):
     monkeypatch.setattr(adapter_cache, "mixed_batch", None)
     save_samples(replace(config, library=str(library), prompts=prompts))
     assert len(files(config)) == 4
 
 
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
-def test_what_all_lines_wear_goes_with_what_they_name_and_a_tag_changes_its_weight(config, tiny_pipe, library):
+def test_what_all_lines_use_goes_with_what_they_name_and_a_tag_changes_its_weight(config, tiny_pipe, library):
     own = str(library / "cat.atoms.safetensors")
     prompts = ("a cat", "a cat <atoms:ant:0.5>", "a cat <atoms:cat:0>")
     config = replace(config, concepts=(own,), weights=(0.7,), library=str(library), prompts=prompts, seeds=(0,))
@@ -499,7 +499,7 @@ def test_a_concept_of_words_alone_is_worn(config, tiny_pipe, tmp_path):
     assert abs(picture(config, "a zwx mug") - expected).max() > 2
 
 
-def test_mistakes_are_found_before_anything_is_drawn_or_made(config, library, loads):
+def test_mistakes_are_found_before_anything_is_generated_or_made(config, library, loads):
     for prompt, message in (
         ("a <atoms:bees>", "near: bee"),
         ("a <atoms:ant:x>", "<atoms:NAME:0.8>"),
@@ -530,7 +530,7 @@ def test_concepts_that_no_word_calls_are_warned_of(config, library):
 # strengths
 
 
-def test_the_command_line_takes_strengths_by_block_and_step(config, tiny_pipe, library, tmp_path):
+def test_the_command_line_takes_weights_by_block_and_step(config, tiny_pipe, library, tmp_path):
     concept, other = (str(library / f"{name}.atoms.safetensors") for name in ("ant", "bee"))
     options = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path, "--prompts", "a mug"]
     options += ["--output_dir", config.output_dir, "--num_inference_steps", "2", "--guidance_scale", "3"]
@@ -550,7 +550,7 @@ def test_the_command_line_takes_strengths_by_block_and_step(config, tiny_pipe, l
     ]
 
 
-def test_equal_strengths_are_the_same_picture_and_numbers_are_told_as_ever(config, library, loads):
+def test_equal_weights_are_the_same_image_and_numbers_are_reported_as_ever(config, library, loads):
     path = library / "ant.atoms.safetensors"
     config = replace(config, concepts=(str(path),), weights=(1,), seeds=(0,))
     save_samples(config)
@@ -624,7 +624,7 @@ def test_weights_that_overflow_are_named(config, tiny_pipe, tmp_path):
     assert not files(config)
 
 
-def test_black_images_are_drawn_again_and_refused(config, tiny_pipe, monkeypatch):
+def test_black_images_are_generated_again_and_refused(config, tiny_pipe, monkeypatch):
     save_samples(config)
     for name in files(config):
         path = config_folder(config) / name
@@ -640,7 +640,7 @@ def test_black_images_are_drawn_again_and_refused(config, tiny_pipe, monkeypatch
         save_samples(config)
 
 
-def test_what_the_safety_checker_blacks_out_is_told_and_the_others_are_drawn(config, tiny_pipe, monkeypatch):
+def test_what_the_safety_checker_blacks_out_is_reported_and_the_others_are_generated(config, tiny_pipe, monkeypatch):
     def check(self, image, device, dtype):
         image[0] = 0
         return image, [True] + [False] * (len(image) - 1)
@@ -717,7 +717,7 @@ def test_a_missing_base_and_missing_prompts_are_one_line(config, tmp_path):
         save_samples(replace(config, prompts=(" ",)))
 
 
-def test_prompts_longer_than_the_base_reads_are_told(config):
+def test_prompts_longer_than_the_base_reads_are_reported(config):
     with pytest.warns(UserWarning, match=r"77 of the 102 tokens of 'mug mug"):
         save_samples(replace(config, prompts=("mug " * 100,), seeds=(0,)))
 
@@ -725,7 +725,7 @@ def test_prompts_longer_than_the_base_reads_are_told(config):
 # processes
 
 
-def test_processes_share_the_missing_pictures_and_one_writes_the_overview(config, tiny_pipe, monkeypatch):
+def test_processes_share_the_missing_images_and_one_writes_the_overview(config, tiny_pipe, monkeypatch):
     save_samples(replace(config, seeds=(5,)))
     before = files(config)
     barrier, drawn, overviews = threading.Barrier(2, timeout=60), [], []
@@ -808,7 +808,7 @@ def used(monkeypatch):
 
 
 @pytest.mark.parametrize("name", [*OBJECTIVES, "lora"])
-def test_a_concept_is_drawn_by_the_scheduler_that_it_was_trained_with(config, trained, used, tiny_pipe, capsys, name):
+def test_a_concept_is_generated_with_its_training_scheduler(config, trained, used, tiny_pipe, capsys, name):
     folder, runs = trained
     path = folder / name if name == "lora" else folder / f"{name}{CONCEPT_SUFFIX}"
     config = replace(config, prompts=("a photo of sks mug",), seeds=(0,), concepts=(str(path),))
@@ -837,7 +837,7 @@ def drawn_by(pipe, scheduler):
 
 
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
-def test_each_prompt_is_drawn_as_its_own_concepts_were_trained(config, trained, used, tiny_pipe, capsys):
+def test_each_prompt_is_generated_as_its_own_concepts_were_trained(config, trained, used, tiny_pipe, capsys):
     names = {"a cat": None, "sks mug <atoms:noise>": "noise", "a mug <atoms:zero>": "zero", "a mug <atoms:plain>": None}
     names |= {"a robot <atoms:noise:0.5>": "noise", "a mug <atoms:noise:0>": None}
     config = replace(config, library=str(trained[0]), prompts=tuple(names), seeds=(0,), sample_batch_size=6)
@@ -879,7 +879,7 @@ def test_what_is_not_chosen_stays_as_trained(config, trained, used, name, asked,
     assert [schedule_settings(scheduler) for scheduler in used] == [settings]
 
 
-def test_a_choice_against_the_training_is_told_in_a_line(config, trained, used, capsys):
+def test_a_choice_against_the_training_is_reported_in_a_line(config, trained, used, capsys):
     config = replace(config, prompts=("a sks mug",), seeds=(0,), concepts=(str(trained[0] / "lora"),))
     save_samples(replace(config, prediction_type="v_prediction"))  # warns of nothing
     told = capsys.readouterr().out
@@ -887,7 +887,7 @@ def test_a_choice_against_the_training_is_told_in_a_line(config, trained, used, 
     assert told == f"{chosen}; trained for a DDIMScheduler with prediction_type=epsilon, rescale_betas_zero_snr=False\n"
 
 
-def test_a_lora_that_does_not_tell_its_training_is_drawn_with_any_concept(config, trained, used, tmp_path):
+def test_a_lora_that_does_not_tell_its_training_is_generated_with_any_concept(config, trained, used, tmp_path):
     foreign = tmp_path / "foreign"
     shutil.copytree(trained[0] / "lora", foreign, ignore=shutil.ignore_patterns("learned_embeds*"))
     weights = foreign / "adapter_model.safetensors"
