@@ -7,12 +7,14 @@ import torch
 from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
+from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from peft import LoraConfig
 from torch import nn
 
 import atomdiff
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, remove_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig
+from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.model import find_atom_layer
 from atomdiff.utils.errors import UserError
 
@@ -179,7 +181,7 @@ def test_what_was_merged_before_weights_went_to_disk_is_refused_to_come_off(pipe
     torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
 
 
-def test_codes_of_offloaded_weights_are_worked_out_once(pipe, files, monkeypatch):
+def test_coefficients_of_offloaded_weights_are_worked_out_once(pipe, files, monkeypatch):
     atomdiff.load_atoms(pipe, files["sparse"])
     expected = predict(pipe)
     by_group(pipe.unet, None, "leaf_level")
@@ -207,6 +209,31 @@ def test_weights_cast_for_storage_compute_in_full_and_are_not_merged(pipe, files
     assert (predict(pipe) - expected).abs().mean() < close
     atomdiff.unload_atoms(pipe)
     assert (predict(pipe) - base).abs().mean() < close
+
+
+@pytest.mark.parametrize("first", ["load", "cast"])
+def test_sparse_coefficients_are_those_of_weights_as_they_compute(pipe, files, first):
+    atomdiff.load_atoms(pipe, files["sparse"])
+    expected = predict(pipe)
+    if first == "cast":
+        atomdiff.unload_atoms(pipe)
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    if first == "cast":
+        atomdiff.load_atoms(pipe, files["sparse"], allow_base_mismatch=True)
+    torch.testing.assert_close(predict(pipe), expected, atol=0.2 * float(expected.abs().max()), rtol=0)
+
+
+@pytest.mark.parametrize("kept", ["nothing", "a copy", "offloaded"])
+def test_a_base_weight_cast_for_storage_is_read_as_it_computes(kept):
+    module = nn.Conv2d(8, 8, 3)
+    weight = module.weight.detach().clone()
+    base = BaseWeight(module)
+    if kept != "nothing":
+        base.keep(weight.clone if kept == "offloaded" else None)
+        module.weight.data.zero_()
+    apply_layerwise_casting_hook(module, torch.float8_e4m3fn, torch.float32, non_blocking=False)
+    assert module.weight.dtype == torch.float8_e4m3fn and base.read().dtype == torch.float32
+    torch.testing.assert_close(base.read().detach(), weight, atol=2**-9, rtol=2**-3)
 
 
 def test_fused_projections_are_refused_wherever_a_concept_would_not_reach_them(pipe, files):
