@@ -183,6 +183,8 @@ def identity(size: int, like: Tensor) -> Tensor:
 
 def sum_by_view(updates: Sequence[WeightUpdate]) -> list[WeightUpdate]:
     """One update for all of each view, and those with coefficients as they are."""
+    if len(updates) < 2:
+        return list(updates)
     sums: dict[View, Tensor] = {}
     for update in updates:
         if update.coefficients is None:

@@ -17,7 +17,7 @@ from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.load import pipeline_models
 from atomdiff.pipelines.switch import read_adapter_weights
 from atomdiff.tuner import adapter_state
-from atomdiff.tuner.layer import BatchLayout
+from atomdiff.tuner.batch_layout import BatchLayout
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.thread_local import ThreadLocal
 

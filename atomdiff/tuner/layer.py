@@ -9,7 +9,6 @@ from functools import partial
 from typing import Any, cast
 
 import torch
-from einops import rearrange
 from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
@@ -22,6 +21,7 @@ from atomdiff.atoms.update import WeightUpdate, update_matrix
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.base_weight import BaseWeight
+from atomdiff.tuner.batch_layout import BatchLayout
 from atomdiff.tuner.coefficient_cache import CoefficientCache, Key
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.peft_type import PREFIX
@@ -36,29 +36,6 @@ _RANDOM_START = 0.5  # size of a random start: about that of the change of a wei
 def attribute(kind: str) -> str:
     """Name of a tensor kind in a layer; libraries find an adapter's tensors by the tuner's prefix."""
     return kind if kind.startswith(PREFIX) else PREFIX + kind
-
-
-@dataclass
-class BatchLayout:
-    """How the samples of a mixed batch lie in a tensor: (groups, samples, images), a sample's images side by side."""
-
-    samples: int
-    """Samples, each with adapters of its own."""
-    images: int = 1
-    """Images a sample; the rest of a tensor's first axis are groups, such as the two of classifier-free guidance."""
-
-    def split(self, x: Tensor) -> Tensor:
-        """(groups * samples * images, ...) -> (samples, groups * images, ...)."""
-        if len(x) % (self.samples * self.images):
-            raise ValueError(
-                f"found a tensor of {len(x)} in a mixed batch of {self.samples} samples with {self.images} image(s) "
-                "each; give one prompt a sample"
-            )
-        return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.samples, n=self.images)
-
-    def join(self, x: Tensor) -> Tensor:
-        """Undo `split`."""
-        return rearrange(x, "r (g n) ... -> (g r n) ...", n=self.images)
 
 
 class AtomLayer(nn.Module, BaseTunerLayer):

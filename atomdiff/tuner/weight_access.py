@@ -46,6 +46,8 @@ def read(module: nn.Module, name: str = "weight", tensor: Tensor | None = None) 
         tensor: what the module has under that name, where that is no attribute.
     """
     found: Tensor = getattr(module, name) if tensor is None else tensor
+    if not _is_hooked(module):
+        return found
     if found.is_meta and (hook := _offload_hook(module)) is not None:
         found = hook.weights_map[name]
     elif (group := _group_on_disk(module)) is not None:
@@ -241,6 +243,11 @@ def _is_on_disk(module: nn.Module) -> bool:
     if hook is not None and module.weight.is_meta:  # type: ignore[union-attr]
         return hook.weights_map["weight"] is not hook.weights_map["weight"]
     return _group_on_disk(module) is not None
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    state = vars(module)
+    return "_hf_hook" in state or "_diffusers_hook" in state
 
 
 def _offload_hook(module: nn.Module) -> Any:

@@ -6,7 +6,8 @@ from torch import nn
 
 from atomdiff import AtomConfig
 from atomdiff.atoms import im2col
-from atomdiff.tuner.layer import AtomLayer, BatchLayout
+from atomdiff.tuner.batch_layout import BatchLayout
+from atomdiff.tuner.layer import AtomLayer
 
 GEOMETRIES = {
     "plain": ({"kernel_size": 3, "padding": 1}, True),

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.layer import BatchLayout
+from atomdiff.tuner.batch_layout import BatchLayout
 
 LAYERS = {
     "conv": (lambda: nn.Conv2d(8, 16, 3, padding=1), (4, 8, 6, 6)),
