@@ -74,7 +74,7 @@ def sparse_atoms(rows: Tensor, num_atoms: int, sparsity: float = 1e-3, seed: int
 
 
 def sparse_coefficients(rows: Tensor, atoms: Tensor, sparsity: float = 1e-3) -> Tensor:
-    """Coefficients A (blocks, m) that minimise 1/2 ||X - A @ D||^2 + sparsity * ||A||_1 for rows X (blocks, d).
+    """Coefficients A (blocks, m) that minimize 1/2 ||X - A @ D||^2 + sparsity * ||A||_1 for rows X (blocks, d).
 
     FISTA from zero, in chunks of rows. A chunk is done when no coefficient changes in a step by more than 1e-5 of the
     largest one, or after 200 steps. With linearly independent atoms that is the minimum to about 1 % of `sparsity` in
