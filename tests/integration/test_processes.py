@@ -67,7 +67,7 @@ def work(rank, port, options, spoilt):
             time.sleep(0.01)
         return usual(run, number) * (float("nan") if rank and spoilt == "loss" else 1)
     dreambooth.batch_loss = spoilt_loss
-    sys.exit(main.main(["train", *options]))
+    sys.exit(main(["train", *options]))
 
 folder, launches = Path(sys.argv[1]), json.loads(sys.argv[2])
 for name, (options, spoilt) in launches.items():

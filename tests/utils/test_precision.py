@@ -130,12 +130,12 @@ def test_two_processes_have_the_same_numbers(config, fields, tmp_path):
     run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
     assert run.returncode == 0, run.stderr
     one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert {"token_embeddings.text_encoder"} < one["trained"].keys()
-    assert all(torch.equal(one["trained"][name], two["trained"][name]) for name in one["trained"])
+    assert {"token_embeddings.text_encoder"} < one["parameters"].keys()
+    assert all(torch.equal(one["parameters"][name], two["parameters"][name]) for name in one["parameters"])
     if config.use_ema:
         averages = zip(one["moving_average"]["shadow_params"], two["moving_average"]["shadow_params"], strict=True)
         assert all(torch.equal(*pair) for pair in averages)
     alone = dataclasses.replace(config, output_dir=str(tmp_path / "alone"), checkpointing_steps=2)
     train(alone)
     unlike = state_of(alone.output_dir, 2)["parameters"]
-    assert not all(torch.equal(one["trained"][name], unlike[name]) for name in unlike)
+    assert not all(torch.equal(one["parameters"][name], unlike[name]) for name in unlike)
