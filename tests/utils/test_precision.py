@@ -133,7 +133,7 @@ def test_two_processes_have_the_same_numbers(config, fields, tmp_path):
     assert {"token_embeddings.text_encoder"} < one["parameters"].keys()
     assert all(torch.equal(one["parameters"][name], two["parameters"][name]) for name in one["parameters"])
     if config.use_ema:
-        averages = zip(one["moving_average"]["shadow_params"], two["moving_average"]["shadow_params"], strict=True)
+        averages = zip(one["ema"]["shadow_params"], two["ema"]["shadow_params"], strict=True)
         assert all(torch.equal(*pair) for pair in averages)
     alone = dataclasses.replace(config, output_dir=str(tmp_path / "alone"), checkpointing_steps=2)
     train(alone)
