@@ -469,8 +469,8 @@ def test_bad_input_is_refused_before_anything_changes(pipe, concepts, message):
 
 def test_a_switch_looks_at_the_chosen_concepts_only(pipe, monkeypatch):
     calls = []
-    change, set_adapter = AtomLayer._change, BaseTunerLayer.set_adapter
-    monkeypatch.setattr(AtomLayer, "_change", lambda self, *args: calls.append(args[0]) or change(self, *args))
+    update, set_adapter = AtomLayer._weight_update, BaseTunerLayer.set_adapter
+    monkeypatch.setattr(AtomLayer, "_weight_update", lambda self, *args: calls.append(args[0]) or update(self, *args))
     monkeypatch.setattr(
         BaseTunerLayer, "set_adapter", lambda *args, **kw: calls.append("all") or set_adapter(*args, **kw)
     )
