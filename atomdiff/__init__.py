@@ -11,8 +11,11 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from atomdiff.concepts.library import ConceptLibrary
     from atomdiff.concepts.push import push_to_hub
-    from atomdiff.pipelines.load import list_atoms, load_atoms, merge, restore, save_atoms, unload_atoms
+    from atomdiff.pipelines.load import load_atoms, unload_atoms
+    from atomdiff.pipelines.loaded_concepts import list_atoms
+    from atomdiff.pipelines.merge import merge, restore
     from atomdiff.pipelines.mixed_batch import mixed_batch
+    from atomdiff.pipelines.save import save_atoms
     from atomdiff.pipelines.switch import set_active
     from atomdiff.tuner import AtomConfig, AtomModel
 
@@ -20,13 +23,13 @@ _HOMES = {
     "AtomConfig": "atomdiff.tuner",
     "AtomModel": "atomdiff.tuner",
     "ConceptLibrary": "atomdiff.concepts.library",
-    "list_atoms": "atomdiff.pipelines.load",
+    "list_atoms": "atomdiff.pipelines.loaded_concepts",
     "load_atoms": "atomdiff.pipelines.load",
-    "merge": "atomdiff.pipelines.load",
+    "merge": "atomdiff.pipelines.merge",
     "mixed_batch": "atomdiff.pipelines.mixed_batch",
     "push_to_hub": "atomdiff.concepts.push",
-    "restore": "atomdiff.pipelines.load",
-    "save_atoms": "atomdiff.pipelines.load",
+    "restore": "atomdiff.pipelines.merge",
+    "save_atoms": "atomdiff.pipelines.save",
     "set_active": "atomdiff.pipelines.switch",
     "unload_atoms": "atomdiff.pipelines.load",
 }

@@ -17,7 +17,7 @@ from atomdiff.concepts.compatibility import compare_base, weights_below
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.parameter_count import group_table
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.variants import PARAMETER_NAMES, atoms_of, variant_of
 from atomdiff.utils.errors import UserError

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from atomdiff.bases.find import base_of_architecture, find_base
 from atomdiff.export.tensor_file import save_tensors, to_file_dtype
-from atomdiff.pipelines.load import list_atoms
+from atomdiff.pipelines.loaded_concepts import list_atoms
 from atomdiff.pipelines.placeholder_tokens import token_id, tokens_in
 from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.sampling.concept_source import ConceptSource

@@ -14,7 +14,8 @@ from atomdiff.export.merged_delta import export_diff, file_path
 from atomdiff.export.pipeline_folder import check_empty, export_pipeline
 from atomdiff.export.report import ExportReport
 from atomdiff.pipelines.adapter_weight import command_line_weights
-from atomdiff.pipelines.load import load_concept, pipeline_models, unload_atoms
+from atomdiff.pipelines.load import load_concept, unload_atoms
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
 from atomdiff.pipelines.scheduler import ScheduleConfig, common_scheduler, describe_scheduler, pipeline_scheduler
 from atomdiff.pipelines.switch import set_weights

@@ -18,7 +18,7 @@ from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.export.extraction import ExtractedLayer, Extraction
 from atomdiff.export.least_squares import fit_layer
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.open import open_pipeline, stored_dtype
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.config import AtomConfig

@@ -1,24 +1,20 @@
-"""How strongly a concept acts: in all, by part of the model, and by denoising step."""
+"""Weights of adapters: in all, by block of the model, and by denoising step."""
 
 from __future__ import annotations
 
 import re
 import sys
-import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import partial
 from typing import Any
 
 import numpy as np
 
 from atomdiff.bases.find import BASES
 from atomdiff.pipelines.caller import find_caller
+from atomdiff.pipelines.hooks import Hook, before_calls
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.thread_local import CallLock, ThreadLocal
-
-Hook = Callable[[Any, tuple[Any, ...], dict[str, Any]], None]
-_LOCK = threading.Lock()  # of what several threads do to one model
 
 _EXPECTED = (
     "give a number, or {'weight': number, 'blocks': {'down': number, 'up.1': number}, 'steps': {0: number, 1: number}}"
@@ -27,30 +23,30 @@ _EXPECTED = (
 
 @dataclass(frozen=True)
 class AdapterWeight:
-    """A concept's weight, times that of the part of the model, times that of the denoising step."""
+    """A concept's weight, times that of the block of the model, times that of the denoising step."""
 
     weight: float = 1.0
-    """1 is as trained, 0 takes the concept away."""
+    """1 is as trained, 0 is without the concept."""
     blocks: Mapping[str, float] = field(default_factory=dict)
-    """Part -> factor: "down", "mid", "up", "up.1", "down_blocks.0.attentions", "text_encoder" or any other path of a
-    module. Of several that match, the one that goes furthest into the model counts; parts not named have the factor
+    """Block -> factor: "down", "mid", "up", "up.1", "down_blocks.0.attentions", "text_encoder" or any other path of a
+    module. Of several that match, the one that goes furthest into the model counts; blocks not named have the factor
     1."""
     steps: Mapping[float, float] = field(default_factory=dict)
     """Share of the denoising steps done, 0 to 1 -> factor, on straight lines between. Text encoders have none."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Mapping) or not isinstance(self.steps, Mapping):
-            raise UserError(f"found the strength {self}: {_EXPECTED}")
+            raise UserError(f"found the adapter weight {self}: {_EXPECTED}")
         numbers = [self.weight, *self.blocks.values(), *self.steps.values()]
         if not all(_is_number(number) for number in numbers):
-            raise UserError(f"found the strength {self}: {_EXPECTED}, all finite")
+            raise UserError(f"found the adapter weight {self}: {_EXPECTED}, all finite")
         if not all(_is_number(share) and 0 <= share <= 1 for share in self.steps):
             raise UserError(f"steps={dict(self.steps)}: expected shares of the denoising steps, from 0 to 1")
         object.__setattr__(self, "blocks", {_path(key): float(value) for key, value in self.blocks.items()})
 
     @classmethod
     def read(cls, value: Any) -> AdapterWeight:
-        """A strength from a number, from a mapping with its fields, or from blocks as diffusers nests them.
+        """Make an adapter weight of a number, of a mapping with its fields, or of blocks as diffusers nests them.
 
         Raises:
             UserError: it is none of these.
@@ -60,7 +56,7 @@ class AdapterWeight:
         if isinstance(value, (int, float)):
             return cls(value)
         if not isinstance(value, Mapping):
-            raise UserError(f"found the strength {value!r}: {_EXPECTED}")
+            raise UserError(f"found the adapter weight {value!r}: {_EXPECTED}")
         if not set(value) <= {"weight", "blocks", "steps"}:
             return cls(blocks=dict(_flat(value)))
         steps = value.get("steps", {})
@@ -87,7 +83,7 @@ class AdapterWeight:
         return self.weight * factor
 
     def check(self, name: str, modules: Iterable[str]) -> None:
-        """Check that every part holds a layer of the concept.
+        """Check that every block has a layer of the concept.
 
         Raises:
             UserError: one does not; it names what there is.
@@ -102,10 +98,10 @@ class AdapterWeight:
 def command_line_weights(
     concepts: Sequence[str], weights: Sequence[Any] = (), trigger_words: Sequence[str] = ()
 ) -> list[AdapterWeight]:
-    """The strength of each concept that a command line gives: as `AdapterWeight.read` takes it, 1 where there are none.
+    """Read the adapter weights of a command line, one a concept; 1 where there are none.
 
     Raises:
-        UserError: a strength cannot be read, or there are weights or trigger words, but not one each.
+        UserError: a weight cannot be read, or there are weights or trigger words, but not one each.
     """
     for name, given in (("weights", weights), ("trigger_words", trigger_words)):
         if given and len(given) != len(concepts):
@@ -152,60 +148,6 @@ class StepSchedule:
 
     def _after(self, *_: Any) -> None:
         self._turn.give()
-
-
-def before_calls(model: Any, hook: Hook, after: Callable[..., None] = lambda *_: None) -> Callable[[], None]:
-    """Call a function before each call of a model, given the model, arguments and keywords; the result ends that.
-
-    Code compiled by `model.compile()` has hooks within it; the function is called before it, and nothing is recompiled.
-
-    Args:
-        model: the model.
-        hook: the function.
-        after: is called after each call, also of one that fails.
-    """
-    if model._compiled_call_impl is None:
-        handles = (
-            model.register_forward_pre_hook(hook, with_kwargs=True),
-            model.register_forward_hook(after, always_call=True),
-        )
-        return partial(_remove_all, handles)
-    with _LOCK:
-        if not isinstance(model._compiled_call_impl, _HooksBefore):
-            model._compiled_call_impl = _HooksBefore(model, model._compiled_call_impl)
-        before = model._compiled_call_impl
-        before.hooks = (*before.hooks, (hook, after))
-
-    def undo() -> None:
-        with _LOCK:
-            before.hooks = tuple(each for each in before.hooks if each[0] is not hook)
-            if not before.hooks and model._compiled_call_impl is before:
-                model._compiled_call_impl = before.compiled
-
-    return undo
-
-
-def _remove_all(handles: Iterable[Any]) -> None:
-    for handle in handles:
-        handle.remove()
-
-
-class _HooksBefore:
-    """Compiled code with functions that are called before it and after it."""
-
-    def __init__(self, model: Any, compiled: Callable[..., Any]) -> None:
-        self.model, self.compiled = model, compiled
-        self.hooks: tuple[tuple[Hook, Callable[..., None]], ...] = ()
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        hooks = self.hooks
-        try:
-            for hook, _ in hooks:
-                hook(self.model, args, kwargs)
-            return self.compiled(*args, **kwargs)
-        finally:
-            for _, after in hooks:
-                after()
 
 
 def _is_number(value: Any) -> bool:

@@ -1,4 +1,4 @@
-"""Where base weights are kept while others are in their place."""
+"""Offload of base weights: where they are kept while merged weights are in their place."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ class HostCopy:
     """The weight, on the CPU."""
 
     def check(self) -> None:
-        """Nothing can happen to it."""
+        """Do nothing: memory does not change."""
 
     def __call__(self) -> Tensor:
         """The weight."""
@@ -41,21 +41,21 @@ class FileWeight:
     file: Path
     """The file."""
     key: str
-    """Its name there."""
+    """Its key there."""
     dtype: torch.dtype
     """The dtype that it was loaded in."""
     content: str
-    """`quick_hash` of the stored tensor, when the base weight was left to the file."""
-    written: tuple[int, ...]
-    """What tells, without a look at the contents, that nobody has written to the file since."""
+    """`quick_hash` of the stored tensor, when the base weight was offloaded to the file."""
+    file_stat: tuple[int, ...]
+    """Device, inode, size and times of the file: where they are unchanged, so are its contents."""
 
     @classmethod
     def of(cls, file: Path, key: str, dtype: torch.dtype) -> FileWeight:
-        """What the file holds by now."""
-        return cls(file, key, dtype, quick_hash([_read(file, key)]), _written(file))
+        """The weight that a file has now."""
+        return cls(file, key, dtype, quick_hash([_read(file, key)]), _file_stat(file))
 
     def check(self) -> None:
-        """Check that the file has the weight that was left to it.
+        """Check that the file still has the weight.
 
         Raises:
             UserError: the file is not there any more, or the weight in it is another.
@@ -72,14 +72,14 @@ class FileWeight:
 
     def _stored(self) -> Tensor:
         try:
-            untouched = _written(self.file) == self.written
+            untouched = _file_stat(self.file) == self.file_stat
             found = _read(self.file, self.key)
             if untouched or quick_hash([found]) == self.content:
                 return found
             reason = f"{self.key} in it is another one now"
         except (OSError, SafetensorError) as error:
             reason = str(error)
-        raise UserError(f"the base weights were kept in {self.file}, put it back as it was: {reason}")
+        raise UserError(f"the base weights were offloaded to {self.file}, put it back as it was: {reason}")
 
 
 def _read(file: Path, key: str) -> Tensor:
@@ -88,50 +88,52 @@ def _read(file: Path, key: str) -> Tensor:
     return tensor
 
 
-def _written(file: Path) -> tuple[int, ...]:
+def _file_stat(file: Path) -> tuple[int, ...]:
     found = file.stat()
     return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
 
 
-def check_offload(place: str | None) -> None:
-    """Check the name of a place.
+def check_offload(offload_base: str | None) -> None:
+    """Check the value of `offload_base`.
 
     Raises:
-        UserError: there is no such place.
+        UserError: it is unknown.
     """
-    if place is not None and place not in get_args(BaseOffload):
-        raise UserError(f"offload_base={place!r}: expected one of {', '.join(map(repr, get_args(BaseOffload)))}")
+    if offload_base is not None and offload_base not in get_args(BaseOffload):
+        raise UserError(f"offload_base={offload_base!r}: expected one of {', '.join(map(repr, get_args(BaseOffload)))}")
 
 
-def keep(model: Any, layers: dict[str, Any], place: BaseOffload | None) -> dict[str, Callable[[], Tensor] | None]:
+def base_weight_readers(
+    model: Any, layers: dict[str, Any], offload_base: BaseOffload | None
+) -> dict[str, Callable[[], Tensor] | None]:
     """Decide for every layer where its base weight is read from.
 
     Args:
         model: the model, as it was loaded.
         layers: module path -> atom layer.
-        place: where to keep it; None: where it is kept by now, at first on the device.
+        offload_base: where to keep them; None: where they are by now, at first on the device.
 
     Returns:
         Module path -> what reads the base weight; None: a copy on the device.
 
     Raises:
-        UserError: `place` is `file` and a base weight is in no file of the model's folder, as it is.
+        UserError: `offload_base` is `file` and a base weight is in no file of the model's folder, as it is.
     """
-    if place == "file":
-        return dict(_find_in_files(model, layers))
-    if place == "cpu":
-        return {path: _on_host(layer) for path, layer in layers.items()}
-    return {path: layer.base_weight.offloaded if place is None else None for path, layer in layers.items()}
+    if offload_base == "file":
+        return dict(_file_weights(model, layers))
+    if offload_base == "cpu":
+        return {path: _host_copy(layer) for path, layer in layers.items()}
+    return {path: layer.base_weight.offloaded if offload_base is None else None for path, layer in layers.items()}
 
 
-def _on_host(layer: Any) -> HostCopy:
+def _host_copy(layer: Any) -> HostCopy:
     if isinstance(layer.base_weight.offloaded, HostCopy):
         return layer.base_weight.offloaded
     copy = layer.unmerged_weight().detach().to("cpu", copy=True)
     return HostCopy(copy.pin_memory() if torch.cuda.is_available() else copy)
 
 
-def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, FileWeight]]:
+def _file_weights(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, FileWeight]]:
     config = getattr(model, "config", None)
     folder = Path(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or "?")
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
@@ -148,7 +150,7 @@ def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fi
         key = f"{path}.weight"
         keys = [key] if key in places else [other for other in places if other.endswith(f".{key}")]
         candidates = [(file, each) for each in keys for file in places[each]]
-        found = next((place for place in candidates if _holds(*place, base)), None)
+        found = next((place for place in candidates if _has_weight(*place, base)), None)
         if found is None:
             where = (
                 f"the {len(files)} safetensors file(s) of {folder}" if files else f"a checkpoint (looked in {folder})"
@@ -160,6 +162,6 @@ def _find_in_files(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fi
         yield path, FileWeight.of(*found, base.dtype)
 
 
-def _holds(file: Path, key: str, base: Tensor) -> bool:
+def _has_weight(file: Path, key: str, base: Tensor) -> bool:
     stored = _read(file, key).to(base.dtype)
     return stored.shape == base.shape and torch.equal(stored.to(base.device), base)

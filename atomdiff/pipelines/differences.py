@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,7 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from atomdiff.pipelines.load import merge, pipeline_models, restore
+from atomdiff.pipelines.hooks import MISSING, attributes_set
+from atomdiff.pipelines.merge import merge, restore
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner import merging, weight_access
 from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError
@@ -67,24 +69,20 @@ def layer_differences(pipe: Any) -> Iterator[LayerDifference]:
 @contextmanager
 def without_adapters(pipe: Any) -> Iterator[None]:
     """The pipeline merged, as if it had never had adapters; afterwards unmerged, with all of them."""
-    models = pipeline_models(pipe)
     layers = {}
-    for component, model in models.items():
+    for component, model in pipeline_models(pipe).items():
         _refuse_whole_modules(component, model)
         layers[model] = _outer_layers(model)
-    marks = {model: {key: model.__dict__.pop(key) for key in _PEFT_MARKS if key in model.__dict__} for model in layers}
-    try:
+    with ExitStack() as undo:
+        undo.callback(restore, pipe)
+        for model in layers:
+            undo.enter_context(attributes_set(model, **dict.fromkeys(_PEFT_MARKS, MISSING)))
         merge(pipe)
         for model, outer in layers.items():
             for path, layer in outer.items():
+                undo.callback(_put, model, path, layer)
                 _put(model, path, layer.get_base_layer())
         yield
-    finally:
-        for model, outer in layers.items():
-            for path, layer in outer.items():
-                _put(model, path, layer)
-            model.__dict__.update(marks[model])
-        restore(pipe)
 
 
 def _outer_layers(model: nn.Module) -> dict[str, Any]:

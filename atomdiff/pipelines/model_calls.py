@@ -1,9 +1,8 @@
-"""Calls of diffusers and transformers on a model that act otherwise while concepts are loaded into it."""
+"""Methods of diffusers and transformers that models and tokenizers have otherwise while concepts are loaded."""
 
 from __future__ import annotations
 
 import copy
-import inspect
 import re
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
@@ -13,47 +12,32 @@ from typing import Any
 from torch import nn
 
 from atomdiff.pipelines.adapter_weight import AdapterWeight
-from atomdiff.pipelines.placeholder_tokens import bare_tokenizer, without_words
+from atomdiff.pipelines.hooks import ReplacedMethod, replace_methods, restore_methods
+from atomdiff.pipelines.tokenizers import original_tokenizer
+from atomdiff.pipelines.vocabulary_link import strip_tokens
 from atomdiff.tuner import adapter_state, merging
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.errors import UserError
 
 
-class _Call:
-    """A method of one model in place of its class's, with the same signature; copies of the model have their own."""
-
-    def __init__(self, owner: Any, name: str, function: Callable[..., Any]) -> None:
-        self.owner, self.name, self.function = owner, name, function
-
-    def __call__(self, *args: Any, **kwargs: Any) -> Any:
-        return self.function(self.owner, *args, **kwargs)
-
-    @property
-    def __signature__(self) -> inspect.Signature:
-        """Pipelines look at what a model's `save_pretrained` takes."""
-        return inspect.signature(getattr(type(self.owner), self.name).__get__(self.owner))
-
-
 def adopt(part: Any) -> None:
-    """Let calls of a model or tokenizer do as for a LoRA, or the right thing, while concepts are loaded."""
-    release(part)
-    calls = _CALLS if isinstance(part, nn.Module) else {"save_pretrained": save_tokenizer}
-    for name, function in calls.items():
-        if hasattr(type(part), name):
-            vars(part)[name] = _Call(part, name, function)
+    """Let methods of a model or tokenizer do as for a LoRA, or the right thing, while concepts are loaded."""
+    replace_methods(part, _METHODS if isinstance(part, nn.Module) else {"save_pretrained": save_tokenizer})
 
 
 def release(part: Any) -> None:
-    """Give a model or tokenizer its own calls back."""
-    for name in _CALLS:
-        if isinstance(vars(part).get(name), _Call):
-            del vars(part)[name]
+    """Give a model or tokenizer its own methods back."""
+    restore_methods(part, _METHODS)
 
 
 @contextmanager
 def as_they_are(parts: Iterable[Any]) -> Iterator[None]:
-    """Within, models and tokenizers have their own calls."""
-    adopted = [part for part in parts if part is not None and any(isinstance(c, _Call) for c in vars(part).values())]
+    """Within, models and tokenizers have their own methods."""
+    adopted = [
+        part
+        for part in parts
+        if part is not None and any(isinstance(vars(part).get(name), ReplacedMethod) for name in _METHODS)
+    ]
     for part in adopted:
         release(part)
     try:
@@ -67,24 +51,36 @@ def set_adapters(model: Any, adapter_names: str | list[str], weights: Any = None
     """As diffusers': nested blocks mean the same as in `set_active`, for all layers of a block.
 
     Raises:
-        UserError: there is not one weight each, or the model has no such block.
+        UserError: there is not one weight each, the model has no such block, or a DoRA cannot act beside atoms.
     """
     names = [adapter_names] if isinstance(adapter_names, str) else list(adapter_names)
     given = weights if isinstance(weights, list) else [weights] * len(names)
     if len(given) != len(names):
         raise UserError(f"found {len(given)} weights for the adapters {names}: give one each")
-    strengths = {
-        name: AdapterWeight.read(
-            1.0 if weight is None else {"blocks": weight} if isinstance(weight, Mapping) else weight
-        )
-        for name, weight in zip(names, given, strict=True)
+    adapter_weights = {
+        name: AdapterWeight.read(1.0 if value is None else {"blocks": value} if isinstance(value, Mapping) else value)
+        for name, value in zip(names, given, strict=True)
     }
-    for strength in strengths.values():
-        strength.check(type(model).__name__, [path for path, _ in model.named_modules()])
+    for weight in adapter_weights.values():
+        weight.check(type(model).__name__, [path for path, _ in model.named_modules()])
+    _check_unmerged_dora(model, {name for name, weight in adapter_weights.items() if weight.weight})
     for path, layer in adapter_state.layers_by_path(model).items():
         layer.set_adapter(names)
-        for name, strength in strengths.items():
-            layer.set_scale(name, strength.at(path, None))
+        for name, weight in adapter_weights.items():
+            layer.set_scale(name, weight.at(path, None))
+
+
+def _check_unmerged_dora(model: nn.Module, names: set[str]) -> None:
+    """Refuse DoRA on layers that atoms change: unmerged, it takes the norm of the weight without them."""
+    atoms = [layer for layer in adapter_state.atom_layers(model).values() if names & layer.scaling.keys()]
+    changed = {layer.get_base_layer() for layer in atoms}
+    for path, layer in adapter_state.layers_by_path(model).items():
+        dora = {name for name, used in getattr(layer, "use_dora", {}).items() if used and name in names}
+        if dora and layer.get_base_layer() in changed:
+            raise UserError(
+                f"{min(dora)!r} is a LoRA with use_dora, and atoms change the weight of {path}: unmerged, it takes the "
+                "norm of the weight without them; merge both by atomdiff.set_active(pipe, [...])"
+            )
 
 
 def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
@@ -112,20 +108,22 @@ def bare(model: Any) -> Any:
     memo = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
     hooks = [hook for module in model.modules() for hook in module._forward_pre_hooks.values()]
     for each in (*hooks, *vars(model).values()):
-        if isinstance(each, _Call) or not isinstance(each, (dict, nn.Module, str, int, float, bool, type(None))):
+        if isinstance(each, ReplacedMethod) or not isinstance(
+            each, (dict, nn.Module, str, int, float, bool, type(None))
+        ):
             memo.setdefault(id(each), each)
     memo.pop(id(getattr(model, "config", None)), None)
     copied = copy.deepcopy(model, memo)
     release(copied)
     if adapter_state.adapter_layers(copied):  # else what was fused stays, as for a LoRA
         merging.strip_adapters(copied)
-    without_words(copied)
+    strip_tokens(copied)
     return copied
 
 
 def save_tokenizer(tokenizer: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """Write a tokenizer as it is without trigger words."""
-    return type(tokenizer).save_pretrained(bare_tokenizer(tokenizer), save_directory, *args, **kwargs)
+    return type(tokenizer).save_pretrained(original_tokenizer(tokenizer), save_directory, *args, **kwargs)
 
 
 def add_adapter(model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> None:
@@ -162,7 +160,7 @@ def fuse_qkv_projections(model: Any) -> None:
 
 
 _PROJECTION = re.compile(r"\.(to_[qkv]|add_[qkv]_proj)(\.|$)")
-_CALLS: dict[str, Callable[..., Any]] = {
+_METHODS: dict[str, Callable[..., Any]] = {
     "set_adapters": set_adapters,
     "save_pretrained": save_pretrained,
     "add_adapter": add_adapter,

@@ -12,7 +12,7 @@ from atomdiff.utils.errors import UserError
 _TAG = re.compile(r"<\s*(?:atoms|lora)\s*:([^<>:]*)(?::([^<>]*))?>", re.IGNORECASE)
 _BEGUN = re.compile(r"<\s*(?:atoms|lora)\s*:", re.IGNORECASE)
 _EXPECTED = (
-    "expected <atoms:NAME>, <atoms:NAME:0.8> or <atoms:NAME:{...}> with a strength in JSON, such as "
+    "expected <atoms:NAME>, <atoms:NAME:0.8> or <atoms:NAME:{...}> with an adapter weight in JSON, such as "
     '{"weight": 0.8, "blocks": {"down": 0.5}, "steps": {"0": 1, "1": 0.2}}'
 )
 
@@ -25,10 +25,10 @@ def split_tags(prompt: str) -> tuple[str, dict[str, AdapterWeight]]:
             in place of `atoms` means the same.
 
     Returns:
-        The text that is left, and name -> strength in the order of the tags.
+        The text that is left, and name -> adapter weight in the order of the tags.
 
     Raises:
-        UserError: a tag is unfinished, has no name or no strength that can be used, or a name stands in two.
+        UserError: a tag is unfinished, has no name or no weight that can be used, or a name stands in two.
     """
     found: dict[str, AdapterWeight] = {}
     for tag in _TAG.finditer(prompt):
@@ -49,14 +49,14 @@ def split_tags(prompt: str) -> tuple[str, dict[str, AdapterWeight]]:
     return (" ".join(left.split()) if found else prompt), found
 
 
-def weight_as_json(strength: AdapterWeight) -> float | dict[str, Any]:
-    """A strength as JSON has it: a number where that says all, always the same for equal strengths."""
+def weight_as_json(weight: AdapterWeight) -> float | dict[str, Any]:
+    """Return an adapter weight as JSON has it: a number where that says all, always the same for equal weights."""
     factors = {
-        "blocks": dict(sorted(strength.blocks.items())),
-        "steps": {str(float(share)): float(strength.steps[share]) for share in sorted(strength.steps)},
+        "blocks": dict(sorted(weight.blocks.items())),
+        "steps": {str(float(share)): float(weight.steps[share]) for share in sorted(weight.steps)},
     }
     factors = {name: values for name, values in factors.items() if values}
-    return {"weight": float(strength.weight), **factors} if factors else float(strength.weight)
+    return {"weight": float(weight.weight), **factors} if factors else float(weight.weight)
 
 
 def has_word(text: str, word: str) -> bool:

@@ -1,4 +1,4 @@
-"""Switch and mix concepts of a whole pipeline: small matrices are added first, then one pass over the weights."""
+"""Switch the active concepts of a whole pipeline: small matrices are added first, then one pass over the weights."""
 
 from __future__ import annotations
 
@@ -13,7 +13,9 @@ from atomdiff.bases.find import find_base
 from atomdiff.pipelines import base_offload
 from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule
 from atomdiff.pipelines.base_offload import BaseOffload
-from atomdiff.pipelines.load import concept_names, pipeline_models, restore, stop_schedule, tidy
+from atomdiff.pipelines.loaded_concepts import concept_names, refresh
+from atomdiff.pipelines.merge import restore, stop_schedule
+from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.tuner import adapter_state, merging
 from atomdiff.utils.errors import UserError
 
@@ -21,119 +23,122 @@ Concepts = str | Sequence[str] | Mapping[str, Any]
 
 
 def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | None = None) -> None:
-    """Write exactly these concepts into the weights, always starting from the base: pictures cost what the base's cost.
+    """Write exactly these concepts into the weights, always starting from the base: images cost what the base's cost.
 
     Weights change in place, so that compiled models and CUDA graphs stay valid. An empty mapping is the bare base;
     `restore` ends it all and gives back the memory.
 
     Args:
         pipe: a pipeline with the concepts loaded.
-        concepts: name -> strength, or names at strength 1. A strength is a number (1: as trained), a
+        concepts: name -> adapter weight, or names with weight 1. An adapter weight is a number (1: as trained), an
             `atomdiff.pipelines.adapter_weight.AdapterWeight`, or a mapping with its fields: {"weight": 0.8,
             "blocks": {"down": 0.5, "up.1": 0}, "steps": {0: 1, 1: 0.2}}.
             With steps, weights are written again before each denoising step; a model to be compiled is compiled
             before they are set.
-        offload_base: where the untouched base weights are kept: "device" (takes the memory of the adapted weights once
+        offload_base: where the base weights are kept meanwhile: "device" (takes the memory of the adapted weights once
             more), "cpu", or "file" (takes none: the checkpoint is read again). None: where they are, at first "device".
 
     Raises:
-        UserError: there is no such concept, a strength cannot be used, no file has the base weights, or a method cannot
-            be merged (the pipeline is restored).
+        UserError: there is no such concept, an adapter weight cannot be used, no file has the base weights, or a method
+            cannot be merged (the pipeline is restored).
     """
-    tidy(pipe)
-    strengths = read_adapter_weights(pipe, concepts)
     base_offload.check_offload(offload_base)
-    models = pipeline_models(pipe)
-    others = _weights_of_others(models, strengths)
-    for model in models.values():
-        adapter_state.check_writable(model)
-    writers = {}
-    for part, model in models.items():
-        layers = adapter_state.atom_layers(model)
-        writers[part] = _Writer(part, model, layers, strengths, others, base_offload.keep(model, layers, offload_base))
-    denoiser = find_base(models).denoiser
-    stop_schedule(pipe)
-    try:
-        for part, write in writers.items():
-            write(0.0 if part == denoiser else None)
-    except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
-        restore(pipe)
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"these concepts cannot be merged: {error}; the pipeline is restored, use them unmerged by "
-            "pipe.set_adapters([...])"
-        ) from error
-    if any(strength.steps for strength in strengths.values()):
-        rewrite = partial(writers[denoiser], changed_only=True)
-        vars(models[denoiser])["_atomdiff_schedule"] = StepSchedule(pipe, pipe.components[denoiser], rewrite)
+    with locked(pipe):
+        refresh(pipe)
+        weights = read_adapter_weights(pipe, concepts)
+        models = pipeline_models(pipe)
+        others = _weights_of_others(models, weights)
+        for model in models.values():
+            adapter_state.check_writable(model)
+        writers = {}
+        for component, model in models.items():
+            layers = adapter_state.atom_layers(model)
+            readers = base_offload.base_weight_readers(model, layers, offload_base)
+            writers[component] = _Writer(component, model, layers, weights, others, readers)
+        denoiser = find_base(models).denoiser
+        stop_schedule(pipe)
+        try:
+            for component, write in writers.items():
+                write(0.0 if component == denoiser else None)
+        except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
+            restore(pipe)
+            if isinstance(error, UserError):
+                raise
+            raise UserError(
+                f"these concepts cannot be merged: {error}; the pipeline is restored, use them unmerged by "
+                "pipe.set_adapters([...])"
+            ) from error
+        if any(weight.steps for weight in weights.values()):
+            rewrite = partial(writers[denoiser], changed_only=True)
+            vars(models[denoiser])["_atomdiff_schedule"] = StepSchedule(pipe, pipe.components[denoiser], rewrite)
 
 
 def set_weights(pipe: Any, concepts: Concepts) -> None:
-    """Make exactly these concepts active, with their strengths, without writing them into the weights.
+    """Make exactly these concepts active, with their adapter weights, without writing them into the weights.
 
-    They act unmerged, and weights stay where they are; `set_active` is for drawing.
+    They act unmerged, and weights stay where they are; `set_active` is for generating images.
 
     Args:
         pipe: a pipeline with the concepts loaded; what is merged is restored.
-        concepts: as for `set_active`; of strengths by step, those of no particular step count.
+        concepts: as for `set_active`; of weights by denoising step, those of no particular step count.
 
     Raises:
-        UserError: there is no such concept, or a strength cannot be used.
+        UserError: there is no such concept, or an adapter weight cannot be used.
     """
-    restore(pipe)
-    strengths = read_adapter_weights(pipe, concepts)
-    models = pipeline_models(pipe)
-    others = _weights_of_others(models, strengths)
-    for part, model in models.items():
-        adapter_state.activate(model, list(strengths))
-        for path, layer in adapter_state.atom_layers(model).items():
-            for name, strength in strengths.items():
-                layer.set_scale(name, strength.at(f"{part}.{path}", None))
-        adapter_state.set_weights_of_others(model, others)
+    with locked(pipe):
+        restore(pipe)
+        weights = read_adapter_weights(pipe, concepts)
+        models = pipeline_models(pipe)
+        others = _weights_of_others(models, weights)
+        for component, model in models.items():
+            adapter_state.activate(model, list(weights))
+            for path, layer in adapter_state.atom_layers(model).items():
+                for name, weight in weights.items():
+                    layer.set_scale(name, weight.at(f"{component}.{path}", None))
+            adapter_state.set_weights_of_others(model, others)
 
 
 @dataclass(frozen=True)
 class _Writer:
     """Writes concepts into the weights of one model; copies of a pipeline have their own."""
 
-    part: str
+    component: str
     model: nn.Module
     layers: Mapping[str, Any]
-    strengths: Mapping[str, AdapterWeight]
+    weights: Mapping[str, AdapterWeight]
     others: Mapping[str, float]
-    stored: Mapping[str, Callable[[], Tensor] | None]
+    base_readers: Mapping[str, Callable[[], Tensor] | None]
 
     def __call__(self, progress: float | None, changed_only: bool = False) -> None:
         weights = {
-            path: {name: strength.at(f"{self.part}.{path}", progress) for name, strength in self.strengths.items()}
+            path: {name: weight.at(f"{self.component}.{path}", progress) for name, weight in self.weights.items()}
             for path in self.layers
         }
         merging.restore_others(self.model)
-        merging.write(self.layers, weights, self.stored, changed_only)
+        merging.write(self.layers, weights, self.base_readers, changed_only)
         merging.merge_others(self.model, self.others)
 
 
 def read_adapter_weights(pipe: Any, concepts: Concepts) -> dict[str, AdapterWeight]:
-    """Read the strengths of concepts and check them against the layers in a pipeline.
+    """Read the adapter weights of concepts and check them against the layers in a pipeline.
 
     Raises:
-        UserError: there is no such concept, or a strength cannot be used.
+        UserError: there is no such concept, or an adapter weight cannot be used.
     """
     if isinstance(concepts, str):
         concepts = [concepts]
     if not isinstance(concepts, Mapping):
         if not isinstance(concepts, (list, tuple, set)) or not all(isinstance(name, str) for name in concepts):
-            raise UserError(f"found the concepts {concepts!r}: give their names, or a mapping name -> strength")
+            raise UserError(f"found the concepts {concepts!r}: give their names, or a mapping name -> adapter weight")
         concepts = dict.fromkeys(concepts, 1.0)
-    strengths = {name: AdapterWeight.read(value) for name, value in concepts.items()}
+    weights = {name: AdapterWeight.read(value) for name, value in concepts.items()}
     known = concept_names(pipe)
-    for name, strength in strengths.items():
+    for name, weight in weights.items():
         if name not in known:
             raise UserError(f"there is no concept {name!r}; loaded are: {', '.join(map(repr, known)) or 'none'}")
-        if strength.blocks:
-            strength.check(name, _modules_of(pipe, name))
-    return strengths
+        if weight.blocks:
+            weight.check(name, _modules_of(pipe, name))
+    return weights
 
 
 def _modules_of(pipe: Any, name: str) -> list[str]:
@@ -144,20 +149,22 @@ def _modules_of(pipe: Any, name: str) -> list[str]:
     return [path for path, layer in layers.items() if name in layer.scaling]
 
 
-def _weights_of_others(models: Mapping[str, nn.Module], strengths: Mapping[str, AdapterWeight]) -> dict[str, float]:
+def _weights_of_others(
+    models: Mapping[str, nn.Module], adapter_weights: Mapping[str, AdapterWeight]
+) -> dict[str, float]:
     """The weights of adapters that are not atoms, checked to be such as they can have."""
-    weights = {}
+    found = {}
     for model in models.values():
         for name, config in adapter_state.adapter_configs(model).items():
-            if name not in strengths or adapter_state.is_atoms(config):
+            if name not in adapter_weights or adapter_state.is_atoms(config):
                 continue
-            strength = strengths[name]
-            if strength.blocks or strength.steps:
+            weight = adapter_weights[name]
+            if weight.blocks or weight.steps:
                 raise UserError(f"{name!r} is no atom concept: only those can be weighted by block and step")
-            if not adapter_state.can_be_weighted(model, name, strength.weight):
+            if not adapter_state.can_be_weighted(model, name, weight.weight):
                 raise UserError(
                     f"{name!r} is a {config.peft_type.value} adapter, which PEFT gives no weight such as "
-                    f"{strength.weight}: use 1, or leave it out"
+                    f"{weight.weight}: use 1, or leave it out"
                 )
-            weights[name] = strength.weight
-    return weights
+            found[name] = weight.weight
+    return found

@@ -14,9 +14,9 @@ from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.concepts.lora_file import is_lora_file, trigger_phrase
 from atomdiff.concepts.peft_folder import LEARNED_EMBEDS_NAME
 from atomdiff.pipelines.adapter_weight import AdapterWeight, command_line_weights
-from atomdiff.pipelines.load import renamed_tokens
 from atomdiff.pipelines.prompt_syntax import replace_words
 from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule
+from atomdiff.pipelines.token_names import rename_tokens
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
 
@@ -89,7 +89,7 @@ def open_source(source: str, trigger_word: str | None = None) -> ConceptSource:
             raise UserError(f"trigger_word={trigger_word!r}: {file} is a LoRA file and has no trigger word to rename")
         return ConceptSource(name.removesuffix(".safetensors"), file, path, (), trigger_phrase(path))
     delta = read_delta_file(path)
-    tokens = renamed_tokens(delta.tokens, trigger_word)
+    tokens = rename_tokens(delta.tokens, trigger_word)
     phrase = replace_words(delta.trigger_phrase, dict(zip(delta.tokens, tokens, strict=True)))
     renamed = replace(delta, tokens=tokens)
     return ConceptSource(name, file, path, tuple(tokens), phrase, lambda: renamed, trigger_word)

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from atomdiff.bases.find import denoiser_of, find_base
+from atomdiff.pipelines.hooks import attributes_set
 from atomdiff.sampling.config import SIZE_MULTIPLE
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.progress import ProgressBar
@@ -101,12 +102,11 @@ def generate_each(
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one of each per image")
     height, width = image_size(pipe, height, width)
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
+    lacking: dict[str, Any] = {}
     if type(pipe.scheduler).__name__.startswith("FlowMatch"):  # it lacks what pipelines with a UNet look up
-        pipe.scheduler.init_noise_sigma = 1.0
-        pipe.scheduler.scale_model_input = lambda latents, timestep: latents
-    bar = getattr(pipe, "_progress_bar_config", {})
-    pipe.set_progress_bar_config(disable=True)
-    try:
+        lacking = {"init_noise_sigma": 1.0, "scale_model_input": lambda latents, timestep: latents}
+    quiet = attributes_set(pipe, _progress_bar_config={"disable": True})
+    with quiet, attributes_set(pipe.scheduler, **lacking):
         for first in range(0, len(prompts), batch_size):
             batch = slice(first, first + batch_size)
             generators = [torch.Generator().manual_seed(seed) for seed in seeds[batch]]
@@ -122,8 +122,6 @@ def generate_each(
                 width=width,
                 **settings,
             )
-    finally:
-        pipe.set_progress_bar_config(**bar)
 
 
 def image_size(pipe: Any, height: int | None, width: int | None) -> tuple[int | None, int | None]:

@@ -8,9 +8,9 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftConfig
 
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
-from atomdiff.pipelines.load import save_atoms
 from atomdiff.pipelines.placeholder_tokens import set_token_embedding
 from atomdiff.pipelines.portable import save_portable
+from atomdiff.pipelines.save import save_atoms
 from atomdiff.training.base_model import all_parts_loaded
 from atomdiff.training.method import ADAPTER_NAME
 from atomdiff.training.push import trigger_phrase

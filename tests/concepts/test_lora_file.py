@@ -16,7 +16,7 @@ from atomdiff.export.kohya import layer_name
 from atomdiff.export.lora import export_lora
 from atomdiff.export.merged_delta import export_diff
 from atomdiff.pipelines.adapter_weight import AdapterWeight
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.sampling.adapter_cache import AdapterCache
 from atomdiff.sampling.concept_source import open_source
 from atomdiff.sampling.prompt_requests import read_requests

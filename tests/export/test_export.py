@@ -39,7 +39,7 @@ from atomdiff.export.merged_delta import export_diff
 from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.export.report import describe_export
 from atomdiff.pipelines.differences import layer_differences
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import (
     add_placeholder_token,
     add_placeholder_tokens,
@@ -715,7 +715,7 @@ def test_mistakes_in_a_config_are_reported(tiny_pipe_folder, concepts, tmp_path)
     base = str(tiny_pipe_folder)
     for wrong, said in [
         ({"concepts": ()}, "no concept"),
-        ({"weights": ("much", 1.0)}, "found the strength 'much'"),
+        ({"weights": ("much", 1.0)}, "found the adapter weight 'much'"),
         ({"weights": ({"steps": {0: 1, 1: 0.5}}, 1.0)}, "weights: steps=.* cannot be exported; leave steps out"),
         ({"weights": (1.0,)}, "1 weights for 2 concepts"),
         ({"rank": 0}, "rank=0"),

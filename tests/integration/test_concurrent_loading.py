@@ -122,6 +122,54 @@ def test_threads_load_at_the_same_time(pipe_template, folders):
         assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
 
 
+def test_threads_load_into_one_pipeline_one_after_the_other(tiny_pipe, pipe_template, folders):
+    """Also through another pipeline that shares the models; one of them merges, and one lists what there is."""
+    other = type(tiny_pipe)(**tiny_pipe.components)
+    before = {key: tensor.clone() for key, tensor in tiny_pipe.unet.state_dict().items()}
+    alone = copy.deepcopy(pipe_template)
+    atomdiff.load_atoms(alone, folders["lora"], "a")
+    wanted = lora_tensors(alone)
+    errors, start = [], threading.Barrier(3)
+
+    def load(pipe, name):
+        try:
+            start.wait()
+            for number in range(4):
+                atomdiff.load_atoms(pipe, folders["lora"], f"{name}{number}")
+                atomdiff.merge(pipe)
+                if number % 2:
+                    atomdiff.unload_atoms(pipe, f"{name}{number}")
+        except BaseException as error:
+            errors.append(error)
+
+    def look():
+        try:
+            start.wait()
+            for _ in range(20):
+                assert all(concept.layers["unet"] == len(wanted) // 2 for concept in atomdiff.list_atoms(tiny_pipe))
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=load, args=pair) for pair in ((tiny_pipe, "x"), (other, "y"))]
+    threads.append(threading.Thread(target=look))
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert not errors, errors
+    assert {concept.name for concept in atomdiff.list_atoms(other)} == {"x0", "x2", "y0", "y2"}
+    for name in ("x0", "x2", "y0", "y2"):
+        found = lora_tensors(tiny_pipe, name)
+        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+    atomdiff.unload_atoms(tiny_pipe)
+    after = tiny_pipe.unet.state_dict()
+    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+
+
+def lora_tensors(pipe, name="a"):
+    return adapter_state.peft_tensors(pipe.unet, name)
+
+
 def test_a_structure_can_be_changed_while_the_model_stays(tiny_pipe, folders):
     unet = tiny_pipe.unet
     atomdiff.load_atoms(tiny_pipe, folders["lora"], "a")

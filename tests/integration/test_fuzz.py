@@ -21,7 +21,7 @@ import atomdiff
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import check_base
 from atomdiff.concepts.concept_file import read_delta_file, read_header
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError

@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from peft import LoraConfig, get_peft_model_state_dict
 
 import atomdiff
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import (
     add_placeholder_token,
     add_placeholder_tokens,

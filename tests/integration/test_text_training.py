@@ -14,7 +14,8 @@ from torch.nn.parallel import DistributedDataParallel
 
 from atomdiff.bases.sdxl import StableDiffusionXL
 from atomdiff.concepts.concept_file import read_delta_file
-from atomdiff.pipelines.load import load_atoms, save_atoms, unload_atoms
+from atomdiff.pipelines.load import load_atoms, unload_atoms
+from atomdiff.pipelines.save import save_atoms
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.sampling.sample import save_samples
 from atomdiff.training import dreambooth, saving

@@ -9,7 +9,7 @@ from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
 import atomdiff
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner import AtomConfig, adapter_state
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.thread_local import ThreadLocal

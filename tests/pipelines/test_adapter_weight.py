@@ -24,8 +24,8 @@ MODULES += ["unet.up_blocks.10.resnets.0.conv1", "text_encoder.encoder.layers.0.
 
 
 def weights(value, progress=None):
-    strength = AdapterWeight.read(value)
-    return [strength.at(module, progress) for module in MODULES]
+    weight = AdapterWeight.read(value)
+    return [weight.at(module, progress) for module in MODULES]
 
 
 @pytest.mark.parametrize(
@@ -55,11 +55,11 @@ def test_layers_get_the_weight_of_the_part_they_are_in(value, expected):
 
 def test_factors_of_steps_lie_on_straight_lines():
     schedule = {"weight": 2, "blocks": {"down": 0.5}, "steps": {1: 0, 0.5: 1, 0.0: 3}}
-    strength = AdapterWeight.read(schedule)
-    seen = [strength.at("unet.conv_in", progress) for progress in (0, 0.25, 0.5, 0.75, 1)]
+    weight = AdapterWeight.read(schedule)
+    seen = [weight.at("unet.conv_in", progress) for progress in (0, 0.25, 0.5, 0.75, 1)]
     assert seen == pytest.approx([6, 4, 2, 1, 0])
-    assert strength.at("unet.down_blocks.0.x", 0.25) == pytest.approx(2)
-    assert strength.at("text_encoder.x", None) == 2
+    assert weight.at("unet.down_blocks.0.x", 0.25) == pytest.approx(2)
+    assert weight.at("text_encoder.x", None) == 2
     assert AdapterWeight.read({"steps": [(0.2, 5)]}).at("unet.x", 0.9) == 5
     assert AdapterWeight.read({"steps": {"0": 1, "1": 0}}).at("unet.x", 1.0) == 0  # as JSON and YAML have keys
 
@@ -75,7 +75,7 @@ def test_factors_of_steps_lie_on_straight_lines():
     ],
     ids=repr,
 )  # fmt: skip
-def test_what_is_no_strength_is_refused(value):
+def test_what_is_no_weight_is_refused(value):
     with pytest.raises(UserError, match="give a number, or|expected shares"):
         AdapterWeight.read(value)
 

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 
 import atomdiff
 from atomdiff.pipelines.base_offload import FileWeight, HostCopy
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError

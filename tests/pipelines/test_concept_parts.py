@@ -10,7 +10,7 @@ from peft import GraloraConfig, LoraConfig, get_peft_model
 
 import atomdiff
 from atomdiff.cli.summary import describe
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import adapter_layers

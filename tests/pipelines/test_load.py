@@ -19,7 +19,7 @@ import atomdiff
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.modelspec import model_spec
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.adapter_state import adapter_layers, peft_tensors

@@ -17,7 +17,7 @@ from peft import LoraConfig
 
 import atomdiff
 from atomdiff.pipelines import switch
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.tuner.batch_layout import BatchLayout
@@ -287,7 +287,9 @@ def test_a_wrong_number_of_prompts_is_refused(pipe, prompts, text_too):
         for name in ("separable", "dct"):
             atomdiff.unload_atoms(pipe, name)
     before, kept = state(pipe), bits(pipe)
-    with pytest.raises(UserError, match=f"found {prompts} prompts for 3 rows of mixed_batch; give one prompt a row"):
+    with pytest.raises(
+        UserError, match=f"found {prompts} prompts for 3 samples of mixed_batch; give one prompt a sample"
+    ):
         with atomdiff.mixed_batch(pipe, ["spatial", None, "joint"]):
             draw(pipe, ["a mug"] * prompts, noise(prompts))
     assert {**state(pipe), "pipe": 0} == {**before, "pipe": 0}  # the pipeline itself remembers its last call
@@ -297,7 +299,7 @@ def test_a_wrong_number_of_prompts_is_refused(pipe, prompts, text_too):
 def test_a_wrong_batch_of_the_model_is_refused(pipe):
     with atomdiff.mixed_batch(pipe, ["spatial", None, "joint"]):
         for count in (2, 4):
-            with pytest.raises(UserError, match=f"found a batch of {count} for 3 rows of mixed_batch"):
+            with pytest.raises(UserError, match=f"found a batch of {count} for 3 samples of mixed_batch"):
                 predict(pipe, count)
         assert len(predict(pipe, 3)) == 3
     with pytest.raises(ValueError, match=r"tensor of 3 in a mixed batch of 2 samples with 1 image"):
@@ -307,10 +309,10 @@ def test_a_wrong_batch_of_the_model_is_refused(pipe):
 @pytest.mark.parametrize(
     ("rows", "message"),
     [
-        ([], "found the rows \\[\\]; give a list"),
-        (None, "found the rows None; give a list"),
-        ("spatial", "found the rows 'spatial'; give a list"),
-        ({"spatial": 1.0}, "found the rows {'spatial': 1.0}; give a list"),
+        ([], "found the samples \\[\\]; give a list"),
+        (None, "found the samples None; give a list"),
+        ("spatial", "found the samples 'spatial'; give a list"),
+        ({"spatial": 1.0}, "found the samples {'spatial': 1.0}; give a list"),
         (["spatial", "nobody"], "there is no concept 'nobody'; loaded are"),
         ([{"spatial": float("nan")}], "finite"),
         ([{"dct": {"blocks": {"down.0": 1}}}], "'dct' has no layer in 'down_blocks.0'"),
@@ -338,7 +340,7 @@ def test_other_methods_may_be_there_but_not_act(pipe):
         lambda: atomdiff.set_active(pipe, ["lora", "spatial"]),
     ):
         wear()
-        with pytest.raises(UserError, match=r"the adapters \['lora'.*\] of another method act on all rows"):
+        with pytest.raises(UserError, match=r"the adapters \['lora'.*\] of another method act on all samples"):
             with atomdiff.mixed_batch(pipe, ["spatial", None]):
                 pytest.fail("it was let in")
     atomdiff.set_active(pipe, "spatial")

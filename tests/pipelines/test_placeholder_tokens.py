@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 import atomdiff
-from atomdiff.pipelines import placeholder_tokens as placeholder_tokens_module
+from atomdiff.pipelines import embedding_tables
 from atomdiff.pipelines.placeholder_tokens import (
     add_placeholder_token,
     add_placeholder_tokens,
@@ -136,8 +136,8 @@ def test_many_words_come_and_go_with_one_copy_of_the_table(tiny_pipe, tmp_path, 
     words = {f"<new-{number}>": {"text_encoder": torch.full((32,), float(number))} for number in range(30)}
     sizes = []
     monkeypatch.setattr(
-        "atomdiff.pipelines.placeholder_tokens._resize_table",
-        lambda model, size, real=placeholder_tokens_module._resize_table: (sizes.append(size), real(model, size)),
+        "atomdiff.pipelines.embedding_tables.resize_table",
+        lambda model, size, real=embedding_tables.resize_table: (sizes.append(size), real(model, size)),
     )
     add_placeholder_tokens(tiny_pipe, words)
     for word, vectors in words.items():

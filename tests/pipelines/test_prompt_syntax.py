@@ -25,7 +25,7 @@ def test_tags_are_taken_out_of_the_text(prompt, text, concepts):
     assert list(found) == list(concepts) and {name: s.weight for name, s in found.items()} == concepts
 
 
-def test_a_tag_has_a_strength_as_json():
+def test_a_tag_has_a_weight_as_json():
     text, found = split_tags('a <atoms:mug:{"weight": 2, "blocks": {"down": 0.5}, "steps": {"0": 1, "1": 0.2}}> b')
     assert text == "a b"
     assert found == {"mug": AdapterWeight(2, {"down": 0.5}, {0: 1, 1: 0.2})}
@@ -52,7 +52,7 @@ def test_bad_tags_are_refused(prompt, message):
         split_tags(prompt)
 
 
-def test_equal_strengths_are_described_alike():
+def test_equal_weights_are_described_alike():
     assert weight_as_json(AdapterWeight.read({"weight": 0.8})) == weight_as_json(AdapterWeight(0.8)) == 0.8
     assert repr(weight_as_json(AdapterWeight(1))) == "1.0"
     one = {"blocks": {"up.1": 0, "down": 1}, "steps": {"1": 0, "0": 1}}

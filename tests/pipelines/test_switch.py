@@ -14,7 +14,7 @@ from torch._dynamo.testing import CompileCounter
 
 import atomdiff
 from atomdiff.concepts.concept_file import read_delta_file
-from atomdiff.pipelines.load import pipeline_models
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.adapter_state import atom_layers
@@ -435,13 +435,13 @@ def test_concepts_of_words_only_are_switched_too(tiny_pipe, files, tmp_path):
     [
         ("nobody", "there is no concept 'nobody'; loaded are: 'separable', 'dct', 'spatial', 'joint'"),
         ({"joint": 1.0, "": 1.0}, "there is no concept ''; loaded are"),
-        ({"joint": float("nan")}, r"found the strength .*weight=nan.*give a number.*finite"),
+        ({"joint": float("nan")}, r"found the adapter weight .*weight=nan.*give a number.*finite"),
         ({"joint": float("inf")}, "finite"),
         ({"joint": 10**400}, "finite"),
-        ({"joint": "much"}, "found the strength 'much': give a number"),
-        ({"joint": None}, "found the strength None: give a number"),
-        ({"joint": True}, "found the strength"),
-        ({"joint": {"weight": "1"}}, "found the strength"),
+        ({"joint": "much"}, "found the adapter weight 'much': give a number"),
+        ({"joint": None}, "found the adapter weight None: give a number"),
+        ({"joint": True}, "found the adapter weight"),
+        ({"joint": {"weight": "1"}}, "found the adapter weight"),
         (
             {"dct": {"blocks": {"down.0": 1}}},
             "'dct' has no layer in 'down_blocks.0'; it has layers in: .*unet.mid_block",

@@ -8,7 +8,7 @@ import torch
 import atomdiff
 from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.pipelines.load import list_atoms
+from atomdiff.pipelines.loaded_concepts import list_atoms
 from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.sampling import adapter_cache
 from atomdiff.sampling.adapter_cache import AdapterCache

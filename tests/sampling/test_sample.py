@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import atomdiff
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
-from atomdiff.pipelines.load import list_atoms
+from atomdiff.pipelines.loaded_concepts import list_atoms
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.pipelines.scheduler import schedule_settings
 from atomdiff.sampling import adapter_cache, sample

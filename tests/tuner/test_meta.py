@@ -71,6 +71,6 @@ def test_all_tensors_are_on_the_device_of_the_weight(layer, config, hooked):
             made.write(["a", "b"])
             assert made(x).shape == expected
             made.unmerge()
-    made.mix(BatchLayout(4), rows)  # the strengths of rows come from the caller
+    made.mix(BatchLayout(4), rows)  # the weights of rows come from the caller
     with OneDevice(), torch.no_grad():
         assert made(x).shape == expected

@@ -1,0 +1,125 @@
+"""Save a concept of a diffusers pipeline: a concept file for atoms, a directory as PEFT writes it for other methods."""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from atomdiff.bases.find import find_base
+from atomdiff.concepts import peft_folder
+from atomdiff.concepts.compatibility import fingerprint
+from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
+from atomdiff.concepts.modelspec import model_spec
+from atomdiff.pipelines.loaded_concepts import has_adapter, name_concepts, refresh
+from atomdiff.pipelines.models import locked, pipeline_models
+from atomdiff.pipelines.placeholder_tokens import (
+    tokens_in,
+)
+from atomdiff.tuner import adapter_state
+from atomdiff.tuner.config import AtomConfig
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.versions import atomdiff_version
+
+
+def save_atoms(
+    pipe: Any,
+    path: str | os.PathLike[str],
+    adapter_name: str = "default",
+    *,
+    trigger_phrase: str = "",
+    training: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> Path:
+    """Save a concept: its adapter in all components, and the embeddings of its tokens and of those added by hand.
+
+    Args:
+        pipe: the pipeline.
+        path: the file to write, by custom `<concept>.atoms.safetensors`; for other methods than atoms the directory.
+        adapter_name: the adapter to save.
+        trigger_phrase: what to write in a prompt to get the concept.
+        training: metadata of the run, as JSON has it; of its "config" the settings of the scheduler are looked at again
+            when the concept is loaded.
+        base_model: name or path of the base; None: as the pipeline was loaded.
+        dtype: of the stored tensors; float32 keeps every bit of them. (Other methods keep their own.)
+
+    Returns:
+        `path`.
+
+    Raises:
+        UserError: there is no such adapter or token, its settings differ between components, or a value is not finite.
+    """
+    path = Path(path)
+    with locked(pipe):
+        refresh(pipe)
+        models = pipeline_models(pipe)
+        configs = {
+            component: adapter_state.adapter_configs(model)[adapter_name]
+            for component, model in models.items()
+            if has_adapter(model, adapter_name)
+        }
+        tokens = {
+            token: entry.vectors
+            for token, entry in tokens_in(pipe).items()
+            if entry.vectors and entry.owner in (None, adapter_name)
+        }
+        if not configs and not tokens:
+            raise UserError(f"there is no concept {adapter_name!r} to save; there are: {name_concepts(pipe)}")
+        if any(not isinstance(config, AtomConfig) for config in configs.values()):
+            adapters = {
+                component: (config, adapter_state.peft_tensors(models[component], adapter_name))
+                for component, config in configs.items()
+            }
+            metadata = {"training": json.dumps(training)} if training else {}
+            peft_folder.write(path, adapters, tokens, find_base(models).denoiser, metadata)
+            return path
+        _check_one_file(adapter_name, configs)
+        layers, fingerprints = _layers(adapter_name, models, configs)
+        delta = DeltaFile(
+            config=next(iter(configs.values()), AtomConfig()),
+            layers=layers,
+            fingerprint=fingerprints,
+            tokens=tokens,
+            base_model=str(getattr(pipe.config, "_name_or_path", "") or "") if base_model is None else base_model,
+            trigger_phrase=trigger_phrase,
+            training=dict(training or {}),
+            modelspec=model_spec(pipe, title=path.name.partition(".")[0], trigger_phrase=trigger_phrase),
+            atomdiff_version=atomdiff_version(),
+        )
+        write_delta_file(path, delta, dtype)
+    return path
+
+
+def _check_one_file(adapter_name: str, configs: Mapping[str, AtomConfig]) -> None:
+    """Refuse adapters that one concept file cannot hold."""
+    settings = [config.shaping() for config in configs.values()]
+    if any(other != settings[0] for other in settings):
+        raise UserError(
+            f"{adapter_name!r} has other atoms in {' than in '.join(configs)}, but a file holds one AtomConfig: "
+            "add the adapter to all of them with the same num_atoms, basis and channel blocks"
+        )
+    for config in configs.values():
+        if config.modules_to_save:
+            raise UserError(
+                f"{adapter_name!r} trains whole modules ({config.modules_to_save}), and a concept file holds atoms and "
+                "token embeddings only: save it with PEFT's save_pretrained, or leave modules_to_save out"
+            )
+
+
+def _layers(
+    adapter_name: str, models: Mapping[str, nn.Module], configs: Mapping[str, AtomConfig]
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
+    """The tensors of an atom adapter by module path, and the fingerprints of their base weights."""
+    layers, fingerprints = {}, {}
+    for component, config in configs.items():
+        weights = adapter_state.base_weights(models[component])
+        for module, tensors in adapter_state.atom_tensors(models[component], adapter_name).items():
+            layers[f"{component}.{module}"] = tensors
+            fingerprints[f"{component}.{module}"] = fingerprint(weights[module], config, module)
+    return layers, fingerprints
