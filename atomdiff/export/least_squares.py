@@ -43,7 +43,7 @@ def fit_layer(module: nn.Module, tuned: Tensor, config: AtomConfig, name: str) -
     """
     layer = AtomLayer(copy.deepcopy(module).to(torch.float32))
     layer.update_layer(_NAME, config, name)
-    atom_sets = layer.atoms[_NAME]
+    atom_sets = layer.atom_sets[_NAME]
     target = tuned.to(layer.unmerged_weight())
     residual = difference = float((target - layer.unmerged_weight()).norm())
     for _ in range(_MAX_SWEEPS if len(atom_sets) > 1 else 1):

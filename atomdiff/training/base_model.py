@@ -1,7 +1,7 @@
 """The base of a training run: load it, reload parts that were freed, and generate images with it."""
 
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
 from typing import Any, TypeAlias
 
@@ -12,6 +12,7 @@ from PIL import Image
 from torch import nn
 
 from atomdiff.bases.find import base_of_class, denoiser_of, find_base, known_bases
+from atomdiff.pipelines.hooks import method_wrapped
 from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
 from atomdiff.sampling.generate import generate
 from atomdiff.training.config import TrainConfig
@@ -140,17 +141,11 @@ def generate_images(
         )
 
 
-@contextmanager
-def _decoding_in_float32(vae: AutoencoderKL) -> Iterator[None]:
+def _decoding_in_float32(vae: AutoencoderKL) -> AbstractContextManager[None]:
     """Make a `with` block in which autocast leaves the VAE alone: in float16 that of SDXL overflows."""
-    decode = vae.decode
 
-    def decode_in_float32(latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
+    def decode_in_float32(decode: Callable[..., Any], latents: torch.Tensor, *args: Any, **kwargs: Any) -> Any:
         with torch.autocast(latents.device.type, enabled=False):
             return decode(latents.float(), *args, **kwargs)
 
-    vae.decode = decode_in_float32
-    try:
-        yield
-    finally:
-        del vae.decode
+    return method_wrapped(vae, "decode", decode_in_float32)

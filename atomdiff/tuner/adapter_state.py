@@ -133,7 +133,7 @@ def unwrapped_key(key: str) -> str:
 def compute_coefficients(model: nn.Module, name: str) -> None:
     """Work out the sparse coefficients of an adapter now, which takes a while, and not in its first forward pass."""
     for layer in adapter_layers(model, name):
-        for atoms in layer.atoms[name] if isinstance(layer, AtomLayer) else ():
+        for atoms in layer.atom_sets[name] if isinstance(layer, AtomLayer) else ():
             layer.coefficients(name, atoms)
 
 

@@ -55,7 +55,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
     """
 
     adapter_layer_names = tuple(map(attribute, PARAMETER_NAMES))
-    other_param_names = (*map(attribute, BASIS_NAMES), "settings", "atoms", "scaling")
+    other_param_names = (*map(attribute, BASIS_NAMES), "settings", "atom_sets", "scaling")
     base_layer: nn.Module
     holds_merged: bool
 
@@ -73,7 +73,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         for kind in BASIS_NAMES:
             setattr(self, attribute(kind), BufferDict())  # (m, d)
         self.settings: dict[str, AtomConfig] = {}
-        self.atoms: dict[str, tuple[Atoms, ...]] = {}
+        self.atom_sets: dict[str, tuple[Atoms, ...]] = {}
         self.scaling: dict[str, float] = {}
         self.merged_adapters: list[str] = []
         self.cast_input_dtype_enabled = True  # diffusers switches it where layers are cast for storage
@@ -137,7 +137,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
                 adapter_name, basis.to(weight.device), persistent=config.stores_basis
             )
         self.settings[adapter_name] = config
-        self.atoms[adapter_name] = found
+        self.atom_sets[adapter_name] = found
         self.scaling[adapter_name] = 1.0
         self.set_adapter(self.active_adapters, inference_mode=config.inference_mode)
 
@@ -253,8 +253,8 @@ class AtomLayer(nn.Module, BaseTunerLayer):
         """
         names = [name for name in self.scaling if any(sample.get(name) for sample in samples)]
         weights = torch.tensor([[sample.get(name, 0.0) for name in names] for sample in samples])  # (samples, names)
-        updates = [self._weight_update(name, atoms) for name in names for atoms in self.atoms[name]]
-        of_name = [place for place, name in enumerate(names) for _ in self.atoms[name]]
+        updates = [self._weight_update(name, atoms) for name in names for atoms in self.atom_sets[name]]
+        of_name = [place for place, name in enumerate(names) for _ in self.atom_sets[name]]
         self.mixed_batch = (
             layout,
             [_per_sample(c, weights[:, place].to(c.matrix)) for c, place in zip(updates, of_name, strict=True)],
@@ -355,7 +355,7 @@ class AtomLayer(nn.Module, BaseTunerLayer):
             (self._weight_update(name, atoms), weight)
             for name, weight in weights.items()
             if weight
-            for atoms in self.atoms[name]
+            for atoms in self.atom_sets[name]
         ]
         return [replace(update, matrix=weight * update.matrix) for update, weight in found]
 

@@ -47,7 +47,7 @@ def make(layer, config):
         made.update_layer(name, settings, "layer")
     made.set_adapter(["a", "b"])
     for name in "ab":
-        for atoms in made.atoms[name]:
+        for atoms in made.atom_sets[name]:
             made.coefficients(name, atoms)
     return made.to("meta"), torch.randn(LAYERS[layer][1], device="meta", requires_grad=True)
 
