@@ -124,21 +124,21 @@ def wrap_method(owner: Any, name: str, wrapper: Callable[..., Any]) -> Callable[
     """Call a function in place of a method of one object; it is given the method, then the arguments.
 
     Returns:
-        What undoes this. Several may wrap a method, and stop in any order.
+        What undoes this; several may wrap a method, and stop in any order. A copy of it undoes this in the copy.
     """
     with _LOCK:
         wrapped = vars(owner).get(name)
         if not isinstance(wrapped, _WrappedMethod):
             wrapped = vars(owner)[name] = _WrappedMethod(owner, name)
         wrapped.wrappers = (*wrapped.wrappers, wrapper)
+    return partial(_unwrap, owner, name, wrapped, wrapper)
 
-    def undo() -> None:
-        with _LOCK:
-            wrapped.wrappers = tuple(each for each in wrapped.wrappers if each is not wrapper)
-            if not wrapped.wrappers and vars(owner).get(name) is wrapped:
-                _set(owner, name, wrapped.before)
 
-    return undo
+def _unwrap(owner: Any, name: str, wrapped: _WrappedMethod, wrapper: Callable[..., Any]) -> None:
+    with _LOCK:
+        wrapped.wrappers = tuple(each for each in wrapped.wrappers if each is not wrapper)
+        if not wrapped.wrappers and vars(owner).get(name) is wrapped:
+            _set(owner, name, wrapped.before)
 
 
 @contextmanager
@@ -165,22 +165,24 @@ def before_calls(model: Any, hook: Hook, after: Callable[..., None] = lambda *_:
         What undoes this.
     """
     if model._compiled_call_impl is not None:
-
-        def wrapper(call: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-            try:
-                hook(model, args, kwargs)
-                return call(*args, **kwargs)
-            finally:
-                after()
-
-        return wrap_method(model, "_compiled_call_impl", wrapper)
+        return wrap_method(model, "_compiled_call_impl", partial(_call_between, model, hook, after))
     handles = (
         model.register_forward_pre_hook(hook, with_kwargs=True),
         model.register_forward_hook(after, always_call=True),
     )
+    return partial(_remove_all, handles)
 
-    def undo() -> None:
-        for handle in handles:
-            handle.remove()
 
-    return undo
+def _call_between(
+    model: Any, hook: Hook, after: Callable[..., None], call: Callable[..., Any], *args: Any, **kwargs: Any
+) -> Any:
+    try:
+        hook(model, args, kwargs)
+        return call(*args, **kwargs)
+    finally:
+        after()
+
+
+def _remove_all(handles: Iterable[Any]) -> None:
+    for handle in handles:
+        handle.remove()

@@ -234,7 +234,7 @@ def test_a_file_that_is_gone_or_damaged_is_named_and_can_be_put_back(tiny_pipe_f
     contents = file.read_bytes()
     file.unlink()
     for _ in range(2):
-        with pytest.raises(UserError, match=r"kept in .*diffusion_pytorch_model.safetensors, put it back"):
+        with pytest.raises(UserError, match=r"offloaded to .*diffusion_pytorch_model.safetensors, put it back"):
             atomdiff.set_active(pipe, {})
         save_file({"other": torch.zeros(1)}, file)
     file.unlink()

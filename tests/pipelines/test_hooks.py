@@ -3,6 +3,7 @@
 import copy
 import inspect
 import threading
+from functools import partial
 
 import pytest
 import torch
@@ -111,6 +112,20 @@ def test_calls_of_a_model_are_told_before_and_after(compiled, fails):
         each()
         each()
     assert vars(model) == before and not model._forward_pre_hooks and not model._forward_hooks
+
+
+def note(seen, *_):
+    seen.append(1)
+
+
+def test_what_undoes_a_hook_is_copied_with_the_model():
+    model, seen = nn.Linear(2, 2), []
+    undo = before_calls(model, partial(note, seen))
+    copied, undo_copied = copy.deepcopy((model, undo))
+    undo_copied()
+    assert not copied._forward_pre_hooks and len(model._forward_pre_hooks) == 1
+    undo()
+    assert not model._forward_pre_hooks
 
 
 def test_threads_come_and_go():

@@ -682,8 +682,8 @@ def test_other_pipelines_are_named_before_they_are_loaded(config, tmp_path, load
     ("change", "message"),
     [
         ({"library": "none"}, "found nothing at 'none'"),
-        ({"weights": ({"block": {"down": "x"}},), "concepts": ("a",)}, "found the strength"),
-        ({"weights": (float("nan"),), "concepts": ("a",)}, "found the strength"),
+        ({"weights": ({"block": {"down": "x"}},), "concepts": ("a",)}, "found the adapter weight"),
+        ({"weights": (float("nan"),), "concepts": ("a",)}, "found the adapter weight"),
         ({"negative_prompt": "blurry <lora:x:1>"}, "remove the tag"),
         ({"prompts_file": "none.txt"}, "none.txt"),
         ({"weights": (1.0,)}, "1 weights for 0 concepts"),
