@@ -228,7 +228,7 @@ def test_compiled_models_of_two_threads(pipe):
         torch.testing.assert_close(together(call, rounds=1)[0][0], alone, atol=1e-5, rtol=0)
     pipe.unet._compiled_call_impl = pipe.unet._call_impl  # as `compile` leaves it, without the minute it takes
     with atomdiff.mixed_batch(pipe, ["a", None]):
-        with pytest.raises(UserError, match="found a batch of 3 for 2 rows"):
+        with pytest.raises(UserError, match="found a batch of 3 for 2 samples"):
             predict(pipe, 3)
         assert together(lambda: predict(pipe, 3, 2), rounds=1)
         predict(pipe, 2)

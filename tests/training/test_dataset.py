@@ -238,7 +238,7 @@ def test_a_run_with_everything_goes_on_with_the_same_bytes(config, tmp_path, mon
     config = dataclasses.replace(config, **EVERYTHING, class_data_dir=str(tmp_path / "class"), checkpointing_steps=3)
     whole = numbers(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
     with monkeypatch.context() as patch:
-        patch.setattr(dreambooth, "save_concept", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
+        patch.setattr(dreambooth, "save_result", lambda *_: (_ for _ in ()).throw(KeyboardInterrupt))
         with pytest.raises(KeyboardInterrupt):
             train(config)
     assert numbers(train(dataclasses.replace(config, resume_from_checkpoint="checkpoint-3"))) == whole

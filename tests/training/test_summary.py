@@ -91,7 +91,7 @@ def test_class_images_that_are_not_finite_are_never_trained_on(config, pipe_temp
     pipe.save_pretrained(tmp_path / "spoiled")
     (tmp_path / "mug" / "a.caption").unlink()
     changes = {"pretrained_model_name_or_path": str(tmp_path / "spoiled"), "with_prior_preservation": True}
-    with pytest.raises(UserError, match="the image of 'a photo of a mug' with seed .* has numbers that are not finite"):
+    with pytest.raises(UserError, match="the image of 'a photo of a mug' with seed .* has values that are not finite"):
         train(replace(config, num_class_images=1, **changes))
     assert not list((tmp_path / "out").rglob("*.png"))
 
