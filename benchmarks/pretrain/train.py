@@ -48,6 +48,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae_batch", type=int, default=64, help="images in a step of the autoencoder")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest of the UNet")
     parser.add_argument("--start_from", type=Path, help="folder of weights to go on from")
+    parser.add_argument("--stop_after_autoencoder", action="store_true", help="train judge and autoencoder alone")
     parser.add_argument("--pipeline", type=Path, help="only make pipeline and judge folders of the weights in --out")
     parser.add_argument("--tiny", action="store_true", help="few images and small batches, to try it out")
     parser.add_argument("--warm", action="store_true", help="only compile the UNet, to fill the compiler's cache")
@@ -137,7 +138,8 @@ class Run:
             )
             train_judge(self.judge, world, families, self.stage("judge", 0.06 * total, 2e-3))
             del families
-            stage = self.stage("vae", 0.36 * total, 1e-3)
+            only = self.options.stop_after_autoencoder
+            stage = self.stage("vae", self.left() - 0.06 * total if only else 0.36 * total, 1e-3)
             train_autoencoder(self.vae, self.judge, world.images, stage, self.options.vae_batch, self.options.out)
         self.judge.eval()
         latents = encode(self.vae, world.images, 8 if small else 512)
@@ -148,6 +150,8 @@ class Run:
             latents = latents * self.vae.config.scaling_factor
         self.notes["channel_std"] = [round(v, 3) for v in latents[:4096].float().std((0, 2, 3)).tolist()]
         self.save()
+        if self.options.stop_after_autoencoder:
+            return
         world.images = world.images[:0]
         ids = token_ids(self.tokenizer, world.texts, self.device)
         batch = self.options.batch
@@ -224,6 +228,8 @@ def main() -> None:
     batch = 8 if options.tiny else 2048
     world = render_world(options.images, 0.10 * options.seconds, options.seed, device, batch)
     run.learn(world)
+    if options.stop_after_autoencoder:
+        return
     if warming is not None:
         warming.wait(timeout=60)
     run.draw_sheet()

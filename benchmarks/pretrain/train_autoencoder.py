@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -80,7 +81,7 @@ def train_autoencoder(vae: AutoencoderKL, judge: Judge, images: Tensor, stage: S
         index = torch.randint(len(images), (count,), device=device)
         return as_signal(images[index, :, top : top + side, left : left + side])
 
-    losses = {}
+    begin, losses = time.perf_counter(), {}
     for side, count in sizes(batch).items():
         losses[side] = fastest_loss(vae, judge, draw(side, count), folder)
 
@@ -88,6 +89,7 @@ def train_autoencoder(vae: AutoencoderKL, judge: Judge, images: Tensor, stage: S
         side = IMAGE_SIZE // 2 if progress < 0.6 else IMAGE_SIZE
         return losses[side](draw(side, sizes(batch)[side]))
 
+    stage.seconds -= time.perf_counter() - begin  # compiling counts
     run_stage(stage, vae, loss_of, average.update)
     average.write_to_model(0)
     freeze_posterior(vae)
