@@ -3,7 +3,9 @@ from types import SimpleNamespace
 import diffusers
 import pytest
 
-from atomdiff.bases.find import BASES, base_of_architecture, base_of_class, denoiser_of, find_base
+from atomdiff.bases import find
+from atomdiff.bases.find import BASES, base_of_architecture, base_of_class, denoiser_of, find_base, register_base
+from atomdiff.bases.stable_diffusion import StableDiffusion
 
 
 def test_pipelines_are_told_by_their_components(tiny_pipe, tiny_sd2_pipe, tiny_xl_pipe):
@@ -13,6 +15,12 @@ def test_pipelines_are_told_by_their_components(tiny_pipe, tiny_sd2_pipe, tiny_x
     for pipe, base in ((tiny_pipe, first), (tiny_xl_pipe, xl)):
         assert denoiser_of(pipe) is pipe.unet
         assert base_of_architecture(f"{base.architecture(pipe)}/atoms") is base
+
+
+def test_a_registered_base_is_asked_before_those_that_match_too(tiny_pipe, monkeypatch):
+    monkeypatch.setattr(find, "BASES", list(BASES))
+    register_base(special := StableDiffusion())
+    assert find_base(tiny_pipe.components) is special
 
 
 @pytest.mark.parametrize("name", ["StableDiffusion3Pipeline", "FluxPipeline"])
