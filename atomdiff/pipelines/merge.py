@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from typing import Any
 
 from atomdiff.pipelines.loaded_concepts import refresh
@@ -16,26 +17,24 @@ def merge(pipe: Any) -> None:
     Later changes of weights or of active concepts have no effect until the next `merge` or `restore`; `set_active` does
     all at once.
     """
-    with locked(pipe):
-        refresh(pipe)
-        models = pipeline_models(pipe)
-        for model in models.values():
-            adapter_state.check_writable(model)
-        stop_schedule(pipe)
-        for model in models.values():
-            merging.merge(model)
+    _change_models(pipe, adapter_state.check_writable, merging.merge)
 
 
 def restore(pipe: Any) -> None:
     """Undo `merge` and `set_active`: every weight has the bits it had; concepts stay loaded, and act unmerged."""
+    _change_models(pipe, adapter_state.check_restorable, merging.restore)
+
+
+def _change_models(pipe: Any, check: Callable[[Any], None], change: Callable[[Any], None]) -> None:
+    """Change all models of a pipeline, or none if one of them cannot be."""
     with locked(pipe):
         refresh(pipe)
-        models = pipeline_models(pipe)
-        for model in models.values():
-            adapter_state.check_restorable(model)
+        models = pipeline_models(pipe).values()
+        for model in models:
+            check(model)
         stop_schedule(pipe)
-        for model in models.values():
-            merging.restore(model)
+        for model in models:
+            change(model)
 
 
 def stop_schedule(pipe: Any) -> None:
