@@ -4,8 +4,9 @@ import copy
 import os
 import resource
 import string
+import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from itertools import pairwise
 from pathlib import Path
@@ -43,6 +44,12 @@ SYMBOLS = list(string.ascii_lowercase + string.digits + string.punctuation)
 def half_precision() -> str:
     """A `mixed_precision`: bf16, or no where the processor would emulate it, which takes many times as long."""
     return "bf16" if has_instructions("bf16", torch.device("cpu")) else "no"
+
+
+@pytest.fixture
+def user_warnings() -> Callable[[Iterable[warnings.WarningMessage]], list[warnings.WarningMessage]]:
+    """Picks the user warnings among recorded ones: Python may warn at any time of a file that a test left open."""
+    return lambda recorded: [each for each in recorded if issubclass(each.category, UserWarning)]
 
 
 def learn_merges(words: list[str]) -> list[tuple[str, str]]:

@@ -131,26 +131,26 @@ def test_a_given_concept_may_be_on_the_hub(tmp_path, monkeypatch):
 # warnings
 
 
-def test_a_concept_that_no_word_calls_is_reported_once(tiny_pipe, library):
+def test_a_concept_that_no_word_calls_is_reported_once(tiny_pipe, library, user_warnings):
     prompts = ["a bee <atoms:bee>", "bees <atoms:bee>", "a <atoms:ant:0>", "sks ant <atoms:ant>", "b <atoms:style>"]
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         warn_about_prompts(tiny_pipe, read_requests(prompts, library=library))
-    (warning,) = told
+    (warning,) = user_warnings(told)
     assert "'a bee <atoms:bee>' uses 'bee' without its trigger phrase 'sks bee'" in str(warning.message)
 
 
-def test_concepts_that_all_lines_use_need_no_word(tiny_pipe, tmp_path, recwarn):
+def test_concepts_that_all_lines_use_need_no_word(tiny_pipe, tmp_path, recwarn, user_warnings):
     own = [(open_source(write(tmp_path, "cat")), AdapterWeight())]
     warn_about_prompts(tiny_pipe, read_requests(["a cat"], own))
-    assert not recwarn
+    assert not user_warnings(recwarn)
 
 
-def test_a_word_counts_as_one_token_and_tags_as_none(tiny_pipe, tmp_path, recwarn):
+def test_a_word_counts_as_one_token_and_tags_as_none(tiny_pipe, tmp_path, recwarn, user_warnings):
     write(tmp_path, "cat", word="qwertyuiop")
     text = "qwertyuiop " * 75  # and the two around them
     lines = read_requests([text + "<atoms:cat>", text + "mug <atoms:cat>"], library=ConceptLibrary(tmp_path))
     warn_about_prompts(tiny_pipe, lines[:1])
-    assert not recwarn
+    assert not user_warnings(recwarn)
     with pytest.warns(UserWarning, match="77 of the 78 tokens"):
         warn_about_prompts(tiny_pipe, lines)

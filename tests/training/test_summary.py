@@ -73,10 +73,12 @@ def test_masks_class_images_and_several_words_are_told(tmp_path):
 
 
 @pytest.mark.parametrize("vectors", [1, 20])
-def test_a_word_of_several_vectors_takes_as_many_tokens(tiny_pipe, config, vectors, recwarn):
+def test_a_word_of_several_vectors_takes_as_many_tokens(tiny_pipe, config, vectors, recwarn, user_warnings):
     config = replace(config, num_vectors=vectors)
     warn_of_cut_prompts_quietly(tiny_pipe, config, {"validation prompts": ["a sks mug " + "red " * 60]})
-    assert [str(warning.message)[:24] for warning in recwarn] == ["validation prompts: 1 of"] * (vectors > 1)
+    assert [str(warning.message)[:24] for warning in user_warnings(recwarn)] == ["validation prompts: 1 of"] * (
+        vectors > 1
+    )
 
 
 def warn_of_cut_prompts_quietly(*arguments):

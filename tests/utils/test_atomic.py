@@ -72,11 +72,16 @@ def test_a_failure_at_any_place_leaves_everything_as_it_was(tmp_path, monkeypatc
     assert tree(tmp_path) == before and len(list(tmp_path.iterdir())) == 2
 
 
+def write_opened(file, write):
+    with file.open("wb") as opened:
+        write(opened)
+
+
 WRITERS = {
     "torch": lambda file: torch.save({"a": torch.zeros(9999)}, file),
-    "opened": lambda file: torch.save({"a": torch.zeros(9999)}, file.open("wb")),
+    "opened": lambda file: write_opened(file, lambda opened: torch.save({"a": torch.zeros(9999)}, opened)),
     "safetensors": lambda file: save_file({"a": torch.zeros(9999)}, file),
-    "numpy": lambda file: np.save(file.open("wb"), np.zeros(9999)),
+    "numpy": lambda file: write_opened(file, lambda opened: np.save(opened, np.zeros(9999))),
     "pillow": lambda file: Image.effect_noise((99, 99), 50).save(file, format="png"),
 }
 
