@@ -1,15 +1,19 @@
-"""A training loop that ends when its seconds are over, with a learning rate that follows the time."""
+"""A training loop that ends when its seconds are over, and can be resumed; its learning rate follows the time."""
 
 from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from atomdiff.utils.atomic import new_file
+from atomdiff.utils.precision import has_instructions
 from benchmarks.pretrain.muon import make_optimizers
 
 _REPORT_STEPS = 20
@@ -28,6 +32,54 @@ class Stage:
     steps: int = 0
 
 
+class Stateful(Protocol):
+    """What a checkpoint keeps: models, optimizers, averages."""
+
+    def state_dict(self) -> dict[str, Any]:
+        """All of the state."""
+
+    def load_state_dict(self, state: dict[str, Any]) -> Any:
+        """Take a state."""
+
+
+@dataclass(frozen=True)
+class Checkpoints:
+    """Where a stage keeps its state, and how often.
+
+    Args:
+        folder: receives `resume-<stage>.pt`.
+        seconds: between two checkpoints; 0: none are kept.
+    """
+
+    folder: Path
+    seconds: float = 0.0
+
+    def load(self, stage: Stage, parts: Mapping[str, Stateful]) -> float:
+        """Restore a stage that was stopped; gives the seconds that it had run, 0 for a new one."""
+        path = self.folder / f"resume-{stage.name}.pt"
+        if not self.seconds or not path.exists():
+            return 0.0
+        state = torch.load(path, map_location="cpu", weights_only=True)
+        for name, part in parts.items():
+            part.load_state_dict(state[name])
+        stage.seconds, stage.steps, stage.losses = state["seconds"], state["steps"], state["losses"]
+        print(
+            f"{stage.name}: resumed at step {stage.steps}, {state['elapsed']:.0f} of {stage.seconds:.0f} s", flush=True
+        )
+        return float(state["elapsed"])
+
+    def save(self, stage: Stage, parts: Mapping[str, Stateful], elapsed: float) -> None:
+        """Write the state of a stage that has run for `elapsed` seconds."""
+        clock = {"seconds": stage.seconds, "steps": stage.steps, "losses": stage.losses, "elapsed": elapsed}
+        with new_file(self.folder / f"resume-{stage.name}.pt") as file:
+            torch.save({name: part.state_dict() for name, part in parts.items()} | clock, file)
+
+
+def autocast(device: torch.device) -> torch.autocast:
+    """bfloat16 where the device has instructions for it."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=has_instructions("bf16", device))
+
+
 def rate_at(progress: float, warmup: float) -> float:
     """Share of the highest learning rate: a linear warm-up, then half a cosine down to 2 %."""
     if progress < warmup:
@@ -40,6 +92,8 @@ def run_stage(
     model: nn.Module,
     loss_of: Callable[[float], Tensor],
     after_step: Callable[[int], None] | None = None,
+    checkpoints: Checkpoints | None = None,
+    others: Mapping[str, Stateful] | None = None,
 ) -> None:
     """Train `model` with Muon and AdamW on `loss_of(progress)` until the stage's seconds are over.
 
@@ -48,6 +102,8 @@ def run_stage(
         model: what is trained: its parameters that require a gradient.
         loss_of: the loss of a fresh batch; progress goes from 0 to 1.
         after_step: called with the number of steps done.
+        checkpoints: where the stage goes on if it was stopped, and keeps its state.
+        others: what the checkpoints keep beside model and optimizers, by name.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -55,7 +111,10 @@ def run_stage(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model, stage.learning_rate, stage.weight_decay)
     model.train()
-    begin, progress = time.perf_counter(), 0.0
+    parts: dict[str, Stateful] = {"model": model, **(others or {})}
+    parts |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
+    elapsed = kept = 0.0 if checkpoints is None else checkpoints.load(stage, parts)
+    begin, progress = time.perf_counter() - elapsed, elapsed / max(stage.seconds, 1e-3)
     total = torch.zeros((), device=parameters[0].device)
     while progress < 1.0 or stage.steps < 2:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -77,7 +136,11 @@ def run_stage(
                 raise FloatingPointError(f"{stage.name}: the loss is {stage.losses[-1]} after {stage.steps} steps")
             if len(stage.losses) % 10 == 1:
                 print(f"{stage.name}: {progress:.2f} step {stage.steps} loss {stage.losses[-1]:.4f}", flush=True)
-        progress = (time.perf_counter() - begin) / max(stage.seconds, 1e-3)
+        elapsed = time.perf_counter() - begin
+        progress = elapsed / max(stage.seconds, 1e-3)
+        if checkpoints is not None and checkpoints.seconds and (elapsed - kept > checkpoints.seconds or progress >= 1):
+            checkpoints.save(stage, parts, elapsed)
+            kept = elapsed
     model.eval()
     print(f"{stage.name}: {stage.steps} steps in {time.perf_counter() - begin:.0f} s", flush=True)
 
@@ -89,6 +152,15 @@ class Average:
         self.parameters = list(model.parameters())
         self.decays = decays
         self.copies = [[p.detach().clone() for p in self.parameters] for _ in decays]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, by number."""
+        return {str(index): copy for index, copy in enumerate(self.copies)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take averages that were saved."""
+        for index, copy in enumerate(self.copies):
+            torch._foreach_copy_(copy, state[str(index)])
 
     @torch.no_grad()
     def update(self, step: int) -> None:

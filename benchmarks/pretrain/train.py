@@ -6,8 +6,9 @@
 The world is rendered on the device and stays there. Then the judge learns, the autoencoder, and with the time that is
 left text encoder and UNet. The folder receives `weights-<i>.safetensors` (judge, autoencoder, text encoder and UNet in
 half precision, 15 MiB at most each), `report.json` and `sheet.png`; weights are written every few minutes, too, so that
-a run that is stopped leaves what it has. `--start_from FOLDER` goes on from such weights. `--pipeline FOLDER` makes no
-training but a pipeline folder and a judge folder of the weights in `--out`.
+a run that is stopped leaves what it has. `--start_from FOLDER` goes on from such weights, `--stages` chooses what is
+trained. With `--checkpoint_seconds` the same command resumes a run that was stopped, for long runs on a CPU.
+`--pipeline FOLDER` makes no training but a pipeline folder and a judge folder of the weights in `--out`.
 """
 
 from __future__ import annotations
@@ -17,6 +18,7 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from dataclasses import asdict
 from datetime import date
 from functools import partial
@@ -27,14 +29,17 @@ import torch
 
 from atomdiff.toybox.world import CLASSES, SCENES
 from atomdiff.toybox.world.judge import Judge, save_judge
+from atomdiff.utils.atomic import new_file
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
 from benchmarks.pretrain.fastest import print_profile
-from benchmarks.pretrain.stage import Stage
+from benchmarks.pretrain.stage import Checkpoints, Stage
 from benchmarks.pretrain.train_autoencoder import center_latents, encode, fastest_loss, sizes, train_autoencoder
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss, train_denoiser
 from benchmarks.pretrain.train_judge import train_judge
 from benchmarks.pretrain.weights import load_shards, make_pipeline, save_pipeline, save_shards
+
+STAGES = ("judge", "autoencoder", "denoiser")
 
 
 def parse() -> argparse.Namespace:
@@ -48,13 +53,21 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--vae_batch", type=int, default=64, help="images in a step of the autoencoder")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest of the UNet")
     parser.add_argument("--start_from", type=Path, help="folder of weights to go on from")
-    parser.add_argument("--stop_after_autoencoder", action="store_true", help="train judge and autoencoder alone")
+    parser.add_argument(
+        "--stages", nargs="+", choices=STAGES, help="what is trained; default: all, with --start_from the denoiser"
+    )
+    parser.add_argument("--world", type=Path, help="file of rendered images to read, or to write if there is none")
+    parser.add_argument(
+        "--checkpoint_seconds", type=float, default=0, help="keep the state that often, and resume; 0: never"
+    )
     parser.add_argument("--pipeline", type=Path, help="only make pipeline and judge folders of the weights in --out")
     parser.add_argument("--tiny", action="store_true", help="few images and small batches, to try it out")
     parser.add_argument("--warm", action="store_true", help="only compile the UNet, to fill the compiler's cache")
     parser.add_argument("--profile", action="store_true", help="print at the end what a step's time goes to")
     parser.add_argument("--seed", type=int, default=1)
-    return parser.parse_args()
+    options = parser.parse_args()
+    options.stages = options.stages or (STAGES if options.start_from is None else STAGES[-1:])
+    return options
 
 
 def channels_last(module: Any, device: torch.device) -> Any:
@@ -68,6 +81,16 @@ def build_denoiser(device: torch.device) -> tuple[Any, Denoiser]:
     denoiser = Denoiser(build_text_encoder(tokenizer), build_unet()).to(device)
     channels_last(denoiser.unet, device)
     return tokenizer, denoiser
+
+
+def rendered_world(path: Path | None, render: Callable[[], World]) -> World:
+    """The images of a file, which is written if there is none; without a file they are rendered."""
+    if path is None:
+        return render()
+    if not path.exists():
+        with new_file(path) as file:
+            torch.save(vars(render()), file)
+    return World(**torch.load(path, mmap=True, weights_only=True))
 
 
 def warm(options: argparse.Namespace, device: torch.device) -> None:
@@ -85,6 +108,7 @@ class Run:
 
     def __init__(self, options: argparse.Namespace, device: torch.device) -> None:
         self.options, self.device, self.begin = options, device, time.perf_counter()
+        self.checkpoints = Checkpoints(options.out, options.checkpoint_seconds)
         torch.manual_seed(options.seed)
         self.vae = channels_last(build_vae(), device)
         self.judge = channels_last(Judge(), device)
@@ -128,29 +152,30 @@ class Run:
         }
         (self.options.out / "report.json").write_text(json.dumps(report, indent=1, default=str) + "\n")
 
-    def learn(self, world: World) -> None:
-        """Judge and autoencoder (unless weights were given), then the denoiser with the time that is left."""
-        small = self.options.tiny
-        total = self.options.seconds
-        if self.options.start_from is None:
+    def learn(self, world: World, at_once: int) -> None:
+        """The chosen stages, the last one in the time that is left; `at_once` images are rendered at once."""
+        stages, total = self.options.stages, self.options.seconds
+        if "judge" in stages:
             families = render_families(
-                self.options.families, 0.03 * total, self.options.seed + 1, self.device, batch=8 if small else 2048
+                self.options.families, 0.03 * total, self.options.seed + 1, self.device, batch=at_once
             )
-            train_judge(self.judge, world, families, self.stage("judge", 0.06 * total, 2e-3))
+            stage = self.stage("judge", 0.06 * total if stages[1:] else self.left(), 2e-3)
+            train_judge(self.judge, world, families, stage, self.checkpoints)
             del families
-            only = self.options.stop_after_autoencoder
-            stage = self.stage("vae", self.left() - 0.06 * total if only else 0.36 * total, 1e-3)
-            train_autoencoder(self.vae, self.judge, world.images, stage, self.options.vae_batch, self.options.out)
         self.judge.eval()
-        latents = encode(self.vae, world.images, 8 if small else 512)
+        if "autoencoder" in stages:
+            seconds = 0.36 * total if "denoiser" in stages else self.left() - 0.06 * total
+            stage = self.stage("autoencoder", seconds, 1e-3)
+            train_autoencoder(self.vae, self.judge, world.images, stage, self.options.vae_batch, self.checkpoints)
+        latents = encode(self.vae, world.images, min(at_once, 512))
         self.notes["autoencoder"] = self.measure_autoencoder(world)
-        if self.options.start_from is None:
+        if "autoencoder" in stages:
             latents = center_latents(self.vae, latents)
         else:
             latents = latents * self.vae.config.scaling_factor
         self.notes["channel_std"] = [round(v, 3) for v in latents[:4096].float().std((0, 2, 3)).tolist()]
         self.save()
-        if self.options.stop_after_autoencoder:
+        if "denoiser" not in stages:
             return
         world.images = world.images[:0]
         ids = token_ids(self.tokenizer, world.texts, self.device)
@@ -159,7 +184,7 @@ class Run:
         self.denoiser.train().choose_way(some, ids[:batch], self.options.out)
         stage = self.stage("denoiser", self.left() - 0.06 * total, self.options.learning_rate, warmup=0.03)
         self.loss_of = make_loss(self.denoiser, latents, world.masks, ids, batch)
-        self.notes["average"] = train_denoiser(self.denoiser, self.loss_of, stage, self.save)
+        self.notes["average"] = train_denoiser(self.denoiser, self.loss_of, stage, self.save, self.checkpoints)
         self.save()
 
     @torch.no_grad()
@@ -225,10 +250,11 @@ def main() -> None:
         command += ["--batch", str(options.batch), "--vae_batch", str(options.vae_batch)]
         warming = subprocess.Popen(command)
     run = Run(options, device)
-    batch = 8 if options.tiny else 2048
-    world = render_world(options.images, 0.10 * options.seconds, options.seed, device, batch)
-    run.learn(world)
-    if options.stop_after_autoencoder:
+    at_once = 8 if options.tiny else 2048 if device.type == "cuda" else 128
+    render = partial(render_world, options.images, 0.10 * options.seconds, options.seed, device, at_once)
+    world = rendered_world(options.world, render)
+    run.learn(world, at_once)
+    if "denoiser" not in options.stages:
         return
     if warming is not None:
         warming.wait(timeout=60)

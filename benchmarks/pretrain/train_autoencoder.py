@@ -17,7 +17,7 @@ from atomdiff.toybox.world.judge import Judge
 from benchmarks.pretrain.architecture import LATENT_CHANNELS
 from benchmarks.pretrain.data import as_signal
 from benchmarks.pretrain.fastest import fastest
-from benchmarks.pretrain.stage import Average, Stage, run_stage
+from benchmarks.pretrain.stage import Average, Checkpoints, Stage, autocast, run_stage
 
 
 def edge_error(restored: Tensor, x: Tensor) -> Tensor:
@@ -41,6 +41,7 @@ def make_loss(vae: AutoencoderKL, judge: Judge) -> Callable[[Tensor], Tensor]:
     the latents smooth in space and easier to denoise; a little noise on the other latents keeps the decoder from
     trusting them to the last digit, which no denoiser can deliver.
     """
+    half = autocast(vae.device)  # looks the processor up, which cannot be compiled
 
     def compare(latents: Tensor, x: Tensor) -> Tensor:
         restored = vae.decoder(vae.post_quant_conv(latents)).float()
@@ -48,7 +49,7 @@ def make_loss(vae: AutoencoderKL, judge: Judge) -> Callable[[Tensor], Tensor]:
         return error + 0.1 * feature_error(judge, restored, x)
 
     def loss_of(x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, torch.bfloat16):
+        with half:
             mean, spread = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
             spread = spread.clamp(-30, 20)
             width = 0.1 * mean.detach().std() * torch.rand(len(mean), 1, 1, 1, device=x.device)
@@ -67,7 +68,9 @@ def sizes(batch: int) -> dict[int, int]:
     return {IMAGE_SIZE // 2: 2 * batch, IMAGE_SIZE: batch}
 
 
-def train_autoencoder(vae: AutoencoderKL, judge: Judge, images: Tensor, stage: Stage, batch: int, folder: Path) -> None:
+def train_autoencoder(
+    vae: AutoencoderKL, judge: Judge, images: Tensor, stage: Stage, batch: int, checkpoints: Checkpoints
+) -> None:
     """Train on images (n, 3, 128, 128) of bytes and leave the moving average of the weights in `vae`.
 
     The first 60 % of the time goes to crops of half the size, four times cheaper, 2 * `batch` a step.
@@ -83,14 +86,14 @@ def train_autoencoder(vae: AutoencoderKL, judge: Judge, images: Tensor, stage: S
 
     begin, losses = time.perf_counter(), {}
     for side, count in sizes(batch).items():
-        losses[side] = fastest_loss(vae, judge, draw(side, count), folder)
+        losses[side] = fastest_loss(vae, judge, draw(side, count), checkpoints.folder)
 
     def loss_of(progress: float) -> Tensor:
         side = IMAGE_SIZE // 2 if progress < 0.6 else IMAGE_SIZE
         return losses[side](draw(side, sizes(batch)[side]))
 
     stage.seconds -= time.perf_counter() - begin  # compiling counts
-    run_stage(stage, vae, loss_of, average.update)
+    run_stage(stage, vae, loss_of, average.update, checkpoints, {"average": average})
     average.write_to_model(0)
     freeze_posterior(vae)
 
@@ -131,6 +134,6 @@ def encode(vae: AutoencoderKL, images: Tensor, batch: int) -> Tensor:
     """Mean latents (n, 16, 16, 16), not yet scaled, in bfloat16 on the device of the images."""
     means = []
     for chunk in images.split(batch):
-        with torch.autocast(images.device.type, torch.bfloat16):
+        with autocast(images.device):
             means.append(vae.encode(as_signal(chunk)).latent_dist.mean.to(torch.bfloat16))
     return torch.cat(means)

@@ -13,7 +13,7 @@ from transformers import CLIPTextModel
 
 from atomdiff.toybox.base import build_scheduler
 from benchmarks.pretrain.fastest import fastest
-from benchmarks.pretrain.stage import Average, Stage, run_stage
+from benchmarks.pretrain.stage import Average, Checkpoints, Stage, autocast, run_stage
 
 DECAYS = (0.999, 0.9996)
 KEEP_STEPS = 2000
@@ -46,7 +46,7 @@ class Denoiser(nn.Module):
         timesteps = torch.arange(len(latents), device=latents.device) * 997 % 1000
 
         def loss_of(way: Callable[..., Tensor]) -> Tensor:
-            with torch.autocast(latents.device.type, torch.bfloat16):
+            with autocast(latents.device):
                 return (way(latents, timesteps, ids).float() - latents).square().mean()
 
         self.way = ways[fastest("denoiser", folder, self, {name: partial(loss_of, way) for name, way in ways.items()})]
@@ -83,7 +83,7 @@ def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, b
         signal = alphas[timesteps].sqrt()[:, None, None, None]
         spread = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
         noisy = (signal * clean + spread * noise).contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             prediction = denoiser(noisy, timesteps, ids[prompt])
         error = (prediction.float() - (signal * noise - spread * clean)).square()
         weighed = (error * (1 + masks[index].float())).mean((1, 2, 3)) / 1.35
@@ -93,7 +93,11 @@ def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, b
 
 
 def train_denoiser(
-    denoiser: Denoiser, loss_of: Callable[[float], Tensor], stage: Stage, keep: Callable[[], None]
+    denoiser: Denoiser,
+    loss_of: Callable[[float], Tensor],
+    stage: Stage,
+    keep: Callable[[], None],
+    checkpoints: Checkpoints,
 ) -> int:
     """Train, and leave the moving average with the lower loss in the model.
 
@@ -102,6 +106,7 @@ def train_denoiser(
         loss_of: see `make_loss`.
         stage: length and speed.
         keep: called every `KEEP_STEPS` steps with the model holding the shorter average; the training goes on unharmed.
+        checkpoints: where its state is kept.
 
     Returns:
         The index of the average that was kept.
@@ -118,7 +123,7 @@ def train_denoiser(
                 for parameter, value in zip(average.parameters, current, strict=True):
                     parameter.copy_(value)
 
-    run_stage(stage, denoiser, loss_of, after_step)
+    run_stage(stage, denoiser, loss_of, after_step, checkpoints, {"average": average})
     scores = []
     for index in range(len(DECAYS)):
         average.write_to_model(index)

@@ -9,7 +9,7 @@ from torch.nn import functional as F
 
 from atomdiff.toybox.world.judge import Judge
 from benchmarks.pretrain.data import World, as_signal
-from benchmarks.pretrain.stage import Stage, run_stage
+from benchmarks.pretrain.stage import Checkpoints, Stage, autocast, run_stage
 
 _CAPTIONED, _FAMILIES, _DEGRADED = 96, 24, 32
 
@@ -41,7 +41,7 @@ def soften(x: Tensor) -> Tensor:
     return x.lerp(blurred, 0.7 * mix) + 0.06 * noise * torch.randn_like(x)
 
 
-def train_judge(judge: Judge, world: World, families: Tensor, stage: Stage) -> None:
+def train_judge(judge: Judge, world: World, families: Tensor, stage: Stage, checkpoints: Checkpoints) -> None:
     """Train the judge's words on the world and its embedding on families of relatives.
 
     Args:
@@ -49,6 +49,7 @@ def train_judge(judge: Judge, world: World, families: Tensor, stage: Stage) -> N
         world: captioned images; what a caption leaves open is not learned from its image.
         families: (k, 4, views, 3, 128, 128) bytes, see `render_families`.
         stage: length and speed.
+        checkpoints: where its state is kept.
 
     Smeared images of an individual count as another one, so that similarity falls when the details are gone.
     """
@@ -64,11 +65,11 @@ def train_judge(judge: Judge, world: World, families: Tensor, stage: Stage) -> N
         sharp = as_signal(torch.cat([world.images[index], kin]))
         x = torch.cat([soften(sharp), smear(sharp[_CAPTIONED:][some])])
         x = x.contiguous(memory_format=torch.channels_last)
-        with torch.autocast(device.type, torch.bfloat16):
+        with autocast(device):
             logits, vectors = judge(x)
         loss = contrastive_loss(vectors[_CAPTIONED:], torch.cat([ids, len(ids) + ids[some]]))
         for kind, known in world.labels.items():
             loss = loss + F.cross_entropy(logits[kind][:_CAPTIONED].float(), known[index], ignore_index=-1)
         return loss
 
-    run_stage(stage, judge, loss_of)
+    run_stage(stage, judge, loss_of, checkpoints=checkpoints)

@@ -1,0 +1,109 @@
+"""The parts of the pretraining that its short runs do not check: Muon, the choice of the fastest way, resuming."""
+
+import pytest
+import torch
+from torch import nn
+
+from benchmarks.pretrain.fastest import fastest
+from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
+from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
+
+
+def make_model(seed=0):
+    torch.manual_seed(seed)
+    return nn.Sequential(nn.Linear(6, 8), nn.Tanh(), nn.Linear(8, 2))
+
+
+@pytest.mark.parametrize("shape", [(8, 8), (4, 32), (3, 100)])
+def test_an_orthogonalized_matrix_keeps_its_directions_with_singular_values_near_one(shape):
+    matrix = torch.randn(shape, generator=torch.Generator().manual_seed(0))
+    left, _, right = torch.linalg.svd(matrix, full_matrices=False)
+    solved = orthogonalize(matrix[None])[0]
+    along = (left.T @ solved @ right.T).diagonal()
+    assert ((along > 0.6) & (along < 1.3)).all()
+    assert torch.allclose(solved, left @ along.diag() @ right, atol=1e-4)
+
+
+@pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 3, 3, 3)])
+def test_a_step_of_muon_has_the_size_of_one_of_adamw_and_is_that_of_the_matrix_alone(shape):
+    """arXiv 2502.16982, eq. 4: matrices that are made orthogonal together are padded, which changes nothing."""
+    torch.manual_seed(0)
+    weight, other = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(64, 512))
+    weight.grad, other.grad = torch.randn(shape), torch.randn(64, 512)
+    Muon([weight, other], lr=0.1).step()
+    matrix = weight.grad.flatten(1)
+    expected = orthogonalize(matrix[None] if matrix.shape[0] <= matrix.shape[1] else matrix.T[None])[0]
+    expected = expected if matrix.shape[0] <= matrix.shape[1] else expected.T
+    scale = 0.1 * 0.2 * max(matrix.shape) ** 0.5
+    assert torch.allclose(weight.detach().flatten(1), -scale * expected, atol=1e-4)
+    assert 0.5 < weight.detach().square().mean().sqrt() / (0.1 * 0.2) < 1.5
+
+
+def test_every_parameter_has_one_optimizer():
+    model = nn.ModuleDict({"conv_in": nn.Conv2d(3, 4, 3), "inside": nn.Conv2d(4, 4, 3), "norm": nn.GroupNorm(2, 4)})
+    held = [id(p) for each in make_optimizers(model, 1e-3, 0.0) for group in each.param_groups for p in group["params"]]
+    assert sorted(held) == sorted(map(id, model.parameters()))
+
+
+def test_a_way_with_other_gradients_or_an_error_is_never_the_fastest(tmp_path):
+    model, x = make_model(), torch.randn(4, 6)
+
+    def plain():
+        return model(x).square().sum()
+
+    def fails():
+        raise RuntimeError("no kernel")
+
+    ways = {"plain": plain, "wrong": lambda: 3 * model(x[:1]).sum(), "fails": fails}
+    assert fastest("task", tmp_path, model, ways) == "plain"
+    assert fastest("task", tmp_path, model, {}) == "plain"  # noted in the folder
+    assert all(p.grad is None for p in model.parameters())
+
+
+class Stopped(Exception):
+    pass
+
+
+def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
+    """Steps, weights, momentum, averages, the clock: the second half is that of the run that kept the state."""
+    x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+
+    def train(model, seconds, stop=None):
+        average, stage = Average(model, (0.9,)), Stage("part", seconds, 1e-2)
+
+        def loss_of(progress):
+            if stop is not None and stage.steps == stop:
+                raise Stopped
+            return (model(x) - 1).square().mean()
+
+        run_stage(stage, model, loss_of, average.update, Checkpoints(tmp_path, 1e-9), {"average": average})
+        return stage, average
+
+    with pytest.raises(Stopped):
+        train(make_model(), 3600.0, stop=30)
+    kept = torch.load(tmp_path / "resume-part.pt", weights_only=True)
+    assert kept["steps"] == 30 and kept["seconds"] == 3600 and 0 < kept["elapsed"] < 60
+
+    resumed = make_model(seed=5)
+    kept["elapsed"] = 3600.0  # its time is over: it is what was kept
+    torch.save(kept, tmp_path / "resume-part.pt")
+    stage, average = train(resumed, 7.0)
+    assert stage.steps == 30 and stage.seconds == 3600 and len(stage.losses) == 1
+    for name, tensor in resumed.state_dict().items():
+        assert torch.equal(tensor, kept["model"][name])
+    assert all(torch.equal(a, b) for a, b in zip(average.copies[0], kept["average"]["0"], strict=True))
+
+    kept["elapsed"] = 1.0
+    torch.save(kept, tmp_path / "resume-part.pt")
+    with pytest.raises(Stopped):
+        train(make_model(seed=7), 7.0, stop=40)
+    later = torch.load(tmp_path / "resume-part.pt", weights_only=True)
+    assert later["steps"] == 40 and later["losses"] and later["elapsed"] > 1
+    momentum = [each["optimizer_0"]["state"][0]["momentum"] for each in (kept, later)]
+    assert not torch.equal(*momentum) and momentum[0].abs().sum() > 0
+
+
+def test_without_an_interval_nothing_is_kept(tmp_path):
+    stage, model = Stage("part", 0.0, 1e-3), make_model()
+    run_stage(stage, model, lambda progress: model(torch.ones(1, 6)).sum(), checkpoints=Checkpoints(tmp_path))
+    assert stage.steps == 2 and not list(tmp_path.iterdir())
