@@ -2,7 +2,7 @@
 
     python benchmarks/decompose.py
 
-Compared are `svd` (atoms only: they need no coefficients), `sparse` (atoms learnt and every row encoded) and the
+Compared are `svd` (atoms only: they need no coefficients), `sparse` (atoms learned and every row encoded) and the
 recipe that the paper describes (arXiv 2403.00269), written from that description in plain batched torch: a random
 dictionary, 10 rounds of 20 ISTA steps over all rows and a least-squares update of the dictionary. The recipe is timed
 on some of the layers and its time scaled by rows. The weights are those of untrained layers; the quality is also
@@ -67,7 +67,7 @@ class BenchmarkConfig:
 
 
 def untrained_kernels() -> dict[str, Tensor]:
-    """Rows (blocks, k * l) of each convolution larger than 1x1 in a UNet of SD 1.5's size, as torch initialises it."""
+    """Rows (blocks, k * l) of each convolution larger than 1x1 in a UNet of SD 1.5's size, as torch initializes it."""
     from diffusers import UNet2DConditionModel
 
     with torch.device("meta"):
@@ -164,9 +164,9 @@ def timings(kernels: dict[str, Tensor], config: BenchmarkConfig) -> dict[str, An
 def qualities(rows: Tensor, config: BenchmarkConfig) -> Iterator[tuple[str, dict[str, float]]]:
     """Objective (mean over rows), relative error and zeros of each way, on one layer."""
     m, sparsity = config.num_atoms, config.sparsity
-    learnt, plain = sparse_atoms(rows, m, sparsity), svd_atoms(rows, m)
+    learned, plain = sparse_atoms(rows, m, sparsity), svd_atoms(rows, m)
     pairs = {
-        "sparse": (learnt, sparse_coefficients(rows, learnt, sparsity)),
+        "sparse": (learned, sparse_coefficients(rows, learned, sparsity)),
         "recipe": recipe(rows, m, sparsity),
         "svd atoms, sparse coefficients": (plain, sparse_coefficients(rows, plain, sparsity)),
         "svd": (plain, rows @ plain.T),

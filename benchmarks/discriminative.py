@@ -2,14 +2,14 @@
 
     python benchmarks/discriminative.py
 
-The base learns to name the class of things as the toybox draws them (12 classes, many pictures). The target is another
-style and another task with few pictures a class: which of eight patterns, that the base has never seen, a thing wears
+The base learns to name the class of things as the toybox draws them (12 classes, many images). The target is another
+style and another task with few images a class: which of eight patterns, that the base has never seen, a thing wears
 in an ink drawing (`atomdiff/toybox/styles.py`). Every method goes through the same training run, on all seeds at its
 own rate times 1/3, 1 and 3; the best rate has the highest mean validation accuracy over the seeds (on one seed, or on
-8 pictures a pattern, the choice was a matter of luck). For the linear probe that is the head's rate, which all others
-leave at its default. A seed changes the pictures trained on, the head's first weights and the batches; the pictures
-that it does not draw are the test. Pictures are mirrored and cropped at random for all. The statistics of batch norms
-follow the pictures in all methods but the probe (`--batch_norm frozen` compares without that); "linear_updated" is a
+8 images a pattern, the choice was a matter of luck). For the linear probe that is the head's rate, which all others
+leave at its default. A seed changes the images trained on, the head's first weights and the batches; the images
+that it does not draw are the test. Images are mirrored and cropped at random for all. The statistics of batch norms
+follow the images in all methods but the probe (`--batch_norm frozen` compares without that); "linear_updated" is a
 probe whose statistics follow them, too. "share" is the adapter's numbers and those statistics over the base's
 parameters and statistics; the head, the same for all, is in neither.
 """
@@ -49,21 +49,21 @@ class BenchmarkConfig:
     probe_learning_rate: float = 9e-3
     """The head's learning rate from which the linear probe's trials start."""
     source_per_class: int = 500
-    """Pictures of each class that the base learns from, those held out included."""
+    """Images of each class that the base learns from, those held out included."""
     source_steps: int = 1000
     """Steps of the base."""
     train_per_class: int = 16
-    """Pictures of each pattern to train on."""
+    """Images of each pattern to train on."""
     validation_per_class: int = 24
-    """Pictures of each pattern to choose the step and the learning rate by."""
+    """Images of each pattern to choose the step and the learning rate by."""
     test_per_class: int = 128
-    """Pictures of each pattern to test on."""
+    """Images of each pattern to test on."""
     max_train_steps: int = 300
-    """Steps of every method, of 32 pictures."""
+    """Steps of every method, of 32 images."""
     batch_norm: Literal["updated", "frozen"] = "updated"
     """Statistics of batch norms, for all methods but the linear probe, which leaves them as they are."""
     work_dir: str = "out/discriminative"
-    """Folder of the pictures and the runs; finished runs are not repeated."""
+    """Folder of the images and the runs; finished runs are not repeated."""
     output: str = "benchmarks/results/discriminative.json"
     """The result file."""
 

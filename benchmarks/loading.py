@@ -8,7 +8,7 @@ The UNet has SD 1.5's architecture and random weights. "copy" is one copy of the
 of 4), on all 3x3 convolutions; LoRAs have rank 4, on the same layers (`lora_conv`) or on the attention (`lora_attn`).
 All of a comparison takes turns in one process; figures are medians. "mixed" is one call of the UNet in which every row
 of a batch has another concept; PEFT's way to that is `adapter_names`. Figures "over" another are ratios of times for
-switches, and of pictures a second for batches.
+switches, and of images a second for batches.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ class BenchmarkConfig:
     rows: int = 8
     """Rows of the mixed batch, each with its own concept."""
     latent_size: int = 64
-    """Height and width of the mixed batch's latents; 64 is a picture of 512 pixels."""
+    """Height and width of the mixed batch's latents; 64 is an image of 512 pixels."""
     mixed_repeats: int = 2
     """Repeats of the mixed batch."""
     output: str = "benchmarks/results/loading.json"
@@ -95,7 +95,7 @@ def add_loras(pipe: Any, kind: str, names: list[str]) -> None:
         pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False), name)
 
 
-def synchronise(device: str) -> None:
+def wait_for(device: str) -> None:
     """Wait for a GPU."""
     if device != "cpu":
         torch.cuda.synchronize()
@@ -106,10 +106,10 @@ def take_turns(things: dict[str, Callable[[], Any]], repeats: int, device: str) 
     seconds: dict[str, list[float]] = {name: [] for name in things}
     for turn in range(repeats + 1):
         for name, thing in things.items():
-            synchronise(device)
+            wait_for(device)
             started = time.perf_counter()
             thing()
-            synchronise(device)
+            wait_for(device)
             if turn:
                 seconds[name].append(time.perf_counter() - started)
     return {name: statistics.median(of) for name, of in seconds.items()}
@@ -207,7 +207,7 @@ def compare_many(dtype: torch.dtype, device: str, config: BenchmarkConfig) -> di
             for number in range(count):
                 started = time.perf_counter()
                 atomdiff.load_atoms(pipes[name], file, f"c{number}")
-                synchronise(device)
+                wait_for(device)
                 seconds.setdefault(name, []).append(time.perf_counter() - started)
     things = {
         name: alternate(lambda c, pipe=pipe: atomdiff.set_active(pipe, c), ("c0", "c1")) for name, pipe in pipes.items()

@@ -44,7 +44,7 @@ class BenchmarkConfig:
     output: str = "benchmarks/results/personalization.json"
     """The result file."""
     sheet: str = "samples/results/subjects.png"
-    """A picture of every subject by the first method, at its best rate, seed 0."""
+    """An image of every subject by the first method, at its best rate, seed 0."""
 
 
 def own_rate(method: str) -> float:

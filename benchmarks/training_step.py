@@ -87,7 +87,7 @@ class BenchmarkConfig:
     channels_last: bool = False
     """Keep the weights in the channels-last format."""
     latent_size: int = 0
-    """Height and width of the latent; 64 is a picture of 512 pixels."""
+    """Height and width of the latent; 64 is an image of 512 pixels."""
     repeats: int = 0
     """Rounds that count."""
     output_dir: str = "benchmarks/results"

@@ -67,7 +67,7 @@ def learn_merges(words: list[str]) -> list[tuple[str, str]]:
 
 
 def make_tokenizer() -> CLIPTokenizer:
-    """Build a real CLIPTokenizer with 77 positions whose merges were learnt from `WORDS`."""
+    """Build a real CLIPTokenizer with 77 positions whose merges were learned from `WORDS`."""
     merges = learn_merges(WORDS.split())
     tokens = ["<|startoftext|>", "<|endoftext|>", *SYMBOLS, *(symbol + "</w>" for symbol in SYMBOLS)]
     tokens += [left + right for left, right in merges]
@@ -92,7 +92,7 @@ def make_text_encoder(tokenizer: CLIPTokenizer, kind: type[PreTrainedModel] = CL
 
 
 def make_vae() -> AutoencoderKL:
-    """Build a random VAE: 32x32 pictures to 4 latent channels of 8x8."""
+    """Build a random VAE: 32x32 images to 4 latent channels of 8x8."""
     return AutoencoderKL(
         block_out_channels=(8, 8, 16),
         down_block_types=("DownEncoderBlock2D",) * 3,
@@ -133,7 +133,7 @@ def make_scheduler(prediction_type: str) -> DDIMScheduler:
 
 
 def make_pipe(prediction_type: str = "v_prediction", **unet: Any) -> StableDiffusionPipeline:
-    """Build the tiny pipeline: 32x32 pictures, 4 latent channels of 8x8, v-prediction; weights from seed 0."""
+    """Build the tiny pipeline: 32x32 images, 4 latent channels of 8x8, v-prediction; weights from seed 0."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)
@@ -155,7 +155,7 @@ def make_pipe(prediction_type: str = "v_prediction", **unet: Any) -> StableDiffu
 
 
 def make_xl_pipe() -> StableDiffusionXLPipeline:
-    """Build a tiny SDXL pipeline: pictures and latents as `make_pipe`, epsilon, both text encoders; from seed 0."""
+    """Build a tiny SDXL pipeline: images and latents as `make_pipe`, epsilon, both text encoders; from seed 0."""
     tokenizer = make_tokenizer()
     with torch.random.fork_rng():
         torch.manual_seed(0)

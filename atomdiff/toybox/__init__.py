@@ -1,1 +1,1 @@
-"""The embedded world: a renderer, a tiny Stable Diffusion trained on its pictures, and a judge that scores them."""
+"""The embedded world: a renderer, a tiny Stable Diffusion trained on its images, and a judge that scores them."""

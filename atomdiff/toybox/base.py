@@ -11,7 +11,7 @@ from tokenizers import Tokenizer, models, normalizers, pre_tokenizers, trainers
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from atomdiff.toybox.places import PLACES
-from atomdiff.toybox.scenes import CLASSES, COLORS, PICTURE_SIZE
+from atomdiff.toybox.scenes import CLASSES, COLORS, IMAGE_SIZE
 from atomdiff.toybox.shapes import PATTERNS
 from atomdiff.utils.assets import find_asset
 
@@ -32,7 +32,7 @@ def build_vae() -> AutoencoderKL:
         layers_per_block=1,
         latent_channels=LATENT_CHANNELS,
         norm_num_groups=8,
-        sample_size=PICTURE_SIZE,
+        sample_size=IMAGE_SIZE,
         mid_block_add_attention=False,
     )
 
@@ -85,7 +85,7 @@ def build_text_encoder(tokenizer: CLIPTokenizer, layers: int = 2) -> CLIPTextMod
 def build_unet() -> UNet2DConditionModel:
     """A UNet on (8, 16, 16) latents with attention below the highest resolution, and plain attention processors."""
     unet = UNet2DConditionModel(
-        sample_size=PICTURE_SIZE // DOWNSAMPLING,
+        sample_size=IMAGE_SIZE // DOWNSAMPLING,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         down_block_types=("DownBlock2D", "CrossAttnDownBlock2D", "CrossAttnDownBlock2D"),

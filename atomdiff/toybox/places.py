@@ -16,7 +16,7 @@ def _vary(rng: np.random.Generator, color: RGB, amount: int = 10) -> RGB:
 
 
 class Brush:
-    """A canvas of `size` pixels addressed in the unit square, with the randomness of one picture."""
+    """A canvas of `size` pixels addressed in the unit square, with the randomness of one image."""
 
     def __init__(self, size: int, rng: np.random.Generator) -> None:
         self.image = Image.new("RGB", (size, size))

@@ -1,4 +1,4 @@
-"""The renderer: an individual thing of a class, seen once in a place, as a 64x64 picture; deterministic from a seed."""
+"""The renderer: an individual thing of a class, seen once in a place, as a 64x64 image; deterministic from a seed."""
 
 from __future__ import annotations
 
@@ -26,9 +26,9 @@ COLORS: dict[str, RGB] = {
 CLASSES = tuple(OBJECTS)
 SCENES = tuple(PLACES)
 
-PICTURE_SIZE = 64
-_CANVAS = 4 * PICTURE_SIZE
-_OBJECT = 3 * PICTURE_SIZE
+IMAGE_SIZE = 64
+_CANVAS = 4 * IMAGE_SIZE
+_OBJECT = 3 * IMAGE_SIZE
 _HELD_OUT_SHARE = 8
 
 
@@ -45,7 +45,7 @@ class Individual:
 
 @dataclass(frozen=True)
 class Caption:
-    """What a picture of the base world shows, in words; None leaves the word out and the attribute open."""
+    """What an image of the base world shows, in words; None leaves the word out and the attribute open."""
 
     class_name: str
     scene: str | None = None
@@ -148,7 +148,7 @@ def _paint_object(individual: Individual) -> Image.Image:
 
 
 def draw(individual: Individual, scene: str, rng: np.random.Generator) -> Image.Image:
-    """A picture of the individual in the place: random position, size, tilt, mirror and light.
+    """An image of the individual in the place: random position, size, tilt, mirror and light.
 
     Returns:
         An RGB image of 64x64 pixels, drawn at four times that size.
@@ -167,6 +167,6 @@ def draw(individual: Individual, scene: str, rng: np.random.Generator) -> Image.
     ImageDraw.Draw(shadow).ellipse(extent, fill=90)
     brush.image.paste((10, 10, 25), (0, 0), shadow)
     brush.image.paste(thing, (round(x - thing.width / 2), round(foot - 0.875 * thing.height)), thing)
-    small = brush.image.resize((PICTURE_SIZE, PICTURE_SIZE), Image.Resampling.BOX)
+    small = brush.image.resize((IMAGE_SIZE, IMAGE_SIZE), Image.Resampling.BOX)
     light = rng.uniform(0.86, 1.08) * (1 + rng.uniform(-0.05, 0.05) * np.array([1.0, 0.0, -1.0]))
     return Image.fromarray(np.clip(np.asarray(small) * light, 0, 255).astype(np.uint8))

@@ -9,14 +9,14 @@ _PAPERS = ((0.96, 0.90, 0.76), (0.84, 0.91, 0.87), (0.93, 0.84, 0.84), (0.86, 0.
 _INKS = ((0.12, 0.10, 0.16), (0.10, 0.14, 0.32), (0.28, 0.14, 0.10))
 
 
-def ink(picture: Image.Image, rng: np.random.Generator) -> Image.Image:
-    """Draw a picture as outlines: one ink on tinted paper with grain, and no other color, area or shade is left.
+def ink(image: Image.Image, rng: np.random.Generator) -> Image.Image:
+    """Draw an image as outlines: one ink on tinted paper with grain, and no other color, area or shade is left.
 
     Args:
-        picture: RGB, of any size.
+        image: RGB, of any size.
         rng: chooses paper, ink, the weight of the lines and the grain.
     """
-    pixels = np.asarray(picture, dtype=np.float64) / 255  # (h, w, 3)
+    pixels = np.asarray(image, dtype=np.float64) / 255  # (h, w, 3)
     across = np.diff(pixels, axis=1, append=pixels[:, -1:])
     down = np.diff(pixels, axis=0, append=pixels[-1:])
     edges = np.hypot(across, down).max(axis=2, keepdims=True)  # (h, w, 1)

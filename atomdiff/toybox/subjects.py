@@ -39,6 +39,6 @@ def random_individual(rng: np.random.Generator, class_name: str | None = None) -
 
 
 def views(individual: Individual, count: int, seed: int, scenes: tuple[str, ...] = SCENES) -> list[Image.Image]:
-    """Pictures of one individual in the given scenes in turn, deterministic from the seed."""
+    """Images of one individual in the given scenes in turn, deterministic from the seed."""
     rng = np.random.default_rng(seed)
     return [draw(individual, scene, rng) for scene in itertools.islice(itertools.cycle(scenes), count)]

@@ -27,8 +27,9 @@ from typing import Any
 
 import torch
 
+from atomdiff.toybox.judge import save_judge
 from atomdiff.toybox.world import CLASSES, SCENES
-from atomdiff.toybox.world.judge import Judge, save_judge
+from atomdiff.toybox.world.judge import Judge
 from atomdiff.utils.atomic import new_file
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids

@@ -1,4 +1,4 @@
-"""Pictures of the base world in bulk, rendered by several processes, each picture seeded by its own number."""
+"""Images of the base world in bulk, rendered by several processes, each image seeded by its own number."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from atomdiff.utils.progress import ProgressBar
 
 
 def caption_of(index: int, seed: int, held_out: bool = False) -> tuple[Caption, np.random.Generator]:
-    """The caption of picture number `index` of the world `seed`, and the randomness its drawing goes on with.
+    """The caption of image number `index` of the world `seed`, and the randomness its drawing goes on with.
 
-    Every third picture that is not held out has colors without a name, so that the base can paint more than it has
+    Every third image that is not held out has colors without a name, so that the base can paint more than it has
     words for. All other captions are full.
     """
     rng = np.random.default_rng([seed, index, int(held_out)])
@@ -27,33 +27,33 @@ def caption_of(index: int, seed: int, held_out: bool = False) -> tuple[Caption, 
 
 
 def render_one(index: int, seed: int, held_out: bool = False) -> NDArray[np.uint8]:
-    """Picture number `index` of the world `seed`: (64, 64, 3)."""
+    """Image number `index` of the world `seed`: (64, 64, 3)."""
     caption, rng = caption_of(index, seed, held_out)
     assert caption.scene is not None
     return np.asarray(draw(base_individual(caption, rng), caption.scene, rng))
 
 
 def render_world(count: int, seed: int, held_out: bool = False) -> tuple[NDArray[np.uint8], list[Caption]]:
-    """Render `count` pictures of the base world.
+    """Render `count` images of the base world.
 
     Args:
-        count: number of pictures.
-        seed: the same seed gives the same pictures, however many processes draw them.
+        count: number of images.
+        seed: the same seed gives the same images, however many processes draw them.
         held_out: draw only the combinations of words that pretraining never sees, instead of only the others.
 
     Returns:
-        Pictures (count, 64, 64, 3) and their captions.
+        Images (count, 64, 64, 3) and their captions.
     """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         work = pool.map(partial(render_one, seed=seed, held_out=held_out), range(count), chunksize=100)
-        pictures = list(
+        images = list(
             ProgressBar(work, "drawing the world", count, unit="images", disable=count < 1000, mininterval=5)
         )
-    return np.stack(pictures), [caption_of(index, seed, held_out)[0] for index in range(count)]
+    return np.stack(images), [caption_of(index, seed, held_out)[0] for index in range(count)]
 
 
 def render_individual(number: int, seed: int, count: int) -> tuple[NDArray[np.uint8], int]:
-    """Individual `number` of a world: `count` pictures (count, 64, 64, 3) in random scenes, and its class index."""
+    """Individual `number` of a world: `count` images (count, 64, 64, 3) in random scenes, and its class index."""
     rng = np.random.default_rng([seed, number])
     class_index = number % len(CLASSES)
     individual = random_individual(rng, CLASSES[class_index])
@@ -62,10 +62,10 @@ def render_individual(number: int, seed: int, count: int) -> tuple[NDArray[np.ui
 
 
 def render_individuals(number: int, count: int, seed: int) -> tuple[NDArray[np.uint8], NDArray[np.int64]]:
-    """Pictures of `number` random individuals, `count` of each.
+    """Images of `number` random individuals, `count` of each.
 
     Returns:
-        Pictures (number, count, 64, 64, 3) and (class index, identity) of each individual (number, 2), by class.
+        Images (number, count, 64, 64, 3) and (class index, identity) of each individual (number, 2), by class.
     """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         work = pool.map(partial(render_individual, seed=seed, count=count), range(number), chunksize=50)

@@ -44,21 +44,21 @@ class EvaluateConfig:
     guidance_scale: float = 4.0
     """Classifier-free guidance."""
     output: str = "benchmarks/results/toybox.json"
-    """The result file; a sheet of the first pictures is written to the folder out."""
+    """The result file; a sheet of the first images is written to the folder out."""
 
 
 @torch.no_grad()
-def reconstruction_psnr(pipe: StableDiffusionPipeline, pictures: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of pictures (n, 64, 64, 3) of bytes through the autoencoder."""
+def reconstruction_psnr(pipe: StableDiffusionPipeline, images: torch.Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of images (n, 64, 64, 3) of bytes through the autoencoder."""
     ratios = []
-    for chunk in as_signal(pictures).to(pipe.device, pipe.vae.dtype).split(64):
+    for chunk in as_signal(images).to(pipe.device, pipe.vae.dtype).split(64):
         restored = pipe.vae.decode(pipe.vae.encode(chunk).latent_dist.mean).sample.clamp(-1, 1)
         ratios.append(10 * torch.log10(4 / (restored - chunk).square().mean((1, 2, 3))))
     return torch.cat(ratios).mean().item()
 
 
 def accuracy(judge: Judge, images: list[Image.Image], captions: list[Caption]) -> dict[str, float]:
-    """Share of pictures in which the judge sees the caption's word, for class, scene, color and pattern."""
+    """Share of images in which the judge sees the caption's word, for class, scene, color and pattern."""
     seen = judge.classify(images)
     return {
         kind: float(np.mean([word == word_of(caption, kind) for word, caption in zip(words, captions, strict=True)]))
@@ -75,14 +75,14 @@ def evaluate_base(
     guidance_scale: float = 4.0,
     seed: int = 1_000_003,
 ) -> tuple[dict[str, Any], list[Image.Image], list[Caption]]:
-    """Generate pictures for `count` captions whose combination of words pretraining never saw, and judge them.
+    """Generate images for `count` captions whose combination of words pretraining never saw, and judge them.
 
     Returns:
-        Figures (PSNR in dB; accuracies on generated and on freshly drawn pictures, and their ratio), the generated
-        pictures, their captions.
+        Figures (PSNR in dB; accuracies on generated and on freshly drawn images, and their ratio), the generated
+        images, their captions.
     """
     drawn, captions = render_world(count, seed, held_out=True)
-    real = accuracy(judge, [Image.fromarray(picture) for picture in drawn], captions)
+    real = accuracy(judge, [Image.fromarray(image) for image in drawn], captions)
     prompts = [str(caption) for caption in captions]
     images = generate(
         pipe,

@@ -24,23 +24,23 @@ class PretrainConfig:
     """Everything the pretraining takes."""
 
     work_dir: Path = Path("out/pretrain")
-    """Folder of the drawn pictures and the checkpoints."""
+    """Folder of the drawn images and the checkpoints."""
     output_dir: Path = Path("samples")
     """Folder that receives `toybox-sd` and `toybox-judge`."""
-    pictures: int = 48_000
-    """Number of pictures of the base world."""
+    images: int = 48_000
+    """Number of images of the base world."""
     individuals: int = 3_000
-    """Number of individuals, six pictures each, that the judge learns to tell apart."""
+    """Number of individuals, six images each, that the judge learns to tell apart."""
     vae_steps: int = 7_400
-    """Steps of the autoencoder, on 8 pictures or 16 crops each."""
+    """Steps of the autoencoder, on 8 images or 16 crops each."""
     denoiser_steps: int = 8_000
     """Steps of text encoder and UNet."""
     denoiser_batch_size: int = 24
-    """Pictures in each of those steps."""
+    """Images in each of those steps."""
     denoiser_learning_rate: float = 1.5e-3
     """Highest learning rate of text encoder and UNet."""
     judge_steps: int = 1_300
-    """Steps of the judge, on 64 captioned pictures and up to 64 of individuals each."""
+    """Steps of the judge, on 64 captioned images and up to 64 of individuals each."""
     start_from: Path | None = None
     """A pipeline folder to train on from. Its encoder is kept, its decoder too with `--vae_steps 0`."""
     seed: int = 1
@@ -59,7 +59,7 @@ def main(config: PretrainConfig) -> None:
     device, output = compute_device(), config.output_dir
     log_precision(choose_precision(None, device), device)
     config.work_dir.mkdir(parents=True, exist_ok=True)
-    world = p.cached_world(config.work_dir, config.pictures, config.seed, render_world)
+    world = p.cached_world(config.work_dir, config.images, config.seed, render_world)
     losses = {}
     if "base" in config.parts:
         vae = p.Stage(config.vae_steps, 8, 2e-3, config.seed)

@@ -48,9 +48,9 @@ class Stage:
     seed: int = 0
 
 
-def as_signal(pictures: Tensor) -> Tensor:
-    """Pictures (n, h, w, 3) of bytes as (n, 3, h, w) in [-1, 1], channels last in memory."""
-    return rearrange(pictures, "n h w c -> n c h w").float() / 127.5 - 1
+def as_signal(images: Tensor) -> Tensor:
+    """Images (n, h, w, 3) of bytes as (n, 3, h, w) in [-1, 1], channels last in memory."""
+    return rearrange(images, "n h w c -> n c h w").float() / 127.5 - 1
 
 
 def run_stage(
@@ -101,28 +101,28 @@ def run_stage(
     return losses
 
 
-def patch_basis(pictures: Tensor) -> Tensor:
-    """The leading principal directions (8, 48) of all 4x4 patches of the pictures (n, 64, 64, 3)."""
-    patches = rearrange(as_signal(pictures), "n c (h p) (w q) -> (n h w) (c p q)", p=DOWNSAMPLING, q=DOWNSAMPLING)
+def patch_basis(images: Tensor) -> Tensor:
+    """The leading principal directions (8, 48) of all 4x4 patches of the images (n, 64, 64, 3)."""
+    patches = rearrange(as_signal(images), "n c (h p) (w q) -> (n h w) (c p q)", p=DOWNSAMPLING, q=DOWNSAMPLING)
     vectors = torch.linalg.eigh(patches.T.double() @ patches.double())[1]
     return vectors[:, -LATENT_CHANNELS:].flip(1).T.float()
 
 
-def train_vae(vae: AutoencoderKL, pictures: Tensor, stage: Stage, folder: Path, device: torch.device) -> list[float]:
+def train_vae(vae: AutoencoderKL, images: Tensor, stage: Stage, folder: Path, device: torch.device) -> list[float]:
     """Train the autoencoder on absolute error, a little KL, and a pull of its latents towards principal components.
 
     The pull gives the latents a natural scale, coarse color large and detail small, which the diffusion then learns
     in that order. The first three quarters of the steps see 32x32 crops: four times cheaper, the same kernels.
     """
-    basis = patch_basis(pictures[:2000]).to(device)
+    basis = patch_basis(images[:2000]).to(device)
     kernel = rearrange(basis, "o (c p q) -> o c p q", c=3, p=DOWNSAMPLING)
 
     def loss_of(step: int) -> Tensor:
-        crop = 32 if step < 0.75 * stage.steps else pictures.shape[1]
+        crop = 32 if step < 0.75 * stage.steps else images.shape[1]
         batch = stage.batch_size * (2 if crop == 32 else 1)
-        index = torch.randint(len(pictures), (batch,))
-        top, left = (4 * int(torch.randint((pictures.shape[1] - crop) // 4 + 1, ())) for _ in range(2))
-        x = as_signal(pictures[index, top : top + crop, left : left + crop]).to(device)
+        index = torch.randint(len(images), (batch,))
+        top, left = (4 * int(torch.randint((images.shape[1] - crop) // 4 + 1, ())) for _ in range(2))
+        x = as_signal(images[index, top : top + crop, left : left + crop]).to(device)
         with autocast(device):
             posterior = vae.encode(x).latent_dist
             restored = vae.decode(posterior.sample()).sample
@@ -144,10 +144,10 @@ def narrow_posterior(vae: AutoencoderKL) -> None:
 
 
 @torch.no_grad()
-def encode(vae: AutoencoderKL, pictures: Tensor, device: torch.device, batch: int = 128) -> Tensor:
-    """Mean latents (n, 8, 16, 16) of pictures (n, 64, 64, 3), not yet scaled."""
+def encode(vae: AutoencoderKL, images: Tensor, device: torch.device, batch: int = 128) -> Tensor:
+    """Mean latents (n, 8, 16, 16) of images (n, 64, 64, 3), not yet scaled."""
     means = []
-    for chunk in ProgressBar(pictures.split(batch), "encoding images", unit="batches", mininterval=10):
+    for chunk in ProgressBar(images.split(batch), "encoding images", unit="batches", mininterval=10):
         with autocast(device):
             means.append(vae.encode(as_signal(chunk).to(device)).latent_dist.mean.float().cpu())
     return torch.cat(means)
@@ -222,7 +222,7 @@ def train_denoiser(
 def cached_world(
     folder: Path, count: int, seed: int, render: Callable[[int, int], tuple[NDArray[np.uint8], list[Caption]]]
 ) -> tuple[Tensor, list[Caption]]:
-    """Pictures (n, 64, 64, 3) of the base world and their captions, drawn once and kept in the folder.
+    """Images (n, 64, 64, 3) of the base world and their captions, drawn once and kept in the folder.
 
     They are drawn anew where the first ones are not what the renderer draws today.
     """
@@ -248,7 +248,7 @@ def make_base(
     Args:
         folder: where checkpoints go.
         output: folder of the pipeline.
-        world: pictures (n, 64, 64, 3) of bytes and their captions.
+        world: images (n, 64, 64, 3) of bytes and their captions.
         vae_stage: length and speed of the autoencoder's training.
         stage: the same for text encoder and UNet.
         device: where to train.
@@ -257,16 +257,16 @@ def make_base(
     Returns:
         The losses of each stage.
     """
-    pictures, captions = world
+    images, captions = world
     torch.manual_seed(stage.seed)
     losses: dict[str, list[float]] = {}
     if start_from is None:
         vae, tokenizer = build_vae(), build_tokenizer()
         text_encoder, unet = build_text_encoder(tokenizer), build_unet()
         vae.to(device, memory_format=torch.channels_last)
-        losses["vae"] = train_vae(vae, pictures, vae_stage, folder, device)
+        losses["vae"] = train_vae(vae, images, vae_stage, folder, device)
         narrow_posterior(vae)
-        latents = encode(vae, pictures, device)
+        latents = encode(vae, images, device)
         vae.register_to_config(scaling_factor=round(1 / latents.std().item(), 4))
     else:
         start = StableDiffusionPipeline.from_pretrained(start_from)
@@ -276,8 +276,8 @@ def make_base(
         if vae_stage.steps:
             vae.encoder.requires_grad_(False)
             vae.quant_conv.requires_grad_(False)
-            losses["vae"] = train_vae(vae, pictures, vae_stage, folder, device)
-        latents = encode(vae, pictures, device)
+            losses["vae"] = train_vae(vae, images, vae_stage, folder, device)
+        latents = encode(vae, images, device)
     denoiser = Denoiser(text_encoder, unet).to(device)
     denoiser.unet.to(memory_format=torch.channels_last)
     scaled = latents * vae.config.scaling_factor

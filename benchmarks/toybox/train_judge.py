@@ -31,7 +31,7 @@ def make_judge(
     Args:
         folder: where checkpoints go.
         output: folder of the judge.
-        world: pictures (n, 64, 64, 3) of bytes and their captions.
+        world: images (n, 64, 64, 3) of bytes and their captions.
         individuals: how many individuals to draw, in six views each.
         stage: length and speed.
         device: where to train.
@@ -50,7 +50,7 @@ def make_judge(
 
 def train_judge(
     judge: Judge,
-    pictures: Tensor,
+    images: Tensor,
     captions: list[Caption],
     individuals: Tensor,
     identities: Tensor,
@@ -62,26 +62,26 @@ def train_judge(
 
     Args:
         judge: the network.
-        pictures: (n, 64, 64, 3) bytes.
-        captions: of the pictures; what a caption leaves open is not learned from its picture.
+        images: (n, 64, 64, 3) bytes.
+        captions: of the images; what a caption leaves open is not learned from its image.
         individuals: (k, views, 64, 64, 3) bytes, all views of a row the same individual, rows sorted by class.
         identities: (k, 2) class and scene-independent number of each individual.
-        stage: length and speed; a batch is `batch_size` captioned pictures and as many of individuals.
+        stage: length and speed; a batch is `batch_size` captioned images and as many of individuals.
         folder: where checkpoints go.
         device: where to train.
 
-    Pictures are blurred and noised at random, so that softness of a generated picture does not pass for content.
+    Images are blurred and noised at random, so that softness of a generated image does not pass for content.
     """
     words = {name: torch.tensor([_label(c, name) for c in captions]) for name in LABELS}
 
     def loss_of(step: int) -> Tensor:
-        index = torch.randint(len(pictures), (stage.batch_size,))
+        index = torch.randint(len(images), (stage.batch_size,))
         neighbors = stage.batch_size // 8  # individuals next to each other share a class: the hard negatives
         start = torch.randint(len(individuals) - neighbors, (4,))
         chosen = torch.cat([torch.arange(s, s + neighbors) for s in start.tolist()]).unique()
         pair = torch.rand(len(chosen), individuals.shape[1]).topk(2).indices
         seen = torch.cat([individuals[chosen, pair[:, 0]], individuals[chosen, pair[:, 1]]])
-        x = _degrade(as_signal(torch.cat([pictures[index], seen]))).to(device)
+        x = _degrade(as_signal(torch.cat([images[index], seen]))).to(device)
         with autocast(device):
             logits, vectors = judge(x)
         count = len(index)
@@ -108,7 +108,7 @@ def _label(caption: Caption, kind: str) -> int:
 
 
 def _degrade(x: Tensor) -> Tensor:
-    """Blur and noise each picture of (n, 3, 64, 64) by its own random amount."""
+    """Blur and noise each image of (n, 3, 64, 64) by its own random amount."""
     blurred = F.avg_pool2d(F.pad(x, (1, 1, 1, 1), mode="replicate"), 3, stride=1)
     mix, noise = torch.rand(2, len(x), 1, 1, 1)
     degraded: Tensor = x.lerp(blurred, mix) + 0.1 * noise * torch.randn_like(x)

@@ -11,8 +11,8 @@ def ramp(width=40, height=32):
     return Image.fromarray(np.tile(np.linspace(0, 255, width).astype(np.uint8), (height, 1)))
 
 
-def assert_close(picture, expected, tolerance=2):
-    difference = np.asarray(picture, dtype=float) - np.asarray(expected, dtype=float)
+def assert_close(image, expected, tolerance=2):
+    difference = np.asarray(image, dtype=float) - np.asarray(expected, dtype=float)
     assert np.abs(difference).max() <= tolerance
 
 
@@ -20,18 +20,18 @@ def assert_close(picture, expected, tolerance=2):
     "mode", ["1", "L", "P", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "LAB", "HSV", "LA", "La", "PA"]
 )
 def test_every_mode_becomes_rgb(mode):
-    colours = Image.merge("RGB", [ramp(), ramp().rotate(180), Image.new("L", (40, 32), 90)])
+    colors = Image.merge("RGB", [ramp(), ramp().rotate(180), Image.new("L", (40, 32), 90)])
     if mode == "LAB":
-        picture = Image.new("LAB", (40, 32), (255, 128, 128))  # L = 100, a = b = 0
+        image = Image.new("LAB", (40, 32), (255, 128, 128))  # L = 100, a = b = 0
         expected = Image.new("RGB", (40, 32), "white")
     elif mode in ("La", "PA"):
-        picture = ramp().convert("LA").convert(mode)
+        image = ramp().convert("LA").convert(mode)
         expected = ramp().convert("RGB")
     else:
-        picture = colours.convert(mode)
-        expected = picture.convert("RGB")
-    assert to_rgb(picture).mode == "RGB"
-    assert_close(to_rgb(picture), expected)
+        image = colors.convert(mode)
+        expected = image.convert("RGB")
+    assert to_rgb(image).mode == "RGB"
+    assert_close(to_rgb(image), expected)
 
 
 @pytest.mark.parametrize(
@@ -41,18 +41,18 @@ def test_every_mode_becomes_rgb(mode):
 def test_wide_values_are_scaled_not_clipped(dtype, top):
     values = np.tile(np.linspace(0, top, 40), (32, 1)).astype(dtype)
     if dtype == ">u2":
-        picture = Image.frombytes("I;16B", (40, 32), values.tobytes())
+        image = Image.frombytes("I;16B", (40, 32), values.tobytes())
     else:
-        picture = Image.fromarray(values)
-    assert_close(to_rgb(picture), ramp().convert("RGB"))
+        image = Image.fromarray(values)
+    assert_close(to_rgb(image), ramp().convert("RGB"))
 
 
 def test_transparency_is_laid_on_white():
     clear = Image.new("RGBA", (4, 4), (255, 0, 0, 0))
     palette = Image.new("P", (4, 4), 0)
     palette.info["transparency"] = 0
-    for picture in (clear, clear.convert("LA"), palette):
-        assert to_rgb(picture).getpixel((1, 1)) == (255, 255, 255)
+    for image in (clear, clear.convert("LA"), palette):
+        assert to_rgb(image).getpixel((1, 1)) == (255, 255, 255)
 
 
 def test_alpha_channels_are_kept_with_the_photo(tmp_path):
@@ -79,7 +79,7 @@ def test_photos_come_upright_by_name_with_their_captions(tmp_path):
     ramp().save(tmp_path / "b.JPG", format="jpeg", exif=exif, quality=100)
     ramp().save(tmp_path / "a.png")
     (tmp_path / "a.txt").write_text("\ufeffa photo of sks mug in a café \n", encoding="utf-8")
-    (tmp_path / ".hidden.png").write_text("no picture")
+    (tmp_path / ".hidden.png").write_text("no image")
     first, second = read_images(tmp_path, minimum_side=32)
     assert (first.name, first.caption) == ("a.png", "a photo of sks mug in a café")
     assert (second.name, second.caption) == ("b.JPG", None)
@@ -88,7 +88,7 @@ def test_photos_come_upright_by_name_with_their_captions(tmp_path):
 
 def test_one_error_names_every_bad_file(tmp_path):
     ramp().save(tmp_path / "good.png")
-    (tmp_path / "text.jpg").write_text("no picture")
+    (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "phone.HEIC").write_text("what Pillow does not read")
     (tmp_path / "empty.png").touch()
     whole = (tmp_path / "good.png").read_bytes()
@@ -107,7 +107,7 @@ def test_one_error_names_every_bad_file(tmp_path):
 def test_missing_and_empty_folders(tmp_path):
     with pytest.raises(UserError, match="nowhere: no such folder"):
         read_images(tmp_path / "nowhere", minimum_side=1)
-    (tmp_path / "readme.txt").write_text("no picture")
+    (tmp_path / "readme.txt").write_text("no image")
     with pytest.raises(UserError, match=r"no image in it; expected files such as 01.jpg or 01.png$"):
         read_images(tmp_path, minimum_side=1)
     (tmp_path / "10_sks mug").mkdir()

@@ -9,11 +9,11 @@ from atomdiff.data.latents import LatentEncoder, concatenate
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.tensor_cache import DiskCache
 
-COLOURS = ("teal", "white", "black")
+COLORS = ("teal", "white", "black")
 
 
-def crop_of(colour, mask=None, size=(32, 32)):
-    return Crop(Image.new("RGB", size, colour), mask, (64, 96, 0, 8, 32, 32))
+def crop_of(color, mask=None, size=(32, 32)):
+    return Crop(Image.new("RGB", size, color), mask, (64, 96, 0, 8, 32, 32))
 
 
 @pytest.fixture
@@ -25,9 +25,9 @@ def test_cached_latents_are_those_of_the_vae(encoder, tiny_pipe):
     vae = tiny_pipe.vae
     cache = concatenate([encoder([crop_of("teal"), crop_of("white")]), encoder([crop_of("black")])])
     assert (len(cache), cache.starts, cache.weights) == (2, (0, 2, 3), None)
-    for row, colour in enumerate(COLOURS):
+    for row, color in enumerate(COLORS):
         with torch.no_grad():
-            expected = vae.encode(tiny_pipe.image_processor.preprocess(crop_of(colour).image)).latent_dist
+            expected = vae.encode(tiny_pipe.image_processor.preprocess(crop_of(color).image)).latent_dist
         scale = vae.config.scaling_factor
         torch.testing.assert_close(cache.mean[row], expected.mean[0] * scale, atol=1e-5, rtol=1e-4)
         torch.testing.assert_close(cache.std[row], expected.std[0] * scale, atol=1e-5, rtol=1e-4)
@@ -35,7 +35,7 @@ def test_cached_latents_are_those_of_the_vae(encoder, tiny_pipe):
 
 
 def test_a_second_encoder_reads_the_same_bytes_without_the_vae(encoder, tiny_pipe, monkeypatch):
-    seen = [crop_of(colour) for colour in COLOURS]
+    seen = [crop_of(color) for color in COLORS]
     first = encoder(seen)
     monkeypatch.setattr(type(tiny_pipe.vae), "encode", None)
     second = LatentEncoder(tiny_pipe.vae, 2, encoder.cache)(seen)
@@ -49,7 +49,7 @@ def test_other_views_and_vaes_are_encoded_anew(encoder, tiny_pipe, change):
     if change == "a pixel":
         changed[0].image.putpixel((5, 5), (0, 0, 1))
     if change == "the size":
-        changed = [crop_of(colour, size=(64, 16)) for colour in COLOURS]
+        changed = [crop_of(color, size=(64, 16)) for color in COLORS]
     if change == "the order":
         changed.reverse()
     if change == "the VAE":

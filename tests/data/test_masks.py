@@ -34,7 +34,7 @@ def test_names_are_compared_in_one_unicode_form(folder):
 
 
 @pytest.mark.parametrize("mode", ["1", "L", "RGB", "P", "LA", "RGBA"])
-def test_a_mask_is_a_picture_of_that_name_in_the_folder_mask(folder, mode):
+def test_a_mask_is_an_image_of_that_name_in_the_folder_mask(folder, mode):
     left_half(mode=mode).save(folder / "mask" / "b.png")
     masks = masks_of(folder)
     assert masks["a.png"] is None
@@ -57,7 +57,7 @@ def test_alpha_channels_are_masks_where_there_is_no_other(folder):
     assert masks_of(folder)["a.png"].getextrema() == (255, 255)
 
 
-def test_masks_of_turned_and_of_smaller_pictures_fit_the_upright_photo(folder):
+def test_masks_of_turned_and_of_smaller_images_fit_the_upright_photo(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     Image.new("RGB", (40, 20), "red").save(folder / "a.png", exif=exif)
@@ -71,7 +71,7 @@ def test_one_error_names_every_mask_that_cannot_be_used(folder):
     for name in ("c", "d", "e"):
         Image.new("RGB", (40, 20), "red").save(folder / f"{name}.png")
     Image.new("RGBA", (40, 20), (255, 0, 0, 0)).save(folder / "e.png")
-    (folder / "mask" / "a.png").write_text("no picture")
+    (folder / "mask" / "a.png").write_text("no image")
     left_half((20, 20)).save(folder / "mask" / "b.png")
     left_half(white=1).save(folder / "mask" / "c.png")
     for suffix in ("png", "bmp"):

@@ -50,11 +50,11 @@ def test_the_assembled_pipeline_draws_after_saving_and_loading(tmp_path):
 
 
 def test_patch_basis_is_orthonormal_and_latents_have_the_documented_shape():
-    pictures = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
-    basis = patch_basis(pictures)
+    images = torch.randint(0, 256, (4, 64, 64, 3), dtype=torch.uint8)
+    basis = patch_basis(images)
     torch.testing.assert_close(basis @ basis.T, torch.eye(8), atol=1e-5, rtol=0)
-    assert as_signal(pictures).shape == (4, 3, 64, 64)
-    assert encode(build_vae().eval(), pictures, torch.device("cpu")).shape == (4, 8, 16, 16)
+    assert as_signal(images).shape == (4, 3, 64, 64)
+    assert encode(build_vae().eval(), images, torch.device("cpu")).shape == (4, 8, 16, 16)
 
 
 def test_an_interrupted_stage_ends_where_an_uninterrupted_one_does(tmp_path):
@@ -86,8 +86,8 @@ def test_a_drawn_world_is_kept_until_the_renderer_draws_otherwise(tmp_path):
         return np.full((count, 64, 64, 3), seed + light, dtype=np.uint8), []
 
     for light, times in ((0, 1), (0, 1), (9, 2)):
-        pictures, captions = cached_world(tmp_path, 40, 1, partial(render, light=light))
-        assert pictures.shape == (40, 64, 64, 3) and int(pictures[0, 0, 0, 0]) == 1 + light and len(captions) == 40
+        images, captions = cached_world(tmp_path, 40, 1, partial(render, light=light))
+        assert images.shape == (40, 64, 64, 3) and int(images[0, 0, 0, 0]) == 1 + light and len(captions) == 40
         assert drawn.count(40) == times
 
 

@@ -29,7 +29,7 @@ def test_what_a_stopped_call_left_is_not_mixed_in(tmp_path):
 
 
 @pytest.mark.parametrize(("classes", "per_class"), [(("a", "b"), 3), (("a", "c"), 2), (("a",), 2)])
-def test_a_folder_of_other_pictures_is_not_taken_for_these(tmp_path, classes, per_class):
+def test_a_folder_of_other_images_is_not_taken_for_these(tmp_path, classes, per_class):
     write_folder(tmp_path / "things", ("a", "b"), dot, 2, seed=0)
-    with pytest.raises(UserError, match=f"things: holds 4 other pictures; expected {per_class} of each of a"):
+    with pytest.raises(UserError, match=f"things: holds 4 other images; expected {per_class} of each of a"):
         write_folder(tmp_path / "things", classes, dot, per_class, seed=0)

@@ -18,9 +18,9 @@ def judge():
     return load_judge()
 
 
-def test_the_committed_judge_names_what_fresh_pictures_show(judge):
-    pictures, captions = render_world(64, seed=99, held_out=True)
-    shares = accuracy(judge, [Image.fromarray(picture) for picture in pictures], captions)
+def test_the_committed_judge_names_what_fresh_images_show(judge):
+    images, captions = render_world(64, seed=99, held_out=True)
+    shares = accuracy(judge, [Image.fromarray(image) for image in images], captions)
     assert min(shares.values()) > 0.9, shares
 
 
@@ -35,8 +35,8 @@ def test_a_judge_survives_saving_and_loading(tmp_path):
     before = Judge().eval()
     save_judge(before, tmp_path)
     after = load_judge(tmp_path)
-    pictures = views(SUBJECTS["robot"], 2, seed=1)
-    torch.testing.assert_close(before.embed(pictures), after.embed(pictures), atol=5e-3, rtol=0)
+    images = views(SUBJECTS["robot"], 2, seed=1)
+    torch.testing.assert_close(before.embed(images), after.embed(images), atol=5e-3, rtol=0)
 
 
 def test_a_judge_of_another_world_is_refused(tmp_path):
@@ -47,17 +47,17 @@ def test_a_judge_of_another_world_is_refused(tmp_path):
         load_judge(tmp_path)
 
 
-def test_what_a_caption_leaves_open_is_not_learnt_from_it(tmp_path):
+def test_what_a_caption_leaves_open_is_not_learned_from_it(tmp_path):
     torch.manual_seed(0)
     captions = [Caption("mug", "beach", color, "dotted") for color in (None, "red")] * 4
-    pictures = torch.zeros(8, 64, 64, 3, dtype=torch.uint8)
-    views_of_eight = pictures[:, None].expand(-1, 2, -1, -1, -1)
+    images = torch.zeros(8, 64, 64, 3, dtype=torch.uint8)
+    views_of_eight = images[:, None].expand(-1, 2, -1, -1, -1)
     identities = torch.stack([torch.zeros(8, dtype=torch.int64), torch.arange(8)], dim=1)
     judge = Judge()
     torch.nn.init.zeros_(judge.heads["colour"].weight)  # so that at the start every color is as likely
     before = torch.nn.init.zeros_(judge.heads["colour"].bias).detach().clone()
     train_judge(
-        judge, pictures, captions, views_of_eight, identities, Stage(1, 16, 1e-2), tmp_path, torch.device("cpu")
+        judge, images, captions, views_of_eight, identities, Stage(1, 16, 1e-2), tmp_path, torch.device("cpu")
     )
     rising = (judge.heads["colour"].bias > before).nonzero().flatten().tolist()
     assert [LABELS["colour"][index] for index in rising] == ["red"]

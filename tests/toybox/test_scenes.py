@@ -22,15 +22,15 @@ def test_the_world_is_as_large_as_promised():
     assert len(SUBJECTS) >= 6
 
 
-def test_a_picture_follows_from_its_seed_alone():
+def test_an_image_follows_from_its_seed_alone():
     first, again, other = render_one(3, seed=1), render_one(3, seed=1), render_one(4, seed=1)
     assert first.shape == (64, 64, 3) and np.array_equal(first, again)
     assert not np.array_equal(first, other)
 
 
-def test_bulk_drawing_gives_the_same_pictures_as_drawing_one():
-    pictures, captions = render_world(3, seed=5)
-    assert np.array_equal(pictures[2], render_one(2, seed=5))
+def test_bulk_drawing_gives_the_same_images_as_drawing_one():
+    images, captions = render_world(3, seed=5)
+    assert np.array_equal(images[2], render_one(2, seed=5))
     assert captions[2] == caption_of(2, seed=5)[0]
 
 
@@ -62,15 +62,15 @@ def test_shortened_captions_only_lose_words():
 
 @pytest.mark.parametrize("class_name", CLASSES)
 def test_every_class_shows_its_color_and_its_pattern(class_name):
-    def picture(color, pattern):
+    def image(color, pattern):
         rng = np.random.default_rng(7)
         individual = base_individual(Caption(class_name, "snow", color, pattern), np.random.default_rng(1))
         return np.asarray(draw(individual, "snow", rng), dtype=float)
 
-    plain = picture("red", "plain")
-    assert np.abs(plain - picture("blue", "plain")).mean() > 4
+    plain = image("red", "plain")
+    assert np.abs(plain - image("blue", "plain")).mean() > 4
     for pattern in ("striped", "dotted", "checked"):
-        assert np.abs(plain - picture("red", pattern)).mean() > 1
+        assert np.abs(plain - image("red", pattern)).mean() > 1
 
 
 def test_subjects_are_unlike_anything_in_the_base_world():
@@ -81,7 +81,7 @@ def test_subjects_are_unlike_anything_in_the_base_world():
         assert min(distance(rgb, known) for known in COLORS.values()) > 50, name
 
 
-def test_some_pictures_to_learn_from_have_colors_without_a_name_and_never_a_subjects():
+def test_some_images_to_learn_from_have_colors_without_a_name_and_never_a_subjects():
     captions = [caption_of(index, seed=1) for index in range(300)]
     unnamed = [base_individual(caption, rng) for caption, rng in captions if caption.color is None]
     assert len(unnamed) == 100
@@ -110,13 +110,13 @@ def test_the_judges_individuals_are_never_a_shipped_subject():
 
 
 def test_views_show_one_individual_in_the_scenes_asked_for():
-    pictures = views(SUBJECTS["mug"], 3, seed=0, scenes=("snow", "space"))
-    assert [picture.size for picture in pictures] == [(64, 64)] * 3
-    brightness = [np.asarray(picture).mean() for picture in pictures]
+    images = views(SUBJECTS["mug"], 3, seed=0, scenes=("snow", "space"))
+    assert [image.size for image in images] == [(64, 64)] * 3
+    brightness = [np.asarray(image).mean() for image in images]
     assert brightness[1] < brightness[0] and brightness[1] < brightness[2]
 
 
 def test_individuals_are_sorted_by_class_and_keep_their_identity():
-    pictures, identities = render_individuals(13, 2, seed=3)
-    assert pictures.shape == (13, 2, 64, 64, 3)
+    images, identities = render_individuals(13, 2, seed=3)
+    assert images.shape == (13, 2, 64, 64, 3)
     assert list(identities[:, 0]) == sorted(identities[:, 0]) and len(set(identities[:, 1])) == 13

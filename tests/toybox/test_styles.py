@@ -1,11 +1,11 @@
 import numpy as np
 from PIL import Image
 
-from atomdiff.toybox.folders import PATTERN_NAMES, class_picture, pattern_picture, write_folder
+from atomdiff.toybox.folders import PATTERN_NAMES, class_image, pattern_image, write_folder
 from atomdiff.toybox.styles import ink
 
 
-def drawn(seed, function=pattern_picture, name="rings"):
+def drawn(seed, function=pattern_image, name="rings"):
     return np.asarray(function(name, np.random.default_rng(seed))).astype(float)
 
 
@@ -18,22 +18,22 @@ def test_ink_keeps_edges_and_nothing_else():
     assert abs(areas[:, :31].mean() - areas[:, 31:].mean()) < 2
 
 
-def test_ink_changes_the_statistics_of_pictures():
-    def colorfulness(pictures):
-        return np.mean([np.std(picture.reshape(-1, 3).mean(axis=0)) for picture in pictures])
+def test_ink_changes_the_statistics_of_images():
+    def colorfulness(images):
+        return np.mean([np.std(image.reshape(-1, 3).mean(axis=0)) for image in images])
 
     plain, inked = (
-        [drawn(seed, f, n) for seed in range(20)] for f, n in ((class_picture, "mug"), (pattern_picture, "rings"))
+        [drawn(seed, f, n) for seed in range(20)] for f, n in ((class_image, "mug"), (pattern_image, "rings"))
     )
     assert np.mean([p.mean() for p in inked]) > np.mean([p.mean() for p in plain]) + 40
     sideways = [np.mean([np.abs(np.diff(p.mean(axis=2), axis=1)).mean() for p in part]) for part in (plain, inked)]
     assert sideways[1] > 1.5 * sideways[0]
 
 
-def test_pictures_follow_from_their_seed_and_patterns_show():
+def test_images_follow_from_their_seed_and_patterns_show():
     assert np.array_equal(drawn(3), drawn(3)) and not np.array_equal(drawn(3), drawn(4))
     shown = [drawn(3, name=name) for name in PATTERN_NAMES]
-    assert len({picture.tobytes() for picture in shown}) == 8
+    assert len({image.tobytes() for image in shown}) == 8
 
 
 def test_a_folder_is_written_once_whole_and_the_same(tmp_path):

@@ -10,7 +10,7 @@ from atomdiff.utils.image_grid import _wrap, make_image_grid
 RED, BLUE = (220, 20, 20), (20, 20, 220)
 
 
-def picture(color, side=64):
+def image(color, side=64):
     return Image.new("RGB", (side, side), color)
 
 
@@ -21,13 +21,13 @@ def boxes(sheet, color):
 
 
 def ink(sheet):
-    """Where something darker than paper stands that is no picture."""
+    """Where something darker than paper stands that is no image."""
     pixels = np.asarray(sheet).astype(int)
     return (pixels.max(-1) - pixels.min(-1) < 5) & (pixels.max(-1) < 200)
 
 
-def test_pictures_lie_in_rows_and_columns_and_small_ones_are_enlarged():
-    sheet = make_image_grid([[picture(RED), picture(BLUE)], [picture(BLUE)]])
+def test_images_lie_in_rows_and_columns_and_small_ones_are_enlarged():
+    sheet = make_image_grid([[image(RED), image(BLUE)], [image(BLUE)]])
     left, top, right, bottom = boxes(sheet, RED)
     assert (right - left, bottom - top) == (192, 192)
     blue = boxes(sheet, BLUE)
@@ -35,33 +35,33 @@ def test_pictures_lie_in_rows_and_columns_and_small_ones_are_enlarged():
     assert sheet.getpixel((0, 0)) == sheet.getpixel((sheet.width - 1, sheet.height - 1)) == (255, 255, 255)
 
 
-def test_large_pictures_keep_their_pixels_and_scale_can_be_given():
+def test_large_images_keep_their_pixels_and_scale_can_be_given():
     large = Image.effect_noise((256, 256), 80).convert("RGB")
     x, y = (np.asarray(make_image_grid([[large]]).size) - 256) // 2
     assert np.array_equal(np.asarray(make_image_grid([[large]]))[y : y + 256, x : x + 256], np.asarray(large))
-    left, _, right, _ = boxes(make_image_grid([[picture(RED)]], scale=5), RED)
+    left, _, right, _ = boxes(make_image_grid([[image(RED)]], scale=5), RED)
     assert right - left == 320
 
 
-def test_many_pictures_are_enlarged_less(monkeypatch):
+def test_many_images_are_enlarged_less(monkeypatch):
     monkeypatch.setattr(atomdiff.utils.image_grid, "SHEET_PIXELS", 100_000)
-    left, _, right, _ = boxes(make_image_grid([[picture(RED, 16)] * 10] * 4), RED)
+    left, _, right, _ = boxes(make_image_grid([[image(RED, 16)] * 10] * 4), RED)
     assert right - left == 10 * 48 + 9 * 4
-    assert make_image_grid([[picture(RED, 16)]]).width > 192
+    assert make_image_grid([[image(RED, 16)]]).width > 192
 
 
-def test_sheets_of_large_pictures_stay_within_bounds(monkeypatch):
+def test_sheets_of_large_images_stay_within_bounds(monkeypatch):
     monkeypatch.setattr(atomdiff.utils.image_grid, "SHEET_PIXELS", 100_000)
-    sheet = make_image_grid([[picture(RED, 200)] * 3, [picture(BLUE, 300)]])
+    sheet = make_image_grid([[image(RED, 200)] * 3, [image(BLUE, 300)]])
     left, top, right, bottom = boxes(sheet, BLUE)
     assert abs((right - left) - (bottom - top)) <= 1 and 120 <= right - left <= 130  # 3 * 2 of them are 100,000 pixels
     assert sheet.width * sheet.height < 130_000
 
 
-def test_labels_stand_beside_and_above_and_never_in_the_pictures():
+def test_labels_stand_beside_and_above_and_never_in_the_images():
     plain, labelled = (
-        make_image_grid([[picture(RED)] * 2] * 2),
-        make_image_grid([[picture(RED)] * 2] * 2, ["one", "two"], ["left", "right"]),
+        make_image_grid([[image(RED)] * 2] * 2),
+        make_image_grid([[image(RED)] * 2] * 2, ["one", "two"], ["left", "right"]),
     )
     assert labelled.width > plain.width and labelled.height > plain.height
     left, top, *_ = boxes(labelled, RED)
@@ -71,7 +71,7 @@ def test_labels_stand_beside_and_above_and_never_in_the_pictures():
 
 
 def test_a_long_label_stays_beside_its_own_row():
-    sheet = make_image_grid([[picture(RED)], [picture(RED)]], ["a very long prompt about many things " * 30, ""])
+    sheet = make_image_grid([[image(RED)], [image(RED)]], ["a very long prompt about many things " * 30, ""])
     _, top, _, bottom = boxes(sheet, RED)
     written = np.nonzero(ink(sheet).any(1))[0]
     assert written.min() >= top and written.max() < (top + bottom) / 2
@@ -86,7 +86,7 @@ def test_wrapped_lines_fit_and_lose_no_letter(text):
 
 
 def test_none_leaves_a_place_empty_and_modes_and_sizes_may_differ():
-    sheet = make_image_grid([[None, picture(BLUE)], [Image.new("L", (32, 64), 0), None]])
+    sheet = make_image_grid([[None, image(BLUE)], [Image.new("L", (32, 64), 0), None]])
     left, top, right, bottom = boxes(sheet, BLUE)
     assert right - left == 192 and left > sheet.width / 2 - 10 and top < 20
     black = boxes(sheet, (0, 0, 0))
@@ -97,6 +97,6 @@ def test_what_cannot_be_drawn_is_refused():
     with pytest.raises(ValueError, match="no image"):
         make_image_grid([[None]])
     with pytest.raises(ValueError, match="2 row labels for 1 rows"):
-        make_image_grid([[picture(RED)]], ["a", "b"])
+        make_image_grid([[image(RED)]], ["a", "b"])
     with pytest.raises(ValueError, match="1 column labels for 2 columns"):
-        make_image_grid([[picture(RED)] * 2], [], ["a"])
+        make_image_grid([[image(RED)] * 2], [], ["a"])

@@ -207,7 +207,7 @@ HELD_OUT_FAMILIES = ("crosses", "scales", "stars")
 
 _Range = tuple[float, float]
 # A pattern's word means one look: its family and a narrow range of each parameter, phases included. With phases drawn
-# freely, the pictures of a word would look gray on average, and the training loss would hardly tell words apart.
+# freely, the images of a word would look gray on average, and the training loss would hardly tell words apart.
 _NAMED: dict[str, tuple[str, tuple[_Range, ...]]] = {
     "plain": ("plain", ((0, 1),) * PARAMETERS),
     "striped": ("stripes", ((0.0, 0.03), (0.35, 0.45), (0.22, 0.28), (0, 1), (0.45, 0.55), (0, 1))),
