@@ -1,6 +1,6 @@
 """Seconds to decompose every convolution kernel of a UNet of Stable Diffusion 1.5's size, and how good the fits are.
 
-    python benchmarks/decompose.py
+    python -m benchmarks.decompose
 
 Compared are `svd` (atoms only: they need no coefficients), `sparse` (atoms learned and every row encoded) and the
 recipe that the paper describes (arXiv 2403.00269), written from that description in plain batched torch: a random
@@ -11,13 +11,10 @@ measured on trained layers, those of the toybox's base.
 
 from __future__ import annotations
 
-import json
 import os
 import statistics
-import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -30,6 +27,8 @@ from atomdiff.atoms.basis import svd_atoms
 from atomdiff.atoms.sparse import sparse_atoms, sparse_coefficients, sparse_quality
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.result_file import command_line, write_result
+from benchmarks.timing import seconds
 
 ROOT = Path(__file__).parents[1]
 DICTIONARY_STEPS, CODE_STEPS = 10, 20
@@ -119,13 +118,6 @@ def recipe(rows: Tensor, num_atoms: int, sparsity: float) -> tuple[Tensor, Tenso
     return atoms, coefficients
 
 
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of a call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
-
-
 def timings(kernels: dict[str, Tensor], config: BenchmarkConfig) -> dict[str, Any]:
     """Medians over the repeats, each over all layers, and the single measurements."""
     m, sparsity = config.num_atoms, config.sparsity
@@ -186,9 +178,7 @@ def qualities(rows: Tensor, config: BenchmarkConfig) -> Iterator[tuple[str, dict
 def main(config: BenchmarkConfig) -> None:
     """Measure and write the result file."""
     quiet_libraries()
-    from atomdiff.utils.versions import versions
-
-    load = os.getloadavg()[0]
+    load = round(os.getloadavg()[0], 2)
     kernels = untrained_kernels()
     layers = {f"sd15:{name}": rows for name, rows in kernels.items()}
     layers |= {f"toybox:{name}": rows for name, rows in trained_kernels().items()}
@@ -196,18 +186,8 @@ def main(config: BenchmarkConfig) -> None:
     for name, ways in quality.items():
         print(name, *(f"\n  {way}: {figures}" for way, figures in ways.items()), flush=True)
     figures = timings(kernels, config)
-    print(json.dumps(figures, indent=1))
-    result = {
-        "machine": versions()["machine"],
-        "versions": versions(),
-        "date": date.today().isoformat(),
-        "command": f"python benchmarks/decompose.py --num_atoms {config.num_atoms} --sparsity {config.sparsity:g} "
-        f"--svd_repeats {config.svd_repeats} --sparse_repeats {config.sparse_repeats}",
-        "load_average_before": round(load, 2),
-        "figures": figures,
-        "quality": quality,
-    }
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    command = command_line("decompose", config)
+    write_result(config.output, command, figures, quality=quality, load_average_before=load)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Discriminative tuning side by side: a small ResNet moves from one drawing style and task to another.
 
-    python benchmarks/discriminative.py
+    python -m benchmarks.discriminative
 
 The base learns to name the class of things as the toybox draws them (12 classes, many images). The target is another
 style and another task with few images a class: which of eight patterns, that the base has never seen, a thing wears
@@ -20,19 +20,15 @@ import json
 import statistics
 import time
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.experiments import EXPERIMENTS, own_rate, rates_around
+from benchmarks.result_file import command_line, write_result
 
-ROOT = Path(__file__).parents[1]
-EXPERIMENTS = ROOT / "configs" / "experiments" / "classify"
 PROBES = {"linear": "frozen", "linear_updated": "updated"}
-FACTORS = {1: (1.0,), 2: (1 / 3, 1.0), 3: (1 / 3, 1.0, 3.0)}
 RESNET = {"embedding_size": 32, "hidden_sizes": [32, 64, 128, 256], "depths": [2, 2, 2, 2], "layer_type": "basic"}
 
 
@@ -105,19 +101,10 @@ def prepare_base(config: BenchmarkConfig, work: Path) -> dict[str, Any]:
     )
 
 
-def own_rate(config: BenchmarkConfig, method: str) -> float:
-    """The learning rate that stands beside a method's adapter."""
-    import yaml
-
-    if method in PROBES:
-        return config.probe_learning_rate
-    return float(yaml.safe_load((EXPERIMENTS / method / "overrides.yaml").read_text())["learning_rate"])
-
-
 def run(config: BenchmarkConfig, work: Path, method: str, rate: float, seed: int) -> dict[str, Any]:
     """Tune the base to the target by one method."""
     of_each = config.train_per_class + config.validation_per_class + config.test_per_class
-    fields = {"adapter": str(EXPERIMENTS / method / "adapter.json"), "learning_rate": rate}
+    fields = {"adapter": str(EXPERIMENTS / "classify" / method / "adapter.json"), "learning_rate": rate}
     fields["batch_norm"] = config.batch_norm
     if method in PROBES:
         fields = {"adapter": "linear", "head_learning_rate": rate, "batch_norm": PROBES[method]}
@@ -138,7 +125,8 @@ def run(config: BenchmarkConfig, work: Path, method: str, rate: float, seed: int
 
 def compare(config: BenchmarkConfig, work: Path, method: str) -> tuple[dict[str, float], dict[str, Any]]:
     """Run a method on all seeds at all its learning rates; give figures at the best one and every run."""
-    rates = [own_rate(config, method) * factor for factor in FACTORS[config.trials]]
+    own = config.probe_learning_rate if method in PROBES else own_rate(f"classify/{method}")
+    rates = rates_around(own, config.trials, 3)
     trials = {rate: [run(config, work, method, rate, seed) for seed in config.seeds] for rate in rates}
     best = max(rates, key=lambda rate: statistics.mean(r["accuracy"]["validation"] for r in trials[rate]))
     reports = trials[best]
@@ -165,8 +153,6 @@ def compare(config: BenchmarkConfig, work: Path, method: str) -> tuple[dict[str,
 def main(config: BenchmarkConfig) -> None:
     """Run everything and write the result file."""
     quiet_libraries()
-    from atomdiff.utils.versions import versions
-
     started = time.perf_counter()
     work = Path(config.work_dir)
     work.mkdir(parents=True, exist_ok=True)
@@ -180,18 +166,7 @@ def main(config: BenchmarkConfig) -> None:
     for method in config.methods:
         found, runs[method] = compare(config, work, method)
         figures |= {f"{method}:{name}": value for name, value in found.items()}
-    result = {
-        "machine": f"{versions()['machine']}, {torch.get_num_threads()} thread used",
-        "versions": versions(),
-        "date": date.today().isoformat(),
-        "command": f"python benchmarks/discriminative.py --methods {' '.join(config.methods)} "
-        f"--seeds {' '.join(map(str, config.seeds))} --trials {config.trials} "
-        f"--batch_norm {config.batch_norm}",
-        "figures": figures,
-        "runs": runs,
-    }
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(figures, indent=1))
+    write_result(config.output, command_line("discriminative", config, ("work_dir", "output")), figures, runs=runs)
     print(f"{time.perf_counter() - started:.0f} s")
 
 

@@ -22,15 +22,15 @@ figures)
   piece() { echo "== $*"; timeout "${LIMIT:-100}" "$@" >"$out/piece.log" 2>&1; echo "ended with $?"; grep -v -i warning "$out/piece.log" | cut -c1-200 | tail -n 14; }
   for methods in "spatial lora_attn" "conv lora_attn"; do
     # shellcheck disable=SC2086
-    piece python3 benchmarks/training_step.py --output_dir "$out/${methods%% *}" --parts sd15_gpu --methods $methods --repeats 10
+    piece python3 -m benchmarks.training_step --output_dir "$out/${methods%% *}" --parts sd15_gpu --methods $methods --repeats 10
   done
   for options in "--mixed_precision fp16" "--mixed_precision bf16 --use_8bit_adam" "--enable_xformers_memory_efficient_attention"; do
     # shellcheck disable=SC2086
     LIMIT=50 piece python3 -m atomdiff train --config configs/demo.yaml --instance_data_dir samples/subjects/mug \
       --class_name mug --max_train_steps 20 --validation_prompt null --output_dir "$(mktemp -d)" $options
   done
-  piece python3 benchmarks/training_step.py --output_dir "$out" --parts sdxl_gpu --methods spatial lora_attn --repeats 5
-  piece python3 benchmarks/loading.py --parts switch mixed --dtypes float16 --output "$out/loading_gpu.json"
+  piece python3 -m benchmarks.training_step --output_dir "$out" --parts sdxl_gpu --methods spatial lora_attn --repeats 5
+  piece python3 -m benchmarks.loading --parts switch mixed --dtypes float16 --output "$out/loading_gpu.json"
   ;;
 *) echo "expected pretrain or figures, found $part"; exit 2 ;;
 esac

@@ -1,6 +1,6 @@
 """A library of 10,000 concepts of Stable Diffusion 1.5's size: seconds to index it, memory, time to open one.
 
-    python benchmarks/library.py
+    python -m benchmarks.library
 
 The files are real ones: atoms of all 52 spatial convolutions, fitted to untrained layers, with random deltas, a trigger
 phrase and the embedding of a trigger word. They are written by another process, so that what this one takes is the
@@ -11,7 +11,6 @@ library's. "Cold" is after the file contents were dropped from the page cache; n
 from __future__ import annotations
 
 import dataclasses
-import json
 import multiprocessing
 import os
 import random
@@ -21,11 +20,12 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.result_file import command_line, write_result
+from benchmarks.timing import seconds
 
 PER_FOLDER = 500
 WORD = "sks"
@@ -55,11 +55,11 @@ def write_library(folder: str, concepts: int) -> None:
     """Write concept files whose names, phrases and numbers differ, in subfolders."""
     quiet_libraries()
     import torch
-    from decompose import untrained_kernels
 
     from atomdiff.atoms.basis import svd_atoms
     from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
     from atomdiff.tuner import AtomConfig
+    from benchmarks.decompose import untrained_kernels
 
     kernels = untrained_kernels()
     values = {f"unet.{name}": torch.linalg.svdvals(rows.double()).tolist() for name, rows in kernels.items()}
@@ -100,13 +100,6 @@ def resident_mb(field: str = "VmRSS") -> float:
     """Memory of this process: what it takes now, or with `VmHWM` the most it ever took."""
     lines = Path("/proc/self/status").read_text().splitlines()
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
-
-
-def seconds(work: Callable[[], object]) -> float:
-    """Wall time of a call."""
-    started = time.perf_counter()
-    work()
-    return time.perf_counter() - started
 
 
 def measure(folder: str, config: BenchmarkConfig) -> dict[str, float]:
@@ -185,9 +178,7 @@ def measure(folder: str, config: BenchmarkConfig) -> dict[str, float]:
 def main(config: BenchmarkConfig) -> None:
     """Measure and write the result file."""
     quiet_libraries()
-    from atomdiff.utils.versions import versions
-
-    load = os.getloadavg()[0]
+    load = round(os.getloadavg()[0], 2)
     with tempfile.TemporaryDirectory() as folder:
         writer = multiprocessing.get_context("spawn").Process(target=write_library, args=(folder, config.concepts))
         writer.start()
@@ -195,17 +186,7 @@ def main(config: BenchmarkConfig) -> None:
         if writer.exitcode:
             raise SystemExit(writer.exitcode)
         figures = measure(folder, config)
-    print(json.dumps(figures, indent=1))
-    result = {
-        "machine": versions()["machine"],
-        "versions": versions(),
-        "date": date.today().isoformat(),
-        "command": f"python benchmarks/library.py --concepts {config.concepts} --opened {config.opened} "
-        f"--hits {config.hits} --threads {config.threads} --repeats {config.repeats}",
-        "load_average_before": round(load, 2),
-        "figures": figures,
-    }
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    write_result(config.output, command_line("library", config), figures, load_average_before=load)
 
 
 if __name__ == "__main__":

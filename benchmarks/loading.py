@@ -1,14 +1,14 @@
 """Switch concepts and mix them in a batch, at the size of Stable Diffusion 1.5, beside diffusers' and PEFT's LoRA.
 
-    python benchmarks/loading.py
+    python -m benchmarks.loading
 
 The UNet has SD 1.5's architecture and random weights. "copy" is one copy of the adapted weights. "switch" is
 `atomdiff.set_active` from one concept to another; a LoRA is switched the way diffusers offers it: `unfuse_lora`,
 `set_adapters`, `fuse_lora`. Concepts are `spatial` (kernels only) or `blocks` (the default: kernels, and channel blocks
 of 4), on all 3x3 convolutions; LoRAs have rank 4, on the same layers (`lora_conv`) or on the attention (`lora_attn`).
-All of a comparison takes turns in one process; figures are medians. "mixed" is one call of the UNet in which every row
-of a batch has another concept; PEFT's way to that is `adapter_names`. Figures "over" another are ratios of times for
-switches, and of images a second for batches.
+All of a comparison takes turns in one process, after a round to warm up; figures are medians. "mixed" is one call of the
+UNet in which every sample of a batch has another concept; PEFT's way to that is `adapter_names`. Figures "over" another
+are ratios of times for switches, and of images a second for batches.
 """
 
 from __future__ import annotations
@@ -16,10 +16,8 @@ from __future__ import annotations
 import gc
 import json
 import statistics
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -30,6 +28,8 @@ import torch
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.precision import choose_precision
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.result_file import command_line, write_result
+from benchmarks.timing import seconds, take_turns
 
 LORA_LAYERS = {
     "lora_attn": ["to_q", "to_k", "to_v", "to_out.0"],
@@ -50,8 +50,8 @@ class BenchmarkConfig:
     """Times each thing takes its turn, after one round to warm up."""
     many: int = 200
     """Concepts loaded to see whether a switch slows down."""
-    rows: int = 8
-    """Rows of the mixed batch, each with its own concept."""
+    samples: int = 8
+    """Samples of the mixed batch, each with its own concept."""
     latent_size: int = 64
     """Height and width of the mixed batch's latents; 64 is an image of 512 pixels."""
     mixed_repeats: int = 2
@@ -95,26 +95,6 @@ def add_loras(pipe: Any, kind: str, names: list[str]) -> None:
         pipe.unet.add_adapter(LoraConfig(r=4, lora_alpha=4, target_modules=layers, init_lora_weights=False), name)
 
 
-def wait_for(device: str) -> None:
-    """Wait for a GPU."""
-    if device != "cpu":
-        torch.cuda.synchronize()
-
-
-def take_turns(things: dict[str, Callable[[], Any]], repeats: int, device: str) -> dict[str, float]:
-    """Median seconds of each, running one after the other in every round."""
-    seconds: dict[str, list[float]] = {name: [] for name in things}
-    for turn in range(repeats + 1):
-        for name, thing in things.items():
-            wait_for(device)
-            started = time.perf_counter()
-            thing()
-            wait_for(device)
-            if turn:
-                seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(of) for name, of in seconds.items()}
-
-
 def alternate(thing: Callable[[str], Any], names: tuple[str, ...] = ("a", "b")) -> Callable[[], Any]:
     """Call with the one name and the other by turns."""
     calls = iter(range(1 << 30))
@@ -147,7 +127,7 @@ def measure_copy_and_switch(kind: str, dtype: torch.dtype, device: str, config: 
 
         things = {"copy": copy, "switch": alternate(lambda name, pipe=pipe: atomdiff.set_active(pipe, name))}
         suffix = "" if layout is torch.contiguous_format else "_channels_last"
-        found |= {f"{name}{suffix}": value for name, value in take_turns(things, config.repeats, device).items()}
+        found |= {f"{name}{suffix}": value for name, value in take_turns(things, config.repeats, device, warm_up=1).items()}
         found["adapted_bytes"] = sum(weight.numel() * weight.element_size() for weight in weights)
         del pipe, weights, copies, things, copy
         gc.collect()
@@ -166,7 +146,7 @@ def measure_lora(kind: str, dtype: torch.dtype, device: str, config: BenchmarkCo
         pipe.set_adapters(name)
         pipe.fuse_lora(components=["unet"], adapter_names=[name])
 
-    return take_turns({"lora": alternate(switch)}, config.repeats, device)["lora"]
+    return take_turns({"lora": alternate(switch)}, config.repeats, device, warm_up=1)["lora"]
 
 
 def compare_switches(dtype: torch.dtype, device: str, config: BenchmarkConfig) -> dict[str, float]:
@@ -197,33 +177,31 @@ def compare_many(dtype: torch.dtype, device: str, config: BenchmarkConfig) -> di
 
     pipes = {"few": build_pipe(dtype, device), "many": build_pipe(dtype, device)}
     add_concepts(pipes["few"], "spatial", ["made"])
-    seconds: dict[str, list[float]] = {}
+    loads: dict[str, list[float]] = {}
     with TemporaryDirectory() as folder:
         file = atomdiff.save_atoms(pipes["few"], Path(folder) / "made.atoms.safetensors", "made")
         file_bytes = file.stat().st_size
         atomdiff.unload_atoms(pipes["few"])
         pipes["many"].unet.load_state_dict(pipes["few"].unet.state_dict())
         for name, count in (("few", 2), ("many", config.many)):
-            for number in range(count):
-                started = time.perf_counter()
-                atomdiff.load_atoms(pipes[name], file, f"c{number}")
-                wait_for(device)
-                seconds.setdefault(name, []).append(time.perf_counter() - started)
+            loads[name] = [
+                seconds(partial(atomdiff.load_atoms, pipes[name], file, f"c{number}"), device) for number in range(count)
+            ]
     things = {
         name: alternate(lambda c, pipe=pipe: atomdiff.set_active(pipe, c), ("c0", "c1")) for name, pipe in pipes.items()
     }
-    switches = take_turns(things, config.repeats, device)
+    switches = take_turns(things, config.repeats, device, warm_up=1)
     return {
         f"switch_{config.many}_over_2": switches["many"] / switches["few"],
         "file_bytes": file_bytes,
-        "load_first_seconds": seconds["many"][0],
-        "load_next_seconds": statistics.median(seconds["many"][1:11]),
-        f"load_after_{config.many - 10}_seconds": statistics.median(seconds["many"][-10:]),
+        "load_first_seconds": loads["many"][0],
+        "load_next_seconds": statistics.median(loads["many"][1:11]),
+        f"load_after_{config.many - 10}_seconds": statistics.median(loads["many"][-10:]),
     }
 
 
 def build_peft(kind: str, names: list[str], dtype: torch.dtype, device: str) -> Any:
-    """A UNet with a LoRA for each row, as PEFT mixes them."""
+    """A UNet with a LoRA for each sample, as PEFT mixes them."""
     from peft import LoraConfig, get_peft_model
 
     lora = LoraConfig(r=4, lora_alpha=4, target_modules=LORA_LAYERS[kind], init_lora_weights=False)
@@ -234,15 +212,15 @@ def build_peft(kind: str, names: list[str], dtype: torch.dtype, device: str) -> 
 
 
 def compare_mixed(dtype: torch.dtype, device: str, config: BenchmarkConfig) -> dict[str, float]:
-    """A batch of as many concepts as rows, over the bare base and beside PEFT's `adapter_names`."""
+    """A batch of as many concepts as samples, over the bare base and beside PEFT's `adapter_names`."""
     import atomdiff
 
-    names = {kind: [f"{kind}{number}" for number in range(config.rows)] for kind in (*BLOCKS, *LORA_LAYERS)}
-    shape = (config.rows, 4, config.latent_size, config.latent_size)
+    names = {kind: [f"{kind}{number}" for number in range(config.samples)] for kind in (*BLOCKS, *LORA_LAYERS)}
+    shape = (config.samples, 4, config.latent_size, config.latent_size)
     inputs = {
         "sample": torch.randn(shape, device=device, dtype=dtype),
-        "timestep": torch.full((config.rows,), 500, device=device),
-        "encoder_hidden_states": torch.randn(config.rows, 77, 768, device=device, dtype=dtype),
+        "timestep": torch.full((config.samples,), 500, device=device),
+        "encoder_hidden_states": torch.randn(config.samples, 77, 768, device=device, dtype=dtype),
     }
     pipe = build_pipe(dtype, device)
     for kind in BLOCKS:
@@ -258,16 +236,16 @@ def compare_mixed(dtype: torch.dtype, device: str, config: BenchmarkConfig) -> d
     things |= {kind: partial(mixed, kind) for kind in BLOCKS}
     things |= {kind: partial(model, **inputs, adapter_names=names[kind]) for kind, model in peft.items()}
     with torch.inference_mode():
-        seconds = take_turns(things, config.mixed_repeats, device)
+        turns = take_turns(things, config.mixed_repeats, device, warm_up=1)
     return {
-        "base_seconds": seconds["base"],
-        "mixed_over_base": seconds["base"] / seconds["spatial"],
-        "mixed_blocks_over_base": seconds["base"] / seconds["blocks"],
-        "peft_conv_over_base": seconds["base"] / seconds["lora_conv"],
-        "peft_attn_over_base": seconds["base"] / seconds["lora_attn"],
-        "mixed_over_peft": seconds["lora_conv"] / seconds["spatial"],
-        "mixed_over_peft_attn": seconds["lora_attn"] / seconds["spatial"],
-        "mixed_blocks_over_peft": seconds["lora_conv"] / seconds["blocks"],
+        "base_seconds": turns["base"],
+        "mixed_over_base": turns["base"] / turns["spatial"],
+        "mixed_blocks_over_base": turns["base"] / turns["blocks"],
+        "peft_conv_over_base": turns["base"] / turns["lora_conv"],
+        "peft_attn_over_base": turns["base"] / turns["lora_attn"],
+        "mixed_over_peft": turns["lora_conv"] / turns["spatial"],
+        "mixed_over_peft_attn": turns["lora_attn"] / turns["spatial"],
+        "mixed_blocks_over_peft": turns["lora_conv"] / turns["blocks"],
     }
 
 
@@ -277,8 +255,6 @@ COMPARISONS = {"switch": compare_switches, "many": compare_many, "mixed": compar
 def main(config: BenchmarkConfig) -> None:
     """Run the comparisons and write the result file."""
     quiet_libraries()
-    from atomdiff.utils.versions import versions
-
     device = "cuda" if torch.cuda.is_available() else "cpu"
     output = Path(config.output)
     figures = json.loads(output.read_text())["figures"] if output.is_file() else {}
@@ -290,18 +266,9 @@ def main(config: BenchmarkConfig) -> None:
         for part in config.parts:
             found = COMPARISONS[part](getattr(torch, name), device, config)
             figures |= {f"{key}{suffix}": round(value, 4) for key, value in found.items()}
-            print(
-                json.dumps({key: value for key, value in figures.items() if key.endswith(suffix)}, indent=1), flush=True
-            )
+            print(part, name, found, flush=True)
             gc.collect()
-    result = {
-        "machine": f"{versions()['machine']}, {torch.get_num_threads()} threads used",
-        "versions": versions(),
-        "date": date.today().isoformat(),
-        "command": "python benchmarks/loading.py",
-        "figures": figures,
-    }
-    output.write_text(json.dumps(result, indent=1) + "\n")
+    write_result(output, command_line("loading", config), figures)
 
 
 if __name__ == "__main__":

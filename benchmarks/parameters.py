@@ -1,18 +1,16 @@
 """Numbers and bytes of atoms on real architectures, without weights: every preset in every form, LoRA beside them.
 
-python benchmarks/parameters.py
+python -m benchmarks.parameters
 """
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from datetime import date
-from pathlib import Path
 from typing import Any
 
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.result_file import command_line, write_result
 
 FORMS: dict[str, dict[str, Any]] = {
     "spatial": {"channel_block": 1},
@@ -42,7 +40,6 @@ def main(config: ParametersConfig) -> None:
     from atomdiff.tuner import AtomConfig
     from atomdiff.tuner.config import PRESETS
     from atomdiff.tuner.model import preset_targets
-    from atomdiff.utils.versions import versions
 
     figures: dict[str, float] = {}
 
@@ -70,14 +67,7 @@ def main(config: ParametersConfig) -> None:
     for num_atoms in (6, 7, 8, 9):
         adapter = AtomConfig(target_modules=three, channel_block=1, num_atoms=num_atoms)
         count("resnet-50", f"3x3 convolutions, {num_atoms} spatial atoms", adapter)
-    result = {
-        "machine": versions()["machine"],
-        "versions": versions(),
-        "date": date.today().isoformat(),
-        "command": "python benchmarks/parameters.py",
-        "figures": figures,
-    }
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    write_result(config.output, command_line("parameters", config), figures)
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
 """Methods side by side on the shipped subjects: similarity, scenes, drift and size, each method at its best rate.
 
-    python benchmarks/personalization.py --methods atoms/default lora/attention_r16 --trials 3
+    python -m benchmarks.personalization --methods atoms/default lora/attention_r16 --trials 3
 
 Every method goes through the same training run (configs/demo.yaml) with the same token, seed and number of
 learning-rate trials: its own rate from overrides.yaml times 1/2, 1 and 2, each on the trial subjects. Similarity can be
@@ -14,15 +14,15 @@ from __future__ import annotations
 import json
 import statistics
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.experiments import EXPERIMENTS, own_rate, rates_around
+from benchmarks.result_file import command_line, write_result
 
 ROOT = Path(__file__).parents[1]
-FACTORS = {1: (1.0,), 2: (0.5, 1.0), 3: (0.5, 1.0, 2.0)}
 
 
 @dataclass(frozen=True)
@@ -47,15 +47,6 @@ class BenchmarkConfig:
     """An image of every subject by the first method, at its best rate, seed 0."""
 
 
-def own_rate(method: str) -> float:
-    """The learning rate that stands beside a method's adapter."""
-    import yaml
-
-    return float(
-        yaml.safe_load((ROOT / "configs" / "experiments" / method / "overrides.yaml").read_text())["learning_rate"]
-    )
-
-
 def run_trial(method: str, subject: str, rate: float, work_dir: Path) -> dict[str, Any]:
     """Train and measure one subject, or read what an earlier call measured."""
     from atomdiff.cli.demo import DemoConfig, run_demo
@@ -67,7 +58,7 @@ def run_trial(method: str, subject: str, rate: float, work_dir: Path) -> dict[st
     return run_demo(
         DemoConfig(
             instance_data_dir=str(ROOT / "samples" / "subjects" / subject),
-            adapter=str(ROOT / "configs" / "experiments" / method / "adapter.json"),
+            adapter=str(EXPERIMENTS / method / "adapter.json"),
             learning_rate=rate,
             output_dir=str(folder),
         )
@@ -107,7 +98,7 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
     from atomdiff.tuner.read_config import read_adapter
     from atomdiff.utils.image_grid import make_image_grid
 
-    adapter = read_adapter(str(ROOT / "configs" / "experiments" / config.methods[0] / "adapter.json"))
+    adapter = read_adapter(str(EXPERIMENTS / config.methods[0] / "adapter.json"))
     demo = str(ROOT / "configs" / "demo.yaml")
     places = ("in the snow", "in the city", "under the sea")
     columns = []
@@ -135,8 +126,6 @@ def draw_sheet(config: BenchmarkConfig, rate: float) -> None:
 def main(config: BenchmarkConfig) -> None:
     """Run all trials and write the result file."""
     quiet_libraries()
-    from atomdiff.utils.versions import versions
-
     figures: dict[str, float] = {}
     trials: dict[str, Any] = {}
 
@@ -149,7 +138,7 @@ def main(config: BenchmarkConfig) -> None:
         return medians
 
     for method in config.methods:
-        rates = [own_rate(method) * factor for factor in FACTORS[config.trials]]
+        rates = rates_around(own_rate(method), config.trials, 2)
         candidates = {rate: measure(method, config.trial_subjects, rate) for rate in rates}
         allowed = [
             rate
@@ -160,17 +149,8 @@ def main(config: BenchmarkConfig) -> None:
         figures[f"{method}:learning_rate"] = best
         chosen = measure(method, config.subjects, best)
         figures |= {f"{method}:{name}": value for name, value in chosen.items()}
-    result = {
-        "machine": versions()["machine"],
-        "versions": versions(),
-        "date": date.today().isoformat(),
-        "command": f"python benchmarks/personalization.py --methods {' '.join(config.methods)} "
-        f"--subjects {' '.join(config.subjects)} --trial_subjects {' '.join(config.trial_subjects)} "
-        f"--trials {config.trials} --max_drift {config.max_drift}",
-        "figures": figures,
-        "trials": trials,
-    }
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
+    command = command_line("personalization", config, ("work_dir", "output", "sheet"))
+    write_result(config.output, command, figures, trials=trials)
     draw_sheet(config, figures[f"{config.methods[0]}:learning_rate"])
 
 

@@ -1,6 +1,6 @@
 """One training step at real size: time, memory, trained numbers and file size of every method, in one run.
 
-    python benchmarks/training_step.py
+    python -m benchmarks.training_step
 
 The UNets have the architecture of SD 1.5 or SDXL and random weights. A step is the forward pass on one latent with
 random text states, the mean squared error, the backward pass and AdamW; autocast in `dtype`, frozen weights in that
@@ -25,14 +25,9 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-import json
-import random
-import statistics
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from datetime import date
 from functools import partial
 from itertools import accumulate
 from pathlib import Path
@@ -46,8 +41,10 @@ from torch.nn import functional
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.precision import choose_precision
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.experiments import EXPERIMENTS
+from benchmarks.result_file import command_line, write_result
+from benchmarks.timing import take_turns
 
-EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiments"
 OTHERS = ("lora_attn", "lora_conv", "oft", "reference", "full")
 PLAIN = "spatial"
 
@@ -56,7 +53,7 @@ PLAIN = "spatial"
 class Part:
     """A model on a device."""
 
-    architecture: str  # of `atomdiff.concepts.parameter_count.ARCHITECTURES`, or "tiny" to try the benchmark out
+    architecture: str  # of `atomdiff.bases.architectures.ARCHITECTURES`, or "tiny" to try the benchmark out
     device: str
     latent_size: int
     repeats: int
@@ -197,21 +194,6 @@ def make_step(unet: Any, part: Part, config: BenchmarkConfig) -> Callable[[], No
     return step
 
 
-def take_turns(steps: dict[str, Callable[[], None]], repeats: int, part: Part) -> dict[str, float]:
-    """Median seconds of each, running one after the other in every round, in an order of its own."""
-    order = random.Random(0)
-    wait: Callable[[], Any] = torch.cuda.synchronize if part.device == "cuda" else lambda: None
-    seconds: dict[str, list[float]] = {name: [] for name in steps}
-    for _ in range(repeats):
-        for name in order.sample(list(steps), len(steps)):
-            wait()
-            started = time.perf_counter()
-            steps[name]()
-            wait()
-            seconds[name].append(time.perf_counter() - started)
-    return {name: statistics.median(of) for name, of in seconds.items()}
-
-
 @contextmanager
 def allocations(part: Part) -> Iterator[dict[str, int]]:
     """Count bytes: at the end of the block, `peak` above what there was before, and `left` by it."""
@@ -294,7 +276,7 @@ def measure(methods: list[str], part: Part, config: BenchmarkConfig, weights: di
             figures[f"memory_bytes_{method}{mode}"] = idle[method] + memory["peak"]
             figures[f"above_idle_bytes_{method}{mode}"] = memory["peak"]
         repeats = 1 if methods == ["full"] and part.device == "cpu" else config.repeats or part.repeats
-        for method, seconds in take_turns(steps, repeats, part).items():
+        for method, seconds in take_turns(steps, repeats, part.device).items():
             figures[f"step_seconds_{method}{mode}"] = seconds
             print(f"{method:<16}{mode[1:]:<14}{seconds:9.4f} s", end="", flush=True)
             print(f"{figures[f'memory_bytes_{method}{mode}'] / 1e9:9.3f} GB", flush=True)
@@ -336,24 +318,13 @@ def run_part(name: str, config: BenchmarkConfig) -> dict[str, float]:
 def main(config: BenchmarkConfig) -> None:
     """Run the parts and write a result file for each."""
     quiet_libraries()
-    from atomdiff.utils.versions import versions
-
     default = ("sd15_cpu", "sd15_gpu", "sdxl_gpu") if torch.cuda.is_available() else ("sd15_cpu",)
-    fields = {field.name: field.default for field in dataclasses.fields(config) if field.name != "output_dir"}
-    asked = {name: getattr(config, name) for name, default in fields.items() if getattr(config, name) != default}
     Path(config.output_dir).mkdir(parents=True, exist_ok=True)
     for name in config.parts or default:
         figures = run_part(name, config)
-        options = asked | {"parts": (name,)}
-        said = [f"--{key} {' '.join(map(str, of)) if isinstance(of, tuple) else of}" for key, of in options.items()]
-        result = {
-            "machine": torch.cuda.get_device_name() if PARTS[name].device == "cuda" else versions()["machine"],
-            "versions": versions(),
-            "date": date.today().isoformat(),
-            "command": " ".join(["python benchmarks/training_step.py", *said]),
-            "figures": figures,
-        }
-        Path(config.output_dir, f"training_step_{name}.json").write_text(json.dumps(result, indent=1) + "\n")
+        command = command_line("training_step", dataclasses.replace(config, parts=(name,)), ("output_dir",))
+        machine = torch.cuda.get_device_name() if PARTS[name].device == "cuda" else None
+        write_result(Path(config.output_dir, f"training_step_{name}.json"), command, figures, machine)
 
 
 if __name__ == "__main__":

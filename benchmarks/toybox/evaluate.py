@@ -5,9 +5,7 @@ python -m benchmarks.toybox.evaluate
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
-from datetime import date
 from pathlib import Path
 from typing import Any
 
@@ -23,7 +21,7 @@ from atomdiff.toybox.scenes import Caption
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from atomdiff.utils.versions import versions
+from benchmarks.result_file import command_line, write_result
 from benchmarks.toybox.data import render_world
 from benchmarks.toybox.train_base import as_signal
 from benchmarks.toybox.train_judge import word_of
@@ -115,11 +113,7 @@ def main(config: EvaluateConfig) -> None:
     )
     flat = {"psnr_db": figures.pop("psnr_db")}
     flat |= {f"{source}_{kind}": share for source, kinds in figures.items() for kind, share in kinds.items()}
-    command = f"python -m benchmarks.toybox.evaluate --count {config.count}"
-    result = {"machine": versions()["machine"], "versions": versions(), "date": date.today().isoformat()}
-    result |= {"command": f"{command} --guidance_scale {config.guidance_scale:g}", "figures": flat}
-    Path(config.output).write_text(json.dumps(result, indent=1) + "\n")
-    print(json.dumps(flat, indent=1))
+    write_result(config.output, command_line("toybox.evaluate", config), flat)
     Path("out").mkdir(exist_ok=True)
     rows = [images[i : i + 8] for i in range(0, min(len(images), 48), 8)]
     make_image_grid(rows, [str(caption) for caption in captions[: len(rows) * 8 : 8]]).save("out/toybox.png")
