@@ -16,7 +16,7 @@ def parse_buckets(text: str) -> tuple[Size, ...] | None:
     """Read sizes written as "height,width;height,width", as in diffusers' scripts; None for "auto".
 
     Raises:
-        UserError: The text is neither.
+        UserError: the text is neither.
     """
     if text.strip() == "auto":
         return None
@@ -32,12 +32,12 @@ def bucket_sizes(text: str | None, side: int, multiple: int) -> tuple[Size, ...]
     """Return the sizes that images may be cut to: only the square of `side` pixels without `text`.
 
     Args:
-        text: What `parse_buckets` reads.
-        side: The resolution of the run.
-        multiple: Both sides are multiples of it, as the base needs.
+        text: what `parse_buckets` reads.
+        side: the resolution of the run.
+        multiple: both sides are multiples of it, as the base needs.
 
     Raises:
-        UserError: A side is not such a multiple.
+        UserError: a side is not such a multiple.
     """
     if text is None:
         return ((side, side),)

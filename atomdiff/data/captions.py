@@ -6,7 +6,7 @@ import itertools
 import json
 import math
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -31,49 +31,50 @@ def read_captions(folder: Path, images: Sequence[Path]) -> dict[str, str]:
     metadata.csv with the columns `file_name` and `text`, `caption` or `prompt` (datasets' imagefolder). Suffixes may be
     in upper case; names are compared in one Unicode form.
 
-    Args:
-        folder: The folder.
-        images: Its images.
-
     Returns:
         Name of an image -> its caption, for those that have one that is not empty.
 
     Warns:
-        UserWarning: There are other files that may have been meant as captions.
+        UserWarning: there are other files that may have been meant as captions.
 
     Raises:
-        UserError: A file cannot be read, or an image has two captions that differ.
+        UserError: a file cannot be read, or an image has two captions that differ.
     """
-    owners: dict[str, list[str]] = {}
+    images_of: dict[str, list[str]] = {}  # by what a file of captions may call them
     for image in images:
         for name in (normalize_name(image.stem), normalize_name(image.name)):
-            owners.setdefault(name, []).append(image.name)
-    found: dict[str, tuple[str, str]] = {}
+            images_of.setdefault(name, []).append(image.name)
+    captions: dict[str, tuple[str, str]] = {}  # and where each stands
     unused = []
     for file in sorted(folder.iterdir()):
         if file.name.startswith(".") or not file.is_file() or file.suffix.lower() not in _MAYBE_CAPTIONS:
             continue
-        if file.name in _TABLES:
-            table = list(_read_table(file))
-            captions = {name: text for key, text in table for name in owners.get(key, ())}
-            if captions and (strange := sum(key not in owners for key, _ in table)):
-                unused.append(f"{strange} lines of {file.name}")
-        elif file.suffix.lower() in _SUFFIXES:
-            names = owners.get(normalize_name(file.name)[: -len(file.suffix)], ())
-            captions = dict.fromkeys(names, read_text(file).strip() if names else "")
-        else:
-            captions = {}
-        if not captions and file.name not in _OWN_FILES:
-            unused.append(file.name)
-        for name, text in captions.items():
-            other = found.setdefault(name, (text, file.name)) if text else (text, file.name)
-            if other[0] != text:
-                raise UserError(f"{folder}: {name} has one caption in {other[1]} and another in {file.name}; keep one")
+        found, not_used = _captions_in(file, images_of)
+        unused += not_used
+        for image_name, text in found.items():
+            first_text, first_file = captions.setdefault(image_name, (text, file.name)) if text else (text, file.name)
+            if first_text != text:
+                raise UserError(
+                    f"{folder}: {image_name} has one caption in {first_file} and another in {file.name}; keep one"
+                )
     if unused:
         shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
         expected = f"that of 01.png is expected in 01.txt or 01.caption, or in {_TABLES[0]}"
         warnings.warn(f"{folder}: not read, as no caption of an image: {shown}; {expected}", stacklevel=2)
-    return {name: text for name, (text, _) in found.items()}
+    return {name: text for name, (text, _) in captions.items()}
+
+
+def _captions_in(file: Path, images_of: Mapping[str, Sequence[str]]) -> tuple[dict[str, str], list[str]]:
+    """Return the captions of images in a file, and what in it belongs to no image."""
+    if file.name in _TABLES:
+        table = list(_read_table(file))
+        if captions := {image: text for name, text in table for image in images_of.get(name, ())}:
+            strangers = sum(name not in images_of for name, _ in table)
+            return captions, [f"{strangers} lines of {file.name}"] if strangers else []
+    elif file.suffix.lower() in _SUFFIXES:
+        if named := images_of.get(normalize_name(file.name)[: -len(file.suffix)]):
+            return dict.fromkeys(named, read_text(file).strip()), []
+    return {}, [] if file.name in _OWN_FILES else [file.name]
 
 
 def _read_table(file: Path) -> Iterator[tuple[str, str]]:
@@ -102,7 +103,7 @@ def _entries(file: Path) -> Iterator[tuple[int, dict[str, Any]]]:
     for number, line in enumerate(text.split("\n"), 1):
         try:
             entry = json.loads(line) if line.strip() else None
-        except ValueError as error:
+        except (ValueError, RecursionError) as error:
             raise UserError(f"{file}: line {number} is not JSON ({error})") from error
         if entry is not None:
             yield number, entry if isinstance(entry, dict) else {}
@@ -112,9 +113,9 @@ def tag_orders(caption: str, keep_tokens: int, seed: int) -> tuple[str, ...]:
     """Return a caption with its comma-separated tags in several orders, each once; if at most 3 can move, in all.
 
     Args:
-        caption: Tags such as "sks mug, red, on a table"; one without commas stays alone.
-        keep_tokens: How many of the first tags stay where they are.
-        seed: Chooses 16 of the orders where there are more.
+        caption: tags such as "sks mug, red, on a table"; one without commas stays alone.
+        keep_tokens: how many of the first tags stay where they are.
+        seed: chooses 16 of the orders where there are more.
     """
     tags = [tag.strip() for tag in caption.split(",") if tag.strip()]
     kept, movable = tags[:keep_tokens], tags[keep_tokens:]

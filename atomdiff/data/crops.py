@@ -26,11 +26,11 @@ def make_crops(
     """Cut crops of `size` (height, width) from an image that is first resized to just cover it.
 
     Args:
-        image: An RGB image.
-        size: Of the crops, in pixels.
-        center_crop: Only the middle; else also both ends of the side that is too long, if they differ.
-        random_flip: Add the mirror images.
-        mask: In mode L, as large as the image.
+        image: an RGB image.
+        size: of the crops, in pixels.
+        center_crop: only the middle; else also both ends of the side that is too long, if they differ.
+        random_flip: add the mirror images.
+        mask: in mode L, as large as the image.
     """
     height, width = size
     scale = max(height / image.height, width / image.width)

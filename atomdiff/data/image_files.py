@@ -33,7 +33,7 @@ def list_images(folder: Path) -> list[Path]:
     Hidden files are passed over; a link that leads nowhere is listed, so that whoever reads it complains.
 
     Warns:
-        UserWarning: Folders are named as if they were images.
+        UserWarning: folders are named as if they were images.
     """
     suffixes = _UNREAD | {suffix for suffix, kind in Image.registered_extensions().items() if kind in Image.OPEN}
     named = [file for file in folder.iterdir() if file.suffix.lower() in suffixes and not file.name.startswith(".")]
@@ -52,13 +52,13 @@ def open_upright(file: Path) -> Image.Image:
     """Read the pixels of one image in the mode of its file, turned as its EXIF orientation says.
 
     Warns:
-        UserWarning: Something beside the pixels cannot be read, or there are more images in the file.
+        UserWarning: something beside the pixels cannot be read, or there are more images in the file.
 
     Raises:
-        UserError: The pixels cannot be read; the message is the reason, without the file's name.
+        UserError: the pixels cannot be read; the message is the reason, without the file's name.
     """
     try:
-        image = _load(file, file)
+        return _load(file, file)
     except Image.DecompressionBombError as error:
         found, limit = (int(number) for number in re.findall(r"\d+", str(error))[:2])
         raise UserError(
@@ -66,8 +66,7 @@ def open_upright(file: Path) -> Image.Image:
             "far below"
         ) from error
     except Exception as error:  # Pillow's plugins raise whatever their parsers raise
-        image = _load_without_metadata(file, error)
-    return image
+        return _load_without_metadata(file, error)
 
 
 def _load_without_metadata(file: Path, error: Exception) -> Image.Image:
@@ -75,10 +74,10 @@ def _load_without_metadata(file: Path, error: Exception) -> Image.Image:
     try:
         content = file.read_bytes()
         bare = _strip_metadata(content)
-        if bare == content:
-            raise error
-        image = _load(io.BytesIO(bare), file)
+        image = _load(io.BytesIO(bare), file) if bare != content else None
     except Exception:
+        image = None
+    if image is None:
         raise UserError(_reason(file, error)) from error
     warnings.warn(f"{file}: read without its texts and profiles, which are at fault ({error})", stacklevel=2)
     return image
@@ -90,7 +89,7 @@ def _load(source: Path | io.BytesIO, file: Path) -> Image.Image:
         opened.load()
         try:
             turn = _TURNED.get(opened.getexif().get(_ORIENTATION, 1))
-        except Exception as error:  # as above
+        except Exception as error:  # whatever a parser raises
             warnings.warn(f"{file}: its EXIF data cannot be read ({error}): taken as upright", stacklevel=2)
             turn = None
         image = opened.copy() if turn is None else opened.transpose(turn)

@@ -29,12 +29,12 @@ def read_images(folder: str | Path, minimum_side: int, limit: int | None = None)
     on white. EXIF orientation is applied. Captions are those that `read_captions` finds.
 
     Args:
-        folder: The folder.
-        minimum_side: Pixels that the shorter side must have.
-        limit: Read only the first so many images.
+        folder: the folder.
+        minimum_side: pixels that the shorter side must have.
+        limit: read only the first so many images.
 
     Raises:
-        UserError: No such folder, no image in it, captions that cannot be used, or a message that names the
+        UserError: no such folder, no image in it, captions that cannot be used, or a message that names the
             unreadable and the tiny files.
     """
     folder = Path(folder)

@@ -94,7 +94,7 @@ class LatentEncoder:
         The disk cache knows the result by the pixels of the crops and the VAE; it does not depend on other images.
 
         Raises:
-            UserError: The latents are not finite, or the cache cannot be written.
+            UserError: the latents are not finite, or the cache cannot be written.
         """
         pixels = np.stack([np.asarray(crop.image) for crop in crops])  # (crops, height, width, 3)
         together = min(self.batch_size, len(crops))

@@ -23,7 +23,7 @@ def read_masks(folder: str | Path, images: Sequence[CaptionedImage]) -> list[Ima
     alpha channel.
 
     Raises:
-        UserError: A message that names the masks that cannot be used, and why.
+        UserError: a message that names the masks that cannot be used, and why.
     """
     beside = Path(folder) / "mask"
     files: dict[str, Path] = {}

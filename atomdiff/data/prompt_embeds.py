@@ -48,12 +48,12 @@ def precompute_prompt_embeds(
     """Encode prompts that will not change, each by itself, so that its embeddings do not depend on the others.
 
     Args:
-        base: The base architecture.
-        encoders: The text encoders by name.
-        ids: Token ids (prompts, 77) by text encoder.
-        numbers: Which of the prompts.
-        cache: Keeps the embeddings for further runs.
-        key: Names the text encoders there.
+        base: the base architecture.
+        encoders: the text encoders by name.
+        ids: token ids (prompts, 77) by text encoder.
+        numbers: which of the prompts.
+        cache: keeps the embeddings for further runs.
+        key: names the text encoders there.
 
     Returns:
         The embeddings on the CPU, (77, hidden) and (projected,) by the prompt's number.
@@ -98,11 +98,11 @@ def init_token_embeddings(pipe: Any, encoder: str, initializer: str, count: int,
     learn different things.
 
     Args:
-        pipe: The base.
-        encoder: Name of the text encoder.
-        initializer: Text that the trigger word starts as.
-        count: How many placeholder tokens it has.
-        seed: Of the noise.
+        pipe: the base.
+        encoder: name of the text encoder.
+        initializer: text that the trigger word starts as.
+        count: how many placeholder tokens it has.
+        seed: of the noise.
     """
     tokenizer = getattr(pipe, encoder.replace("text_encoder", "tokenizer"))
     ids = tokenizer(initializer, add_special_tokens=False).input_ids

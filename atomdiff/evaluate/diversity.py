@@ -7,30 +7,20 @@ from __future__ import annotations
 
 from statistics import fmean
 
-from torch import Tensor
-
 from atomdiff.evaluate.similarity import mean_pairwise_similarity
 from atomdiff.evaluate.suite import Evaluation
 
 
 def diversity(evaluation: Evaluation) -> dict[str, float] | None:
-    """Return the mean distance of images of one scene, `base` and `concept`; None with one image a scene."""
+    """Return the mean cosine distance of images of one scene, `base` and `concept`; None with one image a scene.
+
+    From 0, where they are all the same, to 2.
+    """
     count = evaluation.suite.images_per_scene
     if count < 2:
         return None
+    embeddings = {name: evaluation.encoder.embed(generated.subject) for name, generated in evaluation.both.items()}
     return {
-        name: fmean(mean_distance(group) for group in evaluation.encoder.embed(generated.subject).split(count))
-        for name, generated in (("base", evaluation.base), ("concept", evaluation.concept))
+        name: fmean(1 - mean_pairwise_similarity(scene) for scene in embedded.split(count))
+        for name, embedded in embeddings.items()
     }
-
-
-def mean_distance(generated: Tensor) -> float:
-    """Return 1 minus the mean cosine similarity of all pairs of different images: from 0 (all the same) to 2.
-
-    Args:
-        generated: embeddings (n, e) of images of one prompt from different seeds, n at least 2.
-
-    Raises:
-        ValueError: there are fewer than two.
-    """
-    return 1 - mean_pairwise_similarity(generated)

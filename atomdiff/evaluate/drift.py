@@ -33,5 +33,5 @@ def mean_pixel_difference(base: Sequence[Image.Image], adapted: Sequence[Image.I
 def _rmse(first: Image.Image, second: Image.Image) -> float:
     if first.size != second.size:
         raise ValueError(f"found images of {first.size} and {second.size} pixels; generate both in one size")
-    difference = (np.asarray(image.convert("RGB"), dtype=np.float64) / 255 for image in (first, second))
-    return float(np.sqrt(np.mean((next(difference) - next(difference)) ** 2)))
+    one, other = (np.asarray(image.convert("RGB"), dtype=np.float64) / 255 for image in (first, second))
+    return float(np.sqrt(np.mean((one - other) ** 2)))

@@ -12,10 +12,10 @@ from atomdiff.evaluate.suite import Evaluation
 
 def scene_accuracy(evaluation: Evaluation) -> dict[str, float]:
     """Return the share of the subject's images whose scene the encoder recognizes, `base` and `concept`."""
-    labels = evaluation.suite.labels
+    suite = evaluation.suite
     return {
-        name: accuracy(evaluation.encoder.recognize(generated.subject, [*evaluation.suite.scenes]), labels)
-        for name, generated in (("base", evaluation.base), ("concept", evaluation.concept))
+        name: accuracy(evaluation.encoder.recognize(generated.subject, [*suite.scenes]), suite.labels)
+        for name, generated in evaluation.both.items()
     }
 
 

@@ -82,6 +82,11 @@ class Evaluation:
     base: GeneratedImages
     concept: GeneratedImages
 
+    @property
+    def both(self) -> dict[str, GeneratedImages]:
+        """The images of the base and with the concept, by these names."""
+        return {"base": self.base, "concept": self.concept}
+
 
 def make_suite(
     class_name: str,

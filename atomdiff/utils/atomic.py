@@ -1,4 +1,7 @@
-"""Files and folders that are there whole or not at all, whatever ends the program while it writes them."""
+"""Files and folders that are there whole or not at all, whatever ends the program while it writes them.
+
+What cannot be written, as on a full disk, is a `WriteError`.
+"""
 
 import errno
 import json
@@ -35,9 +38,9 @@ class WriteError(UserError):
     """A file or folder cannot be written, as on a full disk; what was there is as it was.
 
     Args:
-        path: The file or folder.
-        reason: Why.
-        advice: What to do.
+        path: the file or folder.
+        reason: why.
+        advice: what to do.
     """
 
     def __init__(self, path: str | os.PathLike[str], reason: str, advice: str) -> None:
@@ -50,7 +53,7 @@ def writing(path: str | os.PathLike[str]) -> Iterator[None]:
     """Make a `with` block in which errors of the operating system, as on a full disk, mean that `path` is not written.
 
     Raises:
-        WriteError: In their place.
+        WriteError: in their place.
     """
     try:
         yield
@@ -66,9 +69,6 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Make a `with` block that writes a file under the temporary name it gets; at the end it replaces `path` at once.
 
     If the block fails, `path` is as it was and nothing else is left. Folders that are missing are made.
-
-    Raises:
-        WriteError: The file cannot be written.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(_name())
@@ -86,11 +86,8 @@ def new_folder(path: str | os.PathLike[str], own: Sequence[str] | None = None) -
     If the block fails, `path` is as it was and nothing else is left.
 
     Args:
-        path: The folder.
-        own: Patterns, as for `Path.glob`, of what is replaced or removed there; what else it holds stays. None: all is.
-
-    Raises:
-        WriteError: The folder cannot be written.
+        path: the folder.
+        own: patterns, as for `Path.glob`, of what is replaced or removed there; what else it holds stays. None: all is.
     """
     target = Path(os.path.realpath(path))
     temporary = target.with_name(_name())
@@ -107,44 +104,23 @@ def new_folder(path: str | os.PathLike[str], own: Sequence[str] | None = None) -
 
 
 def write_bytes(path: str | os.PathLike[str], data: bytes) -> None:
-    """Write a file whole or not at all.
-
-    Raises:
-        WriteError: It cannot be written.
-    """
+    """Write a file whole or not at all."""
     with new_file(path) as file:
         file.write_bytes(data)
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    """Write a text file in UTF-8, whole or not at all.
-
-    Raises:
-        WriteError: It cannot be written.
-    """
+    """Write a text file in UTF-8, whole or not at all."""
     write_bytes(path, text.encode())
 
 
 def write_json(path: str | os.PathLike[str], value: Any, indent: int = 1) -> None:
-    """Write a JSON file, whole or not at all.
-
-    Raises:
-        WriteError: It cannot be written.
-    """
+    """Write a JSON file, whole or not at all."""
     write_text(path, json.dumps(value, indent=indent, ensure_ascii=False) + "\n")
 
 
 def write_png(path: str | os.PathLike[str], image: Image.Image, **options: Any) -> None:
-    """Write an image as a PNG, whole or not at all.
-
-    Args:
-        path: The file.
-        image: The image.
-        **options: Of Pillow's PNG writer.
-
-    Raises:
-        WriteError: It cannot be written.
-    """
+    """Write an image as a PNG, whole or not at all; the options are those of Pillow's PNG writer."""
     with new_file(path) as file:
         image.save(file, format="png", **options)
 
@@ -153,11 +129,11 @@ def write_result(path: Path, write: Callable[[Path], object]) -> None:
     """Write what took long to make; where it cannot be, it is kept in a folder for temporary files.
 
     Args:
-        path: The file or folder.
-        write: Writes it whole or not at all, to the path that it gets.
+        path: the file or folder.
+        write: writes it whole or not at all, to the path that it gets.
 
     Raises:
-        WriteError: It cannot be written to `path`; the message says where it is kept, if it is.
+        WriteError: it cannot be written to `path`; the message says where it is kept, if it is.
     """
     try:
         write(path)
@@ -172,11 +148,7 @@ def write_result(path: Path, write: Callable[[Path], object]) -> None:
 
 
 def remove_folder(folder: Path) -> None:
-    """Remove a folder at once, so that no half of it keeps its name.
-
-    Raises:
-        WriteError: It cannot be removed.
-    """
+    """Remove a folder at once, so that no half of it keeps its name."""
     left = folder.with_name(_name())
     with writing(folder):
         folder.rename(left)

@@ -26,11 +26,11 @@ def lock_folder(folder: Path) -> Iterator[None]:
     The lock ends with the process, however that ends. What killed processes left half written is removed first.
 
     Args:
-        folder: Made if missing.
+        folder: made if missing.
 
     Raises:
-        UserError: Another process has it; the message says which.
-        WriteError: The folder cannot be written.
+        UserError: another process has it; the message says which.
+        WriteError: the folder cannot be written.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -49,7 +49,7 @@ def wait_for_folder(folder: Path) -> Iterator[None]:
     """Make a `with` block that waits until no other process is in one for the same folder, where there are such locks.
 
     Args:
-        folder: Of which a few files are read or written together; not for work that takes long.
+        folder: of which a few files are read or written together; not for work that takes long.
     """
     if fcntl is None:
         yield

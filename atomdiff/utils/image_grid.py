@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Sequence
+from typing import Any
 
 from PIL import Image, ImageDraw, ImageFont
 
@@ -58,14 +59,13 @@ def make_image_grid(
 
     sheet = Image.new("RGB", (left + columns * (width + gap) + gap, top + len(rows) * (height + gap) + gap), _PAPER)
     pen = ImageDraw.Draw(sheet)
+    style: dict[str, Any] = {"fill": _INK, "font": font, "spacing": line - size}
     for column, lines in enumerate(above):
-        for number, text in enumerate(lines):
-            x, y = left + column * (width + gap) + width / 2, top - gap - (len(lines) - number - 0.5) * line
-            pen.text((x, y), text, _INK, font, anchor="mm")
+        x = left + column * (width + gap) + width / 2
+        pen.multiline_text((x, top - gap), "\n".join(lines), anchor="md", align="center", **style)
     for row, lines in enumerate(beside):
-        for number, text in enumerate(lines):
-            y = top + row * (height + gap) + height / 2 - (len(lines) / 2 - number - 0.5) * line
-            pen.text((2 * gap, y), text, _INK, font, anchor="lm")
+        y = top + row * (height + gap) + height / 2
+        pen.multiline_text((2 * gap, y), "\n".join(lines), anchor="lm", **style)
     for row, contents in enumerate(rows):
         for column, image in enumerate(contents):
             if image is not None:

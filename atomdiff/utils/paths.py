@@ -20,7 +20,7 @@ def expand_paths(config: Any) -> None:
     """Replace `~` and environment variables in the fields of a frozen dataclass that are `PathText`, or tuples of it.
 
     Raises:
-        UserError: As `expand_path`.
+        UserError: as `expand_path`.
     """
     for name in path_fields(type(config)):
         value = getattr(config, name)
@@ -43,11 +43,11 @@ def expand_path(path: str | os.PathLike[str], name: str) -> str:
     """Replace a leading `~` or `~user`, and `$VARIABLE` or `${VARIABLE}`; what is there as written stays as it is.
 
     Args:
-        path: A path.
-        name: What it is called in messages.
+        path: a path.
+        name: what it is called in messages.
 
     Raises:
-        UserError: There is no such variable, or no such user.
+        UserError: there is no such variable, or no such user.
     """
     text = os.fspath(path)
     if not _VARIABLE.search(text) and not text.startswith("~") or os.path.lexists(text):
@@ -71,12 +71,12 @@ def refuse_overlap(writes: Mapping[str, str | Path], reads: Mapping[str, str | P
     """Refuse to write to what is read.
 
     Args:
-        writes: What each is called -> a file or folder that is written.
-        reads: What each is called -> a file or folder that is read.
-        inside: Whether a folder is read with all that is in it, and one that is not there may be elsewhere.
+        writes: what each is called -> a file or folder that is written.
+        reads: what each is called -> a file or folder that is read.
+        inside: whether a folder is read with all that is in it, and one that is not there may be elsewhere.
 
     Raises:
-        UserError: Two are the same, or one that is written is inside one that is read.
+        UserError: two are the same, or one that is written is inside one that is read.
     """
     for output, written in writes.items():
         target = _resolved(written, output)
@@ -105,7 +105,7 @@ def check_writable(folder: Path, what: str, name: str = "probe") -> None:
     """Make a folder, and try whether a file of that name can be written in it.
 
     Raises:
-        UserError: It cannot; `what` stands first in the message.
+        UserError: it cannot; `what` stands first in the message.
     """
     probe = folder / f"{name}.{uuid.uuid4().hex[:8]}.unfinished"
     try:

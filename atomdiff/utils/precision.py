@@ -51,12 +51,12 @@ def choose_precision(asked: str | None, device: torch.device, *, field: str = "m
     the device has instructions for it, else float32. Half precision that a processor has to emulate is warned of.
 
     Args:
-        asked: By accelerate's or torch's name ("bf16", "bfloat16"); None: nothing was asked for.
-        device: Where to compute.
-        field: Name of the option, for messages.
+        asked: by accelerate's or torch's name ("bf16", "bfloat16"); None: nothing was asked for.
+        device: where to compute.
+        field: name of the option, for messages.
 
     Raises:
-        UserError: Accelerate is configured to a precision that is not known here.
+        UserError: accelerate is configured to a precision that is not known here.
     """
     configured = os.environ.get(_CONFIGURED)
     if asked is not None:
@@ -90,7 +90,7 @@ def training_precision(asked: str | None) -> ChosenPrecision:
     """Choose the precision of a training run on this process's device, and say which and why on the main process.
 
     Raises:
-        UserError: As `choose_precision`; or fp16 without a GPU.
+        UserError: as `choose_precision`; or fp16 without a GPU.
     """
     device = compute_device()
     if device.type == "cpu" and _NAMES.get(asked or os.environ.get(_CONFIGURED, "no")) == "fp16":

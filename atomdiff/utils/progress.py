@@ -17,12 +17,12 @@ class ProgressBar(tqdm):  # type: ignore[misc]
     """tqdm's bar where errors go to a terminal; elsewhere one line that names the phase and what it counts.
 
     Args:
-        iterable: What to count; None: count with `update`.
-        desc: What the phase does.
-        total: How many there are, if the iterable cannot tell.
-        unit: What is counted, in the plural.
-        disable: Show nothing at all, as on other processes than the first.
-        **options: Of tqdm.
+        iterable: what to count; None: count with `update`.
+        desc: what the phase does.
+        total: how many there are, if the iterable cannot tell.
+        unit: what is counted, in the plural.
+        disable: show nothing at all, as on other processes than the first.
+        **options: of tqdm.
     """
 
     def __init__(

@@ -21,7 +21,7 @@ class DiskCache:
     is made anew. Files are moved into place whole, so that processes may share the folder.
 
     Args:
-        folder: Made with the first file.
+        folder: made with the first file.
     """
 
     def __init__(self, folder: str | Path) -> None:
@@ -31,8 +31,8 @@ class DiskCache:
         """Return the tensors of a key, on the CPU; `make` them and keep them if they are not there.
 
         Args:
-            key: From `hash_values`, of all that the tensors depend on.
-            make: Gives the tensors.
+            key: from `hash_values`, of all that the tensors depend on.
+            make: gives the tensors.
 
         They are given, with a warning, also where they cannot be written.
         """

@@ -27,7 +27,7 @@ def read_text(file: str | Path) -> str:
     """Read a text file in UTF-8, or in UTF-8, UTF-16 or UTF-32 with a byte-order mark; line ends become newlines.
 
     Raises:
-        UserError: It cannot be read, or is not such text; the message names the file.
+        UserError: it cannot be read, or is not such text; the message names the file.
     """
     try:
         content = Path(file).read_bytes()
@@ -54,7 +54,7 @@ def read_yaml(file: str | Path) -> Any:
     Only `true` and `false` are truth values, as in YAML 1.2: who writes `no` may mean a word.
 
     Raises:
-        UserError: It cannot be read; the message names the file.
+        UserError: it cannot be read; the message names the file.
     """
     text = read_text(file)
     try:
