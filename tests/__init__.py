@@ -1,0 +1,1 @@
+"""Tests, which mirror the package; what spans rooms is in `integration`."""

@@ -1,0 +1,72 @@
+"""What many tests do with a pipeline: add adapters, predict noise, compare every bit."""
+
+import copy
+
+import torch
+
+from atomdiff.pipelines.models import pipeline_models
+
+
+def add_adapter(pipe, name, config, parts=("unet",), seed=0, scale=0.1):
+    """Add an adapter to models of a pipeline, with random numbers added to all that it trains."""
+    generator = torch.Generator().manual_seed(seed)
+    for part in parts:
+        model = pipe.components[part]
+        model.add_adapter(copy.deepcopy(config), name)
+        with torch.no_grad():
+            for key, parameter in model.named_parameters():
+                if key.endswith(f".{name}") or f".{name}." in key:
+                    parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
+        model.requires_grad_(False)
+
+
+def snapshot(pipe):
+    """Copies of all tensors of a pipeline's models, and all else that can be seen of it."""
+    models = pipeline_models(pipe)
+    tensors = {
+        f"{part}.{key}": value.detach().clone()
+        for part, model in models.items()
+        for key, value in [*model.state_dict().items(), *model.named_buffers()]
+    }
+    return tensors, {
+        "modules": {part: [(path, type(module)) for path, module in m.named_modules()] for part, m in models.items()},
+        "attributes": {part: set(vars(model)) - {"lora_scale", "_safe_fusing"} for part, model in models.items()},
+        "config": pipe.text_encoder.config.to_dict(),
+        "vocabulary": pipe.tokenizer.get_vocab(),
+        "tokens": pipe.tokenizer.tokenize("a photo of ohwx zwx mug"),
+    }
+
+
+def assert_unchanged(pipe, before):
+    """Check that a pipeline is as in a snapshot, to the bit."""
+    (tensors, structure), (tensors_now, structure_now) = before, snapshot(pipe)
+    assert tensors_now.keys() == tensors.keys()
+    assert [key for key, value in tensors.items() if not torch.equal(tensors_now[key], value)] == []
+    assert structure_now == structure
+
+
+def embed(pipe, prompt):
+    """The prompt embeddings of a prompt."""
+    with torch.no_grad():
+        return pipe.encode_prompt(prompt, "cpu", 1, False)[0]
+
+
+def predict(pipe, prompt="a photo of ohwx mug"):
+    """The UNet's prediction of always the same noise for a prompt."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return pipe.unet(noise, 5, embed(pipe, prompt)).sample
+
+
+def predict_batch(pipe, count, seed=0):
+    """The UNet's predictions of `count` noises for random prompt embeddings."""
+    generator = torch.Generator().manual_seed(seed)
+    latents, text = torch.randn(count, 4, 8, 8, generator=generator), torch.randn(count, 7, 32, generator=generator)
+    with torch.no_grad():
+        return pipe.unet(latents, 500, encoder_hidden_states=text).sample
+
+
+def sharing_pipeline(pipe, *own):
+    """Another pipeline of the same components, but for copies of those named."""
+    parts = {name: copy.deepcopy(part) if name in own else part for name, part in pipe.components.items()}
+    return type(pipe)(**parts, requires_safety_checker=False)
