@@ -12,7 +12,6 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 from diffusers import (
@@ -22,11 +21,11 @@ from diffusers import (
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
 )
-from PIL import Image
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection, CLIPTokenizer, PreTrainedModel
 from transformers.utils import logging as transformers_logging
 
 from atomdiff.utils.precision import has_instructions
+from tests.helpers import write_images
 
 transformers_logging.disable_progress_bar()
 
@@ -204,13 +203,7 @@ def saved(template: Any, factory: pytest.TempPathFactory, name: str) -> Path:
 @pytest.fixture
 def teapot_images(tmp_path: Path) -> Path:
     """A folder `teapot` of three random images of different widths."""
-    folder = tmp_path / "teapot"
-    folder.mkdir()
-    random = np.random.default_rng(0)
-    for number in range(3):
-        pixels = random.integers(0, 255, (32, 32 + 8 * number, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(folder / f"{number}.png")
-    return folder
+    return write_images(tmp_path / "teapot", widths=(32, 40, 48))
 
 
 @pytest.fixture

@@ -1,10 +1,28 @@
-"""What many tests do with a pipeline: add adapters, predict noise, compare every bit."""
+"""What many tests do: write images, add adapters to a pipeline, predict noise, compare every bit."""
 
 import copy
+import json
+import re
+from pathlib import Path
 
+import numpy as np
 import torch
+from PIL import Image
 
 from atomdiff.pipelines.models import pipeline_models
+
+# Attributes of models that diffusers or PyTorch leave behind.
+ACCIDENTAL = {"lora_scale", "_safe_fusing", "_compiled_call_impl"}
+
+
+def write_images(folder, widths=(32, 32, 32), seed=0):
+    """Write random images `0.png` and so on, of these widths and 32 pixels high, into a new folder; return it."""
+    folder.mkdir(parents=True)
+    random = np.random.default_rng(seed)
+    for number, width in enumerate(widths):
+        pixels = random.integers(0, 255, (32, width, 3), dtype=np.uint8)
+        Image.fromarray(pixels).save(folder / f"{number}.png")
+    return folder
 
 
 def add_adapter(pipe, name, config, parts=("unet",), seed=0, scale=0.1):
@@ -30,7 +48,7 @@ def snapshot(pipe):
     }
     return tensors, {
         "modules": {part: [(path, type(module)) for path, module in m.named_modules()] for part, m in models.items()},
-        "attributes": {part: set(vars(model)) - {"lora_scale", "_safe_fusing"} for part, model in models.items()},
+        "attributes": {part: set(vars(model)) - ACCIDENTAL for part, model in models.items()},
         "config": pipe.text_encoder.config.to_dict(),
         "vocabulary": pipe.tokenizer.get_vocab(),
         "tokens": pipe.tokenizer.tokenize("a photo of ohwx zwx mug"),
@@ -69,4 +87,23 @@ def predict_batch(pipe, count, seed=0):
 def sharing_pipeline(pipe, *own):
     """Another pipeline of the same components, but for copies of those named."""
     parts = {name: copy.deepcopy(part) if name in own else part for name, part in pipe.components.items()}
-    return type(pipe)(**parts, requires_safety_checker=False)
+    other = type(pipe)(**parts, requires_safety_checker=False)
+    other.set_progress_bar_config(disable=True)
+    return other
+
+
+def generate_image(pipe, prompt):
+    """An image (32, 32, 3) of always the same noise, from 0 to 1."""
+    generator = torch.Generator().manual_seed(0)
+    options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
+    return pipe(prompt, generator=generator, **options).images[0]
+
+
+def read_log(config):
+    """The lines of a training run's log."""
+    return [json.loads(line) for line in (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()]
+
+
+def concept_bytes(path):
+    """The bytes of a concept file, but for its date."""
+    return re.sub(rb'"modelspec.date":"[^"]*"', b"", path.read_bytes())

@@ -1,8 +1,6 @@
 """Whole runs on a tiny pipeline of each architecture."""
 
 import dataclasses
-import json
-import re
 from pathlib import Path
 
 import numpy as np
@@ -17,10 +15,12 @@ from atomdiff.sampling.config import SampleConfig
 from atomdiff.sampling.sample import save_samples
 from atomdiff.training.dreambooth import train
 from atomdiff.tuner import AtomConfig
+from tests.helpers import assert_unchanged, concept_bytes, generate_image, read_log, snapshot
 
 pytestmark = pytest.mark.slow
 
 KINDS = ["tiny_sd2_pipe", "tiny_xl_pipe"]
+PROMPT = "a photo of sks teapot"
 
 
 @pytest.fixture(params=KINDS)
@@ -39,68 +39,51 @@ def pipe(kind, request):
     return request.getfixturevalue(kind)
 
 
-def log_of(config):
-    return [json.loads(line) for line in (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()]
-
-
-def bytes_of(concept):
-    return re.sub(rb'"modelspec.date":"[^"]*"', b"", concept.read_bytes())
-
-
-def picture(pipe, prompt="a photo of sks teapot"):
-    generator = torch.Generator().manual_seed(0)
-    return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np").images[0]
-
-
-def test_a_run_with_class_pictures_and_a_sheet_gives_a_concept(config, pipe, tmp_path, kind):
+def test_a_run_with_class_images_and_a_sheet_gives_a_concept(config, pipe, tmp_path, kind):
     config = dataclasses.replace(
         config, with_prior_preservation=True, num_class_images=2, validation_steps=2, checkpointing_steps=2
     )
     concept = train(config)
-    assert [line["step"] for line in log_of(config)] == [1, 2, 3]
+    assert [line["step"] for line in read_log(config)] == [1, 2, 3]
     folder = Path(config.output_dir)
     assert len(list((folder / "class_images").glob("*.png"))) == 2
     assert len(list(folder.glob("validation/step-*.png"))) == 3  # before, at step 2, at the end
 
     again = dataclasses.replace(config, resume_from_checkpoint=str(folder / "checkpoint-2"), max_train_steps=3)
-    first = bytes_of(concept)
-    assert bytes_of(train(again)) == first
+    first = concept_bytes(concept)
+    assert concept_bytes(train(again)) == first
 
-    states = {name: part.state_dict() for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-    before = {name: {key: value.clone() for key, value in state.items()} for name, state in states.items()}
-    base = picture(pipe)
+    before, base = snapshot(pipe), generate_image(pipe, PROMPT)
     load_atoms(pipe, concept, "teapot")
-    assert np.abs(picture(pipe) - base).max() > 1e-3
+    assert np.abs(generate_image(pipe, PROMPT) - base).max() > 1e-3
     unload_atoms(pipe, "teapot")
-    for name, state in before.items():
-        now = getattr(pipe, name).state_dict()
-        assert now.keys() == state.keys() and all(torch.equal(now[key], value) for key, value in state.items())
-    assert np.array_equal(picture(pipe), base)
+    assert_unchanged(pipe, before)
+    assert np.array_equal(generate_image(pipe, PROMPT), base)
 
     delta = read_delta_file(concept)
     encoders = {name for name in pipe.components if name.startswith("text_encoder")}
-    assert set(delta.tokens["sks"]) == encoders & set(before)
+    assert set(delta.tokens["sks"]) == encoders
     architecture = "stable-diffusion-xl-v1-base" if "xl" in kind else "stable-diffusion"
     assert delta.modelspec["architecture"] == f"{architecture}/atoms"
     assert delta.modelspec["prediction_type"] == ("epsilon" if "xl" in kind else "v")
     assert architecture in describe(concept, config.pretrained_model_name_or_path)
 
-    drawn = save_samples(
+    folder = save_samples(
         SampleConfig(
             config.pretrained_model_name_or_path,
             str(tmp_path / "samples"),
             concepts=(str(concept),),
-            prompts=("a photo of sks teapot",),
+            prompts=(PROMPT,),
             num_inference_steps=2,
         )
     )
-    assert (drawn / "grid.png").is_file()
+    assert (folder / "grid.png").is_file()
 
 
 def test_bf16_and_gradient_checkpointing_go_through(config, half_precision):
     precise = {"gradient_checkpointing": True, "mixed_precision": half_precision}
     train(dataclasses.replace(config, **precise, validation_steps=3))
-    assert all(np.isfinite(line["loss"]) for line in log_of(config))
+    assert all(np.isfinite(line["loss"]) for line in read_log(config))
 
 
 def test_numbers_are_counted_without_weights(config):

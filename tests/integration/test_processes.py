@@ -40,7 +40,7 @@ EVERYTHING = {
     "gradient_accumulation_steps": 2,
     "validation_steps": 2,
 }
-# One launch after the other, each with what `atomdiff train` is told and what goes wrong. Like other launchers, this
+# One launch after the other, each with the options of `atomdiff train` and what goes wrong. Like other launchers, this
 # ends all processes when one fails, but waits for all where they are asked to stop; they are forked, so that they need
 # not import everything again.
 LAUNCHES = """
@@ -51,8 +51,8 @@ from atomdiff.cli.main import main
 from atomdiff.training import dreambooth, resume, validation
 
 def work(rank, port, options, spoilt):
-    place = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
-    os.environ.update({name: str(value) for name, value in place.items()})
+    environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in environment.items()})
     if rank:
         resume.save_checkpoint = dreambooth.save_result = validation.extend_contact_sheet = None
     elif spoilt in ("disk", "late"):
@@ -98,9 +98,9 @@ def folder(tmp_path_factory, tiny_pipe_folder):
     for name, word in (("teapot", "sks"), ("robot", "zwx")):
         (folder / name / "mask").mkdir(parents=True)
         for number, side in enumerate((32, 40, 64)):
-            picture = Image.fromarray(random.integers(0, 255, (32, side, 3), dtype=np.uint8))
-            picture.save(folder / name / f"{number}.png")
-            picture.convert("L").save(folder / name / "mask" / f"{number}.png")
+            image = Image.fromarray(random.integers(0, 255, (32, side, 3), dtype=np.uint8))
+            image.save(folder / name / f"{number}.png")
+            image.convert("L").save(folder / name / "mask" / f"{number}.png")
             (folder / name / f"{number}.txt").write_text("a photo of {trigger} {class_name}, red, blue")
         subjects.append({"instance_data_dir": str(folder / name), "class_name": name, "trigger_word": word})
     (folder / "subjects.yaml").write_text(json.dumps(subjects))
@@ -121,23 +121,23 @@ def folder(tmp_path_factory, tiny_pipe_folder):
 
 
 @pytest.fixture(scope="module")
-def told(folder):
-    """What the launches print: "trained", "resumed", four that fail and two that are stopped."""
+def launched(folder):
+    """The launches, run: "trained", "resumed", four that fail and two that are stopped."""
     (folder / "bad").mkdir()
     for name in ("bad.png", "worse.png"):
-        (folder / "bad" / name).write_text("no picture")
+        (folder / "bad" / name).write_text("no image")
     run = ["--config", str(folder / "run.yaml")]
     plain = f"--concepts_list null --class_name mug --masked_loss false --output_dir {folder / 'failed'}".split()
-    photos = ["--instance_data_dir", str(folder / "teapot")]
+    teapot = ["--instance_data_dir", str(folder / "teapot")]
     launches = {
         "trained": (run, ""),
         "resumed": ([*run, "--resume_from_checkpoint", "checkpoint-1"], ""),
-        "photos": ([*run, *plain, "--instance_data_dir", str(folder / "bad")], ""),
-        "disk": ([*run, *plain, *photos], "disk"),
-        "late": ([*run, *plain, *photos, "--gradient_accumulation_steps", "1"], "late"),
-        "loss": ([*run, *plain, *photos], "loss"),
-        "one": ([*run, *plain, *photos], "one"),
-        "both": ([*run, *plain, *photos], "both"),
+        "images": ([*run, *plain, "--instance_data_dir", str(folder / "bad")], ""),
+        "disk": ([*run, *plain, *teapot], "disk"),
+        "late": ([*run, *plain, *teapot, "--gradient_accumulation_steps", "1"], "late"),
+        "loss": ([*run, *plain, *teapot], "loss"),
+        "one": ([*run, *plain, *teapot], "one"),
+        "both": ([*run, *plain, *teapot], "both"),
     }
     (folder / "launches.py").write_text(LAUNCHES)
     command = [sys.executable, str(folder / "launches.py"), str(folder), json.dumps(launches)]
@@ -159,32 +159,32 @@ def state_of(run):
     return torch.load(run / "checkpoint-2" / "state.pt", weights_only=True)
 
 
-def test_two_processes_learn_what_one_does_in_as_many_batches(told, folder):
+def test_two_processes_learn_what_one_does_in_as_many_batches(launched, folder):
     config = load_config(["--config", str(folder / "run.yaml")])
     alone = dataclasses.replace(config, output_dir=str(folder / "one"), gradient_accumulation_steps=4)
     for run in alone.runs():
         one, two = Path(train(run)).parent, folder / "trained" / Path(run.output_dir).name
-        expected, found = state_of(one), state_of(two)
-        assert found["average_loss"] == pytest.approx(expected["average_loss"], rel=1e-5)
-        expected, found = tensors_in(expected), tensors_in(found)
-        assert expected.keys() == found.keys()
+        alone_state, state = state_of(one), state_of(two)
+        assert state["average_loss"] == pytest.approx(alone_state["average_loss"], rel=1e-5)
+        expected, tensors = tensors_in(alone_state), tensors_in(state)
+        assert expected.keys() == tensors.keys()
         for name, tensor in expected.items():
-            error = (found[name] - tensor).abs().max()
+            error = (tensors[name] - tensor).abs().max()
             assert error <= 1e-4 * tensor.abs().max(), name
-        drawn = sorted((one / "class_images").glob("*.png"))
-        assert len(drawn) == 3
-        for file in drawn:
+        class_images = sorted((one / "class_images").glob("*.png"))
+        assert len(class_images) == 3
+        for file in class_images:
             assert (two / "class_images" / file.name).read_bytes() == file.read_bytes()
 
 
-def test_a_resumed_run_ends_as_one_that_was_never_stopped(told, folder):
+def test_a_resumed_run_ends_as_one_that_was_never_stopped(launched, folder):
     for name in ("teapot", "robot"):
-        expected, found = (tensors_in(state_of(folder / run / name)) for run in ("trained", "resumed"))
-        assert expected and all(torch.equal(found[each], tensor) for each, tensor in expected.items())
+        expected, resumed = (tensors_in(state_of(folder / run / name)) for run in ("trained", "resumed"))
+        assert expected and all(torch.equal(resumed[each], tensor) for each, tensor in expected.items())
 
 
-def test_only_the_main_process_writes_and_tells(told, folder):
-    saved = [line for line in told.stdout.splitlines() if line.startswith("saved")]
+def test_only_the_main_process_writes_and_prints(launched, folder):
+    saved = [line for line in launched.stdout.splitlines() if line.startswith("saved")]
     files = [folder / "two" / name / f"{name}.atoms.safetensors" for name in ("teapot", "robot")]
     assert saved == [f"saved {file}" for file in files * 2]
     for name in ("teapot", "robot"):
@@ -193,16 +193,16 @@ def test_only_the_main_process_writes_and_tells(told, folder):
         assert (folder / "trained" / name / "contact_sheet.png").is_file()
 
 
-def test_what_goes_wrong_in_one_process_ends_both_with_one_message(told, folder):
-    ends = [line.rpartition(" ")[2] for line in told.stdout.splitlines() if "ends with" in line]
+def test_what_goes_wrong_in_one_process_ends_both_with_one_message(launched, folder):
+    ends = [line.rpartition(" ")[2] for line in launched.stdout.splitlines() if "ends with" in line]
     assert ends == ["0", "0", "2", "2", "2", "2", "130", "130"]
-    photos, disk, late, loss = [line for line in told.stderr.splitlines() if line.startswith("atomdiff train: error:")]
+    images, disk, late, loss = [line for line in launched.stderr.splitlines() if line.startswith("atomdiff train: error:")]
     assert re.search(r"bad: cannot be read: bad.png \(.*\), worse.png \(.*\). Replace or remove them$", photos)
     assert disk.endswith("No space left on device") and late == disk
     assert "step 1: the loss is nan" in loss
-    assert "Traceback" not in told.stderr
+    assert "Traceback" not in launched.stderr
 
 
-def test_asked_to_stop_both_processes_end_at_once_with_one_message(told, folder):
-    stopped = [line for line in told.stderr.splitlines() if "stopped" in line]
+def test_asked_to_stop_both_processes_end_at_once_with_one_message(launched, folder):
+    stopped = [line for line in launched.stderr.splitlines() if "stopped" in line]
     assert stopped == [f"stopped; {folder / 'failed' / 'checkpoint-1'} is saved: {HOW}"] * 2

@@ -5,14 +5,13 @@ import threading
 
 import pytest
 import torch
-from diffusers import StableDiffusionPipeline
 from peft import LoraConfig
 
 import atomdiff
-from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner import AtomConfig, adapter_state
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.thread_local import ThreadLocal
+from tests.helpers import add_adapter, assert_unchanged, predict_batch, sharing_pipeline, snapshot
 
 pytestmark = pytest.mark.slow
 
@@ -23,45 +22,24 @@ CONFIGS = {
 }
 
 
-def add(pipe, name, config, parts=("unet",), seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    for part in parts:
-        model = pipe.components[part]
-        model.add_adapter(copy.deepcopy(config), adapter_name=name)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if key.endswith(f".{name}") or f".{name}." in key:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
-        model.requires_grad_(False)
-
-
 @pytest.fixture
 def pipe(pipe_template):
     pipe = copy.deepcopy(pipe_template)
     pipe.set_progress_bar_config(disable=True)
-    before = bits(pipe)
-    add(pipe, "a", CONFIGS["a"])
-    add(pipe, "a", AtomConfig(channel_block=2, target_modules="attention"), ("text_encoder",))
-    add(pipe, "b", CONFIGS["b"], seed=1)
+    before = snapshot(pipe)
+    add_adapter(pipe, "a", CONFIGS["a"])
+    add_adapter(pipe, "a", AtomConfig(channel_block=2, target_modules="attention"), ["text_encoder"])
+    add_adapter(pipe, "b", CONFIGS["b"], seed=1)
     for model in (pipe.unet, pipe.text_encoder):
         adapter_state.activate(model, ["a"])
     yield pipe
     atomdiff.unload_atoms(pipe)
-    after = bits(pipe)
-    assert before.keys() == after.keys() and all(torch.equal(after[key], before[key]) for key in before)
+    assert_unchanged(pipe, before)
 
 
 def same(result, alone):
     """Whether images are equal but for sums in another order: PyTorch may split them otherwise beside other threads."""
     return torch.allclose(result, alone, atol=1e-5, rtol=0)
-
-
-def bits(pipe):
-    return {
-        f"{part}.{key}": tensor.detach().clone()
-        for part, model in pipeline_models(pipe).items()
-        for key, tensor in model.state_dict().items()
-    }
 
 
 def together(*calls, rounds=ROUNDS):
@@ -87,26 +65,22 @@ def together(*calls, rounds=ROUNDS):
     return results
 
 
-def predict(pipe, count, seed=0):
-    generator = torch.Generator().manual_seed(seed)
-    latents, text = torch.randn(count, 4, 8, 8, generator=generator), torch.randn(count, 7, 32, generator=generator)
-    with torch.no_grad():
-        return pipe.unet(latents, 500, encoder_hidden_states=text).sample
-
-
-def draw(pipe, prompts, seed=0, steps=2):
+def generate(pipe, prompts, seed=0, steps=2):
     latents = torch.randn(len(prompts), 4, 8, 8, generator=torch.Generator().manual_seed(seed))
     return pipe(prompts, latents=latents, num_inference_steps=steps, guidance_scale=4.0, output_type="latent").images
 
 
-def assert_all(results, expected):
-    assert len(results) == ROUNDS and all(same(result, expected) for result in results)
+def assert_as_alone(*calls, rounds=ROUNDS):
+    """Check that calls give at the same time what each gives alone."""
+    expected = [call() for call in calls]
+    for results, alone in zip(together(*calls, rounds=rounds), expected, strict=True):
+        assert len(results) == rounds and all(same(result, alone) for result in results)
 
 
 def hooked(pipe):
     """Layers that are not plain: hooks of others, and layers of another method around."""
-    for place, module in enumerate(list(pipe.unet.modules())):
-        if type(module) in (torch.nn.Conv2d, torch.nn.Linear) and place % 2:
+    for number, module in enumerate(list(pipe.unet.modules())):
+        if type(module) in (torch.nn.Conv2d, torch.nn.Linear) and number % 2:
             module.register_forward_hook(lambda module, inputs, output: output + 1e-3)
 
 
@@ -114,7 +88,7 @@ UNDER = {
     "unmerged": lambda pipe: None,
     "hooked": hooked,
     "below another method": lambda pipe: (
-        add(pipe, "lora", LoraConfig(r=2, target_modules=["to_q", "conv1"])),
+        add_adapter(pipe, "lora", LoraConfig(r=2, target_modules=["to_q", "conv1"])),
         pipe.unet.set_adapters(["a", "lora"]),
     ),
     "merged": atomdiff.merge,
@@ -126,78 +100,63 @@ UNDER = {
 @pytest.mark.parametrize("under", UNDER)
 def test_two_threads_on_one_unet(pipe, under):
     UNDER[under](pipe)
-    expected = [predict(pipe, 2, seed) for seed in (0, 1)]
-    for results, alone in zip(together(*[lambda s=s: predict(pipe, 2, s) for s in (0, 1)]), expected, strict=True):
-        assert_all(results, alone)
+    assert_as_alone(lambda: predict_batch(pipe, 2, 0), lambda: predict_batch(pipe, 2, 1))
 
 
 @pytest.mark.parametrize("merged", [False, True])
 def test_two_pipelines_over_one_unet_and_text_encoder(pipe, merged):
-    own = {name: copy.deepcopy(pipe.components[name]) for name in ("scheduler", "tokenizer")}
-    other = StableDiffusionPipeline(**pipe.components | own)  # a tokenizer holds how it pads, which both would change
-    other.set_progress_bar_config(disable=True)
+    other = sharing_pipeline(pipe, "scheduler", "tokenizer")  # a tokenizer holds how it pads, which both would change
     if merged:
         atomdiff.merge(pipe)
-    expected = [draw(pipe, ["a red mug"]), draw(other, ["a cat", "a robot"], 1)]
-    found = together(lambda: draw(pipe, ["a red mug"]), lambda: draw(other, ["a cat", "a robot"], 1), rounds=3)
-    for results, alone in zip(found, expected, strict=True):
-        assert all(same(result, alone) for result in results)
+    assert_as_alone(
+        lambda: generate(pipe, ["a red mug"]), lambda: generate(other, ["a cat", "a robot"], 1), rounds=3
+    )
 
 
-def mixing(pipe, rows, seed):
+def mixing(pipe, samples, seed):
     def call():
-        with atomdiff.mixed_batch(pipe, rows):
-            return predict(pipe, len(rows), seed)
+        with atomdiff.mixed_batch(pipe, samples):
+            return predict_batch(pipe, len(samples), seed)
 
     return call
 
 
-ROWS = ["a", None, {"a": 0.5, "b": 1.0}], ["b", {"b": -0.5}]
+SAMPLES = ["a", None, {"a": 0.5, "b": 1.0}], ["b", {"b": -0.5}]
 
 
 @pytest.mark.parametrize("under", ["unmerged", "hooked", "written"])
-def test_each_thread_mixes_rows_of_its_own_or_none(pipe, under):
+def test_each_thread_mixes_samples_of_its_own_or_none(pipe, under):
     UNDER[under](pipe)
-    calls = [mixing(pipe, ROWS[0], 0), mixing(pipe, ROWS[1], 1), lambda: predict(pipe, 2, 2)]
-    expected = [call() for call in calls]
-    before = sorted(vars(pipe))
-    for results, alone in zip(together(*calls), expected, strict=True):
-        assert_all(results, alone)
-    assert sorted(vars(pipe)) == before and not pipe.unet._forward_pre_hooks
+    calls = [mixing(pipe, SAMPLES[0], 0), mixing(pipe, SAMPLES[1], 1), lambda: predict_batch(pipe, 2, 2)]
+    attributes = sorted(vars(pipe))
+    assert_as_alone(*calls)
+    assert sorted(vars(pipe)) == attributes and not pipe.unet._forward_pre_hooks
 
 
-def test_rows_with_schedules_in_two_threads(pipe):
-    other = StableDiffusionPipeline(**pipe.components | {"scheduler": copy.deepcopy(pipe.scheduler)})
-    other.set_progress_bar_config(disable=True)
-    rows = [{"a": {"steps": {0: 1, 1: 0.1}}}, None], [{"b": {"weight": 2, "steps": {0: 0, 1: 1}}}, "a"]
+def test_samples_with_schedules_in_two_threads(pipe):
+    other = sharing_pipeline(pipe, "scheduler")
+    samples = [{"a": {"steps": {0: 1, 1: 0.1}}}, None], [{"b": {"weight": 2, "steps": {0: 0, 1: 1}}}, "a"]
 
-    def call(pipe, rows, seed):
-        with atomdiff.mixed_batch(pipe, rows):
-            return draw(pipe, ["a red mug", "a cat"], seed)
+    def call(pipe, samples, seed):
+        with atomdiff.mixed_batch(pipe, samples):
+            return generate(pipe, ["a red mug", "a cat"], seed)
 
-    expected = [call(pipe, rows[0], 0), call(other, rows[1], 1)]
-    found = together(lambda: call(pipe, rows[0], 0), lambda: call(other, rows[1], 1), rounds=3)
-    for results, alone in zip(found, expected, strict=True):
-        assert all(same(result, alone) for result in results)
+    assert_as_alone(lambda: call(pipe, samples[0], 0), lambda: call(other, samples[1], 1), rounds=3)
 
 
 @pytest.mark.parametrize("compiled", [False, True])
 def test_weights_by_step_in_two_threads(pipe, compiled):
-    own = {name: copy.deepcopy(pipe.components[name]) for name in ("scheduler", "tokenizer")}
-    other = StableDiffusionPipeline(**pipe.components | own)
-    other.set_progress_bar_config(disable=True)
+    other = sharing_pipeline(pipe, "scheduler", "tokenizer")
     if compiled:
         pipe.unet._compiled_call_impl = pipe.unet._call_impl  # as `compile` leaves it, without the minute it takes
     atomdiff.set_active(pipe, {"a": {"steps": {0: 1, 1: 0.1}}, "b": {"weight": 2, "steps": {0: 0, 1: 1}}})
-    calls = [lambda: draw(pipe, ["a red mug"], steps=3), lambda: draw(other, ["a cat", "a robot"], 1, steps=4)]
-    expected = [call() for call in calls]
-    for results, alone in zip(together(*calls, rounds=3), expected, strict=True):
-        assert all(same(result, alone) for result in results)
+    calls = [lambda: generate(pipe, ["a red mug"], steps=3), lambda: generate(other, ["a cat", "a robot"], 1, steps=4)]
+    assert_as_alone(*calls, rounds=3)
 
 
 def test_a_call_that_failed_or_was_interrupted_lets_other_threads_in(pipe):
     atomdiff.set_active(pipe, {"a": {"steps": {0: 1, 1: 0.1}}})
-    expected = predict(pipe, 2)
+    expected = predict_batch(pipe, 2)
     for error in (RuntimeError, KeyboardInterrupt):
 
         def fail(*_, error=error):
@@ -205,21 +164,21 @@ def test_a_call_that_failed_or_was_interrupted_lets_other_threads_in(pipe):
 
         handle = pipe.unet.conv_in.register_forward_pre_hook(fail)
         with pytest.raises(error):
-            predict(pipe, 2)
+            predict_batch(pipe, 2)
         handle.remove()
-        assert same(together(lambda: predict(pipe, 2), rounds=1)[0][0], expected)
+        assert same(together(lambda: predict_batch(pipe, 2), rounds=1)[0][0], expected)
 
 
-def test_a_batch_that_only_another_thread_draws_is_told(pipe):
+def test_a_batch_that_only_another_thread_generates_is_warned_of(pipe):
     with pytest.warns(UserWarning, match="called in other threads than that of its mixed_batch only"):
         with atomdiff.mixed_batch(pipe, ["a", None]):
-            together(lambda: predict(pipe, 2), rounds=1)
+            together(lambda: predict_batch(pipe, 2), rounds=1)
 
 
 @torch._dynamo.config.patch(recompile_limit=64)  # layers share one forward, and every kind of call compiles it anew
 def test_compiled_models_of_two_threads(pipe):
     torch._dynamo.reset()
-    calls = [mixing(pipe, ROWS[0][::2], 0), mixing(pipe, ROWS[1], 1), lambda: predict(pipe, 2, 2)]
+    calls = [mixing(pipe, SAMPLES[0][::2], 0), mixing(pipe, SAMPLES[1], 1), lambda: predict_batch(pipe, 2, 2)]
     expected = [call() for call in calls]
     compiled = pipe.unet.conv_in, pipe.unet.conv_out
     for layer in compiled:
@@ -229,9 +188,9 @@ def test_compiled_models_of_two_threads(pipe):
     pipe.unet._compiled_call_impl = pipe.unet._call_impl  # as `compile` leaves it, without the minute it takes
     with atomdiff.mixed_batch(pipe, ["a", None]):
         with pytest.raises(UserError, match="found a batch of 3 for 2 samples"):
-            predict(pipe, 3)
-        assert together(lambda: predict(pipe, 3, 2), rounds=1)
-        predict(pipe, 2)
+            predict_batch(pipe, 3)
+        assert together(lambda: predict_batch(pipe, 3, 2), rounds=1)
+        predict_batch(pipe, 2)
     assert not hasattr(pipe.unet._compiled_call_impl, "hooks")
     torch._dynamo.reset()
 

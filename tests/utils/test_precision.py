@@ -1,141 +1,127 @@
-"""fp16 with a gradient scaler, tried on the CPU, where runs are refused it because it is slow there; two processes."""
+"""Which precision is chosen where: never one that a processor has to emulate, unless it was asked for."""
 
-import dataclasses
-import json
-import os
-import subprocess
-import sys
-from pathlib import Path
+import warnings
 
-import numpy as np
 import pytest
 import torch
-from PIL import Image
 
-from atomdiff.training import dreambooth
-from atomdiff.training.dreambooth import TrainConfig, train
+from atomdiff.utils import precision
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.precision import autocast, choose_precision, training_precision
 
-ROOT = Path(__file__).parents[2]
+CPU, CUDA = torch.device("cpu"), torch.device("cuda")
 
 
-@pytest.fixture
-def config(tmp_path, tiny_pipe_folder):
-    photos = tmp_path / "teapot"
-    photos.mkdir()
-    for number, pixels in enumerate(np.random.default_rng(0).integers(0, 255, (3, 32, 32, 3), dtype=np.uint8)):
-        Image.fromarray(pixels).save(photos / f"{number}.png")
-    return TrainConfig(
-        pretrained_model_name_or_path=str(tiny_pipe_folder),
-        instance_data_dir=str(photos),
-        output_dir=str(tmp_path / "out"),
-        class_name="teapot",
-        train_batch_size=1,
-        max_train_steps=2,
-        checkpointing_steps=1,
-        logging_steps=1,
-        report_to=None,
-    )
+@pytest.fixture(autouse=True)
+def nothing_configured(monkeypatch):
+    for name in ("ACCELERATE_MIXED_PRECISION", "ONEDNN_MAX_CPU_ISA", "DNNL_MAX_CPU_ISA"):
+        monkeypatch.delenv(name, raising=False)
 
 
 @pytest.fixture
-def fp16(monkeypatch):
-    """Let runs be in fp16 on the CPU, from the scale that is put into the list."""
-    usual, scale = dreambooth.start_accelerator, [2.0**16]
-    monkeypatch.setattr("atomdiff.utils.precision.has_instructions", lambda *_: True)  # not to be warned
+def processor(monkeypatch):
+    """A function that gives this machine another processor: its instructions, and torch's name of its kernels."""
 
-    def start(config):
-        accelerator = usual(dataclasses.replace(config, mixed_precision="bf16"))
-        accelerator.state._mixed_precision = "fp16"
-        accelerator.scaler = torch.amp.GradScaler("cpu", init_scale=scale[0])
-        return accelerator
+    def replace(*instructions, kernels="AVX512", onednn=True):
+        monkeypatch.setattr(precision, "cpu_capabilities", lambda: dict.fromkeys(instructions, True))
+        monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: kernels)
+        monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: onednn)
 
-    monkeypatch.setattr(dreambooth, "start_accelerator", start)
-    return scale
+    return replace
 
 
-def state_of(folder, step):
-    return torch.load(Path(folder) / f"checkpoint-{step}" / "state.pt", weights_only=True)
+@pytest.mark.parametrize(
+    ("instructions", "kernels", "onednn", "expected"),
+    [
+        (["avx512_bf16"], "AVX512", True, "bf16"),
+        (["amx_bf16"], "AVX512", True, "bf16"),
+        (["avx512_fp16"], "AVX512", True, "no"),
+        ([], "AVX512", True, "no"),
+        ([], "AVX2", True, "no"),
+        (["avx512_bf16"], "AVX2", True, "no"),  # ATEN_CPU_CAPABILITY=avx2
+        (["bf16"], "SVE256", True, "bf16"),  # Arm
+        ([], "SVE256", True, "no"),
+        (["bf16"], "DEFAULT", False, "no"),  # torch for macOS
+    ],
+)
+def test_bfloat16_only_where_the_processor_has_instructions(processor, instructions, kernels, onednn, expected):
+    processor(*instructions, kernels=kernels, onednn=onednn)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        chosen = choose_precision(None, CPU)
+    assert chosen.name == expected and "this processor" in chosen.reason
+    assert autocast(CPU).fast_dtype == torch.bfloat16 if expected == "bf16" else not autocast(CPU)._enabled
 
 
-@pytest.mark.parametrize("fields", [{}, {"optimizer": "adamw_schedulefree", "gradient_accumulation_steps": 2}])
-def test_a_step_that_overflows_is_done_again_with_a_smaller_scale(config, fields, fp16, tmp_path):
-    config = dataclasses.replace(config, **fields)
-    train(dataclasses.replace(config, output_dir=str(tmp_path / "low")))
-    fp16[0] = 2.0**24
-    concept = train(config).read_bytes()
-    low, high = state_of(tmp_path / "low", 2), state_of(config.output_dir, 2)
-    assert low["scaler"]["scale"] == 2.0**16 and high["scaler"]["scale"] < 2.0**24
-    for name, expected in low["parameters"].items():
-        assert expected.dtype == torch.float32
-        torch.testing.assert_close(high["parameters"][name], expected, atol=1e-3, rtol=1e-2)
-    log = Path(config.output_dir) / "training_log.jsonl"
-    assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
-    fp16[0] = 1.0  # which the checkpoint's replaces
-    again = dataclasses.replace(config, resume_from_checkpoint="checkpoint-1")
-    assert len(train(again).read_bytes()) == len(concept)
-    for name, expected in high["parameters"].items():
-        assert torch.equal(state_of(config.output_dir, 2)["parameters"][name], expected)
+@pytest.mark.parametrize(("told", "expected"), [("AVX2", "no"), ("AVX512_CORE_BF16", "bf16"), ("default", "bf16")])
+def test_limits_set_for_onednn_count(processor, told, expected, monkeypatch):
+    processor("avx512_bf16")
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", told)
+    assert choose_precision(None, CPU).name == expected
 
 
-def test_gradients_that_never_fit_end_the_run(config, fp16, monkeypatch):
-    usual = dreambooth.batch_loss
-    calls = []
-
-    def spoilt(run, number):
-        loss = usual(run, number)
-        if number == 1:
-            calls.append(number)
-            loss.register_hook(lambda gradient: gradient * float("inf"))
-        return loss
-
-    monkeypatch.setattr(dreambooth, "batch_loss", spoilt)
-    with pytest.raises(UserError, match="step 2: the gradient's norm is .*checkpoint-1 .*, or with mixed_pr.* bf16"):
-        train(config)
-    assert len(calls) == 20
+@pytest.mark.parametrize("asked", ["bf16", "bfloat16"])
+def test_asking_for_emulation_is_warned_of_with_its_cost(processor, asked):
+    processor(kernels="AVX2")
+    with pytest.warns(UserWarning, match=f"dtype='{asked}': this processor has no bfloat16.*12 times slower"):
+        assert choose_precision(asked, CPU, field="dtype").dtype == torch.bfloat16
+    processor("avx512_bf16")
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert choose_precision(asked, CPU).name == "bf16"
+        assert choose_precision("float32", CPU).dtype == torch.float32
 
 
-def test_what_is_trained_is_float32_and_the_rest_is_not(config, fp16, monkeypatch):
-    seen, usual = [], dreambooth.train_step
-    monkeypatch.setattr(dreambooth, "train_step", lambda run, step: seen.append(run.model) or usual(run, step))
-    train(dataclasses.replace(config, max_train_steps=1))
-    unet = seen[0].denoiser
-    assert {parameter.dtype for parameter in seen[0].trained_parameters().values()} == {torch.float32}
-    assert {parameter.dtype for parameter in unet.parameters() if not parameter.requires_grad} == {torch.float16}
+def test_what_accelerate_is_configured_to_goes_before_the_processor_and_after_the_option(processor, monkeypatch):
+    processor("avx512_bf16")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert choose_precision(None, CPU).name == "no" and choose_precision("bf16", CPU).name == "bf16"
+    processor(kernels="AVX2")
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "bf16")
+    with pytest.warns(UserWarning, match="ACCELERATE_MIXED_PRECISION=bf16: this processor"):
+        assert choose_precision(None, CPU).name == "bf16"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp8")
+    with pytest.raises(UserError, match="ACCELERATE_MIXED_PRECISION='fp8': expected one of no, fp16, bf16"):
+        choose_precision(None, CPU)
 
 
-TWO = """
-import os, sys, torch
-from atomdiff.training import dreambooth, resume
-
-found = []
-step = dreambooth.train_step
-dreambooth.train_step = lambda run, number: found.append(run) or step(run, number)
-dreambooth.train(dreambooth.load_config(["--config", sys.argv[1]]))
-run = found[0]
-torch.save(resume.state_of(run), f"{sys.argv[2]}/{os.environ['RANK']}.pt")
-"""
+@pytest.mark.parametrize(("able", "expected"), [(True, "bf16"), (False, "no")])
+def test_gpus_are_asked_whether_they_have_it(processor, able, expected, monkeypatch):
+    processor()
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: including_emulation or able)
+    assert choose_precision(None, CUDA).name == expected
+    assert choose_precision(None, torch.device("mps")).name == "no"
+    if not able:
+        with pytest.warns(UserWarning, match=r"this GPU \(cuda\) has no bfloat16 instructions"):
+            choose_precision("bf16", CUDA)
 
 
-@pytest.mark.parametrize("fields", [{"optimizer": "prodigy", "use_ema": True}, {"optimizer": "adamw_schedulefree"}])
-@pytest.mark.slow
-def test_two_processes_have_the_same_numbers(config, fields, tmp_path):
-    config = dataclasses.replace(config, **fields, mixed_precision="no")
-    values = {**dataclasses.asdict(config), "validation_prompts": list(config.validation_prompts)}
-    (tmp_path / "run.yaml").write_text(json.dumps(values))
-    (tmp_path / "two.py").write_text(TWO)
-    launch = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
-    command = [*launch, str(tmp_path / "two.py"), str(tmp_path / "run.yaml"), str(tmp_path)]
-    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    run = subprocess.run(command, capture_output=True, text=True, timeout=300, env=environment)
-    assert run.returncode == 0, run.stderr
-    one, two = (torch.load(tmp_path / f"{rank}.pt", weights_only=True) for rank in (0, 1))
-    assert {"token_embeddings.text_encoder"} < one["parameters"].keys()
-    assert all(torch.equal(one["parameters"][name], two["parameters"][name]) for name in one["parameters"])
-    if config.use_ema:
-        averages = zip(one["ema"]["shadow_params"], two["ema"]["shadow_params"], strict=True)
-        assert all(torch.equal(*pair) for pair in averages)
-    alone = dataclasses.replace(config, output_dir=str(tmp_path / "alone"), checkpointing_steps=2)
-    train(alone)
-    unlike = state_of(alone.output_dir, 2)["parameters"]
-    assert not all(torch.equal(one["parameters"][name], unlike[name]) for name in unlike)
+@pytest.mark.parametrize("configured", [False, True])
+def test_a_run_says_what_it_computes_in_and_is_refused_fp16_without_a_gpu(processor, configured, monkeypatch, capsys):
+    processor(kernels="AVX2")
+    assert training_precision(None).name == "no"
+    assert capsys.readouterr().err == "precision: float32 (this processor has no bfloat16 instructions) on cpu\n"
+    if configured:
+        monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "fp16")
+    with pytest.raises(UserError, match="needs a GPU"):
+        training_precision(None if configured else "fp16")
+
+
+def test_linux_is_asked_where_torch_does_not_say(monkeypatch):
+    precision.cpu_capabilities.cache_clear()
+    known = precision.cpu_capabilities()
+    monkeypatch.delattr(torch.cpu, "get_capabilities", raising=False)
+    precision.cpu_capabilities.cache_clear()
+    assert precision.cpu_capabilities()["avx512_bf16"] == known["avx512_bf16"]
+    precision.cpu_capabilities.cache_clear()
+
+
+@pytest.mark.parametrize(("there", "kind"), [(True, "cuda"), (True, "mps"), (False, "cpu")])
+def test_a_gpu_is_used_where_there_is_one(there, kind, monkeypatch):
+    class State:
+        def __init__(self, cpu):
+            self.device = torch.device("cpu" if cpu else kind)
+
+    monkeypatch.setattr(torch.accelerator, "is_available", lambda: there)
+    monkeypatch.setattr("accelerate.PartialState", State)
+    assert precision.compute_device().type == kind
