@@ -13,7 +13,7 @@ from atomdiff.utils.atomic import new_file, write_json, write_png
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, expand_paths
 from atomdiff.utils.progress import log
-from atomdiff.utils.text import with_article
+from atomdiff.utils.articles import with_article
 from atomdiff.utils.versions import versions
 
 if TYPE_CHECKING:

@@ -14,7 +14,7 @@ from atomdiff.data.images import read_images
 from atomdiff.evaluate.encoders import ImageEncoder
 from atomdiff.sampling.generate import generate_each
 from atomdiff.utils.progress import ProgressBar
-from atomdiff.utils.text import with_article
+from atomdiff.utils.articles import with_article
 
 Images = list[Image.Image]
 

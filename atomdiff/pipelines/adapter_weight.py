@@ -14,7 +14,7 @@ from atomdiff.bases.find import BASES
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.hooks import Hook, before_calls
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.thread_local import CallLock, ThreadLocal
+from atomdiff.utils.threads import CallLock, ThreadLocal
 
 _EXPECTED = (
     "give a number, or {'weight': number, 'blocks': {'down': number, 'up.1': number}, 'steps': {0: number, 1: number}}"

@@ -28,7 +28,7 @@ from atomdiff.tuner.peft_type import PREFIX
 from atomdiff.tuner.variants import BASIS_NAMES, PARAMETER_NAMES, TENSOR_NAMES, Atoms, atoms_of
 from atomdiff.utils import functional_call
 from atomdiff.utils.functional_call import without_autocast
-from atomdiff.utils.thread_local import ThreadLocal
+from atomdiff.utils.threads import ThreadLocal
 
 _RANDOM_START = 0.5  # size of a random start: about that of the change of a weight, relative to the weight
 

@@ -10,7 +10,7 @@ from peft import LoraConfig
 import atomdiff
 from atomdiff.tuner import AtomConfig, adapter_state
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.thread_local import ThreadLocal
+from atomdiff.utils.threads import ThreadLocal
 from tests.helpers import add_adapter, assert_unchanged, predict_batch, sharing_pipeline, snapshot
 
 pytestmark = pytest.mark.slow

@@ -1,4 +1,4 @@
-"""What each thread has for itself."""
+"""What each thread has for itself, and calls that threads make one at a time."""
 
 from __future__ import annotations
 

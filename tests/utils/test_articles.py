@@ -2,7 +2,7 @@ import pytest
 
 from atomdiff.toybox.scenes import CLASSES
 from atomdiff.training.config import Subject
-from atomdiff.utils.text import fit_article, with_article
+from atomdiff.utils.articles import fit_article, with_article
 
 AN = "umbrella hour apple honest honor heir onion usher urn owl ice igloo Oracle uncle unimportant egg x-ray"
 A = "mug unicorn uniform university European ewe one one-eyed user USB unit utensil UFO utopia ukulele hat herbivore"
