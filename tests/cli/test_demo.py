@@ -72,30 +72,30 @@ def test_any_method_objective_and_folder_go_the_same_way(quick, tmp_path):
     quick.write_text(
         f"{quick.read_text()}rescale_betas_zero_snr: false\n"
     )  # loading would warn of the base's scheduler
-    photos = tmp_path / "my-photos"
-    photos.mkdir()
+    images = tmp_path / "my-images"
+    images.mkdir()
     for path in sorted((ROOT / "samples" / "subjects" / "robot").glob("*.png"))[:3]:
-        (photos / path.name).write_bytes(path.read_bytes())
+        (images / path.name).write_bytes(path.read_bytes())
     adapter = ROOT / "configs" / "experiments" / "lora" / "attention_r16" / "adapter.json"
     config = DemoConfig(
-        str(photos), class_name="robot", run=str(quick), adapter=str(adapter), output_dir=str(tmp_path / "lora")
+        str(images), class_name="robot", run=str(quick), adapter=str(adapter), output_dir=str(tmp_path / "lora")
     )
     report = run_demo(config)
-    assert report["subject"] == "my-photos" and report["references"] == "training photos"
+    assert report["subject"] == "my-images" and report["references"] == "training photos"
     assert report["num_trainable_parameters"] > 250_000
 
 
 @pytest.mark.slow
-def test_one_large_photo_of_a_class_without_a_word(quick, tmp_path, capsys):
-    photos = tmp_path / "photos"
-    photos.mkdir()
-    photo = Image.open(ROOT / "samples" / "subjects" / "robot" / "01.png").resize((1500, 1000))
-    photo.save(photos / "01.jpg")
-    options = ["--instance_data_dir", str(photos), "--class_name", "ogre", "--output_dir", str(tmp_path / "out")]
+def test_one_large_image_of_a_class_without_a_word(quick, tmp_path, capsys):
+    images = tmp_path / "images"
+    images.mkdir()
+    image = Image.open(ROOT / "samples" / "subjects" / "robot" / "01.png").resize((1500, 1000))
+    image.save(images / "01.jpg")
+    options = ["--instance_data_dir", str(images), "--class_name", "ogre", "--output_dir", str(tmp_path / "out")]
     assert main(["demo", "--run", str(quick), *options]) == 0
-    printed, told = capsys.readouterr()
+    printed, errors = capsys.readouterr()
     assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +-\n", printed)
-    assert "warning: the base has no word 'ogre'; give --class_name what comes closest of mug, " in told
+    assert "warning: the base has no word 'ogre'; give --class_name what comes closest of mug, " in errors
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["similarity"]["real"] is None and report["similarity"]["normalized_gain"] is None
     assert max(Image.open(tmp_path / "out" / "before_after.png").size) < 2500

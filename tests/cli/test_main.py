@@ -162,7 +162,7 @@ BUG = "atomdiff train: error: RuntimeError: bug. This is a bug in atomdiff;"
 
 
 @pytest.mark.parametrize(
-    ("rank", "processes", "end", "told", "waits"),
+    ("rank", "processes", "end", "expected", "waits"),
     [
         (0, 1, RuntimeError("bug"), BUG, 0),
         (0, 2, RuntimeError("bug"), BUG, 1),
@@ -174,7 +174,7 @@ BUG = "atomdiff train: error: RuntimeError: bug. This is a bug in atomdiff;"
         (1, 2, KeyboardInterrupt("saved"), "", 0),
     ],
 )
-def test_processes_after_the_first_wait_before_they_tell(rank, processes, end, told, waits, monkeypatch, capsys):
+def test_processes_after_the_first_wait_before_they_tell(rank, processes, end, expected, waits, monkeypatch, capsys):
     def verb(_):
         raise end
 
@@ -186,8 +186,8 @@ def test_processes_after_the_first_wait_before_they_tell(rank, processes, end, t
     statuses = {KeyboardInterrupt: 130, RuntimeError: 1}
     assert main(["train"]) == statuses.get(type(end), 2)
     assert slept == [""] * waits
-    said = capsys.readouterr().err.strip()
-    assert said.startswith(told) if told == BUG else said == told
+    printed = capsys.readouterr().err.strip()
+    assert printed.startswith(expected) if expected == BUG else printed == expected
 
 
 @pytest.mark.parametrize("full", [False, True])
@@ -198,12 +198,12 @@ def test_what_nobody_foresaw_is_one_line_with_its_traceback_in_a_file(monkeypatc
     monkeypatch.setattr("atomdiff.cli.run_program.tempfile.tempdir", str(tmp_path / "none" if full else tmp_path))
     monkeypatch.setitem(VERBS, "train", verb)
     assert main(["train"]) == 1
-    said = capsys.readouterr().err
+    printed = capsys.readouterr().err
     if full:
-        assert "Traceback" in said and 'RuntimeError("a' in said
+        assert "Traceback" in printed and 'RuntimeError("a' in printed
         return
     (file,) = tmp_path.iterdir()
-    assert said == f"{BUG.replace('bug.', 'a bug.', 1)} please report it with {file}\n"
+    assert printed == f"{BUG.replace('bug.', 'a bug.', 1)} please report it with {file}\n"
     assert 'raise RuntimeError("a' in file.read_text()
 
 
@@ -216,8 +216,8 @@ def test_too_little_memory_is_no_bug(monkeypatch, capsys, error):
 
     monkeypatch.setitem(VERBS, "train", verb)
     assert main(["train"]) == 1
-    said = capsys.readouterr().err
-    assert "error: out of memory" in said and "bug" not in said and said.count("\n") == 1
+    printed = capsys.readouterr().err
+    assert "error: out of memory" in printed and "bug" not in printed and printed.count("\n") == 1
 
 
 def test_a_reader_that_has_gone_is_no_error():

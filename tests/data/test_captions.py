@@ -44,7 +44,7 @@ def folder(tmp_path):
 
 
 def captions(folder):
-    return {photo.name: photo.caption for photo in read_images(folder, minimum_side=1) if photo.caption}
+    return {image.name: image.caption for image in read_images(folder, minimum_side=1) if image.caption}
 
 
 @pytest.mark.parametrize("name", ["01.txt", "01.TXT", "01.caption", "01.Caption", "01.png.txt", "01.png.caption"])

@@ -43,8 +43,8 @@ def text(kind, value, **options):
 def test_what_is_beside_the_pixels_may_be_damaged_or_huge(tmp_path, image, name, options):
     image.save(tmp_path / name, **options)
     with pytest.warns(UserWarning, match=f"{name}: .*(EXIF|texts and profiles)"):
-        (photo,) = read_images(tmp_path, minimum_side=1)
-    assert photo.rgb.getpixel((2, 2))[0] < 20 and photo.rgb.getpixel((30, 20))[0] > 235
+        (read,) = read_images(tmp_path, minimum_side=1)
+    assert read.rgb.getpixel((2, 2))[0] < 20 and read.rgb.getpixel((30, 20))[0] > 235
 
 
 def test_an_orientation_is_applied_although_other_texts_are_too_large(tmp_path, image):
@@ -82,8 +82,8 @@ def test_more_pixels_than_pillow_opens_are_told_as_such(tmp_path, image, monkeyp
 
 def test_the_true_reason_is_told(tmp_path, image):
     image.save(tmp_path / "good.png")
-    whole = (tmp_path / "good.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[:-30])
+    content = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[:-30])
     (tmp_path / "empty.png").touch()
     (tmp_path / "page.jpg").write_text("<html>")
     (tmp_path / "phone.HEIC").write_bytes(b"\0\0\0\x18ftypheic")

@@ -55,7 +55,7 @@ def test_transparency_is_laid_on_white():
         assert to_rgb(image).getpixel((1, 1)) == (255, 255, 255)
 
 
-def test_alpha_channels_are_kept_with_the_photo(tmp_path):
+def test_alpha_channels_are_kept_with_the_image(tmp_path):
     half = ramp().convert("RGBA")
     half.putalpha(ramp())
     half.save(tmp_path / "half.png")
@@ -66,14 +66,14 @@ def test_alpha_channels_are_kept_with_the_photo(tmp_path):
     ramp().convert("RGBA").save(tmp_path / "solid.png")
     ramp().save(tmp_path / "without.png")
     Image.fromarray(np.full((32, 40), 60000, dtype=np.uint16)).save(tmp_path / "wide.png", transparency=60000)
-    found = {photo.name: photo.alpha for photo in read_images(tmp_path, minimum_side=1)}
+    found = {image.name: image.alpha for image in read_images(tmp_path, minimum_side=1)}
     assert [name for name, alpha in found.items() if alpha is None] == ["solid.png", "wide.png", "without.png"]
     assert_close(found["half.png"], ramp(), tolerance=0)
     assert_close(found["grey.png"], ramp(), tolerance=0)
     assert found["palette.png"].getextrema() == (0, 0)
 
 
-def test_photos_come_upright_by_name_with_their_captions(tmp_path):
+def test_images_come_upright_by_name_with_their_captions(tmp_path):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned: rows are columns
     ramp().save(tmp_path / "b.JPG", format="jpeg", exif=exif, quality=100)
@@ -91,8 +91,8 @@ def test_one_error_names_every_bad_file(tmp_path):
     (tmp_path / "text.jpg").write_text("no image")
     (tmp_path / "phone.HEIC").write_text("what Pillow does not read")
     (tmp_path / "empty.png").touch()
-    whole = (tmp_path / "good.png").read_bytes()
-    (tmp_path / "cut.png").write_bytes(whole[: len(whole) // 2])
+    content = (tmp_path / "good.png").read_bytes()
+    (tmp_path / "cut.png").write_bytes(content[: len(content) // 2])
     ramp(9, 50).save(tmp_path / "small.png")
     with pytest.raises(UserError) as error:
         read_images(tmp_path, minimum_side=32)

@@ -78,12 +78,12 @@ def test_latents_that_are_not_finite_are_refused_and_not_kept(encoder, tiny_pipe
 
 def test_draws_vary_over_views_and_noise_and_follow_the_generator(encoder):
     cache = encoder([crop_of("black"), crop_of("white")])
-    drawn = cache.sample([0] * 64, torch.Generator().manual_seed(0)).latents
-    assert torch.equal(drawn, cache.sample([0] * 64, torch.Generator().manual_seed(0)).latents)
-    distance = (drawn[:, None] - cache.mean).flatten(2).norm(dim=2)  # (64, 2)
+    latents = cache.sample([0] * 64, torch.Generator().manual_seed(0)).latents
+    assert torch.equal(latents, cache.sample([0] * 64, torch.Generator().manual_seed(0)).latents)
+    distance = (latents[:, None] - cache.mean).flatten(2).norm(dim=2)  # (64, 2)
     share = (distance[:, 0] < distance[:, 1]).float().mean()
     assert 0.2 < share < 0.8
-    noise = (drawn - cache.mean[distance.argmin(dim=1)]) / cache.std[distance.argmin(dim=1)]
+    noise = (latents - cache.mean[distance.argmin(dim=1)]) / cache.std[distance.argmin(dim=1)]
     assert abs(noise.mean()) < 0.05 and abs(noise.std() - 1) < 0.05
 
 
@@ -93,8 +93,8 @@ def test_what_belongs_to_a_view_is_drawn_with_it(tiny_pipe, tmp_path):
     encoder = LatentEncoder(tiny_pipe.vae, 4, DiskCache(tmp_path), 0.0)
     cut = make_crops(wide.convert("RGB"), (32, 32), center_crop=False, random_flip=True, mask=mask)
     cache = dataclasses.replace(encoder(cut), std=torch.zeros(()).expand(6, 4, 8, 8))
-    drawn = cache.sample([0] * 32, torch.Generator().manual_seed(1))
-    rows = (drawn.latents[:, None] - cache.mean).flatten(2).norm(dim=2).argmin(dim=1)
+    sampled = cache.sample([0] * 32, torch.Generator().manual_seed(1))
+    rows = (sampled.latents[:, None] - cache.mean).flatten(2).norm(dim=2).argmin(dim=1)
     assert len(rows.unique()) == 6
-    assert torch.equal(drawn.time_ids, cache.time_ids[rows])
-    assert torch.equal(drawn.weights, cache.weights[rows])
+    assert torch.equal(sampled.time_ids, cache.time_ids[rows])
+    assert torch.equal(sampled.weights, cache.weights[rows])

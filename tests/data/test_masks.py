@@ -23,8 +23,8 @@ def left_half(size=(40, 20), mode="L", white=255):
 
 
 def masks_of(folder):
-    photos = read_images(folder, minimum_side=1)
-    return {photo.name: mask for photo, mask in zip(photos, read_masks(folder, photos), strict=True)}
+    images = read_images(folder, minimum_side=1)
+    return {image.name: mask for image, mask in zip(images, read_masks(folder, images), strict=True)}
 
 
 def test_names_are_compared_in_one_unicode_form(folder):
@@ -49,15 +49,15 @@ def test_what_is_clear_in_a_mask_counts_as_black(folder):
 
 
 def test_alpha_channels_are_masks_where_there_is_no_other(folder):
-    photo = Image.new("RGBA", (40, 20), "red")
-    photo.putalpha(left_half())
-    photo.save(folder / "a.png")
+    image = Image.new("RGBA", (40, 20), "red")
+    image.putalpha(left_half())
+    image.save(folder / "a.png")
     assert np.array_equal(masks_of(folder)["a.png"], left_half())
     Image.new("L", (40, 20), 255).save(folder / "mask" / "a.png")
     assert masks_of(folder)["a.png"].getextrema() == (255, 255)
 
 
-def test_masks_of_turned_and_of_smaller_images_fit_the_upright_photo(folder):
+def test_masks_of_turned_and_of_smaller_images_fit_the_upright_image(folder):
     exif = Image.Exif()
     exif[0x0112] = 6  # the camera was turned
     Image.new("RGB", (40, 20), "red").save(folder / "a.png", exif=exif)

@@ -21,9 +21,9 @@ def test_articles_before_the_class_name_are_made_right_and_others_left():
 
 def test_class_prompts_take_the_article_of_their_class():
     assert "umbrella" in CLASSES
-    for name, said in (("umbrella", "an umbrella"), ("mug", "a mug"), ("hour", "an hour"), ("unicorn", "a unicorn")):
+    for name, spoken in (("umbrella", "an umbrella"), ("mug", "a mug"), ("hour", "an hour"), ("unicorn", "a unicorn")):
         subject = Subject(instance_data_dir="photos", class_name=name)
-        assert subject.fill(subject.class_prompt) == f"a photo of {said}"
+        assert subject.fill(subject.class_prompt) == f"a photo of {spoken}"
     assert (
         Subject(instance_data_dir="photos", class_name="umbrella").fill(Subject.instance_prompt)
         == "a photo of sks umbrella"

@@ -45,8 +45,8 @@ def test_files_have_the_usual_permissions_and_links_stay(tmp_path):
 
 
 @pytest.mark.parametrize("code", [errno.ENOSPC, errno.EROFS, errno.EDQUOT, errno.EIO])
-@pytest.mark.parametrize("place", ["write", "fsync", "replace", "mkdir"])
-def test_a_failure_at_any_place_leaves_everything_as_it_was(tmp_path, monkeypatch, code, place):
+@pytest.mark.parametrize("call", ["write", "fsync", "replace", "mkdir"])
+def test_a_failure_in_any_call_leaves_everything_as_it_was(tmp_path, monkeypatch, code, call):
     write_text(tmp_path / "file", "before")
     (tmp_path / "folder").mkdir()
     write_text(tmp_path / "folder" / "a", "before")
@@ -60,12 +60,12 @@ def test_a_failure_at_any_place_leaves_everything_as_it_was(tmp_path, monkeypatc
         "fsync": (os, "fsync"),
         "replace": (os, "replace"),
         "mkdir": (Path, "mkdir"),
-    }[place]
-    if place != "mkdir":
+    }[call]
+    if call != "mkdir":
         monkeypatch.setattr(owner, name, fail)
         with pytest.raises(WriteError, match=re.escape(f"file: cannot be written ({os.strerror(code)}); ")):
             write_text(tmp_path / "file", "after")
-    monkeypatch.setattr(*(Path, "rename") if place == "replace" else (owner, name), fail)
+    monkeypatch.setattr(*(Path, "rename") if call == "replace" else (owner, name), fail)
     with pytest.raises(WriteError, match="folder: cannot be written"), new_folder(tmp_path / "folder") as folder:
         (folder / "a").write_bytes(b"after")
     monkeypatch.undo()

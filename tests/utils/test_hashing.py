@@ -30,9 +30,9 @@ def test_quick_keys_tell_every_number():
     keys = [quick_hash([weight, bias])]
     assert quick_hash([weight.clone().to(memory_format=torch.channels_last), bias.clone()]) == keys[0]
     keys.append(quick_hash([bias, weight]))
-    for place in (0, 777, 18431):  # first, within, last
+    for index in (0, 777, 18431):  # first, within, last
         other = weight.clone()
-        other.view(-1)[place] *= 1 + 2**-20
+        other.view(-1)[index] *= 1 + 2**-20
         keys.append(quick_hash([other, bias]))
     keys += [quick_hash([weight]), quick_hash([weight.view(32, 64, 3, 3), bias]), quick_hash([weight, bias.bfloat16()])]
     keys += [quick_hash([bits(1, 2)]), quick_hash([bits(2, 1)]), quick_hash([bits(1, 1)])]

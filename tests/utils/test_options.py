@@ -56,9 +56,9 @@ def test_mistakes_end_the_program_and_are_named(wrong, named, tmp_path):
     (tmp_path / "wrong.yaml").write_text("path: x\npathh: y\n")
     with pytest.raises(SystemExit) as ended:
         parse_config(Config, [word.format(folder=tmp_path) for word in wrong], prog="atomdiff verb")
-    (said,) = ended.value.code.splitlines()
-    assert said.startswith("atomdiff verb: error: ")
-    assert named in said
+    (message,) = ended.value.code.splitlines()
+    assert message.startswith("atomdiff verb: error: ")
+    assert named in message
 
 
 @pytest.mark.parametrize("nothing", ["none", "None", "null"])

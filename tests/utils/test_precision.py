@@ -53,10 +53,10 @@ def test_bfloat16_only_where_the_processor_has_instructions(processor, instructi
     assert autocast(CPU).fast_dtype == torch.bfloat16 if expected == "bf16" else not autocast(CPU)._enabled
 
 
-@pytest.mark.parametrize(("told", "expected"), [("AVX2", "no"), ("AVX512_CORE_BF16", "bf16"), ("default", "bf16")])
-def test_limits_set_for_onednn_count(processor, told, expected, monkeypatch):
+@pytest.mark.parametrize(("limit", "expected"), [("AVX2", "no"), ("AVX512_CORE_BF16", "bf16"), ("default", "bf16")])
+def test_limits_set_for_onednn_count(processor, limit, expected, monkeypatch):
     processor("avx512_bf16")
-    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", told)
+    monkeypatch.setenv("ONEDNN_MAX_CPU_ISA", limit)
     assert choose_precision(None, CPU).name == expected
 
 

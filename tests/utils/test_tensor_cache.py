@@ -75,12 +75,12 @@ def test_files_that_are_not_what_was_written_are_made_anew(tmp_path, damage):
     cache = DiskCache(tmp_path)
     get(cache)
     (file,) = tmp_path.iterdir()
-    whole = file.read_bytes()
+    content = file.read_bytes()
     damage(file)
     with pytest.warns(UserWarning, match=f"{file.name}: damaged") if file.exists() else nullcontext():
         found, made = get(cache)
     assert made and same(found, MADE)
-    assert file.read_bytes() == whole and list(tmp_path.iterdir()) == [file]
+    assert file.read_bytes() == content and list(tmp_path.iterdir()) == [file]
 
 
 def test_what_cannot_be_made_leaves_nothing_behind(tmp_path):
@@ -102,11 +102,11 @@ def test_a_cache_that_cannot_be_written_costs_time_only(tmp_path, write, monkeyp
         monkeypatch.setattr(tensor_cache, "save_file", lambda *_: (_ for _ in ()).throw(full))
     with pytest.warns(
         UserWarning, match=r"file: cannot be written \((No space|File exists).*another --cache_dir"
-    ) as told:
+    ) as recorded:
         found, made = get(DiskCache(folder))
         get(DiskCache(folder))
     assert made and same(found, MADE)
-    assert len({str(each.message) for each in user_warnings(told)}) == 1
+    assert len({str(each.message) for each in user_warnings(recorded)}) == 1
     assert folder.is_file() or not list(folder.iterdir())
 
 
