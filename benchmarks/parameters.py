@@ -1,4 +1,4 @@
-"""Numbers and bytes of atoms on real architectures, without weights: every preset in every form, LoRA beside them.
+"""Parameters and bytes of atoms on real architectures, without weights: every preset in every form, LoRA beside them.
 
 python -m benchmarks.parameters
 """

@@ -1,18 +1,18 @@
-"""One training step at real size: time, memory, trained numbers and file size of every method, in one run.
+"""One training step at real size: time, memory, trained parameters and file size of every method, in one run.
 
     python -m benchmarks.training_step
 
 The UNets have the architecture of SD 1.5 or SDXL and random weights. A step is the forward pass on one latent with
 random text states, the mean squared error, the backward pass and AdamW; autocast in `dtype`, frozen weights in that
-dtype, trained numbers in float32. The methods share the frozen weights and take turns, one step each in every round, in
-an order drawn anew, as a step finds memory and caches as the one before left them; seconds are medians. `full`, which
+dtype, trained parameters in float32. The methods share the frozen weights and take turns, one step each in every round,
+in an order drawn anew, as a step finds memory and caches as the one before left them; seconds are medians. `full`, which
 has weights of its own, runs by itself afterwards, on a CPU in a single round.
 
 Methods: every folder of configs/experiments/atoms by its name (`conv` is `AtomConfig()`, `spatial` the plain variant of
 the paper: kernels only); PEFT's LoRA of rank 16 on the attention (`lora_attn`), and on that and all convolutions with
 kernels larger than 1x1 (`lora_conv`); PEFT's OFT on the attention (`oft`); training all weights (`full`); and two
 convolutions a layer (`reference`): beside every frozen 3x3 convolution runs a second one, whose kernels are made in the
-forward pass of frozen coefficients, as many as the kernels have numbers, and trained changes of nine atoms.
+forward pass of frozen coefficients, as many as the kernels have parameters, and trained changes of nine atoms.
 
 Figures are named `<what>[_<method>][_checkpointing]_<part>`. Ratios without a method are those of `spatial`.
 `memory` is the peak of a step with all that lives between steps (weights, AdamW's state), as the allocator counts it:

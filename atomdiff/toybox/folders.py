@@ -27,7 +27,7 @@ def class_image(class_name: str, rng: np.random.Generator) -> Image.Image:
 
 
 def pattern_image(pattern: str, rng: np.random.Generator) -> Image.Image:
-    """An ink drawing of a thing of any class in any place that wears this pattern."""
+    """An ink drawing of a thing of any class in any place that has this pattern."""
     thing = replace(random_individual(rng), pattern=pattern, phase=(0.0, 0.0))
     return ink(draw(thing, str(rng.choice(SCENES)), rng), rng)
 

@@ -1,4 +1,4 @@
-"""Bytes and trained numbers of stored concepts."""
+"""Bytes and trained parameters of stored concepts."""
 
 import pytest
 import torch

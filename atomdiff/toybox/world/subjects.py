@@ -1,4 +1,4 @@
-"""Subjects: individuals that the base has never seen and has no words for, for evaluation and for tuning recipes."""
+"""Subjects: individuals that the base has never seen and has no words for, for evaluation and for tuning."""
 
 from __future__ import annotations
 
