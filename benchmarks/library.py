@@ -10,6 +10,7 @@ library's. "Cold" is after the file contents were dropped from the page cache; n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import multiprocessing
 import os
@@ -21,11 +22,16 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.result_file import command_line, write_result
 from benchmarks.timing import seconds
+
+if TYPE_CHECKING:
+    from atomdiff.concepts.concept_file import DeltaFile
+    from atomdiff.concepts.library import ConceptLibrary
 
 PER_FOLDER = 500
 WORD = "sks"
@@ -102,77 +108,101 @@ def resident_mb(field: str = "VmRSS") -> float:
     return next(int(line.split()[1]) / 1024 for line in lines if line.startswith(field))
 
 
-def measure(folder: str, config: BenchmarkConfig) -> dict[str, float]:
-    """All figures."""
-    from atomdiff.concepts.concept_file import read_delta_file, write_delta_file
-    from atomdiff.concepts.library import ConceptLibrary
-    from atomdiff.utils.errors import UserError
+def median_of(work: Callable[[], object], repeats: int) -> float:
+    """Return the median wall time of a call."""
+    return statistics.median(seconds(work) for _ in range(repeats))
 
-    def median(work: Callable[[], object]) -> float:
-        return statistics.median(seconds(work) for _ in range(config.repeats))
+
+def measure(folder: str, config: BenchmarkConfig) -> dict[str, float]:
+    """Return all figures."""
+    from atomdiff.concepts.concept_file import read_delta_file
+    from atomdiff.concepts.library import ConceptLibrary
 
     files = sorted(Path(folder).rglob("*.atoms.safetensors"))
     template = read_delta_file(files[0])  # also warms torch up
-    figures: dict[str, float] = {"concepts": len(files), "file_bytes": files[0].stat().st_size}
-
     drop_from_page_cache(folder)
     Path("/proc/self/clear_refs").write_text("5")  # the most ever taken counts from here
     before = resident_mb()
     started, used = time.perf_counter(), time.process_time()
     library = ConceptLibrary(folder)
-    figures["index_seconds_cold"] = round(time.perf_counter() - started, 2)
-    figures["index_seconds_cold_processor"] = round(time.process_time() - used, 2)
-    figures["memory_mb_before"] = round(before, 1)
-    figures["index_growth_mb"] = round(resident_mb() - before, 1)
-
+    figures: dict[str, float] = {
+        "concepts": len(files),
+        "file_bytes": files[0].stat().st_size,
+        "index_seconds_cold": round(time.perf_counter() - started, 2),
+        "index_seconds_cold_processor": round(time.process_time() - used, 2),
+        "memory_mb_before": round(before, 1),
+        "index_growth_mb": round(resident_mb() - before, 1),
+    }
     names = random.Random(0).sample(list(library), config.opened)
-    opened = [seconds(lambda name=name: library[name]) for name in names]
-    figures["first_open_ms_median"] = round(1e3 * statistics.median(opened), 2)
-    figures["first_open_ms_99th"] = round(1e3 * statistics.quantiles(opened, n=100)[-1], 2)
-    figures["budget_mb"] = library.memory_budget / 2**20
-    figures["budget_used_mb"] = round(library.memory_used / 2**20, 1)
+    figures |= measure_opening(library, names)
     figures["full_growth_mb"] = round(resident_mb() - before, 1)
-    kept = library._held.keys()
-    figures["concepts_kept"] = len(kept)
-
-    hot = random.Random(1).choices(list(kept), k=config.hits)
-    figures["hit_microseconds"] = round(1e6 * median(lambda: [library[name] for name in hot]) / len(hot), 2)
-    phrases = [library.info(name).trigger_phrase.upper() for name in names]
-    figures["find_microseconds"] = round(1e6 * median(lambda: [library.find(p) for p in phrases]) / len(phrases), 1)
-    figures["find_two_words_ms"] = round(1e3 * median(lambda: library.find("red mug")), 2)
-    figures["found_by_two_words"] = len(library.find("red mug"))
-
-    others = [name for name in library if name not in set(names)]
-    random.Random(2).shuffle(others)
-    with ThreadPoolExecutor(config.threads) as pool:
-        took = seconds(lambda: sum(pool.map(lambda name: len(library[name].layers), others[: config.opened])))
-    figures["threads"] = config.threads
-    figures["opens_per_second_threads"] = round(config.opened / took)
+    figures |= measure_finding(library, names, config)
+    figures |= measure_threads(library, names, config)
     figures["full_growth_mb_threads"] = round(resident_mb() - before, 1)
-
-    figures["refresh_seconds_unchanged"] = round(median(library.refresh), 3)
-    new = iter(range(1000))
-
-    def pick_up(number: int) -> float:
-        write_delta_file(Path(folder) / f"new-{number}.atoms.safetensors", template)
-        return seconds(library.refresh)
-
-    picked_up = [pick_up(next(new)) for _ in range(config.repeats)]
-    figures["refresh_seconds_one_new"] = round(statistics.median(picked_up), 3)
-
-    def unknown() -> None:
-        try:
-            library["red-mugg-20000"]
-        except UserError:
-            pass
-
-    figures["unknown_name_seconds"] = round(median(unknown), 3)
+    figures |= measure_changes(library, template, config)
     figures["growth_mb_at_the_end"] = round(resident_mb() - before, 1)
     figures["growth_mb_at_most"] = round(resident_mb("VmHWM") - before, 1)
     used = time.process_time()
-    figures["index_seconds_warm"] = round(median(lambda: ConceptLibrary(folder)), 2)
+    figures["index_seconds_warm"] = round(median_of(lambda: ConceptLibrary(folder), config.repeats), 2)
     figures["index_seconds_warm_processor"] = round((time.process_time() - used) / config.repeats, 2)
     return figures
+
+
+def measure_opening(library: ConceptLibrary, names: list[str]) -> dict[str, float]:
+    """Open concepts one after the other, each once."""
+    opened = [seconds(lambda name=name: library[name]) for name in names]  # type: ignore[misc]
+    return {
+        "first_open_ms_median": round(1e3 * statistics.median(opened), 2),
+        "first_open_ms_99th": round(1e3 * statistics.quantiles(opened, n=100)[-1], 2),
+        "budget_mb": library.memory_budget / 2**20,
+        "budget_used_mb": round(library.memory_used / 2**20, 1),
+    }
+
+
+def measure_finding(library: ConceptLibrary, names: list[str], config: BenchmarkConfig) -> dict[str, float]:
+    """Take concepts from memory, and find them by their phrases."""
+    kept = [info.name for info in library._cache]
+    hot = random.Random(1).choices(kept, k=config.hits)
+    phrases = [library.info(name).trigger_phrase.upper() for name in names]
+    hits = median_of(lambda: [library[name] for name in hot], config.repeats)
+    finds = median_of(lambda: [library.find(phrase) for phrase in phrases], config.repeats)
+    return {
+        "concepts_kept": len(kept),
+        "hit_microseconds": round(1e6 * hits / len(hot), 2),
+        "find_microseconds": round(1e6 * finds / len(phrases), 1),
+        "find_two_words_ms": round(1e3 * median_of(lambda: library.find("red mug"), config.repeats), 2),
+        "found_by_two_words": len(library.find("red mug")),
+    }
+
+
+def measure_threads(library: ConceptLibrary, names: list[str], config: BenchmarkConfig) -> dict[str, float]:
+    """Open by threads as many concepts as there are names, other ones."""
+    unopened = sorted(set(library) - set(names))
+    random.Random(2).shuffle(unopened)
+    unopened = unopened[: len(names)]
+    with ThreadPoolExecutor(config.threads) as pool:
+        took = seconds(lambda: sum(pool.map(lambda name: len(library[name].layers), unopened)))
+    return {"threads": config.threads, "opens_per_second_threads": round(len(unopened) / took)}
+
+
+def measure_changes(library: ConceptLibrary, template: DeltaFile, config: BenchmarkConfig) -> dict[str, float]:
+    """Scan the folder again, with nothing new, with one new file, and for a name that is not there."""
+    from atomdiff.concepts.concept_file import write_delta_file
+    from atomdiff.utils.errors import UserError
+
+    def pick_up(number: int) -> float:
+        write_delta_file(library.folder / f"new-{number}.atoms.safetensors", template)
+        return seconds(library.refresh)
+
+    def unknown() -> None:
+        with contextlib.suppress(UserError):
+            library["red-mugg-20000"]
+
+    return {
+        "refresh_seconds_unchanged": round(median_of(library.refresh, config.repeats), 3),
+        "refresh_seconds_one_new": round(statistics.median(pick_up(number) for number in range(config.repeats)), 3),
+        "unknown_name_seconds": round(median_of(unknown, config.repeats), 3),
+    }
 
 
 def main(config: BenchmarkConfig) -> None:
