@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import zlib
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 from torch import Tensor
 
-from atomdiff.toybox.world.held_out import is_held_out
+from atomdiff.toybox.world.held_out import replace_held_out
 from atomdiff.toybox.world.individuals import Individuals, draw_individuals
 from atomdiff.toybox.world.patterns import NAMED_FAMILY, PATTERNS, named_ranges
 from atomdiff.toybox.world.things import CLASSES
@@ -58,14 +59,12 @@ def combination_is_held_out(class_index: int, scene_index: int, color_index: int
     return zlib.crc32(" ".join(words).encode()) % _HELD_OUT_SHARE == 0
 
 
+@cache
 def _held_out_table() -> Tensor:
     """Whether each combination is held out: (classes, scenes, colors, patterns) bool."""
     sizes = (len(CLASSES), len(SCENES), len(COLORS), len(PATTERNS))
     every = torch.cartesian_prod(*(torch.arange(size) for size in sizes)).tolist()
     return torch.tensor([combination_is_held_out(*row) for row in every]).view(sizes)
-
-
-_TABLE: dict[str, Tensor] = {}
 
 
 def make_captions(class_index: Tensor, scene_index: Tensor, color_index: Tensor, pattern_index: Tensor) -> Captions:
@@ -80,9 +79,7 @@ def sample_captions(n: int, generator: torch.Generator, held_out: bool = False) 
     Those of pretraining leave out the scene (15 %), the color (40 %) or the pattern (45 %); no held-out combination of
     words is among them. With `held_out`, captions of held-out combinations, with all four words.
     """
-    if "held out" not in _TABLE:
-        _TABLE["held out"] = _held_out_table()
-    choices = (_TABLE["held out"] == held_out).nonzero()
+    choices = (_held_out_table() == held_out).nonzero()
     rows = choices[torch.randint(len(choices), (n,), generator=generator)]
     keep = torch.rand(n, 3, generator=generator) < torch.tensor([_KEEP_SCENE, _KEEP_COLOR, _KEEP_PATTERN])
     if not held_out:
@@ -131,9 +128,4 @@ def individuals_of(captions: Captions, generator: torch.Generator, device: str |
     Where a word is left out, the attribute is free: any pattern of any family, any colors.
     """
     result = _describe(captions, torch.arange(len(captions)), generator)
-    while (again := is_held_out(result)).any():
-        rows = again.nonzero()[:, 0]
-        fresh = _describe(captions, rows, generator)
-        for name in ("shape", "family", "pattern", "colors"):
-            getattr(result, name)[rows] = getattr(fresh, name)
-    return result.to(device)
+    return replace_held_out(result, lambda rows: _describe(captions, rows, generator)).to(device)

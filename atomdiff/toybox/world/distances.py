@@ -44,18 +44,21 @@ def box(
 
 def line(x: Tensor, y: Tensor, x0: Value, y0: Value, x1: Value, y1: Value, radius: Value) -> Tensor:
     """A stroke with round ends, `radius` to each side of the segment."""
-    dx, dy = x1 - x0, y1 - y0
-    u, v = x - x0, y - y0
-    along = ((u * dx + v * dy) / (dx * dx + dy * dy + 1e-12)).clamp(0, 1)
-    return length(u - along * dx, v - along * dy) - radius
+    return _segment(x, y, x0, y0, x1, y1)[1] - radius
 
 
 def cone(x: Tensor, y: Tensor, x0: Value, y0: Value, x1: Value, y1: Value, r0: Value, r1: Value) -> Tensor:
     """A stroke whose radius goes from r0 at the first end to r1 at the second."""
+    along, away = _segment(x, y, x0, y0, x1, y1)
+    return away - (r0 + (r1 - r0) * along)
+
+
+def _segment(x: Tensor, y: Tensor, x0: Value, y0: Value, x1: Value, y1: Value) -> tuple[Tensor, Tensor]:
+    """How far along a segment its nearest point is, from 0 to 1, and the distance to it."""
     dx, dy = x1 - x0, y1 - y0
     u, v = x - x0, y - y0
     along = ((u * dx + v * dy) / (dx * dx + dy * dy + 1e-12)).clamp(0, 1)
-    return length(u - along * dx, v - along * dy) - (r0 + (r1 - r0) * along)
+    return along, length(u - along * dx, v - along * dy)
 
 
 def half_plane(x: Tensor, y: Tensor, x0: Value, y0: Value, x1: Value, y1: Value) -> Tensor:

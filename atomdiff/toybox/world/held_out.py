@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import fields
+
 import torch
 from torch import Tensor
 
@@ -60,6 +63,16 @@ def is_held_out(individuals: Individuals) -> Tensor:
     return family | color | is_near(individuals, all_subjects().to(individuals.device))
 
 
+def replace_held_out(individuals: Individuals, draw: Callable[[Tensor], Individuals]) -> Individuals:
+    """Draw the individuals of some rows anew, by `draw`, in place, until none is held out."""
+    while (held_out := is_held_out(individuals)).any():
+        rows = held_out.nonzero()[:, 0]
+        drawn = draw(rows)
+        for field in fields(individuals):
+            getattr(individuals, field.name)[rows] = getattr(drawn, field.name)
+    return individuals
+
+
 def sample_individuals(
     n: int,
     generator: torch.Generator,
@@ -82,9 +95,6 @@ def sample_individuals(
     if family is not None and torch.isin(torch.as_tensor(family), _HELD_OUT_FAMILY).any():
         raise ValueError(f"family {family}: {', '.join(HELD_OUT_FAMILIES)} are held out; use draw_individuals")
     result = draw_individuals(n, generator, class_index, family)
-    while (again := is_held_out(result)).any():
-        rows = again.nonzero()[:, 0]
-        fresh = draw_individuals(len(rows), generator, result.class_index[rows], result.family[rows])
-        for name in ("shape", "pattern", "colors"):
-            getattr(result, name)[rows] = getattr(fresh, name)
-    return result.to(device)
+    return replace_held_out(
+        result, lambda rows: draw_individuals(len(rows), generator, result.class_index[rows], result.family[rows])
+    ).to(device)
