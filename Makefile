@@ -19,10 +19,10 @@ demo: $(READY)  ## Train on samples/subjects/mug, generate images and measure; a
 	$(BIN)/atomdiff demo
 
 test: $(READY)  ## Run all tests.
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
 test-fast: $(READY)  ## Run the tests that take no longer than a second or so.
-	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 -m "not slow"
+	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"
 
 docs: $(READY)  ## Build the documentation in site/; a broken link or a missing name is an error.
 	NO_MKDOCS_2_WARNING=1 $(BIN)/python -m mkdocs build --strict --quiet

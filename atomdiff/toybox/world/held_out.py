@@ -64,7 +64,7 @@ def is_held_out(individuals: Individuals) -> Tensor:
 
 
 def replace_held_out(individuals: Individuals, draw: Callable[[Tensor], Individuals]) -> Individuals:
-    """Draw the individuals of some rows anew, by `draw`, in place, until none is held out."""
+    """Draw held-out individuals anew, in place, until there are none; `draw` gets the indices of those to draw."""
     while (held_out := is_held_out(individuals)).any():
         rows = held_out.nonzero()[:, 0]
         drawn = draw(rows)
