@@ -96,7 +96,9 @@ def _alpha(image: Image.Image) -> Image.Image | None:
 
 def _scale_to_8_bits(image: Image.Image) -> Image.Image:
     """Scale 16-bit, 32-bit or float values to 8 bits, by the smallest of the usual ranges that holds them."""
-    values = np.nan_to_num(np.asarray(image).astype(np.float64)).clip(min=0)
+    values = np.asarray(image).astype(np.float64)
+    brightest = values.max(where=np.isfinite(values), initial=0)
+    values = np.nan_to_num(values, posinf=brightest).clip(min=0)
     full_scale = 65535 if image.mode.startswith("I;16") else 255
     if image.mode == "F" and values.max() <= 1:
         full_scale = 1

@@ -116,3 +116,9 @@ def test_captions_that_cannot_be_read_are_named(folder, name, content, message):
     (folder / name).write_bytes(content)
     with pytest.raises(UserError, match=message):
         captions(folder)
+
+
+def test_a_table_that_is_nested_too_deeply_is_named(folder):
+    (folder / "metadata.jsonl").write_text("[" * 100_000)
+    with pytest.raises(UserError, match="line 1 is not JSON"):
+        captions(folder)

@@ -114,3 +114,8 @@ def test_missing_and_empty_folders(tmp_path):
     ramp().save(tmp_path / "10_sks mug" / "a.png")
     with pytest.raises(UserError, match="found some in its folder 10_sks mug: name that"):
         read_images(tmp_path, minimum_side=1)
+
+
+def test_infinite_values_are_the_brightest_and_undefined_ones_black():
+    values = np.array([[0, 0.5, 1, np.inf, -np.inf, np.nan]], dtype=np.float32)
+    assert np.asarray(to_rgb(Image.fromarray(values)))[0, :, 0].tolist() == [0, 128, 255, 255, 0, 0]
