@@ -3,6 +3,7 @@
 import copy
 import json
 import re
+import threading
 from pathlib import Path
 
 import numpy as np
@@ -107,3 +108,26 @@ def read_log(config):
 def concept_bytes(path):
     """The bytes of a concept file, but for its date."""
     return re.sub(rb'"modelspec.date":"[^"]*"', b"", path.read_bytes())
+
+
+def together(*calls, rounds=1):
+    """What each function gives, called so many times, all at the same time; raises the first error of any."""
+    results, errors = [[] for _ in calls], []
+    start = threading.Barrier(len(calls))
+
+    def run(call, results):
+        try:
+            start.wait()
+            for _ in range(rounds):
+                results.append(call())
+        except BaseException as error:
+            errors.append(error)
+
+    threads = [threading.Thread(target=run, args=pair) for pair in zip(calls, results, strict=True)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    if errors:
+        raise errors[0]
+    return results

@@ -15,6 +15,7 @@ from atomdiff.pipelines import differences
 from atomdiff.tuner import AtomConfig, adapter_state, attach, merging
 from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError
+from tests.helpers import add_adapter, assert_unchanged, sharing_pipeline, snapshot, together
 
 pytestmark = pytest.mark.slow
 
@@ -24,19 +25,22 @@ CONFIGS = {
 }
 
 
+def lora_tensors(pipe, name="a"):
+    return adapter_state.peft_tensors(pipe.unet, name)
+
+
+def assert_equal_tensors(now, before):
+    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+
+
 @pytest.fixture(scope="module")
 def folders(pipe_template, tmp_path_factory):
-    made = {}
+    files = {}
     for name, config in CONFIGS.items():
         pipe = copy.deepcopy(pipe_template)
-        pipe.unet.add_adapter(copy.deepcopy(config), adapter_name=name)
-        generator = torch.Generator().manual_seed(1)
-        with torch.no_grad():
-            for key, parameter in pipe.unet.named_parameters():
-                if f".{name}" in key:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) / 10)
-        made[name] = atomdiff.save_atoms(pipe, tmp_path_factory.mktemp(name) / name, name)
-    return made
+        add_adapter(pipe, name, config, seed=1)
+        files[name] = atomdiff.save_atoms(pipe, tmp_path_factory.mktemp(name) / name, name)
+    return files
 
 
 @pytest.fixture
@@ -57,8 +61,8 @@ def test_nothing_of_the_process_is_changed(tiny_pipe, folders, watched, name):
     filters, register = warnings.filters[:], nn.Module.register_parameter
     for adapter in ("a", "b"):
         atomdiff.load_atoms(tiny_pipe, folders[name], adapter)
-    assert len(watched) == 4 and {found[1] for found in watched} == {register}
-    assert all(found[0] == filters for found in watched)
+    assert len(watched) == 4
+    assert all((seen_filters, seen_register) == (filters, register) for seen_filters, seen_register, _ in watched)
     weights = {"a": 1.0} if name == "oft" else {"a": 0.5, "b": 1.0}
     atomdiff.set_active(tiny_pipe, weights)
     assert warnings.filters == filters
@@ -86,88 +90,55 @@ def test_threads_load_at_the_same_time(pipe_template, folders):
     """Other threads make modules meanwhile, and find their own warnings and random numbers."""
     alone = copy.deepcopy(pipe_template)
     atomdiff.load_atoms(alone, folders["lora"], "a")
-    wanted = adapter_state.peft_tensors(alone.unet, "a")
+    expected, before = lora_tensors(alone), snapshot(pipe_template)
     pipes = [copy.deepcopy(pipe_template) for _ in range(2)]
-    errors, done = [], threading.Event()
+    done = threading.Event()
 
     def load(pipe):
+        for _ in range(3):
+            atomdiff.load_atoms(pipe, folders["lora"], "a")
+            assert_equal_tensors(lora_tensors(pipe), expected)
+            atomdiff.unload_atoms(pipe)
+
+    def load_both():
         try:
-            for _ in range(3):
-                atomdiff.load_atoms(pipe, folders["lora"], "a")
-                found = adapter_state.peft_tensors(pipe.unet, "a")
-                assert found.keys() == wanted.keys() and all(torch.equal(found[k], wanted[k]) for k in wanted)
-                atomdiff.unload_atoms(pipe)
-        except BaseException as error:
-            errors.append(error)
+            together(*(lambda pipe=pipe: load(pipe) for pipe in pipes))
+        finally:
+            done.set()
 
     def make():
-        try:
-            while not done.is_set():
-                assert not nn.Linear(2, 2).weight.is_meta
-        except BaseException as error:
-            errors.append(error)
+        while not done.is_set():
+            assert not nn.Linear(2, 2).weight.is_meta
 
-    threads = [threading.Thread(target=load, args=(pipe,)) for pipe in pipes]
-    maker = threading.Thread(target=make)
-    maker.start()
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    done.set()
-    maker.join()
-    assert not errors, errors
+    together(load_both, make)
     for pipe in pipes:
-        before, after = pipe_template.unet.state_dict(), pipe.unet.state_dict()
-        assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
+        assert_unchanged(pipe, before)
 
 
 def test_threads_load_into_one_pipeline_one_after_the_other(tiny_pipe, pipe_template, folders):
     """Also through another pipeline that shares the models; one of them merges, and one lists what there is."""
-    other = type(tiny_pipe)(**tiny_pipe.components)
-    before = {key: tensor.clone() for key, tensor in tiny_pipe.unet.state_dict().items()}
+    other, before = sharing_pipeline(tiny_pipe), snapshot(tiny_pipe)
     alone = copy.deepcopy(pipe_template)
     atomdiff.load_atoms(alone, folders["lora"], "a")
-    wanted = lora_tensors(alone)
-    errors, start = [], threading.Barrier(3)
+    expected = lora_tensors(alone)
 
     def load(pipe, name):
-        try:
-            start.wait()
-            for number in range(4):
-                atomdiff.load_atoms(pipe, folders["lora"], f"{name}{number}")
-                atomdiff.merge(pipe)
-                if number % 2:
-                    atomdiff.unload_atoms(pipe, f"{name}{number}")
-        except BaseException as error:
-            errors.append(error)
+        for number in range(4):
+            atomdiff.load_atoms(pipe, folders["lora"], f"{name}{number}")
+            atomdiff.merge(pipe)
+            if number % 2:
+                atomdiff.unload_atoms(pipe, f"{name}{number}")
 
     def look():
-        try:
-            start.wait()
-            for _ in range(20):
-                assert all(concept.layers["unet"] == len(wanted) // 2 for concept in atomdiff.list_atoms(tiny_pipe))
-        except BaseException as error:
-            errors.append(error)
+        for _ in range(20):
+            assert all(concept.layers["unet"] == len(expected) // 2 for concept in atomdiff.list_atoms(tiny_pipe))
 
-    threads = [threading.Thread(target=load, args=pair) for pair in ((tiny_pipe, "x"), (other, "y"))]
-    threads.append(threading.Thread(target=look))
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    assert not errors, errors
+    together(lambda: load(tiny_pipe, "x"), lambda: load(other, "y"), look)
     assert {concept.name for concept in atomdiff.list_atoms(other)} == {"x0", "x2", "y0", "y2"}
     for name in ("x0", "x2", "y0", "y2"):
-        found = lora_tensors(tiny_pipe, name)
-        assert found.keys() == wanted.keys() and all(torch.equal(found[key], wanted[key]) for key in wanted)
+        assert_equal_tensors(lora_tensors(tiny_pipe, name), expected)
     atomdiff.unload_atoms(tiny_pipe)
-    after = tiny_pipe.unet.state_dict()
-    assert before.keys() == after.keys() and all(torch.equal(before[key], after[key]) for key in before)
-
-
-def lora_tensors(pipe, name="a"):
-    return adapter_state.peft_tensors(pipe.unet, name)
+    assert_unchanged(tiny_pipe, before)
 
 
 def test_a_structure_can_be_changed_while_the_model_stays(tiny_pipe, folders):
@@ -184,7 +155,7 @@ def test_a_structure_can_be_changed_while_the_model_stays(tiny_pipe, folders):
 
 
 def test_exporting_leaves_the_weights_alone(tiny_pipe, folders, monkeypatch):
-    """Another thread that draws meanwhile sees the base and its adapters at every moment."""
+    """Another thread that generates meanwhile sees the base and its adapters at every moment."""
     atomdiff.load_atoms(tiny_pipe, folders["lora"], "a")
     before = {key: (tensor.data_ptr(), tensor.clone()) for key, tensor in tiny_pipe.unet.state_dict().items()}
     merge, seen = merging.merge, []

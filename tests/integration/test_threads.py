@@ -1,7 +1,6 @@
 """Two threads on one model: each image is the one that it would be alone, and every bit of the base is back."""
 
 import copy
-import threading
 
 import pytest
 import torch
@@ -11,7 +10,7 @@ import atomdiff
 from atomdiff.tuner import AtomConfig, adapter_state
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.threads import ThreadLocal
-from tests.helpers import add_adapter, assert_unchanged, predict_batch, sharing_pipeline, snapshot
+from tests.helpers import add_adapter, assert_unchanged, predict_batch, sharing_pipeline, snapshot, together
 
 pytestmark = pytest.mark.slow
 
@@ -40,29 +39,6 @@ def pipe(pipe_template):
 def same(result, alone):
     """Whether images are equal but for sums in another order: PyTorch may split them otherwise beside other threads."""
     return torch.allclose(result, alone, atol=1e-5, rtol=0)
-
-
-def together(*calls, rounds=ROUNDS):
-    """What each function gives, called so many times, all at the same time."""
-    results, errors = [[] for _ in calls], []
-    start = threading.Barrier(len(calls))
-
-    def run(call, results):
-        try:
-            start.wait()
-            for _ in range(rounds):
-                results.append(call())
-        except BaseException as error:
-            errors.append(error)
-
-    threads = [threading.Thread(target=run, args=pair) for pair in zip(calls, results, strict=True)]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
-    if errors:
-        raise errors[0]
-    return results
 
 
 def generate(pipe, prompts, seed=0, steps=2):
@@ -166,13 +142,13 @@ def test_a_call_that_failed_or_was_interrupted_lets_other_threads_in(pipe):
         with pytest.raises(error):
             predict_batch(pipe, 2)
         handle.remove()
-        assert same(together(lambda: predict_batch(pipe, 2), rounds=1)[0][0], expected)
+        assert same(together(lambda: predict_batch(pipe, 2))[0][0], expected)
 
 
 def test_a_batch_that_only_another_thread_generates_is_warned_of(pipe):
     with pytest.warns(UserWarning, match="called in other threads than that of its mixed_batch only"):
         with atomdiff.mixed_batch(pipe, ["a", None]):
-            together(lambda: predict_batch(pipe, 2), rounds=1)
+            together(lambda: predict_batch(pipe, 2))
 
 
 @torch._dynamo.config.patch(recompile_limit=64)  # layers share one forward, and every kind of call compiles it anew
@@ -184,12 +160,12 @@ def test_compiled_models_of_two_threads(pipe):
     for layer in compiled:
         layer.compile(backend="eager", fullgraph=True)
     for call, alone in zip(calls, expected, strict=True):  # one after the other: the compiler itself is not for threads
-        torch.testing.assert_close(together(call, rounds=1)[0][0], alone, atol=1e-5, rtol=0)
+        torch.testing.assert_close(together(call)[0][0], alone, atol=1e-5, rtol=0)
     pipe.unet._compiled_call_impl = pipe.unet._call_impl  # as `compile` leaves it, without the minute it takes
     with atomdiff.mixed_batch(pipe, ["a", None]):
         with pytest.raises(UserError, match="found a batch of 3 for 2 samples"):
             predict_batch(pipe, 3)
-        assert together(lambda: predict_batch(pipe, 3, 2), rounds=1)
+        assert together(lambda: predict_batch(pipe, 3, 2))
         predict_batch(pipe, 2)
     assert not hasattr(pipe.unet._compiled_call_impl, "hooks")
     torch._dynamo.reset()
@@ -199,4 +175,4 @@ def test_values_of_threads_are_copied_empty():
     here = ThreadLocal()
     here.value = 1
     assert copy.deepcopy(here).value is None and here.value == 1
-    assert together(lambda: here.value, rounds=1) == [[None]]
+    assert together(lambda: here.value) == [[None]]
