@@ -1,4 +1,4 @@
-"""What things in the toybox look like: silhouettes, patterns and places, each as data or as one small function."""
+"""What things in the toybox look like: silhouettes and patterns, each as data or as one small function."""
 
 from __future__ import annotations
 

@@ -13,7 +13,7 @@ from atomdiff.toybox.world.captions import (
 from atomdiff.toybox.world.held_out import is_held_out, sample_individuals
 from atomdiff.toybox.world.individuals import Individuals, draw_individuals
 from atomdiff.toybox.world.patterns import FAMILY_NAMES, HELD_OUT_FAMILIES, PATTERNS
-from atomdiff.toybox.world.photos import subject_photos, to_images, write_photos
+from atomdiff.toybox.world.images import subject_images, to_images, write_subject_images
 from atomdiff.toybox.world.renderer import IMAGE_SIZE, Rendering, render
 from atomdiff.toybox.world.subjects import HARD, SUBJECTS, TUNING_SUBJECTS
 from atomdiff.toybox.world.things import CLASSES
@@ -47,7 +47,7 @@ __all__ = [
     "sample_captions",
     "sample_individuals",
     "sample_views",
-    "subject_photos",
+    "subject_images",
     "to_images",
-    "write_photos",
+    "write_subject_images",
 ]

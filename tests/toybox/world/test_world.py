@@ -25,8 +25,8 @@ from atomdiff.toybox.world import (
     sample_captions,
     sample_individuals,
     sample_views,
-    subject_photos,
-    write_photos,
+    subject_images,
+    write_subject_images,
 )
 from atomdiff.toybox.world.held_out import color_is_held_out
 from atomdiff.toybox.world.patterns import FAMILIES, NAMED_FAMILY, Surface, named_ranges
@@ -184,17 +184,15 @@ def test_batches_are_indexed_joined_and_repeated():
         render(individuals, views[:2])
 
 
-def test_photos_of_a_subject_are_always_the_same_and_the_unseen_ones_are_others(tmp_path):
+def test_images_of_a_subject_are_always_the_same_and_the_unseen_ones_are_others(tmp_path):
     name = next(iter(TUNING_SUBJECTS))
-    photos, scenes = subject_photos(name, size=32)
-    again, _ = subject_photos(name, size=32)
-    unseen, places = subject_photos(name, unseen=True, size=32)
-    assert len(scenes.unique()) == len(photos.images) == 5 and sorted(places.unique().tolist()) == list(
-        range(len(SCENES))
-    )
-    assert torch.equal(photos.images, again.images)
-    assert min((a - b).abs().mean() for a in photos.images for b in unseen.images) > 0.01
-    write_photos(tmp_path, (name,))
+    images, scenes = subject_images(name, size=32)
+    again, _ = subject_images(name, size=32)
+    unseen, unseen_scenes = subject_images(name, unseen=True, size=32)
+    assert len(scenes.unique()) == len(images.images) == 5 and len(unseen_scenes.unique()) == len(SCENES)
+    assert torch.equal(images.images, again.images)
+    assert min((a - b).abs().mean() for a in images.images for b in unseen.images) > 0.01
+    write_subject_images(tmp_path, (name,))
     folder = tmp_path / name.replace(" ", "-")
     assert len(list((folder / "training").iterdir())) == 5 and len(list((folder / "unseen").iterdir())) == 16
     assert Image.open(folder / "training" / "00.png").size == (128, 128)

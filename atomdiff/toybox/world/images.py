@@ -1,4 +1,4 @@
-"""Photos of subjects: five to learn from, and others, in other views, to compare with."""
+"""Images of subjects: five to learn from, and others, in other views, to compare with."""
 
 from __future__ import annotations
 
@@ -15,8 +15,8 @@ from atomdiff.toybox.world.subjects import SUBJECTS, TUNING_SUBJECTS
 from atomdiff.toybox.world.views import sample_views
 from atomdiff.toybox.world.words import SCENES
 
-TRAINING_PHOTOS = 5
-UNSEEN_PHOTOS = 2 * len(SCENES)
+NUM_TRAINING_IMAGES = 5
+NUM_UNSEEN_IMAGES = 2 * len(SCENES)
 
 
 def to_images(images: Tensor) -> list[Image.Image]:
@@ -25,8 +25,8 @@ def to_images(images: Tensor) -> list[Image.Image]:
     return [Image.fromarray(image.numpy()) for image in pixels]
 
 
-def subject_photos(name: str, unseen: bool = False, size: int = IMAGE_SIZE) -> tuple[Rendering, Tensor]:
-    """The photos of a subject, always the same: five to train on, in different scenes, or sixteen others.
+def subject_images(name: str, unseen: bool = False, size: int = IMAGE_SIZE) -> tuple[Rendering, Tensor]:
+    """The images of a subject, always the same: five to train on, in different scenes, or sixteen others.
 
     Args:
         name: of an evaluation or tuning subject.
@@ -34,7 +34,7 @@ def subject_photos(name: str, unseen: bool = False, size: int = IMAGE_SIZE) -> t
         size: pixels a side.
 
     Returns:
-        The rendering, and the scene of each photo as an index into `SCENES` (n,).
+        The rendering, and the scene of each image as an index into `SCENES` (n,).
 
     Raises:
         KeyError: there is no subject of that name.
@@ -42,19 +42,19 @@ def subject_photos(name: str, unseen: bool = False, size: int = IMAGE_SIZE) -> t
     subject = {**SUBJECTS, **TUNING_SUBJECTS}[name]
     generator = torch.Generator().manual_seed(zlib.crc32(f"{name} {'unseen' if unseen else 'training'}".encode()))
     if unseen:
-        scenes = torch.arange(UNSEEN_PHOTOS) % len(SCENES)
+        scenes = torch.arange(NUM_UNSEEN_IMAGES) % len(SCENES)
     else:
-        scenes = torch.randperm(len(SCENES), generator=generator)[:TRAINING_PHOTOS]
+        scenes = torch.randperm(len(SCENES), generator=generator)[:NUM_TRAINING_IMAGES]
     views = sample_views(len(scenes), generator, scene_index=scenes)
     return render(subject.repeat(len(scenes)), views, size), scenes
 
 
-def write_photos(folder: Path, names: tuple[str, ...] = tuple(SUBJECTS)) -> None:
+def write_subject_images(folder: Path, names: tuple[str, ...] = tuple(SUBJECTS)) -> None:
     """Write `folder/<subject>/training/0.png` and so on, and `folder/<subject>/unseen/00.png` and so on."""
     for name in names:
         for kind in ("training", "unseen"):
-            place = folder / name.replace(" ", "-") / kind
-            place.mkdir(parents=True, exist_ok=True)
-            images = to_images(subject_photos(name, kind == "unseen")[0].images)
+            target = folder / name.replace(" ", "-") / kind
+            target.mkdir(parents=True, exist_ok=True)
+            images = to_images(subject_images(name, kind == "unseen")[0].images)
             for index, image in enumerate(images):
-                image.save(place / f"{index:02d}.png")
+                image.save(target / f"{index:02d}.png")
