@@ -6,9 +6,9 @@ The UNet has SD 1.5's architecture and random weights. "copy" is one copy of the
 `atomdiff.set_active` from one concept to another; a LoRA is switched the way diffusers offers it: `unfuse_lora`,
 `set_adapters`, `fuse_lora`. Concepts are `spatial` (kernels only) or `blocks` (the default: kernels, and channel blocks
 of 4), on all 3x3 convolutions; LoRAs have rank 4, on the same layers (`lora_conv`) or on the attention (`lora_attn`).
-All of a comparison takes turns in one process, after a round to warm up; figures are medians. "mixed" is one call of the
-UNet in which every sample of a batch has another concept; PEFT's way to that is `adapter_names`. Figures "over" another
-are ratios of times for switches, and of images a second for batches.
+All of a comparison takes turns in one process, after a round to warm up; figures are medians. "mixed" is one call of
+the UNet in which every sample of a batch has another concept; PEFT's way to that is `adapter_names`. Figures "over"
+another are ratios of times for switches, and of images a second for batches.
 """
 
 from __future__ import annotations
@@ -127,7 +127,9 @@ def measure_copy_and_switch(kind: str, dtype: torch.dtype, device: str, config: 
 
         things = {"copy": copy, "switch": alternate(lambda name, pipe=pipe: atomdiff.set_active(pipe, name))}
         suffix = "" if layout is torch.contiguous_format else "_channels_last"
-        found |= {f"{name}{suffix}": value for name, value in take_turns(things, config.repeats, device, warm_up=1).items()}
+        found |= {
+            f"{name}{suffix}": value for name, value in take_turns(things, config.repeats, device, warm_up=1).items()
+        }
         found["adapted_bytes"] = sum(weight.numel() * weight.element_size() for weight in weights)
         del pipe, weights, copies, things, copy
         gc.collect()
@@ -184,9 +186,8 @@ def compare_many(dtype: torch.dtype, device: str, config: BenchmarkConfig) -> di
         atomdiff.unload_atoms(pipes["few"])
         pipes["many"].unet.load_state_dict(pipes["few"].unet.state_dict())
         for name, count in (("few", 2), ("many", config.many)):
-            loads[name] = [
-                seconds(partial(atomdiff.load_atoms, pipes[name], file, f"c{number}"), device) for number in range(count)
-            ]
+            load = partial(atomdiff.load_atoms, pipes[name], file)
+            loads[name] = [seconds(partial(load, f"c{number}"), device) for number in range(count)]
     things = {
         name: alternate(lambda c, pipe=pipe: atomdiff.set_active(pipe, c), ("c0", "c1")) for name, pipe in pipes.items()
     }

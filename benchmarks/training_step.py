@@ -5,8 +5,8 @@
 The UNets have the architecture of SD 1.5 or SDXL and random weights. A step is the forward pass on one latent with
 random text states, the mean squared error, the backward pass and AdamW; autocast in `dtype`, frozen weights in that
 dtype, trained parameters in float32. The methods share the frozen weights and take turns, one step each in every round,
-in an order drawn anew, as a step finds memory and caches as the one before left them; seconds are medians. `full`, which
-has weights of its own, runs by itself afterwards, on a CPU in a single round.
+in an order drawn anew, as a step finds memory and caches as the one before left them; seconds are medians. `full` has
+weights of its own and runs by itself afterwards, on a CPU in a single round.
 
 Methods: every folder of configs/experiments/atoms by its name (`conv` is `AtomConfig()`, `spatial` the plain variant of
 the paper: kernels only); PEFT's LoRA of rank 16 on the attention (`lora_attn`), and on that and all convolutions with

@@ -8,12 +8,12 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from atomdiff.utils.articles import with_article
 from atomdiff.utils.assets import ASSETS, find_asset
 from atomdiff.utils.atomic import new_file, write_json, write_png
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, expand_paths
 from atomdiff.utils.progress import log
-from atomdiff.utils.articles import with_article
 from atomdiff.utils.versions import versions
 
 if TYPE_CHECKING:

@@ -13,8 +13,8 @@ from PIL import Image
 from atomdiff.data.images import read_images
 from atomdiff.evaluate.encoders import ImageEncoder
 from atomdiff.sampling.generate import generate_each
-from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.articles import with_article
+from atomdiff.utils.progress import ProgressBar
 
 Images = list[Image.Image]
 

@@ -1,4 +1,4 @@
-"""The architecture of the toybox's base model: a Stable Diffusion of the usual classes with a few million parameters."""
+"""The architecture of the toybox's base model: the usual classes of Stable Diffusion, a few million parameters."""
 
 from __future__ import annotations
 

@@ -46,9 +46,7 @@ def render_world(count: int, seed: int, held_out: bool = False) -> tuple[NDArray
     """
     with ProcessPoolExecutor(os.cpu_count()) as pool:
         work = pool.map(partial(render_one, seed=seed, held_out=held_out), range(count), chunksize=100)
-        images = list(
-            ProgressBar(work, "drawing the world", count, unit="images", disable=count < 1000, mininterval=5)
-        )
+        images = list(ProgressBar(work, "drawing the world", count, unit="images", disable=count < 1000, mininterval=5))
     return np.stack(images), [caption_of(index, seed, held_out)[0] for index in range(count)]
 
 

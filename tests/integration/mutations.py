@@ -59,7 +59,6 @@ def _object(pairs):
     return "{" + ",".join(f"{json.dumps(k)}:{v if isinstance(v, _Json) else json.dumps(v)}" for k, v in pairs) + "}"
 
 
-
 REFUSED, VALID, EITHER = [], [], []
 
 
@@ -158,7 +157,7 @@ def another_name(file, rng):
         ".",
         "unet..conv_in",
         "unet.conv_in.weight",
-        "token"
+        "token",
     ]
     names += [
         "unet.nowhere",
@@ -166,7 +165,7 @@ def another_name(file, rng):
         "unet.conv_in\0",
         "unet.\x1b[2Jconv_in",
         "ünet.conv_in",
-        "x" * 100_000
+        "x" * 100_000,
     ]
     names += ["unet.conv_in.base_layer", "scheduler.x", "tokenizer.y", "text_encoder.z", "\u202eunet.conv_in", "%s{0}"]
     other = f"{rng.choice(names)}.{kind}"
@@ -337,7 +336,7 @@ def strange_words(tensors, key, rng):
         "𝔞",
         "e\u0301",
         "##",
-        "!"
+        "!",
     ]
     words += [
         "../../x",
@@ -352,7 +351,7 @@ def strange_words(tensors, key, rng):
         "token.token",
         ".",
         "'",
-        '"'
+        '"',
     ]
     return {**tensors, f"token.{rng.choice(words)}": torch.zeros(32)}
 
@@ -398,7 +397,7 @@ def cut_or_longer(data, rng):
         header + 1,
         len(data) - 1,
         rng.randrange(len(data)),
-        rng.randrange(header)
+        rng.randrange(header),
     ]
     more = [b"\0", b" ", data, rng.randbytes(5), b"\0" * 4096]
     return data[: rng.choice(ends)] if rng.random() < 0.7 else data + rng.choice(more)
@@ -420,7 +419,7 @@ def wrong_header_length(data, rng):
         2**32,
         2**63,
         2**64 - 1,
-        10**8
+        10**8,
     ]
     return rng.choice(lengths).to_bytes(8, "little") + data[8:]
 
@@ -438,7 +437,7 @@ def something_else(data, rng):
         b"[" * 50_000,
         b"\xff\xfe{\0}\0",
         b"\xef\xbb\xbf{}",
-        b"NaN"
+        b"NaN",
     ):
         others.append(len(text).to_bytes(8, "little") + text)
     return rng.choice(others)

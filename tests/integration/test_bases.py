@@ -5,7 +5,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.concept_file import read_delta_file

@@ -130,7 +130,7 @@ def test_fused_and_unloaded_concepts_are_saved_as_a_lora_is(tiny_pipe, concept_f
     assert torch.equal(predict(tiny_pipe, "a mug"), predicted)
 
 
-def test_a_lora_that_diffusers_loaded_and_fused_comes_off_with_the_concept_below_it(tiny_pipe, pipe_template, concept_files):
+def test_a_lora_that_diffusers_fused_comes_off_with_the_concept_below_it(tiny_pipe, pipe_template, concept_files):
     before, made = snapshot(tiny_pipe), copy.deepcopy(pipe_template)
     made.unet.add_adapter(LoraConfig(r=2, target_modules=["to_q", "conv1"], init_lora_weights=False))
     tensors = {f"unet.{key}": value for key, value in get_peft_model_state_dict(made.unet).items()}

@@ -28,6 +28,7 @@ from tests.integration.mutations import (
     wrong_header_length,
 )
 
+
 @pytest.fixture(scope="module")
 def pipe(pipe_template):
     """One pipeline for all files; each test leaves it as it was, which is what they test."""
@@ -154,12 +155,12 @@ JSON_TEXTS = [
     b"[" * 100_000,
     b'{"a":' * 100_000,
     b"\xff\xfe",
-    b"\0" * 9
+    b"\0" * 9,
 ]
 JSON_TEXTS += [
     b'{"peft_type": "LORA", "peft_type": "LORA"}',
     b'{"peft_type": "LORA", "r": "\\ud800"}',
-    b" " * (2 << 20)
+    b" " * (2 << 20),
 ]
 
 
@@ -194,5 +195,3 @@ def test_damaged_folders_are_refused(valid_folder, tmp_path):
 @pytest.mark.slow
 def test_many_damaged_folders_are_refused(valid_folder, tmp_path):
     fuzz_folders(range(1000, 1500), valid_folder, tmp_path)
-
-

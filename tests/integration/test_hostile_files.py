@@ -80,14 +80,14 @@ def bombs(folder, valid_files):
         "block": {"channel_block": 10**9, "joint": True},
         "recursion": {"recursion": 10**12},
         "patterns": {"channel_block_pattern": {SLOW_PATTERNS[1]: 4}},
-        "targets": {"target_modules": SLOW_PATTERNS[1], "exclude_modules": SLOW_PATTERNS[0]}
+        "targets": {"target_modules": SLOW_PATTERNS[1], "exclude_modules": SLOW_PATTERNS[0]},
     }.items():
         file = Written(default)
         file.set("adapter_config", json.dumps(file.get("adapter_config") | settings))
         (folder / name).write_bytes(file.to_bytes())
     for name, original, settings, module, shape in (
         ("row", joint, {"channel_block": 32, "num_atoms": 1}, "unet.down_blocks.0.resnets.0.conv1", (1, 32 * 32 * 9)),
-        ("code", sparse, {"num_atoms": 100_000}, "unet.conv_in", (100_000, 9))
+        ("code", sparse, {"num_atoms": 100_000}, "unet.conv_in", (100_000, 9)),
     ):
         tensors = {f"{module}.{kind}": torch.zeros(shape, dtype=torch.float16) for kind in ("atom_delta", "atom_basis")}
         file = Written(save(tensors, dict(Written(original).metadata)))
@@ -123,8 +123,8 @@ def traps(folder, trap, valid_files, valid_folder):
         | {
             "prompt_tuning_init": "TEXT",
             "prompt_tuning_init_text": "x",
-            "tokenizer_kwargs": {"trust_remote_code": True}
-        }
+            "tokenizer_kwargs": {"trust_remote_code": True},
+        },
     }.items():
         (folder / name).mkdir()
         kept = json.loads(valid_folder["adapter_config.json"]) if name.startswith("lora") else {}

@@ -196,7 +196,9 @@ def test_only_the_main_process_writes_and_prints(launched, folder):
 def test_what_goes_wrong_in_one_process_ends_both_with_one_message(launched, folder):
     ends = [line.rpartition(" ")[2] for line in launched.stdout.splitlines() if "ends with" in line]
     assert ends == ["0", "0", "2", "2", "2", "2", "130", "130"]
-    images, disk, late, loss = [line for line in launched.stderr.splitlines() if line.startswith("atomdiff train: error:")]
+    images, disk, late, loss = [
+        line for line in launched.stderr.splitlines() if line.startswith("atomdiff train: error:")
+    ]
     assert re.search(r"bad: cannot be read: bad.png \(.*\), worse.png \(.*\). Replace or remove them$", images)
     assert disk.endswith("No space left on device") and late == disk
     assert "step 1: the loss is nan" in loss

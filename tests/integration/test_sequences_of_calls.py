@@ -174,5 +174,3 @@ def test_every_image_in_between_is_that_of_a_fresh_pipeline(pipe_template, conce
         with atomdiff.mixed_batch(one, [name]) if call == "mixed" else nullcontext():
             predicted = predict(one, "a OHWX zwx mug")
         torch.testing.assert_close(predicted, predict(new, "a OHWX zwx mug"), atol=1e-4, rtol=0)
-
-

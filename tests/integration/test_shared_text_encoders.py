@@ -144,5 +144,3 @@ def test_parts_of_pipelines_with_different_words_are_refused_together(tiny_pipe,
     mixed = type(other)(**{**other.components, "tokenizer": tiny_pipe.tokenizer}, requires_safety_checker=False)
     with pytest.raises(UserError, match="know different trigger words, 'zwx' and 'ohwx'"):
         atomdiff.load_atoms(mixed, concept_files["style"], "style")
-
-

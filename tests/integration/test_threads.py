@@ -84,9 +84,7 @@ def test_two_pipelines_over_one_unet_and_text_encoder(pipe, merged):
     other = sharing_pipeline(pipe, "scheduler", "tokenizer")  # a tokenizer holds how it pads, which both would change
     if merged:
         atomdiff.merge(pipe)
-    assert_as_alone(
-        lambda: generate(pipe, ["a red mug"]), lambda: generate(other, ["a cat", "a robot"], 1), rounds=3
-    )
+    assert_as_alone(lambda: generate(pipe, ["a red mug"]), lambda: generate(other, ["a cat", "a robot"], 1), rounds=3)
 
 
 def mixing(pipe, samples, seed):

@@ -56,9 +56,7 @@ def test_what_a_caption_leaves_open_is_not_learned_from_it(tmp_path):
     judge = Judge()
     torch.nn.init.zeros_(judge.heads["colour"].weight)  # so that at the start every color is as likely
     before = torch.nn.init.zeros_(judge.heads["colour"].bias).detach().clone()
-    train_judge(
-        judge, images, captions, views_of_eight, identities, Stage(1, 16, 1e-2), tmp_path, torch.device("cpu")
-    )
+    train_judge(judge, images, captions, views_of_eight, identities, Stage(1, 16, 1e-2), tmp_path, torch.device("cpu"))
     rising = (judge.heads["colour"].bias > before).nonzero().flatten().tolist()
     assert [LABELS["colour"][index] for index in rising] == ["red"]
 

@@ -11,9 +11,9 @@ from atomdiff.toybox.world.captions import (
     sample_captions,
 )
 from atomdiff.toybox.world.held_out import is_held_out, sample_individuals
+from atomdiff.toybox.world.images import subject_images, to_images, write_subject_images
 from atomdiff.toybox.world.individuals import Individuals, draw_individuals
 from atomdiff.toybox.world.patterns import FAMILY_NAMES, HELD_OUT_FAMILIES, PATTERNS
-from atomdiff.toybox.world.images import subject_images, to_images, write_subject_images
 from atomdiff.toybox.world.renderer import IMAGE_SIZE, Rendering, render
 from atomdiff.toybox.world.subjects import HARD, SUBJECTS, TUNING_SUBJECTS
 from atomdiff.toybox.world.things import CLASSES

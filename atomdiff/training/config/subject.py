@@ -6,10 +6,10 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Annotated, Any
 
+from atomdiff.utils.articles import fit_article
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import ConfigGroup, Range
 from atomdiff.utils.paths import PathText
-from atomdiff.utils.articles import fit_article
 from atomdiff.utils.text_files import read_yaml
 
 MAX_REPEATS = 10_000
