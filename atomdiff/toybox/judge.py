@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar, TypeVar
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -127,10 +127,7 @@ def save_judge(judge: ImageJudge, folder: Path) -> None:
         (unfinished / _LABELS).write_text(json.dumps(judge.labels, indent=1) + "\n")
 
 
-J = TypeVar("J", bound=ImageJudge)
-
-
-def load_judge(folder: str | Path = JUDGE_FOLDER, kind: type[J] = Judge) -> J:  # type: ignore[assignment]
+def load_judge(folder: str | Path = JUDGE_FOLDER, kind: type[ImageJudge] = Judge) -> ImageJudge:
     """Load a judge, ready to score; by default the embedded one.
 
     Raises:

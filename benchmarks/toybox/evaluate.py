@@ -16,7 +16,7 @@ from PIL import Image
 
 from atomdiff.sampling.generate import generate
 from atomdiff.toybox.base import load_toybox
-from atomdiff.toybox.judge import LABELS, Judge, load_judge
+from atomdiff.toybox.judge import LABELS, ImageJudge, load_judge
 from atomdiff.toybox.scenes import Caption
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
@@ -55,7 +55,7 @@ def reconstruction_psnr(pipe: StableDiffusionPipeline, images: torch.Tensor) -> 
     return torch.cat(ratios).mean().item()
 
 
-def accuracy(judge: Judge, images: list[Image.Image], captions: list[Caption]) -> dict[str, float]:
+def accuracy(judge: ImageJudge, images: list[Image.Image], captions: list[Caption]) -> dict[str, float]:
     """Share of images in which the judge sees the caption's word, for class, scene, color and pattern."""
     seen = judge.classify(images)
     return {
@@ -66,7 +66,7 @@ def accuracy(judge: Judge, images: list[Image.Image], captions: list[Caption]) -
 
 def evaluate_base(
     pipe: StableDiffusionPipeline,
-    judge: Judge,
+    judge: ImageJudge,
     *,
     count: int = 256,
     num_inference_steps: int = 30,
