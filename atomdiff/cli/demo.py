@@ -11,8 +11,8 @@ from typing import TYPE_CHECKING, Any
 from atomdiff.utils.articles import with_article
 from atomdiff.utils.assets import ASSETS, find_asset
 from atomdiff.utils.atomic import new_file, write_json, write_png
-from atomdiff.utils.errors import UserError
-from atomdiff.utils.paths import PathText, expand_paths
+from atomdiff.utils.fields import ConfigGroup, ExistingPath, NonNegativeFloat
+from atomdiff.utils.paths import PathText
 from atomdiff.utils.progress import log
 from atomdiff.utils.versions import versions
 
@@ -25,31 +25,21 @@ FILES = ("before_after.png", "training_curve.png", "report.json")
 
 
 @dataclass(frozen=True)
-class DemoConfig:
-    """Teach the toybox's base a subject from a folder of photos and measure what it learned.
+class DemoConfig(ConfigGroup):
+    """Teach the toybox's base a subject from a folder of photos and measure what it learned."""
 
-    Raises:
-        UserError: a path does not exist.
-    """
-
-    instance_data_dir: PathText = str(ASSETS / "samples" / "subjects" / "mug")
+    instance_data_dir: ExistingPath = str(ASSETS / "samples" / "subjects" / "mug")
     """Folder of the subject's images; those in a folder `unseen` inside it are only compared with."""
     class_name: str | None = None
     """Class of the subject, in the base's words: mug, robot, cat ... Default: the folder's name."""
-    run: PathText = str(ASSETS / "configs" / "demo.yaml")
+    run: ExistingPath = str(ASSETS / "configs" / "demo.yaml")
     """Training config, a YAML file."""
     adapter: PathText | None = None
     """Adapter config, a JSON file. Default: that of the training config."""
-    learning_rate: float | None = None
+    learning_rate: NonNegativeFloat | None = None
     """Learning rate of the adapter. Default: that of the training config."""
     output_dir: PathText = "out/demo"
     """Output folder."""
-
-    def __post_init__(self) -> None:
-        expand_paths(self)
-        for name in ("instance_data_dir", "run"):
-            if not Path(getattr(self, name)).exists():
-                raise UserError(f"{name}={getattr(self, name)!r}: nothing is there; expected an existing path")
 
     @property
     def subject_class(self) -> str:

@@ -14,27 +14,24 @@ from atomdiff.export.merged_delta import export_diff, file_path
 from atomdiff.export.pipeline_folder import check_empty, export_pipeline
 from atomdiff.export.report import ExportReport
 from atomdiff.pipelines.adapter_weight import command_line_weights
+from atomdiff.pipelines.config import BaseModelConfig, SchedulerConfig
 from atomdiff.pipelines.load import load_concept, unload_atoms
 from atomdiff.pipelines.models import pipeline_models
-from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
+from atomdiff.pipelines.open import open_base
 from atomdiff.pipelines.scheduler import ScheduleConfig, common_scheduler, describe_scheduler, pipeline_scheduler
 from atomdiff.pipelines.switch import set_weights
 from atomdiff.sampling.concept_source import open_sources, schedules
+from atomdiff.sampling.config import ConceptsConfig
 from atomdiff.tuner import adapter_state
-from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.paths import PathText, check_writable, expand_paths, refuse_overlap
+from atomdiff.utils.paths import PathText, check_writable, refuse_overlap
 
 _HALVES = (torch.float16, torch.bfloat16)
 
 
 @dataclass(frozen=True)
-class ExportConfig:
-    """Write concepts, with their weights, to a file or folder that other programs read.
-
-    Raises:
-        UserError: a field has a value that cannot be used.
-    """
+class ExportConfig(SchedulerConfig, ConceptsConfig, BaseModelConfig):
+    """Write concepts, with their weights, to a file or folder that other programs read."""
 
     pretrained_model_name_or_path: PathText
     """Base model: a folder, a Hub id, or a checkpoint file (.safetensors, .ckpt)."""
@@ -50,35 +47,16 @@ class ExportConfig:
     """Rank of the LoRA."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Precision to save in. Default: float16; float32 for a pipeline, which others would have to be opened with."""
-    weights: tuple[float | dict[Any, Any], ...] = ()
-    """Adapter weight of each concept: a number, 1 is as trained; or JSON with factors by block:
-    '{"weight": 0.8, "blocks": {"down": 0.5, "up.1": 0}}'. Default: 1 each."""
-    trigger_words: tuple[str, ...] = ()
-    """New trigger word for each concept, where two have the same one. Default: their own."""
-    revision: str | None = None
-    """Revision of a base model on the Hub."""
-    variant: str | None = None
-    """Variant of the base model's files, such as fp16."""
-    single_file_config: PathText | None = None
-    """Pipeline folder or Hub id with the configs for a base model that is a single checkpoint file. Default: detected
-    by diffusers, from the Hub."""
-    prediction_type: PredictionType | None = None
-    """Prediction type of the exported pipeline's scheduler. Default: as the concepts were trained, else as the base
-    model's scheduler config says."""
-    rescale_betas_zero_snr: bool | None = None
-    """Rescale the noise schedule of the exported pipeline to zero terminal SNR. Default: as for prediction_type."""
 
-    def __post_init__(self) -> None:
-        expand_paths(self)
-        weights = command_line_weights(self.concepts, self.weights, self.trigger_words)
+    def check(self) -> None:
+        """Check that the concepts can be exported in this format."""
         if not self.concepts:
             raise UserError("found no concept; give --concepts")
-        for weight in weights:
-            if weight.steps:
-                raise UserError(f"weights: steps={dict(weight.steps)} cannot be exported; leave steps out")
+        weights = command_line_weights(self.concepts, self.weights)
+        if steps := next((weight.steps for weight in weights if weight.steps), None):
+            raise UserError(f"weights: steps={dict(steps)} cannot be exported; leave steps out")
         if not any(weight.weight for weight in weights):
             raise UserError("weights: all are 0, so there is nothing to export; give one concept another weight")
-        ScheduleConfig(self.prediction_type)  # refuses what it does not know
         for name in ("prediction_type", "rescale_betas_zero_snr"):
             if self.to != "pipeline" and getattr(self, name) is not None:
                 found = f"{name}={getattr(self, name)!r}: a file of {self.to} has no scheduler"
@@ -102,16 +80,7 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     if config.to != "pipeline" and (words := embeddings_without_base([concept for concept, _ in given])) is not None:
         path = file_path(config.output)
         return ExportReport(path, embeddings=save_embeddings(path.parent, f"{path.stem}-", words, written))
-    refuse_other_pipelines(
-        config.pretrained_model_name_or_path, revision=config.revision, single_file_config=config.single_file_config
-    )
-    pipe = open_pipeline(
-        config.pretrained_model_name_or_path,
-        written if config.to == "pipeline" else None,
-        revision=config.revision,
-        variant=config.variant,
-        single_file_config=config.single_file_config,
-    )
+    pipe = open_base(config, written if config.to == "pipeline" else None)
     _set_scheduler(config, pipe, schedules(given))
     weights = {}
     for number, (concept, weight) in enumerate(given, start=1):

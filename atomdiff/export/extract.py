@@ -18,6 +18,7 @@ from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.export.extraction import ExtractedLayer, Extraction
 from atomdiff.export.least_squares import fit_layer
+from atomdiff.pipelines.config import BaseModelConfig
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.open import open_pipeline, stored_dtype
 from atomdiff.tuner import adapter_state
@@ -26,18 +27,19 @@ from atomdiff.tuner.model import find_targets
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.paths import PathText, check_writable, expand_paths, refuse_overlap
+from atomdiff.utils.paths import PathText, check_writable, refuse_overlap
 from atomdiff.utils.text_files import read_yaml
 from atomdiff.utils.untrusted import list_some
 from atomdiff.utils.versions import atomdiff_version
 
 
 @dataclass(frozen=True)
-class ExtractConfig:
+class ExtractConfig(BaseModelConfig):
     """Find the atoms that best explain a fully fine-tuned model, and write them to a concept file."""
 
     pretrained_model_name_or_path: PathText
-    """Base model: a pipeline's folder, Hub id or checkpoint file, or a UNet's folder."""
+    """Base model: a pipeline's folder, Hub id or checkpoint file, or a UNet's folder. Variant and configs are those of
+    the fine-tuned model, too."""
     tuned: PathText
     """Fine-tuned model, in any of these forms."""
     output: PathText
@@ -50,16 +52,6 @@ class ExtractConfig:
     """Precision to load both models in. Default: as they are stored, which takes the least memory."""
     save_dtype: Literal["float32", "float16"] = "float16"
     """Precision to save the concept in."""
-    revision: str | None = None
-    """Revision of a base model on the Hub."""
-    variant: str | None = None
-    """Variant of both models' files, such as fp16."""
-    single_file_config: PathText | None = None
-    """Pipeline folder or Hub id with the configs for models that are a single checkpoint file. Default: detected by
-    diffusers, from the Hub."""
-
-    def __post_init__(self) -> None:
-        expand_paths(self)
 
 
 def extract_concept(config: ExtractConfig) -> Extraction:

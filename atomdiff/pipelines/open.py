@@ -10,6 +10,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from atomdiff.bases.find import BASES, known_bases
+from atomdiff.pipelines.config import BaseModelConfig
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
 
@@ -112,6 +113,18 @@ def refuse_other_pipelines(
     if made is None or not any(base.generates_from_text(made) for base in BASES):
         expected = f"a pipeline of {known_bases()}, from text to images"
         raise UserError(f"{field}={name!r}: found a {kind}; expected {expected}")
+
+
+def open_base(config: BaseModelConfig, dtype: torch.dtype | None = torch.float32) -> Any:
+    """Open the base model of a command, in a precision as for `open_pipeline`.
+
+    Raises:
+        UserError: it cannot be loaded, or does not generate images from text alone with a known base.
+    """
+    name, described_by = config.pretrained_model_name_or_path, config.single_file_config
+    refuse_other_pipelines(name, revision=config.revision, single_file_config=described_by)
+    options = {"revision": config.revision, "variant": config.variant, "single_file_config": described_by}
+    return open_pipeline(name, dtype, **options)
 
 
 def is_single_file(name: str) -> bool:

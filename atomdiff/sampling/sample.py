@@ -11,7 +11,7 @@ import torch
 from PIL import Image
 
 from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
+from atomdiff.pipelines.open import open_base
 from atomdiff.pipelines.scheduler import ScheduleConfig
 from atomdiff.sampling.adapter_cache import AdapterCache
 from atomdiff.sampling.batching import make_batches, shard, sort_by_concepts
@@ -102,15 +102,7 @@ def _save_missing(
     share = shard(missing, state.process_index, state.num_processes)
     if not share:
         return []
-    base, single_file_config = config.pretrained_model_name_or_path, config.single_file_config
-    refuse_other_pipelines(base, revision=config.revision, single_file_config=single_file_config)
-    pipe = open_pipeline(
-        base,
-        precision.dtype,
-        revision=config.revision,
-        variant=config.variant,
-        single_file_config=single_file_config,
-    ).to(state.device)
+    pipe = open_base(config, precision.dtype).to(state.device)
     requests = list(dict.fromkeys(request for _, request in missing))
     asked = ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr)
     schedulers = choose_schedulers(pipe.scheduler, requests, asked)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.paths import expand_paths
+from atomdiff.utils.paths import PathText, expand_paths
 
 Mark = TypeVar("Mark")
 
@@ -44,12 +45,18 @@ class NeedsPackage:
     extra: str
 
 
+@dataclass(frozen=True)
+class MustExist:
+    """A path where something has to be."""
+
+
 PositiveInt = Annotated[int, Range(1, below=10**9)]
 NonNegativeInt = Annotated[int, Range(0)]
 NonNegativeFloat = Annotated[float, Range(0)]
 PositiveFloat = Annotated[float, Range(1e-9)]
 BatchSize = Annotated[int, Range(1, 100_000)]
 Share = Annotated[float, Range(0, below=1)]
+ExistingPath = Annotated[PathText, MustExist()]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +88,7 @@ def marks(hint: Any, kind: type[Mark]) -> list[Mark]:
 def marked_fields(config_class: type[Any], kind: type[Mark]) -> dict[str, Mark]:
     """Return the fields of a config with such a mark."""
     hints = get_type_hints(config_class, include_extras=True)
-    return {name: found[0] for name, hint in hints.items() if (found := marks(hint, kind))}
+    return {name: first[0] for name, hint in hints.items() if (first := marks(hint, kind))}
 
 
 def _check_field(name: str, hint: Any, value: Any) -> None:
@@ -91,6 +98,8 @@ def _check_field(name: str, hint: Any, value: Any) -> None:
     for limits in marks(hint, Range):
         if value not in limits:
             raise UserError(f"{name}={value!r}: expected a number of {limits}")
+    if marks(hint, MustExist) and not os.path.exists(value):  # not Path.exists, which raises an error for long names
+        raise UserError(f"{name}={value!r}: found nothing there; check the path")
     choices = [choice for part in (hint, *get_args(hint)) if get_origin(part) is Literal for choice in get_args(part)]
     choices += [choice for one_of in marks(hint, OneOf) for choice in one_of.table]
     if choices and value not in choices:

@@ -35,10 +35,10 @@ def parse_config(
     options and YAML keys, values of a wrong type and missing fields end the program with one line that says so.
 
     Args:
-        config_class: a dataclass whose fields have docstrings.
-        args: the command line without the program's name; by default that of this process.
-        prog: the program's name in the messages.
-        positional: a field that is given without its name.
+        config_class: A dataclass whose fields have docstrings.
+        args: The command line without the program's name; by default that of this process.
+        prog: The program's name in messages.
+        positional: A field that is given without its name.
 
     Raises:
         UserError: from the config's own checks, or a file of `--config` cannot be read.
@@ -60,9 +60,9 @@ def parse_with_overrides(
     such as its learning rate), and from the command line in its order.
 
     Args:
-        config_class: as for `parse_config`.
-        args: as for `parse_config`.
-        prog: as for `parse_config`.
+        config_class: A dataclass whose fields have docstrings, among them `adapter`.
+        args: The command line without the program's name; by default that of this process.
+        prog: The program's name in messages.
 
     Raises:
         UserError: from the config's own checks, or a file of `--config` cannot be read.
@@ -79,21 +79,21 @@ def parse_with_overrides(
 
 def _normalize_arguments(args: Sequence[str], hints: dict[str, Any]) -> list[str]:
     """Spell the values of options as the parser expects them."""
-    typed: list[str] = []
+    normalized: list[str] = []
     hint: Any = str
-    for word in args:
-        name, equals, value = word.partition("=")
-        if word.startswith("--"):
+    for argument in args:
+        name, equals, value = argument.partition("=")
+        if argument.startswith("--"):
             hint = hints.get(name[2:], str)
-            typed.append(f"{name}={_normalize_argument(value, hint)}" if equals else word)
+            normalized.append(f"{name}={_normalize_argument(value, hint)}" if equals else argument)
         else:
-            typed.append(_normalize_argument(word, hint))
-    return typed
+            normalized.append(_normalize_argument(argument, hint))
+    return normalized
 
 
-def _normalize_argument(value: str, hint: Any) -> str:
-    meant = _normalize(value, hint)
-    return meant if isinstance(meant, str) else json.dumps(meant)
+def _normalize_argument(text: str, hint: Any) -> str:
+    value = _normalize(text, hint)
+    return value if isinstance(value, str) else json.dumps(value)
 
 
 def _normalize(value: Any, hint: Any) -> Any:
@@ -119,7 +119,9 @@ class _ConfigFile(ActionConfigFile):
             options = _read_options(expand_path(values, "config"), parser.hints)
         except UserError as error:
             parser.error(str(error))
-        self.apply_config(parser, cfg, self.dest, yaml.safe_dump(options, default_style='"'))  # all types are told
+        self.apply_config(
+            parser, cfg, self.dest, yaml.safe_dump(options, default_style='"')
+        )  # quoted, so that YAML does not guess types
 
 
 def _read_options(file: str, hints: dict[str, Any]) -> dict[str, Any]:
@@ -128,8 +130,8 @@ def _read_options(file: str, hints: dict[str, Any]) -> dict[str, Any]:
     Raises:
         UserError: The file cannot be read, or does not hold options.
     """
-    found = read_yaml(file)
-    options = {} if found is None else found
+    content = read_yaml(file)
+    options = {} if content is None else content
     if not isinstance(options, dict):
         raise UserError(f"{file}: expected a mapping with an option a line, such as seed: 0")
     for name, value in options.items():
@@ -210,9 +212,9 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> dict[str, An
     default = field.default
     if default is dataclasses.MISSING:
         return option | {"help": f"{text} (required)"}
-    shown = default if isinstance(default, tuple) else () if default is None else (default,)
-    if shown and default is not False:
-        option["help"] += f" (default: {', '.join(map(str, shown))})"
+    defaults = default if isinstance(default, tuple) else () if default is None else (default,)
+    if defaults and default is not False:
+        option["help"] += f" (default: {', '.join(map(str, defaults))})"
     return option | {"default": list(default) if isinstance(default, tuple) else default}
 
 

@@ -769,10 +769,8 @@ def test_bases_in_half_precision_are_not_loaded_wider_than_they_are(pipe_templat
     half.to(torch.float32)
     half.save_pretrained(tmp_path / "wide")
     opened = []
-    real = export_module.open_pipeline
-    monkeypatch.setattr(
-        export_module, "open_pipeline", lambda *args, **kw: opened.append(real(*args, **kw)) or opened[-1]
-    )
+    real = export_module.open_base
+    monkeypatch.setattr(export_module, "open_base", lambda *args, **kw: opened.append(real(*args, **kw)) or opened[-1])
     for method in ("atoms", "sparse", "lora", "loha"):
         pipe = fresh(pipe_template)
         teach(pipe, method, word="ohwx", seed=3)
@@ -813,7 +811,7 @@ def test_a_lone_word_needs_no_base(pipe_template, sdxl_template, tmp_path):
 
 
 def test_outputs_that_are_in_the_way_are_refused_before_anything_is_loaded(concepts, tmp_path, monkeypatch):
-    monkeypatch.setattr(export_module, "open_pipeline", None)
+    monkeypatch.setattr(export_module, "open_base", None)
     (tmp_path / "used.safetensors").mkdir()
     (tmp_path / "used.safetensors" / "x").touch()
     file = concepts[0]

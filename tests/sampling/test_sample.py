@@ -67,8 +67,8 @@ def config(tiny_pipe_folder, tmp_path):
 @pytest.fixture
 def loads(monkeypatch):
     """Counts how often a pipeline was loaded."""
-    counted, load = [], sample.open_pipeline
-    monkeypatch.setattr(sample, "open_pipeline", lambda *a, **k: counted.append(a) or load(*a, **k))
+    counted, load = [], sample.open_base
+    monkeypatch.setattr(sample, "open_base", lambda *a, **k: counted.append(a) or load(*a, **k))
     return counted
 
 
@@ -681,7 +681,7 @@ def test_other_pipelines_are_named_before_they_are_loaded(config, tmp_path, load
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"library": "none"}, "found nothing at 'none'"),
+        ({"library": "none"}, "library=.none.: found nothing there"),
         ({"weights": ({"block": {"down": "x"}},), "concepts": ("a",)}, "found the adapter weight"),
         ({"weights": (float("nan"),), "concepts": ("a",)}, "found the adapter weight"),
         ({"negative_prompt": "blurry <lora:x:1>"}, "remove the tag"),
@@ -692,11 +692,11 @@ def test_other_pipelines_are_named_before_they_are_loaded(config, tmp_path, load
         ({"seeds": (-1,)}, "seeds"),
         ({"num_inference_steps": 0}, "num_inference_steps=0"),
         ({"sample_batch_size": 0}, "sample_batch_size=0"),
-        ({"height": 0}, "height=0: expected 8 to 8192"),
+        ({"height": 0}, "height=0: expected a number of at least 8 and at most 8192"),
         ({"height": 500, "width": 64}, "height=500: expected a multiple of 8"),
-        ({"width": 10**6}, "width=1000000: expected 8 to 8192"),
+        ({"width": 10**6}, "width=1000000: expected a number"),
         ({"seeds": (2**64,)}, "seeds"),
-        ({"num_inference_steps": 1001}, "num_inference_steps=1001: expected 1 to 1000"),
+        ({"num_inference_steps": 1001}, "num_inference_steps=1001: expected a number"),
         ({"guidance_scale": float("inf")}, "guidance_scale=inf"),
         ({"guidance_scale": float("nan")}, "guidance_scale=nan"),
     ],
@@ -743,7 +743,7 @@ def test_processes_share_the_missing_images_and_one_writes_the_overview(config, 
 
     save, overview = sample.SampleFile.save, sample.write_overview
     monkeypatch.setattr(accelerate, "Accelerator", Process)
-    monkeypatch.setattr(sample, "open_pipeline", lambda *_, **__: copy.deepcopy(tiny_pipe))  # loading in threads fails
+    monkeypatch.setattr(sample, "open_base", lambda *_, **__: copy.deepcopy(tiny_pipe))  # loading in threads fails
     monkeypatch.setattr(
         sample.SampleFile, "save", lambda self, im: (drawn.append(threading.current_thread().name), save(self, im))
     )

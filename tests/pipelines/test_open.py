@@ -1,0 +1,37 @@
+"""Pipelines that users name: damaged ones and other kinds are refused."""
+
+import shutil
+
+import pytest
+
+from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
+from atomdiff.utils.errors import UserError
+
+DAMAGES = {
+    "an index that is a list": ("model_index.json", b"[]"),
+    "an index that is null": ("model_index.json", b"null"),
+    "an index without a class": ("model_index.json", b"{}"),
+    "an unknown class": ("model_index.json", b'{"_class_name": "FooPipeline"}'),
+    "an empty text encoder": ("text_encoder/model.safetensors", b""),
+    "a torn text encoder": ("text_encoder/model.safetensors", b"\x10\0\0\0\0\0\0\0{}"),
+    "no tokenizer": ("tokenizer", None),
+}
+
+
+@pytest.mark.parametrize("damage", DAMAGES)
+def test_a_damaged_folder_of_a_pipeline_is_a_user_error(tiny_pipe_folder, tmp_path, damage):
+    folder, (name, content) = shutil.copytree(tiny_pipe_folder, tmp_path / "base"), DAMAGES[damage]
+    if content is None:
+        shutil.rmtree(folder / name)
+    else:
+        (folder / name).write_bytes(content)
+    with pytest.raises(UserError, match="cannot be loaded|lacks files of its tokenizer"):
+        open_pipeline(str(folder))
+
+
+def test_what_wants_text_to_image_says_which_field_names_another_pipeline(tiny_pipe_folder, tmp_path):
+    folder = shutil.copytree(tiny_pipe_folder, tmp_path / "base")
+    index = folder / "model_index.json"
+    index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))
+    with pytest.raises(UserError, match="base=.*: found a StableDiffusionInpaintPipeline; expected a pipeline of"):
+        refuse_other_pipelines(str(folder), field="base")
