@@ -1,6 +1,6 @@
-"""Draw prompts: accelerate launch train_scripts/generate_samples.py --prompts "a photo of sks mug" [--field value ...].
+"""Generate: accelerate launch train_scripts/generate_samples.py --prompts "a photo of sks mug" [--field value ...].
 
-The same as `atomdiff sample`; under `accelerate launch` the processes share the pictures.
+The same as `atomdiff sample`; under `accelerate launch` the processes share the images.
 """
 
 import sys

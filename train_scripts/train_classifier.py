@@ -5,21 +5,22 @@ Every field of `atomdiff.classify.config.ClassifyConfig` is an option; --help li
 
 import sys
 
-from atomdiff.classify.config import load_config
+from atomdiff.classify.config import ClassifyConfig
 from atomdiff.cli.run_program import run_program
+from atomdiff.utils.options import parse_with_overrides
 from atomdiff.utils.quiet import quiet_libraries
 
 PROGRAM = "train_classifier.py"
 
 
 def main() -> int:
-    """Run; return the exit status: 0; 2 for a mistake in what was asked, told in one line; 130 if stopped."""
+    """Run; return the exit status: 0; 2 for a mistake in what was asked, with one line that says so; 130 if stopped."""
     return run_program(PROGRAM, train)
 
 
 def train() -> None:
-    """Tune, save, tell."""
-    config = load_config(prog=PROGRAM)
+    """Tune, save, and print the accuracies."""
+    config = parse_with_overrides(ClassifyConfig, prog=PROGRAM)
     quiet_libraries()
     from accelerate import PartialState
 

@@ -2,25 +2,25 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Annotated, Any, Literal
 
 from atomdiff.training.config.data import ImageConfig
-from atomdiff.training.config.run import LoggingConfig, RunConfig, StepsConfig
+from atomdiff.training.config.optimizer import OptimizerConfig, ParameterGroup
+from atomdiff.training.config.run import LoggingConfig, RunConfig
 from atomdiff.utils.choices import Precision, Schedule
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import BatchSize, NonNegativeFloat, PositiveInt, Range
-from atomdiff.utils.options import parse_with_overrides
 from atomdiff.utils.paths import PathText
 
 LINEAR = "linear"
+_HEAD_LEARNING_RATE = 3e-3
 
 BatchNorm = Literal["frozen", "updated"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassifyConfig(LoggingConfig, StepsConfig, ImageConfig, RunConfig):
+class ClassifyConfig(LoggingConfig, OptimizerConfig, ImageConfig, RunConfig):
     """Fine-tune an image classifier on folders of images.
 
     Fields known from diffusers' training scripts mean the same here.
@@ -28,6 +28,8 @@ class ClassifyConfig(LoggingConfig, StepsConfig, ImageConfig, RunConfig):
 
     pretrained_model_name_or_path: PathText
     """Base model: a folder or Hub id of any image classifier of transformers (ResNet, ConvNeXt, ...)."""
+    revision: str | None = None
+    """Revision (branch, tag or commit) of a base model on the Hub."""
     output_dir: PathText = "out/classifier"
     """Output folder: trained classifier, log and report."""
     adapter: PathText = "atoms"
@@ -55,9 +57,10 @@ class ClassifyConfig(LoggingConfig, StepsConfig, ImageConfig, RunConfig):
 
     learning_rate: NonNegativeFloat | None = None
     """Learning rate of all but the head. Default: the value in overrides.yaml beside the adapter's JSON file; without
-    one, 5e-3, or 1e-4 with adapter "full"."""
-    head_learning_rate: NonNegativeFloat = 3e-3
-    """Learning rate of the classification head, which is always trained, from random weights."""
+    one, that of the optimizer, or 1e-4 with adapter "full"."""
+    head_learning_rate: NonNegativeFloat | None = None
+    """Learning rate of the classification head, which is always trained, from random weights. Default: 3e-3, or 1 with
+    prodigy."""
     batch_norm: BatchNorm | None = None
     """Running statistics of batch norms: "frozen", or "updated" by the training images and saved with the head.
     Default: frozen with adapter "linear", so that features stay those of the base model; else updated."""
@@ -78,25 +81,22 @@ class ClassifyConfig(LoggingConfig, StepsConfig, ImageConfig, RunConfig):
         """Whether batch norms follow the training images."""
         return (self.batch_norm or ("frozen" if self.adapter == LINEAR else "updated")) == "updated"
 
+    @property
+    def learning_rates(self) -> dict[ParameterGroup, float]:
+        """The learning rate of each group of parameters that the run may train."""
+        default = self.optimizer_spec.learning_rate if self.optimizer_spec.estimates_step_size else _HEAD_LEARNING_RATE
+        head = default if self.head_learning_rate is None else self.head_learning_rate
+        return super().learning_rates | {"head": head}
+
     def snapshot(self) -> dict[str, Any]:
         """Return all fields but the output folder, ready for JSON."""
         return {name: value for name, value in asdict(self).items() if name != "output_dir"}
 
     def check(self) -> None:
-        """Check that images are left to train on."""
+        """Check that images are left to train on, and that running statistics go with the optimizer."""
         if self.validation_share + self.test_share >= 1:
             found = f"{self.validation_share} and test_share={self.test_share}"
             raise UserError(f"validation_share={found}: expected a sum below 1, so that something is left to train on")
-
-
-def load_config(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> ClassifyConfig:
-    """Read a run's config from a command line; see `parse_with_overrides`.
-
-    Args:
-        arguments: The command line without the program's name, by default this process's.
-        prog: The program's name in messages.
-
-    Raises:
-        UserError: A field has a value that cannot be used.
-    """
-    return parse_with_overrides(ClassifyConfig, arguments, prog=prog)
+        if self.optimizer_spec.averages_steps and self.updates_batch_norm:
+            expected = "expected batch_norm frozen, as running statistics do not belong to an average of steps"
+            raise UserError(f"optimizer={self.optimizer!r}: {expected}")

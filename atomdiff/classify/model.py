@@ -115,11 +115,11 @@ def load_model(
             return AutoModelForImageClassification.from_config(config, dtype=torch.float32)
         options = {"revision": revision, "config": config, "ignore_mismatched_sizes": True, "dtype": torch.float32}
         with _quiet():  # it would report the new head, in many lines
-            model, found = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **options)
+            model, loading = AutoModelForImageClassification.from_pretrained(name, output_loading_info=True, **options)
     except Exception as error:  # a damaged file raises whatever its parser raises
         expected = "neither a folder with an image classifier nor one from the Hub"
         raise UserError(f"{name!r}: {expected} ({_one_line(error)})") from error
-    new = {*found["missing_keys"], *(path for path, *_ in found["mismatched_keys"])}
+    new = {*loading["missing_keys"], *(path for path, *_ in loading["mismatched_keys"])}
     # Norms and biases that a base does without start from ones and zeros; all else would be random.
     random = {path for path, tensor in model.named_parameters() if path in new and tensor.ndim > 1}
     if lost := sorted(path for path in random if labels is None or in_base(model, path)):

@@ -7,7 +7,6 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
-from diffusers.optimization import get_scheduler
 from peft import PeftConfig
 from torch import Tensor, nn
 
@@ -16,9 +15,9 @@ from atomdiff.classify.data import ImageDataset
 from atomdiff.classify.method import add_trainable, exclude_head
 from atomdiff.classify.model import hash_base, head_parameters, in_base, norm_statistics, open_model, open_processor
 from atomdiff.classify.splits import Splits, read_splits
+from atomdiff.training.config.optimizer import ParameterGroup
+from atomdiff.training.optimizers import build_optimizer
 from atomdiff.utils.errors import UserError
-
-_DEFAULT_LEARNING_RATES = {"full": 1e-4, "adapter": 5e-3}
 
 
 @dataclass(frozen=True)
@@ -60,7 +59,7 @@ def build_run(config: ClassifyConfig, method: PeftConfig | str | None, accelerat
     num_base_parameters += count(norm_statistics(model).values())
     method = exclude_head(method, model)
     add_trainable(model, method, config.seed)
-    optimizer, lr_factor = build_optimizer(config, model, method)
+    optimizer, lr_factor = build_optimizer(config, parameter_groups(model))
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     run = Run(
         config, accelerator, method, splits, processor, base, num_base_parameters, model, wrapped, optimizer, lr_factor
@@ -87,23 +86,11 @@ def try_forward(run: Run) -> None:
         raise UserError(f"images do not go through the model ({problem}); use {expected}") from error
 
 
-def build_optimizer(
-    config: ClassifyConfig, model: Any, method: PeftConfig | str | None
-) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
-    """Build AdamW: one group for the head and, unless it is trained alone, one before it for the rest.
-
-    Returns:
-        The optimizer, and a function from the number of steps done to the factor on each group's `initial_lr`.
-    """
+def parameter_groups(model: Any) -> dict[ParameterGroup, list[nn.Parameter]]:
+    """Return the parameters that are trained: those of the head and, unless it is trained alone, the rest before it."""
     rest = [tensor for path, tensor in model.named_parameters() if tensor.requires_grad and in_base(model, path)]
-    rate = config.learning_rate
-    if rate is None:
-        rate = _DEFAULT_LEARNING_RATES["full" if method is None else "adapter"]
-    groups: list[dict[str, Any]] = [{"params": rest, "lr": rate}] if rest else []
-    groups.append({"params": head_parameters(model), "lr": config.head_learning_rate})
-    optimizer = torch.optim.AdamW(groups, weight_decay=config.adam_weight_decay, fused=True)
-    steps = {"num_warmup_steps": config.lr_warmup_steps, "num_training_steps": config.max_train_steps}
-    return optimizer, get_scheduler(config.lr_scheduler, optimizer, **steps).lr_lambdas[0]
+    head: dict[ParameterGroup, list[nn.Parameter]] = {"head": head_parameters(model)}
+    return {"adapter": rest, **head} if rest else head
 
 
 def to_device(run: Run, pixels: Tensor) -> Tensor:

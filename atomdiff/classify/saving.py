@@ -21,11 +21,7 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import list_some
 
 HEAD_FILE = "head.safetensors"
-
-
 METADATA_FILE = "classifier.json"
-
-
 _COMPONENT = "model"
 
 

@@ -48,14 +48,16 @@ def read_splits(folder: str | Path, validation_share: float, test_share: float, 
             inside one, a class that train lacks, or a class too small to be split; or images cannot be read.
     """
     folder = Path(folder)
-    found = _split_folders(folder)
-    if not found:
+    folders = _split_folders(folder)
+    if not folders:
         classes = _read_classes(folder)
         held_out = _hold_out(classes, {"test": test_share, "validation": validation_share}, seed)
     else:
-        classes = _read_classes(found["train"])
-        held_out = {split: _read_classes(found[split], classes) for split in ("validation", "test") if split in found}
-        if "validation" not in found:
+        classes = _read_classes(folders["train"])
+        held_out = {
+            split: _read_classes(folders[split], classes) for split in ("validation", "test") if split in folders
+        }
+        if "validation" not in folders:
             held_out |= _hold_out(classes, {"validation": validation_share}, seed)
     chosen = {file for split in held_out.values() for files in split.values() for file in files}
     train = {name: [file for file in files if file not in chosen] for name, files in classes.items()}
@@ -72,14 +74,14 @@ def _split_folders(folder: Path) -> dict[str, Path]:
         raise UserError(f"train_data_dir={str(folder)!r}: no such folder; expected one with a subfolder for each class")
     if not (folder / "train").is_dir() or not _sub_folders(folder / "train"):
         return {}
-    found: dict[str, Path] = {}
+    folders: dict[str, Path] = {}
     for path in _sub_folders(folder):
         split = _SPLIT_NAMES.get(path.name)
-        if split is None or split in found:
+        if split is None or split in folders:
             expected = "train, validation (or val) and test, each once"
             raise UserError(f"{path}: not a split of the images; beside {folder / 'train'} stand only {expected}")
-        found[split] = path
-    return found
+        folders[split] = path
+    return folders
 
 
 def _sub_folders(folder: Path) -> list[Path]:

@@ -3,6 +3,7 @@
 import math
 import time
 from contextlib import closing, nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -21,8 +22,10 @@ from atomdiff.classify.model import head_parameters, norm_statistics
 from atomdiff.classify.run import Run, build_run, count, to_device
 from atomdiff.classify.saving import check_result_folder, save_classifier
 from atomdiff.classify.splits import LabeledFiles
-from atomdiff.training.launch import new_accelerator
+from atomdiff.training.ema import averaged
+from atomdiff.training.launch import check_packages, new_accelerator
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
+from atomdiff.training.optimizers import current_rate
 from atomdiff.training.run_log import RunLog
 from atomdiff.tuner.read_config import describe_adapter
 from atomdiff.utils.atomic import write_json, write_result
@@ -31,6 +34,8 @@ from atomdiff.utils.folder_lock import lock_folder
 from atomdiff.utils.paths import check_writable, refuse_overlap
 from atomdiff.utils.seeds import derive_seed
 from atomdiff.utils.versions import versions
+
+_FULL_LEARNING_RATE = 1e-4  # of all weights, unless the optimizer estimates its step size
 
 
 def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
@@ -48,6 +53,9 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
         UserError: Something in the config, the images or the base does not fit, or the loss is not finite any more.
     """
     method = read_method(config)
+    check_packages(config)
+    if method is None and config.learning_rate is None and not config.optimizer_spec.estimates_step_size:
+        config = replace(config, learning_rate=_FULL_LEARNING_RATE)
     folder = Path(config.output_dir) / "classifier"
     sources = {"train_data_dir": config.train_data_dir, "the base": config.pretrained_model_name_or_path}
     refuse_overlap({"output_dir": config.output_dir}, sources)
@@ -85,8 +93,8 @@ def _report(run: Run, validations: list[dict[str, float]], seconds: float) -> di
     evaluated = {"train": run.splits.train, "validation": run.splits.validation, "test": run.splits.test}
     results = {split: evaluate(run, images) if images else None for split, images in evaluated.items()}
     return {
-        "accuracy": {split: found and round(found["accuracy"], 6) for split, found in results.items()},
-        "loss": {split: found and round(found["loss"], 6) for split, found in results.items()},
+        "accuracy": {split: result and round(result["accuracy"], 6) for split, result in results.items()},
+        "loss": {split: result and round(result["loss"], 6) for split, result in results.items()},
         "images": {split: images and len(images) for split, images in evaluated.items()},
         "classes": run.splits.classes,
         "num_trainable_parameters": trainable,
@@ -112,18 +120,20 @@ def training_loop(run: Run) -> list[dict[str, float]]:
     best: dict[str, Tensor] = {}
     average, log_file = math.nan, Path(config.output_dir) / "training_log.jsonl"
     samples = config.train_batch_size * accelerator.num_processes
+    trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     with closing(RunLog(accelerator, log_file, 0, config.max_train_steps, config.logging_steps, samples)) as log:
         for step, (pixels, labels) in enumerate(batches, start=1):
             started = time.perf_counter()
             loss = train_step(run, step, pixels, labels)
             average = update_average(average, loss)
-            log.step(step, loss, average, run.optimizer.param_groups[0]["lr"], time.perf_counter() - started)
+            log.step(step, loss, average, current_rate(run.optimizer), time.perf_counter() - started)
             if step % config.validation_steps and step < config.max_train_steps:
                 continue
-            validations.append({"step": step, **evaluate(run, run.splits.validation)})
-            best_validation = max(validations, key=_merit)
-            if best_validation is validations[-1]:
-                best = {name: tensor.detach().clone() for name, tensor in _changing(run.model).items()}
+            with averaged(trainable, run.optimizer, None):
+                validations.append({"step": step, **evaluate(run, run.splits.validation)})
+                best_validation = max(validations, key=_merit)
+                if best_validation is validations[-1]:
+                    best = {name: tensor.detach().clone() for name, tensor in _changing(run.model).items()}
             patience = config.early_stopping_patience
             if patience is not None and len(validations) - 1 - validations.index(best_validation) >= patience:
                 break

@@ -11,6 +11,7 @@ from accelerate.state import AcceleratorState
 from accelerate.utils import GradientAccumulationPlugin, ProjectConfiguration
 
 from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.optimizer import OptimizerConfig
 from atomdiff.utils.atomic import writing
 from atomdiff.utils.choices import Precision
 from atomdiff.utils.errors import UserError
@@ -24,10 +25,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
     Raises:
         UserError: This machine cannot do what is asked, such as fp16 without a GPU.
     """
-    for field, needed in needed_packages(config).items():
-        if find_spec(needed.package) is None:
-            found = f"{field}={getattr(config, field)!r}: {needed.package} is missing"
-            raise UserError(f'{found}; pip install "atomdiff[{needed.extra}]"')
+    check_packages(config)
     if config.allow_tf32:
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
@@ -65,12 +63,20 @@ def new_accelerator(mixed_precision: Precision | None, **options: Any) -> Accele
         raise UserError(f"accelerate cannot start: {error}") from error
 
 
-def needed_packages(config: TrainConfig) -> dict[str, NeedsPackage]:
-    """Return the optional packages that a run needs, by the field that asks for them."""
+def check_packages(config: OptimizerConfig) -> None:
+    """Check that the optional packages that a run needs are installed.
+
+    Raises:
+        UserError: One is missing; the message says how to install it.
+    """
     marked = marked_fields(type(config), NeedsPackage)
     needed = {field: package for field, package in marked.items() if getattr(config, field)}
-    of_optimizer = config.optimizer_spec.needs
-    return needed | ({"optimizer": of_optimizer} if of_optimizer else {})
+    if config.optimizer_spec.needs:
+        needed["optimizer"] = config.optimizer_spec.needs
+    for field, package in needed.items():
+        if find_spec(package.package) is None:
+            value = f"{field}={getattr(config, field)!r}"
+            raise UserError(f'{value}: {package.package} is missing; pip install "atomdiff[{package.extra}]"')
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:

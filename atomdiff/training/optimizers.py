@@ -13,7 +13,7 @@ from atomdiff.training.config.optimizer import OptimizerConfig, ParameterGroup
 
 
 def build_optimizer(
-    config: OptimizerConfig, parameter_groups: Mapping[ParameterGroup, Sequence[nn.Parameter]], processes: int = 1
+    config: OptimizerConfig, parameter_groups: Mapping[ParameterGroup, Sequence[nn.Parameter]], scale: float = 1.0
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
     """Build the optimizer, with a parameter group, and its `name`, for each of those that are trained.
 
@@ -22,17 +22,16 @@ def build_optimizer(
     Args:
         config: The run.
         parameter_groups: What is trained.
-        processes: How many processes share the run.
+        scale: Factor on all learning rates.
 
     Returns:
         The optimizer, and a function from the number of steps done to the factor on each group's `initial_lr`.
     """
-    images = config.train_batch_size * config.gradient_accumulation_steps * processes if config.scale_lr else 1
     groups: list[dict[str, Any]] = [
         {
             "name": name,
             "params": parameters,
-            "lr": config.learning_rates[name] * images,
+            "lr": config.learning_rates[name] * scale,
             "weight_decay": 0.0 if name == "token" else config.adam_weight_decay,
         }
         for name, parameters in parameter_groups.items()
@@ -57,7 +56,7 @@ def build_optimizer(
 
 
 def current_rate(optimizer: torch.optim.Optimizer) -> float:
-    """Return the adapter's learning rate; with Prodigy times the step size that it estimates."""
+    """Return the first group's learning rate, the adapter's if there is one; with Prodigy times its step size."""
     group = optimizer.param_groups[0]
     rate: float = group["lr"] * group.get("d", 1.0)
     return rate

@@ -19,7 +19,6 @@ import torch
 from PIL import Image
 
 from atomdiff.classify.config import ClassifyConfig
-from atomdiff.classify.config import load_config as load_classifier_config
 from atomdiff.cli.demo import DemoConfig
 from atomdiff.cli.main import main
 from atomdiff.evaluate.metrics import METRICS, score
@@ -29,7 +28,7 @@ from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.config.optimizer import OPTIMIZERS
 from atomdiff.training.optimizers import build_optimizer
-from atomdiff.utils.options import parse_config
+from atomdiff.utils.options import parse_config, parse_with_overrides
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -39,7 +38,7 @@ CONCEPT = "out/demo/mug.atoms.safetensors"
 VERBS = {
     "train": load_config,
     "train_dreambooth": load_config,
-    "train_classifier": load_classifier_config,
+    "train_classifier": lambda options: parse_with_overrides(ClassifyConfig, options),
     "sample": lambda options: parse_config(SampleConfig, options),
     "demo": lambda options: parse_config(DemoConfig, options),
     "export": lambda options: parse_config(ExportConfig, options),

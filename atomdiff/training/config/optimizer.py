@@ -14,7 +14,6 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
-from atomdiff.training.config.prompt import TextConfig
 from atomdiff.training.config.run import StepsConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import NeedsPackage, NonNegativeFloat, OneOf, PositiveFloat, PositiveInt, Share
@@ -22,8 +21,8 @@ from atomdiff.utils.fields import NeedsPackage, NonNegativeFloat, OneOf, Positiv
 if TYPE_CHECKING:
     from torch.optim import Optimizer  # for types alone: --help does without torch
 
-ParameterGroup = Literal["adapter", "text_encoder", "token"]
-"""What has a learning rate of its own."""
+ParameterGroup = Literal["adapter", "text_encoder", "token", "head"]
+"""What has a learning rate of its own; a classifier has a head."""
 
 Build = Callable[["OptimizerConfig", list[dict[str, Any]], dict[str, Any]], "Optimizer"]
 
@@ -44,8 +43,12 @@ class OptimizerSpec:
     """Default learning rate."""
     token_learning_rate: float | None = 1e-2
     """Default learning rate of token embeddings; None for that of the adapter."""
+    estimates_step_size: bool = False
+    """Whether it estimates the step size, so that all learning rates are about 1, and 1 by default."""
+    averages_steps: bool = False
+    """Whether what is saved is an average of its steps up to the end, so that it needs no schedule."""
     check: Callable[[OptimizerConfig], None] = lambda config: None
-    """Raises a UserError for options that do not go with it."""
+    """Raises a UserError for other options that do not go with it."""
 
     @property
     def help(self) -> str:
@@ -55,7 +58,7 @@ class OptimizerSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class OptimizerConfig(TextConfig, StepsConfig):
+class OptimizerConfig(StepsConfig):
     """Optimizer."""
 
     optimizer: Annotated[str, OneOf(OPTIMIZERS)] = "adamw"
@@ -70,18 +73,10 @@ class OptimizerConfig(TextConfig, StepsConfig):
     """Epsilon, with every optimizer."""
     prodigy_d_coef: PositiveFloat = 1.0
     """Factor on the step size that prodigy estimates."""
-    scale_lr: bool = False
-    """Scale all learning rates by train_batch_size x gradient_accumulation_steps x number of processes."""
     lr_num_cycles: PositiveInt = 1
     """Number of cycles of cosine_with_restarts."""
     lr_power: NonNegativeFloat = 1.0
     """Power of the polynomial schedule."""
-    gradient_accumulation_steps: PositiveInt = 1
-    """Batches whose gradients are accumulated for one optimizer step."""
-    use_ema: bool = False
-    """Use an exponential moving average (EMA) of the trained parameters for validation images and the saved file."""
-    ema_decay: Share = 0.999
-    """Decay rate of the EMA, reached gradually: (1 + step) / (10 + step) until then."""
 
     @property
     def optimizer_spec(self) -> OptimizerSpec:
@@ -90,24 +85,36 @@ class OptimizerConfig(TextConfig, StepsConfig):
 
     @property
     def learning_rates(self) -> dict[ParameterGroup, float]:
-        """The learning rate of each group of parameters."""
-        spec = self.optimizer_spec
-        adapter = spec.learning_rate if self.learning_rate is None else self.learning_rate
-        token = adapter if spec.token_learning_rate is None else spec.token_learning_rate
-        return {
-            "adapter": adapter,
-            "text_encoder": adapter if self.text_encoder_lr is None else self.text_encoder_lr,
-            "token": token if self.token_learning_rate is None else self.token_learning_rate,
-        }
+        """The learning rate of each group of parameters that the run may train."""
+        return {"adapter": self.optimizer_spec.learning_rate if self.learning_rate is None else self.learning_rate}
 
     def check(self) -> None:
         """Check what the optimizer needs."""
-        if self.use_8bit_adam and not self.optimizer_spec.build_8bit:
+        name, spec = f"optimizer={self.optimizer!r}", self.optimizer_spec
+        if self.use_8bit_adam and not spec.build_8bit:
             able = " or ".join(repr(name) for name, spec in OPTIMIZERS.items() if spec.build_8bit)
+            raise UserError(f"{name}: has no 8-bit state; expected optimizer={able} with use_8bit_adam")
+        moving = {rate for rate in self.learning_rates.values() if rate}
+        if spec.estimates_step_size and (len(moving) > 1 or not all(0.1 <= rate <= 10 for rate in moving)):
+            rates = ", ".join(f"{group} {rate:g}" for group, rate in self.learning_rates.items())
+            expected = "1 for all, or about that (the default; 0 for what stays still)"
+            raise UserError(f"{name}: found the learning rates {rates}; expected {expected}; see prodigy_d_coef")
+        if spec.averages_steps and not self.lr_scheduler.startswith("constant"):
+            expected = "constant or constant_with_warmup, as it needs no schedule"
+            raise UserError(f"{name}, lr_scheduler={self.lr_scheduler!r}: expected {expected}")
+        spec.check(self)
+
+
+def _above_zero(field: str) -> Callable[[OptimizerConfig], None]:
+    """Return a check that a field is not 0."""
+
+    def check(config: OptimizerConfig) -> None:
+        if not getattr(config, field):
             raise UserError(
-                f"optimizer={self.optimizer!r}: has no 8-bit state; expected optimizer={able} with use_8bit_adam"
+                f"optimizer={config.optimizer!r}, {field}={getattr(config, field)}: expected a number above 0"
             )
-        self.optimizer_spec.check(self)
+
+    return check
 
 
 def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
@@ -131,20 +138,6 @@ def _prodigy(config: OptimizerConfig, groups: list[dict[str, Any]], settings: di
     return prodigy
 
 
-def _check_prodigy(config: OptimizerConfig) -> None:
-    name = f"optimizer={config.optimizer!r}"
-    if config.scale_lr:
-        raise UserError(f"{name}: estimates its step size itself; expected scale_lr=False")
-    if not config.adam_epsilon:
-        raise UserError(f"{name}, adam_epsilon={config.adam_epsilon}: expected a number above 0")
-    rates = {group: rate for group, rate in config.learning_rates.items() if group != "token" or config.train_token}
-    moving = {rate for rate in rates.values() if rate}
-    if len(moving) > 1 or not all(0.1 <= rate <= 10 for rate in moving):
-        found = ", ".join(f"{group} {rate:g}" for group, rate in rates.items())
-        expected = "1 for all, or about that (the default; 0 for what stays still)"
-        raise UserError(f"{name}: found the learning rates {found}; expected {expected}; see prodigy_d_coef")
-
-
 def _schedule_free(config: OptimizerConfig, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
     from schedulefree import AdamWScheduleFree
 
@@ -152,20 +145,6 @@ def _schedule_free(config: OptimizerConfig, groups: list[dict[str, Any]], settin
     schedule_free.train()
     built: Optimizer = schedule_free
     return built
-
-
-def _check_schedule_free(config: OptimizerConfig) -> None:
-    name = f"optimizer={config.optimizer!r}"
-    if config.train_token and config.train_text_encoder_ti_frac not in (0, 1):
-        found = f"train_text_encoder_ti_frac={config.train_text_encoder_ti_frac}"
-        raise UserError(f"{name}, {found}: expected 1, as what is saved is an average up to the end")
-    if not config.lr_scheduler.startswith("constant"):
-        expected = "constant or constant_with_warmup, as it needs no schedule"
-        raise UserError(f"{name}, lr_scheduler={config.lr_scheduler!r}: expected {expected}")
-    if config.use_ema:
-        raise UserError(f"{name}: is an average of its steps already; expected use_ema=False")
-    if not config.adam_beta1:
-        raise UserError(f"{name}, adam_beta1={config.adam_beta1}: expected a number above 0")
 
 
 OPTIMIZERS = {
@@ -176,12 +155,14 @@ OPTIMIZERS = {
         needs=NeedsPackage("prodigyopt", "optimizers"),
         learning_rate=1.0,
         token_learning_rate=None,
-        check=_check_prodigy,
+        estimates_step_size=True,
+        check=_above_zero("adam_epsilon"),
     ),
     "adamw_schedulefree": OptimizerSpec(
         "schedule-free AdamW, which averages its steps and needs no learning-rate schedule",
         _schedule_free,
         needs=NeedsPackage("schedulefree", "optimizers"),
-        check=_check_schedule_free,
+        averages_steps=True,
+        check=_above_zero("adam_beta1"),
     ),
 }
