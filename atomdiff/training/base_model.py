@@ -12,20 +12,20 @@ from PIL import Image
 from torch import nn
 
 from atomdiff.bases.find import base_of_class, denoiser_of, find_base, known_bases
+from atomdiff.pipelines.config import GenerationConfig
 from atomdiff.pipelines.hooks import method_wrapped
 from atomdiff.pipelines.open import is_single_file, open_pipeline, pipeline_class
 from atomdiff.sampling.generate import generate
-from atomdiff.training.config import TrainConfig
 from atomdiff.training.config.data import ImageConfig
-from atomdiff.training.launch import frozen_dtype
+from atomdiff.training.config.train import TrainingBaseConfig
 from atomdiff.utils.errors import UserError
 
 BasePipeline: TypeAlias = DiffusionPipeline
 
-_SLICED_FROM = 768  # pixels; a VAE takes larger images one by one
+_SLICED_FROM = 768  # pixels
 
 
-def load_base(config: TrainConfig, **parts: Any) -> BasePipeline:
+def load_base(config: TrainingBaseConfig, **parts: Any) -> BasePipeline:
     """Load the base in float32, without a safety checker or a watermark.
 
     Args:
@@ -54,8 +54,6 @@ def load_base(config: TrainConfig, **parts: Any) -> BasePipeline:
     takes, makes = denoiser_of(pipe).config.in_channels, pipe.vae.config.latent_channels
     if takes != makes:
         raise _wrong_base(name, f"a UNet of {takes} channels, as for inpainting, with a VAE of {makes}")
-    if training_resolution(config, pipe) > _SLICED_FROM:
-        pipe.vae.enable_slicing()
     return pipe
 
 
@@ -77,22 +75,15 @@ def _load_vae(name: str, single_file_config: str | None) -> AutoencoderKL:
         raise UserError(f"pretrained_vae_model_name_or_path={name!r}: {found}") from error
 
 
-def move_to_device(pipe: BasePipeline, accelerator: Accelerator, *names: str, trained_whole: bool = False) -> None:
-    """Move parts of the pipeline, all unless they are named, to the run's device.
-
-    The denoiser gets the run's precision, unless it is trained as a whole. All else stays in float32: the VAE of SDXL
-    overflows in float16.
-    """
-    denoiser = denoiser_of(pipe)
+def move_to_device(pipe: BasePipeline, accelerator: Accelerator, *names: str) -> None:
+    """Move parts of the pipeline, all unless they are named, to the run's device."""
     for name in names or pipe.components:
-        part = pipe.components[name]
-        if isinstance(part, nn.Module):
-            frozen = part is denoiser and not trained_whole
-            part.to(accelerator.device, frozen_dtype(accelerator) if frozen else torch.float32)
+        if isinstance(part := pipe.components[name], nn.Module):
+            part.to(accelerator.device)
 
 
 @contextmanager
-def all_parts_loaded(config: TrainConfig, pipe: BasePipeline) -> Iterator[None]:
+def all_parts_loaded(config: TrainingBaseConfig, pipe: BasePipeline) -> Iterator[None]:
     """Reload the parts of the pipeline that were freed, for the time of a `with` block."""
     parts = ("vae", *find_base(pipe.components).text_encoders)
     missing = [name for name in parts if pipe.components.get(name, pipe) is None]
@@ -123,10 +114,10 @@ def training_resolution(config: ImageConfig, pipe: BasePipeline) -> int:
 
 
 def generate_images(
-    config: TrainConfig, pipe: BasePipeline, prompts: Sequence[str], seeds: Sequence[int]
+    config: GenerationConfig, pipe: BasePipeline, side: int, prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[Image.Image]:
-    """Generate one image per prompt, each from its own seed, as large as those trained on."""
-    side = training_resolution(config, pipe)
+    """Generate one square image per prompt, each from its own seed."""
+    slice_large_images(pipe.vae, side)
     with _decoding_in_float32(pipe.vae):
         return generate(
             pipe,
@@ -139,6 +130,12 @@ def generate_images(
             width=side,
             progress=False,
         )
+
+
+def slice_large_images(vae: AutoencoderKL, side: int) -> None:
+    """Let a VAE take images one by one if their sides are large."""
+    if side > _SLICED_FROM:
+        vae.enable_slicing()
 
 
 def _decoding_in_float32(vae: AutoencoderKL) -> AbstractContextManager[None]:

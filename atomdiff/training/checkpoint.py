@@ -73,8 +73,8 @@ class Checkpoint:
         return state
 
     def _damaged(self, name: str, error: object) -> UserError:
-        said = " ".join(str(error).split())[:200] or type(error).__name__
-        return UserError(f"{self.folder}: not a readable checkpoint ({name}: {said})")
+        reason = " ".join(str(error).split())[:200] or type(error).__name__
+        return UserError(f"{self.folder}: not a readable checkpoint ({name}: {reason})")
 
     def check_files(self) -> None:
         """Check that the files are there and not cut off; `state` reads all of them.
@@ -111,12 +111,13 @@ def _check_batches(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> N
     batches, processes = math.prod(old), new[1]
     if batches == math.prod(new):
         return
-    found, other = (f"gradient_accumulation_steps={parts} on {count} process(es)" for parts, count in (old, new))
-    how = "use its values"
+    advice = "use its values"
     if batches % processes == 0:
-        how = f"take gradient_accumulation_steps={batches // processes}"
+        advice = f"take gradient_accumulation_steps={batches // processes}"
+    written, current = (f"gradient_accumulation_steps={parts} on {count} process(es)" for parts, count in (old, new))
     expected = f"expected as many batches a step as there were ({batches})"
-    raise UserError(f"{folder}: written with {found}, now {other}; {expected}: {how}, or start without a checkpoint")
+    changed = f"written with {written}, now {current}"
+    raise UserError(f"{folder}: {changed}; {expected}: {advice}, or start without a checkpoint")
 
 
 def save_checkpoint(
@@ -128,8 +129,8 @@ def save_checkpoint(
         WriteError: It cannot be written; all others are still there.
     """
     folder = output_dir / f"checkpoint-{step}"
-    held = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
-    if folder.is_file() or (held and held.isdisjoint((_RUN_FILE, _STATE_FILE))):
+    entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
+    if folder.is_file() or (entries and entries.isdisjoint((_RUN_FILE, _STATE_FILE))):
         raise WriteError(folder, "something else has its name", "move it away, or name another output_dir")
     with new_folder(folder) as unfinished:
         with open(unfinished / _STATE_FILE, "wb") as file:
@@ -145,24 +146,24 @@ def find_checkpoints(output_dir: Path) -> list[Checkpoint]:
 
     Their tensors are not read.
     """
-    found, problems = _list_checkpoints(output_dir)
+    checkpoints, problems = _list_checkpoints(output_dir)
     if problems:
         warnings.warn(f"passed over {'; '.join(problems)}", stacklevel=2)
-    return found
+    return checkpoints
 
 
 def _list_checkpoints(output_dir: Path) -> tuple[list[Checkpoint], list[str]]:
     """Return the checkpoints in a folder in the order in which they were written, and what is wrong with others."""
-    found, problems = [], []
+    checkpoints, problems = [], []
     for folder in sorted(output_dir.glob("checkpoint-*")):
         if _FOLDER.fullmatch(folder.name) and folder.is_dir():
             checkpoint = Checkpoint(folder)
             try:
                 checkpoint.check_files()
-                found.append(checkpoint)
+                checkpoints.append(checkpoint)
             except UserError as error:
                 problems.append(str(error))
-    return sorted(found, key=lambda checkpoint: float(checkpoint.run["saved"])), problems
+    return sorted(checkpoints, key=lambda checkpoint: float(checkpoint.run["saved"])), problems
 
 
 def choose_checkpoint(resume_from: str | None, output_dir: Path) -> Checkpoint | None:
@@ -189,16 +190,16 @@ def choose_checkpoint(resume_from: str | None, output_dir: Path) -> Checkpoint |
 
 def _latest(output_dir: Path) -> Checkpoint | None:
     """Return the checkpoint that was written last of those that are whole; warn of those that are not."""
-    found, problems = _list_checkpoints(output_dir)
-    chosen = None
-    while found and chosen is None:
-        checkpoint = found.pop()
+    checkpoints, problems = _list_checkpoints(output_dir)
+    for checkpoint in reversed(checkpoints):
         try:
-            chosen = checkpoint if checkpoint.state else None
+            _ = checkpoint.state
         except UserError as error:
             problems.append(str(error))
-    if problems and chosen is None:
+            continue
+        if problems:
+            warnings.warn(f"passed over {'; '.join(problems)}; going on from {checkpoint.folder}", stacklevel=3)
+        return checkpoint
+    if problems:
         raise UserError(f"{'; '.join(problems)}; no other is there: start without resume_from_checkpoint")
-    if problems and chosen is not None:
-        warnings.warn(f"passed over {'; '.join(problems)}; going on from {chosen.folder}", stacklevel=3)
-    return chosen
+    return None

@@ -31,19 +31,19 @@ def ensure_class_images(
     generate: Callable[[list[int]], list[Image.Image]],
     share: tuple[int, int] = (0, 1),
 ) -> None:
-    """Fill `folder` up to `count` images, unless they are there already.
+    """Generate the images that a folder lacks to `count`.
 
-    Images that somebody else put there count; if they are enough, nothing is made or written. Those made here are
-    named by their seed and always made in the same batches, so that a stopped call goes on to the same files. What they
-    were made with stands beside them, in class_images.json; who knows better may remove that file.
+    Images that were put there count; if they are enough, nothing is written. Those generated here are named by their
+    seed and always come in the same batches, so that a stopped call goes on to the same files. What they were generated
+    with stands beside them, in class_images.json; who knows better may remove that file.
 
     Args:
-        folder: The cache; made if missing.
-        count: Images wanted.
+        folder: Where they are; made if missing.
+        count: How many images there are to be.
         batch_size: Images generated together.
         settings: What the images depend on (prompt, base model, ...), as JSON.
-        generate: Makes one image for each seed it is given.
-        share: This process's number and the number of processes; each makes its share of the batches.
+        generate: Generates an image for each seed.
+        share: This process's number and the number of processes; each generates its share of the batches.
 
     Raises:
         UserError: The folder holds images generated with other settings.
@@ -54,24 +54,9 @@ def ensure_class_images(
     foreign = sum(not is_generated(file) for file in files)
     if foreign == len(files) >= count:
         return
-    record = folder / RECORD_FILE
     rank, processes = share
     remove_leftovers(folder)
-    with wait_for_folder(folder):  # or two runs with different settings could begin together
-        found = _read_record(record)
-        if found is None and rank == 0:
-            write_json(record, settings, indent=2)
-    found = found or settings
-    if found != settings:
-        changes = "; ".join(
-            f"{key} {_show(found, key)}, now {_show(settings, key)}"
-            for key in {**found, **settings}
-            if found.get(key) != settings.get(key)
-        )
-        raise UserError(
-            f"{folder}: its class images were made with other settings ({changes}). Name another --class_data_dir, "
-            f"remove this one, or remove {record.name} in it if you know that its images are right"
-        )
+    _check_record(folder, settings, write=rank == 0)
     seeds = range(max(0, count - foreign))
     batches = [seeds[first : first + batch_size] for first in range(0, len(seeds), batch_size)]
     named = [{folder / f"class-{seed:05d}.png": seed for seed in batch} for batch in batches[rank::processes]]
@@ -81,6 +66,26 @@ def ensure_class_images(
             continue  # another run, in the same folder, has been faster
         for file, image in zip(batch, generate(list(batch.values())), strict=True):
             write_png(file, image)
+
+
+def _check_record(folder: Path, settings: dict[str, object], write: bool) -> None:
+    """Refuse images that were generated with other settings; note these settings where none are noted."""
+    file = folder / RECORD_FILE
+    with wait_for_folder(folder):  # or two runs with different settings could begin together
+        recorded = _read_record(file)
+        if recorded is None and write:
+            write_json(file, settings, indent=2)
+    if not recorded or recorded == settings:
+        return
+    changes = "; ".join(
+        f"{key} {_show(recorded, key)}, now {_show(settings, key)}"
+        for key in {**recorded, **settings}
+        if recorded.get(key) != settings.get(key)
+    )
+    raise UserError(
+        f"{folder}: its class images were generated with other settings ({changes}). Name another --class_data_dir, "
+        f"remove this one, or remove {file.name} in it if you know that its images are right"
+    )
 
 
 def _show(settings: dict[str, object], key: str) -> str:
@@ -97,13 +102,13 @@ def _read_record(file: Path) -> dict[str, object] | None:
     if not file.is_file():
         return None
     try:
-        found = json.loads(file.read_bytes())
+        record = json.loads(file.read_bytes())
     except ValueError:
-        found = None
-    if not isinstance(found, dict):
+        record = None
+    if not isinstance(record, dict):
         warnings.warn(f"{file}: damaged; the class images beside it are taken for those of this run", stacklevel=3)
         return None
-    return found
+    return record
 
 
 def generate_class_images(
@@ -112,7 +117,6 @@ def generate_class_images(
     pipe: BasePipeline,
     accelerator: Accelerator,
     base: Mapping[str, str],
-    full_tuning: bool = False,
 ) -> Path:
     """Let the base generate the class images of a subject that are missing, and return their folder.
 
@@ -121,26 +125,25 @@ def generate_class_images(
         subject: The subject.
         pipe: The base, which is moved to the run's device if it has to generate.
         accelerator: Of the run.
-        base: From `base_keys`.
-        full_tuning: As for `build_dataset`.
+        base: What the base is recognized by, from `base_keys`.
 
     Raises:
         UserError: The folder holds images that were generated with other settings, or by another base.
     """
     folder = config.class_folder(subject)
-    prompt = subject.fill(subject.class_prompt)
+    prompt, side = subject.fill(subject.class_prompt), training_resolution(config, pipe)
     settings = {
         "prompt": prompt,
         **base,
-        "side": training_resolution(config, pipe),
+        "side": side,
         "num_inference_steps": config.num_inference_steps,
         "guidance_scale": config.guidance_scale,
     }
 
     def generate(numbers: list[int]) -> list[Image.Image]:
-        move_to_device(pipe, accelerator, trained_whole=full_tuning)
+        move_to_device(pipe, accelerator)
         seeds = [derive_seed(0, "class picture", number) for number in numbers]
-        return generate_images(config, pipe, [prompt] * len(numbers), seeds)
+        return generate_images(config, pipe, side, [prompt] * len(numbers), seeds)
 
     share = (accelerator.process_index, accelerator.num_processes)
     with accelerator.autocast():

@@ -7,7 +7,6 @@ from pathlib import Path
 
 from PIL import Image
 
-from atomdiff.training.config import TrainConfig
 from atomdiff.utils.atomic import write_png
 from atomdiff.utils.image_grid import make_image_grid
 
@@ -18,7 +17,7 @@ def extend_contact_sheet(output_dir: Path, step: int, images: Sequence[Image.Ima
     """Add a row to `contact_sheet.png`, one image a prompt; the images themselves go to `validation/`.
 
     Rows of this step and of later ones, left by a run that was stopped or by an earlier one, are replaced. Earlier rows
-    may have more or fewer images, of other prompts; the place of one that cannot be read stays empty.
+    may have more or fewer images, of other prompts; an image that cannot be read leaves its cell empty.
     """
     folder = output_dir / "validation"
     folder.mkdir(parents=True, exist_ok=True)
@@ -44,7 +43,7 @@ def drop_rows(output_dir: Path, step: int) -> None:
 def _row_files(output_dir: Path) -> list[tuple[int, Path]]:
     """List the images of the contact sheet with their steps, in order."""
     files = [(_ROW_FILE.fullmatch(file.name), file) for file in sorted((output_dir / "validation").glob("step-*.png"))]
-    return [(int(found[1]), file) for found, file in files if found and file.is_file()]
+    return [(int(match[1]), file) for match, file in files if match and file.is_file()]
 
 
 def _read_image(file: Path) -> Image.Image | None:
@@ -53,15 +52,10 @@ def _read_image(file: Path) -> Image.Image | None:
         with Image.open(file) as image:
             return image.convert("RGB")
     except Exception as error:  # Pillow raises many kinds
-        warnings.warn(f"{file}: cannot be read ({error}); its place in the contact sheet stays empty", stacklevel=1)
+        warnings.warn(f"{file}: cannot be read ({error}); its cell of the contact sheet stays empty", stacklevel=1)
         return None
 
 
-def validation_prompts(config: TrainConfig) -> list[str]:
-    """Return the prompts of the contact sheet: those of the config, for each subject."""
-    return [subject.fill(prompt) for subject in config.subjects for prompt in config.validation_prompts]
-
-
-def row_files(config: TrainConfig, step: int) -> list[Path]:
+def row_files(output_dir: Path, step: int) -> list[Path]:
     """Return the files of a row of the contact sheet that are there."""
-    return sorted(Path(config.output_dir).glob(f"validation/step-{step:06d}-*.png"))
+    return sorted(output_dir.glob(f"validation/step-{step:06d}-*.png"))

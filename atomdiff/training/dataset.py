@@ -12,11 +12,9 @@ from atomdiff.bases.find import find_base
 from atomdiff.data.buckets import Size, bucket_sizes
 from atomdiff.data.latents import LatentCache, LatentEncoder, concatenate
 from atomdiff.data.sampler import bucket_for_pass, sample_order
-from atomdiff.training.base_keys import base_keys
-from atomdiff.training.base_model import BasePipeline, move_to_device, training_resolution
+from atomdiff.training.base_model import BasePipeline, move_to_device, slice_large_images, training_resolution
 from atomdiff.training.class_images import generate_class_images
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.contact_sheet import validation_prompts
 from atomdiff.training.summary import describe_images, warn_of_cut_prompts
 from atomdiff.training.training_images import (
     TrainingImage,
@@ -122,7 +120,7 @@ class DreamBoothDataset:
 
 
 def build_dataset(
-    config: TrainConfig, pipe: BasePipeline, accelerator: Accelerator, full_tuning: bool = False
+    config: TrainConfig, pipe: BasePipeline, accelerator: Accelerator, base: Mapping[str, str]
 ) -> DreamBoothDataset:
     """Read the instance images, generate the class images that are missing, and encode all; then the VAE is dropped.
 
@@ -130,7 +128,7 @@ def build_dataset(
         config: The run.
         pipe: The base, with the scheduler that the run generates with; its parts are moved to the run's device.
         accelerator: Of the run.
-        full_tuning: Whether all of the UNet will be trained, and so has to keep every bit.
+        base: What the base is recognized by, from `base_keys`.
 
     Raises:
         UserError: The resolution or a bucket does not suit the base, a folder does not hold what it should, or no
@@ -138,26 +136,31 @@ def build_dataset(
     """
     side = training_resolution(config, pipe)
     sizes = bucket_sizes(config.aspect_ratio_buckets, side, find_base(pipe.components).size_multiple(pipe))
-    by_subject = [read_instance_images(config, subject, sizes) for subject in config.subjects]
+    by_subject = [read_instance_images(config, config.seed, subject, sizes) for subject in config.subjects]
     instance_images = [image for images in by_subject for image in images]
-    check_masks(config, instance_images)
-    check_trigger_words(config, pipe, [prompt for image in instance_images for prompt in image.prompts])
-    base = base_keys(pipe)
+    if config.masked_loss:
+        check_masks(instance_images, config.subjects[0].instance_data_dir)
+    if config.train_token:
+        check_trigger_words(config, pipe, [prompt for image in instance_images for prompt in image.prompts])
     class_images: list[TrainingImage] = []
     for subject in config.subjects if config.with_prior_preservation else ():
-        folder = generate_class_images(config, subject, pipe, accelerator, base, full_tuning)
-        class_images += read_class_images(config, subject, folder, minimum_side=side // 2)
+        folder = generate_class_images(config, subject, pipe, accelerator, base)
+        limit = config.num_class_images
+        class_images += read_class_images(config, config.seed, subject, folder, side // 2, limit)
     if accelerator.is_main_process:
         images = {"captions": instance_images, "class prompts": class_images}
-        prompts = {name: [image.prompts[0] for image in found] for name, found in images.items()}
-        prompts["validation prompts"] = validation_prompts(config) if config.validation_steps else []
+        prompts = {name: [image.prompts[0] for image in of_kind] for name, of_kind in images.items()}
+        prompts["validation prompts"] = config.filled_validation_prompts if config.validation_steps else []
         warn_of_cut_prompts(pipe, config, prompts)
     move_to_device(pipe, accelerator, "vae")
-    dataset = encode_dataset(config, pipe, accelerator, sizes, instance_images, class_images)
+    slice_large_images(pipe.vae, side)
+    unmasked_weight = config.unmasked_weight if config.masked_loss else None
+    encoder = LatentEncoder(pipe.vae, config.sample_batch_size, DiskCache(config.cache_folder), unmasked_weight)
+    dataset = encode_dataset(encoder, accelerator, sizes, instance_images, class_images, config.caption_dropout)
     pipe.vae = None
-    move_to_device(pipe, accelerator, trained_whole=full_tuning)
+    move_to_device(pipe, accelerator)
     fingerprint = {
-        "base": base,
+        "base": dict(base),
         "instance_images": [list(image.fingerprint) for image in instance_images],
         "class_images": [list(image.fingerprint) for image in class_images],
     }
@@ -166,19 +169,17 @@ def build_dataset(
 
 
 def encode_dataset(
-    config: TrainConfig,
-    pipe: BasePipeline,
+    encoder: LatentEncoder,
     accelerator: Accelerator,
     sizes: Sequence[Size],
     instance_images: Sequence[TrainingImage],
     class_images: Sequence[TrainingImage],
+    caption_dropout: float,
 ) -> DreamBoothDataset:
     """Encode all images, the class images in every size that instance images are cut to."""
     texts = [prompt for image in (*instance_images, *class_images) for prompt in image.prompts]
-    texts += [""] if config.caption_dropout else []
+    texts += [""] if caption_dropout else []
     prompts = {text: index for index, text in enumerate(dict.fromkeys(texts))}
-    unmasked_weight = config.unmasked_weight if config.masked_loss else None
-    encoder = LatentEncoder(pipe.vae, config.sample_batch_size, DiskCache(config.cache_folder), unmasked_weight)
 
     def encode(images: Sequence[TrainingImage], size: Size) -> EncodedImages:
         latents = encode_images(encoder, images, size, accelerator)
@@ -191,7 +192,7 @@ def encode_dataset(
         tuple(prompts),
         tuple(encode([image for image in instance_images if image.bucket == size], size) for size in used),
         tuple(encode(class_images, size) for size in used) if class_images else None,
-        config.caption_dropout,
+        caption_dropout,
     )
 
 
@@ -210,5 +211,5 @@ def encode_images(
         for image in images[accelerator.process_index :: accelerator.num_processes]:
             encoder(image.crop(size))
         accelerator.wait_for_everyone()
-    shown = ProgressBar(images, "encoding images", unit="images", disable=not accelerator.is_main_process)
-    return concatenate([encoder(image.crop(size)) for image in shown])
+    progress = ProgressBar(images, "encoding images", unit="images", disable=not accelerator.is_main_process)
+    return concatenate([encoder(image.crop(size)) for image in progress])

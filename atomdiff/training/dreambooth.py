@@ -204,10 +204,10 @@ def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:
     """Raise a UserError that names the checkpoint to go back to, if `value` is not finite."""
     if math.isfinite(value):
         return
-    found = find_checkpoints(Path(run.config.output_dir))
+    checkpoints = find_checkpoints(Path(run.config.output_dir))
     if run.config.resume_from_checkpoint is None:  # others are of an earlier run
-        found = [checkpoint for checkpoint in found if checkpoint.run["saved"] >= run.started]
-    back = f"go on from {found[-1].folder} (--resume_from_checkpoint latest)" if found else "start again"
+        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.run["saved"] >= run.started]
+    back = f"go on from {checkpoints[-1].folder} (--resume_from_checkpoint latest)" if checkpoints else "start again"
     rates = run.config.learning_rates
     raise UserError(
         f"step {step}: the {name} is {value}; {back} with a learning_rate below {rates['adapter']}"

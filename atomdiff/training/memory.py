@@ -24,8 +24,8 @@ def save_memory(config: MemoryConfig, unet: UNet2DConditionModel, dtype: torch.d
     if config.load_in_8bit or config.load_in_4bit:
         bits = 8 if config.load_in_8bit else 4
         if not quantize(unet, bits, dtype):
-            found = "the UNet has no Linear layer that the adapter leaves alone"
-            raise UserError(f"load_in_{bits}bit=True: {found}; train fewer layers, or do without")
+            found = "the UNet has no frozen Linear layer without an adapter"
+            raise UserError(f"load_in_{bits}bit=True: {found}; train fewer layers, or leave it out")
     if config.gradient_checkpointing:
         unet.enable_gradient_checkpointing()
     if config.plain_attention:
@@ -75,9 +75,8 @@ def _quantized(linear: nn.Linear, bits: int, dtype: torch.dtype) -> nn.Module:
     else:
         layer = bnb.nn.LinearNF4(*sizes, compute_dtype=dtype, device="meta")
         layer.weight = bnb.nn.Params4bit(weight, requires_grad=False, quant_type="nf4", module=layer)
-        layer.support_avx512bf16_for_cpu = (
-            False  # or generating images would repack the weights, and training could not go on
-        )
+        # or generating images would repack the weights, and training could not go on
+        layer.support_avx512bf16_for_cpu = False
     layer.bias = linear.bias
     layer.register_forward_pre_hook(lambda _, inputs: (inputs[0].to(dtype),))  # as autocast does for Linear layers
     quantized: nn.Module = layer.to(linear.weight.device).train(linear.training)  # moving it packs the weight

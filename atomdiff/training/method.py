@@ -1,4 +1,4 @@
-"""The method of a run: the adapters of its models are read and added here, and saved in `saving.py`."""
+"""The method of a run: read the adapter of the text encoders, and add adapters to models."""
 
 import copy
 import dataclasses
@@ -16,10 +16,10 @@ ADAPTER_NAME = "default"
 
 
 def read_text_adapter(text_adapter: str | None, adapter: PeftConfig | None) -> PeftConfig | None:
-    """Read what is to be trained of the text encoders: the config of a PEFT method, or None for all of them.
+    """Read the config of the PEFT method for the text encoders; None is full tuning.
 
     Args:
-        text_adapter: As `read_adapter` takes it. None: all if the whole UNet is trained, else atoms on the attention,
+        text_adapter: As `read_adapter` takes it. None: full tuning with that of the UNet, else atoms on the attention,
             with the UNet's settings if that has atoms too, since one file holds both.
         adapter: The method for the UNet.
 
@@ -32,16 +32,16 @@ def read_text_adapter(text_adapter: str | None, adapter: PeftConfig | None) -> P
         atoms = adapter if isinstance(adapter, AtomConfig) else AtomConfig()
         everywhere: dict[str, Any] = {"exclude_modules": None, "layers_to_transform": None, "layers_pattern": None}
         return dataclasses.replace(atoms, target_modules="attention", modules_to_save=None, **everywhere)
-    found = read_adapter(text_adapter)
+    text = read_adapter(text_adapter)
     what = f"text_encoder_adapter={text_adapter!r}"
-    if (found is None) != (adapter is None):
-        raise UserError(f"{what}: either all of the UNet and of the text encoders is trained, or adapters for both")
-    if isinstance(found, AtomConfig) and isinstance(adapter, AtomConfig) and found.shaping() != adapter.shaping():
+    if (text is None) != (adapter is None):
+        raise UserError(f"{what}: expected adapters for both the UNet and the text encoders, or full tuning of both")
+    if isinstance(text, AtomConfig) and isinstance(adapter, AtomConfig) and text.shaping() != adapter.shaping():
         raise UserError(
-            f"{what}: found other atoms than the UNet's, but a file holds one AtomConfig: choose the same num_atoms, "
-            "basis and channel blocks for both; channel_block_pattern makes exceptions by name"
+            f"{what}: its atoms differ from the UNet's, but a concept file has one AtomConfig: choose the same "
+            "num_atoms, basis and channel blocks for both; channel_block_pattern makes exceptions by name"
         )
-    return found
+    return text
 
 
 def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
@@ -63,9 +63,9 @@ def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
                 added = copy.deepcopy(adapter)
                 model.add_adapter(added, ADAPTER_NAME)
                 added.base_model_name_or_path = adapter.base_model_name_or_path  # transformers sets the base's folder
-            except (ValueError, TypeError, LookupError, AttributeError) as error:  # so PEFT answers strange settings
-                said = error if isinstance(error, (ValueError, TypeError)) else repr(error)
-                raise UserError(f"the adapter does not fit the base: {said}") from error
+            except (ValueError, TypeError, LookupError, AttributeError) as error:  # as PEFT answers strange settings
+                reason = error if isinstance(error, (ValueError, TypeError)) else repr(error)
+                raise UserError(f"the adapter does not fit the base: {reason}") from error
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.float()

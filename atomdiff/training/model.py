@@ -79,18 +79,18 @@ class TrainingModel(nn.Module):
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def encode_prompts(self, prompts: Sequence[int]) -> PromptEmbeds:
         """Return the conditioning on the prompts of these numbers, in float32; each is encoded once at most."""
-        found = dict(self.prompt_embeds)
-        if changing := sorted(set(prompts) - found.keys()):
+        embeds = dict(self.prompt_embeds)
+        if changing := sorted(set(prompts) - embeds.keys()):
             ids = [self.token_ids[name][changing] for name in self.text_encoders]
             encoded, pooled = self.base.encode_prompts([*self.text_encoders.values()], ids)
             each_pooled: Iterable[Tensor | None] = [None] * len(changing) if pooled is None else pooled
-            found.update(zip(changing, map(PromptEmbeds, encoded, each_pooled), strict=True))
+            embeds.update(zip(changing, map(PromptEmbeds, encoded, each_pooled), strict=True))
         device = self.denoiser.device
-        states = torch.stack([found[prompt].prompt_embeds.to(device) for prompt in prompts]).float()
+        states = torch.stack([embeds[prompt].prompt_embeds.to(device) for prompt in prompts]).float()
         for parameter in [*self.text_encoders.parameters(), *self.token_embeddings.values()]:
             if parameter.requires_grad:  # several processes need every parameter to have a gradient
                 states = states + 0 * parameter.sum()
-        parts = [part.to(device) for prompt in prompts if (part := found[prompt].pooled_prompt_embeds) is not None]
+        parts = [part.to(device) for prompt in prompts if (part := embeds[prompt].pooled_prompt_embeds) is not None]
         return PromptEmbeds(states, torch.stack(parts).float() if parts else None)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
@@ -110,8 +110,8 @@ class TrainingModel(nn.Module):
     def learned_embeddings(self) -> dict[str, dict[str, Tensor]]:
         """Return the trained embeddings (hidden,): placeholder token -> text encoder -> embedding."""
         return {
-            word: {encoder: vectors[row].detach() for encoder, vectors in self.token_embeddings.items()}
-            for row, word in enumerate(self.placeholder_tokens)
+            token: {encoder: vectors[row].detach() for encoder, vectors in self.token_embeddings.items()}
+            for row, token in enumerate(self.placeholder_tokens)
         }
 
     def freeze_token_embeddings(self) -> None:
@@ -141,7 +141,6 @@ def build_training_model(
     pipe: Any,
     adapter: PeftConfig | None,
     prompts: Sequence[str],
-    dtype: torch.dtype,
     text_adapter: PeftConfig | None = None,
     cache: DiskCache | None = None,
 ) -> TrainingModel:
@@ -149,10 +148,10 @@ def build_training_model(
 
     Args:
         config: The run.
-        pipe: The base; what is trained becomes part of it.
+        pipe: The base, its denoiser in the precision of the weights that are not trained; what is trained becomes part
+            of it.
         adapter: The method, None for training the whole denoiser.
         prompts: All prompts.
-        dtype: Of the denoiser's weights that are not trained; text encoders stay in float32.
         text_adapter: With `train_text_encoder` the method for the text encoders, None for training them whole.
         cache: Keeps the embeddings of prompts that do not change.
 
@@ -160,62 +159,68 @@ def build_training_model(
         UserError: An adapter does not fit the base, or a trigger word is in no prompt.
     """
     base = find_base(pipe.components)
-    denoiser = getattr(pipe, base.denoiser)
-    denoiser.to(dtype=torch.float32 if adapter is None else dtype).train()
+    denoiser = getattr(pipe, base.denoiser).train()
+    dtype = denoiser.dtype
     make_trainable(denoiser, adapter, config.seed)
     save_memory(config, denoiser, dtype)
 
-    encoders = text_encoders(pipe)
-    words, vectors = init_placeholder_tokens(config, pipe) if config.train_token else ([], {})
-    for encoder in encoders.values():
-        encoder.requires_grad_(False)
-    key = ""
+    encoders = {name: encoder.requires_grad_(False) for name, encoder in text_encoders(pipe).items()}
+    tokens, embeddings = init_placeholder_tokens(config, pipe) if config.train_token else ([], {})
+    cache_key = ""
     if cache is not None and not config.train_text_encoder:
-        key = hash_values(*map(hash_model, encoders.values()))  # before words make the tables longer
-    add_placeholder_tokens(pipe, words)
+        cache_key = hash_values(*map(hash_model, encoders.values()))  # before tokens make the tables longer
+    add_placeholder_tokens(pipe, tokens)
     ids = {name: tokenize(pipe, name, prompts) for name in encoders}
-    changes = torch.full((len(prompts),), config.train_text_encoder)
-    for name in vectors:
-        tokens = [token_id(pipe, word, name) for word in words]
-        replace_token_embeddings(encoders[name], tokens, vectors[name])
-        for word, token in zip(words, tokens, strict=True):
-            changes |= prompts_with(word, token, ids[name])
-    known = precompute_prompt_embeds(base, encoders, ids, (~changes).nonzero().flatten().tolist(), cache, key)
+    changing = torch.full((len(prompts),), config.train_text_encoder)
+    for name in embeddings:
+        rows = [token_id(pipe, token, name) for token in tokens]
+        replace_token_embeddings(encoders[name], rows, embeddings[name])
+        for token, row in zip(tokens, rows, strict=True):
+            changing |= prompts_with(token, row, ids[name])
+    constant = (~changing).nonzero().flatten().tolist()
+    prompt_embeds = precompute_prompt_embeds(base, encoders, ids, constant, cache, cache_key)
     if config.train_text_encoder:
-        for name, encoder in encoders.items():
-            make_trainable(encoder.train(), text_adapter, derive_seed(config.seed, name))
-            if config.gradient_checkpointing:
-                # The name of the call changes within transformers 5.
-                enable = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
-                enable({"use_reentrant": False})
-    elif not vectors:
+        _train_text_encoders(config, encoders, text_adapter)
+    elif not embeddings:
         for name in encoders:
             setattr(pipe, name, None)
         encoders, ids = {}, {}
-    return TrainingModel(base, denoiser, known, encoders, ids, vectors, words)
+    return TrainingModel(base, denoiser, prompt_embeds, encoders, ids, embeddings, tokens)
+
+
+def _train_text_encoders(
+    config: TrainConfig, encoders: Mapping[str, nn.Module], text_adapter: PeftConfig | None
+) -> None:
+    """Add what is trained to the text encoders."""
+    for name, encoder in encoders.items():
+        make_trainable(encoder.train(), text_adapter, derive_seed(config.seed, name))
+        if config.gradient_checkpointing:
+            # The name of the call changes within transformers 5.
+            enable: Any = getattr(encoder, "activation_checkpointing_enable", encoder.gradient_checkpointing_enable)
+            enable({"use_reentrant": False})
 
 
 def init_placeholder_tokens(config: TrainConfig, pipe: Any) -> tuple[list[str], dict[str, nn.Parameter]]:
     """Return the placeholder tokens of all trigger words, and their first embeddings (tokens, hidden) by encoder."""
-    words: list[str] = []
+    tokens: list[str] = []
     starts: dict[str, list[Tensor]] = {name: [] for name in text_encoders(pipe)}
     for subject in config.subjects:
-        words += placeholder_tokens(subject.trigger_word, config.num_vectors)
+        tokens += placeholder_tokens(subject.trigger_word, config.num_vectors)
         like = subject.initializer_token or subject.class_name or ""
-        for name, vectors in starts.items():
+        for name, embeddings in starts.items():
             seed = derive_seed(config.seed, "vectors", subject.trigger_word, name)
-            vectors.append(init_token_embeddings(pipe, name, like, config.num_vectors, seed))
-    return words, {name: nn.Parameter(torch.cat(vectors)) for name, vectors in starts.items()}
+            embeddings.append(init_token_embeddings(pipe, name, like, config.num_vectors, seed))
+    return tokens, {name: nn.Parameter(torch.cat(embeddings)) for name, embeddings in starts.items()}
 
 
-def prompts_with(word: str, token: int, ids: Tensor) -> Tensor:
-    """Return which of the prompts, ids (prompts, 77), have a word's token: (prompts,).
+def prompts_with(token: str, row: int, ids: Tensor) -> Tensor:
+    """Return which of the prompts, ids (prompts, 77), have a token, whose embedding is that of a row: (prompts,).
 
     Raises:
         UserError: None of them.
     """
-    found = (ids == token).any(dim=1)
-    if not found.any():
+    has_token = (ids == row).any(dim=1)
+    if not has_token.any():
         expected = f"expected it in a prompt, written just so and among the {ids.shape[1] - 2} tokens that are read"
-        raise UserError(f"no prompt says {word!r}, so its vector cannot be trained; {expected}")
-    return found
+        raise UserError(f"no prompt says {token!r}, so its embedding cannot be trained; {expected}")
+    return has_token

@@ -101,9 +101,8 @@ def min_snr_weights(alpha: Tensor, sigma: Tensor, gamma: float, prediction_type:
     """
     alpha_2, sigma_2 = alpha.square(), sigma.square()
     if prediction_type == "epsilon":
-        return (gamma * sigma_2 / alpha_2).clamp(
-            max=1
-        )  # also right at SNR 0, where min(SNR, gamma) / SNR would be 0 / 0
+        # also right at SNR 0, where min(SNR, gamma) / SNR would be 0 / 0
+        return (gamma * sigma_2 / alpha_2).clamp(max=1)
     if prediction_type == "sample":
         return (alpha_2 / sigma_2).clamp(max=gamma)
     if prediction_type in ("v_prediction", "flow"):

@@ -26,7 +26,7 @@ def check_runs(runs: Sequence[TrainConfig]) -> None:
     for run in runs:
         texts = [text for subject in run.subjects for text in _check_subject(run, subject)]
         if run.train_token:
-            check_prompts(run, texts)
+            check_prompts(run.subjects, texts)
     for run in runs:
         check_writable(Path(run.output_dir), f"output_dir={run.output_dir!r}", f"{run.name}.atoms.safetensors")
         if run.cache_dir is not None:

@@ -6,14 +6,8 @@ from peft import PeftConfig
 
 from atomdiff.concepts.push import check_upload, push_to_hub
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.config.prompt import PromptConfig
-from atomdiff.training.contact_sheet import row_files, validation_prompts
+from atomdiff.training.contact_sheet import row_files
 from atomdiff.utils.errors import UserError
-
-
-def trigger_phrase(config: PromptConfig) -> str:
-    """Return what to write in prompts: word and class of every subject."""
-    return ", ".join(subject.phrase for subject in config.subjects)
 
 
 def choose_repository(config: TrainConfig, adapter: PeftConfig | None) -> str:
@@ -33,16 +27,17 @@ def push_concept(config: TrainConfig, path: Path, repo_id: str) -> str:
     Raises:
         UserError: It could not be pushed; the message says where it is saved.
     """
-    row = row_files(config, config.max_train_steps) if config.validation_steps else []  # or they are of an earlier run
+    # without validation, a row that is there is of an earlier run
+    images = row_files(Path(config.output_dir), config.max_train_steps) if config.validation_steps else []
     try:
         return push_to_hub(
             path,
             repo_id,
             private=config.hub_private_repo or None,
             token=config.hub_token,
-            images=dict(zip(row, validation_prompts(config), strict=False)),
+            images=dict(zip(images, config.filled_validation_prompts, strict=False)),
             base_model=config.pretrained_model_name_or_path,
-            trigger_phrase=trigger_phrase(config),
+            trigger_phrase=config.trigger_phrase,
         )
     except UserError as error:
         raise UserError(f"{path} is saved, but: {error}; then atomdiff.push_to_hub({str(path)!r}, ...)") from error

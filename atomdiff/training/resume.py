@@ -84,13 +84,13 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
     Raises:
         UserError: It is of a run that learned from something else, or has other parameters.
     """
-    if found := differences(state["fingerprint"], run.dataset.fingerprint):
-        written = f"{state['checkpoint']}: written with {'; '.join(found)}"
+    if changes := differences(state["fingerprint"], run.dataset.fingerprint):
+        written = f"{state['checkpoint']}: written with {'; '.join(changes)}"
         raise UserError(f"{written}. Put back what it learned from, {_OR_START_ANEW}")
     shapes = {name: parameter.shape for name, parameter in run.trainable.items()}
     if {name: tensor.shape for name, tensor in state["parameters"].items()} != shapes:
-        found_other = f"{state['checkpoint']}: written by another version, with other parameters"
-        raise UserError(f"{found_other}. Use that version, {_OR_START_ANEW}")
+        written = f"{state['checkpoint']}: written by another version, with other parameters"
+        raise UserError(f"{written}. Use that version, {_OR_START_ANEW}")
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state["parameters"][name])
     load_optimizer(run.optimizer, state["optimizer"])

@@ -10,9 +10,11 @@ from diffusers.training_utils import EMAModel
 from peft import PeftConfig
 from torch import nn
 
+from atomdiff.bases.find import denoiser_of
 from atomdiff.training.base_model import BasePipeline, load_base
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dataset import DreamBoothDataset, build_dataset
+from atomdiff.training.fingerprint import base_keys
 from atomdiff.training.launch import frozen_dtype
 from atomdiff.training.model import TrainingModel, build_training_model
 from atomdiff.training.noise import ForwardDiffusion, forward_diffusion, set_training_scheduler
@@ -47,8 +49,8 @@ class Run:
     @property
     def samples_per_step(self) -> int:
         """How many samples a step sees, on all processes."""
-        batch = self.config.train_batch_size * (2 if self.dataset.class_images else 1)
-        return batch * self.config.gradient_accumulation_steps * self.accelerator.num_processes
+        images = self.config.instance_images_per_step(self.accelerator.num_processes)
+        return images * (2 if self.dataset.class_images else 1)
 
 
 def build_run(
@@ -57,14 +59,18 @@ def build_run(
     """Load the base, build the dataset, and add what is trained to the base."""
     if accelerator.is_main_process:
         log(f"loading the base {config.pretrained_model_name_or_path}")
-    pipe = load_base(config)
+    pipe = load_base(config)  # in float32; the VAE of SDXL overflows in float16
     set_training_scheduler(config, pipe)
-    dataset = build_dataset(config, pipe, accelerator, adapter is None)
-    dtype, cache = frozen_dtype(accelerator), DiskCache(config.cache_folder)
+    base = base_keys(pipe)
+    if adapter is not None:
+        denoiser_of(pipe).to(frozen_dtype(accelerator))
+    dataset = build_dataset(config, pipe, accelerator, base)
     if accelerator.is_main_process:
         log("adding what is trained to the base")
-    model = build_training_model(config, pipe, adapter, dataset.prompts, dtype, text_adapter, cache)
-    optimizer, lr_factor = build_optimizer(config, model.parameter_groups(), accelerator.num_processes)
+    cache = DiskCache(config.cache_folder)
+    model = build_training_model(config, pipe, adapter, dataset.prompts, text_adapter, cache)
+    scale = config.learning_rate_scale(accelerator.num_processes)
+    optimizer, lr_factor = build_optimizer(config, model.parameter_groups(), scale)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trainable = model.trained_parameters()
     ema = EMAModel(trainable.values(), decay=config.ema_decay) if config.use_ema else None

@@ -13,7 +13,6 @@ from atomdiff.pipelines.portable import save_portable
 from atomdiff.pipelines.save import save_atoms
 from atomdiff.training.base_model import all_parts_loaded
 from atomdiff.training.method import ADAPTER_NAME
-from atomdiff.training.push import trigger_phrase
 from atomdiff.training.run import Run
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.atomic import new_folder, write_result
@@ -102,7 +101,7 @@ def save_result(
         "image_count": run.dataset.num_instance_images,
         "final_loss": final_loss,
     }
-    metadata = {"trigger_phrase": trigger_phrase(config), "training": training}
+    metadata = {"trigger_phrase": config.trigger_phrase, "training": training}
     metadata["base_model"] = config.pretrained_model_name_or_path
     with all_parts_loaded(config, pipe):
         write_result(path, lambda target: save_trained(pipe, adapter, target, **metadata))

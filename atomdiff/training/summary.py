@@ -1,4 +1,4 @@
-"""What a training run found and is about to do, in one short block; and prompts that are longer than the base reads."""
+"""What a training run starts with, in a few lines; and a warning of prompts that are longer than the base reads."""
 
 import warnings
 from collections import Counter
@@ -41,20 +41,20 @@ def describe_training(config: TrainConfig, num_trainable_parameters: int, proces
 
     Args:
         config: The run.
-        num_trainable_parameters: Their number.
-        processes: That share the work.
+        num_trainable_parameters: Number of parameters that are trained.
+        processes: Number of processes.
         done: Steps that are done already.
     """
-    parts = ["UNet", *(["text encoders"] if config.train_text_encoder else [])]
+    models = "UNet and text encoders" if config.train_text_encoder else "UNet"
     words = [subject.trigger_word for subject in config.subjects] if config.train_token else []
-    trained = f"{config.adapter} on {' and '.join(parts)}" + (f", the word {', '.join(words)}" if words else "")
-    batch = config.train_batch_size * config.gradient_accumulation_steps * processes
-    steps = f"{config.max_train_steps}" + (f", of which {done} are done" if done else "")
+    named = f", trigger word{'s' * (len(words) > 1)} {', '.join(words)}" if words else ""
+    images = _several(config.instance_images_per_step(processes), "image")
+    images += " and as many class images" if config.with_prior_preservation else ""
+    finished = f" ({done} of them done)" if done else ""
     return (
-        f"trained: {trained}; {num_trainable_parameters:,} parameters\n"
-        f"steps: {steps}, of {_several(batch, 'image')}"
-        + (f" and {batch} of the class" if config.with_prior_preservation else "")
-        + f"; {config.optimizer} at {config.learning_rates['adapter']:g}"
+        f"training: {config.adapter} on {models}{named}; {num_trainable_parameters:,} parameters\n"
+        f"steps: {config.max_train_steps}{finished}, each of {images}; "
+        f"{config.optimizer} at {config.learning_rates['adapter']:g}"
     )
 
 
@@ -64,18 +64,18 @@ def warn_of_cut_prompts(pipe: Any, config: PromptConfig, prompts: Mapping[str, S
     Args:
         pipe: The base.
         config: The run; a trigger word counts as its vectors.
-        prompts: What they are, such as captions -> the prompts, each once an image.
+        prompts: Kind of prompts, such as captions -> the prompts, one an image.
     """
     longest = pipe.tokenizer.model_max_length
-    vectors = " ".join("a" for _ in range(config.num_vectors))
+    vectors = " ".join(["a"] * config.num_vectors)
     words = {subject.trigger_word: vectors for subject in config.subjects} if config.train_token else {}
-    for what, texts in prompts.items():
+    for kind, texts in prompts.items():
         counts = [len(pipe.tokenizer(replace_words(text, words), verbose=False).input_ids) for text in texts]
         if long := [number for number, count in enumerate(counts) if count > longest]:
             most = max(long, key=lambda number: counts[number])
-            shown = f"{texts[most][:40]!r}... has {counts[most]}"
-            found = f"{what}: {len(long)} of {len(texts)} have more than the {longest} tokens that the base reads"
-            warnings.warn(f"{found} ({shown}): the rest is cut off; shorten them", stacklevel=2)
+            example = f"{texts[most][:40]!r}... has {counts[most]}"
+            counted = f"{kind}: {len(long)} of {len(texts)} have more than the {longest} tokens that the base reads"
+            warnings.warn(f"{counted} ({example}): the rest is cut off; shorten them", stacklevel=2)
 
 
 def _several(count: int, what: str) -> str:

@@ -1,4 +1,4 @@
-"""The images of a run as they are trained on: read, with prompts, masks and crops, and refused if they do not do."""
+"""The images of a run as they are trained on: read with prompts, masks and crops, and checked."""
 
 import itertools
 from collections.abc import Callable, Sequence
@@ -17,8 +17,9 @@ from atomdiff.pipelines.placeholder_tokens import check_addable
 from atomdiff.pipelines.prompt_syntax import has_word
 from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.training.base_model import BasePipeline
-from atomdiff.training.config import Subject, TrainConfig
+from atomdiff.training.config import Subject
 from atomdiff.training.config.data import DataConfig
+from atomdiff.training.config.prompt import PromptConfig
 from atomdiff.training.fingerprint import ImageFingerprint, image_key, text_key
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.seeds import derive_seed
@@ -45,8 +46,8 @@ class TrainingImage:
     """Whether it has a caption of its own."""
 
 
-def read_instance_images(config: TrainConfig, subject: Subject, sizes: Sequence[Size]) -> list[TrainingImage]:
-    """Read the images of a subject, with their masks if the run wants them.
+def read_instance_images(config: DataConfig, seed: int, subject: Subject, sizes: Sequence[Size]) -> list[TrainingImage]:
+    """Read the images of a subject, with their masks if the run uses them.
 
     Raises:
         UserError: The folder does not hold what it should; the message names the files.
@@ -54,38 +55,48 @@ def read_instance_images(config: TrainConfig, subject: Subject, sizes: Sequence[
     folder = subject.instance_data_dir
     images = read_images(folder, minimum_side=min(map(min, sizes)) // 2)
     masks = read_masks(folder, images) if config.masked_loss else [None] * len(images)
-    tiny, found = [], []
+    tiny, training_images = [], []
     for image, mask in zip(images, masks, strict=True):
         width, height = image.rgb.size
         bucket = nearest_bucket((height, width), sizes)
         if max(bucket[0] / height, bucket[1] / width) > 2:
             tiny.append(f"{image.name} ({width}x{height} for {bucket[1]}x{bucket[0]})")
-        prompts = prompt_variants(config, subject.fill(image.caption or subject.instance_prompt))
-        fingerprint = (image.name, image_key(image.rgb), text_key(prompts), image_key(mask) if mask else "")
-        crop = partial(crop_image, config, image, mask)
-        captioned = image.caption is not None
-        found.append(TrainingImage(prompts, crop, bucket, mask is not None, subject.repeats, fingerprint, captioned))
+        prompts = prompt_variants(config, seed, subject.fill(image.caption or subject.instance_prompt))
+        training_images.append(
+            TrainingImage(
+                prompts,
+                partial(crop_image, config, image, mask),
+                bucket,
+                masked=mask is not None,
+                repeats=subject.repeats,
+                fingerprint=(image.name, image_key(image.rgb), text_key(prompts), image_key(mask) if mask else ""),
+                captioned=image.caption is not None,
+            )
+        )
     if tiny:
         raise UserError(f"{folder}: less than half as large as their bucket: {', '.join(tiny)}. Replace or remove them")
-    return found
+    return training_images
 
 
-def read_class_images(config: TrainConfig, subject: Subject, folder: Path, minimum_side: int) -> list[TrainingImage]:
-    """Read the class images of a subject.
+def read_class_images(
+    config: DataConfig, seed: int, subject: Subject, folder: Path, minimum_side: int, limit: int
+) -> list[TrainingImage]:
+    """Read the class images of a subject, the first so many of a folder.
 
     Raises:
         UserError: The folder does not hold what it should, or images that show nothing.
     """
-    images = read_images(folder, minimum_side=minimum_side, limit=config.num_class_images)
+    images = read_images(folder, minimum_side=minimum_side, limit=limit)
     if black := [image.name for image in images if image.rgb.getbbox() is None]:
         cause = "black all over, as a VAE that overflows or a safety checker leaves them"
         raise UserError(f"{folder}: {list_some(black)}: {cause}; remove them: generated ones are generated anew")
-    found = []
+    training_images = []
     for image in images:
-        prompts = prompt_variants(config, subject.fill(image.caption or subject.class_prompt))
+        prompts = prompt_variants(config, seed, subject.fill(image.caption or subject.class_prompt))
+        crop = partial(make_crops, image.rgb, center_crop=True)
         fingerprint = (image.name, image_key(image.rgb), text_key(prompts), "")
-        found.append(TrainingImage(prompts, partial(make_crops, image.rgb, center_crop=True), fingerprint=fingerprint))
-    return found
+        training_images.append(TrainingImage(prompts, crop, fingerprint=fingerprint))
+    return training_images
 
 
 def crop_image(config: DataConfig, image: CaptionedImage, mask: Image.Image | None, size: Size) -> list[Crop]:
@@ -104,46 +115,44 @@ def crop_image(config: DataConfig, image: CaptionedImage, mask: Image.Image | No
     return crops
 
 
-def prompt_variants(config: TrainConfig, text: str) -> tuple[str, ...]:
-    """Return a prompt with its tags in the orders that the run wants."""
+def prompt_variants(config: DataConfig, seed: int, text: str) -> tuple[str, ...]:
+    """Return a prompt with its tags in the orders that the run trains on."""
     if not config.shuffle_captions:
         return (text,)
-    return tag_orders(text, config.keep_tokens, derive_seed(config.seed, "tags", text))
+    return tag_orders(text, config.keep_tokens, derive_seed(seed, "tags", text))
 
 
-def check_masks(config: TrainConfig, images: Sequence[TrainingImage]) -> None:
+def check_masks(images: Sequence[TrainingImage], folder: str) -> None:
     """Check that a run with masked loss has a mask at all.
 
     Raises:
         UserError: It has none.
     """
-    if config.masked_loss and not any(image.masked for image in images):
-        folder = Path(config.subjects[0].instance_data_dir) / "mask"
-        expected = f"masks in {folder}, named like the images, or images with an alpha channel"
+    if not any(image.masked for image in images):
+        expected = f"masks in {Path(folder) / 'mask'}, named like the images, or images with an alpha channel"
         raise UserError(f"masked_loss=True: no image has a mask; expected {expected}")
 
 
-def check_trigger_words(config: TrainConfig, pipe: BasePipeline, prompts: Sequence[str]) -> None:
-    """Check that the base can learn the trigger word of every subject, and that a prompt of its images names it.
+def check_trigger_words(config: PromptConfig, pipe: BasePipeline, prompts: Sequence[str]) -> None:
+    """Check that the base can learn the trigger word of every subject, and that a prompt of its images has it.
 
     Raises:
-        UserError: It cannot, or none does.
+        UserError: It cannot, or none has.
     """
-    if config.train_token:
-        tokens = (placeholder_tokens(subject.trigger_word, config.num_vectors) for subject in config.subjects)
-        check_addable(pipe, list(itertools.chain.from_iterable(tokens)))
-        check_prompts(config, prompts)
+    tokens = (placeholder_tokens(subject.trigger_word, config.num_vectors) for subject in config.subjects)
+    check_addable(pipe, list(itertools.chain.from_iterable(tokens)))
+    check_prompts(config.subjects, prompts)
 
 
-def check_prompts(run: TrainConfig, texts: Sequence[str]) -> None:
-    """Check that the prompts of the instance images name the trigger word of every subject.
+def check_prompts(subjects: Sequence[Subject], prompts: Sequence[str]) -> None:
+    """Check that the prompts of the instance images have the trigger word of every subject.
 
     Raises:
         UserError: They do not.
     """
-    for subject in run.subjects:
-        if not any(has_word(text, subject.trigger_word) for text in texts):
+    for subject in subjects:
+        if not any(has_word(prompt, subject.trigger_word) for prompt in prompts):
             raise UserError(
-                f"trigger_word={subject.trigger_word!r}: no prompt names it ({texts[0]!r}, ...), so its embedding "
+                f"trigger_word={subject.trigger_word!r}: no prompt names it ({prompts[0]!r}, ...), so its embedding "
                 "cannot be trained; write it into the prompts, or set train_token to false"
             )

@@ -8,9 +8,9 @@ from pathlib import Path
 from PIL import Image
 from torch import nn
 
-from atomdiff.training.base_model import all_parts_loaded, generate_images
+from atomdiff.training.base_model import all_parts_loaded, generate_images, training_resolution
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.contact_sheet import drop_rows, extend_contact_sheet, row_files, validation_prompts
+from atomdiff.training.contact_sheet import drop_rows, extend_contact_sheet, row_files
 from atomdiff.training.ema import averaged
 from atomdiff.training.run import Run
 from atomdiff.utils.atomic import WriteError
@@ -27,7 +27,8 @@ def is_validation_step(config: TrainConfig, step: int, start: int) -> bool:
     last = step == config.max_train_steps
     if not config.validation_steps or not (last or step % config.validation_steps == 0):
         return False
-    return not (step == start > 0 and len(row_files(config, step)) >= len(validation_prompts(config)))
+    written = row_files(Path(config.output_dir), step)
+    return not (step == start > 0 and len(written) >= len(config.filled_validation_prompts))
 
 
 def validate(run: Run, step: int) -> None:
@@ -37,7 +38,7 @@ def validate(run: Run, step: int) -> None:
     """
     if not run.accelerator.is_main_process:
         return
-    output_dir, prompts = Path(run.config.output_dir), validation_prompts(run.config)
+    output_dir, prompts = Path(run.config.output_dir), run.config.filled_validation_prompts
     log(f"step {step}: generating {len(prompts)} validation images")
     try:
         images = _generate(run, prompts)
@@ -57,7 +58,8 @@ def _generate(run: Run, prompts: Sequence[str]) -> list[Image.Image]:
     models = [part for part in run.pipe.components.values() if isinstance(part, nn.Module)]
     with _evaluating(models), averaged(run.trainable.values(), run.optimizer, run.ema):
         with all_parts_loaded(run.config, run.pipe), run.accelerator.autocast():
-            return generate_images(run.config, run.pipe, prompts, seeds)
+            side = training_resolution(run.config, run.pipe)
+            return generate_images(run.config, run.pipe, side, prompts, seeds)
 
 
 @contextmanager

@@ -234,7 +234,7 @@ def test_every_process_has_a_gradient_for_every_parameter(tiny_xl_pipe, tmp_path
     prompts = ("a photo of sks mug", "a photo of a mug")
     config = config_for("sdxl", num_vectors=2, train_text_encoder=text)
     text_adapter = AtomConfig(target_modules="attention")
-    concept = build_training_model(config, tiny_xl_pipe, AtomConfig(), prompts, torch.float32, text_adapter)
+    concept = build_training_model(config, tiny_xl_pipe, AtomConfig(), prompts, text_adapter)
     torch.distributed.init_process_group("gloo", f"file://{tmp_path / 'store'}", world_size=1, rank=0)
     try:
         model = DistributedDataParallel(concept)
@@ -316,5 +316,5 @@ def test_a_word_is_named_where_pipelines_see_it(config_for):
 
 def test_other_atoms_on_the_text_encoders_are_refused(config_for, tmp_path):
     other = file_of(tmp_path, "other", {"peft_type": "ATOMS", "channel_block": 2, "target_modules": "attention"})
-    with pytest.raises(UserError, match="found other atoms than the UNet's, but a file holds one AtomConfig"):
+    with pytest.raises(UserError, match="its atoms differ from the UNet's, but a concept file has one AtomConfig"):
         train(config_for(train_text_encoder=True, text_encoder_adapter=other))

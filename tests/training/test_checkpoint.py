@@ -144,8 +144,8 @@ def torn_state(folder):
 
 def flipped_bit(folder):
     content = (folder / "state.pt").read_bytes()
-    place = content.index(torch.arange(3.0).numpy().tobytes())
-    (folder / "state.pt").write_bytes(content[:place] + b"\x01" + content[place + 1 :])
+    start = content.index(torch.arange(3.0).numpy().tobytes())
+    (folder / "state.pt").write_bytes(content[:start] + b"\x01" + content[start + 1 :])
 
 
 def another_state(folder):
@@ -163,9 +163,9 @@ def test_a_damaged_checkpoint_blocks_no_whole_one(tmp_path, damage, user_warning
     assert choose_checkpoint("checkpoint-2", tmp_path).load(CONFIG)["step"] == 2
     with pytest.warns(
         UserWarning, match=r"passed over .*checkpoint-4: not a readable.*going on from .*checkpoint-3"
-    ) as told:
+    ) as warned:
         assert choose_checkpoint("latest", tmp_path).folder.name == "checkpoint-3"
-    assert len(user_warnings(told)) == 1
+    assert len(user_warnings(warned)) == 1
     with pytest.raises(UserError, match="checkpoint-4: not a readable checkpoint"):
         choose_checkpoint("checkpoint-4", tmp_path).load(CONFIG)
     save(tmp_path, 4)  # by a run that came there again

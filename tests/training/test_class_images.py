@@ -1,10 +1,23 @@
+"""Class images in a folder, and in runs."""
+
+import dataclasses
+import json
+import shutil
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
+from atomdiff.training import class_images
 from atomdiff.training.class_images import ensure_class_images
+from atomdiff.training.dataset import DreamBoothDataset
+from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
+
+
+@pytest.fixture
+def config(train_config):
+    return train_config(max_train_steps=1, with_prior_preservation=True, num_class_images=2)
 
 
 def fake_images(seeds, made=None):
@@ -100,3 +113,76 @@ def test_who_removes_the_record_keeps_the_images(tmp_path):
     (tmp_path / "class_images.json").unlink()
     ensure_class_images(tmp_path, 2, 2, {"unet": "that"}, lambda seeds: fake_images(seeds, made))
     assert made == [[0, 1]]
+
+
+@pytest.mark.slow
+def test_class_images_are_generated_once_and_trained_on(config, monkeypatch, recorded):
+    config = dataclasses.replace(config, num_class_images=3)
+    calls = []
+    usual, batches = class_images.generate_images, recorded(DreamBoothDataset)
+
+    def note(config, pipe, side, prompts, seeds):
+        calls.append((prompts, list(seeds)))
+        return usual(config, pipe, side, prompts, seeds)
+
+    monkeypatch.setattr(class_images, "generate_images", note)
+    for _ in range(2):
+        train(config)
+    ((prompts, seeds),) = calls
+    assert prompts == ["a photo of a teapot"] * 3 and len(set(seeds)) == 3
+    dataset, batch = batches[0]
+    assert len(list((Path(config.output_dir) / "class_images").glob("*.png"))) == 3
+    assert batch.latents.shape == (4, 4, 8, 8) and batch.num_instance_images == 2
+    prompts = [dataset.prompts[number] for number in batch.prompts]
+    assert prompts == ["a photo of sks teapot"] * 2 + ["a photo of a teapot"] * 2
+
+
+@pytest.mark.slow
+def test_class_images_of_another_base_are_refused(config, tiny_pipe, tmp_path):
+    train(config)
+    tiny_pipe.unet.up_blocks[0].resnets[0].conv1.weight.data[1, 2] += 1e-3  # a little, far from conv_out
+    tiny_pipe.save_pretrained(tmp_path / "tuned")
+    tuned = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "tuned"))
+    with pytest.raises(
+        UserError, match=r"generated with other settings \(unet '.*', now '[^;]*'\)\. .*class_images.json"
+    ):
+        train(tuned)
+    record = Path(config.output_dir) / "class_images" / "class_images.json"
+    then = json.loads(record.read_text())
+    record.write_text(json.dumps({"prompt": then["prompt"], "base": "0123456789abcdef"}))  # as it was once
+    with pytest.raises(UserError, match="base '0123456789abcdef', now not noted; .*unet not noted, now '[0-9a-f]{16}'"):
+        train(config)
+    record.unlink()
+    train(config)
+    assert json.loads(record.read_text()) == then
+
+
+def test_class_images_depend_on_the_scheduler_but_not_on_defaults_that_are_written_out(config):
+    train(config)
+    train(dataclasses.replace(config, prediction_type="v_prediction", rescale_betas_zero_snr=False))  # as it is
+    for changes in ({"prediction_type": "epsilon"}, {"rescale_betas_zero_snr": True}, {"prediction_type": "flow"}):
+        with pytest.raises(UserError, match=r"generated with other settings \(scheduler '\w+', now '\w+'\)"):
+            train(dataclasses.replace(config, **changes))
+
+
+def test_class_images_have_a_folder_for_every_class(config, tmp_path):
+    config = dataclasses.replace(config, class_data_dir=str(tmp_path / "class" / "{class_name}"))
+    for name in ("mug", "cat"):
+        train(dataclasses.replace(config, class_name=name))
+    assert sorted(folder.name for folder in (tmp_path / "class").iterdir()) == ["cat", "mug"]
+
+
+def test_class_images_that_are_not_finite_or_black_are_not_trained_on(config, broken_base):
+    with pytest.raises(UserError, match="the image of 'a photo of a teapot' with seed .* not finite.*VAE"):
+        train(dataclasses.replace(config, **broken_base))
+    folder = Path(config.output_dir) / "class_images"
+    assert not list(folder.glob("*.png"))
+    shutil.rmtree(folder)
+    train(config)
+    whole = (folder / "class-00001.png").read_bytes()
+    Image.new("RGB", (32, 32)).save(folder / "class-00001.png")
+    with pytest.raises(UserError, match=r"class_images: class-00001.png: black all over.*remove them"):
+        train(config)
+    (folder / "class-00001.png").unlink()
+    train(config)
+    assert (folder / "class-00001.png").read_bytes() == whole

@@ -205,7 +205,7 @@ def test_nothing_in_a_list_of_concepts_and_encodings_as_people_have_them(tmp_pat
     assert (subject.class_name, subject.initializer_token, subject.trigger_word) == (None, None, "no")
 
 
-def test_the_recipe_has_no_folders_and_fits_json():
+def test_the_snapshot_has_no_folders_and_fits_json():
     one = TrainConfig(**NEEDED, output_dir="here", checkpointing_steps=1)
     two = TrainConfig(**{**NEEDED, "instance_data_dir": "elsewhere"}, output_dir="there", checkpointing_steps=2)
     assert json.loads(json.dumps(one.snapshot())) == one.snapshot() == two.snapshot()

@@ -5,20 +5,13 @@ import pytest
 import torch
 
 from atomdiff.training import launch
-from atomdiff.training.config import TrainConfig
 from atomdiff.training.launch import start_accelerator
 from atomdiff.utils.errors import UserError
 
 
 @pytest.fixture
-def config(tmp_path):
-    return TrainConfig(
-        pretrained_model_name_or_path="base",
-        instance_data_dir="photos",
-        output_dir=str(tmp_path),
-        class_name="mug",
-        report_to=None,
-    )
+def config(train_config):
+    return train_config(pretrained_model_name_or_path="base", instance_data_dir="photos")
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def test_xformers_needs_a_gpu(config, monkeypatch):
 
 @pytest.mark.parametrize(("bits", "kind", "error"), [(8, "Linear8bitLt", 0.02), (4, "LinearNF4", 0.2)])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_layers_that_no_adapter_changes_are_quantised(unet, bits, kind, error, dtype):
+def test_layers_that_no_adapter_changes_are_quantized(unet, bits, kind, error, dtype):
     pytest.importorskip("bitsandbytes")
     adapted(unet.to(dtype))
     with torch.autocast("cpu", torch.bfloat16, enabled=dtype == torch.bfloat16):
@@ -120,7 +120,7 @@ def test_layers_that_no_adapter_changes_are_quantised(unet, bits, kind, error, d
                 assert (module.weight.dtype in (torch.int8, torch.uint8)) == (name not in left), name
         assert 0 < (predict(unet).float() - exact).norm() / exact.norm() < error
         unet.eval()
-        with torch.no_grad():  # as for validation pictures
+        with torch.no_grad():  # as for validation images
             predict(unet)
         found = gradients(unet.train())
     together = [torch.cat([each[name].flatten().float() for name in expected]) for each in (found, expected)]
@@ -128,7 +128,7 @@ def test_layers_that_no_adapter_changes_are_quantised(unet, bits, kind, error, d
 
 
 @pytest.mark.parametrize("field", ["load_in_8bit", "load_in_4bit"])
-def test_a_run_on_quantised_weights(config, field, tiny_xl_pipe):
+def test_a_run_on_quantized_weights(config, field, tiny_xl_pipe):
     pytest.importorskip("bitsandbytes")
     config = dataclasses.replace(config, validation_steps=3, checkpointing_steps=2, **{field: True})
     concept = train(config)
@@ -140,8 +140,8 @@ def test_a_run_on_quantised_weights(config, field, tiny_xl_pipe):
     assert read_delta_file(concept).training["config"][field] is True
 
 
-def test_a_run_that_trains_all_weights_has_none_to_quantise(config, tmp_path):
+def test_a_run_that_trains_all_weights_has_none_to_quantize(config, tmp_path):
     pytest.importorskip("bitsandbytes")
     (tmp_path / "full.json").write_text(json.dumps({"peft_type": "FULL"}))
-    with pytest.raises(UserError, match="load_in_4bit=True: the UNet has no Linear layer that the adapter leaves"):
+    with pytest.raises(UserError, match="load_in_4bit=True: the UNet has no frozen Linear layer without"):
         train(dataclasses.replace(config, adapter=str(tmp_path / "full.json"), load_in_4bit=True))

@@ -21,7 +21,8 @@ ON_TEXT = AtomConfig(target_modules="attention")
 
 
 def build(pipe, prompts=PROMPTS, dtype=torch.float32, text_adapter=None, **fields):
-    return build_training_model(dataclasses.replace(CONFIG, **fields), pipe, AtomConfig(), prompts, dtype, text_adapter)
+    pipe.unet.to(dtype)
+    return build_training_model(dataclasses.replace(CONFIG, **fields), pipe, AtomConfig(), prompts, text_adapter)
 
 
 def sum_of_squares(embeds):
@@ -114,7 +115,7 @@ def test_several_words_of_several_vectors(pipe, tmp_path):
     tables = {name: part.get_input_embeddings().weight.clone() for name, part in text_encoders(pipe).items()}
     red_mug = pipe.tokenizer("red mug", add_special_tokens=False).input_ids
     config = dataclasses.replace(CONFIG, instance_data_dir=None, concepts_list=str(file), one_file=True, num_vectors=2)
-    concept = build_training_model(config, pipe, AtomConfig(), prompts, torch.float32)
+    concept = build_training_model(config, pipe, AtomConfig(), prompts)
     assert concept.placeholder_tokens == ("sks", "sks_1", "ohwx", "ohwx_1") and set(concept.prompt_embeds) == {2}
     assert all(torch.equal(concept.token_embeddings[name][:2], table[red_mug]) for name, table in tables.items())
     for name, ids in concept.token_ids.items():

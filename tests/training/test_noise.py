@@ -1,5 +1,4 @@
-import json
-from pathlib import Path
+from dataclasses import replace
 from types import SimpleNamespace
 
 import numpy as np
@@ -15,26 +14,24 @@ from diffusers import (
     PNDMScheduler,
     StableDiffusionPipeline,
 )
-from PIL import Image
 
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.sampling.generate import generate
-from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.objective import ObjectiveConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.noise import forward_diffusion, set_training_scheduler
 from atomdiff.utils.errors import UserError
 
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
-NEEDED = {"pretrained_model_name_or_path": "base", "instance_data_dir": "photos", "class_name": "mug"}
 
 
-def process(scheduler, **fields):
-    return forward_diffusion(TrainConfig(**NEEDED, **fields), SimpleNamespace(scheduler=scheduler))
+def diffusion(scheduler, **fields):
+    return forward_diffusion(ObjectiveConfig(**fields), SimpleNamespace(scheduler=scheduler))
 
 
 def matched(scheduler, **fields):
     pipe = SimpleNamespace(scheduler=scheduler)
-    set_training_scheduler(TrainConfig(**NEEDED, **fields), pipe)
+    set_training_scheduler(ObjectiveConfig(**fields), pipe)
     return pipe.scheduler
 
 
@@ -47,12 +44,12 @@ def latents(count=6):
 
 
 @pytest.mark.parametrize("predicts", ["epsilon", "v_prediction", "sample"])
-def test_the_usual_draw_is_noise_and_a_uniform_timestep_in_this_order(predicts):
+def test_by_default_noise_and_a_uniform_timestep_are_sampled_in_this_order(predicts):
     scheduler = DDPMScheduler(**STABLE, prediction_type=predicts)
     clean, generator = latents(), seeded()
     noise = torch.randn(clean.shape, generator=generator)
     timesteps = torch.randint(1000, (6,), generator=generator)
-    noised = process(scheduler).sample(clean, seeded())
+    noised = diffusion(scheduler).sample(clean, seeded())
     assert torch.equal(noised.timesteps, timesteps) and torch.equal(noised.weights, torch.ones(6))
     torch.testing.assert_close(noised.latents, scheduler.add_noise(clean, noise, timesteps))
     velocity = scheduler.get_velocity(clean, noise, timesteps)
@@ -67,47 +64,47 @@ def test_the_usual_draw_is_noise_and_a_uniform_timestep_in_this_order(predicts):
         DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True, flow_shift=3.0),
     ],
 )
-def test_flow_is_told_its_sigma_and_keeps_the_shift_of_the_base(scheduler):
-    scheduler.set_timesteps(4)  # pictures have been drawn
+def test_flow_takes_its_sigma_as_timestep_and_keeps_the_shift_of_the_base(scheduler):
+    scheduler.set_timesteps(4)  # images have been generated
     clean = latents()
-    noised = process(scheduler, snr_gamma=5.0).sample(clean, seeded())
+    noised = diffusion(scheduler, snr_gamma=5.0).sample(clean, seeded())
     sigmas = noised.timesteps / 1000
     clean_share = (1 - sigmas)[:, None, None, None]
     torch.testing.assert_close(noised.latents, clean + (1 - clean_share) * noised.target)
     evenly = (torch.arange(1000) + 1) / 1000
     shifted = 3 * evenly / (1 + 2 * evenly)
-    torch.testing.assert_close(process(scheduler).schedule.timesteps, 1000 * shifted)
+    torch.testing.assert_close(diffusion(scheduler).schedule.timesteps, 1000 * shifted)
     torch.testing.assert_close(noised.weights, torch.minimum((1 - sigmas) ** 2, 5 * sigmas**2))
 
 
 def test_zero_terminal_snr_is_that_of_its_paper():
     base = DDIMScheduler(**STABLE, prediction_type="v_prediction")
-    found = process(base, rescale_betas_zero_snr=True)
+    found = diffusion(base, rescale_betas_zero_snr=True)
     usual = base.alphas_cumprod.sqrt()  # algorithm 1: shift so that the last is zero, scale so that the first is kept
     expected = (usual - usual[-1]) * usual[0] / (usual[0] - usual[-1])
     torch.testing.assert_close(found.schedule.alpha, expected, atol=1e-5, rtol=0)
     assert found.schedule.alpha[-1] == 0 and found.schedule.sigma[-1] == 1
-    noised = process(base, rescale_betas_zero_snr=True, min_timestep=999, snr_gamma=5.0).sample(latents(), seeded())
-    assert torch.equal(noised.target, -latents())  # at pure noise v is the picture, and min-SNR's weight is 0, not nan
+    noised = diffusion(base, rescale_betas_zero_snr=True, min_timestep=999, snr_gamma=5.0).sample(latents(), seeded())
+    assert torch.equal(noised.target, -latents())  # at pure noise v is the image, and min-SNR's weight is 0, not nan
     assert noised.weights.tolist() == [0] * 6
     said = DDIMScheduler(**STABLE, prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    assert torch.equal(process(said).schedule.alpha, found.schedule.alpha)
-    assert torch.equal(process(said, rescale_betas_zero_snr=False).schedule.alpha, usual)
+    assert torch.equal(diffusion(said).schedule.alpha, found.schedule.alpha)
+    assert torch.equal(diffusion(said, rescale_betas_zero_snr=False).schedule.alpha, usual)
 
 
-def test_choices_of_the_run_reach_the_draw():
+def test_options_of_the_run_reach_the_samples():
     base, clean = DDPMScheduler(**STABLE), latents(400)
-    usual = process(base).sample(clean, seeded())
-    offset = process(base, noise_offset=0.3).sample(clean, seeded())
+    usual = diffusion(base).sample(clean, seeded())
+    offset = diffusion(base, noise_offset=0.3).sample(clean, seeded())
     assert torch.equal(offset.timesteps, usual.timesteps)
     added = offset.target - usual.target  # one number for each channel
     torch.testing.assert_close(added, added[:, :, :1, :1].expand_as(added))
     assert added[:, :, 0, 0].std() == pytest.approx(0.3, rel=0.1)
-    some = process(base, min_timestep=100, max_timestep=103).sample(clean, seeded())
+    some = diffusion(base, min_timestep=100, max_timestep=103).sample(clean, seeded())
     assert some.timesteps.unique().tolist() == [100, 101, 102]
-    late = process(base, timestep_sampling="cubic").sample(clean, seeded())
+    late = diffusion(base, timestep_sampling="cubic").sample(clean, seeded())
     assert late.timesteps.float().mean() > 700
-    middle = process(base, timestep_sampling="logit_normal", logit_mean=-1.0, logit_std=0.1).sample(clean, seeded())
+    middle = diffusion(base, timestep_sampling="logit_normal", logit_mean=-1.0, logit_std=0.1).sample(clean, seeded())
     assert middle.timesteps.float().mean() == pytest.approx(1000 * torch.tensor(-1.0).sigmoid().item(), abs=10)
 
 
@@ -158,29 +155,14 @@ def test_other_schedulers_take_the_place_of_one_that_does_not_fit():
 )
 def test_what_does_not_go_together_with_the_base_is_refused(scheduler, fields, message):
     with pytest.raises(UserError, match=message):
-        process(scheduler, **fields)
+        diffusion(scheduler, **fields)
 
 
 @pytest.fixture
-def config(tmp_path, tiny_pipe_folder):
-    (tmp_path / "teapot").mkdir()
-    random = np.random.default_rng(0)
-    for number in range(2):
-        pixels = random.integers(0, 255, (32, 32, 3), dtype=np.uint8)
-        Image.fromarray(pixels).save(tmp_path / "teapot" / f"{number}.png")
-    return {
-        "pretrained_model_name_or_path": str(tiny_pipe_folder),
-        "instance_data_dir": str(tmp_path / "teapot"),
-        "output_dir": str(tmp_path / "out"),
-        "class_name": "teapot",
-        "train_batch_size": 4,
-        "max_train_steps": 30,
-        "learning_rate": 0.05,
-        "num_inference_steps": 2,
-        "validation_steps": 30,
-        "logging_steps": 1,
-        "report_to": None,
-    }
+def run(train_config):
+    """Makes the config of a run."""
+    usual = {"train_batch_size": 4, "max_train_steps": 30, "learning_rate": 0.05, "validation_steps": 30}
+    return lambda **fields: train_config(**usual | fields)
 
 
 @pytest.mark.parametrize(
@@ -192,48 +174,41 @@ def config(tmp_path, tiny_pipe_folder):
         ({"prediction_type": "flow", "flow_shift": 3.0, "timestep_sampling": "logit_normal"}, "flow"),
     ],
 )
-def test_every_objective_is_learnt_and_written_into_the_file(config, fields, written):
-    concept = read_delta_file(train(TrainConfig(**config, **fields)))
-    assert concept.modelspec["prediction_type"] == written
-    log = Path(config["output_dir"], "training_log.jsonl").read_text()
-    losses = [json.loads(line)["loss"] for line in log.splitlines()]
+def test_every_objective_is_learned_and_written_into_the_file(run, fields, written, log_lines):
+    config = run(**fields)
+    assert read_delta_file(train(config)).modelspec["prediction_type"] == written
+    losses = [line["loss"] for line in log_lines(config)]
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:10])
 
 
-def test_a_resumed_run_draws_the_same(config):
-    draws = {"noise_offset": 0.1, "timestep_sampling": "logit_normal", "prediction_type": "flow", "snr_gamma": 5.0}
-    fields = config | draws | {"max_train_steps": 3, "validation_steps": 0, "checkpointing_steps": 2}
-    whole = read_delta_file(train(TrainConfig(**fields)))
-    resumed = read_delta_file(train(TrainConfig(**fields, resume_from_checkpoint="checkpoint-2")))
+def test_a_resumed_run_samples_the_same(run):
+    sampling = {"noise_offset": 0.1, "timestep_sampling": "logit_normal", "prediction_type": "flow", "snr_gamma": 5.0}
+    config = run(**sampling, max_train_steps=3, validation_steps=0, checkpointing_steps=2)
+    whole = read_delta_file(train(config))
+    config = replace(config, resume_from_checkpoint="checkpoint-2")
+    resumed = read_delta_file(train(config))
     for name, tensors in whole.layers.items():
         assert all(torch.equal(tensor, resumed.layers[name][kind]) for kind, tensor in tensors.items())
     with pytest.raises(UserError, match="noise_offset=0.1, now 0.2"):
-        train(TrainConfig(**fields | {"noise_offset": 0.2}, resume_from_checkpoint="checkpoint-2"))
-
-
-def test_class_pictures_of_another_scheduler_are_refused(config):
-    fields = {"with_prior_preservation": True, "num_class_images": 1, "max_train_steps": 1, "validation_steps": 0}
-    train(TrainConfig(**config | fields, prediction_type="sample"))
-    with pytest.raises(UserError, match=r"made with other settings .*scheduler '.*', now '"):
-        train(TrainConfig(**config | fields))
+        train(replace(config, noise_offset=0.2))
 
 
 @pytest.mark.parametrize(
     "fields",
     [{"prediction_type": "flow"}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}],
 )
-def test_objectives_of_sdxl(config, fields, tiny_xl_pipe_folder):
-    fields |= {"pretrained_model_name_or_path": str(tiny_xl_pipe_folder), "max_train_steps": 1, "validation_steps": 1}
-    concept = read_delta_file(train(TrainConfig(**config | fields)))
-    assert concept.modelspec["prediction_type"] == fields["prediction_type"].removesuffix("_prediction")
+def test_objectives_of_sdxl(run, fields, tiny_xl_pipe_folder):
+    base = str(tiny_xl_pipe_folder)
+    config = run(pretrained_model_name_or_path=base, max_train_steps=1, validation_steps=1, **fields)
+    predicts = read_delta_file(train(config)).modelspec["prediction_type"]
+    assert predicts == fields["prediction_type"].removesuffix("_prediction")
 
 
-def test_a_base_saved_with_a_flow_scheduler_is_trained_and_drawn(config, tiny_pipe, tmp_path):
+def test_a_base_saved_with_a_flow_scheduler_is_trained_and_generates(run, tiny_pipe, tmp_path):
     tiny_pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     tiny_pipe.save_pretrained(tmp_path / "flow")
-    fields = {"pretrained_model_name_or_path": str(tmp_path / "flow"), "max_train_steps": 2, "validation_steps": 1}
-    concept = read_delta_file(train(TrainConfig(**config | fields)))
-    assert concept.modelspec["prediction_type"] == "flow"
+    config = run(pretrained_model_name_or_path=str(tmp_path / "flow"), max_train_steps=2, validation_steps=1)
+    assert read_delta_file(train(config)).modelspec["prediction_type"] == "flow"
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "flow", safety_checker=None)
-    (picture,) = generate(pipe, ["a photo of a teapot"], seeds=[0], num_inference_steps=2, progress=False)
-    assert picture.size == (32, 32)
+    (image,) = generate(pipe, ["a photo of a teapot"], seeds=[0], num_inference_steps=2, progress=False)
+    assert image.size == (32, 32)

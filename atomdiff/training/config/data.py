@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from atomdiff.data.buckets import parse_buckets
+from atomdiff.pipelines.config import GenerationConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import BatchSize, ConfigGroup, NonNegativeFloat, NonNegativeInt, Range, Share
 from atomdiff.utils.paths import PathText
@@ -57,8 +58,8 @@ class DataConfig(ImageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassImagesConfig(ConfigGroup):
-    """Prior preservation and image generation."""
+class ClassImagesConfig(GenerationConfig):
+    """Prior preservation."""
 
     with_prior_preservation: bool = False
     """Train on class images too (prior preservation), so that the class keeps its look."""
@@ -66,9 +67,3 @@ class ClassImagesConfig(ConfigGroup):
     """Number of class images."""
     prior_loss_weight: NonNegativeFloat = 1.0
     """Weight of the prior-preservation loss."""
-    sample_batch_size: BatchSize = 4
-    """Batch size for generating images and for encoding them to latents."""
-    num_inference_steps: Annotated[int, Range(1, 1000)] = 30
-    """Denoising steps of class and validation images."""
-    guidance_scale: Annotated[float, Range(0, below=1000)] = 7.5
-    """Guidance scale of class and validation images; 1 turns classifier-free guidance off."""

@@ -76,6 +76,11 @@ class PromptConfig(TextConfig, SubjectConfig):
         """Name of what the run writes: that of the folder of instance images, or of the list of concepts."""
         return self.subjects[0].name if self.concepts_list is None else Path(self.concepts_list).stem
 
+    @property
+    def trigger_phrase(self) -> str:
+        """What to write in prompts: trigger word and class of every subject."""
+        return ", ".join(subject.phrase for subject in self.subjects)
+
     def check(self) -> None:
         """Check that the subjects can be told apart."""
         if (self.instance_data_dir is None) == (self.concepts_list is None):

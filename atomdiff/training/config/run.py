@@ -1,4 +1,4 @@
-"""What every training run has: a base model, an adapter, a schedule, an output folder."""
+"""What every training run has: an adapter, an output folder, steps and logs."""
 
 from __future__ import annotations
 
@@ -12,13 +12,8 @@ from atomdiff.utils.paths import PathText
 
 @dataclass(frozen=True, kw_only=True)
 class RunConfig(ConfigGroup):
-    """Base model, adapter and output."""
+    """Adapter and output."""
 
-    pretrained_model_name_or_path: PathText
-    """Base model, Stable Diffusion 1.x, 2.x or XL: a folder or Hub id of a diffusers pipeline, or a single checkpoint
-    file (.safetensors, .ckpt), local or by its address on the Hub."""
-    revision: str | None = None
-    """Revision (branch, tag or commit) of a base model on the Hub."""
     output_dir: PathText = "out/train"
     """Output folder: trained files, checkpoints, validation images and logs."""
     adapter: PathText = "atoms"

@@ -7,10 +7,11 @@ from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 from typing import Any
 
+from atomdiff.pipelines.config import BaseModelConfig
 from atomdiff.training.config.data import ClassImagesConfig, DataConfig
 from atomdiff.training.config.memory import MemoryConfig
 from atomdiff.training.config.objective import ObjectiveConfig
-from atomdiff.training.config.optimizer import OptimizerConfig
+from atomdiff.training.config.optimization import OptimizationConfig
 from atomdiff.training.config.output import HubConfig, OutputConfig, check_repositories, repository_name
 from atomdiff.training.config.prompt import PromptConfig, check_prompt
 from atomdiff.training.config.run import RunConfig
@@ -20,14 +21,9 @@ from atomdiff.utils.paths import PathText, path_fields
 
 
 @dataclass(frozen=True, kw_only=True)
-class BaseModelConfig(RunConfig):
-    """Files of the base model."""
+class TrainingBaseConfig(BaseModelConfig):
+    """VAE of the base model."""
 
-    variant: str | None = None
-    """Variant of the base model's weight files, such as fp16."""
-    single_file_config: PathText | None = None
-    """Folder or Hub id of a pipeline whose configs describe the single checkpoint file. Default: diffusers' guess from
-    the weights, fetched from the Hub; it takes every SD 2.x for 2.1 with v-prediction."""
     pretrained_vae_model_name_or_path: PathText | None = None
     """Another VAE: a folder, a Hub id or a single checkpoint file. Default: the base model's own."""
 
@@ -38,11 +34,12 @@ class TrainConfig(  # the fields of the last come first in --help
     OutputConfig,
     MemoryConfig,
     ObjectiveConfig,
-    OptimizerConfig,
+    OptimizationConfig,
     ClassImagesConfig,
     DataConfig,
     PromptConfig,
-    BaseModelConfig,
+    RunConfig,
+    TrainingBaseConfig,
 ):
     """Train a concept: personalize Stable Diffusion on a few images of a subject.
 
@@ -61,9 +58,9 @@ class TrainConfig(  # the fields of the last come first in --help
         return Path(self.output_dir) / "class_images" / (subject.name if len(self.subjects) > 1 else "")
 
     @property
-    def token_steps(self) -> int:
-        """The number of steps in which token embeddings are trained."""
-        return round(self.train_text_encoder_ti_frac * self.max_train_steps)
+    def filled_validation_prompts(self) -> list[str]:
+        """The prompts of a row of the contact sheet: those of the config, for each subject."""
+        return [subject.fill(prompt) for subject in self.subjects for prompt in self.validation_prompts]
 
     @property
     def repository(self) -> str:
@@ -83,18 +80,17 @@ class TrainConfig(  # the fields of the last come first in --help
 
     def snapshot(self) -> dict[str, Any]:
         """Return the fields that the trained parameters depend on, ready for JSON, without paths."""
-        aside = {field.name for group in (OutputConfig, HubConfig) for field in fields(group)}
-        left_out = aside.union(path_fields(type(self)))
-        snapshot = {name: value for name, value in asdict(self).items() if name not in left_out}
-        snapshot["learning_rate"] = self.learning_rates["adapter"]
-        snapshot["token_learning_rate"] = self.learning_rates["token"]
-        snapshot["text_encoder_lr"] = self.learning_rates["text_encoder"]
-        if self.concepts_list is not None:
-            snapshot["subjects"] = [
-                {name: value for name, value in asdict(subject).items() if name not in left_out}
-                for subject in self.subjects
-            ]
-        return snapshot
+        hidden = {field.name for group in (OutputConfig, HubConfig) for field in fields(group)}
+        hidden.update(path_fields(type(self)))
+        rates = self.learning_rates
+        resolved = {
+            "learning_rate": rates["adapter"],
+            "token_learning_rate": rates.get("token"),
+            "text_encoder_lr": rates["text_encoder"],
+        }
+        subjects = self.subjects if self.concepts_list is not None else ()
+        listed = {"subjects": [_without(asdict(subject), hidden) for subject in subjects]} if subjects else {}
+        return _without(asdict(self), hidden) | resolved | listed
 
     def check(self) -> None:
         """Check what concerns several groups."""
@@ -107,14 +103,10 @@ class TrainConfig(  # the fields of the last come first in --help
             check_repositories([(run.name, run.repository) for run in self.runs()], self.concepts_list)
 
 
+def _without(fields: dict[str, Any], hidden: set[str]) -> dict[str, Any]:
+    return {name: value for name, value in fields.items() if name not in hidden}
+
+
 def load_config(arguments: Sequence[str] | None = None, *, prog: str | None = None) -> TrainConfig:
-    """Read a run's config from a command line; see `parse_with_overrides`.
-
-    Args:
-        arguments: The command line without the program's name, by default this process's.
-        prog: The program's name in messages.
-
-    Raises:
-        UserError: A field has a value that cannot be used.
-    """
+    """Read a run's config from a command line, by default this process's; see `parse_with_overrides`."""
     return parse_with_overrides(TrainConfig, arguments, prog=prog)

@@ -1,7 +1,7 @@
 import pytest
 from diffusers import DDPMScheduler
 
-from atomdiff.training.base_keys import base_keys
+from atomdiff.training.fingerprint import base_keys
 
 
 def parts_that_differ(one, two):
@@ -19,7 +19,7 @@ def parts_that_differ(one, two):
         ("scheduler", lambda pipe: setattr(pipe, "scheduler", DDPMScheduler.from_config(pipe.scheduler.config))),
     ],
 )
-def test_every_part_that_pictures_depend_on_is_told_from_others(part, change, tiny_pipe):
+def test_every_part_that_images_depend_on_is_told_from_others(part, change, tiny_pipe):
     before = base_keys(tiny_pipe)
     assert before.keys() == {"unet", "text_encoder", "vae", "scheduler"}
     change(tiny_pipe)
