@@ -5,7 +5,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import reduce
 from typing import Any, cast
 
 import torch
@@ -13,7 +12,6 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.nn.modules.conv import _ConvNd
 
-from atomdiff.atoms import im2col
 from atomdiff.atoms.im2col_autograd import (
     SeparableByIm2col,
     columns_of,
@@ -21,8 +19,8 @@ from atomdiff.atoms.im2col_autograd import (
     output_of,
     unfolds_to_little,
 )
-from atomdiff.atoms.layout import View
-from atomdiff.atoms.merge import adapt_weight_as, adapt_wide, as_one_update, parts_of, updates_of
+from atomdiff.atoms.layout import Block
+from atomdiff.atoms.merge import adapt_weight_as, adapt_wide, as_one_update, parts_of, separate, updates_of_part
 from atomdiff.atoms.update import WeightUpdate
 from atomdiff.utils import functional_call
 from atomdiff.utils.functional_call import without_autocast
@@ -63,19 +61,26 @@ def call(module: nn.Module, weight: Tensor, updates: Sequence[WeightUpdate], x: 
     """
     if functional_call.is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
-    kernels = [update.matrix for update in updates if update.view == View()]
-    channels = [update for update in updates if update.view != View()]
-    block = channels[0].view.block if channels else (1, 1)
-    of_each_input = any(matrix.ndim == 3 for matrix in kernels)  # then it matters which of a block's inputs it was
-    separable = im2col.are_separable(updates) and not (of_each_input and block[1] > 1)
     by_im2col = torch.is_grad_enabled() and unfolds_to_little(module, x)  # generating gives the bits of a merged weight
     with without_autocast(x):
-        if by_im2col and separable:
-            sums = _sum(kernels), _sum([update.matrix for update in channels])
-            result: Tensor = SeparableByIm2col.apply(module, block, x, weight, *sums)
+        if by_im2col and (sums := _separable_sums(updates)) is not None:
+            block, kernels, channels = sums
+            result: Tensor = SeparableByIm2col.apply(module, block, x, weight, kernels, channels)
         else:
             result = _AdaptedWeight.apply(module, updates, by_im2col, x, weight, *[update.matrix for update in updates])
     return result
+
+
+def _separable_sums(updates: Sequence[WeightUpdate]) -> tuple[Block, Tensor | None, Tensor | None] | None:
+    """The block of channels, and the sums of the matrices of kernels and of channels; None: there are other updates."""
+    pair = separate(updates)
+    if pair is None:
+        return None
+    kernels, channels = pair
+    block = (1, 1) if channels is None else channels.view.block
+    if kernels is not None and (kernels.view.block != (1, 1) or (kernels.view.by_input and block[1] > 1)):
+        return None  # by input it matters which input of a block it was
+    return block, None if kernels is None else kernels.matrix, None if channels is None else channels.matrix
 
 
 class _AdaptedWeight(torch.autograd.Function):
@@ -112,10 +117,10 @@ class _AdaptedWeight(torch.autograd.Function):
             grad_x, grad_weight = gradients(ctx.module, gradient, x, adapted, wants)
             del adapted
             if grad_weight is not None:
-                found = MatrixGradients(ctx.updates, math.prod(weight.shape[2:]))
+                sums = MatrixGradients(ctx.updates, math.prod(weight.shape[2:]))
                 for part in parts_of(weight, ctx.updates):
-                    found.add(weight[part], grad_weight[part], part)
-                matrices = found.result()
+                    sums.add(weight[part], grad_weight[part], part)
+                matrices = sums.result()
         return None, None, None, grad_x, None, *matrices
 
 
@@ -127,12 +132,8 @@ def _gradients(
         rows = gradient.flatten(0, -2)
         return gradient @ weight if wants[0] else None, rows.T @ x.flatten(0, -2) if wants[1] else None
     settings = module.stride, module.padding, module.dilation, module.transposed, module.output_padding, module.groups
-    found = torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings, (*wants, False))
-    return found[0], found[1]
-
-
-def _sum(matrices: Sequence[Tensor]) -> Tensor | None:
-    return reduce(torch.add, matrices) if matrices else None
+    grad_x, grad_weight, _ = torch.ops.aten.convolution_backward(gradient, x, weight, None, *settings, (*wants, False))
+    return grad_x, grad_weight
 
 
 _FOLDED_ROW = 36  # numbers in a row that a product of rows is fast with
@@ -167,7 +168,7 @@ class MatrixGradients:
             self._totals[0] += _product_of_rows(*rows)
             return
         with torch.enable_grad():
-            adapted = adapt_wide(weight, updates_of(self._updates, part))
+            adapted = adapt_wide(weight, updates_of_part(self._updates, part))
         for total, found in zip(
             self._totals, torch.autograd.grad(adapted, self._leaves, gradient.to(adapted.dtype)), strict=True
         ):

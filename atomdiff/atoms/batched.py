@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 
 import torch
 from einops import rearrange, reduce
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.func import vmap
 
 from atomdiff.atoms.layout import as_kernels
-from atomdiff.atoms.merge import adapt_wide, identity, part_of_update, parts_of
+from atomdiff.atoms.merge import adapt_wide, identity, parts_of, updates_of_part
 from atomdiff.atoms.update import WeightUpdate
 from atomdiff.utils.functional_call import without_autocast
 
@@ -34,16 +35,16 @@ def adapt_weight_per_sample(weight: Tensor, updates: Sequence[WeightUpdate]) -> 
     matrices = tuple(update.matrix for update in updates)
     adapted = weight.new_empty(samples, *weight.shape)
     for part in parts_of(weight, updates, samples):
-        mine = [part_of_update(update, part, by_input=update.matrix.ndim == 4) for update in updates]
-
-        def adapt(*of_sample: Tensor, part: slice = part, mine: Sequence[WeightUpdate] = mine) -> Tensor:
-            return adapt_wide(weight[part], [replace(u, matrix=m) for u, m in zip(mine, of_sample, strict=True)])
-
-        adapted[:, part] = vmap(adapt)(*matrices)
+        adapted[:, part] = vmap(partial(_adapt, weight[part], updates_of_part(updates, part)))(*matrices)
     return adapted
 
 
-def multiply_per_sample(weight: Tensor, updates: Sequence[WeightUpdate], columns: Tensor) -> Tensor:
+def _adapt(weight: Tensor, updates: Sequence[WeightUpdate], *matrices: Tensor) -> Tensor:
+    """The adapted weight of one sample, which has these matrices."""
+    return adapt_wide(weight, [replace(update, matrix=m) for update, m in zip(updates, matrices, strict=True)])
+
+
+def multiply_per_sample(weight: Tensor, update: WeightUpdate, columns: Tensor) -> Tensor:
     """The weight with the channels of its blocks updated for each sample, times columns of that sample.
 
     The adapted weights, which may take more memory than all else, are there in parts only, and in the order in which
@@ -51,16 +52,16 @@ def multiply_per_sample(weight: Tensor, updates: Sequence[WeightUpdate], columns
 
     Args:
         weight: (out, in, ...).
-        updates: of channels of the same view, without coefficients, with a leading axis of samples.
+        update: of channels, without coefficients, with a leading axis of samples.
         columns: (samples, q, in / q * n, width), inputs gathered by their place in a block, each with its n positions.
 
     Returns:
         (samples, out, width).
     """
-    p, q = updates[0].view.block
+    p, q = update.view.block
     samples = len(columns)
     with without_autocast(weight):
-        matrix = torch.stack([update.matrix for update in updates]).sum(dim=0).to(weight.dtype)
+        matrix = update.matrix.to(weight.dtype)
         both = torch.cat([matrix, identity(p * q, matrix).expand_as(matrix)], dim=1)  # (samples, 2 * p * q, p * q)
         factor = rearrange(both, "s d (p q) -> (s q p) d", p=p)
     size = max(_PART_BYTES // (samples * weight[0].numel() * p * weight.element_size()), 1) * p

@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atomdiff.atoms.batched import multiply_per_sample
-from atomdiff.atoms.layout import View
+from atomdiff.atoms.layout import KERNELS
+from atomdiff.atoms.merge import separate
 from atomdiff.atoms.update import WeightUpdate
 from atomdiff.utils.functional_call import is_plain, without_autocast
 
@@ -37,16 +38,10 @@ def im2col_is_cheaper(module: nn.Module, updates: Sequence[WeightUpdate], positi
         and module.groups == 1
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
-        and are_separable(updates)
-        and all(update.matrix.ndim == 3 for update in updates)
         and module.out_channels > positions
+        and (pair := separate(updates)) is not None
+        and (pair[0] is None or pair[0].view == KERNELS)
     )
-
-
-def are_separable(updates: Sequence[WeightUpdate]) -> bool:
-    """Whether kernels, and the channels of blocks of one size, are all that is updated, and without coefficients."""
-    blocks = {update.view for update in updates} - {View()}
-    return len(blocks) <= 1 and not any(view.whole for view in blocks) and all(u.coefficients is None for u in updates)
 
 
 def mixed(patches: Tensor, matrix: Tensor) -> Tensor:
@@ -62,23 +57,21 @@ def convolve(module: nn.Conv2d, weight: Tensor, updates: Sequence[WeightUpdate],
     Args:
         module: gives stride, padding and dilation, and the bias.
         weight: (out, in, k, l), the same for all.
-        updates: of kernels, and of the channels of blocks of one size, with a leading axis of samples.
+        updates: for which `im2col_is_cheaper`.
         x: (samples, images, in, height, width).
 
     Returns:
         What the module gives, (samples, images, out, height, width).
     """
-    kernels = [update.matrix for update in updates if update.view == View()]
-    channels = [update for update in updates if update.view != View()]
-    side = channels[0].view.block[1] if channels else 1
-    found = windows(module, x)
-    images, height, width = len(x[0]), *found.shape[-2:]
-    patches = rearrange(found, "s g (i q) k l h w -> s q i (k l) (g h w)", q=side)
+    kernels, channels = separate(updates) or (None, None)
+    side = 1 if channels is None else channels.view.block[1]
+    unfolded = windows(module, x)
+    images, height, width = len(x[0]), *unfolded.shape[-2:]
+    patches = rearrange(unfolded, "s g (i q) k l h w -> s q i (k l) (g h w)", q=side)
     with without_autocast(x):
-        if kernels:
-            matrix = torch.stack(kernels).sum(dim=0)  # (samples, n, n)
-            patches = mixed(patches, matrix[:, None, None])
-    if not channels:
+        if kernels is not None:
+            patches = mixed(patches, kernels.matrix[:, None, None])  # matrices (samples, 1, 1, n, n)
+    if channels is None:
         columns = rearrange(patches, "s 1 i n (gh w) -> s (i n) gh w", w=width)
         y = functional.conv2d(columns, weight.reshape(len(weight), -1, 1, 1), module.bias)
         return rearrange(y, "s o (g h) w -> s g o h w", g=images)
@@ -106,9 +99,9 @@ def from_windows(module: nn.Conv2d, patches: Tensor, x: Tensor) -> Tensor:
     height, width = x.shape[-2:]
     wide = torch.promote_types(x.dtype, torch.float32)
     padded = x.new_zeros(*x.shape[:-2], top + height + bottom, left + width + right, dtype=wide)
-    places = _unfold(module, padded)
+    unfolded = _unfold(module, padded)
     for row, column in itertools.product(*map(range, module.kernel_size)):
-        places[..., row, column, :, :] += patches[..., row, column, :, :]
+        unfolded[..., row, column, :, :] += patches[..., row, column, :, :]
     return padded[..., top : top + height, left : left + width].to(x.dtype)
 
 

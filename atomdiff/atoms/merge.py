@@ -13,7 +13,7 @@ from dataclasses import replace
 import torch
 from torch import Tensor
 
-from atomdiff.atoms.layout import View, as_kernels
+from atomdiff.atoms.layout import KERNELS, View, as_kernels
 from atomdiff.atoms.update import WeightUpdate
 
 _HALF = (torch.float16, torch.bfloat16)
@@ -56,11 +56,6 @@ def parts_of(weight: Tensor, updates: Sequence[WeightUpdate], copies: int = 1) -
     return [slice(first, min(first + size, len(weight))) for first in range(0, len(weight), size)]
 
 
-def updates_of(updates: Sequence[WeightUpdate], part: slice) -> list[WeightUpdate]:
-    """The updates of some outputs."""
-    return [part_of_update(update, part, update.by_input) for update in updates]
-
-
 def write_adapted(out: Tensor, weight: Tensor, updates: Sequence[WeightUpdate]) -> None:
     """Write what `adapt_weight` gives into `out`, a tensor of the weight's shape with memory of its own.
 
@@ -73,7 +68,7 @@ def write_adapted(out: Tensor, weight: Tensor, updates: Sequence[WeightUpdate]) 
         out.copy_(weight)
     elif out.dtype != weight.dtype:
         for part in parts_of(weight, sums):
-            out[part] = adapt_weight_as(weight[part].to(out.dtype), updates_of(sums, part), out.dtype)
+            out[part] = adapt_weight_as(weight[part].to(out.dtype), updates_of_part(sums, part), out.dtype)
     elif len(sums) == 1 and _is_spatial(sums[0]) and weight.is_contiguous() and out.is_contiguous():
         _multiply_rows(kernels, sums[0].matrix, goal)
     elif len(sums) == 1 and _is_spatial(sums[0]) and kernels.mT.is_contiguous() and goal.mT.is_contiguous():
@@ -85,46 +80,57 @@ def write_adapted(out: Tensor, weight: Tensor, updates: Sequence[WeightUpdate]) 
             out[part] = one.view.from_rows(torch.addmm(rows, rows, factor), out[part].shape)
     else:
         for part in parts_of(weight, sums):
-            out[part] = adapt_weight(weight[part], updates_of(sums, part))
+            out[part] = adapt_weight(weight[part], updates_of_part(sums, part))
 
 
 def adapt_wide(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
     """The adapted weight in float32 at least, in any memory layout."""
     wide = as_kernels(weight).to(torch.promote_types(weight.dtype, torch.float32))
-    for whole in (True, False):
-        wide = _update_rows(wide, [update for update in updates if update.view.whole is whole])
+    for spans_kernel in (True, False):
+        wide = _update_rows(wide, [update for update in updates if update.view.spans_kernel is spans_kernel])
     return wide.reshape(weight.shape)
 
 
-def part_of_update(update: WeightUpdate, part: slice, by_input: bool) -> WeightUpdate:
-    """The update of some outputs; only coefficients differ from that of all."""
+def updates_of_part(updates: Sequence[WeightUpdate], part: slice) -> list[WeightUpdate]:
+    """The updates of some outputs; only coefficients differ from those of all."""
+    return [_of_part(update, part) for update in updates]
+
+
+def _of_part(update: WeightUpdate, part: slice) -> WeightUpdate:
     if update.coefficients is None:
         return update
     blocks = slice(part.start // update.view.block[0], part.stop // update.view.block[0])
-    found = update.coefficients[..., blocks] if by_input else update.coefficients[blocks]
-    return replace(update, coefficients=found)
+    return replace(update, coefficients=update.coefficients[(..., blocks) if update.view.by_input else blocks])
 
 
 def _update_rows(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
     """Add updates to a weight (out, in/groups, n); each acts on the weight as it is before all of them."""
     changed = weight
     for update in sum_by_view(updates):
-        view, by_input = update.view, update.by_input
+        view, source = update.view, update.coefficients
         if changed is weight and _is_spatial(update) and weight.is_contiguous():
             changed = _multiply_rows(weight, update.matrix)
             continue
-        columns = view.columns(changed, by_input)
-        source = update.coefficients
+        columns = view.columns(changed)
         if source is None:
-            source = columns if changed is weight else view.columns(weight, by_input)
+            source = columns if changed is weight else view.columns(weight)
         matrix = update.matrix.mT.to(columns.dtype).expand(len(columns), -1, -1)
         mixed = torch.baddbmm(columns, matrix, source.to(columns.dtype))
-        changed = view.from_columns(mixed, weight.shape[2], by_input)
+        changed = view.from_columns(mixed, weight.shape[2])
     return changed
 
 
 def _is_spatial(update: WeightUpdate) -> bool:
-    return update.view == View() and update.coefficients is None and not update.by_input
+    return update.view == KERNELS and update.coefficients is None
+
+
+def separate(updates: Sequence[WeightUpdate]) -> tuple[WeightUpdate | None, WeightUpdate | None] | None:
+    """The one update of rows that span the kernel, and the one of channels, that these add up to; None: they do not."""
+    sums = sum_by_view(updates)
+    by_kind = {update.view.spans_kernel: update for update in sums}
+    if len(by_kind) < len(sums) or any(update.coefficients is not None for update in sums):
+        return None
+    return by_kind.get(True), by_kind.get(False)
 
 
 def as_one_update(updates: Sequence[WeightUpdate], positions: int) -> WeightUpdate | None:
@@ -132,19 +138,15 @@ def as_one_update(updates: Sequence[WeightUpdate], positions: int) -> WeightUpda
 
     None where there is no such small matrix: with coefficients, matrices by input channel, or blocks of several kinds.
     """
-    sums = sum_by_view(updates)
-    by_kind = {update.view.whole: update for update in sums}
-    if len(by_kind) < len(sums) or any(update.coefficients is not None or update.by_input for update in sums):
-        return None
-    whole, channels = by_kind.get(True), by_kind.get(False)
+    kernels, channels = separate(updates) or (None, None)
     if channels is None:
-        return whole
+        return None if kernels is None or kernels.view.by_input else kernels
     size = len(channels.matrix) * positions
-    if size > _WIDEST_BLOCK or (whole is not None and whole.view != View()):
+    if size > _WIDEST_BLOCK or (kernels is not None and kernels.view != KERNELS):
         return None
     of_kernels = identity(positions, channels.matrix)
-    if whole is not None:
-        of_kernels = of_kernels + whole.matrix
+    if kernels is not None:
+        of_kernels = of_kernels + kernels.matrix
     matrix = torch.kron(identity(len(channels.matrix), channels.matrix) + channels.matrix, of_kernels)
     return WeightUpdate(View(channels.view.block), matrix - identity(size, matrix))
 
@@ -155,8 +157,8 @@ def _multiply_rows(kernels: Tensor, matrix: Tensor, out: Tensor | None = None) -
     Products of so few columns are slow, so that several kernels make one row: as many as was fastest on a CPU, and on a
     GPU eight, which aligns rows.
     """
-    wanted = (2 if kernels.dtype == torch.float32 else 1) if kernels.is_cpu else 8
-    fold = math.gcd(wanted, kernels.numel() // len(matrix))
+    at_once = (2 if kernels.dtype == torch.float32 else 1) if kernels.is_cpu else 8
+    fold = math.gcd(at_once, kernels.numel() // len(matrix))
     factor = torch.kron(identity(fold, matrix), matrix).to(kernels.dtype)
     rows = kernels.view(-1, len(factor))
     goal = None if out is None else out.view(rows.shape)
@@ -190,5 +192,5 @@ def sum_by_view(updates: Sequence[WeightUpdate]) -> list[WeightUpdate]:
         if update.coefficients is None:
             before = sums.get(update.view)
             sums[update.view] = update.matrix if before is None else before + update.matrix
-    others = [update for update in updates if update.coefficients is not None]
-    return [WeightUpdate(view, matrix) for view, matrix in sums.items()] + others
+    with_coefficients = [update for update in updates if update.coefficients is not None]
+    return [WeightUpdate(view, matrix) for view, matrix in sums.items()] + with_coefficients

@@ -96,10 +96,11 @@ def sparse_coefficients(rows: Tensor, atoms: Tensor, sparsity: float = 1e-3) -> 
     wide = _wide(rows)
     coefficients = torch.empty(len(rows), len(atoms), dtype=wide, device=rows.device)
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
-        known = atoms.to(rows.device, wide, copy=True)  # copies are aligned, and BLAS rounds the same only if they are
-        products = _gram(known)
+        # Copies are aligned, and BLAS rounds the same only if they are.
+        dictionary = atoms.to(rows.device, wide, copy=True)
+        products = _gram(dictionary)
         for span in _chunks(rows, len(atoms)):
-            projections = known @ rows[span].to(wide, copy=True).T  # (m, columns)
+            projections = dictionary @ rows[span].to(wide, copy=True).T  # (m, columns)
             if not torch.isfinite(projections).all():
                 raise ValueError("the rows or the atoms hold values that are not finite: they have no coefficients")
             coefficients[span] = _lasso(projections, products, sparsity, torch.zeros_like(projections), _MAX_STEPS).T
@@ -111,11 +112,11 @@ def sparse_quality(rows: Tensor, atoms: Tensor, coefficients: Tensor, sparsity: 
     error = norm = magnitude = zeros = 0.0
     with torch.no_grad(), torch.autocast(rows.device.type, enabled=False):
         for span in _chunks(rows, len(atoms)):
-            part, found = rows[span].to(_wide(rows)), coefficients[span]
-            error += float((part - found @ atoms.to(part)).square().sum())
+            part, of_part = rows[span].to(_wide(rows)), coefficients[span]
+            error += float((part - of_part @ atoms.to(part)).square().sum())
             norm += float(part.square().sum())
-            magnitude += float(found.abs().sum())
-            zeros += float((found == 0).sum())
+            magnitude += float(of_part.abs().sum())
+            zeros += float((of_part == 0).sum())
     return SparseQuality(
         objective=(error / 2 + sparsity * magnitude) / max(len(rows), 1),
         relative_error=math.sqrt(error / norm) if norm else 0.0,
@@ -138,20 +139,20 @@ def _lasso(projections: Tensor, products: Tensor, sparsity: float, start: Tensor
     step = (torch.eye(len(products), dtype=products.dtype, device=products.device) - products / largest).to(projections)
     shift = projections / largest
     coefficients, point = start, start.clone()
-    moved, fresh = torch.empty_like(start), torch.empty_like(start)
+    moved, shrunk = torch.empty_like(start), torch.empty_like(start)
     pace = 1.0
     for count in range(1, max_steps + 1):
         torch.addmm(shift, step, point, out=moved)
-        torch.clamp(moved, -threshold, threshold, out=fresh)
-        torch.sub(moved, fresh, out=fresh)  # exactly zero within the threshold
+        torch.clamp(moved, -threshold, threshold, out=shrunk)
+        torch.sub(moved, shrunk, out=shrunk)  # exactly zero within the threshold
         if count % _CHECK_EVERY == 0:
-            change = torch.sub(fresh, coefficients, out=moved).abs_().max()
-            if change <= _TOLERANCE * fresh.abs().max():
-                return fresh
+            change = torch.sub(shrunk, coefficients, out=moved).abs_().max()
+            if change <= _TOLERANCE * shrunk.abs().max():
+                return shrunk
         pace, last_pace = (1 + math.sqrt(1 + 4 * pace * pace)) / 2, pace
         momentum = min((last_pace - 1) / pace, most_momentum)
-        torch.lerp(coefficients, fresh, 1 + momentum, out=point)
-        coefficients, fresh = fresh, coefficients
+        torch.lerp(coefficients, shrunk, 1 + momentum, out=point)
+        coefficients, shrunk = shrunk, coefficients
     return coefficients
 
 
@@ -166,9 +167,9 @@ def _learn(sample: Tensor, atoms: Tensor, sparsity: float) -> Tensor:
     atoms = best = updated = atoms.to("cpu", torch.float64)
     pace, objectives, lowest = 1.0, [], []
     for _ in range(_MAX_ALTERNATIONS):
-        known = atoms.to(sample)
-        coefficients = _lasso(known @ columns, _gram(known), sparsity, coefficients, _ALTERNATION_STEPS)
-        residual = torch.addmm(columns, known.T, coefficients, alpha=-1)  # (d, rows)
+        dictionary = atoms.to(sample)
+        coefficients = _lasso(dictionary @ columns, _gram(dictionary), sparsity, coefficients, _ALTERNATION_STEPS)
+        residual = torch.addmm(columns, dictionary.T, coefficients, alpha=-1)  # (d, rows)
         objectives.append(float(residual.square().sum()) / 2 + sparsity * float(coefficients.abs().sum()))
         if objectives[-1] == min(objectives):
             best = atoms
@@ -210,11 +211,11 @@ def _worst_described(unused: Tensor, residual: Tensor, sparsity: float) -> Tenso
 
     A column no longer than `sparsity` would not use an atom of any direction: there the atom stays.
     """
-    lengths, places = residual.norm(dim=0).topk(min(len(unused), residual.shape[1]))  # (n,)
-    directions = (residual[:, places] / lengths).T.to(unused)  # (n, d)
+    lengths, longest = residual.norm(dim=0).topk(min(len(unused), residual.shape[1]))  # (n,)
+    directions = (residual[:, longest] / lengths).T.to(unused)  # (n, d)
     replaced = unused.clone()
-    wanted = int((lengths > sparsity).sum())
-    replaced[:wanted] = directions[:wanted]
+    count = int((lengths > sparsity).sum())
+    replaced[:count] = directions[:count]
     return replaced
 
 

@@ -38,14 +38,16 @@ class WeightUpdate:
     view: View
     """How the weight is seen as rows."""
     matrix: Tensor
-    """S (d, d), or dD (m, d) with coefficients; with a leading axis one for each input channel."""
+    """S (d, d), or dD (m, d) with coefficients; with a leading axis of input channels where `view.by_input`."""
     coefficients: Tensor | None = None
     """A as `View.coefficient_columns` arranges it, or None: the rows themselves."""
 
-    @property
-    def by_input(self) -> bool:
-        """Whether each input channel has a matrix of its own."""
-        return self.matrix.ndim == 3
+    def to(self, device: torch.device) -> WeightUpdate:
+        """The update on a device."""
+        if self.matrix.device == device:
+            return self
+        coefficients = None if self.coefficients is None else self.coefficients.to(device)
+        return WeightUpdate(self.view, self.matrix.to(device), coefficients)
 
 
 def update_matrix(atoms: Tensor, delta: Tensor) -> Tensor:
@@ -68,10 +70,10 @@ def updated_weight(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
         weight: W (out, in/groups, ...).
         updates: in any order.
     """
-    for whole in (True, False):
+    for spans_kernel in (True, False):
         base = weight
         for update in updates:
-            if update.view.whole is whole:
+            if update.view.spans_kernel is spans_kernel:
                 weight = weight + update.view.from_rows(_row_update(base, update), weight.shape)
     return weight
 
@@ -80,8 +82,8 @@ def _row_update(weight: Tensor, update: WeightUpdate) -> Tensor:
     """X @ S or A @ dD, for all rows (blocks, d) of a weight."""
     factors = update.view.rows(weight)  # (blocks, d)
     if update.coefficients is not None:
-        factors = update.view.coefficient_rows(update.coefficients, weight.shape, update.by_input)  # (blocks, m)
-    if not update.by_input:
+        factors = update.view.coefficient_rows(update.coefficients, weight.shape)  # (blocks, m)
+    if not update.view.by_input:
         return factors @ update.matrix
     of_input = rearrange(factors, "(o i) m -> i o m", i=len(update.matrix))
     return rearrange(of_input @ update.matrix, "i o d -> (o i) d")

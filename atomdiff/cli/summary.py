@@ -29,8 +29,8 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
 
     Args:
         path: the file.
-        base: a diffusers pipeline to measure the distance to, or the folder of one; None: no distance. With it, a
-            sparse code is worked out and its quality stated.
+        base: a diffusers pipeline to measure the distance to, or the folder of one; None: no distance. With it,
+            the quality of sparse coefficients is stated.
 
     Raises:
         UserError: the file is damaged, or does not fit the base.
@@ -49,7 +49,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         "made for": ", ".join(filter(None, map(spec.get, ("architecture", "resolution", "prediction_type")))) or "-",
         "written": f"{spec.get('date', '-')} by atomdiff {delta.atomdiff_version or '-'}",
         "method": _method(delta),
-        "numbers": f"{_count(trained) + _count(vectors):,} trained ({_count(vectors):,} in trigger words)",
+        "parameters": f"{_count(trained) + _count(vectors):,} trained ({_count(vectors):,} in trigger words)",
         "bytes": f"{Path(path).stat().st_size:,}",
         "training": _training(delta) or "-",
     }
@@ -60,7 +60,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         if left_out:
             rows["does not fit"] = "; ".join(left_out)
         if ATOM_BASES[delta.config.basis].has_coefficients:
-            rows["code"] = _code(fitting, weights_below(fitting, models))
+            rows["coefficients"] = _coefficient_quality(fitting, weights_below(fitting, models))
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {printable(value)}" for label, value in rows.items()]
     return "\n".join([*lines, "", *_layer_table(delta)])
@@ -100,14 +100,16 @@ def _open(base: Any) -> Any:
     return open_pipeline(os.fspath(base), None)
 
 
-def _code(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:
+def _coefficient_quality(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:
     """How well the coefficients describe the base weights, as means over all atoms of all layers."""
-    config, found = delta.config, []
+    config, qualities = delta.config, []
     for module, tensors in delta.layers.items():
         weight = weights[module].detach()
         for atoms in atoms_of(config, module.partition(".")[2], weight.shape):
             rows, basis = atoms.view.rows(weight), tensors[f"{atoms.name}_basis"]
             coefficients = ATOM_BASES[config.basis].coefficients(rows, basis, config)
-            found.append(sparse_quality(rows, basis, coefficients, config.sparsity))
-    error, zeros = (mean(values) for values in zip(*((q.relative_error, q.zero_fraction) for q in found), strict=True))
+            qualities.append(sparse_quality(rows, basis, coefficients, config.sparsity))
+    error, zeros = (
+        mean(values) for values in zip(*((q.relative_error, q.zero_fraction) for q in qualities), strict=True)
+    )
     return f"relative reconstruction error {error:.3g}, {100 * zeros:.3g} % zeros (means over layers)"

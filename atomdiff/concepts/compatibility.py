@@ -13,8 +13,9 @@ from torch import Tensor, nn
 
 from atomdiff.atoms.basis import singular_values
 from atomdiff.concepts.concept_file import DeltaFile
-from atomdiff.tuner.adapter_state import base_weights, check_readable
+from atomdiff.tuner.adapter_state import base_weights
 from atomdiff.tuner.atom_basis import ATOM_BASES
+from atomdiff.tuner.checks import check_readable
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.variants import Atoms, atoms_of
 from atomdiff.utils.errors import UserError

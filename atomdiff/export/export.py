@@ -104,7 +104,8 @@ def export_concepts(config: ExportConfig) -> ExportReport:
 
 def _cast_to_float32(pipe: Any, name: str) -> bool:
     """Cast an adapter's base layers to float32, as PEFT loads adapters in their dtype; tell whether any were cast."""
-    layers = [layer for model in pipeline_models(pipe).values() for layer in adapter_state.adapter_layers(model, name)]
+    models = pipeline_models(pipe).values()
+    layers = [layer for model in models for layer in adapter_state.adapter_layers(model, name).values()]
     half = [base for layer in layers if (base := layer.get_base_layer()).weight.dtype in _HALVES]
     for base in half:
         base.float()

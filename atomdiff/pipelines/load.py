@@ -44,7 +44,7 @@ from atomdiff.pipelines.scheduler import (
     scheduler_code,
 )
 from atomdiff.pipelines.token_names import rename_tokens
-from atomdiff.tuner import adapter_state, attach
+from atomdiff.tuner import adapter_state, attach, checks
 from atomdiff.utils.errors import UserError
 
 
@@ -137,7 +137,7 @@ def load_concept(
         else:
             name = given_name(adapter_name, models.values(), taken)
         for model in models.values():
-            adapter_state.check_restorable(model)
+            checks.check_restorable(model)
         parts = read_parts(source, models, find_base(models).denoiser, allow_base_mismatch, stacklevel=4)
         parts.tokens = rename_tokens(parts.tokens, trigger_word)
         take_fitting_tokens(parts, pipe, allow_base_mismatch)

@@ -73,11 +73,11 @@ def _concept(pipe: Any, name: str) -> LoadedConcept:
     models = {component: model for component, model in pipeline_models(pipe).items() if has_adapter(model, name)}
     methods = [adapter_state.adapter_configs(model)[name].peft_type.value for model in models.values()]
     layers = {component: adapter_state.adapter_layers(model, name) for component, model in models.items()}
-    everywhere = [layer for found in layers.values() for layer in found]
+    everywhere = [layer for of_model in layers.values() for layer in of_model.values()]
     return LoadedConcept(
         name=name,
         method=methods[0] if methods else "",
-        layers={component: len(found) for component, found in layers.items()},
+        layers={component: len(of_model) for component, of_model in layers.items()},
         active=any(name in layer.active_adapters and not layer.disable_adapters for layer in everywhere),
         merged=any(name in layer.merged_adapters for layer in everywhere),
         trigger_words=tuple(word for word, entry in tokens_in(pipe).items() if entry.owner == name),

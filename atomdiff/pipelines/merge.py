@@ -7,7 +7,7 @@ from typing import Any
 
 from atomdiff.pipelines.loaded_concepts import refresh
 from atomdiff.pipelines.models import locked, pipeline_models
-from atomdiff.tuner import adapter_state, merging
+from atomdiff.tuner import checks, merging
 
 
 def merge(pipe: Any) -> None:
@@ -17,12 +17,12 @@ def merge(pipe: Any) -> None:
     Later changes of weights or of active concepts have no effect until the next `merge` or `restore`; `set_active` does
     all at once.
     """
-    _change_models(pipe, adapter_state.check_writable, merging.merge)
+    _change_models(pipe, checks.check_writable, merging.merge)
 
 
 def restore(pipe: Any) -> None:
     """Undo `merge` and `set_active`: every weight has the bits it had; concepts stay loaded, and act unmerged."""
-    _change_models(pipe, adapter_state.check_restorable, merging.restore)
+    _change_models(pipe, checks.check_restorable, merging.restore)
 
 
 def _change_models(pipe: Any, check: Callable[[Any], None], change: Callable[[Any], None]) -> None:

@@ -17,8 +17,8 @@ from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.hooks import before_calls, method_wrapped
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.switch import read_adapter_weights
-from atomdiff.tuner import adapter_state
-from atomdiff.tuner.batch_layout import BatchLayout
+from atomdiff.tuner import adapter_state, checks
+from atomdiff.tuner.mixed_batch import BatchLayout
 from atomdiff.utils.errors import UserError
 
 Sample = str | Mapping[str, Any] | None
@@ -78,7 +78,7 @@ def _check_models(models: Mapping[str, nn.Module], names: set[str]) -> None:
     if any(layer.mixed_batch is not None for layer in layers):
         raise UserError("there is a mixed batch in this pipeline already: leave its `with` block first")
     for model in models.values():
-        adapter_state.check_in_memory(model)
+        checks.check_in_memory(model)
         _refuse_others(model, names)
 
 

@@ -64,7 +64,7 @@ def set_adapters(model: Any, adapter_names: str | list[str], weights: Any = None
     for weight in adapter_weights.values():
         weight.check(type(model).__name__, [path for path, _ in model.named_modules()])
     _check_unmerged_dora(model, {name for name, weight in adapter_weights.items() if weight.weight})
-    for path, layer in adapter_state.layers_by_path(model).items():
+    for path, layer in adapter_state.adapter_layers(model).items():
         layer.set_adapter(names)
         for name, weight in adapter_weights.items():
             layer.set_scale(name, weight.at(path, None))
@@ -74,7 +74,7 @@ def _check_unmerged_dora(model: nn.Module, names: set[str]) -> None:
     """Refuse DoRA on layers that atoms change: unmerged, it takes the norm of the weight without them."""
     atoms = [layer for layer in adapter_state.atom_layers(model).values() if names & layer.scaling.keys()]
     changed = {layer.get_base_layer() for layer in atoms}
-    for path, layer in adapter_state.layers_by_path(model).items():
+    for path, layer in adapter_state.adapter_layers(model).items():
         dora = {name for name, used in getattr(layer, "use_dora", {}).items() if used and name in names}
         if dora and layer.get_base_layer() in changed:
             raise UserError(
@@ -150,7 +150,7 @@ def fuse_qkv_projections(model: Any) -> None:
     Raises:
         UserError: they do.
     """
-    paths = [path for path in adapter_state.layers_by_path(model) if _PROJECTION.search(path)]
+    paths = [path for path in adapter_state.adapter_layers(model) if _PROJECTION.search(path)]
     if paths:
         raise UserError(
             f"fuse_qkv_projections copies weights that concepts adapt ({paths[0]} and {len(paths) - 1} more), and the "

@@ -16,7 +16,7 @@ from atomdiff.pipelines.base_offload import BaseOffload
 from atomdiff.pipelines.loaded_concepts import concept_names, refresh
 from atomdiff.pipelines.merge import restore, stop_schedule
 from atomdiff.pipelines.models import locked, pipeline_models
-from atomdiff.tuner import adapter_state, merging
+from atomdiff.tuner import adapter_state, checks, merging
 from atomdiff.utils.errors import UserError
 
 Concepts = str | Sequence[str] | Mapping[str, Any]
@@ -49,7 +49,7 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
         models = pipeline_models(pipe)
         others = _weights_of_others(models, weights)
         for model in models.values():
-            adapter_state.check_writable(model)
+            checks.check_writable(model)
         writers = {}
         for component, model in models.items():
             layers = adapter_state.atom_layers(model)

@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
 from atomdiff.atoms.basis import dct_atoms, svd_atoms
@@ -13,6 +13,7 @@ from atomdiff.atoms.sparse import sparse_atoms, sparse_coefficients
 
 if TYPE_CHECKING:
     from atomdiff.tuner.config import AtomConfig
+    from atomdiff.tuner.variants import Atoms
 
 
 class SvdBasis:
@@ -25,13 +26,24 @@ class SvdBasis:
     has_coefficients = False
     """Whether coefficients are tensors; else the atoms are orthonormal, and none are needed."""
 
+    def first_atoms(self, atoms: Atoms, weight: Tensor, config: AtomConfig, seed: int, module_name: str) -> Tensor:
+        """Atoms (m, d) that a layer starts with; zeros where a loader fills them in.
+
+        Raises:
+            ValueError: the weight has no values, or some that are not finite.
+        """
+        if config.filled_by_loader:
+            return torch.zeros(atoms.num_atoms, atoms.size)
+        if weight.is_meta:
+            raise ValueError(
+                f"the weight of {module_name} is on the meta device: load weights to fit atoms to, "
+                "or count parameters with atomdiff.concepts.parameter_count"
+            )
+        return self.fit(atoms.view.rows(weight), atoms.num_atoms, config, seed, module_name)
+
     def fit(self, rows: Tensor, num_atoms: int, config: AtomConfig, seed: int, module_name: str) -> Tensor:
         """Atoms (num_atoms, d) of rows (blocks, d)."""
         return svd_atoms(rows, num_atoms)
-
-    def fixed(self, axes: Sequence[int], num_atoms: int) -> Tensor | None:
-        """Atoms (num_atoms, d) that are the same for all weights; None: they have to be fitted."""
-        return None
 
     def coefficients(self, rows: Tensor, atoms: Tensor, config: AtomConfig) -> Tensor:
         """Coefficients (blocks, m) of rows (blocks, d)."""
@@ -47,9 +59,9 @@ class DctBasis(SvdBasis):
 
     is_stored = False
 
-    def fixed(self, axes: Sequence[int], num_atoms: int) -> Tensor | None:
+    def first_atoms(self, atoms: Atoms, weight: Tensor, config: AtomConfig, seed: int, module_name: str) -> Tensor:
         """See `SvdBasis`."""
-        return dct_atoms(axes, num_atoms)
+        return dct_atoms(atoms.axes, atoms.num_atoms)
 
 
 class SparseBasis(SvdBasis):

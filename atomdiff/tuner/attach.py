@@ -38,7 +38,7 @@ def rollback_on_error(models: Iterable[nn.Module], name: str) -> Iterator[None]:
     What is trainable stays so in any case.
     """
     models = list(models)
-    active = [(layer, list(layer.active_adapters)) for model in models for layer in adapter_layers(model)]
+    active = [(layer, list(layer.active_adapters)) for model in models for layer in adapter_layers(model).values()]
     with ExitStack() as stack:
         for model in models:
             stack.enter_context(keep_requires_grad(model))
@@ -96,57 +96,63 @@ def attach_peft(
     Raises:
         ValueError: the tensors are not those of this method on this model.
     """
-    atoms = is_atoms(config)
-    updates: dict[str, Any] = {"filled_by_loader": True} if atoms else {}
-    found = {unwrapped_key(key): tensor for key, tensor in tensors.items()}
-    if atoms:  # as they were named at first
-        found = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): found[key] for key in found}
+    tensors = {unwrapped_key(key): tensor for key, tensor in tensors.items()}
+    updates: dict[str, Any] = {}
+    if is_atoms(config):
+        tensors = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): tensors[key] for key in tensors}
+        updates["filled_by_loader"] = True
     expected = _expected_tensors(model, _copy_config(config, **updates), name)
-    wrong = _differing(found, expected)
-    left_out = sorted({_module_of(key, config) for key in wrong})
-    rest = {_module_of(key, config) for key in found} - set(left_out)
-    if left_out and rest and all(map(may_leave_out, left_out)):
-        found = {key: tensor for key, tensor in found.items() if _module_of(key, config) in rest}
-        there = {_module_of(key, config) for key in expected}
-        if unfit := sorted(there.intersection(left_out)):
-            updates |= _excluding(config, unfit, sorted(there.difference(left_out)))
+    misfits = _differing(tensors, expected)
+    left_out = sorted({_module_of(key, config) for key in misfits})
+    fitting = {_module_of(key, config) for key in tensors}.difference(left_out)
+    if left_out and fitting and all(map(may_leave_out, left_out)):
+        tensors = {key: tensor for key, tensor in tensors.items() if _module_of(key, config) in fitting}
+        updates |= _excluding(config, left_out, {_module_of(key, config) for key in expected})
         expected = _expected_tensors(model, _copy_config(config, **updates), name)
-        wrong = _differing(found, expected)
-    if wrong:
-        of_file = tuple(found[wrong[0]].shape) if wrong[0] in found else "none"
-        of_model = tuple(expected[wrong[0]][1]) if wrong[0] in expected else "none"
-        way_out = f", or allow_base_mismatch=True for the {len(rest)} layers that fit" if rest else ""
-        raise ValueError(
-            f"its tensors do not fit this model: {wrong[0]!r:.200}: found {of_file}, by its settings expected "
-            f"{of_model} ({len(wrong)} in all); load it into the base that it was made for, download it again{way_out}"
-        )
+        misfits = _differing(tensors, expected)
+    if misfits:
+        raise _describe_misfits(misfits, tensors, expected, len(fitting))
     inject(model, _copy_config(config, **updates), name)
-    set_peft_model_state_dict(model, {expected[key][0]: found[key] for key in found}, adapter_name=name)
+    set_peft_model_state_dict(model, {expected[key][0]: tensors[key] for key in tensors}, adapter_name=name)
     model.peft_config[name] = _copy_config(config)
     return left_out
 
 
-def _expected_tensors(model: Any, config: PeftConfig, name: str) -> dict[str, tuple[str, torch.Size]]:
-    """Key of each tensor that an adapter has, as files have it -> its key in this model, and its shape."""
+_Expected = Mapping[str, tuple[str, torch.Size]]
+"""Key of each tensor that an adapter has, as files have it -> its key in this model, and its shape."""
+
+
+def _expected_tensors(model: nn.Module, config: PeftConfig, name: str, values: bool = False) -> _Expected:
+    copied = copy_structure(model)
     try:
-        state = _dry_run(model, config, name, DryRun())
+        with DryRun(values):
+            inject(copied, config, name)
+            state = peft_state_dict(copied, name)
     except (RuntimeError, TypeError):  # a method that looks at the values of its first tensors
-        state = _dry_run(model, config, name, DryRun(values=True))
+        if values:
+            raise
+        return _expected_tensors(model, config, name, values=True)
     return {unwrapped_key(key): (key, tensor.shape) for key, tensor in state.items()}
 
 
-def _dry_run(model: nn.Module, config: PeftConfig, name: str, mode: DryRun) -> dict[str, Tensor]:
-    tried = copy_structure(model)
-    with mode:
-        inject(tried, config, name)
-        return peft_state_dict(tried, name)
-
-
-def _differing(found: Mapping[str, Tensor], expected: Mapping[str, tuple[str, torch.Size]]) -> list[str]:
+def _differing(tensors: Mapping[str, Tensor], expected: _Expected) -> list[str]:
     """Keys that only one of the two has, or with another shape."""
-    shapes = {key: tensor.shape for key, tensor in found.items()}
-    wanted = {key: shape for key, (_, shape) in expected.items()}
-    return sorted(key for key in wanted.keys() | shapes.keys() if wanted.get(key) != shapes.get(key))
+    of_file = {key: tensor.shape for key, tensor in tensors.items()}
+    of_model = {key: shape for key, (_, shape) in expected.items()}
+    return sorted(key for key in of_file.keys() | of_model.keys() if of_file.get(key) != of_model.get(key))
+
+
+def _describe_misfits(
+    misfits: Sequence[str], tensors: Mapping[str, Tensor], expected: _Expected, num_fitting: int
+) -> ValueError:
+    key = misfits[0]
+    of_file = tuple(tensors[key].shape) if key in tensors else "none"
+    of_model = tuple(expected[key][1]) if key in expected else "none"
+    way_out = f", or allow_base_mismatch=True for the {num_fitting} layers that fit" if num_fitting else ""
+    return ValueError(
+        f"its tensors do not fit this model: {key!r:.200}: found {of_file}, by its settings expected {of_model} "
+        f"({len(misfits)} in all); load it into the base that it was made for, download it again{way_out}"
+    )
 
 
 def _module_of(key: str, config: PeftConfig) -> str:
@@ -155,26 +161,28 @@ def _module_of(key: str, config: PeftConfig) -> str:
     return key.removeprefix(PEFT_PREFIX).partition(f".{prefix}")[0]
 
 
-def _excluding(config: Any, modules: Sequence[str], others: Sequence[str]) -> dict[str, Any]:
-    """The change of settings by which an adapter leaves out some of its modules and keeps the others."""
+def _excluding(config: Any, left_out: Sequence[str], modules: set[str]) -> dict[str, Any]:
+    """The change of settings by which an adapter leaves out some of the modules that it would have."""
+    unfit = sorted(modules.intersection(left_out))
+    if not unfit:
+        return {}
     if not hasattr(config, "exclude_modules"):  # as in some of PEFT's methods
-        return {"target_modules": "|".join(map(re.escape, others))}
+        return {"target_modules": "|".join(map(re.escape, sorted(modules.difference(unfit))))}
     if isinstance(config.exclude_modules, str):
-        names = (config.exclude_modules, *map(re.escape, modules))
-        return {"exclude_modules": "|".join(f"(?:{each})" for each in names)}
-    return {"exclude_modules": [*(config.exclude_modules or ()), *modules]}
+        patterns = (config.exclude_modules, *map(re.escape, unfit))
+        return {"exclude_modules": "|".join(f"(?:{pattern})" for pattern in patterns)}
+    return {"exclude_modules": [*(config.exclude_modules or ()), *unfit]}
 
 
 def delete_adapter(model: Any, name: str) -> None:
     """Take an adapter out; a layer that is left without adapters becomes the bare base layer again."""
     with keep_requires_grad(model):
-        paths = {layer: path for path, layer in weight_access.walk(model)}
-        for layer in adapter_layers(model, name):
+        for path, layer in adapter_layers(model, name).items():
             layer.set_adapter([active for active in layer.active_adapters if active != name])
             layer.delete_adapter(name)
             if not layer._all_available_adapter_names():
-                unwrap(model, paths[layer], layer)
-    set_adapter_configs(model, {other: config for other, config in adapter_configs(model).items() if other != name})
+                unwrap(model, path, layer)
+    set_adapter_configs(model, {each: config for each, config in adapter_configs(model).items() if each != name})
 
 
 def remove_leftovers(model: Any) -> None:
@@ -184,9 +192,9 @@ def remove_leftovers(model: Any) -> None:
         if isinstance(layer, AuxiliaryTrainingWrapper):
             names.update(layer._adapters)
         if isinstance(layer, BaseTunerLayer):
-            found = layer._all_available_adapter_names()
-            names.update(found)
-            if not found:
+            of_layer = layer._all_available_adapter_names()
+            names.update(of_layer)
+            if not of_layer:
                 unwrap(model, path, layer)
     configs = adapter_configs(model)
     if not configs or not names.issuperset(configs):
@@ -195,10 +203,10 @@ def remove_leftovers(model: Any) -> None:
 
 def unwrap(model: nn.Module, path: str, layer: Any) -> None:
     """Put the base layer of an adapter layer back in its place."""
-    parent_path, _, child = path.rpartition(".")
+    parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
-    setattr(parent, child, layer.base_layer)
-    if not any(isinstance(other, AtomLayer) for other in parent.children()):
+    setattr(parent, name, layer.base_layer)
+    if not any(isinstance(child, AtomLayer) for child in parent.children()):
         for key in [key for key, hook in parent._forward_pre_hooks.items() if hook is refuse_fused]:
             del parent._forward_pre_hooks[key]
 
@@ -214,7 +222,7 @@ def set_adapter_configs(model: Any, configs: dict[str, Any]) -> None:
 
 def inject(model: Any, config: PeftConfig, name: str) -> None:
     """As PEFT's `inject_adapter_in_model`, without its warning that a model gets several adapters."""
-    merged = [(layer, layer.merged_adapters) for layer in adapter_layers(model) if layer.merged]
+    merged = [(layer, layer.merged_adapters) for layer in adapter_layers(model).values() if layer.merged]
     for layer, _ in merged:
         layer.merged_adapters = []  # PEFT would unmerge these layers, others than atoms in their own inexact way
     try:

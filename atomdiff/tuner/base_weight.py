@@ -6,12 +6,16 @@ base must come back all the same.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
+from atomdiff.atoms.merge import write_adapted
+from atomdiff.atoms.update import WeightUpdate
 from atomdiff.tuner import weight_access
+from atomdiff.utils.errors import UserError
 
 _COPY = "kept_base_"  # buffers, which follow the module to other devices and dtypes and into copies
 _OFFLOADED = "stored_base_weight"
@@ -31,7 +35,7 @@ class BaseWeight:
     @property
     def copy(self) -> Tensor | None:
         """The copy of the weight beside it; None: there is none."""
-        return self.copy_of("weight")
+        return self.module._buffers.get(_COPY + "weight")
 
     def copy_of(self, name: str) -> Tensor | None:
         """The copy of a parameter beside it; None: there is none."""
@@ -67,23 +71,27 @@ class BaseWeight:
         """The layers of other methods than atoms that are merged into the module."""
         return list(vars(self.module).get(_MERGED, []))
 
-    def check_offloaded(self) -> None:
-        """Check that the weight can be read from where it is offloaded, if it is.
-
-        Raises:
-            UserError: it cannot.
-        """
-        if self.offloaded is not None:
-            self.offloaded.check()
-
     def read(self) -> Tensor:
         """The weight, wherever it is kept, as calls compute with it."""
         offloaded, copy = self.offloaded, self.copy
         if offloaded is None:
             return weight_access.read(self.module) if copy is None else weight_access.as_computed(self.module, copy)
-        weight, found = cast(Tensor, self.module.weight), cast(Tensor, offloaded())
-        found = found if weight.is_meta else found.to(weight, non_blocking=True)
-        return weight_access.as_computed(self.module, found)
+        weight, stored = cast(Tensor, self.module.weight), cast(Tensor, offloaded())
+        return weight_access.as_computed(
+            self.module, stored if weight.is_meta else stored.to(weight, non_blocking=True)
+        )
+
+    def write(self, updates: Sequence[WeightUpdate], offloaded: Any = None) -> None:
+        """Write the weight, changed by updates, into the memory that calls read; see `AtomLayer.write`."""
+        weight = weight_access.memory(self.module)
+        if weight.dtype in weight_access.FLOAT8:
+            raise UserError(
+                f"weights are stored in {weight.dtype}, to which merged ones would be rounded: use concepts unmerged "
+                "(pipe.set_adapters)"
+            )
+        with torch.inference_mode(weight.is_inference()), torch.no_grad():
+            self.keep(offloaded)
+            write_adapted(weight.detach(), self.read().detach(), [update.to(weight.device) for update in updates])
 
     def keep(self, offloaded: Any = None) -> None:
         """Keep the weight before it is written: as a copy, if it is not yet, or as what reads it from elsewhere."""
@@ -101,6 +109,12 @@ class BaseWeight:
         layers = vars(self.module).setdefault(_MERGED, [])
         if layer not in layers:
             layers.append(layer)
+
+    def release(self, layer: Any) -> None:
+        """Let a layer of another method act unmerged again, before the weight is written or restored."""
+        if layer.merged and not self.is_kept:
+            layer.unmerge()  # merged by others, without a copy: as exact as its method can
+        layer.merged_adapters.clear()
 
     def release_layers(self) -> None:
         """Let layers of other methods act unmerged again; restore all but the weight, which is about to be written."""

@@ -57,8 +57,8 @@ class DryRun(TorchFunctionMode):
             if not self.values:
                 return made
         if func in _MOVES and args[0].is_meta:  # which nothing can leave
-            given = [*args[1:], *kwargs.values()]
-            return args[0].to(next((each for each in given if isinstance(each, torch.dtype)), args[0].dtype))
+            arguments = [*args[1:], *kwargs.values()]
+            return args[0].to(next((each for each in arguments if isinstance(each, torch.dtype)), args[0].dtype))
         return func(*args, **kwargs)
 
 
@@ -70,15 +70,15 @@ def copy_structure(model: _Module) -> _Module:
     return _copied(model, {})
 
 
-def _copied(module: Any, known: dict[int, Any]) -> Any:
-    if id(module) not in known:
-        known[id(module)] = made = object.__new__(type(module))
+def _copied(module: Any, copies: dict[int, Any]) -> Any:
+    if id(module) not in copies:
+        copies[id(module)] = made = object.__new__(type(module))
         for key, value in vars(module).items():  # the dictionaries of parameters and modules among them
             vars(made)[key] = copy.copy(value) if type(value) in _CONTAINERS else value
         for key, child in module._modules.items():
-            made._modules[key] = None if child is None else _copied(child, known)
+            made._modules[key] = None if child is None else _copied(child, copies)
         for key, parameter in module._parameters.items():
             if type(parameter) is nn.Parameter:  # with a requires_grad of its own
-                alias = known.setdefault(id(parameter), nn.Parameter(parameter.detach(), parameter.requires_grad))
+                alias = copies.setdefault(id(parameter), nn.Parameter(parameter.detach(), parameter.requires_grad))
                 made._parameters[key] = alias
-    return known[id(module)]
+    return copies[id(module)]

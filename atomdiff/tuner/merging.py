@@ -31,13 +31,13 @@ def merge(model: nn.Module) -> None:
     for layer in layers:
         _check_in_place(layer)
     for layer in layers:
-        _merge(layer)
+        layer.merge() if isinstance(layer, AtomLayer) else _merge_kept(layer)
 
 
 def write(
     layers: Mapping[str, Any],
     weights: Mapping[str, Mapping[str, float]],
-    stored: Mapping[str, Callable[[], Tensor] | None],
+    base_readers: Mapping[str, Callable[[], Tensor] | None],
     changed_only: bool = False,
 ) -> None:
     """Make exactly these adapters active in atom layers and write them into the weights, from the base.
@@ -47,17 +47,17 @@ def write(
     Args:
         layers: module path -> atom layer.
         weights: module path -> adapter -> weight; those that a layer lacks are passed over.
-        stored: module path -> what reads the base weight, or None: it is kept on its device.
+        base_readers: module path -> what reads the base weight, or None: it is kept on its device.
         changed_only: leave layers alone that have the same adapters with the same weights by now, or are disabled.
     """
     for path, layer in layers.items():
-        mine = {name: weight for name, weight in weights[path].items() if name in layer.scaling}
-        if changed_only and (layer.disable_adapters or layer.written == mine):
+        of_layer = {name: weight for name, weight in weights[path].items() if name in layer.scaling}
+        if changed_only and (layer.disable_adapters or layer.written == of_layer):
             continue
         # PEFT's own calls go through all adapters that are loaded.
         layer._active_adapter, layer._disable_adapters = list(weights[path]), False
-        layer.scaling.update(mine)
-        layer.write(list(mine), stored[path])
+        layer.scaling.update(of_layer)
+        layer.write(of_layer, base_readers[path])
 
 
 def merge_others(model: nn.Module, weights: Mapping[str, float]) -> None:
@@ -74,7 +74,7 @@ def merge_others(model: nn.Module, weights: Mapping[str, float]) -> None:
             for name in names:
                 set_scale_of(layer, name, weights[name])
             if names:
-                _merge(layer)
+                _merge_kept(layer)
 
 
 def restore(model: nn.Module) -> None:
@@ -83,10 +83,7 @@ def restore(model: nn.Module) -> None:
     That includes weights whose adapter layers others have taken away meanwhile.
     """
     for layer in other_layers(model):
-        if layer.merged and BaseWeight(layer.get_base_layer()).is_kept:
-            layer.merged_adapters.clear()  # the weight is given back below
-        elif layer.merged:
-            layer.unmerge()  # merged by others, without a copy: as exact as its method can
+        BaseWeight(layer.get_base_layer()).release(layer)
     for layer in atom_layers(model).values():
         layer.unmerge()
     _give_back(module for _, module in weight_access.walk(model))
@@ -97,12 +94,10 @@ def strip_adapters(model: Any) -> None:
     for path, module in reversed(weight_access.walk(model)):
         base = BaseWeight(module)
         if (offloaded := base.offloaded) is not None:
-            module._parameters["weight"] = nn.Parameter(
-                offloaded().clone(), requires_grad=False
-            )  # no window onto the file
+            weight = offloaded().clone()  # no window onto the file
+            module._parameters["weight"] = nn.Parameter(weight, requires_grad=False)
         for name in list(module._parameters):
-            value = base.copy_of(name)
-            if value is not None:
+            if (value := base.copy_of(name)) is not None:
                 module._parameters[name] = nn.Parameter(value, requires_grad=False)
                 base.set_copy(None, name)
         if isinstance(module, BaseTunerLayer):
@@ -116,10 +111,8 @@ def restore_others(model: nn.Module) -> None:
     for layer in other_layers(model):
         base = layer.get_base_layer()
         if base in atoms and (layer.merged or layer in BaseWeight(base).merged_layers):
-            atoms[base].write(list(atoms[base].merged_adapters), BaseWeight(base).offloaded)
-        elif layer.merged and not BaseWeight(base).is_kept:
-            layer.unmerge()  # merged by others, without a copy: as exact as its method can
-        layer.merged_adapters.clear()
+            atoms[base].write(atoms[base].written, BaseWeight(base).offloaded)
+        BaseWeight(base).release(layer)
     _give_back([module for _, module in weight_access.walk(model) if module not in atoms])
 
 
@@ -164,13 +157,6 @@ def _merge_kept(layer: Any, safe_merge: bool = False, adapter_names: list[str] |
             parameter.data = data.copy_(parameter.data)
 
 
-def _merge(layer: Any) -> None:
-    if isinstance(layer, AtomLayer):
-        layer.merge()
-    else:
-        _merge_kept(layer)
-
-
 def _merge_order(model: nn.Module) -> list[Any]:
     """Atoms change the base weight and come first; of other layers on one module, inner ones before outer ones."""
-    return sorted(reversed(adapter_layers(model)), key=lambda layer: not isinstance(layer, AtomLayer))
+    return sorted(reversed(adapter_layers(model).values()), key=lambda layer: not isinstance(layer, AtomLayer))

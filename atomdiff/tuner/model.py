@@ -58,8 +58,8 @@ class AtomModel(BaseTuner):
             raise
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        found = _matches(peft_config, key)
-        return found if isinstance(found, _ExcludedModule) else key in self._targets
+        match = _matches(peft_config, key)
+        return match if isinstance(match, _ExcludedModule) else key in self._targets
 
     def _create_and_replace(
         self,
@@ -165,25 +165,27 @@ def _obstacles(model: nn.Module, modules: Mapping[str, nn.Module]) -> dict[str, 
     )
     weights = {name: module._parameters.get("weight") for name, module in modules.items()}
     uses = Counter(id(parameter) for module in modules.values() for parameter in module._parameters.values())
-    found = {}
+    obstacles = {}
     for name, module in modules.items():
         kind, weight = type(module).__name__, weights[name]
         if not isinstance(module, PLAIN_LAYERS):
             names = ", ".join(supported.__name__ for supported in PLAIN_LAYERS)
-            found[name] = f"{name} is a {kind}; atoms adapt {names}: leave it out of target_modules"
+            obstacles[name] = f"{name} is a {kind}; atoms adapt {names}: leave it out of target_modules"
         elif weight is None:
-            found[name] = f"the weight of {name} ({kind}) comes from a parametrization, where atoms cannot act"
+            obstacles[name] = f"the weight of {name} ({kind}) comes from a parametrization, where atoms cannot act"
         elif fused and name.startswith(fused):
-            found[name] = f"the weight of {name} ({kind}) is used by another module's forward, where atoms cannot act"
+            obstacles[name] = (
+                f"the weight of {name} ({kind}) is used by another module's forward, where atoms cannot act"
+            )
         elif not weight.is_floating_point():
-            found[name] = f"the weight of {name} is {weight.dtype}; atoms adapt floating-point weights only"
+            obstacles[name] = f"the weight of {name} is {weight.dtype}; atoms adapt floating-point weights only"
         elif reason := weight_access.why_not_adapted(module):
-            found[name] = f"the weight of {name} cannot be adapted: {reason}"
+            obstacles[name] = f"the weight of {name} cannot be adapted: {reason}"
         elif attention := weight_access.fused_parent(model, name):
-            found[name] = f"{name} is fused into a copy within {attention}: call unfuse_qkv_projections() first"
+            obstacles[name] = f"{name} is fused into a copy within {attention}: call unfuse_qkv_projections() first"
         elif uses[id(weight)] > 1:
-            found[name] = f"the weight of {name} is shared with another module, which adapting it would change too"
-    return found
+            obstacles[name] = f"the weight of {name} is shared with another module, which adapting it would change too"
+    return obstacles
 
 
 def _presets_of(name: str, module: Any) -> set[str]:
@@ -209,29 +211,29 @@ def _matches(config: AtomConfig, name: str) -> Any:
         config.target_modules = [name.rpartition(".")[2]]
         if "." not in name and config.layers_to_transform is not None:
             return False
-    found = check_target_module_exists(config, name)
-    return found if isinstance(found, _ExcludedModule) else bool(found)
+    match = check_target_module_exists(config, name)
+    return match if isinstance(match, _ExcludedModule) else bool(match)
 
 
 def _nothing_matches(model: nn.Module, config: AtomConfig) -> str:
     supported = supported_modules(model)
     counts = {preset: len(preset_targets(model, preset)) for preset in PRESETS}
-    found = ", ".join(f"{preset!r} ({count} layers)" for preset, count in counts.items() if count)
+    presets = ", ".join(f"{preset!r} ({count} layers)" for preset, count in counts.items() if count)
     names = ", ".join(list(supported)[:_NAMED_SHOWN]) + (", ..." if len(supported) > _NAMED_SHOWN else "")
-    asked = {key: getattr(config, key) for key in ("target_modules", "exclude_modules", "layers_to_transform")}
-    what = ", ".join(f"{key}={value!r}" for key, value in asked.items() if value is not None)
-    there = f"there are {found}; layers by name: {names}" if supported else "it has no layer that atoms can adapt"
-    return f"{what} matches no layer of this {type(model).__name__}: {there}"
+    fields = {key: getattr(config, key) for key in ("target_modules", "exclude_modules", "layers_to_transform")}
+    asked = ", ".join(f"{key}={value!r}" for key, value in fields.items() if value is not None)
+    available = f"there are {presets}; layers by name: {names}" if supported else "it has no layer that atoms can adapt"
+    return f"{asked} matches no layer of this {type(model).__name__}: {available}"
 
 
 def _check_settings(config: AtomConfig, shapes: Mapping[str, tuple[int, ...]]) -> None:
     layers = {name: atoms_of(config, name, shape) for name, shape in shapes.items()}
     variant_of(config).check_targets(config, layers)
-    wanted = {name: config.block_of(name) for name in shapes}
+    sides = {name: config.block_of(name) for name in shapes}
     blocks = {atoms.view.block for of_layer in layers.values() for atoms in of_layer}
-    if max(wanted.values()) > 1 and blocks == {(1, 1)}:
-        name = max(wanted, key=wanted.__getitem__)
+    if max(sides.values()) > 1 and blocks == {(1, 1)}:
+        name = max(sides, key=sides.__getitem__)
         raise ValueError(
-            f"a channel block of {wanted[name]} divides no channel count of the {len(shapes)} matching layers "
+            f"a channel block of {sides[name]} divides no channel count of the {len(shapes)} matching layers "
             f"({name} has {shapes[name][0]} and {shapes[name][1]}): use a divisor, or 1 for no blocks"
         )

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -20,6 +20,8 @@ from atomdiff.tuner.atom_basis import ATOM_BASES
 
 if TYPE_CHECKING:
     from atomdiff.tuner.config import AtomConfig
+
+_RANDOM_START = 0.5  # size of a random start: about that of the change of a weight, relative to the weight
 
 
 @dataclass(frozen=True)
@@ -41,8 +43,6 @@ class Atoms:
 
     parameter_names: ClassVar[tuple[str, ...]] = ("atom_delta", "channel_delta")
     """All trained tensors there may be, as files name them."""
-    by_input: ClassVar[bool] = False
-    """Whether the delta has a leading axis of input channels."""
     takes_blocks: ClassVar[bool] = False
     """Whether a row is a whole block of channels with its kernels, so that there are no atoms of channels beside it."""
 
@@ -91,12 +91,16 @@ class Atoms:
         """Name -> shape of each trained tensor."""
         return {f"{self.name}_delta": (self.num_atoms, self.size)}
 
-    def initial(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
-        """The values that a trained tensor starts from; None: zeros."""
-        return None
+    def initial_tensors(self, config: AtomConfig, seed: int) -> dict[str, Tensor]:
+        """Name -> what each trained tensor starts from: zeros, or random values without `init_weights`."""
+        is_zero = config.init_weights or config.filled_by_loader
+        return {
+            name: torch.zeros(shape) if is_zero else _RANDOM_START * torch.randn(shape) / shape[-1] ** 0.5
+            for name, shape in self.parameter_shapes().items()
+        }
 
     def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
-        """Delta dD (m, d), or (in, m, d) by input.
+        """Delta dD (m, d), or (in, m, d) where `view.by_input`.
 
         Args:
             tensor: gives the trained tensors and the atoms (`atom_basis`) by name.
@@ -144,7 +148,6 @@ class RecursiveAtoms(Atoms):
     """Input channels of a group."""
 
     parameter_names = ("recursion_delta", "recursion_mix")
-    by_input = True
 
     @classmethod
     def is_chosen(cls, config: AtomConfig) -> bool:
@@ -185,6 +188,7 @@ class RecursiveAtoms(Atoms):
     def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
         """See `Atoms`."""
         assert config.recursion is not None
+        view = replace(view, by_input=True)
         return cls("atom", view, view.axes(weight_shape), num_atoms, config.recursion, weight_shape[1])
 
     def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
@@ -194,11 +198,11 @@ class RecursiveAtoms(Atoms):
             "recursion_mix": (self.inputs, self.num_atoms, self.recursion),
         }
 
-    def initial(self, name: str, shape: tuple[int, ...], seed: int) -> Tensor | None:
-        """See `Atoms`."""
-        if name != "recursion_mix":
-            return None
-        return torch.randn(shape, generator=torch.Generator().manual_seed(seed)) / self.recursion**0.5
+    def initial_tensors(self, config: AtomConfig, seed: int) -> dict[str, Tensor]:
+        """See `Atoms`; the mix is random in any case."""
+        generator = torch.Generator().manual_seed(seed)
+        mix = torch.randn(self.parameter_shapes()["recursion_mix"], generator=generator) / self.recursion**0.5
+        return super().initial_tensors(config, seed) | {"recursion_mix": mix}
 
     def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
         """See `Atoms`."""
@@ -235,15 +239,15 @@ def atoms_of(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) 
     block = fit_block(weight_shape, config.block_of(module_name))
     has_kernel = math.prod(weight_shape[2:]) > 1
     variant = variant_of(config) if has_kernel else Atoms
-    found = []
+    atom_sets = []
     if has_kernel or block == (1, 1):
         view = View(block if variant.takes_blocks else (1, 1))
         num_atoms = _num_atoms(config, module_name, view.block, view.axes(weight_shape)) if has_kernel else 1
-        found.append(variant.of_kernels(config, view, weight_shape, num_atoms))
+        atom_sets.append(variant.of_kernels(config, view, weight_shape, num_atoms))
     if block != (1, 1) and not variant.takes_blocks:
-        view = View(block, whole=False)
-        found.append(Atoms("channel", view, view.axes(weight_shape), math.prod(block)))
-    return tuple(found)
+        view = View(block, spans_kernel=False)
+        atom_sets.append(Atoms("channel", view, view.axes(weight_shape), math.prod(block)))
+    return tuple(atom_sets)
 
 
 def _num_atoms(config: AtomConfig, module_name: str, block: Block, axes: Sequence[int]) -> int:

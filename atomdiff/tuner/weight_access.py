@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -10,28 +10,27 @@ import torch
 from peft.tuners._buffer_dict import BufferDict
 from torch import Tensor, nn
 
-from atomdiff.utils.errors import UserError
-
 _OWN_TENSORS = ("torch", "torch.nn.parameter", "torch.distributed.tensor", "torch.distributed.tensor._api")
 _HOLDERS = (nn.ParameterDict, BufferDict)
-_FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
+FLOAT8 = {getattr(torch, name) for name in dir(torch) if name.startswith("float8_")}
+_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
 
 
 def walk(model: nn.Module) -> list[tuple[str, nn.Module]]:
     """What `named_modules` gives, in a fraction of its time, without those that only hold the tensors of adapters."""
-    found, seen, waiting = [], set(), [("", model)]
+    modules, seen, waiting = [], set(), [("", model)]
     while waiting:
         path, module = waiting.pop()
         if module in seen or type(module) in _HOLDERS:
             continue
         seen.add(module)
-        found.append((path, module))
+        modules.append((path, module))
         if module._modules:
             prefix = path and f"{path}."
             waiting += [
                 (prefix + name, child) for name, child in reversed(module._modules.items()) if child is not None
             ]
-    return found
+    return modules
 
 
 def read(module: nn.Module, name: str = "weight", tensor: Tensor | None = None) -> Tensor:
@@ -45,14 +44,14 @@ def read(module: nn.Module, name: str = "weight", tensor: Tensor | None = None) 
         name: of the parameter.
         tensor: what the module has under that name, where that is no attribute.
     """
-    found: Tensor = getattr(module, name) if tensor is None else tensor
+    value: Tensor = getattr(module, name) if tensor is None else tensor
     if not _is_hooked(module):
-        return found
-    if found.is_meta and (hook := _offload_hook(module)) is not None:
-        found = hook.weights_map[name]
-    elif (group := _group_on_disk(module)) is not None:
-        found = _read_group(group, found)
-    return as_computed(module, found)
+        return value
+    if value.is_meta and (hook := _offload_hook(module)) is not None:
+        value = hook.weights_map[name]
+    elif (group := group_on_disk(module)) is not None:
+        value = _read_group(group, value)
+    return as_computed(module, value)
 
 
 def as_computed(module: nn.Module, tensor: Tensor) -> Tensor:
@@ -96,7 +95,7 @@ def why_not_adapted(module: nn.Module) -> str:
     weight: Any = module.weight
     if type(weight).__module__ not in _OWN_TENSORS:
         return f"it is quantized ({type(weight).__module__}.{type(weight).__name__})"
-    if weight.dtype in _FLOAT8 and _diffusers_hook(module, "layerwise_casting") is None:
+    if weight.dtype in FLOAT8 and _diffusers_hook(module, "layerwise_casting") is None:
         return f"it is {weight.dtype}, in which nothing can be computed; use enable_layerwise_casting"
     return ""
 
@@ -121,63 +120,9 @@ def why_not_written(module: nn.Module, exactly: bool = False) -> str:
     if reason := why_not_read(module):
         return reason
     weight: Any = module.weight
-    if weight.dtype in _FLOAT8 and not exactly:
+    if weight.dtype in FLOAT8 and not exactly:
         return f"it is stored in {weight.dtype}, to which a merged weight would be rounded"
     return "it is offloaded to disk" if _is_on_disk(module) else ""
-
-
-def check_readable(model: nn.Module, modules: Iterable[tuple[str, nn.Module]]) -> None:
-    """Check, before anything changes, that the weights of modules can be read, and that calls of the modules use them.
-
-    Args:
-        model: the model that has them.
-        modules: path and base module of each.
-
-    Raises:
-        UserError: one cannot, or a fused copy is used in its place.
-    """
-    modules = list(modules)
-    disk = bool(modules) and _has_groups_on_disk(model)
-    for path, module in modules:
-        _check_used(model, path)
-        if reason := why_not_read(module) or ("it is offloaded to disk" if disk else ""):
-            raise UserError(
-                f"cannot adapt the weight of {path}: {reason}; load the pipeline anew, in memory and in full"
-            )
-
-
-def check_writable(model: nn.Module, modules: Iterable[tuple[str, nn.Module]], exactly: bool = False) -> None:
-    """Check, before anything changes, that the weights of modules can be written.
-
-    Args:
-        model: the model that has them.
-        modules: path and base module of each.
-        exactly: they get back what they had.
-
-    Raises:
-        UserError: one cannot; the model stays as it is.
-    """
-    modules = list(modules)
-    disk = bool(modules) and _has_groups_on_disk(model)
-    for path, module in modules:
-        _check_used(model, path)
-        if reason := "it is offloaded to disk" if disk else why_not_written(module, exactly):
-            way_out = "use concepts unmerged (pipe.set_adapters), or load" if not exactly else "load"
-            raise UserError(
-                f"cannot change the weight of {path}: {reason}; {way_out} the pipeline anew, in memory and in full"
-            )
-
-
-def _check_used(model: nn.Module, path: str) -> None:
-    if fused := fused_parent(model, path):
-        raise UserError(
-            f"the projections of {fused} are fused, into a copy of their weights that no concept reaches: "
-            "call unfuse_qkv_projections() first"
-        )
-
-
-def _has_groups_on_disk(model: nn.Module) -> bool:
-    return any(_group_on_disk(module) is not None for _, module in walk(model))
 
 
 def fused_parent(model: nn.Module, path: str) -> str:
@@ -196,27 +141,6 @@ def is_fused(attention: Any) -> bool:
     return hasattr(attention, "unfuse_projections") or type(attention.processor).__name__.startswith("Fused")
 
 
-def check_in_memory(model: nn.Module, holders: Iterable[nn.Module]) -> None:
-    """Check that the tensors of adapters can be read outside of calls.
-
-    Args:
-        model: the model.
-        holders: the modules that have them.
-
-    Raises:
-        UserError: diffusers keeps them on disk, together with the layers around.
-    """
-    holders = set(holders)
-    tensors = [tensor for holder in holders for tensor in (*holder.parameters(), *holder.buffers())]
-    for _, module in walk(model):
-        group = None if module in holders else _group_on_disk(module)
-        if group is not None and any(tensor in group.tensor_to_key for tensor in tensors):
-            raise UserError(
-                "concepts that are offloaded to disk in groups of blocks cannot be mixed: "
-                "use offload_type='leaf_level', or no offload_to_disk_path"
-            )
-
-
 def forget_buffer(module: nn.Module, name: str) -> None:
     """Let accelerate not look for a buffer that is taken away when its hook is removed."""
     if (hook := _offload_hook(module)) is not None:
@@ -229,9 +153,6 @@ def remove_offload_hooks(module: nn.Module) -> None:
     vars(module).pop("_diffusers_hook", None)
 
 
-_FUSED = ("to_q", "to_k", "to_v", "add_q_proj", "add_k_proj", "add_v_proj")
-
-
 def comes_per_call(module: nn.Module) -> bool:
     """Whether a module's weight comes for the time of its calls, as another tensor each time."""
     names = ("group_offloading", "layerwise_casting")
@@ -242,7 +163,7 @@ def _is_on_disk(module: nn.Module) -> bool:
     hook = _offload_hook(module)
     if hook is not None and module.weight.is_meta:  # type: ignore[union-attr]
         return hook.weights_map["weight"] is not hook.weights_map["weight"]
-    return _group_on_disk(module) is not None
+    return group_on_disk(module) is not None
 
 
 def _is_hooked(module: nn.Module) -> bool:
@@ -264,7 +185,8 @@ def _diffusers_hook(module: nn.Module, name: str) -> Any:
     return None if registry is None else registry.get_hook(name)
 
 
-def _group_on_disk(module: nn.Module) -> Any:
+def group_on_disk(module: nn.Module) -> Any:
+    """The group in which diffusers offloads a module to disk; None: there is none."""
     hook = _diffusers_hook(module, "group_offloading")
     return hook.group if hook is not None and hook.group.offload_to_disk_path is not None else None
 
@@ -275,5 +197,5 @@ def _read_group(group: Any, tensor: Tensor) -> Tensor:
     if tensor not in group.tensor_to_key or not group._is_offloaded_to_disk:
         return tensor
     with safe_open(group.safetensors_file_path, framework="pt") as opened:
-        found: Tensor = opened.get_tensor(group.tensor_to_key[tensor])
-    return found.clone()
+        stored: Tensor = opened.get_tensor(group.tensor_to_key[tensor])
+    return stored.clone()

@@ -1,4 +1,4 @@
-"""Rows with weights of their own, by mixed patches: equal to each row's own weight, for every geometry."""
+"""Samples with weights of their own, by mixed patches: equal to each sample's own weight, for every geometry."""
 
 import pytest
 import torch
@@ -6,8 +6,8 @@ from torch import nn
 
 from atomdiff import AtomConfig
 from atomdiff.atoms import im2col
-from atomdiff.tuner.batch_layout import BatchLayout
 from atomdiff.tuner.layer import AtomLayer
+from atomdiff.tuner.mixed_batch import BatchLayout
 
 GEOMETRIES = {
     "plain": ({"kernel_size": 3, "padding": 1}, True),
@@ -27,7 +27,7 @@ BLOCKS = {"kernels": (1, 1), "channels": (4, 4), "some have channels": (1, 4), "
 @pytest.mark.parametrize("blocks", BLOCKS)
 @pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-5)])
 @torch.no_grad()
-def test_each_row_is_as_it_would_be_alone(geometry, blocks, dtype, tolerance, monkeypatch):
+def test_each_sample_is_as_it_would_be_alone(geometry, blocks, dtype, tolerance, monkeypatch):
     settings, by_im2col = GEOMETRIES[geometry]
     by_im2col = by_im2col and blocks != "blocks of two sizes"
     monkeypatch.setattr("atomdiff.atoms.batched._PART_BYTES", 30_000)
@@ -42,20 +42,20 @@ def test_each_row_is_as_it_would_be_alone(geometry, blocks, dtype, tolerance, mo
             if name in layer.tensors(kind):
                 layer.tensors(kind)[name].normal_(0, 0.3)
     layer.set_adapter(["a", "b"])
-    x = torch.randn(2 * 3 * 2, 4, 6, 7, dtype=dtype)  # two groups, three rows, two images each
-    rows = [{"a": 1.0}, {}, {"a": 0.5, "b": 2.0}]
-    layer.mix(BatchLayout(3, images=2), rows)
+    x = torch.randn(2 * 3 * 2, 4, 6, 7, dtype=dtype)  # two groups, three samples, two images each
+    samples = [{"a": 1.0}, {}, {"a": 0.5, "b": 2.0}]
+    layer.mix(BatchLayout(3, images=2), samples)
     together = layer(x)
     layer.mixed_batch = None
     assert bool(calls) is by_im2col
-    for place, image in enumerate(x):
+    for index, image in enumerate(x):
         for name in ("a", "b"):
-            layer.set_scale(name, rows[place // 2 % 3].get(name, 0.0))
-        torch.testing.assert_close(together[place], layer(image[None])[0], rtol=tolerance, atol=tolerance)
+            layer.set_scale(name, samples[index // 2 % 3].get(name, 0.0))
+        torch.testing.assert_close(together[index], layer(image[None])[0], rtol=tolerance, atol=tolerance)
 
 
 @pytest.mark.parametrize("block", [1, 4])
-def test_gradients_flow_through_taps(block):
+def test_gradients_flow_through_mixed_patches(block):
     torch.manual_seed(0)
     layer = AtomLayer(nn.Conv2d(4, 200, 3).double())
     layer.update_layer("a", AtomConfig(channel_block=block), "conv")
@@ -72,11 +72,11 @@ def test_gradients_flow_through_taps(block):
         torch.testing.assert_close(one, other)
 
 
-def test_many_positions_and_few_channels_take_weights_by_row():
+def test_many_positions_and_few_channels_take_a_weight_for_each_sample():
     layer = AtomLayer(nn.Conv2d(4, 8, 3))
     layer.update_layer("a", AtomConfig(channel_block=1), "conv")
     layer.mix(BatchLayout(2), [{"a": 1.0}, {}])
-    batch, updates = layer.mixed_batch
+    updates = layer.mixed_batch.updates
     assert im2col.im2col_is_cheaper(layer.base_layer, updates, positions=7)
     assert not im2col.im2col_is_cheaper(layer.base_layer, updates, positions=8)
     with pytest.raises(ValueError, match="a tensor of 3 in a mixed batch of 2 samples"):

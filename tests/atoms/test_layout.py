@@ -15,7 +15,7 @@ def test_rows_of_kernels_are_the_kernels_in_order():
 
 def test_rows_of_channels_hold_one_block_at_one_kernel_position():
     weight = torch.arange(4 * 6 * 2 * 3).reshape(4, 6, 2, 3)
-    rows = View((2, 3), whole=False).rows(weight)  # 2 x 2 blocks, 6 positions
+    rows = View((2, 3), spans_kernel=False).rows(weight)  # 2 x 2 blocks, 6 positions
     assert rows.shape == (2 * 2 * 6, 6)
     second_block_position_5 = weight[0:2, 3:6, 1, 2].flatten()
     assert torch.equal(rows[1 * 6 + 5], second_block_position_5)
@@ -32,16 +32,20 @@ def test_rows_of_whole_blocks_run_over_channels_first():
 def test_every_kernel_has_one_axis(shape):
     weight = torch.arange(torch.Size(shape).numel()).reshape(shape)
     assert torch.equal(as_kernels(weight)[1, 2], weight[1, 2].flatten())
-    assert View((2, 2)).axes(shape) == (2, 2, *shape[2:]) and View((2, 2), whole=False).axes(shape) == (2, 2)
+    assert View((2, 2)).axes(shape) == (2, 2, *shape[2:]) and View((2, 2), spans_kernel=False).axes(shape) == (2, 2)
 
 
-@pytest.mark.parametrize("by_input", [False, True])
-@pytest.mark.parametrize("view", [View(), View((2, 3)), View((2, 3), whole=False)])
-def test_columns_are_the_rows_and_go_back(view, by_input):
+@pytest.mark.parametrize(
+    "view",
+    [View(), View(by_input=True), View((2, 3)), View((2, 3), by_input=True), View((2, 3), spans_kernel=False)],
+)
+def test_columns_are_the_rows_and_go_back(view):
     weight = torch.arange(4 * 6 * 5).reshape(4, 6, 5)
-    columns = view.columns(weight, by_input)
-    assert torch.equal(view.from_columns(columns, 5, by_input), weight)
-    assert torch.equal(view.coefficient_columns(view.rows(weight), weight.shape, by_input), columns)
+    columns = view.columns(weight)
+    assert torch.equal(view.from_columns(columns, 5), weight)
+    assert torch.equal(view.coefficient_columns(view.rows(weight), weight.shape), columns)
+    assert torch.equal(view.coefficient_rows(columns, weight.shape), view.rows(weight))
+    assert torch.equal(view.coefficient_rows(columns, weight.shape), view.rows(weight))
 
 
 @pytest.mark.parametrize(

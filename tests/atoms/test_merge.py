@@ -19,7 +19,7 @@ def random(*shape, seed=0, dtype=torch.float64):
 
 
 def adapt_separably(weight, spatial, channel, block):
-    return adapt_weight(weight, [WeightUpdate(View(), spatial), WeightUpdate(View(block, whole=False), channel)])
+    return adapt_weight(weight, [WeightUpdate(View(), spatial), WeightUpdate(View(block, spans_kernel=False), channel)])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16, torch.float32, torch.float64])
@@ -51,12 +51,12 @@ def test_concepts_of_one_view_add_up_before_they_touch_the_weight(block):
 
 @given(st.sampled_from([(2, 2), (1, 2), (4, 2)]), st.sampled_from([(2, 2), (2, 1), (4, 4), (1, 1)]), st.booleans())
 @settings(max_examples=16, deadline=None)
-def test_concepts_of_several_views_add_up_as_updates(first, second, whole):
+def test_concepts_of_several_views_add_up_as_updates(first, second, spans_kernel):
     weight = random(8, 8, 3, 1)
-    positions = 3 if whole else 1
+    positions = 3 if spans_kernel else 1
     sizes = math.prod(first) * positions, math.prod(second) * positions
-    one = WeightUpdate(View(first, whole), random(sizes[0], sizes[0], seed=1))
-    other = WeightUpdate(View(second, whole), random(sizes[1], sizes[1], seed=2))
+    one = WeightUpdate(View(first, spans_kernel), random(sizes[0], sizes[0], seed=1))
+    other = WeightUpdate(View(second, spans_kernel), random(sizes[1], sizes[1], seed=2))
     together = adapt_weight(weight, [one, other])
     apart = adapt_weight(weight, [one]) + adapt_weight(weight, [other]) - weight
     torch.testing.assert_close(together, apart, rtol=1e-12, atol=1e-12)
@@ -66,17 +66,21 @@ def updates_of(kind, weight):
     """Every variant of a change, for a weight of 8 x 8 channels or more."""
     n, inputs = math.prod(weight.shape[2:]), weight.shape[1]
     spatial = WeightUpdate(View(), random(n, n, seed=1).float() / 8)
-    channel = WeightUpdate(View((4, 4), whole=False), random(16, 16, seed=2).float() / 8)
+    channel = WeightUpdate(View((4, 4), spans_kernel=False), random(16, 16, seed=2).float() / 8)
     joint = WeightUpdate(View((2, 4)), random(8 * n, 8 * n, seed=3).float() / 16)
-    recursive = WeightUpdate(View(), random(inputs, n, n, seed=4).float() / 8)
+    recursive = WeightUpdate(View(by_input=True), random(inputs, n, n, seed=4).float() / 8)
     coefficients = random(8 * inputs, 12, seed=5).float() / 8
-    coded = WeightUpdate(
+    sparse = WeightUpdate(
         View(), random(12, n, seed=6).float() / 8, View().coefficient_columns(coefficients, weight.shape)
     )
-    by_input = View().coefficient_columns(coefficients, weight.shape, by_input=True)
-    recursive_code = WeightUpdate(View(), random(inputs, 12, n, seed=7).float() / 8, by_input)
-    blocks = View((4, 2), whole=False)
-    coded_blocks = WeightUpdate(blocks, random(5, 8, seed=9).float() / 8, code_of(blocks, weight, 5))
+    by_input = View(by_input=True)
+    recursive_sparse = WeightUpdate(
+        by_input,
+        random(inputs, 12, n, seed=7).float() / 8,
+        by_input.coefficient_columns(coefficients, weight.shape),
+    )
+    blocks = View((4, 2), spans_kernel=False)
+    sparse_blocks = WeightUpdate(blocks, random(5, 8, seed=9).float() / 8, random_coefficients(blocks, weight, 5))
     return {
         "none": [],
         "spatial": [spatial],
@@ -85,14 +89,14 @@ def updates_of(kind, weight):
         "separable": [channel, spatial],
         "joint": [joint],
         "recursive": [recursive],
-        "sparse": [coded],
-        "sparse by input": [recursive_code],
-        "sparse blocks": [coded_blocks],
-        "all": [spatial, coded, channel, recursive, joint, coded_blocks, recursive_code],
+        "sparse": [sparse],
+        "sparse by input": [recursive_sparse],
+        "sparse blocks": [sparse_blocks],
+        "all": [spatial, sparse, channel, recursive, joint, sparse_blocks, recursive_sparse],
     }[kind]
 
 
-def code_of(view, weight, num_atoms):
+def random_coefficients(view, weight, num_atoms):
     blocks = weight.numel() // math.prod(view.block)
     return view.coefficient_columns(random(blocks, num_atoms, seed=10).float() / 8, weight.shape)
 
@@ -154,10 +158,10 @@ def test_a_linear_weight_and_one_that_is_no_multiple_of_a_part_are_written(monke
     monkeypatch.setattr("atomdiff.atoms.merge._CPU_PART", 70)
     weight, channel = random(12, 8).float(), random(6, 6, seed=1).float()
     for updates in (
-        [WeightUpdate(View((3, 2), whole=False), channel)],
+        [WeightUpdate(View((3, 2), spans_kernel=False), channel)],
         [
-            WeightUpdate(View((3, 2), whole=False), channel),
-            WeightUpdate(View((4, 1), whole=False), random(4, 4, seed=2).float()),
+            WeightUpdate(View((3, 2), spans_kernel=False), channel),
+            WeightUpdate(View((4, 1), spans_kernel=False), random(4, 4, seed=2).float()),
         ],
         [WeightUpdate(View(), torch.tensor([[0.5]]))],
     ):
@@ -172,18 +176,18 @@ def test_a_linear_weight_and_one_that_is_no_multiple_of_a_part_are_written(monke
 def test_samples_of_a_batch_get_what_each_would_get_alone(kind, dtype, layout):
     weight = LAYOUTS[layout](random(8, 8, 3, 3).to(dtype))
     updates, factors = updates_of(kind, weight), torch.tensor([0.0, 1.0, -0.5, 2.0])
-    by_row = [
-        WeightUpdate(c.view, factors.roll(place).view(-1, *[1] * c.matrix.ndim) * c.matrix, c.coefficients)
-        for place, c in enumerate(updates)
+    per_sample = [
+        WeightUpdate(c.view, factors.roll(index).view(-1, *[1] * c.matrix.ndim) * c.matrix, c.coefficients)
+        for index, c in enumerate(updates)
     ]
-    rows = adapt_weight_per_sample(weight, by_row)
-    assert rows.shape == (4, *weight.shape) and rows.dtype == dtype
-    for place, row in enumerate(rows):
-        of_row = [WeightUpdate(u.view, u.matrix[place], u.coefficients) for u in by_row]
-        alone = updated_weight(weight.double(), wide(of_row))
-        torch.testing.assert_close(row.double(), alone, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
+    weights = adapt_weight_per_sample(weight, per_sample)
+    assert weights.shape == (4, *weight.shape) and weights.dtype == dtype
+    for index, adapted in enumerate(weights):
+        of_sample = [WeightUpdate(u.view, u.matrix[index], u.coefficients) for u in per_sample]
+        alone = updated_weight(weight.double(), wide(of_sample))
+        torch.testing.assert_close(adapted.double(), alone, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     if len(updates) == 1:
-        assert torch.equal(rows[0], weight) and not torch.equal(rows[1], rows[3])
+        assert torch.equal(weights[0], weight) and not torch.equal(weights[1], weights[3])
 
 
 @pytest.mark.parametrize("block", [(4, 4), (4, 1), (2, 3)])
@@ -191,17 +195,17 @@ def test_samples_of_a_batch_get_what_each_would_get_alone(kind, dtype, layout):
 @pytest.mark.parametrize("graded", [False, True])
 def test_products_per_sample_are_those_of_the_equation(block, dtype, graded, monkeypatch):
     weight, size = random(20, 12, 3, 1).to(dtype), math.prod(block)
-    view, columns = View(block, whole=False), random(2, 12 * 3, 7, seed=1).to(dtype)
-    updates = [WeightUpdate(view, random(2, size, size, seed=seed).float() / 8) for seed in (2, 3)]
-    updates = wide(updates) if dtype == torch.float64 else updates
-    of_samples = [[WeightUpdate(u.view, u.matrix[n]) for u in wide(updates)] for n in (0, 1)]
-    weights = torch.stack([updated_weight(weight.double(), each) for each in of_samples])
+    view, columns = View(block, spans_kernel=False), random(2, 12 * 3, 7, seed=1).to(dtype)
+    matrix = random(2, size, size, seed=2) / 8
+    update = WeightUpdate(view, matrix if dtype == torch.float64 else matrix.float())
+    of_samples = [WeightUpdate(view, matrix.double()) for matrix in update.matrix]
+    weights = torch.stack([updated_weight(weight.double(), [each]) for each in of_samples])
     expected = weights.flatten(2) @ columns.double()
     gathered = rearrange(columns, "r (i q n) w -> r q (i n) w", q=block[1], n=3)
     for numbers in (1, 2000, 1 << 20):
         monkeypatch.setattr("atomdiff.atoms.batched._PART_BYTES", numbers)
         with torch.set_grad_enabled(graded):
-            product = multiply_per_sample(weight, updates, gathered)
+            product = multiply_per_sample(weight, update, gathered)
         assert product.dtype == dtype
         error = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.01)
         assert (product.double() - expected).norm() < error * expected.norm()

@@ -59,39 +59,39 @@ def oracle(layer: AtomLayer, config: AtomConfig) -> np.ndarray:
     """The adapted weight by the equations alone, one block after the other."""
     weight = layer.base_layer.weight.detach().numpy()
     base = weight.reshape(*weight.shape[:2], -1)
-    given = {kind: layer.tensors(kind)["a"].detach().numpy() for kind in TENSOR_NAMES if "a" in layer.tensors(kind)}
+    tensors = {kind: layer.tensors(kind)["a"].detach().numpy() for kind in TENSOR_NAMES if "a" in layer.tensors(kind)}
     p, q = (config.channel_block if size % config.channel_block == 0 else 1 for size in base.shape[:2])
     adapted = base.copy()
-    if "atom_basis" in given:  # X' = X + A dD on each kernel, or on each whole block
+    if "atom_basis" in tensors:  # X' = X + A dD on each kernel, or on each whole block
         sides = (p, q) if config.joint else (1, 1)
         corners = list(itertools.product(range(0, base.shape[0], sides[0]), range(0, base.shape[1], sides[1])))
         rows = np.stack([base[o : o + sides[0], i : i + sides[1]].reshape(-1) for o, i in corners])
-        coefficients = encode(rows, given["atom_basis"], config)
-        for (o, i), row, code in zip(corners, rows, coefficients, strict=True):
-            delta = given["atom_delta"] if "atom_delta" in given else combine(given, i)
-            adapted[o : o + sides[0], i : i + sides[1]] = (row + code @ delta).reshape(*sides, -1)
-    if "channel_basis" in given:  # the same on the channels of a block at each kernel position
+        coefficients = coefficients_of(rows, tensors["atom_basis"], config)
+        for (o, i), row, of_row in zip(corners, rows, coefficients, strict=True):
+            delta = tensors["atom_delta"] if "atom_delta" in tensors else combine(tensors, i)
+            adapted[o : o + sides[0], i : i + sides[1]] = (row + of_row @ delta).reshape(*sides, -1)
+    if "channel_basis" in tensors:  # the same on the channels of a block at each kernel position
         corners = list(itertools.product(range(0, base.shape[0], p), range(0, base.shape[1], q), range(base.shape[2])))
         rows = np.stack([adapted[o : o + p, i : i + q, n].reshape(-1) for o, i, n in corners])
-        # A sparse code is that of the base; coefficients in orthonormal atoms follow what the kernels have become.
-        coded = base if config.basis == "sparse" else adapted
-        coded = np.stack([coded[o : o + p, i : i + q, n].reshape(-1) for o, i, n in corners])
-        coefficients = encode(coded, given["channel_basis"], config)
-        for (o, i, n), row, code in zip(corners, rows, coefficients, strict=True):
-            adapted[o : o + p, i : i + q, n] = (row + code @ given["channel_delta"]).reshape(p, q)
+        # Sparse coefficients are those of the base; those in orthonormal atoms follow what the kernels have become.
+        source = base if config.basis == "sparse" else adapted
+        source = np.stack([source[o : o + p, i : i + q, n].reshape(-1) for o, i, n in corners])
+        coefficients = coefficients_of(source, tensors["channel_basis"], config)
+        for (o, i, n), row, of_row in zip(corners, rows, coefficients, strict=True):
+            adapted[o : o + p, i : i + q, n] = (row + of_row @ tensors["channel_delta"]).reshape(p, q)
     return adapted.reshape(weight.shape)
 
 
-def combine(given: dict, channel: int) -> np.ndarray:
+def combine(tensors: dict, channel: int) -> np.ndarray:
     """dD_i[m] = sum over j of beta[i, m, j] * dD1[m, j]."""
-    mix, atoms = given["recursion_mix"], given["recursion_delta"]
+    mix, atoms = tensors["recursion_mix"], tensors["recursion_delta"]
     delta = np.zeros((atoms.shape[0], atoms.shape[2]))
     for m, j in itertools.product(range(atoms.shape[0]), range(atoms.shape[1])):
         delta[m] += mix[channel, m, j] * atoms[m, j]
     return delta
 
 
-def encode(rows: np.ndarray, atoms: np.ndarray, config: AtomConfig) -> np.ndarray:
+def coefficients_of(rows: np.ndarray, atoms: np.ndarray, config: AtomConfig) -> np.ndarray:
     """A = X D^T where D is orthonormal, else the lasso's solution (that is held against scikit-learn elsewhere)."""
     if config.basis != "sparse":
         return np.stack([atoms @ row for row in rows])
@@ -119,8 +119,8 @@ def test_the_adapted_weight_is_that_of_the_equations(kind, variant):
 @pytest.mark.parametrize("variant", VARIANTS)
 def test_gradients_are_those_of_finite_differences(kind, variant):
     layer = make_layer(kind, variant)
-    given = {key: p.detach().requires_grad_() for key, p in layer.named_parameters() if key.endswith(".a")}
+    tensors = {key: p.detach().requires_grad_() for key, p in layer.named_parameters() if key.endswith(".a")}
     shape = (1, layer.base_layer.in_features) if kind == "linear" else (1, layer.in_channels, 3, 3)
     x = torch.randn(shape, dtype=torch.float64)
-    outputs = lambda *values: functional_call(layer, dict(zip(given, values, strict=True)), (x,))  # noqa: E731
-    assert torch.autograd.gradcheck(outputs, tuple(given.values()), fast_mode=True)
+    outputs = lambda *values: functional_call(layer, dict(zip(tensors, values, strict=True)), (x,))  # noqa: E731
+    assert torch.autograd.gradcheck(outputs, tuple(tensors.values()), fast_mode=True)

@@ -35,7 +35,7 @@ def objective(rows, atoms, coefficients, sparsity):
 
 @pytest.mark.parametrize("num_atoms", NUMBERS_OF_ATOMS)
 @pytest.mark.parametrize("std", [0.02, 1.0])
-def test_codes_are_as_good_as_scikit_learns(num_atoms, std):
+def test_coefficients_are_as_good_as_scikit_learns(num_atoms, std):
     rows, atoms = weight_rows(std=std), some_atoms(num_atoms)
     sparsity = SPARSITY if std < 1 else 0.1
     theirs = sparse_encode(rows.double().numpy(), atoms.double().numpy(), algorithm="lasso_lars", alpha=sparsity)
@@ -74,7 +74,7 @@ def test_learning_recovers_what_singular_vectors_cannot():
 
 
 @pytest.mark.parametrize("num_atoms", NUMBERS_OF_ATOMS)
-def test_codes_meet_the_optimality_conditions(num_atoms, monkeypatch):
+def test_coefficients_meet_the_optimality_conditions(num_atoms, monkeypatch):
     if num_atoms > SIZE:
         monkeypatch.setattr(sparse, "_MAX_STEPS", 5000)
     rows = weight_rows()
@@ -90,7 +90,7 @@ def test_codes_meet_the_optimality_conditions(num_atoms, monkeypatch):
     assert slope[~used].abs().max() < 1 + slack
 
 
-def test_float64_rows_get_float64_codes():
+def test_float64_rows_get_float64_coefficients():
     rows, atoms = weight_rows(), some_atoms(SIZE)
     exact = sparse_coefficients(rows.double(), atoms, SPARSITY)
     assert exact.dtype == torch.float64
@@ -99,15 +99,15 @@ def test_float64_rows_get_float64_codes():
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 @pytest.mark.parametrize("num_atoms", NUMBERS_OF_ATOMS)
-def test_rows_in_half_precision_have_almost_the_same_codes(dtype, num_atoms):
+def test_rows_in_half_precision_have_almost_the_same_coefficients(dtype, num_atoms):
     rows = weight_rows()
     atoms = sparse_atoms(rows, num_atoms, SPARSITY)
-    coefficients, halfs = (
+    coefficients, in_half = (
         sparse_coefficients(rows, atoms, SPARSITY),
         sparse_coefficients(rows.to(dtype), atoms, SPARSITY),
     )
-    assert halfs.dtype == torch.float32
-    assert 0 < (coefficients - halfs).norm() / coefficients.norm() < torch.finfo(dtype).eps
+    assert in_half.dtype == torch.float32
+    assert 0 < (coefficients - in_half).norm() / coefficients.norm() < torch.finfo(dtype).eps
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -141,7 +141,7 @@ def test_same_arguments_same_result_and_no_other_randomness(num_atoms, monkeypat
     assert not torch.equal(sparse_atoms(rows, num_atoms, SPARSITY, seed=1), atoms)
 
 
-def test_autocast_does_not_reach_the_code():
+def test_autocast_does_not_reach_the_coefficients():
     rows = weight_rows()
     atoms = sparse_atoms(rows, SIZE, SPARSITY)
     with torch.autocast("cpu", dtype=torch.bfloat16):
@@ -152,7 +152,7 @@ def test_autocast_does_not_reach_the_code():
     assert quality == sparse_quality(rows, atoms, coefficients, SPARSITY)
 
 
-def test_weights_that_are_trained_elsewhere_have_plain_atoms_and_codes():
+def test_weights_that_are_trained_elsewhere_have_plain_atoms_and_coefficients():
     rows = weight_rows().requires_grad_()
     atoms = sparse_atoms(rows, SIZE, SPARSITY)
     assert not atoms.requires_grad and not sparse_coefficients(rows, atoms, SPARSITY).requires_grad
@@ -202,7 +202,7 @@ def test_unused_atoms_are_put_to_use():
 
 
 @pytest.mark.parametrize("num_atoms", NUMBERS_OF_ATOMS)
-def test_zero_rows_have_atoms_and_zero_codes(num_atoms):
+def test_zero_rows_have_atoms_and_zero_coefficients(num_atoms):
     rows = torch.zeros(20, SIZE)
     atoms = sparse_atoms(rows, num_atoms)
     assert atoms.isfinite().all() and atoms.norm(dim=1).min() > 0.99
@@ -213,7 +213,7 @@ def test_zero_rows_have_atoms_and_zero_codes(num_atoms):
     assert torch.equal(sparse_coefficients(weight_rows(), torch.zeros(2, SIZE)), torch.zeros(300, 2))
 
 
-def test_rows_far_below_the_sparsity_have_zero_codes():
+def test_rows_far_below_the_sparsity_have_zero_coefficients():
     rows = weight_rows(std=1e-6)
     assert not sparse_coefficients(rows, sparse_atoms(rows, 14)).any()
 

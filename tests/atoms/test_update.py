@@ -28,7 +28,7 @@ def test_an_update_of_rows_is_the_papers():
 
 def test_kernels_and_channels_together_are_the_separable_form():
     weight, spatial, channel = random(4, 6, 3, 2), random(6, 6, seed=1), random(4, 4, seed=2)
-    updates = [WeightUpdate(View((2, 2), whole=False), channel), WeightUpdate(View(), spatial)]
+    updates = [WeightUpdate(View((2, 2), spans_kernel=False), channel), WeightUpdate(View(), spatial)]
     ours = updated_weight(weight, updates)
     for o in (0, 2):
         for i in (0, 2, 4):
@@ -41,7 +41,7 @@ def test_with_recursion_each_input_has_its_own_delta():
     weight, mix, delta = random(4, 3, 3, 3), random(3, 5, 2, seed=1), random(5, 2, 9, seed=2)
     atoms = random(5, 9, seed=3)
     of_input = recursive_delta(mix, delta)  # (in, m, d)
-    ours = updated_weight(weight, [WeightUpdate(View(), update_matrix(atoms, of_input))])
+    ours = updated_weight(weight, [WeightUpdate(View(by_input=True), update_matrix(atoms, of_input))])
     for channel in range(3):
         alone = WeightUpdate(View(), update_matrix(atoms, of_input[channel]))
         torch.testing.assert_close(ours[:, channel], updated_weight(weight, [alone])[:, channel])

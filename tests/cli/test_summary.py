@@ -27,7 +27,7 @@ def test_a_file_is_described(tiny_pipe, tmp_path):
         "base +samples/toybox-sd",
         "made for +stable-diffusion/atoms, 32x32, v",
         "method +all atoms, basis svd, channel blocks of 4",
-        r"numbers +2,417 trained \(32 in trigger words\)",
+        r"parameters +2,417 trained \(32 in trigger words\)",
         f"bytes +{path.stat().st_size:,}",
         "training +max_train_steps 300, optimizer adamw$",
         "unet atom_delta +9 x 9 +1 +81",
@@ -37,14 +37,14 @@ def test_a_file_is_described(tiny_pipe, tmp_path):
     assert "distance" not in text
 
 
-def test_the_quality_of_a_sparse_code_is_stated(tiny_pipe, tmp_path):
+def test_the_quality_of_sparse_coefficients_is_stated(tiny_pipe, tmp_path):
     tiny_pipe.unet.add_adapter(AtomConfig(basis="sparse", target_modules=["conv_in", "to_q"], sparsity=0.05))
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors")
     error, zeros = re.search(
-        r"^code +relative reconstruction error (\S+), (\S+) % zeros", describe(path, tiny_pipe), re.M
+        r"^coefficients +relative reconstruction error (\S+), (\S+) % zeros", describe(path, tiny_pipe), re.M
     ).groups()
     assert 0.05 < float(error) < 0.9 and 5 < float(zeros) < 95
-    assert "code " not in describe(path)
+    assert "coefficients" not in describe(path)
 
 
 def test_the_distance_to_a_base_is_stated(tiny_pipe, tiny_pipe_folder, tmp_path):

@@ -101,8 +101,8 @@ def explained_by_lstsq(rows, target, coefficients):
         (nn.Conv2d(8, 8, 3, groups=8), {"channel_block": 1}, View()),
         (nn.ConvTranspose2d(8, 4, (3, 2), groups=2), {"channel_block": 1}, View()),
         (nn.Conv2d(8, 16, 3), {"channel_block": 2, "joint": True}, View((2, 2))),
-        (nn.Conv2d(8, 16, 1), {"channel_block": 2}, View((2, 2), whole=False)),
-        (nn.Linear(20, 12), {"channel_block": 4}, View((4, 4), whole=False)),
+        (nn.Conv2d(8, 16, 1), {"channel_block": 2}, View((2, 2), spans_kernel=False)),
+        (nn.Linear(20, 12), {"channel_block": 4}, View((4, 4), spans_kernel=False)),
         (nn.Linear(7, 5), {"channel_block": 1}, View()),
     ],
 )

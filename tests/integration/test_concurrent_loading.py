@@ -151,7 +151,7 @@ def test_a_structure_can_be_changed_while_the_model_stays(tiny_pipe, folders):
     attach.delete_adapter(copied, "a")
     assert list(unet.state_dict()) == keys and list(unet.peft_config) == ["a"]
     assert [p.requires_grad for p in unet.parameters()] == flags
-    assert all(layer.active_adapters == ["a"] for layer in adapter_state.adapter_layers(unet))
+    assert all(layer.active_adapters == ["a"] for layer in adapter_state.adapter_layers(unet).values())
 
 
 def test_exporting_leaves_the_weights_alone(tiny_pipe, folders, monkeypatch):
@@ -166,7 +166,7 @@ def test_exporting_leaves_the_weights_alone(tiny_pipe, folders, monkeypatch):
         seen.append(
             all(now[key].data_ptr() == at and torch.equal(now[key], value) for key, (at, value) in before.items())
         )
-        assert not any(layer.merged for layer in adapter_state.adapter_layers(tiny_pipe.unet))
+        assert not any(layer.merged for layer in adapter_state.adapter_layers(tiny_pipe.unet).values())
 
     monkeypatch.setattr(differences.merging, "merge", look)
     assert len(list(differences.layer_differences(tiny_pipe))) == len(seen) and all(seen)

@@ -270,7 +270,7 @@ def live(pipe, files, action, name, weight):
     elif action == "unload" and name in loaded:
         atomdiff.unload_atoms(pipe, name)
     elif action == "weights":
-        for layer in adapter_layers(pipe.unet):
+        for layer in adapter_layers(pipe.unet).values():
             layer.set_adapter(loaded)
             if isinstance(layer, AtomLayer):
                 layer.set_scale(name, weight)

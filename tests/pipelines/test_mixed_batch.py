@@ -20,7 +20,7 @@ from atomdiff.pipelines import switch
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
-from atomdiff.tuner.batch_layout import BatchLayout
+from atomdiff.tuner.mixed_batch import BatchLayout
 from atomdiff.utils.errors import UserError
 
 SOME = ["conv_in", "conv1", "conv_shortcut", "proj_in", "net.2", "to_k", "q_proj", "fc1"]

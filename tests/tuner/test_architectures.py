@@ -41,17 +41,17 @@ XL = {
     "projection_class_embeddings_input_dim": 6 * 4 + 8,
 }
 LATENTS = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-STATES = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
-PICTURES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
+PROMPT_EMBEDS = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(1))
+IMAGES = torch.randn(2, 3, 32, 32, generator=torch.Generator().manual_seed(2))
 
 
 def sd1() -> tuple[nn.Module, dict]:
-    return UNet2DConditionModel(**UNET), {"sample": LATENTS, "timestep": 3, "encoder_hidden_states": STATES}
+    return UNet2DConditionModel(**UNET), {"sample": LATENTS, "timestep": 3, "encoder_hidden_states": PROMPT_EMBEDS}
 
 
 def sdxl() -> tuple[nn.Module, dict]:
-    conditions = {"text_embeds": STATES[:, 0, :8], "time_ids": torch.ones(2, 6)}
-    inputs = {"sample": LATENTS, "timestep": 3, "encoder_hidden_states": STATES}
+    conditions = {"text_embeds": PROMPT_EMBEDS[:, 0, :8], "time_ids": torch.ones(2, 6)}
+    inputs = {"sample": LATENTS, "timestep": 3, "encoder_hidden_states": PROMPT_EMBEDS}
     return UNet2DConditionModel(**UNET, **XL), {**inputs, "added_cond_kwargs": conditions}
 
 
@@ -60,23 +60,23 @@ def controlnet() -> tuple[nn.Module, dict]:
     model = ControlNetModel(**BLOCKS, down_block_types=blocks, conditioning_embedding_out_channels=(8, 8))
     for module in [*model.controlnet_down_blocks, model.controlnet_mid_block, model.controlnet_cond_embedding.conv_out]:
         nn.init.normal_(module.weight, std=0.1)  # zero at the start of its training
-    inputs = {"sample": LATENTS, "timestep": 3, "encoder_hidden_states": STATES}
-    return model, {**inputs, "controlnet_cond": PICTURES[..., :16, :16]}
+    inputs = {"sample": LATENTS, "timestep": 3, "encoder_hidden_states": PROMPT_EMBEDS}
+    return model, {**inputs, "controlnet_cond": IMAGES[..., :16, :16]}
 
 
 def resnet() -> tuple[nn.Module, dict]:
     config = ResNetConfig(embedding_size=8, hidden_sizes=[16, 32], depths=[1, 2], num_labels=3)
-    return ResNetForImageClassification(config), {"pixel_values": PICTURES}
+    return ResNetForImageClassification(config), {"pixel_values": IMAGES}
 
 
 def convnext() -> tuple[nn.Module, dict]:
     config = ConvNextConfig(hidden_sizes=[8, 16], depths=[1, 1], num_stages=2, num_labels=3, layer_scale_init_value=1.0)
-    return ConvNextForImageClassification(config), {"pixel_values": PICTURES}
+    return ConvNextForImageClassification(config), {"pixel_values": IMAGES}
 
 
 def vit() -> tuple[nn.Module, dict]:
     config = ViTConfig(hidden_size=16, num_hidden_layers=2, num_attention_heads=2, intermediate_size=32, image_size=32)
-    return ViTForImageClassification(config), {"pixel_values": PICTURES}
+    return ViTForImageClassification(config), {"pixel_values": IMAGES}
 
 
 MODELS = {function.__name__: function for function in (sd1, sdxl, controlnet, resnet, convnext, vit)}
@@ -156,8 +156,8 @@ def test_transformers_loads_every_tensor(tmp_path):
             nn.init.normal_(parameter, std=0.1)
     adapted.save_pretrained(tmp_path)
     expected = run(model, inputs)
-    fresh, _ = vit()
-    fresh.load_state_dict(base)
-    fresh.load_adapter(str(tmp_path))
+    reloaded, _ = vit()
+    reloaded.load_state_dict(base)
+    reloaded.load_adapter(str(tmp_path))
     assert (expected - before).abs().max() > 1e-2
-    torch.testing.assert_close(run(fresh, inputs), expected)
+    torch.testing.assert_close(run(reloaded, inputs), expected)

@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.batch_layout import BatchLayout
+from atomdiff.tuner.mixed_batch import BatchLayout
 
 LAYERS = {
     "conv": (lambda: nn.Conv2d(8, 16, 3, padding=1), (4, 8, 6, 6)),
@@ -62,15 +62,15 @@ def test_all_tensors_are_on_the_device_of_the_weight(layer, config, hooked):
     made, x = make(layer, CONFIGS[config])
     if hooked:
         made.base_layer.register_forward_hook(lambda module, inputs, output: output)
-    rows = [{"a": 1.0}, {"b": 0.5}, {}, {"a": 0.2, "b": 1.0}]
+    samples = [{"a": 1.0}, {"b": 0.5}, {}, {"a": 0.2, "b": 1.0}]
     with OneDevice():
         made(x).sum().backward()
         assert x.grad.is_meta and all(p.grad.is_meta for p in made.parameters() if p.requires_grad)
         with torch.no_grad():
             expected = made(x).shape
-            made.write(["a", "b"])
+            made.write({"a": 1.0, "b": 1.0})
             assert made(x).shape == expected
             made.unmerge()
-    made.mix(BatchLayout(4), rows)  # the weights of rows come from the caller
+    made.mix(BatchLayout(4), samples)  # the weights of samples come from the caller
     with OneDevice(), torch.no_grad():
         assert made(x).shape == expected

@@ -211,6 +211,22 @@ def test_weights_cast_for_storage_compute_in_full_and_are_not_merged(pipe, files
     assert (predict(pipe) - base).abs().mean() < close
 
 
+def test_one_of_two_merged_concepts_comes_off_where_weights_are_cast_for_storage(pipe, files):
+    base = predict(pipe)
+    for name in ("a", "b"):
+        atomdiff.load_atoms(pipe, files["all"], name)
+    atomdiff.set_active(pipe, {"b": 0.5})
+    expected = predict(pipe)
+    close = (expected - base).abs().mean() / 3
+    atomdiff.set_active(pipe, {"a": -1.0, "b": 0.5})
+    pipe.unet.enable_layerwise_casting(storage_dtype=torch.float8_e4m3fn, compute_dtype=torch.float32)
+    assert (predict(pipe) - expected).abs().mean() > close
+    pipe.unet.delete_adapters("a")
+    assert (predict(pipe) - expected).abs().mean() < close
+    atomdiff.unload_atoms(pipe)
+    assert (predict(pipe) - base).abs().mean() < close
+
+
 @pytest.mark.parametrize("first", ["load", "cast"])
 def test_sparse_coefficients_are_those_of_weights_as_they_compute(pipe, files, first):
     atomdiff.load_atoms(pipe, files["sparse"])

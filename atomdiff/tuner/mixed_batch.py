@@ -1,0 +1,72 @@
+"""A mixed batch in one layer: how its samples lie in a tensor, and the call with a weight for each of them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from einops import rearrange
+from torch import Tensor
+from torch.func import vmap
+
+from atomdiff.atoms import im2col
+from atomdiff.atoms.batched import adapt_weight_per_sample
+from atomdiff.atoms.update import WeightUpdate
+from atomdiff.utils import functional_call
+from atomdiff.utils.functional_call import without_autocast
+
+
+@dataclass
+class BatchLayout:
+    """How the samples of a mixed batch lie in a tensor: (groups, samples, images), a sample's images side by side."""
+
+    samples: int
+    """Samples, each with adapters of its own."""
+    images: int = 1
+    """Images a sample; the rest of a tensor's first axis are groups, such as the two of classifier-free guidance."""
+
+    def split(self, x: Tensor) -> Tensor:
+        """(groups * samples * images, ...) -> (samples, groups * images, ...)."""
+        if len(x) % (self.samples * self.images):
+            raise ValueError(
+                f"found a tensor of {len(x)} in a mixed batch of {self.samples} samples with {self.images} image(s) "
+                "each; give one prompt a sample"
+            )
+        return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.samples, n=self.images)
+
+    def join(self, x: Tensor) -> Tensor:
+        """Undo `split`."""
+        return rearrange(x, "r (g n) ... -> (g r n) ...", n=self.images)
+
+
+@dataclass(frozen=True)
+class MixedBatch:
+    """What a layer computes with while each sample of a batch has adapters of its own."""
+
+    layout: BatchLayout
+    """How the samples lie in a tensor."""
+    updates: list[WeightUpdate]
+    """Updates of the layer's weight, with a leading axis of samples."""
+
+    def adapt(self, weight: Tensor) -> Tensor:
+        """A weight for each sample: (out, in/groups, ...) -> (samples, out, in/groups, ...)."""
+        with without_autocast(weight):
+            return adapt_weight_per_sample(weight, [update.to(weight.device) for update in self.updates])
+
+    def run(self, call: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Tensor) -> Tensor:
+        """The output of a function of x and a weight, with each sample's own weight; all share one product."""
+        return self.layout.join(vmap(call)(self.layout.split(x), weights))
+
+    def call(self, module: Any, weight: Tensor, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """The output of a module that `functional_call.is_plain`, given its weight without adapters."""
+
+        def call(x: Tensor, weight: Tensor) -> Tensor:
+            return functional_call.call(module, weight, module.bias, x, *args, **kwargs)
+
+        if not self.updates:
+            return call(x, weight)
+        positions = x.numel() // (x.shape[1] * self.layout.samples)
+        if not (args or kwargs) and im2col.im2col_is_cheaper(module, self.updates, positions):
+            return self.layout.join(im2col.convolve(module, weight, self.updates, self.layout.split(x)))
+        return self.run(call, x, self.adapt(weight))
