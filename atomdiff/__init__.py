@@ -13,10 +13,10 @@ if TYPE_CHECKING:
     from atomdiff.concepts.push import push_to_hub
     from atomdiff.pipelines.load import load_atoms, unload_atoms
     from atomdiff.pipelines.loaded_concepts import list_atoms
-    from atomdiff.pipelines.merge import merge, restore
     from atomdiff.pipelines.mixed_batch import mixed_batch
+    from atomdiff.pipelines.models import locked
     from atomdiff.pipelines.save import save_atoms
-    from atomdiff.pipelines.switch import set_active
+    from atomdiff.pipelines.switch import merge, restore, set_active
     from atomdiff.tuner import AtomConfig, AtomModel
 
 _HOMES = {
@@ -25,10 +25,11 @@ _HOMES = {
     "ConceptLibrary": "atomdiff.concepts.library",
     "list_atoms": "atomdiff.pipelines.loaded_concepts",
     "load_atoms": "atomdiff.pipelines.load",
-    "merge": "atomdiff.pipelines.merge",
+    "locked": "atomdiff.pipelines.models",
+    "merge": "atomdiff.pipelines.switch",
     "mixed_batch": "atomdiff.pipelines.mixed_batch",
     "push_to_hub": "atomdiff.concepts.push",
-    "restore": "atomdiff.pipelines.merge",
+    "restore": "atomdiff.pipelines.switch",
     "save_atoms": "atomdiff.pipelines.save",
     "set_active": "atomdiff.pipelines.switch",
     "unload_atoms": "atomdiff.pipelines.load",
@@ -40,6 +41,7 @@ __all__ = [
     "ConceptLibrary",
     "list_atoms",
     "load_atoms",
+    "locked",
     "merge",
     "mixed_batch",
     "push_to_hub",

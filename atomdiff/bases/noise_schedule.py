@@ -23,8 +23,8 @@ def prediction_type(scheduler: Any) -> str:
     """Return what a scheduler says is predicted: epsilon, v_prediction, sample or flow; empty if it does not say."""
     if type(scheduler).__name__.startswith("FlowMatch"):
         return "flow"
-    found = getattr(getattr(scheduler, "config", None), "prediction_type", "")
-    return "flow" if found == "flow_prediction" else str(found or "")
+    configured = getattr(getattr(scheduler, "config", None), "prediction_type", "")
+    return "flow" if configured == "flow_prediction" else str(configured or "")
 
 
 def noise_schedule(scheduler: Any) -> NoiseSchedule:

@@ -108,12 +108,12 @@ def original_path(module: str, unet: Any) -> str | None:
     """Return the path of a layer of diffusers' UNet in Stability AI's code (`input_blocks`, ...); None: it has none."""
     if module in _LAYERS:
         return _LAYERS[module]
-    found = _IN_BLOCK.fullmatch(module)
-    if found is None:
+    match = _IN_BLOCK.fullmatch(module)
+    if match is None:
         return None
-    side, block, part, index, rest = found[1], int(found[2] or 0), found[3], int(found[4]), found[5]
+    side, block, part, index, rest = match[1], int(match[2] or 0), match[3], int(match[4]), match[5]
     blocks_each = len(unet.down_blocks[0].resnets) + 1  # down: and a downsampler; up: one more
-    place = block * blocks_each + index
+    number = block * blocks_each + index
     within = int(part == "attentions")
     if part == "resnets":
         rest = _RESNET.get(rest, rest)
@@ -124,4 +124,4 @@ def original_path(module: str, unet: Any) -> str | None:
     if part == "upsamplers":
         position = 2 if hasattr(unet.up_blocks[block], "attentions") else 1
         return f"output_blocks.{(block + 1) * blocks_each - 1}.{position}.{rest}"
-    return f"input_blocks.{place + 1}.{within}.{rest}" if side == "down" else f"output_blocks.{place}.{within}.{rest}"
+    return f"input_blocks.{number + 1}.{within}.{rest}" if side == "down" else f"output_blocks.{number}.{within}.{rest}"

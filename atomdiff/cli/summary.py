@@ -94,10 +94,10 @@ def _count(tensors: list[Tensor]) -> int:
 def _open(base: Any) -> Any:
     if not isinstance(base, (str, os.PathLike)):
         return base
-    from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
+    from atomdiff.pipelines.config import BaseModelConfig
+    from atomdiff.pipelines.open import open_base
 
-    refuse_other_pipelines(os.fspath(base), field="base")
-    return open_pipeline(os.fspath(base), None)
+    return open_base(BaseModelConfig(pretrained_model_name_or_path=os.fspath(base)), None, field="base")
 
 
 def _coefficient_quality(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import math
-import warnings
 from collections.abc import Hashable, Mapping
 from contextlib import suppress
 
@@ -18,7 +17,7 @@ from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.checks import check_readable
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.variants import Atoms, atoms_of
-from atomdiff.utils.errors import UserError
+from atomdiff.utils.errors import UserError, warn
 from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 
 # Distances measured on the toybox: the base rounded to bfloat16 0.00004; every weight changed at random by a tenth of
@@ -38,7 +37,7 @@ _MOST_FOUND = 4096
 
 
 def check_base(
-    delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False, stacklevel: int = 3
+    delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False
 ) -> tuple[DeltaFile, list[str], float]:
     """Check that a concept fits these models.
 
@@ -49,7 +48,6 @@ def check_base(
         delta: the concept.
         models: component -> model.
         allow_mismatch: accept any distance, and load what fits.
-        stacklevel: of the warning.
 
     Returns:
         The part of the concept that fits, what is left out of it, for a message, and the distance between its base and
@@ -70,7 +68,7 @@ def check_base(
             "or pass allow_base_mismatch=True"
         )
     if distance > SAME_BASE:
-        warnings.warn(f"{found} (0: the same): the concept may look different here", stacklevel=stacklevel)
+        warn(f"{found} (0: the same): the concept may look different here")
     return delta, left_out, distance
 
 

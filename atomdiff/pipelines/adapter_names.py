@@ -15,17 +15,12 @@ from atomdiff.utils.errors import UserError
 
 
 def given_name(name: str, models: Iterable[nn.Module], taken: Collection[str]) -> str:
-    """Check a name that somebody gave.
-
-    Args:
-        name: the name.
-        models: those that get the adapter.
-        taken: names of the adapters that are there.
+    """Check the name that somebody gave for an adapter of these models, beside those that are `taken`.
 
     Raises:
         UserError: no adapter can have this name, or one has it.
     """
-    if not _can_be(name, _path_parts(models)):
+    if not _can_be_name(name, _path_parts(models)):
         raise UserError(
             f"{name!r} cannot be an adapter name: use letters, digits, '_' and '-', and no name that a layer has"
         )
@@ -34,21 +29,18 @@ def given_name(name: str, models: Iterable[nn.Module], taken: Collection[str]) -
     return name
 
 
-def derived_name(found: str, models: Iterable[nn.Module], taken: Collection[str]) -> str:
+def derived_name(source_name: str, models: Iterable[nn.Module], taken: Collection[str]) -> str:
     """A name like that of a file, folder or repository up to its first dot; numbered where that cannot be one.
 
-    Args:
-        found: such as "my mug.atoms.safetensors", which gives "my_mug", or "train", which gives "train_1".
-        models: those that get the adapter.
-        taken: names of the adapters that are there.
+    "my mug.atoms.safetensors" gives "my_mug", and "train" gives "train_1".
     """
-    stem = unicodedata.normalize("NFC", found).partition(".")[0]
-    name, parts = re.sub(r"[^\w-]", "_", stem) or "concept", _path_parts(models)
+    stem = unicodedata.normalize("NFC", source_name).partition(".")[0]
+    name, path_parts = re.sub(r"[^\w-]", "_", stem) or "concept", _path_parts(models)
     candidates = chain([name], (f"{name}_{number}" for number in count(1)))
-    return next(each for each in candidates if each not in taken and _can_be(each, parts))
+    return next(name for name in candidates if name not in taken and _can_be_name(name, path_parts))
 
 
-def _can_be(name: str, path_parts: Collection[str]) -> bool:
+def _can_be_name(name: str, path_parts: Collection[str]) -> bool:
     """Whether PEFT can keep an adapter by this name: as an attribute, and as a part of its tensors' paths."""
     return (
         isinstance(name, str)

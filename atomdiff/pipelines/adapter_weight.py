@@ -91,8 +91,8 @@ class AdapterWeight:
         modules = list(modules)
         for part in self.blocks:
             if not any(_reach(module, part) for module in modules):
-                there = sorted({".".join(module.split(".")[:3]) for module in modules})
-                raise UserError(f"{name!r} has no layer in {part!r}; it has layers in: {', '.join(there) or 'none'}")
+                blocks = sorted({".".join(module.split(".")[:3]) for module in modules})
+                raise UserError(f"{name!r} has no layer in {part!r}; it has layers in: {', '.join(blocks) or 'none'}")
 
 
 def command_line_weights(
@@ -140,7 +140,8 @@ class StepSchedule:
             return
         now = float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
         scales = 1, scheduler.config.get("num_train_timesteps", 1)  # some transformers get them from 0 to 1
-        nearest = min(((steps.float() - now * scale).abs().min(0) for scale in scales), key=lambda found: found.values)
+        distances = [(steps.float() - now * scale).abs().min(0) for scale in scales]
+        nearest = min(distances, key=lambda distance: distance.values)
         progress = int(nearest.indices) / max(len(steps) - 1, 1)
         if progress != self._last:
             self._last = progress
@@ -177,6 +178,6 @@ def _flat(blocks: Any, prefix: str = "") -> Iterable[tuple[str, float]]:
         if isinstance(value, Mapping):
             yield from _flat(value, f"{prefix}{key}.")
         elif isinstance(value, (list, tuple)):  # diffusers: one for each attention of a block
-            yield from ((f"{prefix}{key}.attentions.{place}", each) for place, each in enumerate(value))
+            yield from ((f"{prefix}{key}.attentions.{index}", factor) for index, factor in enumerate(value))
         else:
             yield f"{prefix}{key}", value

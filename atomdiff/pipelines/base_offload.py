@@ -73,9 +73,9 @@ class FileWeight:
     def _stored(self) -> Tensor:
         try:
             untouched = _file_stat(self.file) == self.file_stat
-            found = _read(self.file, self.key)
-            if untouched or quick_hash([found]) == self.content:
-                return found
+            stored = _read(self.file, self.key)
+            if untouched or quick_hash([stored]) == self.content:
+                return stored
             reason = f"{self.key} in it is another one now"
         except (OSError, SafetensorError) as error:
             reason = str(error)
@@ -89,36 +89,22 @@ def _read(file: Path, key: str) -> Tensor:
 
 
 def _file_stat(file: Path) -> tuple[int, ...]:
-    found = file.stat()
-    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns, found.st_ctime_ns
-
-
-def check_offload(offload_base: str | None) -> None:
-    """Check the value of `offload_base`.
-
-    Raises:
-        UserError: it is unknown.
-    """
-    if offload_base is not None and offload_base not in get_args(BaseOffload):
-        raise UserError(f"offload_base={offload_base!r}: expected one of {', '.join(map(repr, get_args(BaseOffload)))}")
+    stat = file.stat()
+    return stat.st_dev, stat.st_ino, stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
 
 
 def base_weight_readers(
     model: Any, layers: dict[str, Any], offload_base: BaseOffload | None
 ) -> dict[str, Callable[[], Tensor] | None]:
-    """Decide for every layer where its base weight is read from.
+    """Decide for every layer, by module path, what reads its base weight; None: a copy on the device does.
 
-    Args:
-        model: the model, as it was loaded.
-        layers: module path -> atom layer.
-        offload_base: where to keep them; None: where they are by now, at first on the device.
-
-    Returns:
-        Module path -> what reads the base weight; None: a copy on the device.
+    Without `offload_base` they stay where they are by now, at first on the device.
 
     Raises:
-        UserError: `offload_base` is `file` and a base weight is in no file of the model's folder, as it is.
+        UserError: `offload_base` is unknown, or `file` and a base weight is in no file of the model's folder, as it is.
     """
+    if offload_base is not None and offload_base not in get_args(BaseOffload):
+        raise UserError(f"offload_base={offload_base!r}: expected one of {', '.join(map(repr, get_args(BaseOffload)))}")
     if offload_base == "file":
         return dict(_file_weights(model, layers))
     if offload_base == "cpu":
@@ -137,21 +123,21 @@ def _file_weights(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fil
     config = getattr(model, "config", None)
     folder = Path(getattr(config, "_name_or_path", "") or getattr(model, "name_or_path", "") or "?")
     files = sorted(folder.glob("*.safetensors")) if folder.is_dir() else []
-    places: dict[str, list[Path]] = {}
+    files_by_key: dict[str, list[Path]] = {}
     for file in files:
         with safe_open(file, framework="pt") as opened:
             for key in opened.keys():  # noqa: SIM118
-                places.setdefault(key, []).append(file)
+                files_by_key.setdefault(key, []).append(file)
     for path, layer in layers.items():
         if isinstance(layer.base_weight.offloaded, FileWeight):
             yield path, layer.base_weight.offloaded
             continue
         base = layer.unmerged_weight().detach()
         key = f"{path}.weight"
-        keys = [key] if key in places else [other for other in places if other.endswith(f".{key}")]
-        candidates = [(file, each) for each in keys for file in places[each]]
-        found = next((place for place in candidates if _has_weight(*place, base)), None)
-        if found is None:
+        keys = [key] if key in files_by_key else [stored for stored in files_by_key if stored.endswith(f".{key}")]
+        candidates = ((file, stored) for stored in keys for file in files_by_key[stored])
+        location = next((each for each in candidates if _has_weight(*each, base)), None)
+        if location is None:
             where = (
                 f"the {len(files)} safetensors file(s) of {folder}" if files else f"a checkpoint (looked in {folder})"
             )
@@ -159,7 +145,7 @@ def _file_weights(model: Any, layers: dict[str, Any]) -> Iterable[tuple[str, Fil
                 f"offload_base='file': the weight of {path} as it is now is not in {where}; "
                 "load the pipeline from a folder of safetensors files, or use offload_base='cpu'"
             )
-        yield path, FileWeight.of(*found, base.dtype)
+        yield path, FileWeight.of(*location, base.dtype)
 
 
 def _has_weight(file: Path, key: str, base: Tensor) -> bool:

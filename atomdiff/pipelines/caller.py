@@ -23,20 +23,20 @@ class Caller:
 def find_caller(model: nn.Module) -> Caller | None:
     """The pipeline in whose call this is called, if the model is one of its parts; None: the model is called directly.
 
-    Hooks of a model are told of the model alone, and pipelines do not say that they begin. Every pipeline of diffusers
-    has its latents in the variable `latents` meanwhile.
+    Hooks are given the model alone, and pipelines do not say that they begin. While one of diffusers generates, its
+    latents are in the variable `latents`.
     """
     from diffusers import DiffusionPipeline
 
     frame: FrameType | None = sys._getframe(1)
     pipe = None
     while frame is not None:
-        names = frame.f_locals
-        found = names.get("self")
-        if pipe is None and isinstance(found, DiffusionPipeline) and _has_part(found, model):
-            pipe = found
-        if pipe is not None and found is pipe and isinstance(names.get("latents"), Tensor):
-            return Caller(pipe, len(names["latents"]))
+        variables = frame.f_locals
+        owner = variables.get("self")
+        if pipe is None and isinstance(owner, DiffusionPipeline) and _has_part(owner, model):
+            pipe = owner
+        if pipe is not None and owner is pipe and isinstance(variables.get("latents"), Tensor):
+            return Caller(pipe, len(variables["latents"]))
         frame = frame.f_back
     return None if pipe is None else Caller(pipe, None)
 

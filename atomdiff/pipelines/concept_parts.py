@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -10,15 +9,18 @@ from typing import Any
 
 from torch import nn
 
+from atomdiff.bases.find import find_base
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import check_base, may_leave_out
 from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
 from atomdiff.concepts.lora_file import is_lora_file, read_lora
 from atomdiff.concepts.peft_folder import Adapters, Tokens
+from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import fitting_tokens
 from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule
+from atomdiff.pipelines.token_names import rename_tokens
 from atomdiff.tuner import attach
-from atomdiff.utils.errors import UserError
+from atomdiff.utils.errors import UserError, warn
 
 
 @dataclass
@@ -37,42 +39,31 @@ class ConceptParts:
     """What it was trained to predict, as far as that is known."""
 
 
-def read_parts(
-    source: Path | DeltaFile, models: Mapping[str, nn.Module], denoiser: str, allow_mismatch: bool, stacklevel: int
-) -> ConceptParts:
-    """Read a concept and check it against the models of a pipeline.
-
-    Args:
-        source: a concept file, a LoRA file of another program, a directory written by PEFT, or a concept in memory.
-        models: component -> model.
-        denoiser: the component that denoises.
-        allow_mismatch: see `check_base`.
-        stacklevel: of the warning of a derived base.
+def read_parts(pipe: Any, source: Path | DeltaFile, trigger_word: str | None, allow_mismatch: bool) -> ConceptParts:
+    """Read a concept of any kind, check it against a pipeline, and leave out what the pipeline has no text encoder for.
 
     Raises:
-        UserError: it is damaged, or does not fit.
+        UserError: it is damaged, or does not fit, or nothing is left, or it has not exactly one word to rename.
     """
+    parts = _read(source, pipeline_models(pipe), allow_mismatch)
+    renamed = rename_tokens(parts.tokens, trigger_word)
+    parts.tokens, left_out = fitting_tokens(pipe, renamed, allow_mismatch)
+    parts.left_out += left_out
+    if parts.left_out and not (parts.tokens or parts.adapters or (parts.delta and parts.delta.layers)):
+        raise UserError(f"nothing of it can be loaded into this pipeline: it has {'; '.join(parts.left_out)}")
+    return parts
+
+
+def _read(source: Path | DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool) -> ConceptParts:
     if isinstance(source, Path) and source.is_dir():
-        adapters, tokens, left_out = peft_folder.read(source, models, denoiser)
+        adapters, tokens, left_out = peft_folder.read(source, models, find_base(models).denoiser)
         return ConceptParts(None, adapters, tokens, left_out, trained_schedule(source))
     if isinstance(source, Path) and is_lora_file(source):
         adapters, left_out = read_lora(source, models, allow_mismatch)
         return ConceptParts(None, adapters, {}, left_out, None)
     delta = source if isinstance(source, DeltaFile) else read_delta_file(source)
-    delta, left_out, _ = check_base(delta, models, allow_mismatch, stacklevel + 1)
+    delta, left_out, _ = check_base(delta, models, allow_mismatch)
     return ConceptParts(delta, {}, dict(delta.tokens), left_out, ScheduleConfig.read(delta.training))
-
-
-def take_fitting_tokens(parts: ConceptParts, pipe: Any, allow_mismatch: bool) -> None:
-    """Leave out the embeddings that a pipeline has no text encoders for.
-
-    Raises:
-        UserError: an embedding has another size than a text encoder takes, or nothing is left.
-    """
-    parts.tokens, left_out = fitting_tokens(pipe, parts.tokens, allow_mismatch)
-    parts.left_out += left_out
-    if parts.left_out and not (parts.tokens or parts.adapters or (parts.delta and parts.delta.layers)):
-        raise UserError(f"nothing of it can be loaded into this pipeline: it has {'; '.join(parts.left_out)}")
 
 
 def attach_parts(parts: ConceptParts, models: Mapping[str, nn.Module], name: str, allow_mismatch: bool) -> None:
@@ -86,14 +77,14 @@ def attach_parts(parts: ConceptParts, models: Mapping[str, nn.Module], name: str
             attach.attach_atoms(model, parts.delta.config, layers, name)
         elif component in parts.adapters:
             config, tensors = parts.adapters[component]
-            gone = attach.attach_peft(model, config, tensors, name, lambda m: may_leave_out(m, allow_mismatch))
-            parts.left_out += [f"{component}.{module}, which is another layer here" for module in gone]
+            unfit = attach.attach_peft(model, config, tensors, name, lambda m: may_leave_out(m, allow_mismatch))
+            parts.left_out += [f"{component}.{module}, which is another layer here" for module in unfit]
 
 
-def warn_of_left_out(name: str, left_out: list[str], stacklevel: int = 2) -> None:
+def warn_of_left_out(name: str, left_out: list[str]) -> None:
     """Warn of what could not be loaded of a concept."""
     if left_out:
-        warnings.warn(f"loaded {name!r} without {'; without '.join(left_out)}", stacklevel=stacklevel + 1)
+        warn(f"loaded {name!r} without {'; without '.join(left_out)}")
 
 
 def _under(component: str, layers: Mapping[str, Any]) -> dict[str, Any]:

@@ -13,8 +13,8 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from atomdiff.pipelines.hooks import MISSING, attributes_set
-from atomdiff.pipelines.merge import merge, restore
 from atomdiff.pipelines.models import pipeline_models
+from atomdiff.pipelines.switch import merge, restore
 from atomdiff.tuner import merging, weight_access
 from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError

@@ -61,20 +61,16 @@ def rows_of_others(vocabulary: Vocabulary, table: EmbeddingTable) -> tuple[list[
     """The tokens that others added to a text encoder's tokenizer since, and their rows."""
     rows = table.embedding.weight.data
     entries = [entry for entry in vocabulary.tokenizers if entry.name == table.name and entry.original is not None]
-    found = tokens_of_others(entries[0], vocabulary) if entries else []
-    found = [(number, token) for number, token in found if number < len(rows)]
+    added = tokens_of_others(entries[0], vocabulary) if entries else []
+    added = [(number, token) for number, token in added if number < len(rows)]
     with weight_access.loaded_in_module(table.embedding):
-        return [token for _, token in found], table.embedding.weight.data[[number for number, _ in found]]
+        return [token for _, token in added], table.embedding.weight.data[[number for number, _ in added]]
 
 
 def reset_table(table: EmbeddingTable, tokenizer: Any, tokens: list[Any], vectors: Tensor) -> None:
-    """Make a table what it was before the first placeholder token.
+    """Make a table what it was before the first placeholder token, with rows that others have added since.
 
-    Args:
-        table: the table.
-        tokenizer: its tokenizer, reset already.
-        tokens: those that others have added since, as `rows_of_others` gives them.
-        vectors: (tokens, hidden), their rows.
+    The tokenizer is reset already; `rows_of_others` gives `tokens` and their `vectors` (tokens, hidden).
     """
     with weight_access.loaded_in_module(table.embedding):
         rows = table.embedding.weight.data

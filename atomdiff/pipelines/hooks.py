@@ -87,12 +87,7 @@ class ReplacedMethod:
 
 
 def replace_methods(owner: Any, functions: Mapping[str, Callable[..., Any]]) -> None:
-    """Give an object other methods, of those that it has, until `restore_methods`.
-
-    Args:
-        owner: the object.
-        functions: by the method's name; each is given the object first.
-    """
+    """Give an object other methods, of those that it has, until `restore_methods`; each is given the object first."""
     for name, function in functions.items():
         if hasattr(type(owner), name):
             vars(owner)[name] = ReplacedMethod(owner, name, function)
@@ -152,14 +147,9 @@ def method_wrapped(owner: Any, name: str, wrapper: Callable[..., Any]) -> Iterat
 
 
 def before_calls(model: Any, hook: Hook, after: Callable[..., None] = lambda *_: None) -> Callable[[], None]:
-    """Call a function before each call of a model.
+    """Call a function before each call of a model, and another one after it, also where the call fails.
 
     Code compiled by `model.compile()` has hooks within it; the function is called before it, and nothing is recompiled.
-
-    Args:
-        model: the model.
-        hook: the function.
-        after: is called after each call, also of one that fails.
 
     Returns:
         What undoes this.

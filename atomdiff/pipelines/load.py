@@ -3,19 +3,18 @@
 from __future__ import annotations
 
 import os
-import warnings
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 from weakref import WeakSet, ref
 
 from torch import Tensor
 
-from atomdiff.bases.find import find_base
 from atomdiff.concepts import hub
 from atomdiff.concepts.concept_file import DeltaFile
 from atomdiff.pipelines.adapter_names import derived_name, given_name
-from atomdiff.pipelines.concept_parts import attach_parts, read_parts, take_fitting_tokens, warn_of_left_out
+from atomdiff.pipelines.concept_parts import attach_parts, read_parts, warn_of_left_out
 from atomdiff.pipelines.loaded_concepts import (
     adopt_calls,
     belongs_to_other_pipeline,
@@ -27,7 +26,6 @@ from atomdiff.pipelines.loaded_concepts import (
     taken_names,
     tokens_of,
 )
-from atomdiff.pipelines.merge import restore
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.placeholder_tokens import (
     add_placeholder_tokens,
@@ -36,14 +34,8 @@ from atomdiff.pipelines.placeholder_tokens import (
     set_token_embedding,
     tokens_in,
 )
-from atomdiff.pipelines.scheduler import (
-    ScheduleConfig,
-    describe_scheduler,
-    fitting_scheduler,
-    pipeline_scheduler,
-    scheduler_code,
-)
-from atomdiff.pipelines.token_names import rename_tokens
+from atomdiff.pipelines.scheduler import warn_of_scheduler
+from atomdiff.pipelines.switch import restore
 from atomdiff.tuner import adapter_state, attach, checks
 from atomdiff.utils.errors import UserError
 
@@ -98,56 +90,58 @@ def load_atoms(
         UserError: there is no such file or repository, it is damaged or does not fit the pipeline, or a name or word is
             taken.
     """
+    source: Path | DeltaFile
+    if isinstance(path, DeltaFile):
+        if adapter_name is None:
+            raise UserError("found a concept in memory without a name: give adapter_name")
+        source, default_name = path, ""
+    else:
+        source, default_name = hub.locate(
+            path,
+            weight_name=weight_name,
+            subfolder=subfolder,
+            revision=revision,
+            token=token,
+            cache_dir=cache_dir,
+            local_files_only=local_files_only,
+            force_download=force_download,
+        )
     return load_concept(
-        pipe,
-        path,
-        adapter_name,
-        allow_base_mismatch=allow_base_mismatch,
-        trigger_word=trigger_word,
-        warns_of_scheduler=True,
-        weight_name=weight_name,
-        subfolder=subfolder,
-        revision=revision,
-        token=token,
-        cache_dir=cache_dir,
-        local_files_only=local_files_only,
-        force_download=force_download,
+        pipe, source, adapter_name, default_name, allow_base_mismatch, trigger_word, warns_of_scheduler=True
     )
 
 
 def load_concept(
     pipe: Any,
-    path: str | os.PathLike[str] | DeltaFile,
-    adapter_name: str | None = None,
-    *,
+    source: Path | DeltaFile,
+    adapter_name: str | None,
+    default_name: str = "",
     allow_base_mismatch: bool = False,
     trigger_word: str | None = None,
+    *,
     warns_of_scheduler: bool = False,
-    **where: Any,
 ) -> str:
-    """As `load_atoms`; it warns of the scheduler only where that is wanted."""
-    if isinstance(path, DeltaFile) and adapter_name is None:
-        raise UserError("found a concept in memory without a name: give adapter_name")
-    source, found_name = (path, "") if isinstance(path, DeltaFile) else hub.locate(path, **where)
+    """As `load_atoms`, of a concept in memory or on this disk, which without `adapter_name` is named as `default_name`.
+
+    Who chooses the scheduler by what the concepts were trained for leaves `warns_of_scheduler` out.
+    """
     with locked(pipe):
         refresh(pipe)
-        models, taken = pipeline_models(pipe), taken_names(pipe)
+        models = pipeline_models(pipe)
         if adapter_name is None:
-            name = derived_name(found_name, models.values(), taken)
+            name = derived_name(default_name, models.values(), taken_names(pipe))
         else:
-            name = given_name(adapter_name, models.values(), taken)
+            name = given_name(adapter_name, models.values(), taken_names(pipe))
         for model in models.values():
             checks.check_restorable(model)
-        parts = read_parts(source, models, find_base(models).denoiser, allow_base_mismatch, stacklevel=4)
-        parts.tokens = rename_tokens(parts.tokens, trigger_word)
-        take_fitting_tokens(parts, pipe, allow_base_mismatch)
+        parts = read_parts(pipe, source, trigger_word, allow_base_mismatch)
         leftover = leftover_tokens(pipe, name)
         check_addable(pipe, list(parts.tokens), leftover)
-        if warns_of_scheduler:
-            _warn_of_scheduler(pipe, name, parts.schedule)
+        if warns_of_scheduler and parts.schedule is not None:
+            warn_of_scheduler(pipe, name, parts.schedule)
         with _rollback_on_error(pipe, name, repr(name) if isinstance(source, DeltaFile) else str(source)):
             attach_parts(parts, models, name, allow_base_mismatch)
-            warn_of_left_out(name, parts.left_out, 3)
+            warn_of_left_out(name, parts.left_out)
             remove_placeholder_tokens(pipe, leftover)
             _add_tokens(pipe, parts.tokens, name)
         restore(pipe)
@@ -196,32 +190,12 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
             raise UserError(f"there is no concept {adapter_name!r} to unload; there are: {name_concepts(pipe)}")
         restore(pipe)
         names = concept_names(pipe) if adapter_name is None else [adapter_name]
-        words = tokens_of(pipe, names)
+        tokens = tokens_of(pipe, names)
         if adapter_name is None:
-            words = [word for word, entry in tokens_in(pipe).items() if not belongs_to_other_pipeline(pipe, entry)]
+            tokens = [token for token, entry in tokens_in(pipe).items() if not belongs_to_other_pipeline(pipe, entry)]
         for model in pipeline_models(pipe).values():
             for name in names:
                 if has_adapter(model, name):
                     attach.delete_adapter(model, name)
-        remove_placeholder_tokens(pipe, words)
+        remove_placeholder_tokens(pipe, tokens)
         adopt_calls(pipe)
-
-
-def _warn_of_scheduler(pipe: Any, name: str, schedule: ScheduleConfig | None) -> None:
-    """Warn if the pipeline's scheduler does not fit what a concept was trained to predict."""
-    scheduler = pipe.components.get("scheduler")
-    if scheduler is None or schedule is None:
-        return
-    try:
-        wanted = fitting_scheduler(schedule, scheduler)
-    except UserError as error:
-        warnings.warn(f"{name!r} was trained with another scheduler than this pipeline can have: {error}", stacklevel=4)
-        return
-    if wanted is not scheduler:
-        wanted = pipeline_scheduler(pipe, wanted)
-        warnings.warn(
-            f"{name!r} was trained for {describe_scheduler(wanted)}, but the pipeline has "
-            f"{describe_scheduler(scheduler)}; run\n"
-            f"import diffusers; {scheduler_code(wanted, scheduler)}",
-            stacklevel=4,
-        )

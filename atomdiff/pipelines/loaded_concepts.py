@@ -73,13 +73,13 @@ def _concept(pipe: Any, name: str) -> LoadedConcept:
     models = {component: model for component, model in pipeline_models(pipe).items() if has_adapter(model, name)}
     methods = [adapter_state.adapter_configs(model)[name].peft_type.value for model in models.values()]
     layers = {component: adapter_state.adapter_layers(model, name) for component, model in models.items()}
-    everywhere = [layer for of_model in layers.values() for layer in of_model.values()]
+    all_layers = [layer for of_component in layers.values() for layer in of_component.values()]
     return LoadedConcept(
         name=name,
         method=methods[0] if methods else "",
-        layers={component: len(of_model) for component, of_model in layers.items()},
-        active=any(name in layer.active_adapters and not layer.disable_adapters for layer in everywhere),
-        merged=any(name in layer.merged_adapters for layer in everywhere),
+        layers={component: len(of_component) for component, of_component in layers.items()},
+        active=any(name in layer.active_adapters and not layer.disable_adapters for layer in all_layers),
+        merged=any(name in layer.merged_adapters for layer in all_layers),
         trigger_words=tuple(word for word, entry in tokens_in(pipe).items() if entry.owner == name),
     )
 

@@ -3,8 +3,7 @@
 from __future__ import annotations
 
 import threading
-import warnings
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 from atomdiff.bases.find import find_base
 from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule
 from atomdiff.pipelines.caller import find_caller
-from atomdiff.pipelines.hooks import before_calls, method_wrapped
-from atomdiff.pipelines.models import pipeline_models
-from atomdiff.pipelines.switch import read_adapter_weights
+from atomdiff.pipelines.hooks import Hook, before_calls
+from atomdiff.pipelines.models import locked, pipeline_models
+from atomdiff.pipelines.switch import SCHEDULE, read_adapter_weights
 from atomdiff.tuner import adapter_state, checks
 from atomdiff.tuner.mixed_batch import BatchLayout
-from atomdiff.utils.errors import UserError
+from atomdiff.utils.errors import UserError, warn
 
 Sample = str | Mapping[str, Any] | None
 
@@ -30,7 +29,8 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
 
     Call the pipeline with one prompt a sample. Guidance and `num_images_per_prompt` work as ever. Trigger words are the
     loaded concepts' own, so two concepts with the same word are loaded with different ones. Only the thread that opens
-    it mixes: others generate as before, or mix samples of their own.
+    it mixes: others generate as before, or mix samples of their own. Where they also load or switch concepts, `locked`
+    keeps them from it meanwhile.
 
     Args:
         pipe: a pipeline with the concepts loaded, of any variant of atoms; merged or not.
@@ -45,29 +45,30 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
             a sample.
     """
     if isinstance(samples, (str, Mapping)) or not samples:
-        found = f"found the samples {samples!r}"
-        raise UserError(f"{found}; give a list, for each prompt a concept's name, or None for the base")
-    weights = [{} if sample is None else read_adapter_weights(pipe, sample) for sample in samples]
-    models = pipeline_models(pipe)
-    _check_models(models, {name for sample in weights for name in sample})
-    denoiser = find_base(models).denoiser
+        expected = "a list, for each prompt a concept's name, or None for the base"
+        raise UserError(f"found the samples {samples!r}; give {expected}")
     with ExitStack() as undo:
-        if (schedule := vars(models[denoiser]).get("_atomdiff_schedule")) is not None:
-            schedule.paused.value = True  # it would write weights that no sample has
-            undo.callback(setattr, schedule.paused, "value", None)
-        noted, calls = undo.enter_context(_noted_latents(pipe)), _Calls()
-        for component, model in models.items():
-            layers, batch = adapter_state.atom_layers(model), BatchLayout(len(weights))
-            undo.callback(_end, layers)
-            mix = partial(_mix, component, layers, batch, weights)
-            called = pipe.components[component]
-            mix(0.0 if component == denoiser else None)
-            if component == denoiser:
-                undo.callback(before_calls(called, calls.here(partial(_count_images, batch, noted))))
-            elif layers or component.startswith("text_encoder"):
-                undo.callback(before_calls(called, calls.here(partial(_check_prompts, batch))))
-            if component == denoiser and any(weight.steps for sample in weights for weight in sample.values()):
-                undo.callback(StepSchedule(pipe, called, mix, calls.here).remove)
+        calls = _Calls()
+        with locked(pipe):
+            weights = [{} if sample is None else read_adapter_weights(pipe, sample) for sample in samples]
+            models = pipeline_models(pipe)
+            _check_models(models, {name for sample in weights for name in sample})
+            denoiser = find_base(models).denoiser
+            if (schedule := vars(models[denoiser]).get(SCHEDULE)) is not None:
+                schedule.paused.value = True  # it would write weights that no sample has
+                undo.callback(setattr, schedule.paused, "value", None)
+            for component, model in models.items():
+                layers, batch = adapter_state.atom_layers(model), BatchLayout(len(weights))
+                undo.callback(_end, layers)
+                mix = partial(_mix, component, layers, batch, weights)
+                called = pipe.components[component]
+                mix(0.0 if component == denoiser else None)
+                if component == denoiser:
+                    undo.callback(before_calls(called, calls.here(partial(_count_images, batch))))
+                elif layers or component.startswith("text_encoder"):
+                    undo.callback(before_calls(called, calls.here(partial(_check_prompts, batch))))
+                if component == denoiser and any(weight.steps for sample in weights for weight in sample.values()):
+                    undo.callback(StepSchedule(pipe, called, mix, calls.here).remove)
         yield
         calls.check()
 
@@ -102,7 +103,7 @@ class _Calls:
         self._thread = threading.get_ident()
         self._threads: set[int] = set()
 
-    def here(self, hook: Callable[..., None]) -> Callable[..., None]:
+    def here(self, hook: Hook) -> Hook:
         """A hook that acts in this thread only."""
 
         def run(*args: Any) -> None:
@@ -115,10 +116,9 @@ class _Calls:
     def check(self) -> None:
         """Warn if all calls came from other threads, whose batches were not mixed."""
         if self._threads and self._thread not in self._threads:
-            warnings.warn(
+            warn(
                 "the pipeline was called in other threads than that of its mixed_batch only, and nothing was mixed: "
-                "open mixed_batch in the thread that generates",
-                stacklevel=5,
+                "open mixed_batch in the thread that generates"
             )
 
 
@@ -127,43 +127,18 @@ def _end(layers: Mapping[str, Any]) -> None:
         layer.mixed_batch = None
 
 
-@contextmanager
-def _noted_latents(pipe: Any) -> Iterator[list[int]]:
-    """Note how many latents the pipeline makes in this thread, one an image, before guidance makes groups of them."""
-    noted: list[int] = []
-    thread = threading.get_ident()
-
-    def note(prepare: Callable[..., Any], *args: Any, **kwargs: Any) -> Any:
-        made = prepare(*args, **kwargs)
-        if threading.get_ident() == thread:
-            noted[:] = [len(made[0] if isinstance(made, tuple) else made)]
-        return made
-
-    if not callable(getattr(pipe, "prepare_latents", None)):
-        yield noted
-        return
-    with method_wrapped(pipe, "prepare_latents", note):
-        yield noted
-
-
-def _count_images(
-    batch: BatchLayout,
-    noted: Sequence[int],
-    model: nn.Module,
-    args: tuple[Any, ...],
-    kwargs: Mapping[str, Any],
-) -> None:
+def _count_images(batch: BatchLayout, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Find out how many images there are a sample; guidance gives each group of them the same order."""
     size = _batch_size(args, kwargs)
     caller = find_caller(model)  # not always the pipeline that `mixed_batch` was given: others share its models
-    made = caller.latents if caller is not None and caller.latents else next(iter(noted), None)
-    if made:
-        groups = max(size // made, 1)
+    latents = caller.latents if caller is not None else None
+    if latents:
+        groups = max(size // latents, 1)
     else:
         guided = caller is not None and getattr(caller.pipe, "do_classifier_free_guidance", False)
         groups = 2 if guided and size > batch.samples else 1
     batch.images, left = divmod(size, batch.samples * groups)
-    if left or not batch.images or (made and size % made):
+    if left or not batch.images or (latents and size % latents):
         raise UserError(f"found a batch of {size} for {batch.samples} samples of mixed_batch; give one prompt a sample")
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import copy
 import re
-import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
@@ -17,7 +16,7 @@ from atomdiff.pipelines.tokenizers import original_tokenizer
 from atomdiff.pipelines.vocabulary_link import strip_tokens
 from atomdiff.tuner import adapter_state, merging
 from atomdiff.tuner.removable import why_not_removable
-from atomdiff.utils.errors import UserError
+from atomdiff.utils.errors import UserError, warn
 
 
 def adopt(part: Any) -> None:
@@ -70,6 +69,16 @@ def set_adapters(model: Any, adapter_names: str | list[str], weights: Any = None
             layer.set_scale(name, weight.at(path, None))
 
 
+def set_adapter(model: Any, adapter_name: str | list[str]) -> None:
+    """As diffusers' and transformers'.
+
+    Raises:
+        UserError: a DoRA cannot act beside atoms.
+    """
+    _check_unmerged_dora(model, {adapter_name} if isinstance(adapter_name, str) else set(adapter_name))
+    type(model).set_adapter(model, adapter_name)
+
+
 def _check_unmerged_dora(model: nn.Module, names: set[str]) -> None:
     """Refuse DoRA on layers that atoms change: unmerged, it takes the norm of the weight without them."""
     atoms = [layer for layer in adapter_state.atom_layers(model).values() if names & layer.scaling.keys()]
@@ -86,10 +95,9 @@ def _check_unmerged_dora(model: nn.Module, names: set[str]) -> None:
 def save_pretrained(model: Any, save_directory: Any, *args: Any, **kwargs: Any) -> Any:
     """Write the base, with the keys and values that it has without concepts."""
     names = ", ".join(map(repr, adapter_state.adapter_configs(model)))
-    warnings.warn(
+    warn(
         f"the folder has the base only, not the concepts that are loaded ({names or 'trigger words'}): "
-        "`atomdiff export --to pipeline` writes both",
-        stacklevel=3,
+        "`atomdiff export --to pipeline` writes both"
     )
     return type(model).save_pretrained(bare(model), save_directory, *args, **kwargs)
 
@@ -161,6 +169,7 @@ def fuse_qkv_projections(model: Any) -> None:
 
 _PROJECTION = re.compile(r"\.(to_[qkv]|add_[qkv]_proj)(\.|$)")
 _METHODS: dict[str, Callable[..., Any]] = {
+    "set_adapter": set_adapter,
     "set_adapters": set_adapters,
     "save_pretrained": save_pretrained,
     "add_adapter": add_adapter,

@@ -28,7 +28,15 @@ def changeable_parts(pipe: Any) -> list[Any]:
 
 @contextmanager
 def locked(pipe: Any) -> Iterator[None]:
-    """Let one thread at a time change the models and tokenizers of a pipeline, through whichever pipeline it does."""
+    """Keep other threads from changing the concepts of a pipeline for the time of a `with` block.
+
+    What loads, unloads, merges and switches concepts takes turns by itself, also through other pipelines that share the
+    models. Calls of a pipeline do not: where several threads change concepts, each holds this lock from its change to
+    the end of the call that is to see it. A thread may take it several times.
+
+    Args:
+        pipe: a diffusers pipeline.
+    """
     with _LOCK:
         locks = [_LOCKS.setdefault(part, threading.RLock()) for part in sorted(changeable_parts(pipe), key=id)]
     with ExitStack() as stack:

@@ -63,12 +63,7 @@ def open_pipeline(
 
 
 def pipeline_class(name: str, *, revision: str | None = None, single_file_config: str | None = None) -> str:
-    """Return the name of the class of a pipeline, without loading its weights.
-
-    Args:
-        name: as for `open_pipeline`.
-        revision: on the Hub.
-        single_file_config: as for `open_pipeline`.
+    """Return the name of the class of a pipeline, which `open_pipeline` would load, without loading its weights.
 
     Raises:
         UserError: it is not there, or it is a checkpoint file of an unknown architecture, or cannot be read.
@@ -86,44 +81,27 @@ def pipeline_class(name: str, *, revision: str | None = None, single_file_config
         raise _cannot_load(name, error) from error
 
 
-def refuse_other_pipelines(
-    name: str,
-    *,
-    revision: str | None = None,
-    single_file_config: str | None = None,
+def open_base(
+    config: BaseModelConfig,
+    dtype: torch.dtype | None = torch.float32,
     field: str = "pretrained_model_name_or_path",
-) -> None:
-    """Refuse a pipeline that does not generate images from text alone with a known base, before it is loaded.
-
-    Args:
-        name: as for `open_pipeline`.
-        revision: on the Hub.
-        single_file_config: as for `open_pipeline`.
-        field: what the name is called in messages.
-
-    Raises:
-        UserError: it is another one, or cannot be read.
-    """
-    import diffusers
-
-    if is_single_file(name):  # only those that are known are opened
-        return
-    kind = pipeline_class(name, revision=revision, single_file_config=single_file_config)
-    made = getattr(diffusers, kind, None)
-    if made is None or not any(base.generates_from_text(made) for base in BASES):
-        expected = f"a pipeline of {known_bases()}, from text to images"
-        raise UserError(f"{field}={name!r}: found a {kind}; expected {expected}")
-
-
-def open_base(config: BaseModelConfig, dtype: torch.dtype | None = torch.float32) -> Any:
+) -> Any:
     """Open the base model of a command, in a precision as for `open_pipeline`.
 
     Raises:
-        UserError: it cannot be loaded, or does not generate images from text alone with a known base.
+        UserError: it cannot be loaded, or does not generate images from text alone with a known base; `field` is what
+            messages call its name.
     """
-    name, described_by = config.pretrained_model_name_or_path, config.single_file_config
-    refuse_other_pipelines(name, revision=config.revision, single_file_config=described_by)
-    options = {"revision": config.revision, "variant": config.variant, "single_file_config": described_by}
+    import diffusers
+
+    name = config.pretrained_model_name_or_path
+    if not is_single_file(name):  # of these only those that are known are opened
+        kind = pipeline_class(name, revision=config.revision)
+        found = getattr(diffusers, kind, None)
+        if found is None or not any(base.generates_from_text(found) for base in BASES):
+            expected = f"a pipeline of {known_bases()}, from text to images"
+            raise UserError(f"{field}={name!r}: found a {kind}; expected {expected}")
+    options = {"revision": config.revision, "variant": config.variant, "single_file_config": config.single_file_config}
     return open_pipeline(name, dtype, **options)
 
 
@@ -136,25 +114,26 @@ def _stored_dtypes(name: str, revision: str | None, variant: str | None) -> dict
     """Return the dtype of each model in the folder of a pipeline, downloaded where it has to be."""
     from diffusers import DiffusionPipeline
 
-    here = Path(name)
-    folder = here if here.is_dir() else Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
-    found = {part.name: stored_dtype(part, variant) for part in folder.iterdir() if part.is_dir()}
-    return {"default": torch.float32, **found}
+    folder = Path(name)
+    if not folder.is_dir():
+        folder = Path(DiffusionPipeline.download(name, revision=revision, variant=variant))
+    dtypes = {part.name: stored_dtype(part, variant) for part in folder.iterdir() if part.is_dir()}
+    return {"default": torch.float32, **dtypes}
 
 
-def stored_dtype(place: Path, variant: str | None = None) -> torch.dtype:
+def stored_dtype(path: Path, variant: str | None = None) -> torch.dtype:
     """Return the dtype of the tensors in a safetensors file or a model's folder; float32 where they differ."""
-    files = list(place.glob("*.safetensors")) if place.is_dir() else [place]
+    files = list(path.glob("*.safetensors")) if path.is_dir() else [path]
     mark = re.compile(rf"\.{re.escape(variant or '')}[.-]")  # of a whole file, or of one of several
     of_variant = [file for file in files if variant and mark.search(file.name)]
-    kinds = set()
+    dtypes = set()
     try:
-        for file in of_variant or [file for file in files if file == place or "." not in file.stem]:
+        for file in of_variant or [file for file in files if file == path or "." not in file.stem]:
             with safe_open(file, framework="pt") as opened:
-                kinds |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
+                dtypes |= {opened.get_slice(key).get_dtype() for key in opened.keys()}  # noqa: SIM118
     except SafetensorError:  # said where the file is loaded
         return torch.float32
-    floating = {kind for kind in kinds if "F" in kind}
+    floating = {dtype for dtype in dtypes if "F" in dtype}
     return _HALVES[floating.pop()] if len(floating) == 1 and floating <= _HALVES.keys() else torch.float32
 
 
@@ -166,8 +145,8 @@ def _open_single_file(name: str, dtype: torch.dtype | None, config: str | None, 
     lacks = f"the checkpoint {name!r} lacks weights of a {kind}: it is damaged, or of another architecture; {_DESCRIBE}"
     try:
         if dtype is None:
-            here = name.endswith(".safetensors") and Path(name).is_file()
-            dtype = stored_dtype(Path(name)) if here else torch.float32
+            is_here = name.endswith(".safetensors") and Path(name).is_file()
+            dtype = stored_dtype(Path(name)) if is_here else torch.float32
         pipe = getattr(diffusers, kind).from_single_file(name, config=config, dtype=dtype, **parts)
     except NotImplementedError as error:  # of weights that have no numbers
         raise UserError(lacks) from error

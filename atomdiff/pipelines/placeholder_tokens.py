@@ -7,16 +7,10 @@ from typing import Any
 
 from torch import Tensor
 
-from atomdiff.pipelines.embedding_tables import (
-    write_embeddings,
-)
+from atomdiff.pipelines.embedding_tables import write_embeddings
 from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.pipelines.tokenizers import known_id
-from atomdiff.pipelines.vocabulary import (
-    PlaceholderToken,
-    text_encoders,
-    vocabularies,
-)
+from atomdiff.pipelines.vocabulary import PlaceholderToken, text_encoders, vocabularies
 from atomdiff.pipelines.vocabulary_link import LOCK, check_linkable, link, make_tokens, take_out
 from atomdiff.utils.errors import UserError
 
@@ -31,12 +25,7 @@ def add_placeholder_token(pipe: Any, word: str, owner: str | None = None) -> int
 
     A word that is one known token already keeps its id and embedding. Any other is added to the tokenizer itself,
     and to the embedding table as a row, the mean of the table until an embedding is set: all pipelines that share them
-    know it.
-
-    Args:
-        pipe: the pipeline.
-        word: without blanks.
-        owner: the adapter that it belongs to.
+    know it. `owner` is the adapter that it belongs to.
 
     Returns:
         The token's id in `pipe.tokenizer`; `token_id(pipe, word, text_encoder)` gives it for any text encoder.
@@ -54,11 +43,6 @@ def add_placeholder_tokens(pipe: Any, words: Iterable[str], owner: str | None = 
     Where "sks_1" is added with "sks", the tokenizers take "sks" in a prompt for "sks sks_1", and so on with "sks_2",
     ...: one trigger word of several vectors. Then "sks" is added even if it is a known token. A word counts in any
     case, as words that CLIP knows do, and only where it is a word of its own: not "mu" in "mug".
-
-    Args:
-        pipe: the pipeline.
-        words: each once; see `add_placeholder_token`.
-        owner: the adapter that they belong to.
 
     Raises:
         UserError: as for `check_addable`; nothing is changed.
@@ -87,12 +71,7 @@ def token_id(pipe: Any, word: str, text_encoder: str = "text_encoder") -> int:
 
 
 def set_token_embedding(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> None:
-    """Write a trigger word's embedding into the tables of the text encoders; the old rows are kept for removal.
-
-    Args:
-        pipe: the pipeline.
-        word: added before.
-        vectors: text encoder -> embedding (hidden,).
+    """Write a trigger word's embedding (hidden,) of each text encoder into its table; old rows are kept for removal.
 
     Raises:
         UserError: the word was not added, or a vector does not fit a text encoder; nothing is changed.
@@ -106,34 +85,21 @@ def set_token_embedding(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> 
         write_embeddings(vocabulary, [word])
 
 
-def remove_placeholder_token(pipe: Any, word: str) -> None:
-    """Take a trigger word out: tokenizers and embedding tables are as if it had never been added, to every bit.
-
-    Ids of words that were added after it change.
-
-    Raises:
-        UserError: the word is not a trigger word.
-    """
-    remove_placeholder_tokens(pipe, [word])
-
-
 def remove_placeholder_tokens(pipe: Any, words: Iterable[str]) -> None:
-    """Take several words out; the embedding tables are copied once for all of them.
+    """Take trigger words out: tokenizers and embedding tables are as if they had never been added, to every bit.
 
-    Args:
-        pipe: the pipeline.
-        words: see `remove_placeholder_token`.
+    Ids of words that were added after them change.
 
     Raises:
         UserError: a word is not a trigger word; nothing is changed.
     """
-    there, gone = tokens_in(pipe), set(words)
-    for word in gone - there.keys():
-        raise UserError(f"{word!r} is not a trigger word; there are: {', '.join(there) or 'none'}")
+    known, removed = tokens_in(pipe), set(words)
+    for word in removed - known.keys():
+        raise UserError(f"{word!r} is not a trigger word; there are: {', '.join(known) or 'none'}")
     with LOCK:
         for vocabulary in vocabularies(pipe):
-            if not gone.isdisjoint(vocabulary.tokens):
-                take_out(vocabulary, gone)
+            if not removed.isdisjoint(vocabulary.tokens):
+                take_out(vocabulary, removed)
 
 
 def refresh_tokens(pipe: Any) -> None:
@@ -144,24 +110,19 @@ def refresh_tokens(pipe: Any) -> None:
     """
     with LOCK:
         for vocabulary in vocabularies(pipe):
-            gone = {
+            deleted = {
                 token
                 for entry in vocabulary.tokenizers
                 for token in entry.added - entry.tokenizer.added_tokens_encoder.keys()
             }
-            if gone:
-                take_out(vocabulary, gone)
+            if deleted:
+                take_out(vocabulary, deleted)
         if tokens_in(pipe):
             link(pipe)
 
 
 def check_addable(pipe: Any, words: Sequence[str], instead_of: Collection[str] = ()) -> None:
-    """Check that words can be added together.
-
-    Args:
-        pipe: the pipeline.
-        words: the words.
-        instead_of: trigger words that will be taken out before.
+    """Check that words can be added together, once those in `instead_of` are taken out.
 
     Raises:
         UserError: one cannot be a trigger word, two differ in case only, or the pipeline has no text encoder, or one
@@ -176,8 +137,8 @@ def check_addable(pipe: Any, words: Sequence[str], instead_of: Collection[str] =
     spellings = {word.lower(): word for word in words}
     for word in words:
         if (other := spellings[word.lower()]) != word:
-            found = f"the trigger words {word!r} and {other!r} differ in case only, which CLIP does not see"
-            raise UserError(f"{found}: give each a word of its own")
+            problem = f"the trigger words {word!r} and {other!r} differ in case only, which CLIP does not see"
+            raise UserError(f"{problem}: give each a word of its own")
     several = {first for first, group in group_placeholder_tokens(words).items() if len(group) > 1}
     for encoder, _, tokenizer in text_encoders(pipe):
         for word in words:
@@ -211,15 +172,9 @@ def check_vectors(pipe: Any, word: str, vectors: Mapping[str, Tensor]) -> None:
 def fitting_tokens(
     pipe: Any, tokens: Mapping[str, Mapping[str, Tensor]], allow_mismatch: bool = False
 ) -> tuple[dict[str, dict[str, Tensor]], list[str]]:
-    """The embeddings of trigger words that a pipeline has text encoders for.
+    """The embeddings of trigger words that a pipeline has text encoders for, and what is left out, for a message.
 
-    Args:
-        pipe: the pipeline.
-        tokens: trigger word -> text encoder -> embedding (hidden,).
-        allow_mismatch: leave out embeddings of other sizes, too.
-
-    Returns:
-        The tokens that fit, and what is left out, for a message.
+    They are trigger word -> text encoder -> embedding (hidden,). With `allow_mismatch` other sizes are left out.
 
     Raises:
         UserError: an embedding has another size than a text encoder takes.

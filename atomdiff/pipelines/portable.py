@@ -92,15 +92,15 @@ def _embeddings_moved(encoder: nn.Module, tokenizer: Any, ids: dict[str, int]) -
 def _write_vocabulary(folder: Path, ids: dict[str, int]) -> None:
     """Write a tokenizer's vocabulary as transformers 4 reads it, with added tokens at these ids."""
     file = folder / "tokenizer.json"
-    found = json.loads(file.read_text(encoding="utf-8"))
-    model, added = found["model"], found["added_tokens"]
-    taken = {number: token for token, number in ids.items()}
-    model["vocab"] = {taken.get(number, token): number for token, number in model["vocab"].items()}
+    content = json.loads(file.read_text(encoding="utf-8"))
+    model, added = content["model"], content["added_tokens"]
+    moved = {number: token for token, number in ids.items()}
+    model["vocab"] = {moved.get(number, token): number for token, number in model["vocab"].items()}
     for entry in added:
         entry["id"] = ids.get(entry["content"], entry["id"])
     added.sort(key=lambda entry: entry["id"])
     merges = [merge if isinstance(merge, str) else " ".join(merge) for merge in model["merges"]]
-    _write_json(file, found)
+    _write_json(file, content)
     _write_json(folder / "vocab.json", model["vocab"])
     (folder / "merges.txt").write_text("\n".join(["#version: 0.2", *merges, ""]), encoding="utf-8", newline="\n")
     settings = folder / "tokenizer_config.json"
@@ -130,11 +130,11 @@ def _prefix_keys(file: Path) -> None:
 
 def _name_classes(index: Path) -> None:
     """Name classes of transformers as both versions do: CLIPImageProcessor, not the one behind it on this machine."""
-    found = json.loads(index.read_text(encoding="utf-8"))
-    for name, value in found.items():
+    content = json.loads(index.read_text(encoding="utf-8"))
+    for name, value in content.items():
         if isinstance(value, list) and value[0] == "transformers":
-            found[name] = [value[0], re.sub("(?<=ImageProcessor)(Pil|Fast)$", "", value[1])]
-    _write_json(index, found)
+            content[name] = [value[0], re.sub("(?<=ImageProcessor)(Pil|Fast)$", "", value[1])]
+    _write_json(index, content)
 
 
 def _write_json(file: Path, content: Any) -> None:

@@ -30,23 +30,23 @@ def split_tags(prompt: str) -> tuple[str, dict[str, AdapterWeight]]:
     Raises:
         UserError: a tag is unfinished, has no name or no weight that can be used, or a name stands in two.
     """
-    found: dict[str, AdapterWeight] = {}
+    weights: dict[str, AdapterWeight] = {}
     for tag in _TAG.finditer(prompt):
         name, value = tag[1].strip(), tag[2]
         if not name:
             raise UserError(f"found the tag {tag[0]!r} in the prompt {prompt!r}: it names no concept; {_EXPECTED}")
-        if name in found:
+        if name in weights:
             raise UserError(f"the prompt {prompt!r} has two tags for {name!r}: give one, with the weight that you want")
         try:
-            found[name] = AdapterWeight.read(1.0 if value is None else _value(value))
+            weights[name] = AdapterWeight.read(1.0 if value is None else _value(value))
         except UserError as error:
             raise UserError(f"found the tag {tag[0]!r} in the prompt {prompt!r}: {error}") from error
         except (ValueError, RecursionError) as error:
             raise UserError(f"found the tag {tag[0]!r} in the prompt {prompt!r}: {error}; {_EXPECTED}") from error
-    left = _TAG.sub("", prompt)
-    if _BEGUN.search(left):
+    text = _TAG.sub("", prompt)
+    if _BEGUN.search(text):
         raise UserError(f"found a tag that does not end in the prompt {prompt!r}: {_EXPECTED}")
-    return (" ".join(left.split()) if found else prompt), found
+    return (" ".join(text.split()) if weights else prompt), weights
 
 
 def weight_as_json(weight: AdapterWeight) -> float | dict[str, Any]:
@@ -76,26 +76,26 @@ def replace_words(text: str, replacements: Mapping[str, str]) -> str:
     return text if len(pieces) == 1 else " ".join(" ".join(pieces).split())
 
 
-def split_at_words(text: str, words: Iterable[str], others: Iterable[str] = ()) -> list[str]:
+def split_at_words(text: str, words: Iterable[str], passed_over: Iterable[str] = ()) -> list[str]:
     """Split a text at words, or phrases of several; of those that begin alike the longest counts.
 
     Args:
         text: the text.
         words: where CLIP would see them, in any case.
-        others: tokens in which words do not count: "mug" in "<mug-style>".
+        passed_over: tokens in which words do not count: "mug" in "<mug-style>".
 
     Returns:
         Every other entry is one of the words; between them is the text that is left.
     """
     known = {" ".join(word.lower().split()): word for word in words}
-    patterns = {other: re.escape(other) for other in others} | {word: _pattern(word) for word in known.values()}
-    anyone = "|".join(patterns[each] for each in sorted(patterns, key=len, reverse=True))
+    patterns = {token: re.escape(token) for token in passed_over} | {word: _pattern(word) for word in known.values()}
+    pattern = "|".join(patterns[word] for word in sorted(patterns, key=len, reverse=True))
     pieces, end = [], 0
-    for found in re.finditer(anyone, text, re.IGNORECASE):
-        word = known.get(" ".join(found[0].lower().split()))
+    for match in re.finditer(pattern, text, re.IGNORECASE):
+        word = known.get(" ".join(match[0].lower().split()))
         if word is not None:
-            pieces += [text[end : found.start()], word]
-            end = found.end()
+            pieces += [text[end : match.start()], word]
+            end = match.end()
     return [*pieces, text[end:]]
 
 

@@ -18,9 +18,7 @@ from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.pipelines.loaded_concepts import has_adapter, name_concepts, refresh
 from atomdiff.pipelines.models import locked, pipeline_models
-from atomdiff.pipelines.placeholder_tokens import (
-    tokens_in,
-)
+from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.utils.errors import UserError

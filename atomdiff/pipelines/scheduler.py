@@ -10,7 +10,7 @@ from typing import Any, get_args
 from atomdiff.bases.find import find_base
 from atomdiff.bases.noise_schedule import prediction_type
 from atomdiff.utils.choices import FLOW_SHIFTS, PredictionType
-from atomdiff.utils.errors import UserError
+from atomdiff.utils.errors import UserError, warn
 from atomdiff.utils.untrusted import parse_json
 
 
@@ -32,9 +32,9 @@ class ScheduleConfig:
 
     @classmethod
     def read(cls, training: Mapping[str, Any]) -> ScheduleConfig:
-        """Return what the facts of a run in a concept file say; values that cannot be are left out."""
-        found = training.get("config")
-        config: dict[str, Any] = found if isinstance(found, dict) else {}
+        """Return what the metadata of a run in a concept file says; values that cannot be are left out."""
+        recorded = training.get("config")
+        config: dict[str, Any] = recorded if isinstance(recorded, dict) else {}
         predicted, zero_snr = config.get("prediction_type"), config.get("rescale_betas_zero_snr")
         shift: Any = config.get("flow_shift")
         return cls(
@@ -76,10 +76,10 @@ def fitting_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     """Return the scheduler itself if it generates as trained, else one in its place that does.
 
     Raises:
-        UserError: As `matching_scheduler`.
+        UserError: as `matching_scheduler`.
     """
-    found = scheduler if schedule == ScheduleConfig() else matching_scheduler(schedule, scheduler)
-    return scheduler if schedule_settings(found) == schedule_settings(scheduler) else found
+    matching = scheduler if schedule == ScheduleConfig() else matching_scheduler(schedule, scheduler)
+    return scheduler if schedule_settings(matching) == schedule_settings(scheduler) else matching
 
 
 def common_scheduler(
@@ -90,26 +90,22 @@ def common_scheduler(
 ) -> Any:
     """Return the base's scheduler if it generates all concepts as trained, else one in its place that does.
 
-    Args:
-        concepts: their names and schedules.
-        scheduler: the base's.
-        asked: what is set for all in place of their own.
-        advice: what to do where they need different ones.
+    `asked` is set for all in place of their own; `advice` says what to do where they need different ones.
 
     Raises:
         UserError: they need different ones, or the base can have none for one of them.
     """
-    wanted = []
+    fitting = []
     for name, schedule in concepts:
         try:
-            wanted.append((name, fitting_scheduler(schedule.overridden(asked), scheduler)))
+            fitting.append((name, fitting_scheduler(schedule.overridden(asked), scheduler)))
         except UserError as error:
             raise UserError(f"no scheduler generates the concept {name!r}: {error}") from error
-    found = wanted[0][1] if wanted else fitting_scheduler(asked, scheduler)
-    if any(schedule_settings(other) != schedule_settings(found) for _, other in wanted):
-        needs = ", ".join(f"{name!r} for {describe_scheduler(other)}" for name, other in wanted)
+    common = fitting[0][1] if fitting else fitting_scheduler(asked, scheduler)
+    if any(schedule_settings(other) != schedule_settings(common) for _, other in fitting):
+        needs = ", ".join(f"{name!r} for {describe_scheduler(other)}" for name, other in fitting)
         raise UserError(f"these concepts need different schedulers: {needs}; {advice}")
-    return found
+    return common
 
 
 def schedule_settings(scheduler: Any) -> dict[str, Any]:
@@ -152,6 +148,23 @@ def scheduler_code(wanted: Any, scheduler: Any) -> str:
     return f"pipe.scheduler = diffusers.{start}{', '.join(changes)})"
 
 
+def warn_of_scheduler(pipe: Any, name: str, schedule: ScheduleConfig) -> None:
+    """Warn if a pipeline's scheduler does not fit what a concept was trained to predict, with the line that helps."""
+    if (scheduler := pipe.components.get("scheduler")) is None:
+        return
+    try:
+        fitting = fitting_scheduler(schedule, scheduler)
+    except UserError as error:
+        warn(f"{name!r} was trained with another scheduler than this pipeline can have: {error}")
+        return
+    if fitting is not scheduler:
+        fitting = pipeline_scheduler(pipe, fitting)
+        warn(
+            f"{name!r} was trained for {describe_scheduler(fitting)}, but the pipeline has "
+            f"{describe_scheduler(scheduler)}; run\nimport diffusers; {scheduler_code(fitting, scheduler)}"
+        )
+
+
 def matching_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     """Return the base's scheduler where it does as the run wants, else a DDIM or flow scheduler that does.
 
@@ -159,31 +172,31 @@ def matching_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     Diffusion Noise Schedules and Sample Steps are Flawed", arXiv 2305.08891, algorithm 1 and section 3.3.
 
     Raises:
-        UserError: The run's prediction type, zero terminal SNR or shift does not fit the base's scheduler.
+        UserError: the run's prediction type, zero terminal SNR or shift does not fit the base's scheduler.
     """
     from diffusers import DDIMScheduler
 
-    kind, said, base = type(scheduler).__name__, prediction_type(scheduler), scheduler.config
-    predicted = schedule.prediction_type or said
+    kind, base_type, base = type(scheduler).__name__, prediction_type(scheduler), scheduler.config
+    predicted = schedule.prediction_type or base_type
     if predicted not in get_args(PredictionType):
-        known = ", ".join(get_args(PredictionType))
-        raise UserError(f"the base's {kind} says prediction_type={said!r}; choose one with prediction_type: {known}")
+        found, known = f"the base's {kind} says prediction_type={base_type!r}", ", ".join(get_args(PredictionType))
+        raise UserError(f"{found}; choose one with prediction_type: {known}")
     if predicted == "flow":
         return _flow_scheduler(schedule, scheduler)
     if schedule.flow_shift is not None:
         found = f"flow_shift={schedule.flow_shift}: the base predicts {predicted}"
         raise UserError(f"{found}; expected prediction_type flow")
-    if said == "flow" or not hasattr(scheduler, "alphas_cumprod"):
+    if base_type == "flow" or not hasattr(scheduler, "alphas_cumprod"):
         found = f"the base's {kind} has no noise schedule of diffusion (alphas_cumprod)"
         advice = "take a base with a DDIMScheduler, or prediction_type flow"
         raise UserError(f"prediction_type={predicted!r}: {found}; {advice}")
-    said_zero = bool(base.get("rescale_betas_zero_snr"))
-    zero_snr = said_zero if schedule.rescale_betas_zero_snr is None else schedule.rescale_betas_zero_snr
+    base_zero_snr = bool(base.get("rescale_betas_zero_snr"))
+    zero_snr = base_zero_snr if schedule.rescale_betas_zero_snr is None else schedule.rescale_betas_zero_snr
     if zero_snr and predicted == "epsilon":
         found = "at zero terminal SNR the base's epsilon says nothing of the image"
         raise UserError(f"rescale_betas_zero_snr=True: {found}; set it to false, or prediction_type to v_prediction")
     spacing = "trailing" if zero_snr else base.get("timestep_spacing")
-    if (predicted, zero_snr, spacing) == (said, said_zero, base.get("timestep_spacing")):
+    if (predicted, zero_snr, spacing) == (base_type, base_zero_snr, base.get("timestep_spacing")):
         return scheduler
     changes = {"prediction_type": predicted, "rescale_betas_zero_snr": zero_snr, "clip_sample": False}
     return DDIMScheduler.from_config(base, **changes, **({"timestep_spacing": spacing} if spacing else {}))

@@ -1,8 +1,8 @@
-"""Switch the active concepts of a whole pipeline: small matrices are added first, then one pass over the weights."""
+"""Write the concepts of a pipeline into its weights, switch them there, and take them out again to the bit."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,16 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from atomdiff.bases.find import find_base
-from atomdiff.pipelines import base_offload
 from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule
-from atomdiff.pipelines.base_offload import BaseOffload
+from atomdiff.pipelines.base_offload import BaseOffload, base_weight_readers
 from atomdiff.pipelines.loaded_concepts import concept_names, refresh
-from atomdiff.pipelines.merge import restore, stop_schedule
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.tuner import adapter_state, checks, merging
 from atomdiff.utils.errors import UserError
 
 Concepts = str | Sequence[str] | Mapping[str, Any]
+SCHEDULE = "_atomdiff_schedule"  # attribute of a denoiser: the `StepSchedule` that writes its weights
 
 
 def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | None = None) -> None:
@@ -42,35 +41,35 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
         UserError: there is no such concept, an adapter weight cannot be used, no file has the base weights, or a method
             cannot be merged (the pipeline is restored).
     """
-    base_offload.check_offload(offload_base)
     with locked(pipe):
         refresh(pipe)
         weights = read_adapter_weights(pipe, concepts)
         models = pipeline_models(pipe)
-        others = _weights_of_others(models, weights)
+        other_weights = _weights_of_others(models, weights)
         for model in models.values():
             checks.check_writable(model)
         writers = {}
         for component, model in models.items():
             layers = adapter_state.atom_layers(model)
-            readers = base_offload.base_weight_readers(model, layers, offload_base)
-            writers[component] = _Writer(component, model, layers, weights, others, readers)
+            readers = base_weight_readers(model, layers, offload_base)
+            writers[component] = _Writer(component, model, layers, weights, other_weights, readers)
         denoiser = find_base(models).denoiser
-        stop_schedule(pipe)
+        _stop_schedule(models.values())
         try:
             for component, write in writers.items():
                 write(0.0 if component == denoiser else None)
+        except UserError:
+            restore(pipe)
+            raise
         except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
             restore(pipe)
-            if isinstance(error, UserError):
-                raise
             raise UserError(
                 f"these concepts cannot be merged: {error}; the pipeline is restored, use them unmerged by "
                 "pipe.set_adapters([...])"
             ) from error
         if any(weight.steps for weight in weights.values()):
             rewrite = partial(writers[denoiser], changed_only=True)
-            vars(models[denoiser])["_atomdiff_schedule"] = StepSchedule(pipe, pipe.components[denoiser], rewrite)
+            vars(models[denoiser])[SCHEDULE] = StepSchedule(pipe, pipe.components[denoiser], rewrite)
 
 
 def set_weights(pipe: Any, concepts: Concepts) -> None:
@@ -89,13 +88,47 @@ def set_weights(pipe: Any, concepts: Concepts) -> None:
         restore(pipe)
         weights = read_adapter_weights(pipe, concepts)
         models = pipeline_models(pipe)
-        others = _weights_of_others(models, weights)
+        other_weights = _weights_of_others(models, weights)
         for component, model in models.items():
             adapter_state.activate(model, list(weights))
             for path, layer in adapter_state.atom_layers(model).items():
                 for name, weight in weights.items():
                     layer.set_scale(name, weight.at(f"{component}.{path}", None))
-            adapter_state.set_weights_of_others(model, others)
+            adapter_state.set_weights_of_others(model, other_weights)
+
+
+def merge(pipe: Any) -> None:
+    """Write the active concepts with their weights into the base weights: images then cost what the base's cost.
+
+    Untouched weights are kept aside, so that `restore` is exact: adapted layers take twice their memory meanwhile.
+    Later changes of weights or of active concepts have no effect until the next `merge` or `restore`; `set_active` does
+    all at once.
+    """
+    _change_models(pipe, checks.check_writable, merging.merge)
+
+
+def restore(pipe: Any) -> None:
+    """Undo `merge` and `set_active`: every weight has the bits it had; concepts stay loaded, and act unmerged."""
+    _change_models(pipe, checks.check_restorable, merging.restore)
+
+
+def _change_models(pipe: Any, check: Callable[[Any], None], change: Callable[[Any], None]) -> None:
+    """Change all models of a pipeline, or none if one of them cannot be."""
+    with locked(pipe):
+        refresh(pipe)
+        models = pipeline_models(pipe).values()
+        for model in models:
+            check(model)
+        _stop_schedule(models)
+        for model in models:
+            change(model)
+
+
+def _stop_schedule(models: Iterable[nn.Module]) -> None:
+    """Stop writing weights before denoising steps; those of the last one stay."""
+    for model in models:
+        if (schedule := vars(model).pop(SCHEDULE, None)) is not None:
+            schedule.remove()
 
 
 @dataclass(frozen=True)
@@ -106,7 +139,7 @@ class _Writer:
     model: nn.Module
     layers: Mapping[str, Any]
     weights: Mapping[str, AdapterWeight]
-    others: Mapping[str, float]
+    other_weights: Mapping[str, float]
     base_readers: Mapping[str, Callable[[], Tensor] | None]
 
     def __call__(self, progress: float | None, changed_only: bool = False) -> None:
@@ -116,7 +149,7 @@ class _Writer:
         }
         merging.restore_others(self.model)
         merging.write(self.layers, weights, self.base_readers, changed_only)
-        merging.merge_others(self.model, self.others)
+        merging.merge_others(self.model, self.other_weights)
 
 
 def read_adapter_weights(pipe: Any, concepts: Concepts) -> dict[str, AdapterWeight]:
@@ -153,7 +186,7 @@ def _weights_of_others(
     models: Mapping[str, nn.Module], adapter_weights: Mapping[str, AdapterWeight]
 ) -> dict[str, float]:
     """The weights of adapters that are not atoms, checked to be such as they can have."""
-    found = {}
+    weights = {}
     for model in models.values():
         for name, config in adapter_state.adapter_configs(model).items():
             if name not in adapter_weights or adapter_state.is_atoms(config):
@@ -166,5 +199,5 @@ def _weights_of_others(
                     f"{name!r} is a {config.peft_type.value} adapter, which PEFT gives no weight such as "
                     f"{weight.weight}: use 1, or leave it out"
                 )
-            found[name] = weight.weight
-    return found
+            weights[name] = weight.weight
+    return weights

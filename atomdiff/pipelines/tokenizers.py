@@ -12,8 +12,8 @@ from atomdiff.pipelines.vocabulary import VOCABULARY_OF, TaughtTokenizer, Vocabu
 
 def token_ids(tokenizer: Any, word: str) -> list[int]:
     """The ids of a word as a tokenizer has it, without placeholder tokens of several vectors."""
-    found: list[int] = type(tokenizer)._encode_plus(tokenizer, word, add_special_tokens=False)["input_ids"]
-    return found
+    ids: list[int] = type(tokenizer)._encode_plus(tokenizer, word, add_special_tokens=False)["input_ids"]
+    return ids
 
 
 def known_id(tokenizer: Any, word: str) -> int | None:
@@ -71,11 +71,11 @@ def reset_tokenizer(entry: TaughtTokenizer, vocabulary: Vocabulary) -> None:
     """Make a tokenizer what it was before the first placeholder token, with what others have added since."""
     if entry.original is None:
         return
-    others = tokens_of_others(entry, vocabulary)
+    added = tokens_of_others(entry, vocabulary)
     attributes = vars(entry.tokenizer)
     attributes.clear()
     attributes.update(entry.original)
-    entry.tokenizer.add_tokens([token for _, token in others])
+    entry.tokenizer.add_tokens([token for _, token in added])
     entry.original, entry.added = None, set()
 
 

@@ -90,8 +90,8 @@ class EmbeddingTable:
     @property
     def embedding(self) -> nn.Embedding:
         """The module."""
-        found: nn.Embedding = self.encoder.get_input_embeddings()
-        return found
+        embedding: nn.Embedding = self.encoder.get_input_embeddings()
+        return embedding
 
 
 TABLE = "_atomdiff_table"  # attribute of a text encoder
@@ -102,9 +102,9 @@ VOCABULARY_OF: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
 
 def vocabularies(pipe: Any) -> list[Vocabulary]:
     """What the text encoders and tokenizers of a pipeline know; one vocabulary, unless they came from several."""
-    found = [vars(encoder)[TABLE].vocabulary for _, encoder, _ in text_encoders(pipe) if TABLE in vars(encoder)]
-    found += [VOCABULARY_OF[tokenizer] for _, _, tokenizer in text_encoders(pipe) if tokenizer in VOCABULARY_OF]
-    return [vocabulary for vocabulary in dict.fromkeys(found) if vocabulary.tokens]
+    known = [vars(encoder)[TABLE].vocabulary for _, encoder, _ in text_encoders(pipe) if TABLE in vars(encoder)]
+    known += [VOCABULARY_OF[tokenizer] for _, _, tokenizer in text_encoders(pipe) if tokenizer in VOCABULARY_OF]
+    return [vocabulary for vocabulary in dict.fromkeys(known) if vocabulary.tokens]
 
 
 def text_encoders(pipe: Any) -> Iterator[tuple[str, Any, Any]]:

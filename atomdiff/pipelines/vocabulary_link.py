@@ -30,20 +30,20 @@ LOCK = threading.RLock()  # of tokenizers, which hold how they pad, and of their
 
 def check_linkable(pipe: Any) -> None:
     """Refuse parts that know different placeholder tokens, and tokenizers that would give a token another id."""
-    found = vocabularies(pipe)
-    if len(found) > 1:
-        words = " and ".join(", ".join(map(repr, vocabulary.tokens)) for vocabulary in found)
+    linked = vocabularies(pipe)
+    if len(linked) > 1:
+        words = " and ".join(", ".join(map(repr, vocabulary.tokens)) for vocabulary in linked)
         raise UserError(
             f"the text encoders and tokenizers of this {type(pipe).__name__} know different trigger words, {words}, "
             "from pipelines that they were in before: unload the concepts there, or take tokenizer and text encoder "
             "from one pipeline"
         )
-    for vocabulary in found:
+    for vocabulary in linked:
         for name, _, tokenizer in text_encoders(pipe):
-            others = [entry.tokenizer for entry in vocabulary.tokenizers if entry.name == name]
-            if tokenizer not in others:
+            taught = [entry.tokenizer for entry in vocabulary.tokenizers if entry.name == name]
+            if tokenizer not in taught:
                 tokenizer = taught_copy(tokenizer, vocabulary)
-            if any(ids_of(other, vocabulary.tokens) != ids_of(tokenizer, vocabulary.tokens) for other in others):
+            if any(ids_of(other, vocabulary.tokens) != ids_of(tokenizer, vocabulary.tokens) for other in taught):
                 raise UserError(
                     f"{name} knows trigger words by another tokenizer, which gives them other ids than that of this "
                     f"{type(pipe).__name__}: let pipelines that share a text encoder share the tokenizer, too"
@@ -86,11 +86,11 @@ def make_tokens(vocabulary: Vocabulary, tokens: Iterable[str]) -> None:
 
 def take_out(vocabulary: Vocabulary, tokens: Collection[str]) -> None:
     """Take tokens out of tokenizers and tables; a vocabulary that is left without any leaves them, too."""
-    since = [(table, *rows_of_others(vocabulary, table)) for table in vocabulary.tables]
+    added_since = [(table, *rows_of_others(vocabulary, table)) for table in vocabulary.tables]
     for entry in vocabulary.tokenizers:
         reset_tokenizer(entry, vocabulary)
-    for table, others, vectors in since:
-        reset_table(table, vocabulary.tokenizer_of(table), others, vectors)
+    for table, added, vectors in added_since:
+        reset_table(table, vocabulary.tokenizer_of(table), added, vectors)
     vocabulary.tokens = {token: entry for token, entry in vocabulary.tokens.items() if token not in tokens}
     for token in vocabulary.tokens.values():
         token.group = [each for each in token.group if each not in tokens]
@@ -142,9 +142,9 @@ def _tokenize(tokenizer: Any, *args: Any, **kwargs: Any) -> list[str]:
     vocabulary = VOCABULARY_OF.get(tokenizer)
     for entry in vocabulary.tokens.values() if vocabulary else ():
         count = len(entry.group)
-        for place in range(len(tokens) - count, -1, -1) if count > 1 else ():
-            if tokens[place : place + count] == entry.group:
-                tokens[place : place + count] = [" ".join(entry.group)]
+        for start in range(len(tokens) - count, -1, -1) if count > 1 else ():
+            if tokens[start : start + count] == entry.group:
+                tokens[start : start + count] = [" ".join(entry.group)]
     return tokens  # type: ignore[no-any-return]
 
 
@@ -154,9 +154,9 @@ _TOKENIZER_METHODS: dict[str, Any] = {"_encode_plus": _encode, "tokenize": _toke
 def _with_tokens(tokenizer: Any, text: Any) -> Any:
     """A prompt with its trigger words as placeholder tokens: "SKS mug" as "sks sks_1 mug"."""
     caller = find_caller(tokenizer)
-    found = vocabularies(caller.pipe) if caller else [VOCABULARY_OF[tokenizer]] if tokenizer in VOCABULARY_OF else []
-    words = {" ".join(entry.group): entry for vocabulary in found for entry in vocabulary.tokens.values()}
-    words |= {word: entry for vocabulary in found for word, entry in vocabulary.tokens.items()}
+    known = vocabularies(caller.pipe) if caller else [VOCABULARY_OF[tokenizer]] if tokenizer in VOCABULARY_OF else []
+    words = {" ".join(entry.group): entry for vocabulary in known for entry in vocabulary.tokens.values()}
+    words |= {word: entry for vocabulary in known for word, entry in vocabulary.tokens.items()}
     if not words or not isinstance(text, str):
         return text
     parts = split_at_words(text, words, tokenizer.added_tokens_encoder)
@@ -182,14 +182,13 @@ def _check_tokenizer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             link(caller.pipe)
         ids = kwargs.get("input_ids", args[0] if args else None)
         rows = ids.tolist() if isinstance(ids, Tensor) and ids.ndim > 1 else []
-        apart = [word for word in pieces if pieces[word] != token_ids(tokenizer, word)]
-        for word in apart:
-            if any(_holds(row, pieces[word]) for row in rows):
+        for word in [word for word in pieces if pieces[word] != token_ids(tokenizer, word)]:
+            if any(_contains(row, pieces[word]) for row in rows):
                 raise UserError(
                     f"the tokenizer of this {type(caller.pipe).__name__} did not know the trigger word {word!r} of its "
                     "text encoder, which came by another pipeline, and took it apart: it knows it now, call again"
                 )
 
 
-def _holds(ids: list[int], pieces: list[int]) -> bool:
-    return any(ids[place : place + len(pieces)] == pieces for place in range(len(ids)))
+def _contains(ids: list[int], pieces: list[int]) -> bool:
+    return any(ids[start : start + len(pieces)] == pieces for start in range(len(ids)))

@@ -10,11 +10,11 @@ from peft import GraloraConfig, LoraConfig, get_peft_model
 
 import atomdiff
 from atomdiff.cli.summary import describe
-from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import adapter_layers
 from atomdiff.utils.errors import UserError
+from tests.pipelines.helpers import assert_same_bits, bits
 
 
 def train(pipe, config, parts=("unet",), words=()):
@@ -52,20 +52,9 @@ def with_unet(pipe, **changes):
     return pipe
 
 
-def bits(pipe):
-    models = pipeline_models(pipe)
-    return {f"{part}.{key}": value.clone() for part, m in models.items() for key, value in m.state_dict().items()}
-
-
-def assert_bits(pipe, before):
-    now = bits(pipe)
-    assert now.keys() == before.keys()
-    assert all(torch.equal(now[key], value) for key, value in before.items())
-
-
 METHODS = {
     "atoms": lambda: AtomConfig(),
-    "whole blocks": lambda: AtomConfig(joint=True, num_atoms=40),
+    "joint": lambda: AtomConfig(joint=True, num_atoms=40),
     "lora": lambda: LoraConfig(r=2, target_modules=["conv_in", "conv_out", "conv1", "to_q"]),
     "lora by pattern": lambda: LoraConfig(r=2, target_modules=r".*(conv_in|conv_out|conv1)", exclude_modules=r"up_.*"),
 }
@@ -91,7 +80,7 @@ def test_an_end_for_other_latents_is_left_out_and_named(tiny_pipe, tmp_path, met
     for end in ends:
         assert isinstance(getattr(tiny_pipe.unet, gone[end]), torch.nn.Conv2d)
     atomdiff.unload_atoms(tiny_pipe)
-    assert_bits(tiny_pipe, before)
+    assert_same_bits(bits(tiny_pipe), before)
 
 
 @pytest.mark.parametrize("method", ["atoms", "lora"])
@@ -100,12 +89,12 @@ def test_a_base_without_some_layers_takes_the_rest_where_that_is_asked_for(tiny_
     before = bits(with_unet(tiny_pipe, mid_block_type=None))
     with pytest.raises(UserError, match="allow_base_mismatch=True (loads|for) the"):
         atomdiff.load_atoms(tiny_pipe, path, "mug")
-    assert_bits(tiny_pipe, before)
+    assert_same_bits(bits(tiny_pipe), before)
     with pytest.warns(UserWarning, match=r"without unet.mid_block\S+"):
         atomdiff.load_atoms(tiny_pipe, path, "mug", allow_base_mismatch=True)
     assert adapter_layers(tiny_pipe.unet, "mug")
     atomdiff.unload_atoms(tiny_pipe)
-    assert_bits(tiny_pipe, before)
+    assert_same_bits(bits(tiny_pipe), before)
 
 
 @pytest.mark.parametrize("change", [{"mid_block_type": None}, {"cross_attention_dim": 48}])
@@ -116,7 +105,7 @@ def test_methods_that_cannot_exclude_modules_leave_them_out_as_others_do(tiny_pi
         atomdiff.load_atoms(tiny_pipe, path, "mug", allow_base_mismatch=True)
     assert adapter_layers(tiny_pipe.unet, "mug")
     atomdiff.unload_atoms(tiny_pipe)
-    assert_bits(tiny_pipe, before)
+    assert_same_bits(bits(tiny_pipe), before)
 
 
 def test_a_base_in_which_nothing_fits_is_refused_in_any_case(tiny_pipe, tmp_path):
@@ -146,7 +135,7 @@ def test_parts_for_text_encoders_that_are_not_there_are_named(tiny_xl_pipe, tmp_
     (concept,) = atomdiff.list_atoms(tiny_xl_pipe)
     assert set(concept.layers) == {"unet", "text_encoder_2"} and concept.trigger_words == ("sks",)
     atomdiff.unload_atoms(tiny_xl_pipe)
-    assert_bits(tiny_xl_pipe, before)
+    assert_same_bits(bits(tiny_xl_pipe), before)
     tiny_xl_pipe.text_encoder_2 = tiny_xl_pipe.tokenizer_2 = None
     with pytest.warns(UserWarning, match="without the layers of text_encoder_2"):
         atomdiff.load_atoms(tiny_xl_pipe, path, "mug")
@@ -183,7 +172,7 @@ def test_a_folder_with_an_adapter_for_each_model_loads_all(tiny_pipe, peft_folde
     assert atomdiff.load_atoms(tiny_pipe, peft_folder) == "mug"
     assert atomdiff.list_atoms(tiny_pipe)[0].layers == {"text_encoder": 2, "unet": 8}
     atomdiff.unload_atoms(tiny_pipe)
-    assert_bits(tiny_pipe, before)
+    assert_same_bits(bits(tiny_pipe), before)
     assert atomdiff.load_atoms(tiny_pipe, peft_folder / "unet") == "unet"
     assert atomdiff.list_atoms(tiny_pipe)[0].layers == {"unet": 8}
 

@@ -4,7 +4,8 @@ import shutil
 
 import pytest
 
-from atomdiff.pipelines.open import open_pipeline, refuse_other_pipelines
+from atomdiff.pipelines.config import BaseModelConfig
+from atomdiff.pipelines.open import open_base, open_pipeline
 from atomdiff.utils.errors import UserError
 
 DAMAGES = {
@@ -34,4 +35,4 @@ def test_what_wants_text_to_image_says_which_field_names_another_pipeline(tiny_p
     index = folder / "model_index.json"
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))
     with pytest.raises(UserError, match="base=.*: found a StableDiffusionInpaintPipeline; expected a pipeline of"):
-        refuse_other_pipelines(str(folder), field="base")
+        open_base(BaseModelConfig(pretrained_model_name_or_path=str(folder)), field="base")

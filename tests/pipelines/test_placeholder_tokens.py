@@ -12,14 +12,13 @@ from atomdiff.pipelines import embedding_tables
 from atomdiff.pipelines.placeholder_tokens import (
     add_placeholder_token,
     add_placeholder_tokens,
-    remove_placeholder_token,
     remove_placeholder_tokens,
     set_token_embedding,
     token_id,
     tokens_in,
 )
 from atomdiff.pipelines.prompt_syntax import replace_words
-from atomdiff.pipelines.token_names import group_placeholder_tokens, placeholder_tokens
+from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.utils.errors import UserError
 
 
@@ -74,7 +73,7 @@ def test_a_known_word_keeps_its_id_and_gets_its_row_back(tiny_pipe):
     set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.full((32,), 2.0)})
     now = state(tiny_pipe)["table"]
     assert (now[known[0]] == 2).all() and (now != before["table"]).any(1).sum() == 1
-    remove_placeholder_token(tiny_pipe, "sks")
+    remove_placeholder_tokens(tiny_pipe, ["sks"])
     assert_same(state(tiny_pipe), before)
 
 
@@ -90,7 +89,7 @@ def test_an_unknown_word_becomes_one_token_and_goes_again(tiny_pipe):
     assert torch.equal(now["table"][new], vector) and torch.equal(now["table"][:new], before["table"])
     assert now["parameter"] == before["parameter"] and now["size"] == (new + 1,) * 3
     assert torch.equal(encoded(tiny_pipe, "a photo of a red mug"), plain)
-    remove_placeholder_token(tiny_pipe, "ohwx")
+    remove_placeholder_tokens(tiny_pipe, ["ohwx"])
     assert_same(state(tiny_pipe), before)
 
 
@@ -101,7 +100,7 @@ def test_words_leave_in_any_order(tiny_pipe):
         add_placeholder_token(tiny_pipe, word)
         set_token_embedding(tiny_pipe, word, vector)
     for gone in ("ohwx", "<new-one>", "sks", "zwx"):
-        remove_placeholder_token(tiny_pipe, gone)
+        remove_placeholder_tokens(tiny_pipe, [gone])
         for word in tokens_in(tiny_pipe):
             row = tiny_pipe.text_encoder.get_input_embeddings().weight[token_id(tiny_pipe, word)]
             assert torch.equal(row, vectors[word]["text_encoder"])
@@ -115,7 +114,7 @@ def test_the_table_follows_the_dtype_and_comes_back_in_it(tiny_pipe):
         set_token_embedding(tiny_pipe, word, {"text_encoder": torch.randn(32)})
     tiny_pipe.text_encoder.half()
     for word in ("sks", "ohwx"):
-        remove_placeholder_token(tiny_pipe, word)
+        remove_placeholder_tokens(tiny_pipe, [word])
     assert torch.equal(state(tiny_pipe)["table"], expected)
 
 
@@ -127,7 +126,7 @@ def test_every_text_encoder_learns_the_word(tiny_pipe):
     assert token_id(pipe, "ohwx", "text_encoder_2") == first + 1
     set_token_embedding(pipe, "ohwx", {"text_encoder_2": torch.ones(32)})
     assert (pipe.text_encoder_2.get_input_embeddings().weight[first + 1] == 1).all()
-    remove_placeholder_token(pipe, "ohwx")
+    remove_placeholder_tokens(pipe, ["ohwx"])
     assert len(pipe.text_encoder_2.get_input_embeddings().weight) == first + 1
 
 
@@ -196,17 +195,6 @@ def test_the_special_tokens_of_every_tokenizer_count(tiny_pipe):
     add_placeholder_token(tiny_pipe, "!")
 
 
-def test_words_by_the_word_that_they_stand_for():
-    assert placeholder_tokens("sks", 1) == ["sks"] and placeholder_tokens("sks", 3) == ["sks", "sks_1", "sks_2"]
-    assert group_placeholder_tokens([]) == {}
-    assert group_placeholder_tokens(["ohwx", "sks_1", "sks"]) == {"sks": ["sks", "sks_1"], "ohwx": ["ohwx"]}
-    assert group_placeholder_tokens(["sks_1", "sks_2"]) == {"sks_1": ["sks_1"], "sks_2": ["sks_2"]}
-    assert group_placeholder_tokens(["sks", "sks_2"]) == {"sks": ["sks"], "sks_2": ["sks_2"]}
-    assert group_placeholder_tokens(["a_1_1", "a_1", "a"]) == {"a": ["a", "a_1"], "a_1_1": ["a_1_1"]}
-    twelve = placeholder_tokens("sks", 12)
-    assert group_placeholder_tokens(sorted(twelve)) == {"sks": twelve}
-
-
 @pytest.mark.parametrize("word", ["sks", "ohwx", "cat"])
 def test_a_word_of_several_vectors_comes_and_goes(tiny_pipe, word):
     before, plain = state(tiny_pipe), encoded(tiny_pipe, f"a {word} cat")
@@ -221,7 +209,7 @@ def test_a_word_of_several_vectors_comes_and_goes(tiny_pipe, word):
     shown = encoded(tiny_pipe, f"a {word} cat")
     assert not torch.allclose(shown, plain, atol=1e-3)
 
-    remove_placeholder_token(tiny_pipe, "zwx")
+    remove_placeholder_tokens(tiny_pipe, ["zwx"])
     assert torch.equal(encoded(tiny_pipe, f"a {word} cat"), shown)
     remove_placeholder_tokens(tiny_pipe, words)
     assert_same(state(tiny_pipe), before)
@@ -285,9 +273,9 @@ def test_textual_inversions_that_came_after_words_stay(tiny_pipe):
         set_token_embedding(tiny_pipe, word, {"text_encoder": torch.randn(32)})
         tiny_pipe.load_textual_inversion(torch.randn(2, 32), token=inversion)
     prompts = {each: encoded(tiny_pipe, f"a {each} cat") for each in ("zwx", "<first>", "<second>", "sks")}
-    remove_placeholder_token(tiny_pipe, "ohwx")
+    remove_placeholder_tokens(tiny_pipe, ["ohwx"])
     assert all(torch.equal(encoded(tiny_pipe, f"a {each} cat"), shown) for each, shown in prompts.items())
-    remove_placeholder_token(tiny_pipe, "zwx")
+    remove_placeholder_tokens(tiny_pipe, ["zwx"])
     del prompts["zwx"]
     assert all(torch.equal(encoded(tiny_pipe, f"a {each} cat"), shown) for each, shown in prompts.items())
     now = state(tiny_pipe)
@@ -344,7 +332,7 @@ def test_words_that_differ_in_case_only_are_refused(tiny_pipe, first, second):
     add_placeholder_token(tiny_pipe, first, owner="mug")
     with pytest.raises(UserError, match=f"'{second}' is taken by 'mug' as '{first}', and CLIP sees no case: load with"):
         add_placeholder_token(tiny_pipe, second)
-    remove_placeholder_token(tiny_pipe, first)
+    remove_placeholder_tokens(tiny_pipe, [first])
     assert_same(state(tiny_pipe), before)
 
 
@@ -384,7 +372,7 @@ def test_old_configs_look_for_the_end_of_prompts_as_before_once_words_have_left(
     add_placeholder_token(tiny_xl_pipe, "ohwx")
     end = tiny_xl_pipe.tokenizer_2.eos_token_id
     assert encoder.config.eos_token_id == end and all(module.eos_token_id == end for module in before)
-    remove_placeholder_token(tiny_xl_pipe, "ohwx")
+    remove_placeholder_tokens(tiny_xl_pipe, ["ohwx"])
     assert encoder.config.eos_token_id == 2 and all(module.eos_token_id == 2 for module in before)
 
 
@@ -396,7 +384,7 @@ def test_mistakes_are_named_and_change_nothing(tiny_pipe):
     with pytest.raises(UserError, match="'sks' is not a trigger word yet"):
         set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.ones(32)})
     with pytest.raises(UserError, match="'sks' is not a trigger word; there are: none"):
-        remove_placeholder_token(tiny_pipe, "sks")
+        remove_placeholder_tokens(tiny_pipe, ["sks"])
     with pytest.raises(UserError, match="'ohwx' is not one token of text_encoder"):
         token_id(tiny_pipe, "ohwx")
     add_placeholder_token(tiny_pipe, "sks", owner="mug")

@@ -1,5 +1,6 @@
-"""Which scheduler draws a concept as it was trained."""
+"""Which scheduler generates a concept as it was trained, and that loading warns of another."""
 
+import warnings
 from types import SimpleNamespace
 
 import diffusers
@@ -15,6 +16,8 @@ from diffusers import (
 )
 from safetensors.torch import save_file
 
+import atomdiff
+from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.pipelines.scheduler import (
     ScheduleConfig,
     common_scheduler,
@@ -26,6 +29,7 @@ from atomdiff.pipelines.scheduler import (
 )
 from atomdiff.sampling.generate import generate
 from atomdiff.utils.errors import UserError
+from tests.pipelines.helpers import assert_same_bits, bits, train
 
 ZERO_SNR = {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear", "steps_offset": 1}
@@ -160,9 +164,71 @@ def test_diffusers_takes_the_steps_of_euler_for_flow(tiny_pipe):
 
 
 def test_flow_is_drawn_alike_by_both_schedulers(tiny_pipe):
-    drawn = []
+    generated = []
     for scheduler in (flow := FlowMatchEulerDiscreteScheduler(shift=3.0), pipeline_scheduler(tiny_pipe, flow)):
         tiny_pipe.scheduler = scheduler
-        (picture,) = generate(tiny_pipe, ["a mug"], seeds=[0], num_inference_steps=25, progress=False)
-        drawn.append(np.asarray(picture).astype(int))
-    assert abs(drawn[0] - drawn[1]).mean() < 2
+        (image,) = generate(tiny_pipe, ["a mug"], seeds=[0], num_inference_steps=25, progress=False)
+        generated.append(np.asarray(image).astype(int))
+    assert abs(generated[0] - generated[1]).mean() < 2
+
+
+V_ZERO_SNR = {"config": {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}}
+
+
+@pytest.mark.parametrize("method", ["atoms", "lora"])
+def test_loading_warns_of_a_scheduler_that_does_not_fit(tiny_pipe, tmp_path, method, user_warnings):
+    train(tiny_pipe, method, word="ohwx")
+    path = tmp_path / "mug.atoms.safetensors"
+    atomdiff.save_atoms(tiny_pipe, path, training=V_ZERO_SNR)
+    atomdiff.unload_atoms(tiny_pipe)
+    before = tiny_pipe.scheduler
+    with pytest.warns(UserWarning) as caught:
+        atomdiff.load_atoms(tiny_pipe, path, "mug")
+    (warning,) = user_warnings(caught)
+    assert warning.filename == __file__ and tiny_pipe.scheduler is before
+    text, line = str(warning.message).split("; run\n")
+    assert (
+        "'mug' was trained for a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=True" in text
+    )
+    assert "the pipeline has a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False" in text
+    exec(line, {"pipe": tiny_pipe})
+    assert tiny_pipe.scheduler.alphas_cumprod[-1] == 0 and tiny_pipe.scheduler.config.timestep_spacing == "trailing"
+    atomdiff.unload_atoms(tiny_pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        atomdiff.load_atoms(tiny_pipe, path, "mug")
+
+
+@pytest.mark.parametrize("shift", [10**400, 1e-320, 1e308])
+def test_a_shift_that_cannot_be_is_no_shift(tiny_pipe, tmp_path, shift):
+    train(tiny_pipe)
+    training = {"config": {"prediction_type": "flow", "flow_shift": shift}}
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training=training)
+    atomdiff.unload_atoms(tiny_pipe)
+    with pytest.warns(UserWarning, match="was trained for a .* with prediction_type=flow, flow_shift=1.0"):
+        atomdiff.load_atoms(tiny_pipe, path)
+
+
+def test_a_warning_of_the_scheduler_that_is_an_error_leaves_the_pipeline_as_it_was(tiny_pipe, tmp_path):
+    train(tiny_pipe, word="ohwx")
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training=V_ZERO_SNR)
+    atomdiff.unload_atoms(tiny_pipe)
+    before = bits(tiny_pipe)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        with pytest.raises(UserWarning, match="was trained for"):
+            atomdiff.load_atoms(tiny_pipe, path)
+    assert not atomdiff.list_atoms(tiny_pipe)
+    assert_same_bits(bits(tiny_pipe), before)
+
+
+def test_a_concept_loads_whatever_the_scheduler(tiny_pipe, tmp_path):
+    train(tiny_pipe)
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training=V_ZERO_SNR)
+    atomdiff.unload_atoms(tiny_pipe)
+    tiny_pipe.scheduler = FlowMatchEulerDiscreteScheduler()
+    with pytest.warns(UserWarning, match="'mug' was trained with another scheduler .*FlowMatchEuler.*no noise sched"):
+        atomdiff.load_atoms(tiny_pipe, path)
+    tiny_pipe.scheduler = None
+    atomdiff.load_atoms(tiny_pipe, read_delta_file(path), "again")
+    assert [concept.name for concept in atomdiff.list_atoms(tiny_pipe)] == ["mug", "again"]

@@ -12,7 +12,7 @@ from peft import LoraConfig
 from torch import nn
 
 import atomdiff
-from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, remove_placeholder_token, set_token_embedding
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, remove_placeholder_tokens, set_token_embedding
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.model import find_atom_layer
@@ -138,13 +138,13 @@ def test_words_reach_offloaded_token_embeddings_and_leave_them(pipe, tmp_path, w
     load()
     expected = encode("a zwx sks mug")
     for word in ("zwx", "sks"):
-        remove_placeholder_token(pipe, word)
+        remove_placeholder_tokens(pipe, [word])
     base = encode("a mug")
     for call in order.split():
         load() if call == "load" else way(pipe.text_encoder, tmp_path)
     assert torch.equal(encode("a zwx sks mug"), expected)
     for word in ("zwx", "sks"):
-        remove_placeholder_token(pipe, word)
+        remove_placeholder_tokens(pipe, [word])
     assert pipe.text_encoder.get_input_embeddings().weight.is_meta and torch.equal(encode("a mug"), base)
     remove_hook_from_module(pipe.text_encoder, recurse=True)
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, table)
