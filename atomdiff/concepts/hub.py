@@ -71,13 +71,13 @@ def locate(
         UserError: no concept or several are found, or the Hub does not answer or refuses.
     """
     local = Path(source)
-    if local.is_file():
+    if os.path.isfile(local):  # False also where a name is too long for the file system
         if weight_name not in (None, local.name):
             raise UserError(f"{source} is a file, but weight_name={weight_name!r} names one in a folder: leave it out")
         if local.name == SAFETENSORS_WEIGHTS_NAME and local.with_name(CONFIG_NAME).is_file():
             local = Path(os.path.abspath(local)).parent  # its settings lie beside it
         return local, local.name
-    if local.exists():
+    if os.path.exists(local):
         folder = local / (subfolder or "")
         chosen = _choose(files_in(folder), weight_name, str(folder))
         return folder / chosen, chosen or os.path.basename(os.path.abspath(folder))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from pathlib import Path
 from typing import Any
@@ -107,7 +108,7 @@ def open_base(
 
 def is_single_file(name: str) -> bool:
     """Return whether a name is that of a checkpoint file, here or as an address on the Hub."""
-    return name.endswith(_SINGLE_FILES) and not Path(name).is_dir()
+    return name.endswith(_SINGLE_FILES) and not os.path.isdir(name)
 
 
 def _stored_dtypes(name: str, revision: str | None, variant: str | None) -> dict[str, torch.dtype]:
@@ -173,7 +174,7 @@ def _class_of_file(name: str) -> str:
 
 
 def _cannot_load(name: str, error: Exception, what: str = "", advice: str = "") -> UserError:
-    found = "is there, but" if Path(name).exists() else "is no folder or file here, and as a Hub id"
+    found = "is there, but" if os.path.exists(name) else "is no folder or file here, and as a Hub id"
     if name.endswith(".ckpt"):
         advice = (
             f"of a .ckpt only tensors are read, as others could run a program: convert it to .safetensors; {advice}"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,8 @@ def read_adapter(adapter: str) -> PeftConfig | None:
     if peft_type == FULL:
         return None
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        known = ", ".join([FULL, *sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)])
-        raise UserError(f"{adapter}: peft_type={peft_type!r}; expected one of {known}")
+        methods = ", ".join([FULL, *sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)])
+        raise UserError(f"{adapter}: peft_type={peft_type!r}; expected one of {methods}")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     unknown = fields.keys() - {field.name for field in dataclasses.fields(kind)}
     if unknown:
@@ -62,8 +63,8 @@ def describe_adapter(adapter: PeftConfig | None) -> dict[str, Any]:
 
 
 def _read_json(file: Path) -> dict[str, Any]:
-    if not file.is_file():
-        raise UserError(f'adapter={str(file)!r}: no such file; expected a JSON file, "atoms" or "full"')
+    if not os.path.isfile(file):
+        raise UserError(f'adapter={str(file)!r:.200}: no such file; expected a JSON file, "atoms" or "full"')
     fields = read_yaml(file)
     if not isinstance(fields, dict):
         raise UserError(f"{file}: expected a JSON object with peft_type and the method's fields")

@@ -1,5 +1,6 @@
 """Where the files are that come with the project: the embedded base and its judge, the subjects, the configs."""
 
+import os
 from pathlib import Path
 
 _INSTALLED = Path(__file__).parents[1] / "_assets"  # a wheel has them in the package, a checkout beside it
@@ -13,6 +14,6 @@ def find_asset(path: str) -> str:
     So `samples/toybox-sd` is the embedded base in any working directory.
     """
     parts = Path(path).parts
-    if parts[:1] not in [(folder,) for folder in _FOLDERS] or Path(path).exists():
+    if parts[:1] not in [(folder,) for folder in _FOLDERS] or os.path.exists(path):
         return path
-    return str(ASSETS / path) if (ASSETS / path).exists() else path
+    return str(ASSETS / path) if os.path.exists(ASSETS / path) else path

@@ -47,11 +47,16 @@ def expand_path(path: str | os.PathLike[str], name: str) -> str:
         name: what it is called in messages.
 
     Raises:
-        UserError: there is no such variable, or no such user.
+        UserError: there is no such variable, or no such user, or it cannot be a path.
     """
     text = os.fspath(path)
-    if not _VARIABLE.search(text) and not text.startswith("~") or os.path.lexists(text):
-        return text
+    if (_VARIABLE.search(text) or text.startswith("~")) and not os.path.lexists(text):
+        text = _expanded(text, name)
+    _resolved(text, name)
+    return text
+
+
+def _expanded(text: str, name: str) -> str:
     missing = [one or other for one, other in _VARIABLE.findall(text) if (one or other) not in os.environ]
     if missing:
         raise UserError(
@@ -97,7 +102,7 @@ def _resolved(path: str | Path, what: str) -> Path:
         resolved.exists()
     except (OSError, ValueError, RuntimeError) as error:  # too long, with null characters, or a loop of links
         reason = error.strerror if isinstance(error, OSError) else error
-        raise UserError(f"{what}={str(path)!r}: cannot be a path ({reason}); name another") from error
+        raise UserError(f"{what}={str(path)!r:.200}: cannot be a path ({reason}); name another") from error
     return resolved
 
 

@@ -135,6 +135,8 @@ def test_demo_says_where_things_are_and_how_to_use_them(tiny_pipe, monkeypatch, 
         ["sample", "--pretrained_model_name_or_path", "x", "--prompts", "a", "--concepts", "none.safetensors"],
         ["sample", "--pretrained_model_name_or_path", "x", "--output_dir", "{folder}/out"],
         ["inspect", "none.safetensors"],
+        ["inspect", "x" * 300],
+        ["inspect", "--config", "atoms", "--base", "x" * 300],
         ["demo", "--instance_data_dir", "none"],
     ],
 )

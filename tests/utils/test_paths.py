@@ -2,11 +2,15 @@ from dataclasses import dataclass, fields
 
 import pytest
 
+import atomdiff
 from atomdiff.classify.config import ClassifyConfig
+from atomdiff.cli.summary import describe
 from atomdiff.export.export import ExportConfig
 from atomdiff.export.extract import ExtractConfig
+from atomdiff.pipelines.open import open_pipeline
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.config import TrainConfig
+from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.paths import PathText, expand_paths, path_fields
@@ -61,6 +65,8 @@ def test_what_is_there_as_written_stays(tmp_path):
         ("${}/out", "found no environment variable"),
         ("~nobody-of-that-name/out", "found no user 'nobody-of-that-name'"),
         ("", "folder='': expected a path"),
+        ("x" * 300, "folder='x+: cannot be a path .File name too long.; name another"),
+        ("a\0b", "cannot be a path"),
     ],
 )
 def test_what_cannot_be_expanded_is_refused(path, message):
@@ -74,3 +80,10 @@ def test_every_field_that_names_a_path_is_one(kind):
     named = {field.name for field in fields(kind) if set(words) & set(field.name.split("_"))}
     named -= {"one_file", "single_file_config"}
     assert named and named <= set(path_fields(kind))
+
+
+@pytest.mark.parametrize("call", [read_adapter, describe, open_pipeline, lambda path: atomdiff.load_atoms(None, path)])
+@pytest.mark.parametrize("folder", ["", "configs/"])
+def test_names_too_long_for_a_file_system_name_no_file_to_callers_in_python_either(call, folder):
+    with pytest.raises(UserError, match="no such file|is no f|there is no file"):
+        call(folder + "x" * 5000)
