@@ -27,12 +27,9 @@ from atomdiff.utils.functional_call import without_autocast
 
 
 def can_recompute(module: nn.Module, x: Tensor, *more: Any) -> bool:
-    """Whether `call` can take the place of a plain module's own call: a frozen layer, padded with zeros.
+    """Whether `call` can take the place of a plain module's own call with x: a frozen layer, padded with zeros.
 
-    Args:
-        module: one that `functional_call.is_plain`.
-        x: what it is called with.
-        *more: further arguments of the call, such as the output size of a transposed convolution.
+    More arguments, such as the output size of a transposed convolution, rule it out.
     """
     if more or torch.compiler.is_compiling():
         return False
@@ -51,13 +48,7 @@ def call(module: nn.Module, weight: Tensor, updates: Sequence[WeightUpdate], x: 
     Kept for the backward pass: x in the precision of the product, and the matrices. The adapted weight is made again,
     and its gradient is contracted with the base weight to those of the matrices as soon as it is there. Where the
     unfolded patches of x are smaller than the weight, kernels mix in them instead, and the channels of blocks in a part
-    of the weight after the other.
-
-    Args:
-        module: for which `can_recompute` is true.
-        weight: the base weight, frozen.
-        updates: of the weight.
-        x: what the module takes; under autocast in any precision.
+    of the weight after the other. The module is one for which `can_recompute` is true.
     """
     if functional_call.is_autocast(x) and x.dtype != torch.float64:
         x = x.to(torch.get_autocast_dtype(x.device.type))
@@ -143,11 +134,7 @@ class MatrixGradients:
     """The gradients of the updates' matrices from that of what `adapt_weight` gives, part by part of the weight.
 
     Where rows X of one view are all that is updated, X' = X @ T, that is X.T @ (gradient of X') and the small step from
-    T to the matrices. Else autograd goes through each part.
-
-    Args:
-        updates: in any order.
-        positions: of a kernel.
+    T to the matrices. Else autograd goes through each part. `positions` are those of a kernel.
     """
 
     def __init__(self, updates: Sequence[WeightUpdate], positions: int) -> None:

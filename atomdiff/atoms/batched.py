@@ -20,14 +20,9 @@ _PART_BYTES = 24 << 20  # of weights: enough for a fast product, and what a CPU'
 
 
 def adapt_weight_per_sample(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
-    """An adapted weight for each sample.
+    """An adapted weight for each sample: (out, in/groups, ...) -> (samples, out, in/groups, ...).
 
-    Args:
-        weight: (out, in/groups, ...), the same for all.
-        updates: with a leading axis of samples.
-
-    Returns:
-        (samples, out, in/groups, ...).
+    The matrices of the updates have a leading axis of samples.
     """
     if not updates:
         raise ValueError("no update to make: use the weight itself")

@@ -25,12 +25,7 @@ def im2col_is_cheaper(module: nn.Module, updates: Sequence[WeightUpdate], positi
 
     A weight has as many kernels for an input channel as there are output channels, its unfolded patches as many columns
     as there are positions; whichever is less was the faster one on a CPU, too, in layers of the sizes of Stable
-    Diffusion 1.5.
-
-    Args:
-        module: the bare module.
-        updates: those of its weight, with a leading axis of samples.
-        positions: positions of the input that a sample has, over all its images.
+    Diffusion 1.5. The updates have a leading axis of samples; positions are those of a sample's input, over all images.
     """
     return (
         is_plain(module, (nn.Conv2d,))

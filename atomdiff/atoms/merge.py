@@ -26,14 +26,7 @@ def adapt_weight(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
     """The weight with all updates, as `atoms.update.updated_weight` defines it.
 
     The sums run in float32 at least, and the result is rounded once, to the weight's dtype; zero matrices give back the
-    very same values.
-
-    Args:
-        weight: (out, in/groups, ...), or (out, in) of a Linear. Never changed.
-        updates: in any order.
-
-    Returns:
-        A tensor like `weight`, with the same strides.
+    very same values. It is like the weight, with the same strides; the weight itself is never changed.
     """
     adapted = adapt_wide(weight, updates)
     if adapted.dtype == weight.dtype and adapted.stride() == weight.stride():

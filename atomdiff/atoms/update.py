@@ -64,11 +64,7 @@ def recursive_delta(mix: Tensor, delta: Tensor) -> Tensor:
 def updated_weight(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
     """The adapted weight: all updates of kernels and whole blocks are added to it, to that all updates of channels.
 
-    This is the reference that every fast way is tested against.
-
-    Args:
-        weight: W (out, in/groups, ...).
-        updates: in any order.
+    This is the reference that every fast way is tested against, for W (out, in/groups, ...) and updates in any order.
     """
     for spans_kernel in (True, False):
         base = weight

@@ -53,14 +53,7 @@ def rollback_on_error(models: Iterable[nn.Module], name: str) -> Iterator[None]:
 
 
 def attach_atoms(model: Any, config: AtomConfig, layers: Mapping[str, Mapping[str, Tensor]], name: str) -> None:
-    """Add an atom adapter with given deltas and atoms to exactly these layers.
-
-    Args:
-        model: the model.
-        config: settings of the adapter.
-        layers: module path -> tensors by kind, that fit the model.
-        name: the adapter's name.
-    """
+    """Add an atom adapter to exactly these layers: module path -> its deltas and atoms by kind, which fit the model."""
     exactly = f"(?:{'|'.join(re.escape(module) for module in layers)})"  # no preset is written so
     chosen = {"target_modules": exactly, "exclude_modules": None, "layers_to_transform": None}
     inject(model, _copy_config(config, **chosen, filled_by_loader=True), name)
@@ -81,14 +74,8 @@ def attach_peft(
 ) -> list[str]:
     """Add an adapter of any PEFT method with given tensors.
 
-    It is tried out first with tensors that take no memory: settings may ask for any amount of it.
-
-    Args:
-        model: the model.
-        config: settings of the adapter.
-        tensors: as `peft_tensors` gives them.
-        name: the adapter's name.
-        may_leave_out: tells of a module's path whether the rest is added where its tensors do not fit.
+    It is tried out first with tensors that take no memory: settings may ask for any amount of it. Where tensors do not
+    fit, `may_leave_out` tells of the path of their module whether the rest is added.
 
     Returns:
         Paths of the modules that were left out.

@@ -23,11 +23,7 @@ _MERGED = "merged_layers"  # layers of other methods than atoms that merged into
 
 
 class BaseWeight:
-    """The parameters of a base module without what is merged into it.
-
-    Args:
-        module: the base module; all that is kept is kept in it.
-    """
+    """The parameters of a base module without what is merged into it; all that is kept is kept in the module."""
 
     def __init__(self, module: nn.Module) -> None:
         self.module = module

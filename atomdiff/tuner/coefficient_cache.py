@@ -21,44 +21,34 @@ class CoefficientCache:
     """
 
     def __init__(self) -> None:
-        self._found: dict[Key, tuple[Any, Tensor]] = {}
+        self._entries: dict[Key, tuple[Any, Tensor]] = {}
 
     def get(self, key: Key, sources: Sources, compute: Callable[[], Tensor], always_valid: bool = False) -> Tensor:
-        """The coefficients, worked out where there are no valid ones.
-
-        Args:
-            key: which.
-            sources: see `Sources`.
-            compute: works them out.
-            always_valid: do not look whether they are.
-        """
-        if key not in self._found or not (always_valid or self._found[key][0] == _state(sources(key))):
+        """The coefficients, worked out where there are none, or unless `always_valid` none that are valid."""
+        if key not in self._entries or not (always_valid or self._entries[key][0] == _state(sources(key))):
             coefficients = compute()
-            self._found[key] = _state(sources(key)), coefficients
-        return self._found[key][1]
+            self._entries[key] = _state(sources(key)), coefficients
+        return self._entries[key][1]
 
     @contextmanager
     def kept(self, sources: Sources, fn: Callable[[Tensor], Tensor] = lambda tensor: tensor) -> Iterator[None]:
-        """Keep what is valid before, whatever happens to the atoms and the weight within.
-
-        Args:
-            sources: see `Sources`.
-            fn: makes of the coefficients what is kept, such as a copy on another device.
-        """
-        valid = {key: found for key, (state, found) in self._found.items() if state == _state(sources(key))}
+        """Keep what is valid before, or what `fn` makes of it, whatever happens to the atoms and the weight within."""
+        valid = {
+            key: coefficients for key, (state, coefficients) in self._entries.items() if state == _state(sources(key))
+        }
         yield
-        self._found = {key: (_state(sources(key)), fn(found)) for key, found in valid.items()}
+        self._entries = {key: (_state(sources(key)), fn(coefficients)) for key, coefficients in valid.items()}
 
     def drop(self, adapter: str) -> None:
         """Drop those of an adapter."""
-        self._found = {key: found for key, found in self._found.items() if key[0] != adapter}
+        self._entries = {key: entry for key, entry in self._entries.items() if key[0] != adapter}
 
     def __len__(self) -> int:
-        return len(self._found)
+        return len(self._entries)
 
     def __copy__(self) -> CoefficientCache:
         copied = CoefficientCache()
-        copied._found = dict(self._found)
+        copied._entries = dict(self._entries)
         return copied
 
     def __reduce__(self) -> Any:

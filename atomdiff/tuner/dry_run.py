@@ -33,8 +33,7 @@ _MOVES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 class DryRun(TorchFunctionMode):
     """Within, and in this thread alone, an adapter can be added that takes no memory and no random numbers.
 
-    Args:
-        values: make tensors as they are asked for, for methods that look at the values in them.
+    With `values` tensors are made as they are asked for, for methods that look at the values in them.
 
     Raises:
         ValueError: a tensor is larger than any that an adapter has.

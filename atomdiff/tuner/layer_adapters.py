@@ -109,11 +109,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def weight_updates(self, weights: Mapping[str, float | Tensor]) -> list[WeightUpdate]:
-        """The updates of adapters, each times its weight.
-
-        Args:
-            weights: adapter -> weight, or weights (samples,) of the samples of a batch.
-        """
+        """The updates of adapters, each times its weight, or weights (samples,) of the samples of a batch."""
         return [
             self._weight_update(name, atoms, weight)
             for name, weight in weights.items()

@@ -63,9 +63,7 @@ def write(
 def merge_others(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Make exactly these adapters of other methods active, and merge them; `restore_others` comes before.
 
-    Args:
-        model: the model.
-        weights: adapter -> weight, such as `can_be_weighted` allows.
+    Their weights are such as `can_be_weighted` allows.
     """
     for layer in _merge_order(model):
         if not isinstance(layer, AtomLayer):

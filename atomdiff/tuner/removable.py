@@ -9,11 +9,7 @@ _REWRITING = re.compile("pissa.*|olora|corda|loftq|lora_ga")
 
 
 def why_not_removable(config: Any) -> str | None:
-    """What an adapter of these settings changes for good, and what to do instead; None: it comes off again.
-
-    Args:
-        config: settings of any PEFT method.
-    """
+    """What an adapter of these settings changes for good, and what to do instead; None: it comes off again."""
     bias = getattr(config, "bias", "none")
     if bias not in ("none", None):
         return (

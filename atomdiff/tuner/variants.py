@@ -100,11 +100,7 @@ class Atoms:
         }
 
     def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
-        """Delta dD (m, d), or (in, m, d) where `view.by_input`.
-
-        Args:
-            tensor: gives the trained tensors and the atoms (`atom_basis`) by name.
-        """
+        """Delta dD (m, d), or (in, m, d) where `view.by_input`; `tensor` gives trained tensors and atoms by name."""
         return tensor(f"{self.name}_delta")
 
     def stored_shapes(self, config: AtomConfig) -> dict[str, tuple[int, ...]]:
@@ -227,11 +223,6 @@ def atoms_of(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) 
     """The atoms of one layer: of its kernels (or whole blocks), and of its channel blocks.
 
     A layer without a kernel has only the latter; if it has no blocks either, one number that scales its weight.
-
-    Args:
-        config: settings of the adapter.
-        module_name: path of the layer.
-        weight_shape: (out, in/groups, ...).
 
     Raises:
         ValueError: `config.num_atoms` exceeds the numbers in a row, which only an overcomplete basis allows.

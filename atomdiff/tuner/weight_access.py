@@ -37,12 +37,8 @@ def read(module: nn.Module, name: str = "weight", tensor: Tensor | None = None) 
     """A parameter of a module as its forward computes with it, wherever it is kept between calls.
 
     Accelerate's offloading (to the CPU or to disk) has it in a map of weights, diffusers' group offloading in the CPU's
-    memory or in a file; layerwise casting keeps it in a smaller dtype.
-
-    Args:
-        module: which has the parameter, possibly on the meta device.
-        name: of the parameter.
-        tensor: what the module has under that name, where that is no attribute.
+    memory or in a file; layerwise casting keeps it in a smaller dtype. `tensor` is what the module has under that name,
+    where that is no attribute.
     """
     value: Tensor = getattr(module, name) if tensor is None else tensor
     if not _is_hooked(module):
@@ -113,9 +109,7 @@ def why_not_read(module: nn.Module) -> str:
 def why_not_written(module: nn.Module, exactly: bool = False) -> str:
     """Why a weight cannot be changed in place so that calls of its module follow; empty: it can.
 
-    Args:
-        module: which has it.
-        exactly: what is written was there before, so that a small dtype can hold it.
+    `exactly`: what is written was there before, so that a small dtype can hold it.
     """
     if reason := why_not_read(module):
         return reason

@@ -55,15 +55,15 @@ def gradients(model, x, run=None):
     y = (run or model)(x)
     trained = {name: parameter for name, parameter in model.named_parameters() if parameter.requires_grad}
     target = torch.randn(y.shape, generator=torch.Generator().manual_seed(1))
-    found = torch.autograd.grad((y.float() * target).sum(), [x, *trained.values()])
-    return {"output": y.detach(), **dict(zip(["input", *trained], found, strict=True))}
+    actual = torch.autograd.grad((y.float() * target).sum(), [x, *trained.values()])
+    return {"output": y.detach(), **dict(zip(["input", *trained], actual, strict=True))}
 
 
-def assert_close(found, expected, tolerance=1e-5):
-    assert found.keys() == expected.keys()
+def assert_close(actual, expected, tolerance=1e-5):
+    assert actual.keys() == expected.keys()
     for name, tensor in expected.items():
         scale = max(float(tensor.abs().max()), 1e-3)
-        torch.testing.assert_close(found[name] / scale, tensor / scale, atol=tolerance, rtol=0, msg=name)
+        torch.testing.assert_close(actual[name] / scale, tensor / scale, atol=tolerance, rtol=0, msg=name)
 
 
 def possible(layers, variants):
@@ -75,10 +75,10 @@ def possible(layers, variants):
 @pytest.mark.parametrize(("layer", "variant"), possible(LAYERS, VARIANTS))
 def test_gradients_are_those_of_the_equation(layer, variant, monkeypatch):
     model, x = adapted(layer, variant)
-    found = gradients(model, x)
+    actual = gradients(model, x)
     monkeypatch.setattr(autograd, "can_recompute", lambda *_: False)
     monkeypatch.setattr("atomdiff.tuner.layer.adapt_weight", updated_weight)
-    assert_close(found, gradients(model, x))
+    assert_close(actual, gradients(model, x))
 
 
 @pytest.mark.parametrize("at_once", [1, 64 * 9 * 4])
@@ -112,16 +112,16 @@ def test_a_weight_that_was_written_meanwhile_is_noticed(write):
 def kept(model, x):
     """What autograd keeps for the backward pass beside the model's own tensors."""
     own = {tensor.untyped_storage().data_ptr() for tensor in [*model.parameters(), *model.buffers(), x]}
-    found = []
+    sizes = []
 
     def pack(tensor):
         if tensor.untyped_storage().data_ptr() not in own:
-            found.append(tensor.numel())
+            sizes.append(tensor.numel())
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
         model(x.requires_grad_())
-    return found
+    return sizes
 
 
 @pytest.mark.parametrize(
@@ -159,10 +159,10 @@ def test_autocast(layer, variant, frozen):
         with torch.autocast("cpu", torch.bfloat16):
             return model(x)
 
-    found = gradients(model, x, run)
-    assert found["output"].dtype == torch.bfloat16
-    assert all(tensor.dtype == torch.float32 for name, tensor in found.items() if name != "output")
-    assert_close({name: tensor.float() for name, tensor in found.items()}, expected, tolerance=0.03)
+    actual = gradients(model, x, run)
+    assert actual["output"].dtype == torch.bfloat16
+    assert all(tensor.dtype == torch.float32 for name, tensor in actual.items() if name != "output")
+    assert_close({name: tensor.float() for name, tensor in actual.items()}, expected, tolerance=0.03)
 
 
 @pytest.mark.parametrize("variant", ["spatial", "blocks", "recursion"])
@@ -175,8 +175,8 @@ def test_gradient_checkpointing(variant):
 def test_compiled(variant):
     model, x = adapted("conv", variant)
     compiled = torch.compile(copy.deepcopy(model), backend="aot_eager", fullgraph=True)
-    found, expected = gradients(compiled, x), gradients(model, x)
-    assert_close({name.replace("_orig_mod.", ""): tensor for name, tensor in found.items()}, expected)
+    actual, expected = gradients(compiled, x), gradients(model, x)
+    assert_close({name.replace("_orig_mod.", ""): tensor for name, tensor in actual.items()}, expected)
 
 
 def test_a_base_that_is_trained_too_gets_its_gradient():
@@ -193,10 +193,10 @@ def test_a_bias_that_is_trained_too_gets_its_gradient():
 
 
 def matrix_gradients(weight, updates, gradient):
-    found = MatrixGradients(updates, weight[0, 0].numel())
+    sums = MatrixGradients(updates, weight[0, 0].numel())
     for part in parts_of(weight, updates):
-        found.add(weight[part], gradient[part], part)
-    return found.result()
+        sums.add(weight[part], gradient[part], part)
+    return sums.result()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
@@ -211,33 +211,33 @@ def test_matrix_gradients(dtype, blocks, monkeypatch):
     leaves = [update.matrix.requires_grad_() for update in updates]
     gradient = torch.randn_like(weight)
     expected = torch.autograd.grad(updated_weight(weight, updates), leaves, gradient)
-    for found, wanted in zip(matrix_gradients(weight, updates, gradient), expected, strict=True):
-        torch.testing.assert_close(found, wanted, atol=1e-3 if dtype == torch.float32 else 1e-9, rtol=1e-4)
+    for actual, correct in zip(matrix_gradients(weight, updates, gradient), expected, strict=True):
+        torch.testing.assert_close(actual, correct, atol=1e-3 if dtype == torch.float32 else 1e-9, rtol=1e-4)
 
 
 def test_gradients_in_float16_may_be_larger_than_its_numbers():
     weight, gradient = torch.ones(64, 64, 3, 3), torch.full((64, 64, 3, 3), 100.0)
     update = WeightUpdate(View(), torch.zeros(9, 9))
-    (found,) = matrix_gradients(weight.half(), [update], gradient.half())
-    torch.testing.assert_close(found, torch.full((9, 9), 409600.0))
+    (actual,) = matrix_gradients(weight.half(), [update], gradient.half())
+    torch.testing.assert_close(actual, torch.full((9, 9), 409600.0))
 
 
 @pytest.mark.parametrize("layer", ["conv", "few positions", "linear", "transposed", "line"])
 def test_inputs_without_a_batch(layer, monkeypatch):
     model, x = adapted(layer, "blocks")
     x = x[0, 0] if layer == "linear" else x[0]
-    found = gradients(model, x)
+    actual = gradients(model, x)
     monkeypatch.setattr(autograd, "can_recompute", lambda *_: False)
-    assert_close(found, gradients(model, x))
+    assert_close(actual, gradients(model, x))
 
 
 @pytest.mark.parametrize("variant", ["spatial", "blocks"])
 def test_float64_stays_float64(variant, monkeypatch):
     model, x = adapted("few positions", variant)
     model, x = model.double(), x.double()
-    found = gradients(model, x)
+    actual = gradients(model, x)
     monkeypatch.setattr(autograd, "can_recompute", lambda *_: False)
-    assert_close(found, gradients(model, x), tolerance=1e-12)
+    assert_close(actual, gradients(model, x), tolerance=1e-12)
 
 
 @pytest.mark.parametrize("x", [torch.ones(1, 8, 2, 5), torch.ones(1, 8, 4, 4, dtype=torch.int64)])
@@ -266,9 +266,9 @@ def test_hooks_and_replaced_forwards_are_kept():
     expected = gradients(model, x)
     base = model.base_model.model[0].get_base_layer()
     handle = base.register_forward_hook(lambda module, inputs, output: 2 * output)
-    found = gradients(model, x)
+    actual = gradients(model, x)
     assert_close(
-        {"output": found["output"], "input": found["input"]}, {k: 2 * expected[k] for k in ("output", "input")}
+        {"output": actual["output"], "input": actual["input"]}, {k: 2 * expected[k] for k in ("output", "input")}
     )
     handle.remove()
     usual = base.forward
@@ -290,5 +290,5 @@ def test_a_layer_with_a_forward_of_its_own_keeps_it():
     plain = copy.deepcopy(model)
     plain.base_model.model[0].base_layer.__class__ = nn.Linear
     torch.testing.assert_close(model(x), 2 * plain(x))
-    found = torch.autograd.grad(model(x).sum(), x)[0]
-    torch.testing.assert_close(found, 2 * torch.autograd.grad(plain(x).sum(), x)[0])
+    actual = torch.autograd.grad(model(x).sum(), x)[0]
+    torch.testing.assert_close(actual, 2 * torch.autograd.grad(plain(x).sum(), x)[0])

@@ -21,8 +21,8 @@ CONFIGS = {
 
 @pytest.fixture(scope="module")
 def group(tmp_path_factory):
-    place = tmp_path_factory.mktemp("group") / "store"
-    dist.init_process_group("gloo", init_method=f"file://{place}", rank=0, world_size=1)
+    store = tmp_path_factory.mktemp("group") / "store"
+    dist.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
     yield
     dist.destroy_process_group()
 
@@ -93,6 +93,6 @@ def steps(model, x):
 def test_sharded_training_learns_as_one_device_does(group, config, sharding):
     x = torch.randn(3, 4, 6, 6, generator=torch.Generator().manual_seed(2))
     expected = steps(model_of(config), x)
-    found = steps(SHARDINGS[sharding](model_of(config)), x)
+    actual = steps(SHARDINGS[sharding](model_of(config)), x)
     assert expected[2] < 0.99 * expected[0]
-    assert found == pytest.approx(expected, rel=1e-4)
+    assert actual == pytest.approx(expected, rel=1e-4)

@@ -32,16 +32,16 @@ def add(pipe, name, config, seed=0):
 @pytest.fixture(scope="module")
 def files(pipe_template, tmp_path_factory):
     """Concepts of all weights, and with sparse coefficients."""
-    folder, pipe, found = tmp_path_factory.mktemp("concepts"), copy.deepcopy(pipe_template), {}
+    folder, pipe, paths = tmp_path_factory.mktemp("concepts"), copy.deepcopy(pipe_template), {}
     configs = {
         "all": AtomConfig(target_modules="all"),
         "sparse": AtomConfig(basis="sparse", channel_block=1, target_modules=["conv_in"]),
     }
     for name, config in configs.items():
         add(pipe, name, config)
-        found[name] = atomdiff.save_atoms(pipe, folder / f"{name}.atoms.safetensors", name, dtype=torch.float32)
+        paths[name] = atomdiff.save_atoms(pipe, folder / f"{name}.atoms.safetensors", name, dtype=torch.float32)
         atomdiff.unload_atoms(pipe, name)
-    return found
+    return paths
 
 
 @pytest.fixture
