@@ -94,7 +94,7 @@ def prepare_base(config: BenchmarkConfig, work: Path) -> dict[str, Any]:
         adapter="full",
         learning_rate=2e-3,
         head_learning_rate=2e-3,
-        lr_warmup_steps=100,
+        lr_warmup_steps=min(100, config.source_steps),
         max_train_steps=config.source_steps,
         validation_steps=250,
         resolution=64,

@@ -13,7 +13,6 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.utils.atomic import new_file
-from atomdiff.utils.precision import has_instructions
 from benchmarks.pretrain.muon import make_optimizers
 
 _REPORT_STEPS = 20
@@ -73,11 +72,6 @@ class Checkpoints:
         clock = {"seconds": stage.seconds, "steps": stage.steps, "losses": stage.losses, "elapsed": elapsed}
         with new_file(self.folder / f"resume-{stage.name}.pt") as file:
             torch.save({name: part.state_dict() for name, part in parts.items()} | clock, file)
-
-
-def autocast(device: torch.device) -> torch.autocast:
-    """bfloat16 where the device has instructions for it."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=has_instructions("bf16", device))
 
 
 def rate_at(progress: float, warmup: float) -> float:

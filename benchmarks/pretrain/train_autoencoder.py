@@ -14,10 +14,11 @@ from torch.nn import functional as F
 
 from atomdiff.toybox.world import IMAGE_SIZE
 from atomdiff.toybox.world.judge import Judge
+from atomdiff.utils.precision import autocast
 from benchmarks.pretrain.architecture import LATENT_CHANNELS
 from benchmarks.pretrain.data import as_signal
 from benchmarks.pretrain.fastest import fastest
-from benchmarks.pretrain.stage import Average, Checkpoints, Stage, autocast, run_stage
+from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
 
 
 def edge_error(restored: Tensor, x: Tensor) -> Tensor:

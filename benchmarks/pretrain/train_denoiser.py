@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from transformers import CLIPTextModel
 
 from atomdiff.toybox.base import build_scheduler
+from atomdiff.utils.precision import autocast
 from benchmarks.pretrain.fastest import fastest
-from benchmarks.pretrain.stage import Average, Checkpoints, Stage, autocast, run_stage
+from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
 
 DECAYS = (0.999, 0.9996)
 KEEP_STEPS = 2000

@@ -8,8 +8,9 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from atomdiff.toybox.world.judge import Judge
+from atomdiff.utils.precision import autocast
 from benchmarks.pretrain.data import World, as_signal
-from benchmarks.pretrain.stage import Checkpoints, Stage, autocast, run_stage
+from benchmarks.pretrain.stage import Checkpoints, Stage, run_stage
 
 _CAPTIONED, _FAMILIES, _DEGRADED = 96, 24, 32
 

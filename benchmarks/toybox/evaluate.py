@@ -1,4 +1,4 @@
-"""Measure the toybox's base: reconstruction, and whether images show what unseen captions ask for.
+"""Measure the toybox's base: reconstruction, whether images show what unseen captions ask for, and how good they look.
 
 python -m benchmarks.toybox.evaluate
 """
@@ -21,6 +21,7 @@ from atomdiff.toybox.scenes import Caption
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.base_quality import relative_frechet_distance, sharpness
 from benchmarks.result_file import command_line, write_result
 from benchmarks.toybox.data import render_world
 from benchmarks.toybox.train_base import as_signal
@@ -36,9 +37,11 @@ class EvaluateConfig:
     judge: str = "samples/toybox-judge"
     """Folder of the judge."""
     count: int = 256
-    """Number of captions, of combinations that pretraining never saw."""
+    """Number of captions, of combinations that pretraining never saw. The Frechet distance depends on it."""
     num_inference_steps: int = 30
     """Denoising steps."""
+    batch_size: int = 32
+    """Images generated at once."""
     guidance_scale: float = 4.0
     """Classifier-free guidance."""
     output: str = "benchmarks/results/toybox.json"
@@ -71,16 +74,18 @@ def evaluate_base(
     count: int = 256,
     num_inference_steps: int = 30,
     guidance_scale: float = 4.0,
+    batch_size: int = 32,
     seed: int = 1_000_003,
 ) -> tuple[dict[str, Any], list[Image.Image], list[Caption]]:
     """Generate images for `count` captions whose combination of words pretraining never saw, and judge them.
 
     Returns:
-        Figures (PSNR in dB; accuracies on generated and on freshly drawn images, and their ratio), the generated
-        images, their captions.
+        Figures (PSNR in dB; sharpness and Frechet distance; accuracies on generated and on real images, and their
+        ratio), the generated images, their captions.
     """
-    drawn, captions = render_world(count, seed, held_out=True)
-    real = accuracy(judge, [Image.fromarray(image) for image in drawn], captions)
+    rendered, all_captions = render_world(2 * count, seed, held_out=True)
+    real_images, captions = [Image.fromarray(image) for image in rendered], all_captions[:count]
+    real = accuracy(judge, real_images, all_captions)
     prompts = [str(caption) for caption in captions]
     images = generate(
         pipe,
@@ -88,11 +93,13 @@ def evaluate_base(
         seeds=[seed + i for i in range(count)],
         num_inference_steps=num_inference_steps,
         guidance_scale=guidance_scale,
-        batch_size=32,
+        batch_size=batch_size,
     )
     generated = accuracy(judge, images, captions)
     figures = {
-        "psnr_db": round(reconstruction_psnr(pipe, torch.from_numpy(drawn)), 2),
+        "psnr_db": round(reconstruction_psnr(pipe, torch.from_numpy(rendered[:count])), 2),
+        "sharpness_over_real": round(sharpness(images) / sharpness(real_images), 4),
+        **relative_frechet_distance(judge.embed(images), judge.embed(real_images)),
         "real": real,
         "generated": generated,
         "generated_over_real": {kind: round(generated[kind] / real[kind], 4) for kind in LABELS},
@@ -110,10 +117,11 @@ def main(config: EvaluateConfig) -> None:
         count=config.count,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
+        batch_size=config.batch_size,
     )
-    flat = {"psnr_db": figures.pop("psnr_db")}
-    flat |= {f"{source}_{kind}": share for source, kinds in figures.items() for kind, share in kinds.items()}
-    write_result(config.output, command_line("toybox.evaluate", config), flat)
+    accuracies = {name: figures.pop(name) for name in ("real", "generated", "generated_over_real")}
+    figures |= {f"{source}_{kind}": share for source, kinds in accuracies.items() for kind, share in kinds.items()}
+    write_result(config.output, command_line("toybox.evaluate", config), figures)
     Path("out").mkdir(exist_ok=True)
     rows = [images[i : i + 8] for i in range(0, min(len(images), 48), 8)]
     make_image_grid(rows, [str(caption) for caption in captions[: len(rows) * 8 : 8]]).save("out/toybox.png")
