@@ -18,6 +18,7 @@ from safetensors.torch import load_file, save_file
 
 import atomdiff
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
+from atomdiff.pipelines import open as opening
 from atomdiff.pipelines.loaded_concepts import list_atoms
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.pipelines.scheduler import schedule_settings
@@ -67,8 +68,8 @@ def config(tiny_pipe_folder, tmp_path):
 @pytest.fixture
 def loads(monkeypatch):
     """Counts how often a pipeline was loaded."""
-    counted, load = [], sample.open_base
-    monkeypatch.setattr(sample, "open_base", lambda *a, **k: counted.append(a) or load(*a, **k))
+    counted, load = [], opening.open_pipeline
+    monkeypatch.setattr(opening, "open_pipeline", lambda *a, **k: counted.append(a) or load(*a, **k))
     return counted
 
 
