@@ -36,13 +36,13 @@ def _from_config(name: str) -> nn.Module:
     for denoiser, denoiser_class in dict.fromkeys((base.denoiser, base.denoiser_class) for base in BASES):
         try:
             if not folder.is_dir() or (folder / denoiser).is_dir():
-                made: Any = getattr(diffusers, denoiser_class)
-                denoiser_model: nn.Module = made.from_config(made.load_config(name, subfolder=denoiser))
-                return denoiser_model
+                model_class: Any = getattr(diffusers, denoiser_class)
+                model: nn.Module = model_class.from_config(model_class.load_config(name, subfolder=denoiser))
+                return model
         except (OSError, ValueError):  # no pipeline: a model of its own, perhaps
             pass
     try:
-        model: nn.Module = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name))
+        model = AutoModelForImageClassification.from_config(AutoConfig.from_pretrained(name))
     except (OSError, ValueError) as error:
         raise UserError(
             f"there is no architecture {name!r}; known are {', '.join(ARCHITECTURES)}, and folders or Hub ids of a "

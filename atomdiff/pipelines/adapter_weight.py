@@ -4,17 +4,14 @@ from __future__ import annotations
 
 import re
 import sys
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 
 from atomdiff.bases.find import BASES
-from atomdiff.pipelines.caller import find_caller
-from atomdiff.pipelines.hooks import Hook, before_calls
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.threads import CallLock, ThreadLocal
 
 _EXPECTED = (
     "give a number, or {'weight': number, 'blocks': {'down': number, 'up.1': number}, 'steps': {0: number, 1: number}}"
@@ -107,48 +104,6 @@ def command_line_weights(
         if given and len(given) != len(concepts):
             raise UserError(f"found {len(given)} {name} for {len(concepts)} concepts; give one each, or none")
     return [AdapterWeight.read(weight) for weight in weights or [1.0] * len(concepts)]
-
-
-class StepSchedule:
-    """Calls a function with the share of the denoising steps done, before each step at which it changes.
-
-    Threads take turns: what the function writes into the model is for the call of one of them.
-    """
-
-    def __init__(
-        self,
-        pipe: Any,
-        denoiser: Any,
-        apply: Callable[[float], None],
-        when: Callable[[Hook], Hook] = lambda hook: hook,
-    ) -> None:
-        self.paused = ThreadLocal()  # calls of a thread whose value is true are passed over
-        self._pipe, self._apply = pipe, apply
-        self._last: float | None = None
-        self._turn = CallLock()
-        self.remove = before_calls(denoiser, when(self._before), self._after)
-
-    def _before(self, model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if self.paused.value:
-            return
-        self._turn.take(model)
-        timestep = kwargs.get("timestep", args[1] if len(args) > 1 else None)
-        caller = find_caller(model)
-        scheduler = (caller.pipe if caller else self._pipe).scheduler
-        steps = getattr(scheduler, "timesteps", None)
-        if timestep is None or steps is None or len(steps) == 0:
-            return
-        now = float(timestep.reshape(-1)[0] if hasattr(timestep, "reshape") else timestep)
-        scales = 1, scheduler.config.get("num_train_timesteps", 1)  # some transformers get them from 0 to 1
-        distances = [(steps.float() - now * scale).abs().min(0) for scale in scales]
-        nearest = min(distances, key=lambda distance: distance.values)
-        progress = int(nearest.indices) / max(len(steps) - 1, 1)
-        if progress != self._last:
-            self._last = progress
-            self._apply(progress)
-
-    def _after(self, *_: Any) -> None:
-        self._turn.give()
 
 
 def _is_number(value: Any) -> bool:

@@ -16,7 +16,6 @@ from atomdiff.concepts.concept_file import DeltaFile
 from atomdiff.pipelines.adapter_names import derived_name, given_name
 from atomdiff.pipelines.concept_parts import attach_parts, read_parts, warn_of_left_out
 from atomdiff.pipelines.loaded_concepts import (
-    adopt_calls,
     belongs_to_other_pipeline,
     concept_names,
     has_adapter,
@@ -25,6 +24,7 @@ from atomdiff.pipelines.loaded_concepts import (
     refresh,
     taken_names,
     tokens_of,
+    update_overrides,
 )
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.placeholder_tokens import (
@@ -148,7 +148,7 @@ def load_concept(
         for model in models.values():
             adapter_state.activate(model, [name])
             adapter_state.compute_coefficients(model, name)
-        adopt_calls(pipe)
+        update_overrides(pipe)
     return name
 
 
@@ -198,4 +198,4 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
                 if has_adapter(model, name):
                     attach.delete_adapter(model, name)
         remove_placeholder_tokens(pipe, tokens)
-        adopt_calls(pipe)
+        update_overrides(pipe)

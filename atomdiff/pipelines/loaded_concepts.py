@@ -8,7 +8,7 @@ from typing import Any
 
 from torch import nn
 
-from atomdiff.pipelines import model_calls
+from atomdiff.pipelines import overrides
 from atomdiff.pipelines.models import changeable_parts, locked, pipeline_models
 from atomdiff.pipelines.placeholder_tokens import refresh_tokens, tokens_in
 from atomdiff.pipelines.vocabulary import PlaceholderToken, has_placeholder_tokens
@@ -41,25 +41,25 @@ def list_atoms(pipe: Any) -> list[LoadedConcept]:
 
 
 def refresh(pipe: Any) -> None:
-    """Drop what is left of adapters and tokens that others have deleted, and take over the methods of new parts."""
+    """Drop what is left of adapters and tokens that others have deleted, and override methods of new parts."""
     refresh_tokens(pipe)
     for model in pipeline_models(pipe).values():
         attach.remove_leftovers(model)
-    adopt_calls(pipe)
+    update_overrides(pipe)
 
 
-def adopt_calls(pipe: Any) -> None:
-    """Replace methods of the parts that have concepts by now (see `model_calls`); give the others their own back."""
+def update_overrides(pipe: Any) -> None:
+    """Override methods of the parts that have concepts by now, and give the others their own back."""
     loaded = bool(concept_names(pipe))
     for part in changeable_parts(pipe):
         if loaded and (
             has_placeholder_tokens(part) or (isinstance(part, nn.Module) and adapter_state.adapter_configs(part))
         ):
-            model_calls.adopt(part)
+            overrides.add(part)
             if isinstance(part, nn.Module):
                 merging.keep_when_merged(part)
         else:
-            model_calls.release(part)
+            overrides.remove(part)
 
 
 def concept_names(pipe: Any) -> list[str]:

@@ -11,11 +11,12 @@ from typing import Any
 from torch import Tensor, nn
 
 from atomdiff.bases.find import find_base
-from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule
+from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.hooks import Hook, before_calls
 from atomdiff.pipelines.models import locked, pipeline_models
-from atomdiff.pipelines.switch import SCHEDULE, read_adapter_weights
+from atomdiff.pipelines.step_schedule import StepSchedule, schedule_of
+from atomdiff.pipelines.switch import read_adapter_weights
 from atomdiff.tuner import adapter_state, checks
 from atomdiff.tuner.mixed_batch import BatchLayout
 from atomdiff.utils.errors import UserError, warn
@@ -54,7 +55,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
             models = pipeline_models(pipe)
             _check_models(models, {name for sample in weights for name in sample})
             denoiser = find_base(models).denoiser
-            if (schedule := vars(models[denoiser]).get(SCHEDULE)) is not None:
+            if (schedule := schedule_of(models[denoiser])) is not None:
                 schedule.paused.value = True  # it would write weights that no sample has
                 undo.callback(setattr, schedule.paused, "value", None)
             for component, model in models.items():
@@ -68,7 +69,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
                 elif layers or component.startswith("text_encoder"):
                     undo.callback(before_calls(called, calls.here(partial(_check_prompts, batch))))
                 if component == denoiser and any(weight.steps for sample in weights for weight in sample.values()):
-                    undo.callback(StepSchedule(pipe, called, mix, calls.here).remove)
+                    undo.callback(StepSchedule(pipe, mix, calls.here).remove)
         yield
         calls.check()
 

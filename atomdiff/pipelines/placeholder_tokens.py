@@ -11,7 +11,7 @@ from atomdiff.pipelines.embedding_tables import write_embeddings
 from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.pipelines.tokenizers import known_id
 from atomdiff.pipelines.vocabulary import PlaceholderToken, text_encoders, vocabularies
-from atomdiff.pipelines.vocabulary_link import LOCK, check_linkable, link, make_tokens, take_out
+from atomdiff.pipelines.vocabulary_link import LOCK, check_linkable, link, make_tokens, take_tokens_out
 from atomdiff.utils.errors import UserError
 
 
@@ -99,7 +99,7 @@ def remove_placeholder_tokens(pipe: Any, words: Iterable[str]) -> None:
     with LOCK:
         for vocabulary in vocabularies(pipe):
             if not removed.isdisjoint(vocabulary.tokens):
-                take_out(vocabulary, removed)
+                take_tokens_out(vocabulary, removed)
 
 
 def refresh_tokens(pipe: Any) -> None:
@@ -116,7 +116,7 @@ def refresh_tokens(pipe: Any) -> None:
                 for token in entry.added - entry.tokenizer.added_tokens_encoder.keys()
             }
             if deleted:
-                take_out(vocabulary, deleted)
+                take_tokens_out(vocabulary, deleted)
         if tokens_in(pipe):
             link(pipe)
 

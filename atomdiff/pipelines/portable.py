@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import nn
 
-from atomdiff.pipelines.model_calls import as_they_are
+from atomdiff.pipelines.overrides import without_overrides
 
 _PREFIX = "text_model."
 _NEVER_IN_UTF8 = (0xC0, 0xC1, *range(0xF5, 0x100))  # bytes; a byte-level vocabulary writes them as these characters
@@ -50,7 +50,7 @@ def save_portable(pipe: Any, folder: Path) -> dict[str, str]:
                 continue
             moved[name] = dict(zip(added, free, strict=False))
             stack.enter_context(_embeddings_moved(encoder, tokenizer, moved[name]))
-        stack.enter_context(as_they_are(pipe.components.values()))
+        stack.enter_context(without_overrides(pipe.components.values()))
         pipe.save_pretrained(folder)
     for name, part in pipe.components.items():
         if name.startswith("tokenizer") and (folder / name / "tokenizer.json").is_file():

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -10,15 +10,15 @@ from typing import Any
 from torch import Tensor, nn
 
 from atomdiff.bases.find import find_base
-from atomdiff.pipelines.adapter_weight import AdapterWeight, StepSchedule
+from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.base_offload import BaseOffload, base_weight_readers
 from atomdiff.pipelines.loaded_concepts import concept_names, refresh
 from atomdiff.pipelines.models import locked, pipeline_models
+from atomdiff.pipelines.step_schedule import start_schedule, stop_schedule
 from atomdiff.tuner import adapter_state, checks, merging
 from atomdiff.utils.errors import UserError
 
 Concepts = str | Sequence[str] | Mapping[str, Any]
-SCHEDULE = "_atomdiff_schedule"  # attribute of a denoiser: the `StepSchedule` that writes its weights
 
 
 def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | None = None) -> None:
@@ -54,7 +54,7 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
             readers = base_weight_readers(model, layers, offload_base)
             writers[component] = _Writer(component, model, layers, weights, other_weights, readers)
         denoiser = find_base(models).denoiser
-        _stop_schedule(models.values())
+        stop_schedule(models.values())
         try:
             for component, write in writers.items():
                 write(0.0 if component == denoiser else None)
@@ -68,8 +68,7 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
                 "pipe.set_adapters([...])"
             ) from error
         if any(weight.steps for weight in weights.values()):
-            rewrite = partial(writers[denoiser], changed_only=True)
-            vars(models[denoiser])[SCHEDULE] = StepSchedule(pipe, pipe.components[denoiser], rewrite)
+            start_schedule(pipe, partial(writers[denoiser], changed_only=True))
 
 
 def set_weights(pipe: Any, concepts: Concepts) -> None:
@@ -119,16 +118,9 @@ def _change_models(pipe: Any, check: Callable[[Any], None], change: Callable[[An
         models = pipeline_models(pipe).values()
         for model in models:
             check(model)
-        _stop_schedule(models)
+        stop_schedule(models)
         for model in models:
             change(model)
-
-
-def _stop_schedule(models: Iterable[nn.Module]) -> None:
-    """Stop writing weights before denoising steps; those of the last one stay."""
-    for model in models:
-        if (schedule := vars(model).pop(SCHEDULE, None)) is not None:
-            schedule.remove()
 
 
 @dataclass(frozen=True)

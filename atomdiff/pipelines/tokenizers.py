@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from typing import Any
 
 from atomdiff.pipelines.hooks import ReplacedMethod, restore_methods
-from atomdiff.pipelines.vocabulary import VOCABULARY_OF, TaughtTokenizer, Vocabulary
+from atomdiff.pipelines.vocabulary import VOCABULARY_OF, ExtendedTokenizer, Vocabulary
 
 
 def token_ids(tokenizer: Any, word: str) -> list[int]:
@@ -27,7 +27,7 @@ def ids_of(tokenizer: Any, tokens: Iterable[str]) -> list[int | None]:
     return [*(known_id(tokenizer, token) for token in tokens), len(tokenizer)]
 
 
-def add_tokens(entry: TaughtTokenizer, vocabulary: Vocabulary, tokens: Iterable[str]) -> None:
+def add_tokens(entry: ExtendedTokenizer, vocabulary: Vocabulary, tokens: Iterable[str]) -> None:
     """Make each a token of a tokenizer, unless it is one."""
     unknown = _unknown(entry.tokenizer, vocabulary, tokens)
     if not unknown:
@@ -43,7 +43,7 @@ def add_tokens(entry: TaughtTokenizer, vocabulary: Vocabulary, tokens: Iterable[
     entry.added.update(unknown)
 
 
-def taught_copy(tokenizer: Any, vocabulary: Vocabulary) -> Any:
+def extended_copy(tokenizer: Any, vocabulary: Vocabulary) -> Any:
     """A copy of a tokenizer that knows all placeholder tokens of a vocabulary."""
     copied = copy.deepcopy(tokenizer)
     _add(copied, _unknown(copied, vocabulary, vocabulary.tokens))
@@ -67,7 +67,7 @@ def _add(tokenizer: Any, tokens: Iterable[str]) -> None:
     tokenizer.add_tokens([AddedToken(word, single_word=True, normalized=word == word.lower()) for word in tokens])
 
 
-def reset_tokenizer(entry: TaughtTokenizer, vocabulary: Vocabulary) -> None:
+def reset_tokenizer(entry: ExtendedTokenizer, vocabulary: Vocabulary) -> None:
     """Make a tokenizer what it was before the first placeholder token, with what others have added since."""
     if entry.original is None:
         return
@@ -79,7 +79,7 @@ def reset_tokenizer(entry: TaughtTokenizer, vocabulary: Vocabulary) -> None:
     entry.original, entry.added = None, set()
 
 
-def tokens_of_others(entry: TaughtTokenizer, vocabulary: Vocabulary) -> list[tuple[int, Any]]:
+def tokens_of_others(entry: ExtendedTokenizer, vocabulary: Vocabulary) -> list[tuple[int, Any]]:
     """Id and token of what others added to a tokenizer after the first placeholder token."""
     before = object.__new__(type(entry.tokenizer))
     vars(before).update(entry.original or {})
@@ -93,7 +93,7 @@ def original_tokenizer(tokenizer: Any) -> Any:
     vocabulary = VOCABULARY_OF.get(tokenizer)
     entries = [entry for entry in vocabulary.tokenizers if entry.tokenizer is tokenizer] if vocabulary else []
     original = next((entry.original for entry in entries if entry.original is not None), vars(tokenizer))
-    made = object.__new__(type(tokenizer))
-    vars(made).update(original)
-    restore_methods(made, list(vars(made)))
-    return made
+    restored = object.__new__(type(tokenizer))
+    vars(restored).update(original)
+    restore_methods(restored, list(vars(restored)))
+    return restored

@@ -34,7 +34,7 @@ class PlaceholderToken:
 
 
 @dataclass(eq=False)
-class TaughtTokenizer:
+class ExtendedTokenizer:
     """A tokenizer that knows placeholder tokens."""
 
     name: str
@@ -55,7 +55,7 @@ class Vocabulary:
 
     def __init__(self) -> None:
         self.tokens: dict[str, PlaceholderToken] = {}
-        self.tokenizers: list[TaughtTokenizer] = []
+        self.tokenizers: list[ExtendedTokenizer] = []
         self.tables: WeakSet[EmbeddingTable] = WeakSet()
 
     def tokenizer_of(self, table: EmbeddingTable) -> Any:

@@ -13,12 +13,12 @@ from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.embedding_tables import add_rows, reset_table, rows_of_others, strip_table, write_embeddings
 from atomdiff.pipelines.hooks import replace_methods, restore_methods
 from atomdiff.pipelines.prompt_syntax import split_at_words
-from atomdiff.pipelines.tokenizers import add_tokens, ids_of, reset_tokenizer, taught_copy, token_ids
+from atomdiff.pipelines.tokenizers import add_tokens, extended_copy, ids_of, reset_tokenizer, token_ids
 from atomdiff.pipelines.vocabulary import (
     TABLE,
     VOCABULARY_OF,
     EmbeddingTable,
-    TaughtTokenizer,
+    ExtendedTokenizer,
     Vocabulary,
     text_encoders,
     vocabularies,
@@ -40,10 +40,10 @@ def check_linkable(pipe: Any) -> None:
         )
     for vocabulary in linked:
         for name, _, tokenizer in text_encoders(pipe):
-            taught = [entry.tokenizer for entry in vocabulary.tokenizers if entry.name == name]
-            if tokenizer not in taught:
-                tokenizer = taught_copy(tokenizer, vocabulary)
-            if any(ids_of(other, vocabulary.tokens) != ids_of(tokenizer, vocabulary.tokens) for other in taught):
+            extended = [entry.tokenizer for entry in vocabulary.tokenizers if entry.name == name]
+            if tokenizer not in extended:
+                tokenizer = extended_copy(tokenizer, vocabulary)
+            if any(ids_of(other, vocabulary.tokens) != ids_of(tokenizer, vocabulary.tokens) for other in extended):
                 raise UserError(
                     f"{name} knows trigger words by another tokenizer, which gives them other ids than that of this "
                     f"{type(pipe).__name__}: let pipelines that share a text encoder share the tokenizer, too"
@@ -57,7 +57,7 @@ def link(pipe: Any) -> Vocabulary:
     for name, encoder, tokenizer in text_encoders(pipe):
         known = any(entry.tokenizer is tokenizer and entry.name == name for entry in vocabulary.tokenizers)
         if not known:
-            vocabulary.tokenizers.append(TaughtTokenizer(name, tokenizer))
+            vocabulary.tokenizers.append(ExtendedTokenizer(name, tokenizer))
             VOCABULARY_OF[tokenizer] = vocabulary
             replace_methods(tokenizer, _TOKENIZER_METHODS)
         if TABLE not in vars(encoder):
@@ -65,11 +65,11 @@ def link(pipe: Any) -> Vocabulary:
             encoder.register_forward_pre_hook(_check_tokenizer, with_kwargs=True)
         elif known:
             continue
-        lay_out(vocabulary)
+        add_all(vocabulary)
     return vocabulary
 
 
-def lay_out(vocabulary: Vocabulary) -> None:
+def add_all(vocabulary: Vocabulary) -> None:
     """Let all tokenizers and tables have all tokens."""
     make_tokens(vocabulary, vocabulary.tokens)
     write_embeddings(vocabulary, vocabulary.tokens)
@@ -84,7 +84,7 @@ def make_tokens(vocabulary: Vocabulary, tokens: Iterable[str]) -> None:
         add_rows(table, vocabulary.tokenizer_of(table), tokens)
 
 
-def take_out(vocabulary: Vocabulary, tokens: Collection[str]) -> None:
+def take_tokens_out(vocabulary: Vocabulary, tokens: Collection[str]) -> None:
     """Take tokens out of tokenizers and tables; a vocabulary that is left without any leaves them, too."""
     added_since = [(table, *rows_of_others(vocabulary, table)) for table in vocabulary.tables]
     for entry in vocabulary.tokenizers:
@@ -95,7 +95,7 @@ def take_out(vocabulary: Vocabulary, tokens: Collection[str]) -> None:
     for token in vocabulary.tokens.values():
         token.group = [each for each in token.group if each not in tokens]
     if vocabulary.tokens:
-        lay_out(vocabulary)
+        add_all(vocabulary)
         return
     for table in vocabulary.tables:
         del vars(table.encoder)[TABLE]

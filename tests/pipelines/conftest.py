@@ -6,7 +6,8 @@ import pytest
 import torch
 
 import atomdiff
-from tests.pipelines.helpers import METHODS, VARIANTS, add_adapter, train
+from tests.helpers import add_adapter
+from tests.pipelines.helpers import METHODS, VARIANTS, train
 
 
 @pytest.fixture(scope="session")

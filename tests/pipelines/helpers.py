@@ -1,8 +1,5 @@
 """What the tests of pipelines share: adapters with random numbers, images of them, and all that a pipeline holds."""
 
-import copy
-import warnings
-
 import torch
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
@@ -10,6 +7,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding, tokens_in
 from atomdiff.tuner import AtomConfig
+from tests.helpers import add_adapter, assert_unchanged, snapshot
 
 METHODS = {
     "atoms": lambda: AtomConfig(channel_block=4),
@@ -36,59 +34,29 @@ VARIANTS = {
 """One adapter of every variant of atoms, all of which the fixture `pipe` has, by these names."""
 
 
-def randomize(model, name, seed=0, scale=0.08):
-    """Give an adapter random numbers, as if it were trained."""
-    generator = torch.Generator().manual_seed(seed)
-    for key, parameter in model.named_parameters():
-        if key.endswith(f".{name}") or f".{name}." in key:
-            parameter.data = torch.randn(parameter.shape, generator=generator) * scale
-
-
-def add_adapter(pipe, name, config, parts=("unet",), seed=0):
-    for part in parts:
-        model = getattr(pipe, part)
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.add_adapter(copy.deepcopy(config), name)
-        randomize(model, name, seed)
-
-
 def train(pipe, method="atoms", name="default", word=None, seed=0, parts=("unet",)):
     """Add an adapter that differs at random from its start, and a word, as a training run leaves them."""
-    generator = torch.Generator().manual_seed(seed)
     for part in parts:
-        model, config = getattr(pipe, part), METHODS[method]()
+        config = METHODS[method]()
         if part == "text_encoder":
             config.target_modules = ["q_proj", "v_proj"]
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            model.add_adapter(config, name)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if key.endswith(f".{name}") or f".{name}." in key:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) / 20)
+        add_adapter(pipe, name, config, [part], seed, scale=0.05)
     if word:
         add_placeholder_token(pipe, word)
-        set_token_embedding(pipe, word, {"text_encoder": torch.randn(32, generator=generator)})
+        vector = torch.randn(32, generator=torch.Generator().manual_seed(seed))
+        set_token_embedding(pipe, word, {"text_encoder": vector})
 
 
 def noise(count=1, seed=1):
     return torch.randn(count, 4, 8, 8, generator=torch.Generator().manual_seed(seed))
 
 
-def predict(pipe, count=1, timestep=500):
+def predict_repeated(pipe, count=1, timestep=500):
     """What the UNet makes of the same noise and text states, so many times."""
     text = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2))
     inputs = noise().to(pipe.unet.dtype).expand(count, -1, -1, -1), text.to(pipe.unet.dtype).expand(count, -1, -1)
     with torch.no_grad():
         return pipe.unet(inputs[0], torch.as_tensor(timestep), inputs[1]).sample
-
-
-def predict_for(pipe, prompt="a photo of sks mug"):
-    """What text encoder and UNet make of a prompt."""
-    with torch.no_grad():
-        text = pipe.encode_prompt(prompt, "cpu", 1, False)[0]
-        return pipe.unet(noise(seed=0).to(pipe.unet.dtype), 5, text).sample
 
 
 def bits(pipe):
@@ -113,25 +81,25 @@ def _same(one, other):
     return torch.equal(*(each.contiguous().view(-1).view(torch.uint8) for each in (one, other)))
 
 
-def layout(pipe):
-    """All that can be seen of a pipeline besides its weights."""
-    models = pipeline_models(pipe)
-    return {
-        "modules": {part: [(n, type(m)) for n, m in model.named_modules()] for part, model in models.items()},
-        "trainable": {part: [p.requires_grad for p in model.parameters()] for part, model in models.items()},
-        "layers": {
-            part: [
-                (m.active_adapters, m.disable_adapters, list(m.merged_adapters), dict(getattr(m, "scaling", {})))
-                for m in model.modules()
-                if isinstance(m, BaseTunerLayer)
-            ]
-            for part, model in models.items()
-        },
+def pipeline_state(pipe):
+    """All that can be seen of a pipeline, to the bit."""
+    models = pipeline_models(pipe).items()
+    layers = [(part, layer) for part, model in models for layer in model.modules() if isinstance(layer, BaseTunerLayer)]
+    return snapshot(pipe), {
+        "trainable": {part: [parameter.requires_grad for parameter in model.parameters()] for part, model in models},
+        "layers": [
+            (part, m.active_adapters, m.disable_adapters, list(m.merged_adapters), dict(getattr(m, "scaling", {})))
+            for part, m in layers
+        ],
         "adapters": pipe.get_list_adapters(),
-        "attributes": {part: sorted(vars(model)) for part, model in models.items()},
         "words": list(tokens_in(pipe)),
         "tokenizer": id(pipe.tokenizer),
     }
+
+
+def assert_same_state(pipe, before):
+    assert_unchanged(pipe, before[0])
+    assert pipeline_state(pipe)[1] == before[1]
 
 
 def generate(pipe, prompts="a photo of a mug", latents=None, **options):

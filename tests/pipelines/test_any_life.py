@@ -8,7 +8,16 @@ from diffusers import StableDiffusionPipeline
 
 import atomdiff
 from atomdiff.utils.errors import UserError
-from tests.pipelines.helpers import addresses, assert_same_bits, base_bits, bits, generate, layout, predict
+from tests.pipelines.helpers import (
+    addresses,
+    assert_same_bits,
+    assert_same_state,
+    base_bits,
+    bits,
+    generate,
+    pipeline_state,
+    predict_repeated,
+)
 
 NAMES = {"atoms": "atoms", "dct": "dct atoms", "lora": "lora", "oft": "oft"}
 ACTIONS = "load load unload switch switch switch schedule mix merge restore weights disable fail".split()
@@ -42,20 +51,20 @@ def act(pipe, files, folder, rng):
         getattr(atomdiff, action)(pipe)
     elif action == "weights" and some:
         pipe.unet.set_adapters(list(some), [rng.choice([0.0, 1.5]) for _ in some])
-        predict(pipe)
+        predict_repeated(pipe)
     elif action == "disable":
         rng.choice([pipe.disable_lora, pipe.enable_lora])()
-        predict(pipe)
+        predict_repeated(pipe)
     elif action == "fail":
-        before = bits(pipe), layout(pipe)
+        before = pipeline_state(pipe)
         with pytest.raises(UserError):
             atomdiff.load_atoms(pipe, folder, "bad")
         with pytest.raises(UserError):
             atomdiff.set_active(pipe, {**some, "nobody": 1.0}, offload_base=offload_base)
-        assert_same_bits(bits(pipe), before[0])
-        assert layout(pipe) == before[1]
+        assert_same_state(pipe, before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("seed", range(6))
 def test_after_any_life_every_bit_is_back(tiny_pipe_folder, concepts, tmp_path, seed):
     rng = random.Random(seed)
@@ -64,16 +73,15 @@ def test_after_any_life_every_bit_is_back(tiny_pipe_folder, concepts, tmp_path, 
     pipe.set_progress_bar_config(disable=True)
     if seed >= 3:
         pipe.unet.to(memory_format=torch.channels_last)
-    before, seen, where = bits(pipe), layout(pipe), addresses(pipe)
+    before, base, where = pipeline_state(pipe), bits(pipe), addresses(pipe)
     strides = [parameter.stride() for parameter in pipe.unet.parameters()]
     for _ in range(25):
         act(pipe, concepts, tmp_path, rng)
     atomdiff.restore(pipe)
     restored = base_bits(pipe)
-    assert_same_bits(
-        {key: restored[key] for key in before if key != TABLE}, {k: v for k, v in before.items() if k != TABLE}
-    )
+    del base[TABLE]
+    assert_same_bits({key: restored[key] for key in base}, base)
     atomdiff.unload_atoms(pipe)
-    assert_same_bits(bits(pipe), before)
-    assert layout(pipe) == seen and addresses(pipe) == where
+    assert_same_state(pipe, before)
+    assert addresses(pipe) == where
     assert [parameter.stride() for parameter in pipe.unet.parameters()] == strides

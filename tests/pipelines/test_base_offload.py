@@ -17,7 +17,8 @@ from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
-from tests.pipelines.helpers import add_adapter, assert_same_bits, base_bits
+from tests.helpers import add_adapter
+from tests.pipelines.helpers import assert_same_bits, base_bits
 
 OFFLOADS = ("device", "cpu", "file")
 CONFIG = AtomConfig(channel_block=2, target_modules=["conv_in", "conv_out", "conv1", "to_q", "q_proj"])

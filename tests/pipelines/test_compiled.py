@@ -10,7 +10,8 @@ from torch._dynamo.testing import CompileCounter
 import atomdiff
 from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.tuner import AtomConfig, AtomLayer
-from tests.pipelines.helpers import VARIANTS, add_adapter, predict
+from tests.helpers import add_adapter
+from tests.pipelines.helpers import VARIANTS, predict_repeated
 
 
 def compile_in_place(pipe, counter):
@@ -48,20 +49,22 @@ def test_compiled_code_outlives_every_switch(pipe_template, compiled):
     expected = []
     for concepts in choices:
         atomdiff.set_active(pipe, concepts)
-        expected.append(predict(pipe))
+        expected.append(predict_repeated(pipe))
     atomdiff.set_active(pipe, {})  # a model is compiled before there are steps to follow
     compiled(pipe, counter)
-    predict(pipe)
+    predict_repeated(pipe)
     assert counter.frame_count == 1
     for concepts, prediction in zip(choices, expected, strict=True):
         atomdiff.set_active(pipe, concepts, offload_base="cpu" if len(concepts) == 3 else None)
-        torch.testing.assert_close(predict(pipe), prediction, atol=1e-5, rtol=0)
+        torch.testing.assert_close(predict_repeated(pipe), prediction, atol=1e-5, rtol=0)
     pipe.scheduler.set_timesteps(4)
-    steps = [predict(pipe, timestep=step) for step in pipe.scheduler.timesteps]
+    steps = [predict_repeated(pipe, timestep=step) for step in pipe.scheduler.timesteps]
     weight = pipe.unet.conv_in.base_layer.weight.clone()
     atomdiff.set_active(pipe, {"separable": 0.1})
     torch.testing.assert_close(pipe.unet.conv_in.base_layer.weight, weight, atol=1e-6, rtol=0)
-    torch.testing.assert_close(predict(pipe, timestep=pipe.scheduler.timesteps[-1]), steps[-1], atol=1e-5, rtol=0)
+    torch.testing.assert_close(
+        predict_repeated(pipe, timestep=pipe.scheduler.timesteps[-1]), steps[-1], atol=1e-5, rtol=0
+    )
     assert counter.frame_count == 1
     torch._dynamo.reset()
 
@@ -71,13 +74,13 @@ def test_concepts_go_in_and_out_of_a_model_that_torch_compile_has_wrapped(pipe_t
     made, pipe = copy.deepcopy(pipe_template), copy.deepcopy(pipe_template)
     add_adapter(made, "made", AtomConfig())
     file = atomdiff.save_atoms(made, tmp_path / "made.atoms.safetensors", "made", dtype=torch.float32)
-    base, expected = predict(pipe), predict(made)
+    base, expected = predict_repeated(pipe), predict_repeated(made)
     compile_by_wrapping(pipe, CompileCounter())
     name = atomdiff.load_atoms(pipe, file)
-    torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+    torch.testing.assert_close(predict_repeated(pipe), expected, atol=1e-5, rtol=0)
     again = atomdiff.save_atoms(pipe, tmp_path / "again.atoms.safetensors", name, dtype=torch.float32)
     assert read_delta_file(again).layers.keys() == read_delta_file(file).layers.keys()
     atomdiff.unload_atoms(pipe)
-    torch.testing.assert_close(predict(pipe), base, atol=1e-5, rtol=0)
+    torch.testing.assert_close(predict_repeated(pipe), base, atol=1e-5, rtol=0)
     assert not any(isinstance(module, AtomLayer) for module in pipe.unet.modules())
     torch._dynamo.reset()

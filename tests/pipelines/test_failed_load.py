@@ -16,7 +16,7 @@ from atomdiff.concepts import peft_folder
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import peft_tensors
 from atomdiff.utils.errors import UserError
-from tests.pipelines.helpers import METHODS, assert_same_bits, bits, layout
+from tests.pipelines.helpers import METHODS, assert_same_state, pipeline_state
 
 
 def rewrite(source, target, change=None, drop=(), metadata=None):
@@ -63,11 +63,10 @@ def test_a_failed_load_leaves_the_pipeline_as_it_was(tiny_pipe, concepts, tmp_pa
     make, message = BROKEN[case]
     atomdiff.load_atoms(tiny_pipe, concepts["dct atoms"], "there")
     atomdiff.merge(tiny_pipe)
-    before, seen = bits(tiny_pipe), layout(tiny_pipe)
+    before = pipeline_state(tiny_pipe)
     with pytest.raises(UserError, match=message):
         atomdiff.load_atoms(tiny_pipe, make(concepts["atoms"], tmp_path), "new")
-    assert_same_bits(bits(tiny_pipe), before)
-    assert layout(tiny_pipe) == seen
+    assert_same_state(tiny_pipe, before)
 
 
 def break_lora(source, folder, tensors):
@@ -90,11 +89,10 @@ def test_a_failed_load_of_a_directory_too(tiny_pipe, concepts, tmp_path, tensors
     names = [atomdiff.load_atoms(tiny_pipe, concepts[method]) for method in ("dct atoms", "lora")]
     tiny_pipe.unet.set_adapter(names)
     atomdiff.merge(tiny_pipe)
-    before, seen = bits(tiny_pipe), layout(tiny_pipe)
+    before = pipeline_state(tiny_pipe)
     with pytest.raises(UserError, match=message):
         atomdiff.load_atoms(tiny_pipe, break_lora(concepts["lora"], tmp_path, tensors), "new")
-    assert_same_bits(bits(tiny_pipe), before)
-    assert layout(tiny_pipe) == seen
+    assert_same_state(tiny_pipe, before)
 
 
 HUGE = 10_000_000
@@ -124,15 +122,14 @@ def test_an_absurd_rank_is_refused_before_it_takes_memory(tiny_pipe, tmp_path, c
     adapter.add_adapter(make())
     peft_folder.write(tmp_path, {"unet": (make(), peft_tensors(adapter, "default"))}, {}, "unet")
     atomdiff.load_atoms(tiny_pipe, tmp_path, "good")
-    before, seen = bits(tiny_pipe), layout(tiny_pipe)
+    before = pipeline_state(tiny_pipe)
     config = tmp_path / "adapter_config.json"
     config.write_text(json.dumps(json.loads(config.read_text()) | absurd))
     most = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(UserError, match=f"cannot load .*{message}"):
         atomdiff.load_atoms(tiny_pipe, tmp_path, "new")
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - most < 64 << 10  # in KB
-    assert_same_bits(bits(tiny_pipe), before)
-    assert layout(tiny_pipe) == seen
+    assert_same_state(tiny_pipe, before)
 
 
 def test_trying_an_adapter_out_leaves_nothing_behind(tiny_pipe, concepts, user_warnings):

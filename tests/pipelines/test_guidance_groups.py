@@ -7,7 +7,8 @@ import torch
 from diffusers import StableDiffusionInstructPix2PixPipeline, StableDiffusionPAGPipeline, UNet2DConditionModel
 
 import atomdiff
-from tests.pipelines.helpers import VARIANTS, add_adapter, generate, noise
+from tests.helpers import add_adapter
+from tests.pipelines.helpers import VARIANTS, generate, noise
 
 PROMPTS = ["a photo of a mug", "a red cat", "the beach"]
 

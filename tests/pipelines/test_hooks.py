@@ -94,7 +94,7 @@ def test_methods_are_replaced_with_their_signature(thing):
 
 @pytest.mark.parametrize("compiled", [False, True])
 @pytest.mark.parametrize("fails", [False, True])
-def test_calls_of_a_model_are_told_before_and_after(compiled, fails):
+def test_functions_are_called_before_and_after_a_model(compiled, fails):
     model, seen = nn.Linear(2, 2), []
     if compiled:
         model.compile(backend="eager")

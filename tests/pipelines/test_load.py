@@ -8,20 +8,21 @@ import torch
 import atomdiff
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.utils.errors import UserError
-from tests.pipelines.helpers import METHODS, assert_same_bits, bits, layout, predict_for, train
+from tests.helpers import predict
+from tests.pipelines.helpers import METHODS, assert_same_bits, assert_same_state, bits, pipeline_state, train
 
 
 def test_saved_is_loaded_is_merged(tiny_pipe, tmp_path):
     train(tiny_pipe, word="ohwx", parts=("unet", "text_encoder"))
-    trained = predict_for(tiny_pipe, "a photo of ohwx mug")
+    trained = predict(tiny_pipe, "a photo of ohwx mug")
     path = tmp_path / "my mug.v2.atoms.safetensors"
     assert atomdiff.save_atoms(tiny_pipe, path, dtype=torch.float32) == path
     atomdiff.unload_atoms(tiny_pipe)
-    base = predict_for(tiny_pipe, "a photo of ohwx mug")
+    base = predict(tiny_pipe, "a photo of ohwx mug")
     assert atomdiff.load_atoms(tiny_pipe, path) == "my_mug"
-    assert torch.equal(predict_for(tiny_pipe, "a photo of ohwx mug"), trained)
+    assert torch.equal(predict(tiny_pipe, "a photo of ohwx mug"), trained)
     atomdiff.merge(tiny_pipe)
-    assert torch.equal(predict_for(tiny_pipe, "a photo of ohwx mug"), trained)
+    assert torch.equal(predict(tiny_pipe, "a photo of ohwx mug"), trained)
     assert (trained - base).abs().max() > 1e-3
 
 
@@ -29,11 +30,11 @@ def test_saved_is_loaded_is_merged(tiny_pipe, tmp_path):
 def test_every_method_is_saved_and_loaded_with_its_word(tiny_pipe, tmp_path, method):
     parts = ("unet",) if method == "recursive atoms" else ("unet", "text_encoder")  # recursion takes kernels
     train(tiny_pipe, method, name="made", word="ohwx", parts=parts)
-    trained = predict_for(tiny_pipe, "a photo of ohwx mug")
+    trained = predict(tiny_pipe, "a photo of ohwx mug")
     atomdiff.save_atoms(tiny_pipe, tmp_path / "concept", "made", dtype=torch.float32)
     atomdiff.unload_atoms(tiny_pipe)
     atomdiff.load_atoms(tiny_pipe, tmp_path / "concept", "again")
-    torch.testing.assert_close(predict_for(tiny_pipe, "a photo of ohwx mug"), trained, atol=1e-6, rtol=0)
+    torch.testing.assert_close(predict(tiny_pipe, "a photo of ohwx mug"), trained, atol=1e-6, rtol=0)
     listed = atomdiff.list_atoms(tiny_pipe)
     assert [(c.name, c.active, c.merged, c.trigger_words) for c in listed] == [("again", True, False, ("ohwx",))]
     assert set(listed[0].layers) == set(parts) and listed[0].method == METHODS[method]().peft_type
@@ -41,39 +42,38 @@ def test_every_method_is_saved_and_loaded_with_its_word(tiny_pipe, tmp_path, met
 
 @pytest.mark.parametrize("method", METHODS)
 def test_loading_and_unloading_are_exact_inverses(tiny_pipe, concepts, method):
-    before, seen, predicted = bits(tiny_pipe), layout(tiny_pipe), predict_for(tiny_pipe)
+    before, predicted = pipeline_state(tiny_pipe), predict(tiny_pipe)
     atomdiff.load_atoms(tiny_pipe, concepts[method], "x")
-    assert (predict_for(tiny_pipe) - predicted).abs().max() > 1e-4
+    assert (predict(tiny_pipe) - predicted).abs().max() > 1e-4
     atomdiff.unload_atoms(tiny_pipe, "x")
-    assert_same_bits(bits(tiny_pipe), before)
-    assert layout(tiny_pipe) == seen
-    assert torch.equal(predict_for(tiny_pipe), predicted)
+    assert_same_state(tiny_pipe, before)
+    assert torch.equal(predict(tiny_pipe), predicted)
 
 
 def test_diffusers_own_calls_work(tiny_pipe, concepts):
-    base = predict_for(tiny_pipe)
+    base = predict(tiny_pipe)
     one, two = (
         atomdiff.load_atoms(tiny_pipe, concepts[method], trigger_word=word)
         for method, word in (("atoms", "sks"), ("dct atoms", "zwx"))
     )
-    second = predict_for(tiny_pipe)
+    second = predict(tiny_pipe)
     tiny_pipe.set_adapters([one, two], [0.0, 1.0])
-    assert torch.equal(predict_for(tiny_pipe), second)
+    assert torch.equal(predict(tiny_pipe), second)
     tiny_pipe.set_adapters([one, two], [1.0, 0.5])
-    both = predict_for(tiny_pipe)
+    both = predict(tiny_pipe)
     assert (both - second).abs().max() > 1e-3
     assert [(c.name, c.active) for c in atomdiff.list_atoms(tiny_pipe)] == [(one, True), (two, True)]
     tiny_pipe.fuse_lora(components=["unet", "text_encoder"])
-    torch.testing.assert_close(predict_for(tiny_pipe), both, atol=1e-5, rtol=0)
+    torch.testing.assert_close(predict(tiny_pipe), both, atol=1e-5, rtol=0)
     tiny_pipe.unfuse_lora(components=["unet", "text_encoder"])
     tiny_pipe.disable_lora()
     table = tiny_pipe.text_encoder.get_input_embeddings().weight
-    assert not torch.equal(predict_for(tiny_pipe), both) and not any(c.active for c in atomdiff.list_atoms(tiny_pipe))
+    assert not torch.equal(predict(tiny_pipe), both) and not any(c.active for c in atomdiff.list_atoms(tiny_pipe))
     tiny_pipe.enable_lora()
-    assert torch.equal(predict_for(tiny_pipe), both)
+    assert torch.equal(predict(tiny_pipe), both)
     tiny_pipe.delete_adapters(one)
     atomdiff.unload_atoms(tiny_pipe)
-    assert torch.equal(predict_for(tiny_pipe), base) and table is tiny_pipe.text_encoder.get_input_embeddings().weight
+    assert torch.equal(predict(tiny_pipe), base) and table is tiny_pipe.text_encoder.get_input_embeddings().weight
 
 
 def test_names_and_words_that_are_taken(tiny_pipe, concepts):

@@ -13,15 +13,15 @@ from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.tuner.mixed_batch import BatchLayout
 from atomdiff.utils.errors import UserError
+from tests.helpers import add_adapter
 from tests.pipelines.helpers import (
     VARIANTS,
-    add_adapter,
     addresses,
     assert_same_bits,
     bits,
     generate,
     noise,
-    predict,
+    predict_repeated,
 )
 
 SAMPLES = [*VARIANTS, None, {"spatial": 0.5, "sparse": -0.7, "dct": 1.2}, ["joint", "separable"], {}, {"dct": 0}]
@@ -198,10 +198,10 @@ def test_the_model_can_be_called_directly_and_by_name(pipe, called_before, monke
     expected = []
     for sample in ("spatial", "separable"):
         atomdiff.set_active(pipe, sample)
-        expected.append(predict(pipe, 1))
+        expected.append(predict_repeated(pipe, 1))
     with atomdiff.mixed_batch(pipe, ["spatial", "separable"]):
-        torch.testing.assert_close(predict(pipe, 2), torch.cat(expected), atol=1e-5, rtol=0)
-        twice = predict(pipe, 4)  # two images a sample, side by side
+        torch.testing.assert_close(predict_repeated(pipe, 2), torch.cat(expected), atol=1e-5, rtol=0)
+        twice = predict_repeated(pipe, 4)  # two images a sample, side by side
         torch.testing.assert_close(twice, torch.cat(expected).repeat_interleave(2, 0), atol=1e-5, rtol=0)
         named = {"sample": noise(1).expand(2, -1, -1, -1), "timestep": 500}
         text = torch.randn(1, 7, 32, generator=torch.Generator().manual_seed(2)).expand(2, -1, -1)
@@ -221,7 +221,7 @@ def test_all_samples_share_each_product(pipe, monkeypatch):
     def products(samples):
         calls.clear()
         with atomdiff.mixed_batch(pipe, samples):
-            predict(pipe, len(samples))
+            predict_repeated(pipe, len(samples))
         return len(calls)
 
     assert products([None]) == products(["spatial"]) == products(SAMPLES) == products([*SAMPLES, *SAMPLES]) > 10
@@ -247,8 +247,8 @@ def test_a_wrong_batch_of_the_model_is_refused(pipe):
     with atomdiff.mixed_batch(pipe, ["spatial", None, "joint"]):
         for count in (2, 4):
             with pytest.raises(UserError, match=f"found a batch of {count} for 3 samples of mixed_batch"):
-                predict(pipe, count)
-        assert len(predict(pipe, 3)) == 3
+                predict_repeated(pipe, count)
+        assert len(predict_repeated(pipe, 3)) == 3
     with pytest.raises(ValueError, match=r"tensor of 3 in a mixed batch of 2 samples with 1 image"):
         BatchLayout(2).split(torch.zeros(3, 1))
 
@@ -313,21 +313,21 @@ def test_errors_within_leave_everything_as_it_was(pipe):
 def test_one_mixed_batch_within_another_is_refused(pipe):
     before = state(pipe)
     with atomdiff.mixed_batch(pipe, ["spatial", "joint"]):
-        first = predict(pipe, 2)
+        first = predict_repeated(pipe, 2)
         with pytest.raises(UserError, match="a mixed batch in this pipeline already: leave its `with` block first"):
             with atomdiff.mixed_batch(pipe, ["dct"]):
                 pytest.fail("it was let in")
-        assert torch.equal(predict(pipe, 2), first)
+        assert torch.equal(predict_repeated(pipe, 2), first)
     assert state(pipe) == before
 
 
 def test_weights_may_be_switched_within(pipe):
     with atomdiff.mixed_batch(pipe, ["spatial", "joint"]):
-        first = predict(pipe, 2)
+        first = predict_repeated(pipe, 2)
         atomdiff.set_active(pipe, "dct", offload_base="cpu")
-        torch.testing.assert_close(predict(pipe, 2), first, atol=1e-6, rtol=0)
+        torch.testing.assert_close(predict_repeated(pipe, 2), first, atol=1e-6, rtol=0)
         atomdiff.restore(pipe)
-        torch.testing.assert_close(predict(pipe, 2), first, atol=1e-6, rtol=0)
+        torch.testing.assert_close(predict_repeated(pipe, 2), first, atol=1e-6, rtol=0)
 
 
 def test_a_compiled_layer_mixes_too(pipe_template):
@@ -337,12 +337,12 @@ def test_a_compiled_layer_mixes_too(pipe_template):
         add_adapter(pipe, name, AtomConfig(channel_block=1, target_modules=["conv_in"]), seed=seed)
     samples = ["a", None, {"b": 0.5}]
     with atomdiff.mixed_batch(pipe, samples):
-        expected = predict(pipe, 3)
+        expected = predict_repeated(pipe, 3)
     pipe.unet.conv_in.compile(backend="eager", fullgraph=True)
     atomdiff.set_active(pipe, "b")
-    predict(pipe, 3)
+    predict_repeated(pipe, 3)
     with atomdiff.mixed_batch(pipe, samples):
-        torch.testing.assert_close(predict(pipe, 3), expected, atol=1e-5, rtol=0)
+        torch.testing.assert_close(predict_repeated(pipe, 3), expected, atol=1e-5, rtol=0)
     torch._dynamo.reset()
 
 

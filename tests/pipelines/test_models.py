@@ -7,7 +7,7 @@ import torch
 
 import atomdiff
 from tests.helpers import sharing_pipeline, together
-from tests.pipelines.helpers import assert_same_bits, bits, generate, predict
+from tests.pipelines.helpers import assert_same_bits, bits, generate, predict_repeated
 
 
 def test_images_under_the_lock_have_the_concepts_set_before_whatever_others_do(pipe, concepts):
@@ -39,12 +39,12 @@ def test_images_under_the_lock_have_the_concepts_set_before_whatever_others_do(p
 
 
 def test_calls_beside_changes_without_the_lock_do_no_lasting_damage(tiny_pipe, concepts):
-    before, expected, done = bits(tiny_pipe), predict(tiny_pipe), threading.Event()
+    before, expected, done = bits(tiny_pipe), predict_repeated(tiny_pipe), threading.Event()
 
     def call():
         while not done.is_set():
             with suppress(Exception):  # layers come and go meanwhile
-                predict(tiny_pipe)
+                predict_repeated(tiny_pipe)
 
     def change():
         try:
@@ -58,7 +58,7 @@ def test_calls_beside_changes_without_the_lock_do_no_lasting_damage(tiny_pipe, c
 
     together(call, change)
     assert_same_bits(bits(tiny_pipe), before)
-    assert torch.equal(predict(tiny_pipe), expected)
+    assert torch.equal(predict_repeated(tiny_pipe), expected)
 
 
 def test_a_mixed_batch_begins_between_changes(pipe):

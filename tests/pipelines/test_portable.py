@@ -46,7 +46,7 @@ def pipe(request):
     return pipe
 
 
-def draw(pipe, prompt):
+def generate(pipe, prompt):
     pipe.set_progress_bar_config(disable=True)
     noise = torch.Generator().manual_seed(0)
     return pipe(prompt, num_inference_steps=1, generator=noise, output_type="latent", height=32, width=32).images
@@ -87,8 +87,8 @@ def test_words_take_places_that_no_text_needs(pipe, tmp_path):
         assert table.num_embeddings == len(tokenizer) == part.config.vocab_size == standard == len(rows[name]) - 4
         assert pipe.components[name].config.vocab_size == standard + 4
     for prompt in ("a <mug> on a Robo ohwx", "Über naïve café, ÀÁõö÷øùúûüýþÿ 猫 \U0001f600"):
-        torch.testing.assert_close(draw(loaded, prompt), draw(pipe, prompt), atol=1e-5, rtol=0)
-    assert not torch.allclose(draw(loaded, "a <mug>"), draw(loaded, "a Robo"), atol=1e-3)
+        torch.testing.assert_close(generate(loaded, prompt), generate(pipe, prompt), atol=1e-5, rtol=0)
+    assert not torch.allclose(generate(loaded, "a <mug>"), generate(loaded, "a Robo"), atol=1e-3)
     file = report.embeddings["ohwx"]
     assert file == report.path / "embeddings" / "ohwx.safetensors" and len(report.embeddings) == 3
     assert next(iter(load_file(file).values())).shape == (2, 32)
@@ -106,7 +106,7 @@ def test_more_words_than_places_are_told(tiny_pipe, tmp_path):
     assert list(report.longer_tables) == ["text_encoder"]
     assert "ComfyUI refuses a checkpoint made of it" in describe_export(report)
     loaded = DiffusionPipeline.from_pretrained(report.path)
-    torch.testing.assert_close(draw(loaded, "a <mug>"), draw(tiny_pipe, "a <mug>"), atol=1e-5, rtol=0)
+    torch.testing.assert_close(generate(loaded, "a <mug>"), generate(tiny_pipe, "a <mug>"), atol=1e-5, rtol=0)
 
 
 def test_fully_tuned_pipelines_are_saved_so_too(tiny_pipe, tmp_path):

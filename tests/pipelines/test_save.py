@@ -12,16 +12,17 @@ from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
-from tests.pipelines.helpers import predict_for, train
+from tests.helpers import predict
+from tests.pipelines.helpers import train
 
 
 def test_half_precision_files_are_small_and_close(tiny_pipe, tmp_path):
     train(tiny_pipe)
-    trained = predict_for(tiny_pipe)
+    trained = predict(tiny_pipe)
     atomdiff.save_atoms(tiny_pipe, tmp_path / "x")
     atomdiff.unload_atoms(tiny_pipe)
     atomdiff.load_atoms(tiny_pipe, tmp_path / "x")
-    torch.testing.assert_close(predict_for(tiny_pipe), trained, atol=5e-3, rtol=0)
+    torch.testing.assert_close(predict(tiny_pipe), trained, atol=5e-3, rtol=0)
     with safe_open(tmp_path / "x", "pt") as file:
         numbers = sum(file.get_tensor(key).numel() for key in file.keys())  # noqa: SIM118
     assert (tmp_path / "x").stat().st_size < 2 * numbers + 60_000

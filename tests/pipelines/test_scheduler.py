@@ -110,10 +110,10 @@ def test_the_code_makes_the_scheduler_that_draws_as_trained(base, schedule, sett
     assert without[0] == without[1]
     if schedule.rescale_betas_zero_snr:
         assert found.config.timestep_spacing == "trailing" and found.alphas_cumprod[-1] == 0
-    picture = tiny_pipe("a mug", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
+    image = tiny_pipe("a mug", num_inference_steps=2, generator=torch.Generator().manual_seed(0)).images[0]
     tiny_pipe.scheduler = wanted
     (expected,) = generate(tiny_pipe, ["a mug"], seeds=[0], num_inference_steps=2, progress=False)
-    assert picture.tobytes() == expected.tobytes()
+    assert image.tobytes() == expected.tobytes()
 
 
 def test_concepts_of_different_schedulers_have_none_in_common():
@@ -163,7 +163,7 @@ def test_diffusers_takes_the_steps_of_euler_for_flow(tiny_pipe):
     assert solver.sigmas[0] > 0.999 and solver.sigmas[-1] == 0
 
 
-def test_flow_is_drawn_alike_by_both_schedulers(tiny_pipe):
+def test_flow_gives_like_images_by_both_schedulers(tiny_pipe):
     generated = []
     for scheduler in (flow := FlowMatchEulerDiscreteScheduler(shift=3.0), pipeline_scheduler(tiny_pipe, flow)):
         tiny_pipe.scheduler = scheduler

@@ -6,28 +6,25 @@ import random
 
 import pytest
 import torch
-from diffusers import EulerDiscreteScheduler
 from peft import IA3Config, LoHaConfig, LoraConfig, OFTConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
 import atomdiff
-from atomdiff.pipelines import switch
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
+from atomdiff.pipelines.step_schedule import schedule_of
 from atomdiff.tuner import AtomLayer
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
+from tests.helpers import add_adapter, predict
 from tests.pipelines.helpers import (
     VARIANTS,
-    add_adapter,
     addresses,
     assert_same_bits,
     base_bits,
     bits,
     generate,
-    predict,
-    predict_for,
-    randomize,
+    predict_repeated,
 )
 
 SETS = [
@@ -50,7 +47,7 @@ def use_unmerged(pipe, weights):
 def state(pipe):
     layers = [layer for m in pipeline_models(pipe).values() for layer in atom_layers(m).values()]
     scaling = [(layer.active_adapters, layer.disable_adapters, dict(layer.scaling)) for layer in layers]
-    return base_bits(pipe), scaling, "_atomdiff_schedule" in vars(pipe.unet)
+    return base_bits(pipe), scaling, schedule_of(pipe.unet) is not None
 
 
 @pytest.mark.parametrize("weights", SETS, ids=lambda weights: "+".join(weights))
@@ -118,7 +115,9 @@ def test_no_concept_is_the_bare_base_in_place(pipe):
 def test_a_switch_follows_training(pipe):
     atomdiff.set_active(pipe, "separable")
     before = generate(pipe)
-    randomize(pipe.unet, "separable", seed=9)
+    for key, parameter in pipe.unet.named_parameters():
+        if key.endswith("delta.separable"):
+            parameter.data.neg_()
     assert torch.equal(generate(pipe), before)
     atomdiff.set_active(pipe, "separable")
     after = generate(pipe)
@@ -138,13 +137,13 @@ def test_listing_tells_what_is_in_the_weights(pipe):
 def test_merging_again_follows_the_weights(tiny_pipe, concepts):
     name = atomdiff.load_atoms(tiny_pipe, concepts["atoms"])
     atomdiff.merge(tiny_pipe)
-    full = predict_for(tiny_pipe)
+    full = predict(tiny_pipe)
     tiny_pipe.set_adapters(name, 0.5)
-    assert torch.equal(predict_for(tiny_pipe), full)
+    assert torch.equal(predict(tiny_pipe), full)
     atomdiff.merge(tiny_pipe)
-    half = predict_for(tiny_pipe)
+    half = predict(tiny_pipe)
     atomdiff.restore(tiny_pipe)
-    torch.testing.assert_close(predict_for(tiny_pipe), half, atol=1e-5, rtol=0)
+    torch.testing.assert_close(predict(tiny_pipe), half, atol=1e-5, rtol=0)
     assert (half - full).abs().max() > 1e-3
 
 
@@ -157,11 +156,11 @@ def test_atoms_and_other_methods_act_and_are_merged_together(tiny_pipe, concepts
             for layer in model.modules():
                 if isinstance(layer, BaseTunerLayer):
                     layer.set_adapter(names)
-        together = predict_for(tiny_pipe)
+        together = predict(tiny_pipe)
         atomdiff.merge(tiny_pipe)
-        torch.testing.assert_close(predict_for(tiny_pipe), together, atol=2e-5, rtol=0)
+        torch.testing.assert_close(predict(tiny_pipe), together, atol=2e-5, rtol=0)
         atomdiff.restore(tiny_pipe)
-        assert torch.equal(predict_for(tiny_pipe), together)
+        assert torch.equal(predict(tiny_pipe), together)
         atomdiff.merge(tiny_pipe)
         atomdiff.unload_atoms(tiny_pipe)
         assert_same_bits(bits(tiny_pipe), before)
@@ -207,11 +206,11 @@ def test_another_method_stays_on_while_a_schedule_rewrites_the_atoms_below(pipe)
     pipe.scheduler.set_timesteps(3)
     first, last = pipe.scheduler.timesteps[[0, -1]]
     atomdiff.set_active(pipe, {"spatial": 0.25, "lora": 1.0})
-    expected = predict(pipe, timestep=last)
+    expected = predict_repeated(pipe, timestep=last)
     before = base_bits(pipe)
     atomdiff.set_active(pipe, {"spatial": {"steps": {0: 1, 1: 0.25}}, "lora": 1.0})
-    predict(pipe, timestep=first)
-    assert torch.equal(predict(pipe, timestep=last), expected)
+    predict_repeated(pipe, timestep=first)
+    assert torch.equal(predict_repeated(pipe, timestep=last), expected)
     assert_same_bits(base_bits(pipe), before)
 
 
@@ -235,10 +234,10 @@ def test_the_weight_of_another_method_is_only_tried_out(pipe):
     add_adapter(pipe, "oft", OFTConfig(r=2, oft_block_size=0, target_modules=["to_v"]), seed=5)
     use_unmerged(pipe, {})
     pipe.unet.set_adapter(["lora"])
-    before = predict(pipe)
+    before = predict_repeated(pipe)
     with pytest.raises(UserError, match="'oft' is a OFT"):
         atomdiff.set_active(pipe, {"lora": 0.3, "oft": 0.5})
-    assert torch.equal(predict(pipe), before)
+    assert torch.equal(predict_repeated(pipe), before)
 
 
 def test_concepts_of_words_only_are_switched_too(tiny_pipe, concepts, tmp_path):
@@ -320,21 +319,3 @@ def test_copies_and_pickles_live_their_own_lives(pipe):
         atomdiff.restore(twin)
         assert_same_bits(base_bits(pipe), before)
     assert torch.equal(generate(pipe), expected)
-
-
-def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_generates(pipe):
-    other = type(pipe).from_pipe(pipe, scheduler=EulerDiscreteScheduler.from_config(pipe.scheduler.config))
-    other.set_progress_bar_config(disable=True)
-    shares = []
-    with pytest.MonkeyPatch.context() as patch:
-        write = switch._Writer.__call__
-        patch.setattr(
-            switch._Writer, "__call__", lambda self, share, **o: (shares.append(share), write(self, share, **o))[1]
-        )
-        atomdiff.set_active(pipe, {"spatial": {"steps": {0: 1, 1: 0}}})
-        shares.clear()
-        generate(pipe, num_inference_steps=2)
-        generate(other, num_inference_steps=3)
-    assert shares == [0.0, 1.0, 0.0, 0.5, 1.0]
-    atomdiff.restore(other)
-    assert "_atomdiff_schedule" not in vars(pipe.unet)

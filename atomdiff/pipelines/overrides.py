@@ -1,4 +1,4 @@
-"""Methods of diffusers and transformers that models and tokenizers have otherwise while concepts are loaded."""
+"""Overrides of methods of diffusers and transformers, in models and tokenizers while concepts are loaded."""
 
 from __future__ import annotations
 
@@ -19,31 +19,31 @@ from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.errors import UserError, warn
 
 
-def adopt(part: Any) -> None:
-    """Let methods of a model or tokenizer do as for a LoRA, or the right thing, while concepts are loaded."""
+def add(part: Any) -> None:
+    """Override methods of a model or tokenizer, so that they do with concepts as with a LoRA."""
     replace_methods(part, _METHODS if isinstance(part, nn.Module) else {"save_pretrained": save_tokenizer})
 
 
-def release(part: Any) -> None:
+def remove(part: Any) -> None:
     """Give a model or tokenizer its own methods back."""
     restore_methods(part, _METHODS)
 
 
 @contextmanager
-def as_they_are(parts: Iterable[Any]) -> Iterator[None]:
+def without_overrides(parts: Iterable[Any]) -> Iterator[None]:
     """Within, models and tokenizers have their own methods."""
-    adopted = [
+    overridden = [
         part
         for part in parts
         if part is not None and any(isinstance(vars(part).get(name), ReplacedMethod) for name in _METHODS)
     ]
-    for part in adopted:
-        release(part)
+    for part in overridden:
+        remove(part)
     try:
         yield
     finally:
-        for part in adopted:
-            adopt(part)
+        for part in overridden:
+            add(part)
 
 
 def set_adapters(model: Any, adapter_names: str | list[str], weights: Any = None) -> None:
@@ -122,7 +122,7 @@ def bare(model: Any) -> Any:
             memo.setdefault(id(each), each)
     memo.pop(id(getattr(model, "config", None)), None)
     copied = copy.deepcopy(model, memo)
-    release(copied)
+    remove(copied)
     if adapter_state.adapter_layers(copied):  # else what was fused stays, as for a LoRA
         merging.strip_adapters(copied)
     strip_tokens(copied)
