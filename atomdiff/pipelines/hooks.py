@@ -39,12 +39,7 @@ class _Override:
 
 @contextmanager
 def attributes_set(owner: Any, **values: Any) -> Iterator[None]:
-    """Within, an object has these attributes of its own; what others set meanwhile stays.
-
-    Args:
-        owner: the object.
-        **values: by name; `MISSING`: what the object itself has is hidden.
-    """
+    """Within, an object has these attributes of its own; what others set meanwhile stays. `MISSING` hides one."""
     entries = {name: [value] for name, value in values.items()}
     with _LOCK:
         for name, entry in entries.items():

@@ -24,11 +24,7 @@ def save_portable(pipe: Any, folder: Path) -> dict[str, str]:
     transformers 5 writes neither `vocab.json` and `merges.txt`, nor the level `text_model` of a text encoder's keys, by
     which transformers 4, ComfyUI and scripts that make a checkpoint of a folder find them; and other names of classes.
     Placeholder tokens that were added to a tokenizer get ids that no text uses, so that embedding tables keep their
-    size, as programs expect it of a checkpoint.
-
-    Args:
-        pipe: the pipeline; unchanged afterwards.
-        folder: where it goes.
+    size, as programs expect it of a checkpoint. The pipeline is unchanged afterwards.
 
     Returns:
         Text encoder -> why its embedding table is longer than that of the base, if it is.

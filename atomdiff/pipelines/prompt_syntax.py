@@ -65,11 +65,9 @@ def has_word(text: str, word: str) -> bool:
 
 
 def replace_words(text: str, replacements: Mapping[str, str]) -> str:
-    """Replace words, or phrases of several, at once; of those that begin alike the longest counts.
+    """Replace words, or phrases of several, each by its replacement with blanks around it.
 
-    Args:
-        text: the text.
-        replacements: word or phrase -> what takes its place, blanks around it.
+    All are replaced at once; of those that begin alike the longest counts.
     """
     pieces = split_at_words(text, replacements)
     pieces[1::2] = [replacements[phrase] for phrase in pieces[1::2]]
@@ -77,15 +75,10 @@ def replace_words(text: str, replacements: Mapping[str, str]) -> str:
 
 
 def split_at_words(text: str, words: Iterable[str], passed_over: Iterable[str] = ()) -> list[str]:
-    """Split a text at words, or phrases of several; of those that begin alike the longest counts.
+    """Split a text where CLIP would see words, or phrases of several, in any case; the longest at a place counts.
 
-    Args:
-        text: the text.
-        words: where CLIP would see them, in any case.
-        passed_over: tokens in which words do not count: "mug" in "<mug-style>".
-
-    Returns:
-        Every other entry is one of the words; between them is the text that is left.
+    Words do not count in tokens that are `passed_over`: "mug" in "<mug-style>". Every other entry of the result is one
+    of the words; between them is the text that is left.
     """
     known = {" ".join(word.lower().split()): word for word in words}
     patterns = {token: re.escape(token) for token in passed_over} | {word: _pattern(word) for word in known.values()}

@@ -11,11 +11,12 @@ from atomdiff.bases.find import find_base
 from atomdiff.bases.noise_schedule import prediction_type
 from atomdiff.utils.choices import FLOW_SHIFTS, PredictionType
 from atomdiff.utils.errors import UserError, warn
+from atomdiff.utils.fields import ConfigGroup
 from atomdiff.utils.untrusted import parse_json
 
 
 @dataclass(frozen=True)
-class ScheduleConfig:
+class ScheduleConfig(ConfigGroup):
     """Prediction type and noise schedule of a run; None: as in the config of the base's scheduler."""
 
     prediction_type: PredictionType | None = None
@@ -24,11 +25,6 @@ class ScheduleConfig:
     """Whether the noise schedule ends in pure noise."""
     flow_shift: float | None = None
     """Shift of the noise levels of flow towards pure noise."""
-
-    def __post_init__(self) -> None:
-        if self.prediction_type not in (None, *get_args(PredictionType)):
-            allowed = ", ".join(get_args(PredictionType))
-            raise UserError(f"prediction_type={self.prediction_type!r}: expected one of {allowed} or none")
 
     @classmethod
     def read(cls, training: Mapping[str, Any]) -> ScheduleConfig:
