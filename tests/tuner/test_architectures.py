@@ -83,6 +83,12 @@ MODELS = {function.__name__: function for function in (sd1, sdxl, controlnet, re
 UNETS = {"sd1", "sdxl", "controlnet"}
 
 
+def randomize_deltas(model: nn.Module) -> None:
+    for key, parameter in model.named_parameters():
+        if "_delta." in key:
+            nn.init.normal_(parameter, std=0.1)
+
+
 def run(model: nn.Module, inputs: dict) -> torch.Tensor:
     output = model.eval()(**inputs)
     return torch.cat([tensor.flatten() for tensor in _tensors(output.to_tuple())])
@@ -106,9 +112,7 @@ def test_presets_adapt_real_models_and_leave_no_trace(name, preset):
     before, bits = run(model, inputs), {key: value.clone() for key, value in model.state_dict().items()}
     get_peft_model(model, AtomConfig(target_modules=preset, channel_block=2))
     assert torch.equal(run(model, inputs), before)
-    for key, parameter in model.named_parameters():
-        if "_delta." in key:
-            nn.init.normal_(parameter, std=0.1)
+    randomize_deltas(model)
     adapted = run(model, inputs)
     assert not torch.allclose(adapted, before, rtol=1e-3)
     merge(model)
@@ -151,9 +155,7 @@ def test_transformers_loads_every_tensor(tmp_path):
     base, before = model.state_dict(), run(model, inputs)
     base = {key: value.clone() for key, value in base.items()}
     adapted = get_peft_model(model, AtomConfig(target_modules="all", channel_block=2, recursion=2))
-    for key, parameter in model.named_parameters():
-        if "_delta." in key:
-            nn.init.normal_(parameter, std=0.1)
+    randomize_deltas(model)
     adapted.save_pretrained(tmp_path)
     expected = run(model, inputs)
     reloaded, _ = vit()

@@ -115,8 +115,11 @@ def test_merged_is_unmerged_is_reloaded(base, x, method, tmp_path):
     model.save_pretrained(tmp_path)
     torch.testing.assert_close(PeftModel.from_pretrained(copy.deepcopy(base), tmp_path)(x), unmerged, **TOLERANCE)
     torch.testing.assert_close(copy.deepcopy(model).merge_and_unload()(x), unmerged, **TOLERANCE)
-    model.merge_adapter()
+    model.merge_adapter(safe_merge=True)
     torch.testing.assert_close(model(x), unmerged, **TOLERANCE)
+    if method in ATOMS:
+        with model.disable_adapter():
+            assert torch.equal(model(x), base(x))
 
 
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.01)])

@@ -59,26 +59,6 @@ def test_a_random_start_changes_the_output_and_the_usual_one_does_not(net, confi
     assert torch.isfinite(changed).all() and (changed - expected).abs().max() > 1e-3
 
 
-def test_merged_disabled_unmerged_and_unloaded(net, config):
-    expected, bits = net(X), copy.deepcopy(net.state_dict())
-    model = get_peft_model(net, config)
-    changed = model(X)
-    with model.disable_adapter():
-        assert torch.allclose(model(X), expected, atol=1e-6)
-    model.merge_adapter(safe_merge=True)
-    assert torch.allclose(model(X), changed, atol=1e-5)
-    with model.disable_adapter():
-        assert torch.equal(model(X), expected)
-    model.unmerge_adapter()
-    assert torch.allclose(model(X), changed, atol=1e-6)
-    merged = copy.deepcopy(model).merge_and_unload(safe_merge=True)
-    assert not any(isinstance(module, AtomLayer) for module in merged.modules())
-    assert torch.allclose(merged(X), changed, atol=1e-5)
-    base = model.unload()
-    assert base.state_dict().keys() == bits.keys()
-    assert all(torch.equal(value, bits[key]) for key, value in base.state_dict().items())
-
-
 def test_several_adapters_act_together_and_statuses_tell_of_them(net, config):
     model = get_peft_model(net, config, "a")
     model.add_adapter("b", copy.deepcopy(config))
