@@ -14,7 +14,7 @@ from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.hooks import ReplacedMethod, replace_methods, restore_methods
 from atomdiff.pipelines.tokenizers import original_tokenizer
 from atomdiff.pipelines.vocabulary_link import strip_tokens
-from atomdiff.tuner import adapter_state, merging
+from atomdiff.tuner import adapter_state, checks, merging
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.errors import UserError, warn
 
@@ -147,7 +147,12 @@ def add_adapter(model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> N
 
 
 def fuse_lora(model: Any, *args: Any, **kwargs: Any) -> Any:
-    """As diffusers'; what adapters of others are fused into is kept, too, so that it comes back exactly."""
+    """As diffusers'; what adapters of others are fused into is kept, too, so that it comes back exactly.
+
+    Raises:
+        UserError: a weight cannot be changed.
+    """
+    checks.check_writable(model)
     merging.keep_when_merged(model)
     return type(model).fuse_lora(model, *args, **kwargs)
 
