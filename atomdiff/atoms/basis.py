@@ -79,4 +79,4 @@ def _dct_matrix(size: int) -> Tensor:
 
 def _check_num_atoms(num_atoms: int, size: int) -> None:
     if not 1 <= num_atoms <= size:
-        raise ValueError(f"num_atoms={num_atoms}, but a block of {size} numbers has 1 to {size} orthonormal atoms")
+        raise ValueError(f"num_atoms={num_atoms}, but a block of {size} elements has 1 to {size} orthonormal atoms")

@@ -40,7 +40,7 @@ def open_model(
         torch.manual_seed(derive_seed(seed, "weights"))
         model = load_model(name, revision, from_scratch, labels)
         if model.base_model is model or not head_parameters(model):
-            raise UserError(f"{name}: {type(model).__name__} does not tell its head from the rest; use another model")
+            raise UserError(f"{name}: {type(model).__name__} cannot be split into head and base; use another model")
         for path, module in model.named_modules():
             if not in_base(model, path) and isinstance(module, (nn.Linear, nn.Conv2d)):
                 module.reset_parameters()  # a base with as many classes would bring its own
@@ -94,7 +94,7 @@ def open_processor(name: str, model: Any, *, revision: str | None = None, resolu
         processor = AutoImageProcessor.from_pretrained(name, backend="pil", revision=revision)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         if (file := Path(name) / IMAGE_PROCESSOR_NAME).is_file():
-            raise UserError(f"{file}: cannot be used ({_one_line(error)}); mend it, or remove it") from error
+            raise UserError(f"{file}: cannot be used ({_one_line(error)}); repair or remove it") from error
         own = getattr(model.config, "image_size", None)
         side = resolution or (own if isinstance(own, int) else _IMAGENET_SIDE)
         return ConvNextImageProcessorPil(size={"shortest_edge": side}, crop_pct=1.0)
@@ -124,7 +124,7 @@ def load_model(
     random = {path for path, tensor in model.named_parameters() if path in new and tensor.ndim > 1}
     if lost := sorted(path for path in random if labels is None or in_base(model, path)):
         raise UserError(
-            f"{name}: its weights lack {list_some(lost)} in the shape that config.json says; use a whole model"
+            f"{name}: its weights lack {list_some(lost)} in the shape that config.json says; use a complete model"
         )
     return model
 

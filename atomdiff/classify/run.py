@@ -80,10 +80,10 @@ def try_forward(run: Run) -> None:
     except Exception as error:  # models raise whatever they like
         if "more than 1 value per channel" in str(error):
             found = "train_batch_size=1: the batch norms of this base need more than one value a channel"
-            raise UserError(f"{found}; take at least 2, or batch_norm frozen") from error
+            raise UserError(f"{found}; use at least 2, or batch_norm frozen") from error
         problem = " ".join(str(error).split())[:500]
         expected = "another resolution (some models take only their own), base or adapter"
-        raise UserError(f"images do not go through the model ({problem}); use {expected}") from error
+        raise UserError(f"the model cannot process the images ({problem}); use {expected}") from error
 
 
 def parameter_groups(model: Any) -> dict[ParameterGroup, list[nn.Parameter]]:

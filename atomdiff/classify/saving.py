@@ -116,8 +116,8 @@ def load_classifier(folder: str | Path, pretrained_model_name_or_path: str | Non
     model = open_model(base, metadata["classes"], revision=revision)
     if hash_base(model) != metadata["base_sha256"]:
         raise UserError(
-            f"{folder}: the weights of {base!r} are not those that it was trained on; name a copy of "
-            f"{metadata['base_model']!r} as it was then with pretrained_model_name_or_path"
+            f"{folder}: the weights of {base!r} are not those that it was trained on; give a copy of "
+            f"{metadata['base_model']!r} as it was then by pretrained_model_name_or_path"
         )
     head = read_tensors(folder / HEAD_FILE)[0]
     if (folder / CONFIG_NAME).is_file():

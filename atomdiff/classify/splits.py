@@ -99,7 +99,7 @@ def _read_classes(folder: Path, known: Mapping[str, object] | None = None) -> di
         )
     if deeper := [path for each in _sub_folders(folder) for path in _sub_folders(each) if list_images(path)]:
         expected = "a class's images directly in its folder, and splits called train, validation (or val) and test"
-        raise UserError(f"{deeper[0]}: images too deep inside, they would be passed over; expected {expected}")
+        raise UserError(f"{deeper[0]}: images are too deep inside and would be skipped; expected {expected}")
     if empty := [name for name, files in classes.items() if not files]:
         raise UserError(f"{folder}: no image in {', '.join(empty)}; add some, or remove the folder")
     if unknown := [name for name in classes if known is not None and name not in known]:

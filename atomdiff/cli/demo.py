@@ -111,9 +111,7 @@ def warn_of_class(class_name: str) -> None:
 
     if class_name not in CLASSES:
         known = f"{', '.join(CLASSES[:-1])} and {CLASSES[-1]}"
-        warnings.warn(
-            f"the base has no word {class_name!r}; give --class_name what comes closest of {known}", stacklevel=2
-        )
+        warnings.warn(f"the base has no word {class_name!r}; set --class_name to the closest of {known}", stacklevel=2)
 
 
 def evaluate_concept(

@@ -58,7 +58,7 @@ def _tried(line: Callable[[], str]) -> str:
     except BaseException as error:  # broken packages raise, or end the program, as they like
         if isinstance(error, KeyboardInterrupt):
             raise
-        return f"cannot be found out ({_short(error)})"
+        return f"unknown ({_short(error)})"
 
 
 def _short(error: BaseException) -> str:

@@ -16,7 +16,7 @@ class InspectConfig:
     """The concept file."""
     base: PathText | None = None
     """Base model: a folder or a Hub id. With a file, the distance to the base of its training is shown. With --config,
-    the weights are not needed, so that sd-1.5, sd-2.1, sdxl, resnet-50 and convnext-base are possible, too."""
+    the weights are not needed, and sd-1.5, sd-2.1, sdxl, resnet-50 and convnext-base can be named, too."""
     config: PathText | None = None
     """Adapter config to count the parameters of: a JSON file of any PEFT method, or atoms, or full."""
 
@@ -24,9 +24,9 @@ class InspectConfig:
         """Refuse what names neither or both."""
         expand_paths(self)
         if (self.file is None) == (self.config is None):
-            raise UserError("give a concept file, or --base and --config to count what an adapter takes")
+            raise UserError("give a concept file, or --base and --config to count the parameters of an adapter")
         if self.config is not None and self.base is None:
-            raise UserError(f"--config {self.config} needs --base: what it is to be counted on, such as sd-1.5")
+            raise UserError(f"--config {self.config} needs --base: the model to count on, such as sd-1.5")
 
 
 def inspect_concept(config: InspectConfig) -> str:

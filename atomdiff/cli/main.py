@@ -106,7 +106,7 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line without the program's name; by default that of this process.
 
     Returns:
-        The exit status: 0; 1 for a bug and 2 for wrong input, each told in one line; 130 if stopped;
+        The exit status: 0; 1 for a bug and 2 for wrong input, each reported in one line; 130 if stopped;
         141 if the output is no longer read.
     """
     args = sys.argv[1:] if args is None else list(args)
@@ -133,4 +133,4 @@ def _show_warning(message: Warning | str, *_: object, **__: object) -> None:
 
 def _usage() -> str:
     verbs = "\n".join(f"  {name:<9}{verb.__doc__}" for name, verb in VERBS.items())
-    return f"usage: atomdiff VERB [OPTIONS]\n\n{verbs}\n\natomdiff VERB --help lists the options; atomdiff --version."
+    return f"usage: atomdiff COMMAND [OPTIONS]\n\n{verbs}\n\n`atomdiff COMMAND --help` lists the options of one."

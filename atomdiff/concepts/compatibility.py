@@ -170,8 +170,8 @@ def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, 
         elif large := [a for a in atom_sets if a.size > MAX_ROW_LENGTH or a.num_atoms > MAX_ATOMS_PER_NUMBER * a.size]:
             count, size = large[0].num_atoms, large[0].size
             raise UserError(
-                f"the concept has {count} atoms of {size} numbers in {module}, too many to work with: train one with "
-                f"rows of at most {MAX_ROW_LENGTH} numbers and at most {MAX_ATOMS_PER_NUMBER} times as many atoms as "
+                f"the concept has {count} atoms of {size} elements in {module}, which is too many: train one with "
+                f"rows of at most {MAX_ROW_LENGTH} elements and at most {MAX_ATOMS_PER_NUMBER} times as many atoms as "
                 "numbers"
             )
         elif defects := list(

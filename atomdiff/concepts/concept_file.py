@@ -96,7 +96,9 @@ def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torc
     }
     data = sort_header(save(tensors, metadata))
     if len(data) > MAX_FILE_BYTES:
-        raise UserError(f"cannot save a concept of {len(data):,} bytes, only {MAX_FILE_BYTES:,}: use fewer numbers")
+        raise UserError(
+            f"the concept would take {len(data):,} bytes, expected at most {MAX_FILE_BYTES:,}: train fewer parameters"
+        )
     write_bytes(path, data)
 
 

@@ -178,7 +178,7 @@ def _reason(error: Exception, repo_id: str) -> str:
     if isinstance(error, LocalTokenNotFoundError):
         return f"nobody is logged in; {_LOG_IN}, with one that may write"
     if isinstance(error, OfflineModeIsEnabled):
-        return "HF_HUB_OFFLINE forbids to ask the Hub; unset it"
+        return "HF_HUB_OFFLINE forbids access to the Hub; unset it"
     if isinstance(error, LocalEntryNotFoundError):
         return "the Hub was not asked or does not answer, and an earlier download is not in the cache; go online once"
     if status == 401:

@@ -93,7 +93,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
         component, module, base = place
         try:
             if module in parts.get(component, {}):
-                raise ValueError("it stands there twice, by other names")
+                raise ValueError("it appears twice, under different names")
             factors = lora_factors(layer, base, scales(component, module))
         except (ValueError, RuntimeError, LookupError) as error:
             wrong.append(f"{name} ({error})")

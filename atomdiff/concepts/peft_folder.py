@@ -78,7 +78,7 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
     found = {file.parent.name: file.parent for file in sorted(path.glob(f"*/{CONFIG_NAME}"))}
     if (path / CONFIG_NAME).is_file():
         if denoiser in found:
-            raise UserError(f"{path} and {found[denoiser]} both hold an adapter for {denoiser}: take one of them out")
+            raise UserError(f"{path} and {found[denoiser]} both hold an adapter for {denoiser}: remove one of them")
         found[denoiser] = path
     components = set(components)
     for component in sorted(found.keys() & components):
@@ -125,7 +125,7 @@ def _read_config(folder: Path) -> PeftConfig:
     except Exception as error:  # PEFT checks little: a value that it does not expect can fail anywhere
         raise UserError(f"cannot read {file}: {printable(str(error))}") from error
     if change := why_not_removable(config):
-        raise UserError(f"{folder} was not trained to be taken out again: {change}")
+        raise UserError(f"{folder} could not be removed exactly again: {change}")
     return config
 
 

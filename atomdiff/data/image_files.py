@@ -79,7 +79,7 @@ def _load_without_metadata(file: Path, error: Exception) -> Image.Image:
         image = None
     if image is None:
         raise UserError(_reason(file, error)) from error
-    warnings.warn(f"{file}: read without its texts and profiles, which are at fault ({error})", stacklevel=2)
+    warnings.warn(f"{file}: read without its texts and profiles, which are damaged ({error})", stacklevel=2)
     return image
 
 

@@ -46,7 +46,7 @@ class ExportConfig(SchedulerConfig, ConceptsConfig, BaseModelConfig):
     rank: int = 16
     """Rank of the LoRA."""
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
-    """Precision to save in. Default: float16; float32 for a pipeline, which others would have to be opened with."""
+    """Precision to save in. Default: float16; for a pipeline float32, as any other has to be named to open it."""
 
     def check(self) -> None:
         """Check that the concepts can be exported in this format."""

@@ -189,7 +189,7 @@ def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:
         loaded_as = dtype or stored_dtype(folder, config.variant)
         return getattr(diffusers, kind).from_pretrained(name, variant=config.variant, dtype=loaded_as)
     except (OSError, ValueError) as error:
-        raise UserError(f"{name!r} is there, but cannot be loaded ({' '.join(str(error).split())})") from error
+        raise UserError(f"{name!r} exists, but cannot be loaded ({' '.join(str(error).split())})") from error
 
 
 def _denoiser(source: Any) -> tuple[str, nn.Module]:
@@ -204,7 +204,7 @@ def _denoiser(source: Any) -> tuple[str, nn.Module]:
 
 def _parameters(model: nn.Module, what: str) -> dict[str, Tensor]:
     if adapters := list(adapter_state.adapter_configs(model)):
-        raise UserError(f"the {what} has adapters ({list_some(adapters)}): take them out, or export it merged, first")
+        raise UserError(f"the {what} has adapters ({list_some(adapters)}): remove them, or export it merged, first")
     found = {name: parameter.detach() for name, parameter in model.named_parameters()}
     if broken := [name for name, tensor in found.items() if not torch.isfinite(tensor).all()]:
         raise UserError(f"the {what} holds values that are not finite, in {list_some(broken)}: use another checkpoint")

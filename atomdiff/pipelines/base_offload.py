@@ -76,7 +76,7 @@ class FileWeight:
             stored = _read(self.file, self.key)
             if untouched or quick_hash([stored]) == self.content:
                 return stored
-            reason = f"{self.key} in it is another one now"
+            reason = f"{self.key} in it has changed"
         except (OSError, SafetensorError) as error:
             reason = str(error)
         raise UserError(f"the base weights were offloaded to {self.file}, put it back as it was: {reason}")

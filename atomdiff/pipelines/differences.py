@@ -115,4 +115,4 @@ def _put(model: nn.Module, path: str, module: nn.Module) -> None:
 def _refuse_whole_modules(component: str, model: nn.Module) -> None:
     for path, module in model.named_modules():
         if isinstance(module, AuxiliaryTrainingWrapper):
-            raise UserError(f"an adapter replaces {component}.{path} as a whole, which cannot be exported: take it out")
+            raise UserError(f"an adapter replaces {component}.{path} as a whole, which cannot be exported: remove it")

@@ -118,7 +118,7 @@ class _Calls:
         """Warn if all calls came from other threads, whose batches were not mixed."""
         if self._threads and self._thread not in self._threads:
             warn(
-                "the pipeline was called in other threads than that of its mixed_batch only, and nothing was mixed: "
+                "the pipeline was called only in threads other than that of its mixed_batch, so nothing was mixed: "
                 "open mixed_batch in the thread that generates"
             )
 

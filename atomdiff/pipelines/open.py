@@ -177,7 +177,7 @@ def _cannot_load(name: str, error: Exception, what: str = "", advice: str = "") 
     found = "is there, but" if os.path.exists(name) else "is no folder or file here, and as a Hub id"
     if name.endswith(".ckpt"):
         advice = (
-            f"of a .ckpt only tensors are read, as others could run a program: convert it to .safetensors; {advice}"
+            f"of a .ckpt only tensors are read, as other contents could run code: convert it to .safetensors; {advice}"
         )
     reason = " ".join(str(error).split())
     return UserError(f"the pipeline {name!r} {found} cannot be loaded{what} ({reason}); {advice}".rstrip("; "))

@@ -80,15 +80,15 @@ def set_adapter(model: Any, adapter_name: str | list[str]) -> None:
 
 
 def _check_unmerged_dora(model: nn.Module, names: set[str]) -> None:
-    """Refuse DoRA on layers that atoms change: unmerged, it takes the norm of the weight without them."""
+    """Refuse DoRA on layers that atoms change: unmerged, it uses the norm of the weight without them."""
     atoms = [layer for layer in adapter_state.atom_layers(model).values() if names & layer.scaling.keys()]
     changed = {layer.get_base_layer() for layer in atoms}
     for path, layer in adapter_state.adapter_layers(model).items():
         dora = {name for name, used in getattr(layer, "use_dora", {}).items() if used and name in names}
         if dora and layer.get_base_layer() in changed:
             raise UserError(
-                f"{min(dora)!r} is a LoRA with use_dora, and atoms change the weight of {path}: unmerged, it takes the "
-                "norm of the weight without them; merge both by atomdiff.set_active(pipe, [...])"
+                f"{min(dora)!r} is a LoRA with use_dora, and atoms change the weight of {path}: unmerged, it uses the "
+                "norm of the weight without them; merge both with atomdiff.set_active(pipe, [...])"
             )
 
 
@@ -141,7 +141,7 @@ def add_adapter(model: Any, adapter_config: Any, *args: Any, **kwargs: Any) -> N
         UserError: the adapter's settings change the base itself, which unloading the concepts could not undo.
     """
     if change := why_not_removable(adapter_config):
-        raise UserError(f"this adapter cannot be taken out again beside concepts: {change}")
+        raise UserError(f"this adapter cannot be removed exactly again, as it must be beside concepts: {change}")
     type(model).add_adapter(model, adapter_config, *args, **kwargs)
     merging.keep_when_merged(model)
 

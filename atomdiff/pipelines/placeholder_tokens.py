@@ -133,7 +133,9 @@ def check_addable(pipe: Any, words: Sequence[str], instead_of: Collection[str] =
     if words:
         check_linkable(pipe)
     if words and not any(text_encoders(pipe)):
-        raise UserError(f"{type(pipe).__name__} has no text encoder with a tokenizer to teach {words[0]!r}")
+        raise UserError(
+            f"{type(pipe).__name__} has no text encoder with a tokenizer, which the trigger word {words[0]!r} needs"
+        )
     spellings = {word.lower(): word for word in words}
     for word in words:
         if (other := spellings[word.lower()]) != word:
@@ -147,7 +149,7 @@ def check_addable(pipe: Any, words: Sequence[str], instead_of: Collection[str] =
             if new and piece and word not in tokenizer.added_tokens_encoder:
                 raise UserError(
                     f"{word!r} cannot be a trigger word{' of several vectors' if word in several else ''}: {encoder} "
-                    "makes other words of it, which would change with it; load with trigger_word='another word', or "
+                    "builds other words from it, which would change as well; load with trigger_word='another word', or "
                     "train with another one"
                 )
 
@@ -194,7 +196,7 @@ def fitting_tokens(
 def _check_free(pipe: Any, word: str, instead_of: Collection[str]) -> None:
     """Refuse a word with blanks, one that is taken, and one that has a meaning for a tokenizer."""
     if not word or word.split() != [word]:
-        raise UserError(f"{word!r} cannot be a trigger word: it must be one word without blanks")
+        raise UserError(f"{word!r} cannot be a trigger word: expected one word without spaces")
     for encoder, _, tokenizer in text_encoders(pipe):
         if word in tokenizer.all_special_tokens or known_id(tokenizer, word) in tokenizer.all_special_ids:
             raise UserError(

@@ -39,7 +39,7 @@ def save_atoms(
 
     Args:
         pipe: the pipeline.
-        path: the file to write, by custom `<concept>.atoms.safetensors`; for other methods than atoms the directory.
+        path: the file to write, usually `<concept>.atoms.safetensors`; for methods other than atoms a directory.
         adapter_name: the adapter to save.
         trigger_phrase: what to write in a prompt to get the concept.
         training: metadata of the run, as JSON has it; of its "config" the settings of the scheduler are looked at again

@@ -96,7 +96,7 @@ def common_scheduler(
         try:
             fitting.append((name, fitting_scheduler(schedule.overridden(asked), scheduler)))
         except UserError as error:
-            raise UserError(f"no scheduler generates the concept {name!r}: {error}") from error
+            raise UserError(f"no scheduler can sample the concept {name!r}: {error}") from error
     common = fitting[0][1] if fitting else fitting_scheduler(asked, scheduler)
     if any(schedule_settings(other) != schedule_settings(common) for _, other in fitting):
         needs = ", ".join(f"{name!r} for {describe_scheduler(other)}" for name, other in fitting)
@@ -189,7 +189,7 @@ def matching_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:
     base_zero_snr = bool(base.get("rescale_betas_zero_snr"))
     zero_snr = base_zero_snr if schedule.rescale_betas_zero_snr is None else schedule.rescale_betas_zero_snr
     if zero_snr and predicted == "epsilon":
-        found = "at zero terminal SNR the base's epsilon says nothing of the image"
+        found = "at zero terminal SNR the base's epsilon does not determine the image"
         raise UserError(f"rescale_betas_zero_snr=True: {found}; set it to false, or prediction_type to v_prediction")
     spacing = "trailing" if zero_snr else base.get("timestep_spacing")
     if (predicted, zero_snr, spacing) == (base_type, base_zero_snr, base.get("timestep_spacing")):

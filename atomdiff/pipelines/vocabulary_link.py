@@ -186,7 +186,7 @@ def _check_tokenizer(model: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) 
             if any(_contains(row, pieces[word]) for row in rows):
                 raise UserError(
                     f"the tokenizer of this {type(caller.pipe).__name__} did not know the trigger word {word!r} of its "
-                    "text encoder, which came by another pipeline, and took it apart: it knows it now, call again"
+                    "text encoder, which another pipeline added, and split it: it knows it now; call again"
                 )
 
 

@@ -37,7 +37,7 @@ def load_base(config: TrainingBaseConfig, **parts: Any) -> BasePipeline:
     """
     name, revision, described_by = config.pretrained_model_name_or_path, config.revision, config.single_file_config
     if described_by and not any(map(is_single_file, (name, config.pretrained_vae_model_name_or_path or ""))):
-        raise UserError(f"single_file_config={described_by!r}: describes a checkpoint file, but {name!r} is none")
+        raise UserError(f"single_file_config={described_by!r}: describes a checkpoint file, but {name!r} is not one")
     kind = pipeline_class(name, revision=revision, single_file_config=described_by)
     base = base_of_class(kind)
     if base is None:

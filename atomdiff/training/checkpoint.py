@@ -113,9 +113,9 @@ def _check_batches(folder: Path, then: dict[str, Any], now: dict[str, Any]) -> N
         return
     advice = "use its values"
     if batches % processes == 0:
-        advice = f"take gradient_accumulation_steps={batches // processes}"
+        advice = f"use gradient_accumulation_steps={batches // processes}"
     written, current = (f"gradient_accumulation_steps={parts} on {count} process(es)" for parts, count in (old, new))
-    expected = f"expected as many batches a step as there were ({batches})"
+    expected = f"expected as many batches per step as before ({batches})"
     changed = f"written with {written}, now {current}"
     raise UserError(f"{folder}: {changed}; {expected}: {advice}, or start without a checkpoint")
 
@@ -131,7 +131,7 @@ def save_checkpoint(
     folder = output_dir / f"checkpoint-{step}"
     entries = {entry.name for entry in folder.iterdir()} if folder.is_dir() else set()
     if folder.is_file() or (entries and entries.isdisjoint((_RUN_FILE, _STATE_FILE))):
-        raise WriteError(folder, "something else has its name", "move it away, or name another output_dir")
+        raise WriteError(folder, "something else of this name is there", "move it away, or name another output_dir")
     with new_folder(folder) as unfinished:
         with open(unfinished / _STATE_FILE, "wb") as file:
             torch.save(state, file)
@@ -148,7 +148,7 @@ def find_checkpoints(output_dir: Path) -> list[Checkpoint]:
     """
     checkpoints, problems = _list_checkpoints(output_dir)
     if problems:
-        warnings.warn(f"passed over {'; '.join(problems)}", stacklevel=2)
+        warnings.warn(f"skipped {'; '.join(problems)}", stacklevel=2)
     return checkpoints
 
 
@@ -198,8 +198,8 @@ def _latest(output_dir: Path) -> Checkpoint | None:
             problems.append(str(error))
             continue
         if problems:
-            warnings.warn(f"passed over {'; '.join(problems)}; going on from {checkpoint.folder}", stacklevel=3)
+            warnings.warn(f"skipped {'; '.join(problems)}; resuming from {checkpoint.folder}", stacklevel=3)
         return checkpoint
     if problems:
-        raise UserError(f"{'; '.join(problems)}; no other is there: start without resume_from_checkpoint")
+        raise UserError(f"{'; '.join(problems)}; there is no other: start without resume_from_checkpoint")
     return None

@@ -106,7 +106,7 @@ def _read_record(file: Path) -> dict[str, object] | None:
     except ValueError:
         record = None
     if not isinstance(record, dict):
-        warnings.warn(f"{file}: damaged; the class images beside it are taken for those of this run", stacklevel=3)
+        warnings.warn(f"{file}: damaged; the class images beside it are assumed to be of this run", stacklevel=3)
         return None
     return record
 

@@ -126,7 +126,7 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
                     save_state(run, step, average_loss, snapshot, stopping)
             if stopping:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
-                how = "go on with the same command and --resume_from_checkpoint latest"
+                how = "resume with the same command and --resume_from_checkpoint latest"
                 raise KeyboardInterrupt(f"stopped; {output_dir / f'checkpoint-{step}'} is saved: {how}")
             if step < config.max_train_steps and is_validation_step(config, step, done):
                 validate(run, step)
@@ -207,7 +207,7 @@ def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:
     checkpoints = find_checkpoints(Path(run.config.output_dir))
     if run.config.resume_from_checkpoint is None:  # others are of an earlier run
         checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.run["saved"] >= run.started]
-    back = f"go on from {checkpoints[-1].folder} (--resume_from_checkpoint latest)" if checkpoints else "start again"
+    back = f"resume from {checkpoints[-1].folder} (--resume_from_checkpoint latest)" if checkpoints else "start again"
     rates = run.config.learning_rates
     raise UserError(
         f"step {step}: the {name} is {value}; {back} with a learning_rate below {rates['adapter']}"

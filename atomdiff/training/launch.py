@@ -39,7 +39,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
     )
     if config.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
-        expected = "PyTorch's own attention (the default) or plain_attention serve this machine"
+        expected = "use PyTorch's own attention (the default) or plain_attention"
         raise UserError(f"enable_xformers_memory_efficient_attention=True: needs a GPU; {expected}")
     return accelerator
 

@@ -221,6 +221,6 @@ def prompts_with(token: str, row: int, ids: Tensor) -> Tensor:
     """
     has_token = (ids == row).any(dim=1)
     if not has_token.any():
-        expected = f"expected it in a prompt, written just so and among the {ids.shape[1] - 2} tokens that are read"
-        raise UserError(f"no prompt says {token!r}, so its embedding cannot be trained; {expected}")
+        expected = f"expected it in a prompt, in this spelling and within the {ids.shape[1] - 2} tokens that are read"
+        raise UserError(f"no prompt contains {token!r}, so its embedding cannot be trained; {expected}")
     return has_token

@@ -16,7 +16,7 @@ from atomdiff.tuner.read_config import describe_adapter
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 
-_OR_START_ANEW = "or start anew, without resume_from_checkpoint, in another output_dir"
+_OR_START = "or start without resume_from_checkpoint in another output_dir"
 
 
 def config_snapshot(
@@ -46,7 +46,7 @@ def read_state(config: TrainConfig, snapshot: dict[str, Any]) -> dict[str, Any] 
     state = checkpoint.load(snapshot)
     if state["step"] > config.max_train_steps:
         found = f"max_train_steps={config.max_train_steps}, but {checkpoint.folder} is at step {state['step']}"
-        raise UserError(f"{found}; take at least as many steps, or go on from an earlier checkpoint")
+        raise UserError(f"{found}; train at least as many steps, or resume from an earlier checkpoint")
     return {**state, "checkpoint": str(checkpoint.folder)}
 
 
@@ -64,7 +64,7 @@ def save_state(run: Run, step: int, average_loss: float, snapshot: dict[str, Any
     except WriteError as error:
         if stopping:
             raise KeyboardInterrupt(f"stopped at step {step}, which is not saved: {error}") from error
-        warnings.warn(f"step {step}: {error}. The training goes on without this checkpoint", stacklevel=1)
+        warnings.warn(f"step {step}: {error}. Training continues without this checkpoint", stacklevel=1)
 
 
 def state_of(run: Run) -> dict[str, Any]:
@@ -86,11 +86,11 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
     """
     if changes := differences(state["fingerprint"], run.dataset.fingerprint):
         written = f"{state['checkpoint']}: written with {'; '.join(changes)}"
-        raise UserError(f"{written}. Put back what it learned from, {_OR_START_ANEW}")
+        raise UserError(f"{written}. Restore what it was trained on, {_OR_START}")
     shapes = {name: parameter.shape for name, parameter in run.trainable.items()}
     if {name: tensor.shape for name, tensor in state["parameters"].items()} != shapes:
         written = f"{state['checkpoint']}: written by another version, with other parameters"
-        raise UserError(f"{written}. Use that version, {_OR_START_ANEW}")
+        raise UserError(f"{written}. Use that version, {_OR_START}")
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state["parameters"][name])
     load_optimizer(run.optimizer, state["optimizer"])

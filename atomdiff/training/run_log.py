@@ -63,7 +63,7 @@ class RunLog:
                     _append(self._file, json.dumps({"step": step, **values}) + "\n")
                     self._accelerator.log(values, step=step)
             except WriteError as error:
-                warnings.warn(f"{error}. The training goes on; lines are missing there", stacklevel=1)
+                warnings.warn(f"{error}. Training continues; lines are missing there", stacklevel=1)
 
     def close(self) -> None:
         """Leave the bar as it stands."""
@@ -84,7 +84,7 @@ def read_log(file: Path) -> list[dict[str, Any]]:
         else:
             damaged.append(str(number))
     if damaged:
-        warnings.warn(f"{file}: left out what cannot be read, line {', '.join(damaged)}", stacklevel=2)
+        warnings.warn(f"{file}: skipped damaged lines: {', '.join(damaged)}", stacklevel=2)
     return lines
 
 

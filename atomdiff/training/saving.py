@@ -48,7 +48,7 @@ def check_result_path(path: Path, adapter: PeftConfig | None, read: Iterable[str
             advice = "name another output_dir, or rename instance_data_dir, whose name it has"
             raise UserError(f"{path}: the result would replace {name!r}, which the run reads; {advice}")
     if adapter is None and path.is_dir() and any(path.iterdir()) and not (path / "model_index.json").is_file():
-        raise UserError(f"{path}: holds something else than a pipeline; move it away, or name another output_dir")
+        raise UserError(f"{path}: holds something other than a pipeline; move it away, or name another output_dir")
 
 
 def save_trained(pipe: StableDiffusionPipeline, adapter: PeftConfig | None, path: Path, **metadata: Any) -> None:

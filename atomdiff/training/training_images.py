@@ -89,7 +89,7 @@ def read_class_images(
     images = read_images(folder, minimum_side=minimum_side, limit=limit)
     if black := [image.name for image in images if image.rgb.getbbox() is None]:
         cause = "black all over, as a VAE that overflows or a safety checker leaves them"
-        raise UserError(f"{folder}: {list_some(black)}: {cause}; remove them: generated ones are generated anew")
+        raise UserError(f"{folder}: {list_some(black)}: {cause}; remove them: missing ones are generated again")
     training_images = []
     for image in images:
         prompts = prompt_variants(config, seed, subject.fill(image.caption or subject.class_prompt))
@@ -153,6 +153,6 @@ def check_prompts(subjects: Sequence[Subject], prompts: Sequence[str]) -> None:
     for subject in subjects:
         if not any(has_word(prompt, subject.trigger_word) for prompt in prompts):
             raise UserError(
-                f"trigger_word={subject.trigger_word!r}: no prompt names it ({prompts[0]!r}, ...), so its embedding "
+                f"trigger_word={subject.trigger_word!r}: no prompt contains it ({prompts[0]!r}, ...), so its embedding "
                 "cannot be trained; write it into the prompts, or set train_token to false"
             )

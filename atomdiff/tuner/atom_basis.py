@@ -93,7 +93,7 @@ class SparseBasis(SvdBasis):
         """See `SvdBasis`: with others, coefficients cannot be worked out in float32."""
         sizes = atoms.abs()
         fine = ((sizes == 0) | (sizes >= self._least)).all() and (atoms.norm(dim=1) <= self._longest).all()
-        return "" if fine else "are longer than 1 or hold numbers next to 0"
+        return "" if fine else "are longer than 1 or have elements close to 0"
 
 
 ATOM_BASES = {"svd": SvdBasis(), "dct": DctBasis(), "sparse": SparseBasis()}

@@ -74,7 +74,7 @@ def _check(
             )
         if reason := "it is offloaded to disk" if on_disk else why_not(module):
             raise UserError(
-                f"cannot {what} the weight of {path}: {reason}; {way_out} the pipeline anew, in memory and in full"
+                f"cannot {what} the weight of {path}: {reason}; {way_out} the pipeline again, in memory and in full"
             )
         if (reader := BaseWeight(module).offloaded) is not None:
             reader.check()

@@ -41,8 +41,8 @@ class AtomConfig(PeftConfig):
     num_atoms: int | None = field(
         default=None,
         metadata={
-            "help": "Atoms per kernel (of each block with joint=True); None: as many as it has numbers. More than that "
-            "takes basis='sparse'. Has no effect on layers without a kernel."
+            "help": "Atoms per kernel (of each block with joint=True); None: as many as it has elements. More "
+            "need basis='sparse'. Has no effect on layers without a kernel."
         },
     )
     channel_block: int = field(
@@ -59,8 +59,8 @@ class AtomConfig(PeftConfig):
     joint: bool = field(
         default=False,
         metadata={
-            "help": "Take a block of channels with its kernels as one row of p*q*k*l numbers, instead of mixing kernel "
-            "positions and channels separately."
+            "help": "Take a block of channels with its kernels as one row of p*q*k*l elements, instead of mixing "
+            "kernel positions and channels separately."
         },
     )
     recursion: int | None = field(
@@ -80,9 +80,7 @@ class AtomConfig(PeftConfig):
     sparsity: float = field(
         default=1e-3, metadata={"help": "Weight of the L1 norm of the coefficients with basis='sparse'."}
     )
-    seed: int = field(
-        default=0, metadata={"help": "Of the random start of the recursion's combinations and of sparse atoms."}
-    )
+    seed: int = field(default=0, metadata={"help": "Seed of the recursion's combinations and of sparse atoms."})
     target_modules: str | list[str] | None = field(
         default=None,
         metadata={
@@ -109,8 +107,8 @@ class AtomConfig(PeftConfig):
     init_weights: bool = field(
         default=True,
         metadata={
-            "help": "Start without an effect; False: from random deltas, as tests of other methods do, too. (Atoms are "
-            "fitted in any case.)"
+            "help": "Start with deltas of zero, so without an effect; False: with random ones, for tests. Atoms are "
+            "fitted in any case."
         },
     )
 
@@ -188,8 +186,8 @@ class AtomConfig(PeftConfig):
             isinstance(self.target_modules, list) or self.target_modules in PRESETS
         ):
             raise ValueError(
-                f"layers_to_transform with target_modules={self.target_modules!r}: a regular expression says itself "
-                "which layers it means; use a list of names or one of the presets " + ", ".join(PRESETS)
+                f"layers_to_transform with target_modules={self.target_modules!r}: a regular expression itself chooses "
+                "the layers; use a list of names or one of the presets " + ", ".join(PRESETS)
             )
 
 

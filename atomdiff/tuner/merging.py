@@ -137,7 +137,7 @@ def _check_in_place(layer: Any) -> None:
     if not isinstance(layer, AtomLayer) and any(parameter.is_meta for parameter in base.parameters(recurse=False)):
         raise UserError(
             f"the weights of a layer are offloaded, where PEFT cannot merge a {type(layer).__name__}: use such "
-            "adapters unmerged (pipe.set_adapters), or load the pipeline anew, in memory and in full"
+            "adapters unmerged (pipe.set_adapters), or load the pipeline again, in memory and in full"
         )
 
 

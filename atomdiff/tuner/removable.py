@@ -13,7 +13,7 @@ def why_not_removable(config: Any) -> str | None:
     bias = getattr(config, "bias", "none")
     if bias not in ("none", None):
         return (
-            f"bias={bias!r} trains biases of the base itself, which do not come off again and have no weight: "
+            f"bias={bias!r} trains biases of the base itself, which cannot be removed again and have no weight: "
             "use bias='none'"
         )
     for field, what in (

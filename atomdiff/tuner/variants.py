@@ -247,8 +247,8 @@ def _num_atoms(config: AtomConfig, module_name: str, block: Block, axes: Sequenc
     if num_atoms > size and not ATOM_BASES[config.basis].is_overcomplete:
         row = "the kernel" if block == (1, 1) else f"a block of {block[0]} x {block[1]} kernels"
         raise ValueError(
-            f"num_atoms={num_atoms}, but {row} of {module_name} has only {size} numbers: "
-            f"use at most {size}, or None for all; more than that takes basis='sparse'"
+            f"num_atoms={num_atoms}, but {row} of {module_name} has only {size} elements: "
+            f"use at most {size}, or None for all; more need basis='sparse'"
         )
     return num_atoms
 

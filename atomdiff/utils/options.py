@@ -133,7 +133,7 @@ def _read_options(file: str, hints: dict[str, Any]) -> dict[str, Any]:
     content = read_yaml(file)
     options = {} if content is None else content
     if not isinstance(options, dict):
-        raise UserError(f"{file}: expected a mapping with an option a line, such as seed: 0")
+        raise UserError(f"{file}: expected a mapping with one option per line, such as seed: 0")
     for name, value in options.items():
         if name not in hints:
             raise UserError(f"{file}: there is no option {name!r}")

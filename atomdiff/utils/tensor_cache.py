@@ -58,7 +58,7 @@ class DiskCache:
             metadata, tensors = {}, {}
         if metadata == _metadata(key, tensors):
             return tensors
-        warnings.warn(f"{file}: damaged, or no file of this cache; made anew", stacklevel=3)
+        warnings.warn(f"{file}: damaged, or no file of this cache; computed again", stacklevel=3)
         return None
 
     def _write(self, key: str, tensors: Tensors) -> None:
@@ -66,7 +66,7 @@ class DiskCache:
             with new_file(self._file(key)) as file:
                 save_file(tensors, file, _metadata(key, tensors))
         except WriteError as error:  # told once for the folder, not for every file
-            advice = f"{error.advice}, or name another --cache_dir; until then it is worked out anew each time"
+            advice = f"{error.advice}, or name another --cache_dir; until then it is computed again in every run"
             warnings.warn(f"{self.folder}: cannot be written ({error.reason}); {advice}", stacklevel=3)
 
 

@@ -49,7 +49,7 @@ def read_text(file: str | Path) -> str:
 
 
 def read_yaml(file: str | Path) -> Any:
-    """Read a YAML or JSON file; 1e-4 is a number in it, and a key that stands twice in a mapping is an error.
+    """Read a YAML or JSON file; 1e-4 is a number in it, and a key that appears twice in a mapping is an error.
 
     Only `true` and `false` are truth values, as in YAML 1.2: who writes `no` may mean a word.
 
@@ -72,7 +72,7 @@ def _load(text: str) -> Any:
 def _mapping(pairs: list[tuple[Any, Any]]) -> dict[Any, Any]:
     keys = [key for key, _ in pairs]
     if repeated := [key for key in keys if keys.count(key) > 1]:
-        raise UserError(f"{repeated[0]!r} stands twice")
+        raise UserError(f"{repeated[0]!r} appears twice")
     return dict(pairs)
 
 

@@ -103,7 +103,7 @@ def read_safetensors_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
             header = parse_json(file.read(size).decode())
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
-            raise ValueError("its metadata are not all texts")
+            raise ValueError("its metadata values are not all strings")
         if max((info["data_offsets"][1] for info in header.values()), default=0) != room - size:
             raise ValueError("its header does not fit its contents")
         return metadata, {key: str(info["dtype"]) for key, info in header.items()}
@@ -137,7 +137,7 @@ def _wide(tensor: Tensor) -> Tensor:
 def _without_repeats(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     values = dict(pairs)
     if len(values) < len(pairs):
-        raise ValueError("a key stands twice in a JSON object")
+        raise ValueError("a key appears twice in a JSON object")
     return values
 
 

@@ -85,13 +85,13 @@ def test_a_model_without_a_head_of_its_own_is_a_user_error(base, monkeypatch):
         self.resnet.classifier, self.classifier = self.classifier, torch.nn.Identity()
 
     monkeypatch.setattr(ResNetForImageClassification, "__init__", headless)
-    with pytest.raises(UserError, match="does not tell its head from the rest"):
+    with pytest.raises(UserError, match="cannot be split into head and base"):
         open_model(str(base), "abc", from_scratch=True)
 
 
 def test_damaged_preprocessing_is_refused_and_not_replaced_by_another(own_base):
     (own_base / "preprocessor_config.json").write_text("{")
-    with pytest.raises(UserError, match="preprocessor_config.json: cannot be used .*; mend it, or remove it"):
+    with pytest.raises(UserError, match="preprocessor_config.json: cannot be used .*; repair or remove it"):
         open_processor(str(own_base), open_model(str(own_base), "abc"))
 
 

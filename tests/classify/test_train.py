@@ -181,7 +181,7 @@ def test_adapters_that_do_not_fit_are_user_errors(config, adapter, message, tmp_
 def test_images_that_a_base_does_not_take_are_refused_before_training(config, tmp_path, fields):
     ViTConfig(**{**SMALL, "image_size": 16, "patch_size": 4, **fields}).save_pretrained(tmp_path / "vit")
     config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "vit"), from_scratch=True)
-    with pytest.raises(UserError, match=r"images do not go through the model \(.*\); use another resolution"):
+    with pytest.raises(UserError, match=r"the model cannot process the images \(.*\); use another resolution"):
         train_classifier(dataclasses.replace(config, adapter="full"))
 
 
@@ -190,7 +190,7 @@ def test_a_method_that_needs_more_than_images_is_refused_before_training(config,
     model.save_pretrained(tmp_path / "vit")
     (tmp_path / "adapter.json").write_text(json.dumps({"peft_type": "POLY", "target_modules": ["q_proj", "query"]}))
     config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "vit"))
-    with pytest.raises(UserError, match="do not go through the model .*task_ids.*or adapter"):
+    with pytest.raises(UserError, match="cannot process the images .*task_ids.*or adapter"):
         train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json")))
 
 

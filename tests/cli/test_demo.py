@@ -95,7 +95,7 @@ def test_one_large_image_of_a_class_without_a_word(quick, tmp_path, capsys):
     assert main(["demo", "--run", str(quick), *options]) == 0
     printed, errors = capsys.readouterr()
     assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +-\n", printed)
-    assert "warning: the base has no word 'ogre'; give --class_name what comes closest of mug, " in errors
+    assert "warning: the base has no word 'ogre'; set --class_name to the closest of mug, " in errors
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["similarity"]["real"] is None and report["similarity"]["normalized_gain"] is None
     assert max(Image.open(tmp_path / "out" / "before_after.png").size) < 2500

@@ -56,4 +56,4 @@ def test_what_cannot_be_found_out_is_told(line, monkeypatch, capsys):
 
     monkeypatch.setattr(doctor, line, broken)
     name = {"_hub_cache": "Hub cache"}.get(line, line[1:])
-    assert report(capsys)[name] == "cannot be found out (RuntimeError: driver too old)"
+    assert report(capsys)[name] == "unknown (RuntimeError: driver too old)"

@@ -67,9 +67,9 @@ def one_layer(weight, config, atoms, size):
 
 def test_few_numbers_that_stand_for_large_matrices_are_refused():
     wide = AtomConfig(channel_block=32, joint=True, num_atoms=1)
-    with pytest.raises(UserError, match="1 atoms of 9216 numbers in unet.conv, too many to work with"):
+    with pytest.raises(UserError, match="1 atoms of 9216 elements in unet.conv, which is too many"):
         one_layer(torch.zeros(32, 32, 3, 3), wide, 1, 32 * 32 * 9)
-    with pytest.raises(UserError, match="73 atoms of 9 numbers"):
+    with pytest.raises(UserError, match="73 atoms of 9 elements"):
         one_layer(torch.zeros(4, 4, 3, 3), AtomConfig(channel_block=1, basis="sparse", num_atoms=73), 73, 9)
     with pytest.raises(UserError, match="the sparse atoms of unet.conv are longer than 1"):
         one_layer(torch.zeros(4, 4, 3, 3), AtomConfig(channel_block=1, basis="sparse", num_atoms=12), 12, 9)

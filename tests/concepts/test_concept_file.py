@@ -136,7 +136,7 @@ def test_what_the_file_cannot_hold_is_not_written(tmp_path, value):
         ({"base_fingerprint": "{}"}, "not one list of numbers for each layer"),
         ({"base_fingerprint": '{"unet.down.conv1": [NaN], "unet.mid.to_q": [1]}'}, "not one list of numbers"),
         ({"training": "none"}, "no valid training"),
-        ({"training": '{"a": 1, "a": 2}'}, "no valid training in its metadata: a key stands twice"),
+        ({"training": '{"a": 1, "a": 2}'}, "no valid training in its metadata: a key appears twice"),
         ({"training": '{"a": "\\ud800"}'}, "no valid training"),
         ({"base_fingerprint": f'{{"unet.down.conv1": [{10**400}], "unet.mid.to_q": [1]}}'}, "not one list of numbers"),
         ({"adapter_config": '{"peft_type": "ATOMS", "joint": 1}'}, "joint=1: expected true or false"),
@@ -214,7 +214,7 @@ def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
     with pytest.raises(UserError, match=r"65 trigger words \(word0, word1, word10 and 62 more\); .* at most 64"):
         write_delta_file(tmp_path / "x", make_delta(tokens=many))
     monkeypatch.setattr("atomdiff.concepts.concept_file.MAX_FILE_BYTES", 1000)
-    with pytest.raises(UserError, match="cannot save a concept of .* bytes, only 1,000"):
+    with pytest.raises(UserError, match="the concept would take .* bytes, expected at most 1,000"):
         write_delta_file(tmp_path / "x", make_delta())
     assert not list(tmp_path.iterdir())
 

@@ -401,7 +401,7 @@ def test_a_layer_that_stands_in_a_file_twice_is_refused(tiny_pipe, tmp_path):
     name = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     twice = {f"{name}.lora_{side}.weight": rand(*shape) for side, shape in shapes.items()}
     save_file(load_file(path) | twice, path)
-    with pytest.raises(UserError, match="attn2.to_k .it stands there twice, by other names"):
+    with pytest.raises(UserError, match="attn2.to_k .it appears twice, under different names"):
         atomdiff.load_atoms(tiny_pipe, path)
 
 

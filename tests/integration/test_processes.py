@@ -19,7 +19,7 @@ from atomdiff.training.dreambooth import train
 ROOT = Path(__file__).parents[2]
 
 pytestmark = pytest.mark.slow  # processes that import torch
-HOW = "go on with the same command and --resume_from_checkpoint latest"
+HOW = "resume with the same command and --resume_from_checkpoint latest"
 EVERYTHING = {
     "train_text_encoder": True,
     "num_vectors": 2,

@@ -286,7 +286,7 @@ def test_validation_generates_with_what_is_trained(config_for, tmp_path):
         ),
         (
             {"train_text_encoder": True, "text_encoder_adapter": "full"},
-            "either all of the UNet and of the text encoders",
+            "expected adapters for both the UNet and the text encoders, or full tuning",
         ),
         ({"train_text_encoder": True, "text_encoder_adapter": "no.json"}, "'no.json': no such file"),
     ],
@@ -310,7 +310,7 @@ def test_a_word_is_named_where_pipelines_see_it(config_for):
     config = config_for()
     pipe = open_base(config)
     check_trigger_words(config, pipe, ["a mug", "a SKS_mug"])
-    with pytest.raises(UserError, match="no prompt names it"):
+    with pytest.raises(UserError, match="no prompt contains it"):
         check_trigger_words(config, pipe, ["a mug", "asks"])
 
 

@@ -144,7 +144,7 @@ def test_a_call_that_failed_or_was_interrupted_lets_other_threads_in(pipe):
 
 
 def test_a_batch_that_only_another_thread_generates_is_warned_of(pipe):
-    with pytest.warns(UserWarning, match="called in other threads than that of its mixed_batch only"):
+    with pytest.warns(UserWarning, match="called only in threads other than that of its mixed_batch"):
         with atomdiff.mixed_batch(pipe, ["a", None]):
             together(lambda: predict_batch(pipe, 2))
 

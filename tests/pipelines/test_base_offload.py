@@ -248,7 +248,7 @@ def test_another_base_in_the_file_is_never_given_back(tiny_pipe_folder, concept,
     if how == "same time":
         os.utime(file, ns=times)
     for call in (atomdiff.restore, atomdiff.unload_atoms, atomdiff.merge, lambda pipe: atomdiff.set_active(pipe, {})):
-        with pytest.raises(UserError, match=r"put it back as it was: conv_out.weight in it is another"):
+        with pytest.raises(UserError, match=r"put it back as it was: conv_out.weight in it has changed"):
             call(pipe)
         assert_same_bits(base_bits(pipe), merged)
     file.write_bytes(contents)

@@ -26,7 +26,7 @@ def test_dora_beside_atoms_is_refused_unmerged(tiny_pipe, order):
     alone = predict_repeated(tiny_pipe)
     for activate in (tiny_pipe.unet.set_adapters, tiny_pipe.unet.set_adapter):
         with pytest.raises(
-            UserError, match=r"'dora' is a LoRA with use_dora, .*to_q: unmerged.*merge both by .*set_active"
+            UserError, match=r"'dora' is a LoRA with use_dora, .*to_q: unmerged.*merge both with .*set_active"
         ):
             activate(["atoms", "dora"])
         assert torch.equal(predict_repeated(tiny_pipe), alone)

@@ -126,7 +126,7 @@ def test_concepts_of_different_schedulers_have_none_in_common():
     asked = ScheduleConfig("sample")
     for concepts in ([both[0], ("cat", ScheduleConfig())], []):
         assert schedule_settings(common_scheduler(concepts, base, asked))["prediction_type"] == "sample"
-    with pytest.raises(UserError, match="no scheduler generates the concept 'mug': .*epsilon says nothing"):
+    with pytest.raises(UserError, match="no scheduler can sample the concept 'mug': .*epsilon does not determine"):
         common_scheduler([("mug", ScheduleConfig(None, True))], base)
 
 

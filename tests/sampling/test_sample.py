@@ -712,7 +712,7 @@ def test_a_missing_base_and_missing_prompts_are_one_line(config, tmp_path):
         save_samples(replace(config, pretrained_model_name_or_path=str(tmp_path / "nowhere")))
     assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()
-    with pytest.raises(UserError, match="is there, but cannot be loaded"):
+    with pytest.raises(UserError, match="exists, but cannot be loaded"):
         save_samples(replace(config, pretrained_model_name_or_path=str(tmp_path / "empty")))
     with pytest.raises(UserError, match="no prompt"):
         save_samples(replace(config, prompts=(" ",)))
@@ -910,5 +910,5 @@ def test_what_is_predicted_can_be_chosen(config, used, tiny_pipe, capsys):
     assert len(used) == 3 and np.array_equal(picture(config, "a mug"), plain)
     with pytest.raises(UserError, match="prediction_type='noise': expected one of"):
         replace(config, prediction_type="noise")
-    with pytest.raises(UserError, match="epsilon says nothing of the image"):
+    with pytest.raises(UserError, match="epsilon does not determine the image"):
         save_samples(replace(chosen, rescale_betas_zero_snr=True))

@@ -85,14 +85,14 @@ def test_another_config_is_refused_but_rates_and_steps_may_change(tmp_path):
         ((1, 2), (2, 1), None),
         ((3, 4), (6, 2), None),
         ((4, 1), (2, 2), None),
-        ((4, 1), (4, 2), r"=4 on 1 process\(es\), now .*=4 on 2 .*were \(4\): take .*_steps=2, or start"),
+        ((4, 1), (4, 2), r"=4 on 1 process\(es\), now .*=4 on 2 .*before \(4\): use .*_steps=2, or start"),
         (
             (1, 2),
             (1, 1),
-            r"=1 on 2 process\(es\), now .*=1 on 1 .*were \(2\): take .*_steps=2, or start",
+            r"=1 on 2 process\(es\), now .*=1 on 1 .*before \(2\): use .*_steps=2, or start",
         ),
-        ((2, 1), (2, 2), r"=2 on 1 process\(es\), now .*=2 on 2 .*\(2\): take gradient_accumulation_steps=1, or start"),
-        ((1, 1), (1, 2), r"=1 on 1 process\(es\), now .*=1 on 2 .*were \(1\): use its values, or start"),
+        ((2, 1), (2, 2), r"=2 on 1 process\(es\), now .*=2 on 2 .*\(2\): use gradient_accumulation_steps=1, or start"),
+        ((1, 1), (1, 2), r"=1 on 1 process\(es\), now .*=1 on 2 .*before \(1\): use its values, or start"),
     ],
 )
 def test_a_step_has_as_many_batches_as_it_had(tmp_path, then, now, message):
@@ -162,7 +162,7 @@ def test_a_damaged_checkpoint_blocks_no_whole_one(tmp_path, damage, user_warning
     damage(tmp_path / "checkpoint-4")
     assert choose_checkpoint("checkpoint-2", tmp_path).load(CONFIG)["step"] == 2
     with pytest.warns(
-        UserWarning, match=r"passed over .*checkpoint-4: not a readable.*going on from .*checkpoint-3"
+        UserWarning, match=r"skipped .*checkpoint-4: not a readable.*resuming from .*checkpoint-3"
     ) as warned:
         assert choose_checkpoint("latest", tmp_path).folder.name == "checkpoint-3"
     assert len(user_warnings(warned)) == 1
@@ -177,7 +177,7 @@ def test_damaged_checkpoints_do_not_count_where_the_oldest_go(tmp_path, damage):
     for step in (2, 4):
         save(tmp_path, step)
     damage(tmp_path / "checkpoint-4")
-    with pytest.warns(UserWarning, match="passed over .*checkpoint-4: not a readable"):
+    with pytest.warns(UserWarning, match="skipped .*checkpoint-4: not a readable"):
         save(tmp_path, 6, limit=2)
     assert names(tmp_path) == ["checkpoint-2", "checkpoint-4", "checkpoint-6"]
 
@@ -198,7 +198,9 @@ def test_what_somebody_else_put_there_is_left_alone(tmp_path):
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
     with pytest.warns(UserWarning, match="checkpoint-7: not a readable"):
         save(tmp_path, 6, limit=2)
-    with pytest.raises(WriteError, match="checkpoint-7: cannot be written .something else has its name.; move it"):
+    with pytest.raises(
+        WriteError, match="checkpoint-7: cannot be written .something else of this name is there.; move it"
+    ):
         save(tmp_path, 7)
     assert all(path.read_bytes() == content for path, content in before.items())
 

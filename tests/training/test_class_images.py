@@ -79,7 +79,7 @@ def test_a_damaged_record_blocks_no_class_images(tmp_path):
     ensure_class_images(tmp_path, 1, 2, {"prompt": "a mug"}, fake_images)
     whole = (tmp_path / "class_images.json").read_bytes()
     (tmp_path / "class_images.json").write_bytes(b"")
-    with pytest.warns(UserWarning, match="class_images.json: damaged; the class images beside it are taken"):
+    with pytest.warns(UserWarning, match="class_images.json: damaged; the class images beside it are assumed"):
         ensure_class_images(tmp_path, 1, 2, {"prompt": "a mug"}, lambda seeds: fake_images(seeds, made))
     assert not made and (tmp_path / "class_images.json").read_bytes() == whole
 

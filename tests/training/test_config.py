@@ -147,7 +147,7 @@ def test_repositories_that_cannot_be_are_refused_before_the_first_run(tmp_path, 
 
 
 def test_a_sheet_needs_a_prompt():
-    with pytest.raises(UserError, match="validation_prompts=.*: expected a prompt at least, or validation_steps 0"):
+    with pytest.raises(UserError, match="validation_prompts=.*: expected at least one prompt, or validation_steps 0"):
         TrainConfig(**NEEDED, validation_steps=2, validation_prompts=())
 
 
@@ -170,13 +170,17 @@ def test_a_list_of_concepts_can_make_up_one_run(tmp_path):
         ([LISTED[0] | {"repeats": "3"}], {}, "repeats='3': expected a whole number from 1 to 10000"),
         ([LISTED[0] | {"repeats": True}], {}, "repeats=True: expected a whole number from 1 to 10000"),
         ([{"instance_data_dir": "photos/mug"}], {}, "class_name=None"),
-        ([LISTED[0], LISTED[1] | {"trigger_word": "sks"}], {"one_file": True}, "trigger_word='sks' stands for two"),
-        ([LISTED[0], LISTED[1] | {"instance_data_dir": "other/mug"}], {}, "name='mug' stands for two"),
-        ([LISTED[0], LISTED[1] | {"trigger_word": "sks_1"}], {"one_file": True}, "sks and sks_1 stand for one word"),
+        ([LISTED[0], LISTED[1] | {"trigger_word": "sks"}], {"one_file": True}, "trigger_word='sks' is that of two"),
+        ([LISTED[0], LISTED[1] | {"instance_data_dir": "other/mug"}], {}, "name='mug' is that of two"),
+        (
+            [LISTED[0], LISTED[1] | {"trigger_word": "sks_1"}],
+            {"one_file": True},
+            "sks and sks_1 are tokens of one word",
+        ),
         (
             [LISTED[0], LISTED[1] | {"trigger_word": "SKS"}],
             {"one_file": True},
-            "words sks, SKS: CLIP ignores upper",
+            "words sks, SKS: CLIP ignores case",
         ),
         (LISTED, {"instance_data_dir": "photos"}, "found both"),
         (LISTED, {"concepts_list": None}, "found neither"),

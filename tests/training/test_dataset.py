@@ -278,7 +278,7 @@ def test_mistakes_are_user_errors(config, fields, message):
 def test_a_word_that_no_caption_names_is_found_although_captions_drop_out(config, image_folder):
     for name in SIZES:
         (image_folder / f"{name}.txt").write_text("a teapot, red")
-    with pytest.raises(UserError, match="trigger_word='sks': no prompt names it"):
+    with pytest.raises(UserError, match="trigger_word='sks': no prompt contains it"):
         train(dataclasses.replace(config, caption_dropout=0.5, shuffle_captions=True))
 
 

@@ -170,7 +170,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config
         return loss
 
     monkeypatch.setattr(dreambooth, "batch_loss", broken_loss)
-    with pytest.raises(UserError, match=f"step 3: the {where} is (nan|inf); go on from .*checkpoint-2"):
+    with pytest.raises(UserError, match=f"step 3: the {where} is (nan|inf); resume from .*checkpoint-2"):
         train(config)
     assert [folder.name for folder in Path(config.output_dir).glob("checkpoint-*")] == ["checkpoint-2"]
     monkeypatch.undo()
@@ -245,7 +245,7 @@ def test_tensorboard(config):
         ({"resolution": 128}, "shorter side under 64 pixels: 0.png"),
         ({"adapter": "nowhere.json"}, "adapter='nowhere.json': no such file"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "'no/such/folder' is no folder or file here"),
-        ({"instance_prompt": "a photo of a teapot"}, "trigger_word='sks': no prompt names it"),
+        ({"instance_prompt": "a photo of a teapot"}, "trigger_word='sks': no prompt contains it"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "'checkpoint-9': no such checkpoint"),
         ({"report_to": "telegraph"}, "accelerate cannot start: .*telegraph"),
     ],

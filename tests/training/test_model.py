@@ -148,7 +148,7 @@ def test_prompts_say_a_word_in_any_case_but_not_within_another(pipe, count):
 
 @pytest.mark.parametrize("prompts", [("a photo of asks mug",), ("a " * 80 + "sks",)])
 def test_a_word_that_no_prompt_says_is_named(tiny_pipe, prompts):
-    with pytest.raises(UserError, match="no prompt says 'sks.*expected it in a prompt"):
+    with pytest.raises(UserError, match="no prompt contains 'sks.*expected it in a prompt"):
         build(tiny_pipe, prompts, num_vectors=2)
 
 

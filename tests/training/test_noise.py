@@ -142,7 +142,11 @@ def test_other_schedulers_take_the_place_of_one_that_does_not_fit():
 @pytest.mark.parametrize(
     ("scheduler", "fields", "message"),
     [
-        (DDIMScheduler(), {"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr=True: .*epsilon says nothing"),
+        (
+            DDIMScheduler(),
+            {"rescale_betas_zero_snr": True},
+            "rescale_betas_zero_snr=True: .*epsilon does not determine",
+        ),
         (DDIMScheduler(rescale_betas_zero_snr=True), {}, "set it to false, or prediction_type to v_prediction"),
         (FlowMatchEulerDiscreteScheduler(), {"rescale_betas_zero_snr": True}, "flow ends in pure noise anyway"),
         (FlowMatchEulerDiscreteScheduler(), {"prediction_type": "epsilon"}, "FlowMatchEuler.* has no noise schedule"),

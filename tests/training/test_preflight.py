@@ -58,7 +58,7 @@ def everything(folder):
         ({"output_dir": "photos/a.png/out"}, "output_dir=.*cannot be written there .*[Nn]ot a directory"),
         ({"output_dir": "x" * 300}, "output_dir=.*cannot be a path .File name too long"),
         ({"output_dir": "out\0"}, "output_dir=.*cannot be a path"),
-        ({"trigger_word": "zwx", "instance_prompt": "a photo"}, "trigger_word='zwx': no prompt names it"),
+        ({"trigger_word": "zwx", "instance_prompt": "a photo"}, "trigger_word='zwx': no prompt contains it"),
         ({"resolution": 128}, "shorter side under 64 pixels: a.png"),
         ({"masked_loss": True}, "a.png"),
     ],

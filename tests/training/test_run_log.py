@@ -40,7 +40,7 @@ def test_damaged_lines_of_a_log_do_not_block_whole_ones(tmp_path):
     file = tmp_path / "log.jsonl"
     whole = [json.dumps({"step": step, "loss": 0.1 + step}) for step in (2, 4, 6)]
     file.write_bytes(f"{whole[0]}\n\n[]\n{whole[1]}\n\0\0\xff\n{whole[2]}\n".encode("latin-1") + b'{"step": 8, "lo')
-    with pytest.warns(UserWarning, match=r"log.jsonl: left out what cannot be read, line 2, 3, 5, 7"):
+    with pytest.warns(UserWarning, match=r"log.jsonl: skipped damaged lines: 2, 3, 5, 7"):
         log = RunLog(Accelerator(), file, step=4, steps=8, every=1, samples=8)
     assert file.read_text().splitlines() == whole[:2]
     feed(log, [5])
@@ -52,7 +52,7 @@ def test_a_log_that_cannot_be_written_is_warned_of(tmp_path, small_files):
     log = RunLog(Accelerator(), file, step=0, steps=3, every=1, samples=8)
     feed(log, [1])
     whole = file.read_bytes()
-    told = r"log.jsonl: cannot be written \((No space|File too large).*training goes on"
+    told = r"log.jsonl: cannot be written \((No space|File too large).*Training continues"
     with small_files(len(whole) + 10), pytest.warns(UserWarning, match=told):
         feed(log, [2])
     assert file.read_bytes() == whole

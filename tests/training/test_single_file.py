@@ -295,7 +295,7 @@ def test_a_ckpt_with_a_program_in_it_is_refused(config, tiny_pipe, tmp_path, des
     file, trap = tmp_path / "model.ckpt", tmp_path / "trap"
     file.write_bytes(pickle.dumps({"state_dict": Attack(str(trap))}))
     fields["single_file_config"] = described_by and fields["single_file_config"]
-    with pytest.raises(UserError, match=r"model.ckpt' is there, but cannot be loaded.*convert it to .safetensors"):
+    with pytest.raises(UserError, match=r"model.ckpt' exists, but cannot be loaded.*convert it to .safetensors"):
         load_base(based_on(config, file, single_file_config=fields["single_file_config"]))
     assert not trap.exists()
 
@@ -330,7 +330,7 @@ def test_a_checkpoint_file_that_does_not_fit_its_configs_is_refused(config, tiny
 
 
 def test_configs_for_a_base_that_is_no_file_are_refused(config):
-    with pytest.raises(UserError, match="single_file_config='configs': describes a checkpoint file, but .* is none"):
+    with pytest.raises(UserError, match="single_file_config='configs': describes a checkpoint file, but .* is not one"):
         load_base(dataclasses.replace(config, single_file_config="configs"))
 
 

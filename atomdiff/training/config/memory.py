@@ -17,7 +17,7 @@ class MemoryConfig(ConfigGroup):
     """Memory and speed."""
 
     gradient_checkpointing: bool = False
-    """Recompute activations in the backward pass: less memory, about a third slower."""
+    """Recompute activations in the backward pass: less memory, slower steps."""
     allow_tf32: bool = False
     """Allow TF32 matrix products on NVIDIA GPUs (Ampere and later): faster, with slightly less precision."""
     plain_attention: bool = False
@@ -37,4 +37,4 @@ class MemoryConfig(ConfigGroup):
         for names in (_ATTENTION, _QUANTIZED):
             given = [name for name in names if getattr(self, name)]
             if len(given) > 1:
-                raise UserError(f"found {' and '.join(given)}: expected one of them at most")
+                raise UserError(f"found {' and '.join(given)}: expected at most one of them")

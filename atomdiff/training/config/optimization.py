@@ -56,4 +56,4 @@ class OptimizationConfig(TextConfig, OptimizerConfig):
             raise UserError(f"{name}: is an average of its steps already; expected use_ema=False")
         if spec.averages_steps and self.train_token and self.train_text_encoder_ti_frac not in (0, 1):
             found = f"train_text_encoder_ti_frac={self.train_text_encoder_ti_frac}"
-            raise UserError(f"{name}, {found}: expected 1, as what is saved is an average up to the end")
+            raise UserError(f"{name}, {found}: expected 1, since an average over all steps is saved")

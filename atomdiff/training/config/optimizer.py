@@ -97,7 +97,7 @@ class OptimizerConfig(StepsConfig):
         moving = {rate for rate in self.learning_rates.values() if rate}
         if spec.estimates_step_size and (len(moving) > 1 or not all(0.1 <= rate <= 10 for rate in moving)):
             rates = ", ".join(f"{group} {rate:g}" for group, rate in self.learning_rates.items())
-            expected = "1 for all, or about that (the default; 0 for what stays still)"
+            expected = "1 for all, or close to it (the default; 0 for what is not trained)"
             raise UserError(f"{name}: found the learning rates {rates}; expected {expected}; see prodigy_d_coef")
         if spec.averages_steps and not self.lr_scheduler.startswith("constant"):
             expected = "constant or constant_with_warmup, as it needs no schedule"

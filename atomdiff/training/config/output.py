@@ -32,7 +32,7 @@ class OutputConfig(LoggingConfig):
     def check(self) -> None:
         """Check that there is something to validate on."""
         if self.validation_steps and not self.validation_prompts:
-            raise UserError("validation_prompts=(): expected a prompt at least, or validation_steps 0")
+            raise UserError("validation_prompts=(): expected at least one prompt, or validation_steps 0")
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -99,7 +99,7 @@ class PromptConfig(TextConfig, SubjectConfig):
             values = [getattr(subject, name) for subject in self.subjects]
             repeated = next((value for value in values if values.count(value) > 1), None)
             if repeated is not None and (self.one_file or name == "name"):
-                raise UserError(f"{self.concepts_list}: {name}={repeated!r} stands for two subjects; give each {what}")
+                raise UserError(f"{self.concepts_list}: {name}={repeated!r} is that of two subjects; give each {what}")
 
     def _check_trigger_words(self, words: Sequence[str]) -> None:
         """Check the trigger words of one concept."""
@@ -107,18 +107,18 @@ class PromptConfig(TextConfig, SubjectConfig):
             expected = f"at most {MAX_TRIGGER_WORDS} vectors in a concept, found {len(words)} words"
             raise UserError(f"num_vectors={self.num_vectors}: expected {expected}")
         if len({word.lower() for word in words}) < len(set(words)):
-            raise UserError(
-                f"found the trigger words {', '.join(words)}: CLIP ignores upper and lower case; choose others"
-            )
+            raise UserError(f"found the trigger words {', '.join(words)}: CLIP ignores case; choose others")
         tokens = [token for word in words for token in placeholder_tokens(word, self.num_vectors)]
         if self.train_token and len(group_placeholder_tokens(tokens)) < len(set(words)):
             found = f"the trigger words {', '.join(words)}"
-            raise UserError(f"found {found}: sks and sks_1 stand for one word of several vectors; choose others")
+            raise UserError(f"found {found}: sks and sks_1 are tokens of one word; choose others")
         within = [(a, b) for a in words for b in words if a != b and a.lower() in b.lower()]
         if self.num_vectors > 1 and within:
             (short, long), *_ = within
             found = f"trigger_word={short!r} is part of trigger_word={long!r}"
-            raise UserError(f"{found}; with num_vectors, pipelines would take it for the whole word: choose another")
+            raise UserError(
+                f"{found}; with num_vectors, pipelines would replace it within the longer word: choose another"
+            )
 
 
 def check_prompt(name: str, prompt: str, subject: Subject) -> None:
