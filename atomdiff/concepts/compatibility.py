@@ -172,7 +172,7 @@ def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, 
             raise UserError(
                 f"the concept has {count} atoms of {size} elements in {module}, which is too many: train one with "
                 f"rows of at most {MAX_ROW_LENGTH} elements and at most {MAX_ATOMS_PER_NUMBER} times as many atoms as "
-                "numbers"
+                "elements"
             )
         elif defects := list(
             filter(None, (basis.defect(tensors[f"{a.name}_basis"]) for a in atom_sets if basis.is_stored))

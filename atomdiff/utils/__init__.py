@@ -1,1 +1,1 @@
-"""What every room uses and none is about: errors, files, precision, options, progress."""
+"""What all subpackages use: errors, files, precision, options, progress."""

@@ -1,4 +1,4 @@
-"""Values that several rooms let users choose among, by the names of diffusers and accelerate."""
+"""Values that users choose among in several subpackages, by the names of diffusers and accelerate."""
 
 from __future__ import annotations
 
