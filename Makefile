@@ -15,7 +15,7 @@ $(READY): pyproject.toml constraints.txt
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[dev]"
 	@touch $@
 
-demo: $(READY)  ## Train on samples/subjects/mug, generate images and measure; about two minutes.
+demo: $(READY)  ## Train on samples/subjects/mug, generate images and measure; a few minutes.
 	$(BIN)/atomdiff demo
 
 test: $(READY)  ## Run all tests.

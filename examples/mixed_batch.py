@@ -24,9 +24,9 @@ names = [f"concept{number}" for number in range(len(options.concepts))]
 for name, file in zip(names, options.concepts, strict=True):
     atomdiff.load_atoms(pipe, file, adapter_name=name, trigger_word=name)
 
-rows = [*names, None]  # None: the base alone
-prompts = [options.prompt.format(name or "a cat") for name in rows]
-with atomdiff.mixed_batch(pipe, rows):
+samples = [*names, None]  # None: the base alone
+prompts = [options.prompt.format(name or "a cat") for name in samples]
+with atomdiff.mixed_batch(pipe, samples):
     images = pipe(prompts, num_inference_steps=options.steps).images
 
 sheet = Image.new("RGB", (sum(image.width for image in images), images[0].height))

@@ -1,6 +1,6 @@
 """Train: accelerate launch train_scripts/train_dreambooth.py --config configs/demo.yaml [--field value ...].
 
-The same as `atomdiff train`; under `accelerate launch` the processes share the batches.
+The same as `atomdiff train`; under `accelerate launch` processes share the batches.
 """
 
 import sys

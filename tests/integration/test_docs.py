@@ -34,7 +34,7 @@ ROOT = Path(__file__).parents[2]
 PAGES = {
     str(path.relative_to(ROOT)): path.read_text("utf-8") for path in [*ROOT.glob("*.md"), *(ROOT / "docs").glob("*.md")]
 }
-CONCEPT = "out/demo/mug.atoms.safetensors"
+CONCEPTS = ("out/demo/mug.atoms.safetensors", "out/robot/robot.atoms.safetensors")
 VERBS = {
     "train": load_config,
     "train_dreambooth": load_config,
@@ -73,13 +73,14 @@ def concept(tmp_path_factory):
 
 @pytest.fixture
 def clone(concept, tmp_path, monkeypatch):
-    """A folder in which the pages' paths are there, and where the demo leaves its concept."""
+    """A folder with the paths that the pages name, and the concepts that their commands train."""
     monkeypatch.chdir(tmp_path)
     for name in ("samples", "configs", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("my-photos", "my-images", "out/tuned", "out/demo"):
+    for name in ("my-photos", "my-images", "out/tuned", "out/demo", "out/robot"):
         (tmp_path / name).mkdir(parents=True)
-    Path(CONCEPT).write_bytes(concept)
+    for path in CONCEPTS:
+        Path(path).write_bytes(concept)
 
 
 def test_the_readme_is_short():
@@ -95,19 +96,19 @@ def test_make_commands_exist():
 
 def test_every_command_is_accepted(clone, capsys):
     seen = set()
-    for words in commands():
-        if words[0] == "accelerate":
-            assert (ROOT / words[2]).is_file()
-            verb, options = Path(words[2]).stem, words[3:]
-        elif Path(words[0]).name == "atomdiff":
-            verb, options = words[1], words[2:]
+    for command in commands():
+        if command[0] == "accelerate":
+            assert (ROOT / command[2]).is_file()
+            verb, options = Path(command[2]).stem, command[3:]
+        elif command[0] == "atomdiff":
+            verb, options = command[1], command[2:]
         else:
-            assert words[0] in ("make", "pre-commit"), words
+            assert command[0] in ("make", "pre-commit", "."), command
             continue
         seen.add(verb)
         if verb == "inspect":
             main([verb, *options])
-            assert ("sks mug" if CONCEPT in options else "17,524") in capsys.readouterr().out
+            assert ("sks mug" if options[0] in CONCEPTS else "17,524") in capsys.readouterr().out
         else:
             VERBS[verb](options)
     assert seen == {*VERBS, "inspect"}
@@ -166,8 +167,8 @@ def test_what_the_pages_add_is_called(name, monkeypatch):
         evaluation = SimpleNamespace(references=[red], base=SimpleNamespace(subject=[blue]))
         evaluation.concept = SimpleNamespace(subject=[red, red])
         monkeypatch.setitem(METRICS, "color_distance", names["color_distance"])
-        found = score(evaluation, {"color_distance": METRICS["color_distance"]})
-        assert found == {"color_distance": {"base": 0.6667, "concept": 0.0}}
+        scores = score(evaluation, {"color_distance": METRICS["color_distance"]})
+        assert scores == {"color_distance": {"base": 0.6667, "concept": 0.0}}
     else:
         monkeypatch.setitem(OPTIMIZERS, "lion", names["lion"])
         command = "--pretrained_model_name_or_path base --instance_data_dir photos --class_name mug --optimizer lion"
@@ -211,9 +212,9 @@ def test_the_variant_of_its_page_takes_the_places_that_it_says(tmp_path):
         ("config.py", "    recursion: int | None = field(", f"    {blocks(page, 'py')[0]}"),
     ):
         path = tmp_path / "atomdiff" / "tuner" / file
-        left, found, right = path.read_text().partition(marker)
-        assert found
-        path.write_text(left + code + found.removeprefix("(" if code[0] == "(" else "") + right)
+        before, found_marker, after = path.read_text().partition(marker)
+        assert found_marker
+        path.write_text(before + code + marker.removeprefix("(" if code[0] == "(" else "") + after)
     environment = {**os.environ, "PYTHONPATH": str(tmp_path)}
     run = subprocess.run(
         [sys.executable, "-c", USE_OF_THE_VARIANT], cwd=tmp_path, env=environment, capture_output=True, text=True
@@ -224,18 +225,44 @@ def test_the_variant_of_its_page_takes_the_places_that_it_says(tmp_path):
 def test_figures_stand_in_the_result_files():
     checked = 0
     for page in ("README.md", "docs/benchmarks.md", "docs/method.md"):
-        found = set()
+        measured = set()
         for above, line in pairwise(PAGES[page].splitlines()):
             if files := re.findall(r"benchmarks/results/\w+\.json", line):
-                found = set(numbers_in(json.loads((ROOT / files[-1]).read_text())))
+                measured = read_numbers(files[-1])
             if not line.startswith("|") or not above.startswith("|"):
                 continue
             for cell in line.split("|")[2:]:
-                for figure, decimals, scales in figures(cell):
-                    margin = 0.501 * 10**-decimals
-                    assert any(abs(f * s - figure) < margin for f in found for s in scales), (page, line, figure)
-                    checked += 1
+                checked += check_figures(cell, measured)
     assert checked > 150
+
+
+@pytest.mark.parametrize(
+    ("page", "result", "quotes"),
+    [
+        ("libraries", "library", ["4.5 s", "22 MB", "10 ms", "1.2 µs"]),
+        ("method", "decompose", ["1.1 s", "19.5 s"]),
+        ("method", "parameters", ["1,008 parameters", "0.0051"]),
+        ("switching", "loading", ["1.08 GB"]),
+    ],
+)
+def test_figures_in_sentences_stand_in_the_result_files(page, result, quotes):
+    measured = read_numbers(f"benchmarks/results/{result}.json")
+    for quote in quotes:
+        assert quote in PAGES[f"docs/{page}.md"]
+        assert check_figures(quote, measured) == 1
+
+
+def check_figures(text, measured):
+    """Check that each figure of a text is among the measured numbers, to its decimals; return how many there are."""
+    checked = list(figures(text))
+    for figure, decimals, scales in checked:
+        margin = 0.501 * 10**-decimals
+        assert any(abs(number * scale - figure) < margin for number in measured for scale in scales), (text, figure)
+    return len(checked)
+
+
+def read_numbers(path):
+    return set(numbers_in(json.loads((ROOT / path).read_text())))
 
 
 def numbers_in(value):
