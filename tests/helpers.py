@@ -58,10 +58,15 @@ def snapshot(pipe):
 
 def assert_unchanged(pipe, before):
     """Check that a pipeline is as in a snapshot, to the bit."""
-    (tensors, structure), (tensors_now, structure_now) = before, snapshot(pipe)
-    assert tensors_now.keys() == tensors.keys()
-    assert [key for key, value in tensors.items() if not torch.equal(tensors_now[key], value)] == []
-    assert structure_now == structure
+    tensors, structure = snapshot(pipe)
+    assert_same_tensors(tensors, before[0])
+    assert structure == before[1]
+
+
+def assert_same_tensors(now, before):
+    """Check that two dicts have the same tensors, to the bit."""
+    assert now.keys() == before.keys()
+    assert [key for key, value in before.items() if not torch.equal(now[key], value)] == []
 
 
 def embed(pipe, prompt):

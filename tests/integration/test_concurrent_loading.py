@@ -15,7 +15,7 @@ from atomdiff.pipelines import differences
 from atomdiff.tuner import AtomConfig, adapter_state, attach, merging
 from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError
-from tests.helpers import add_adapter, assert_unchanged, sharing_pipeline, snapshot, together
+from tests.helpers import add_adapter, assert_same_tensors, assert_unchanged, sharing_pipeline, snapshot, together
 
 pytestmark = pytest.mark.slow
 
@@ -27,10 +27,6 @@ CONFIGS = {
 
 def lora_tensors(pipe, name="a"):
     return adapter_state.peft_tensors(pipe.unet, name)
-
-
-def assert_equal_tensors(now, before):
-    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
 
 
 @pytest.fixture(scope="module")
@@ -97,7 +93,7 @@ def test_threads_load_at_the_same_time(pipe_template, folders):
     def load(pipe):
         for _ in range(3):
             atomdiff.load_atoms(pipe, folders["lora"], "a")
-            assert_equal_tensors(lora_tensors(pipe), expected)
+            assert_same_tensors(lora_tensors(pipe), expected)
             atomdiff.unload_atoms(pipe)
 
     def load_both():
@@ -136,7 +132,7 @@ def test_threads_load_into_one_pipeline_one_after_the_other(tiny_pipe, pipe_temp
     together(lambda: load(tiny_pipe, "x"), lambda: load(other, "y"), look)
     assert {concept.name for concept in atomdiff.list_atoms(other)} == {"x0", "x2", "y0", "y2"}
     for name in ("x0", "x2", "y0", "y2"):
-        assert_equal_tensors(lora_tensors(tiny_pipe, name), expected)
+        assert_same_tensors(lora_tensors(tiny_pipe, name), expected)
     atomdiff.unload_atoms(tiny_pipe)
     assert_unchanged(tiny_pipe, before)
 

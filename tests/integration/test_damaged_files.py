@@ -68,7 +68,7 @@ def refusal(action):
 def fuzz(seeds, valid_files, pipe, path):
     """Read a damaged file for each seed, and load some; kinds of mutations and of files take turns."""
     mutations = [(mutate, kind) for kind in (REFUSED, VALID, EITHER) for mutate in kind]
-    before = weights(pipe)
+    before, clean = weights(pipe), structure(pipe)
     loaded = 0
     for seed in seeds:
         rng = random.Random(seed)
@@ -80,7 +80,7 @@ def fuzz(seeds, valid_files, pipe, path):
         path.write_bytes(data)
         try:
             through_pipe = seed // len(mutations) % (8 if kind is REFUSED else 2) == 0
-            loaded += check_file(path, kind, pipe, before, through_pipe)
+            loaded += check_file(path, kind, pipe, (before, clean), through_pipe)
             if seed % 16 == 0:
                 assert weights(pipe) == before
         except BaseException as problem:
@@ -93,15 +93,15 @@ def fuzz(seeds, valid_files, pipe, path):
 
 def check_file(path, kind, pipe, before, through_pipe):
     """Check that a file is what its kind of mutation promises and leaves the pipeline alone; whether it was loaded."""
-    seen = structure(pipe)
+    clean_weights, clean_structure = before
     if through_pipe:
         error = refusal(lambda: atomdiff.load_atoms(pipe, path, "x"))
         if error is None:
             atomdiff.unload_atoms(pipe)
-            assert weights(pipe) == before
+            assert weights(pipe) == clean_weights
     else:
         error = refusal(lambda: accept(path, pipeline_models(pipe)))
-    assert structure(pipe) == seen
+    assert structure(pipe) == clean_structure
     if kind is REFUSED:
         assert error is not None
         assert refusal(lambda: read_header(path)) is None or refusal(lambda: read_delta_file(path))
@@ -128,7 +128,7 @@ def test_damaged_files_are_refused_or_are_what_they_say(valid_files, pipe, tmp_p
 
 @pytest.mark.slow
 def test_many_damaged_files_are_refused_or_are_what_they_say(valid_files, pipe, tmp_path):
-    assert fuzz(range(1000, 3100), valid_files, pipe, tmp_path / "x.atoms.safetensors") > 100
+    assert fuzz(range(1000, 2600), valid_files, pipe, tmp_path / "x.atoms.safetensors") > 100
 
 
 BAD_PEFT_SETTINGS = {
