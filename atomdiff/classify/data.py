@@ -40,11 +40,7 @@ class Augmentation:
 class ImageDataset(Dataset[tuple[Tensor, int]]):
     """Reads an image (3, h, w) and its class by (number of the image, position in the training stream).
 
-    Args:
-        images: The images.
-        processor: The network's image processor.
-        augmentation: What a position changes, or None to take every image as it is.
-        seed: Seed of the augmentation.
+    Seed and position choose how it is augmented; without an augmentation every image is taken as it is.
     """
 
     def __init__(
@@ -79,12 +75,8 @@ def training_batches(
 ) -> "DataLoader[tuple[Tensor, int]]":
     """Load `steps` batches of pixels (batch, 3, h, w) and classes (batch,), every image once an epoch.
 
-    Args:
-        images: The training images; the order follows from their seed.
-        batch_size: Images a batch.
-        steps: Batches.
-        process: Number of this process and number of processes: each gets batches of its own.
-        num_workers: Processes that read; they change no batch.
+    The order follows from the seed of the images, whatever the number of workers is. A process, given by its number and
+    the number of processes, gets batches of its own.
     """
     rank, processes = process
 

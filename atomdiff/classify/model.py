@@ -80,12 +80,7 @@ def open_processor(name: str, model: Any, *, revision: str | None = None, resolu
     """Open the base's own preprocessing; without one, images are made squares with values from -1 to 1.
 
     The side is then that of the model's config, or else 224 pixels; below 384, what a square does not hold is cut off.
-
-    Args:
-        name: Folder or Hub id of the base.
-        model: The base.
-        revision: Of a base on the Hub.
-        resolution: Side in pixels, in place of that.
+    A resolution replaces the side.
 
     Raises:
         UserError: The base's folder has a preprocessing that cannot be used.

@@ -28,10 +28,6 @@ _COMPONENT = "model"
 def check_result_folder(folder: Path, read: Iterable[str]) -> None:
     """Refuse a folder for `save_classifier` that holds something else than a classifier, or what the run reads.
 
-    Args:
-        folder: What will be replaced.
-        read: Files and folders that the run reads.
-
     Raises:
         UserError: It is such a folder.
     """
@@ -53,15 +49,8 @@ def save_classifier(
     """Write what was trained, in place of what the folder holds.
 
     Full tuning gives a model folder of transformers. Else the adapter is written as PEFT writes it; the head, with the
-    statistics of batch norms if they were updated, and the metadata of the base stand beside it.
-
-    Args:
-        folder: Where to.
-        model: With its adapter.
-        processor: Its image processor.
-        method: From `read_method`.
-        base: What the base is found and recognized by: base_model, revision, base_sha256.
-        updates_batch_norm: Whether the statistics of batch norms belong to what was trained.
+    statistics of batch norms if they were updated, and the metadata of the base (base_model, revision,
+    base_sha256) stand beside it.
 
     Raises:
         WriteError: It cannot be written; what the folder holds is as it was.

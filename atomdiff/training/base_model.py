@@ -26,11 +26,7 @@ _SLICED_FROM = 768  # pixels
 
 
 def load_base(config: TrainingBaseConfig, **parts: Any) -> BasePipeline:
-    """Load the base in float32, without a safety checker or a watermark.
-
-    Args:
-        config: The run.
-        **parts: Components that are there already and not to be loaded.
+    """Load the base in float32, without a safety checker, a watermark, and the parts that are there already.
 
     Raises:
         UserError: There is no such base, or its architecture is none of `BASES`, from text alone to images.

@@ -86,10 +86,7 @@ class Checkpoint:
             raise self._damaged(_STATE_FILE, "missing or cut off")
 
     def load(self, config: dict[str, Any]) -> dict[str, Any]:
-        """Read the state and check that it belongs to a run.
-
-        Args:
-            config: The config snapshot of the run.
+        """Read the state and check that it belongs to a run with this config snapshot.
 
         Raises:
             UserError: The checkpoint cannot be read, or was written with another config; learning rates, their schedule

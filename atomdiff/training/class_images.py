@@ -120,12 +120,7 @@ def generate_class_images(
 ) -> Path:
     """Let the base generate the class images of a subject that are missing, and return their folder.
 
-    Args:
-        config: The run.
-        subject: The subject.
-        pipe: The base, which is moved to the run's device if it has to generate.
-        accelerator: Of the run.
-        base: What the base is recognized by, from `base_keys`.
+    `base` has the keys of the base; it is moved to the run's device if it has to generate.
 
     Raises:
         UserError: The folder holds images that were generated with other settings, or by another base.

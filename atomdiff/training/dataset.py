@@ -124,11 +124,7 @@ def build_dataset(
 ) -> DreamBoothDataset:
     """Read the instance images, generate the class images that are missing, and encode all; then the VAE is dropped.
 
-    Args:
-        config: The run.
-        pipe: The base, with the scheduler that the run generates with; its parts are moved to the run's device.
-        accelerator: Of the run.
-        base: What the base is recognized by, from `base_keys`.
+    The base has the scheduler that the run generates with, and `base` its keys; it is moved to the run's device.
 
     Raises:
         UserError: The resolution or a bucket does not suit the base, a folder does not hold what it should, or no
@@ -201,11 +197,7 @@ def encode_images(
 ) -> LatentCache:
     """Encode the crops of images; where there are several processes, each encodes its share of the images.
 
-    Args:
-        encoder: Its disk cache is what the processes exchange their results in.
-        images: The images.
-        size: Height and width of the crops.
-        accelerator: The processes.
+    They exchange the results through the encoder's disk cache.
     """
     if accelerator.num_processes > 1:
         for image in images[accelerator.process_index :: accelerator.num_processes]:

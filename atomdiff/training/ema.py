@@ -17,13 +17,7 @@ from torch import nn
 def averaged(
     parameters: Iterable[nn.Parameter], optimizer: AcceleratedOptimizer, moving_average: EMAModel | None
 ) -> Iterator[None]:
-    """Give the parameters their averages for a while, if there are any; afterwards every bit is as before.
-
-    Args:
-        parameters: What is trained.
-        optimizer: Schedule-free AdamW knows its averages; others have none.
-        moving_average: The moving average of the parameters, or None.
-    """
+    """Give the parameters their averages for a while, if there are any; afterwards every bit is as before."""
     if moving_average is None and not hasattr(optimizer.optimizer, "eval"):
         yield
         return

@@ -45,11 +45,7 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
 
 
 def new_accelerator(mixed_precision: Precision | None, **options: Any) -> Accelerator:
-    """Start accelerate with this precision, on a GPU if there is one.
-
-    Args:
-        mixed_precision: As in the configs of runs.
-        **options: Of `Accelerator`.
+    """Start accelerate with this precision and options of `Accelerator`, on a GPU if there is one.
 
     Raises:
         UserError: This machine cannot do what is asked.

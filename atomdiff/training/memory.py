@@ -13,10 +13,7 @@ from atomdiff.utils.errors import UserError
 def save_memory(config: MemoryConfig, unet: UNet2DConditionModel, dtype: torch.dtype) -> None:
     """Set up the attention, checkpointing and quantization of a UNet, which has its adapter already.
 
-    Args:
-        config: What to set up.
-        unet: The UNet.
-        dtype: What its Linear layers compute in.
+    Quantized layers compute in `dtype`.
 
     Raises:
         UserError: There is no Linear layer to quantize.
@@ -39,16 +36,12 @@ def save_memory(config: MemoryConfig, unet: UNet2DConditionModel, dtype: torch.d
 def quantize(model: nn.Module, bits: int, dtype: torch.dtype) -> int:
     """Quantize the weights of frozen Linear layers to 8 or 4 bits, by bitsandbytes; gradients pass through them.
 
-    Layers with an adapter stay as they are: it adds to their full-precision weights.
+    Layers with an adapter stay as they are: it adds to their full-precision weights. The others take, compute in and
+    give `dtype`.
 
     8 bits: Dettmers et al., "LLM.int8(): 8-bit Matrix Multiplication for Transformers at Scale", arXiv 2208.07339, with
     the columns of inputs above 6 in full precision. 4 bits: NF4 of Dettmers et al., "QLoRA: Efficient Finetuning of
     Quantized LLMs", arXiv 2305.14314.
-
-    Args:
-        model: Changed in place.
-        bits: 8 or 4.
-        dtype: What the layers take, compute in and give.
 
     Returns:
         How many layers were quantized.

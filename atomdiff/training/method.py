@@ -45,12 +45,9 @@ def read_text_adapter(text_adapter: str | None, adapter: PeftConfig | None) -> P
 
 
 def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
-    """Add the adapter, so that its parameters alone are trained, or without one train all; in float32.
+    """Add the adapter to a model, so that its parameters alone are trained, or without one train all; in float32.
 
-    Args:
-        model: A UNet or a text encoder.
-        adapter: The method.
-        seed: Of the numbers that some methods start from.
+    The seed is that of the random numbers that some methods start from.
 
     Raises:
         UserError: The adapter does not fit the model.

@@ -17,12 +17,7 @@ def build_optimizer(
 ) -> tuple[torch.optim.Optimizer, Callable[[int], float]]:
     """Build the optimizer, with a parameter group, and its `name`, for each of those that are trained.
 
-    Token embeddings have no weight decay.
-
-    Args:
-        config: The run.
-        parameter_groups: What is trained.
-        scale: Factor on all learning rates.
+    Token embeddings have no weight decay. All learning rates are multiplied by `scale`.
 
     Returns:
         The optimizer, and a function from the number of steps done to the factor on each group's `initial_lr`.

@@ -36,15 +36,7 @@ class RunLog:
         self._bar = ProgressBar(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
 
     def step(self, step: int, loss: float, average_loss: float, lr: float, seconds: float) -> None:
-        """Note a finished step.
-
-        Args:
-            step: Its number, from 1.
-            loss: Its loss.
-            average_loss: What the bar shows.
-            lr: The adapter's learning rate.
-            seconds: Time it took.
-        """
+        """Note a finished step: its loss, what the bar shows, the adapter's learning rate, and the time it took."""
         self._losses.append(loss)
         self._seconds += seconds
         self._bar.set_postfix(loss=f"{average_loss:.4f}", refresh=False)

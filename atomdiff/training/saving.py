@@ -33,11 +33,6 @@ def result_path(adapter: PeftConfig | None, path: Path) -> Path:
 def check_result_path(path: Path, adapter: PeftConfig | None, read: Iterable[str | None]) -> None:
     """Refuse a path for `save_trained` that holds what the run reads, or something else than a result.
 
-    Args:
-        path: From `result_path`.
-        adapter: The method.
-        read: Files and folders that the run reads.
-
     Raises:
         UserError: It is such a path.
     """
@@ -52,14 +47,7 @@ def check_result_path(path: Path, adapter: PeftConfig | None, read: Iterable[str
 
 
 def save_trained(pipe: StableDiffusionPipeline, adapter: PeftConfig | None, path: Path, **metadata: Any) -> None:
-    """Save a trained pipeline's adapter, or all of the pipeline if the method is full tuning.
-
-    Args:
-        pipe: The pipeline, complete, with the trigger word's vector set.
-        adapter: The method.
-        path: From `result_path`.
-        **metadata: For `atomdiff.save_atoms`: trigger_phrase, training, base_model.
-    """
+    """Save the adapter of a complete pipeline, with metadata for `save_atoms`; with full tuning all of the pipeline."""
     if adapter is None:
         write_pipeline(pipe, path)
     else:
@@ -79,14 +67,7 @@ def write_pipeline(pipe: Any, folder: Path) -> None:
 def save_result(
     run: Run, adapter: PeftConfig | None, path: Path, final_loss: float, trained_with: dict[str, Any]
 ) -> None:
-    """Write what was trained, the trigger words included, and how it was trained.
-
-    Args:
-        run: The run.
-        adapter: The method.
-        path: From `result_path`.
-        final_loss: The average loss at the end.
-        trained_with: The config snapshot that it was trained with.
+    """Write what was trained, the trigger words included, and how: with which config snapshot, to which average loss.
 
     Raises:
         WriteError: It cannot be written there; if it can be in the folder for temporary files, the message says where.

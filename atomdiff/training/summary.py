@@ -14,13 +14,7 @@ from atomdiff.training.training_images import TrainingImage
 def describe_images(
     config: TrainConfig, instance_images: Sequence[Sequence[TrainingImage]], num_class_images: int
 ) -> str:
-    """Return the lines about images.
-
-    Args:
-        config: The run.
-        instance_images: Of each subject.
-        num_class_images: Of all subjects.
-    """
+    """Return the lines about the instance images of each subject and the number of class images."""
     lines = []
     for subject, images in zip(config.subjects, instance_images, strict=True):
         captions, masks = sum(image.captioned for image in images), sum(image.masked for image in images)
@@ -37,14 +31,7 @@ def describe_images(
 
 
 def describe_training(config: TrainConfig, num_trainable_parameters: int, processes: int, done: int) -> str:
-    """Return the lines about what is trained, and how long.
-
-    Args:
-        config: The run.
-        num_trainable_parameters: Number of parameters that are trained.
-        processes: Number of processes.
-        done: Steps that are done already.
-    """
+    """Return the lines about what is trained, and in how many steps, some of which are done already."""
     models = "UNet and text encoders" if config.train_text_encoder else "UNet"
     words = [subject.trigger_word for subject in config.subjects] if config.train_token else []
     named = f", trigger word{'s' * (len(words) > 1)} {', '.join(words)}" if words else ""
@@ -59,12 +46,9 @@ def describe_training(config: TrainConfig, num_trainable_parameters: int, proces
 
 
 def warn_of_cut_prompts(pipe: Any, config: PromptConfig, prompts: Mapping[str, Sequence[str]]) -> None:
-    """Warn of prompts of which the base reads the beginning alone.
+    """Warn of prompts, given by their kind, of which the base reads the beginning alone.
 
-    Args:
-        pipe: The base.
-        config: The run; a trigger word counts as its vectors.
-        prompts: Kind of prompts, such as captions -> the prompts, one an image.
+    A trigger word counts as its vectors.
     """
     longest = pipe.tokenizer.model_max_length
     vectors = " ".join(["a"] * config.num_vectors)

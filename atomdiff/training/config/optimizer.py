@@ -47,6 +47,8 @@ class OptimizerSpec:
     """Whether it estimates the step size, so that all learning rates are about 1, and 1 by default."""
     averages_steps: bool = False
     """Whether what is saved is an average of its steps up to the end, so that it needs no schedule."""
+    positive: tuple[str, ...] = ()
+    """Options that have to be above 0."""
     check: Callable[[OptimizerConfig], None] = lambda config: None
     """Raises a UserError for other options that do not go with it."""
 
@@ -102,19 +104,10 @@ class OptimizerConfig(StepsConfig):
         if spec.averages_steps and not self.lr_scheduler.startswith("constant"):
             expected = "constant or constant_with_warmup, as it needs no schedule"
             raise UserError(f"{name}, lr_scheduler={self.lr_scheduler!r}: expected {expected}")
+        for field in spec.positive:
+            if not getattr(self, field):
+                raise UserError(f"{name}, {field}={getattr(self, field)}: expected a number above 0")
         spec.check(self)
-
-
-def _above_zero(field: str) -> Callable[[OptimizerConfig], None]:
-    """Return a check that a field is not 0."""
-
-    def check(config: OptimizerConfig) -> None:
-        if not getattr(config, field):
-            raise UserError(
-                f"optimizer={config.optimizer!r}, {field}={getattr(config, field)}: expected a number above 0"
-            )
-
-    return check
 
 
 def _adamw(config: OptimizerConfig, groups: list[dict[str, Any]], settings: dict[str, Any]) -> Optimizer:
@@ -156,13 +149,13 @@ OPTIMIZERS = {
         learning_rate=1.0,
         token_learning_rate=None,
         estimates_step_size=True,
-        check=_above_zero("adam_epsilon"),
+        positive=("adam_epsilon",),
     ),
     "adamw_schedulefree": OptimizerSpec(
         "schedule-free AdamW, which averages its steps and needs no learning-rate schedule",
         _schedule_free,
         needs=NeedsPackage("schedulefree", "optimizers"),
         averages_steps=True,
-        check=_above_zero("adam_beta1"),
+        positive=("adam_beta1",),
     ),
 }

@@ -58,11 +58,7 @@ def repository_name(folder: str) -> str:
 
 
 def check_repositories(repositories: Iterable[tuple[str, str]], concepts_list: str | None) -> None:
-    """Check the names of all repositories, before the first subject is trained and pushed.
-
-    Args:
-        repositories: The name and the repository of each run.
-        concepts_list: The file that the names are from.
+    """Check the repository of each run, by the run's name, before the first of them is trained and pushed.
 
     Raises:
         UserError: The Hub does not allow a name, or two runs would have the same.
