@@ -89,8 +89,9 @@ class ClassifyConfig(LoggingConfig, OptimizerConfig, ImageConfig, RunConfig):
         return super().learning_rates | {"head": head}
 
     def snapshot(self) -> dict[str, Any]:
-        """Return all fields but the output folder, ready for JSON."""
-        return {name: value for name, value in asdict(self).items() if name != "output_dir"}
+        """Return all fields but the output folder, with the learning rates that are used, ready for JSON."""
+        rates = {"learning_rate": self.learning_rates["adapter"], "head_learning_rate": self.learning_rates["head"]}
+        return {name: value for name, value in asdict(self).items() if name != "output_dir"} | rates
 
     def check(self) -> None:
         """Check that images are left to train on, and that running statistics go with the optimizer."""

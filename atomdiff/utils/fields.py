@@ -6,6 +6,7 @@ import math
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
+from numbers import Integral, Real
 from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
 
 from atomdiff.utils.errors import UserError
@@ -95,7 +96,13 @@ def _check_field(name: str, hint: Any, value: Any) -> None:
     optional = type(None) in get_args(hint)
     if value is None and optional:
         return
+    if get_origin(hint) is tuple and not isinstance(value, (tuple, list)):
+        raise UserError(f"{name}={value!r}: expected a tuple, such as ({value!r},)")
     for limits in marks(hint, Range):
+        whole = int in _types(hint)
+        is_number = isinstance(value, Integral if whole else Real)
+        if not is_number:
+            raise UserError(f"{name}={value!r}: expected a {'whole ' * whole}number")
         if value not in limits:
             raise UserError(f"{name}={value!r}: expected a number of {limits}")
     if marks(hint, MustExist) and not os.path.exists(value):  # not Path.exists, which raises an error for long names
@@ -104,3 +111,8 @@ def _check_field(name: str, hint: Any, value: Any) -> None:
     choices += [choice for one_of in marks(hint, OneOf) for choice in one_of.table]
     if choices and value not in choices:
         raise UserError(f"{name}={value!r}: expected one of {', '.join(choices)}{' or none' * optional}")
+
+
+def _types(hint: Any) -> set[Any]:
+    """Return the plain types in a type."""
+    return {hint}.union(*map(_types, get_args(hint)))

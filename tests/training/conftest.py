@@ -16,6 +16,12 @@ METHODS = {
 
 
 @pytest.fixture
+def config(train_config):
+    """A run of four steps."""
+    return train_config(max_train_steps=4)
+
+
+@pytest.fixture
 def adapter_file(tmp_path):
     """Writes the JSON file of a method and returns its path."""
 

@@ -24,11 +24,6 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
 
 
-@pytest.fixture
-def config(train_config):
-    return train_config(max_train_steps=4)
-
-
 def generated(pipe, prompt):
     generator = torch.Generator().manual_seed(0)
     return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np").images[0]

@@ -20,11 +20,6 @@ from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
 
 
-@pytest.fixture
-def config(train_config):
-    return train_config(max_train_steps=4)
-
-
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["atoms", "lora"])
 def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(

@@ -13,11 +13,6 @@ from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 
 
-@pytest.fixture
-def config(train_config):
-    return train_config(max_train_steps=4)
-
-
 def test_a_result_that_cannot_be_written_is_kept_elsewhere(config, monkeypatch, tmp_path):
     usual, temporary = saving.save_trained, tmp_path / "temporary"
 

@@ -12,11 +12,6 @@ from atomdiff.training import contact_sheet, dreambooth, validation
 from atomdiff.training.dreambooth import train
 
 
-@pytest.fixture
-def config(train_config):
-    return train_config(max_train_steps=4)
-
-
 def test_the_contact_sheet_has_a_row_every_few_steps(config):
     train(dataclasses.replace(config, validation_steps=3, validation_prompts=("{trigger_word}", "a {class_name}")))
     files = sorted(file.name for file in (Path(config.output_dir) / "validation").iterdir())

@@ -39,6 +39,8 @@ class Trip(Travel):
     """Pace."""
     map: Annotated[bool, NeedsPackage("maps", "travel")] = False
     """Show a map."""
+    stops: tuple[str, ...] = ()
+    """Stops."""
 
     def check(self):
         if self.pace == "fast" and self.speed < 30:
@@ -49,6 +51,10 @@ class Trip(Travel):
     ("fields", "message"),
     [
         ({"seats": 0}, "seats=0: expected a number of at least 1 and below 1000000000"),
+        ({"seats": 2.5}, "seats=2.5: expected a whole number"),
+        ({"fill": "half"}, "fill='half': expected a number"),
+        ({"fill": None}, "fill=None: expected a number"),
+        ({"stops": "home"}, r"stops='home': expected a tuple, such as \('home',\)"),
         ({"fill": 1.0}, "fill=1.0: expected a number of at least 0 and below 1"),
         ({"speed": 81.0}, "speed=81.0: expected a number of at least 1 and at most 80"),
         ({"speed": float("nan")}, "speed=nan: expected"),
@@ -60,7 +66,7 @@ class Trip(Travel):
     ],
 )
 def test_a_field_and_every_group_is_checked(fields, message):
-    Trip(), Trip(seats=80, pace="easy", vehicle="tram")
+    Trip(), Trip(seats=80, pace="easy", vehicle="tram", speed=30, stops=["home"])
     with pytest.raises(UserError, match=message):
         Trip(**fields)
 
