@@ -1,15 +1,12 @@
 """A base architecture is one class: here one with another denoiser, conditioning and names, and nothing else for it."""
 
 import dataclasses
-import json
 from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
-import torch
 from diffusers import StableDiffusionPipeline
-from PIL import Image
 from safetensors import safe_open
 
 import atomdiff
@@ -20,6 +17,7 @@ from atomdiff.concepts.concept_file import read_delta_file
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.export.kohya import layer_name
 from atomdiff.training.dreambooth import TrainConfig, train
+from tests.helpers import generate_image, read_log, write_images
 
 
 class TinyPipeline(StableDiffusionPipeline):
@@ -79,10 +77,7 @@ def folder(base, tiny_pipe, tmp_path):
 
 @pytest.fixture
 def config(folder, tmp_path):
-    images = tmp_path / "images"
-    images.mkdir()
-    pixels = np.random.default_rng(0).integers(0, 255, (32, 32, 3), dtype=np.uint8)
-    Image.fromarray(pixels).save(images / "0.png")
+    images = write_images(tmp_path / "images", widths=[32])
     return TrainConfig(
         pretrained_model_name_or_path=str(folder),
         instance_data_dir=str(images),
@@ -106,14 +101,11 @@ def test_a_base_trains_loads_generates_and_exports_by_its_names(base, config, tm
     pipe = TinyPipeline.from_pretrained(config.pretrained_model_name_or_path)
     assert find_base(pipe.components) is base
 
-    def image():
-        return pipe("a sks teapot", num_inference_steps=2, generator=torch.manual_seed(0), output_type="np").images[0]
-
-    before = image()
+    before = generate_image(pipe, "a sks teapot")
     atomdiff.load_atoms(pipe, concept, "teapot")
-    assert np.abs(image() - before).max() > 1e-3
+    assert np.abs(generate_image(pipe, "a sks teapot") - before).max() > 1e-3
     atomdiff.unload_atoms(pipe, "teapot")
-    assert np.array_equal(image(), before)
+    assert np.array_equal(generate_image(pipe, "a sks teapot"), before)
     assert layer_name(pipe, "painter", "conv_in") == "lora_painter_conv_in"
 
     exported = export_concepts(
@@ -126,7 +118,7 @@ def test_a_base_trains_loads_generates_and_exports_by_its_names(base, config, tm
     with safe_open(exported.embeddings["sks"], "pt") as file:
         assert list(file.keys()) == ["tiny_params"]
     atomdiff.load_atoms(pipe, exported.path, "again")
-    assert np.abs(image() - before).max() > 1e-3
+    assert np.abs(generate_image(pipe, "a sks teapot") - before).max() > 1e-3
 
 
 def test_training_conditions_on_what_the_pipeline_does(base, config, folder):
@@ -134,8 +126,7 @@ def test_training_conditions_on_what_the_pipeline_does(base, config, folder):
 
     def losses(config):
         train(config)
-        lines = (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()
-        return [json.loads(line)["loss"] for line in lines]
+        return [line["loss"] for line in read_log(config)]
 
     config = dataclasses.replace(config, validation_steps=0, logging_steps=1, train_token=False)
     doubled = losses(config)

@@ -10,6 +10,7 @@ import atomdiff
 from atomdiff.pipelines.adapter_names import derived_name, given_name
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from tests.helpers import add_adapter
 
 MODELS = [torch.nn.Sequential(torch.nn.ModuleDict({"conv": torch.nn.Conv2d(1, 1, 3)}))]
 
@@ -52,12 +53,7 @@ def test_a_name_that_is_taken_is_refused():
 
 
 def save(pipe, path, config, seed):
-    pipe.unet.add_adapter(config, "made")
-    with torch.random.fork_rng(), torch.no_grad():
-        torch.manual_seed(seed)
-        for key, parameter in pipe.unet.named_parameters():
-            if ".made" in key:
-                parameter.add_(torch.randn_like(parameter) / 20)
+    add_adapter(pipe, "made", config, seed=seed, scale=0.05)
     saved = atomdiff.save_atoms(pipe, path, "made", dtype=torch.float32)
     atomdiff.unload_atoms(pipe)
     return saved

@@ -14,6 +14,7 @@ from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_tok
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import adapter_layers
 from atomdiff.utils.errors import UserError
+from tests.helpers import add_adapter
 from tests.pipelines.helpers import assert_same_bits, bits
 
 
@@ -21,15 +22,10 @@ def train(pipe, config, parts=("unet",), words=()):
     """Add an adapter with random numbers, and words with an embedding for each of some text encoders."""
     generator = torch.Generator().manual_seed(0)
     for part in parts:
-        model = getattr(pipe, part)
-        changed = copy.deepcopy(config)
+        of_part = copy.deepcopy(config)
         if part != "unet":
-            changed.target_modules = ["q_proj"]
-        model.add_adapter(changed)
-        with torch.no_grad():
-            for key, parameter in model.named_parameters():
-                if ".default" in key:
-                    parameter.add_(torch.randn(parameter.shape, generator=generator) / 20)
+            of_part.target_modules = ["q_proj"]
+        add_adapter(pipe, "default", of_part, [part], scale=0.05)
     for word in words:
         add_placeholder_token(pipe, word)
         encoders = [name for name in ("text_encoder", "text_encoder_2") if pipe.components.get(name)]
