@@ -30,7 +30,7 @@ from benchmarks.result_file import command_line, write_result
 from benchmarks.timing import seconds
 
 if TYPE_CHECKING:
-    from atomdiff.concepts.concept_file import DeltaFile
+    from atomdiff.concepts.concept_file import ConceptFile
     from atomdiff.concepts.library import ConceptLibrary
 
 PER_FOLDER = 500
@@ -63,14 +63,14 @@ def write_library(folder: str, concepts: int) -> None:
     import torch
 
     from atomdiff.atoms.basis import svd_atoms
-    from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
+    from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
     from atomdiff.tuner import AtomConfig
     from benchmarks.decompose import untrained_kernels
 
     kernels = untrained_kernels()
     values = {f"unet.{name}": torch.linalg.svdvals(rows.double()).tolist() for name, rows in kernels.items()}
     atoms = {f"unet.{name}": svd_atoms(rows, rows.shape[1]) for name, rows in kernels.items()}
-    template = DeltaFile(
+    template = ConceptFile(
         config=AtomConfig(channel_block=1),
         layers={},
         fingerprint={module: [float(f"{value:.6g}") for value in numbers] for module, numbers in values.items()},
@@ -91,7 +91,7 @@ def write_library(folder: str, concepts: int) -> None:
             trigger_phrase=f"a photo of {WORD} {thing} number {number}",
         )
         name = f"{number // PER_FOLDER:02}/{thing.replace(' ', '-')}-{number}.atoms.safetensors"
-        write_delta_file(Path(folder) / name, delta)
+        write_concept_file(Path(folder) / name, delta)
 
 
 def drop_from_page_cache(folder: str) -> None:
@@ -115,11 +115,11 @@ def median_of(work: Callable[[], object], repeats: int) -> float:
 
 def measure(folder: str, config: BenchmarkConfig) -> dict[str, float]:
     """Return all figures."""
-    from atomdiff.concepts.concept_file import read_delta_file
+    from atomdiff.concepts.concept_file import read_concept_file
     from atomdiff.concepts.library import ConceptLibrary
 
     files = sorted(Path(folder).rglob("*.atoms.safetensors"))
-    template = read_delta_file(files[0])  # also warms torch up
+    template = read_concept_file(files[0])  # also warms torch up
     drop_from_page_cache(folder)
     Path("/proc/self/clear_refs").write_text("5")  # the most ever taken counts from here
     before = resident_mb()
@@ -185,13 +185,13 @@ def measure_threads(library: ConceptLibrary, names: list[str], config: Benchmark
     return {"threads": config.threads, "opens_per_second_threads": round(len(unopened) / took)}
 
 
-def measure_changes(library: ConceptLibrary, template: DeltaFile, config: BenchmarkConfig) -> dict[str, float]:
+def measure_changes(library: ConceptLibrary, template: ConceptFile, config: BenchmarkConfig) -> dict[str, float]:
     """Scan the folder again, with nothing new, with one new file, and for a name that is not there."""
-    from atomdiff.concepts.concept_file import write_delta_file
+    from atomdiff.concepts.concept_file import write_concept_file
     from atomdiff.utils.errors import UserError
 
     def pick_up(number: int) -> float:
-        write_delta_file(library.folder / f"new-{number}.atoms.safetensors", template)
+        write_concept_file(library.folder / f"new-{number}.atoms.safetensors", template)
         return seconds(library.refresh)
 
     def unknown() -> None:

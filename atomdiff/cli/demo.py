@@ -192,9 +192,9 @@ def describe_report(report: dict[str, Any]) -> str:
 
 def python_lines(concept: Path, base: str) -> list[str]:
     """Return two lines of Python that generate an image with a concept file and save it beside that."""
-    from atomdiff.concepts.concept_file import read_delta_file
+    from atomdiff.concepts.concept_file import read_concept_file
 
-    phrase, image = read_delta_file(concept).trigger_phrase, concept.parent / "image.png"
+    phrase, image = read_concept_file(concept).trigger_phrase, concept.parent / "image.png"
     opened = f"diffusers.StableDiffusionPipeline.from_pretrained({base!r})"
     generated = f'pipe("a photo of {phrase} in space", guidance_scale=4).images[0].save({str(image)!r})'
     return [

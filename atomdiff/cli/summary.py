@@ -14,7 +14,7 @@ from torch import Tensor
 
 from atomdiff.atoms.sparse import sparse_quality
 from atomdiff.concepts.compatibility import compare_base, weights_below
-from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
+from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.parameter_count import group_table
 from atomdiff.pipelines.models import pipeline_models
@@ -25,7 +25,7 @@ from atomdiff.utils.untrusted import printable, read_safetensors_header
 
 
 def describe(path: str | os.PathLike[str], base: Any = None) -> str:
-    """Describe a delta file as a readable table.
+    """Describe a concept file as a readable table.
 
     Args:
         path: the file.
@@ -37,7 +37,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
     """
     if has_lora_keys(read_safetensors_header(path)[1]):
         raise UserError(f"{path} is a LoRA file of another program, not a concept file; load_atoms takes it as it is")
-    delta = read_delta_file(path)
+    delta = read_concept_file(path)
     trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind in PARAMETER_NAMES]
     vectors = [vector for of in delta.tokens.values() for vector in of.values()]
     spec = delta.modelspec
@@ -66,13 +66,13 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
     return "\n".join([*lines, "", *_layer_table(delta)])
 
 
-def _method(delta: DeltaFile) -> str:
+def _method(delta: ConceptFile) -> str:
     config = delta.config
     atoms = "all atoms" if config.num_atoms is None else f"{config.num_atoms} atoms"
     return f"{atoms}, basis {config.basis}, {variant_of(config).label(config)}, layers {config.target_modules}"
 
 
-def _layer_table(delta: DeltaFile) -> list[str]:
+def _layer_table(delta: ConceptFile) -> list[str]:
     groups = Counter(
         (f"{module.partition('.')[0]} {kind}", tuple(tensor.shape))
         for module, kinds in delta.layers.items()
@@ -82,7 +82,7 @@ def _layer_table(delta: DeltaFile) -> list[str]:
     return group_table(dict(groups))
 
 
-def _training(delta: DeltaFile) -> str:
+def _training(delta: ConceptFile) -> str:
     plain = {key: value for key, value in delta.training.items() if not isinstance(value, (dict, list))}
     return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in plain.items())
 
@@ -100,7 +100,7 @@ def _open(base: Any) -> Any:
     return open_base(BaseModelConfig(pretrained_model_name_or_path=os.fspath(base)), None, field="base")
 
 
-def _coefficient_quality(delta: DeltaFile, weights: Mapping[str, Tensor]) -> str:
+def _coefficient_quality(delta: ConceptFile, weights: Mapping[str, Tensor]) -> str:
     """How well the coefficients describe the base weights, as means over all atoms of all layers."""
     config, qualities = delta.config, []
     for module, tensors in delta.layers.items():

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.atoms.basis import singular_values
-from atomdiff.concepts.concept_file import DeltaFile
+from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.tuner.adapter_state import base_weights
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.checks import check_readable
@@ -37,8 +37,8 @@ _MOST_FOUND = 4096
 
 
 def check_base(
-    delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False
-) -> tuple[DeltaFile, list[str], float]:
+    delta: ConceptFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False
+) -> tuple[ConceptFile, list[str], float]:
     """Check that a concept fits these models.
 
     Layers of components that the models lack, and the first and last convolution where they are of another number of
@@ -73,8 +73,8 @@ def check_base(
 
 
 def compare_base(
-    delta: DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False
-) -> tuple[DeltaFile, list[str], float]:
+    delta: ConceptFile, models: Mapping[str, nn.Module], allow_mismatch: bool = False
+) -> tuple[ConceptFile, list[str], float]:
     """As `check_base`, at any distance and without a warning."""
     weights = weights_below(delta, models)
     delta, left_out = _fitting_part(delta, models, weights, allow_mismatch)
@@ -86,7 +86,7 @@ def may_leave_out(module: str, allow_mismatch: bool = False) -> bool:
     return allow_mismatch or module in LATENT_AXES
 
 
-def weights_below(delta: DeltaFile, models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
+def weights_below(delta: ConceptFile, models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Module -> base weight of every layer that could be adapted, in the components that a concept adapts."""
     components = {module.partition(".")[0] for module in delta.layers} & models.keys()
     for part in components:
@@ -125,7 +125,7 @@ def _channels(weight: Tensor) -> str:
     return f"from {weight.shape[1]} to {weight.shape[0]} channels"
 
 
-def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
+def check_layers(delta: ConceptFile, weights: Mapping[str, Tensor]) -> None:
     """Check that every layer of a concept fits the layer of that name in the base.
 
     Args:
@@ -138,7 +138,7 @@ def check_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> None:
     _refuse(delta, _unfit_layers(delta, weights), weights)
 
 
-def _refuse(delta: DeltaFile, unfit: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
+def _refuse(delta: ConceptFile, unfit: Mapping[str, str], weights: Mapping[str, Tensor]) -> None:
     fits = len(delta.layers) - len(unfit)
     way_out = f"; allow_base_mismatch=True loads the {fits} of {len(delta.layers)} layers that fit" if fits else ""
     if missing := [module for module in unfit if module not in weights]:
@@ -149,7 +149,7 @@ def _refuse(delta: DeltaFile, unfit: Mapping[str, str], weights: Mapping[str, Te
         raise UserError(f"the concept does not fit this base: {list_some(list(unfit.values()))}{way_out}")
 
 
-def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, str]:
+def _unfit_layers(delta: ConceptFile, weights: Mapping[str, Tensor]) -> dict[str, str]:
     """Module -> why it does not fit the base, for the layers of a concept that do not.
 
     Raises:
@@ -184,13 +184,13 @@ def _unfit_layers(delta: DeltaFile, weights: Mapping[str, Tensor]) -> dict[str, 
     return unfit
 
 
-def _found(delta: DeltaFile, module: str) -> dict[str, tuple[int, ...]]:
+def _found(delta: ConceptFile, module: str) -> dict[str, tuple[int, ...]]:
     shapes = {kind: tuple(tensor.shape) for kind, tensor in delta.layers[module].items()}
     return {**shapes, "fingerprint": (len(delta.fingerprint[module]),)}
 
 
 def _expected(
-    delta: DeltaFile, module: str, shape: tuple[int, ...]
+    delta: ConceptFile, module: str, shape: tuple[int, ...]
 ) -> tuple[tuple[Atoms, ...], dict[str, tuple[int, ...]]]:
     """The atoms of a layer, and the shapes that a concept has for it; ValueError: its weight is too small."""
     atom_sets = atoms_of(delta.config, module.partition(".")[2], shape)
@@ -198,7 +198,7 @@ def _expected(
     return atom_sets, {**expected, "fingerprint": (atom_sets[0].size,)}
 
 
-def _fits_other_latents(delta: DeltaFile, module: str, weights: Mapping[str, Tensor]) -> bool:
+def _fits_other_latents(delta: ConceptFile, module: str, weights: Mapping[str, Tensor]) -> bool:
     """Whether a layer would fit a first or last convolution like the base's, of another number of latent channels."""
     axis = LATENT_AXES.get(module.partition(".")[2])
     if axis is None or module not in weights:
@@ -212,8 +212,8 @@ def _fits_other_latents(delta: DeltaFile, module: str, weights: Mapping[str, Ten
 
 
 def _fitting_part(
-    delta: DeltaFile, models: Mapping[str, nn.Module], weights: Mapping[str, Tensor], allow_mismatch: bool
-) -> tuple[DeltaFile, list[str]]:
+    delta: ConceptFile, models: Mapping[str, nn.Module], weights: Mapping[str, Tensor], allow_mismatch: bool
+) -> tuple[ConceptFile, list[str]]:
     """A concept without the layers that it can do without here, and what they are."""
     unfit = _unfit_layers(delta, weights)
     absent = {module: module.partition(".")[0] for module in unfit if module.partition(".")[0] not in models}
@@ -234,7 +234,7 @@ def _fitting_part(
     return dataclasses.replace(delta, layers=layers, fingerprint=fingerprint), left_out
 
 
-def base_distance(delta: DeltaFile, weights: Mapping[str, Tensor]) -> float:
+def base_distance(delta: ConceptFile, weights: Mapping[str, Tensor]) -> float:
     """How far a base is from the one that a concept was made on: 0 the same, around 1 nothing in common.
 
     Mean over the layers of |s - s'| / max(|s|, |s'|), s and s' being the singular values in the file and of the base.

@@ -42,8 +42,8 @@ _CONFIG_FIELDS = {f.name for f in dataclasses.fields(AtomConfig)} - _NOT_STORED
 
 
 @dataclass(frozen=True)
-class DeltaFile:
-    """What a delta file holds; "module" is a path such as `unet.conv_in`, component first."""
+class ConceptFile:
+    """What a concept file holds; "module" is a path such as `unet.conv_in`, component first."""
 
     config: AtomConfig
     """Settings that the deltas were trained with."""
@@ -65,7 +65,7 @@ class DeltaFile:
     """Version of atomdiff that wrote the file."""
 
 
-def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torch.dtype = torch.float16) -> None:
+def write_concept_file(path: str | os.PathLike[str], delta: ConceptFile, dtype: torch.dtype = torch.float16) -> None:
     """Write a concept; the same input gives the same bytes, whatever they replace is replaced at once.
 
     Raises:
@@ -102,7 +102,7 @@ def write_delta_file(path: str | os.PathLike[str], delta: DeltaFile, dtype: torc
     write_bytes(path, data)
 
 
-def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
+def read_concept_file(path: str | os.PathLike[str]) -> ConceptFile:
     """Read a concept and check all that can be checked without a base; tensors come as float32.
 
     The header is checked before any tensor is read. Names and paths in it are only texts, never opened.
@@ -132,7 +132,7 @@ def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
         else:
             module, _, kind = key.rpartition(".")
             layers.setdefault(module, {})[kind] = tensor
-    return DeltaFile(
+    return ConceptFile(
         config=config,
         layers=layers,
         fingerprint=fingerprint,
@@ -146,7 +146,7 @@ def read_delta_file(path: str | os.PathLike[str]) -> DeltaFile:
 
 
 def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str, str]]:
-    """Metadata of a delta file, and its tensors' names with their dtypes as safetensors writes them, such as "F16".
+    """Metadata of a concept file, and its tensors' names with their dtypes as safetensors writes them, such as "F16".
 
     Nothing behind the header is read.
 

@@ -18,8 +18,8 @@ from torch import Tensor
 
 from atomdiff.concepts.concept_file import (
     CONCEPT_SUFFIX,
-    DeltaFile,
-    read_delta_file,
+    ConceptFile,
+    read_concept_file,
 )
 from atomdiff.concepts.library_index import ConceptInfo, LibraryIndex, normalize_name, scan
 from atomdiff.utils.errors import UserError
@@ -34,7 +34,7 @@ class ConceptLibrary:
     Files with that ending and LoRA files of other programs are listed, also in subfolders; hidden ones are skipped,
     links to files are followed, links to folders are not. A file is read when its concept is first used; the most
     recently used concepts stay in memory. The library is thread-safe: each file is read by one thread, the others wait
-    for that file only. A `DeltaFile` is shared by all callers and must not be changed.
+    for that file only. A `ConceptFile` is shared by all callers and must not be changed.
 
     Length, iteration over the sorted names, and `in` describe the last scan of the folder. `refresh` scans it again, as
     does a name or phrase that is not found.
@@ -55,8 +55,8 @@ class ConceptLibrary:
         self._scans = 0
         self._scanning = threading.Lock()
         self._lock = threading.Lock()  # of all below, and of replacing the index; never held while a file is read
-        self._cache: LRUCache[ConceptInfo, DeltaFile] = LRUCache(memory_budget, _memory)
-        self._reading: dict[ConceptInfo, Future[DeltaFile]] = {}
+        self._cache: LRUCache[ConceptInfo, ConceptFile] = LRUCache(memory_budget, _memory)
+        self._reading: dict[ConceptInfo, Future[ConceptFile]] = {}
         self.refresh()
 
     def __len__(self) -> int:
@@ -68,7 +68,7 @@ class ConceptLibrary:
     def __contains__(self, name: object) -> bool:
         return isinstance(name, str) and normalize_name(name) in self._index.concepts
 
-    def __getitem__(self, name: str) -> DeltaFile:
+    def __getitem__(self, name: str) -> ConceptFile:
         """Return the concept of a name, from memory or from its file; it is shared and must not be changed.
 
         Raises:
@@ -145,10 +145,10 @@ class ConceptLibrary:
         if reasons := [reason for path, reason in new.damaged.items() if old.damaged.get(path) != reason]:
             warnings.warn(f"left out of the library (.damaged lists all): {list_some(reasons)}", stacklevel=2)
 
-    def _read(self, info: ConceptInfo, reading: Future[DeltaFile]) -> None:
+    def _read(self, info: ConceptInfo, reading: Future[ConceptFile]) -> None:
         """Read a file for all threads that wait for `reading`."""
         try:
-            delta = read_delta_file(info.path)
+            delta = read_concept_file(info.path)
             with self._lock:
                 if self._index.concepts.get(info.name) is info:  # it has not changed meanwhile
                     with suppress(ValueError):  # larger than the whole budget
@@ -172,7 +172,7 @@ class ConceptLibrary:
         return f"there is no concept {name!r} among the {len(index.concepts)} in {self.folder}; {hint}"
 
 
-def _memory(delta: DeltaFile) -> int:
+def _memory(delta: ConceptFile) -> int:
     """Return the bytes that a concept takes; what several concepts share is counted for each."""
     total = 0
     pending: list[Any] = [vars(delta), vars(delta.config)]

@@ -12,7 +12,7 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, constants
 
 from atomdiff.concepts import peft_folder
-from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
 from atomdiff.concepts.hub import adapter_files, files_in, names_repository
 from atomdiff.tuner.variants import PARAMETER_NAMES, variant_of
 from atomdiff.utils.hashing import hash_file
@@ -104,7 +104,7 @@ def summarize_file(path: Path) -> ConceptSummary:
     Raises:
         UserError: it cannot be read.
     """
-    delta = read_delta_file(path)
+    delta = read_concept_file(path)
     trained = [tensor for kinds in delta.layers.values() for kind, tensor in kinds.items() if kind in PARAMETER_NAMES]
     vectors = [vector for of in delta.tokens.values() for vector in of.values()]
     count, size = sum(tensor.numel() for tensor in trained + vectors), path.stat().st_size
@@ -177,7 +177,7 @@ def _size(files: Mapping[str, Path]) -> int:
     return sum(file.stat().st_size for file in files.values())
 
 
-def _method(delta: DeltaFile) -> str:
+def _method(delta: ConceptFile) -> str:
     config = delta.config
     return f"filter atoms, basis {config.basis}, {variant_of(config).label(config)}, in {len(delta.layers)} layers"
 

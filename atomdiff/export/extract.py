@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atomdiff.bases.find import BASES, find_base
 from atomdiff.concepts.compatibility import fingerprint
-from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
+from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.export.extraction import ExtractedLayer, Extraction
 from atomdiff.export.least_squares import fit_layer
@@ -80,7 +80,7 @@ def extract_concept(config: ExtractConfig) -> Extraction:
         base_model=config.pretrained_model_name_or_path,
         training={"extracted_from": config.tuned},
     )
-    write_delta_file(config.output, found.delta, getattr(torch, config.save_dtype))
+    write_concept_file(config.output, found.delta, getattr(torch, config.save_dtype))
     return found
 
 
@@ -111,7 +111,7 @@ def extract(
         training: further JSON-ready metadata for the file.
 
     Returns:
-        The concept, for `atomdiff.concepts.concept_file.write_delta_file`, and how much it explains.
+        The concept, for `atomdiff.concepts.concept_file.write_concept_file`, and how much it explains.
 
     Raises:
         UserError: the models do not belong together, have adapters, or nothing that these atoms adapt differs.
@@ -134,7 +134,7 @@ def extract(
         layers.append(ExtractedLayer(path, size, difference, residual))
         fingerprints[path] = fingerprint(weight, config, name)
     pipe = SimpleNamespace(components={component: old}) if isinstance(base, nn.Module) else base
-    delta = DeltaFile(
+    delta = ConceptFile(
         config,
         tensors,
         fingerprints,

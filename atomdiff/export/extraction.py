@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 from dataclasses import dataclass
 
-from atomdiff.concepts.concept_file import DeltaFile
+from atomdiff.concepts.concept_file import ConceptFile
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class ExtractedLayer:
 class Extraction:
     """A concept, and how much of the tuning it explains."""
 
-    delta: DeltaFile
+    delta: ConceptFile
     """The contents of the concept file."""
     layers: tuple[ExtractedLayer, ...]
     """The layers that atoms adapt and tuning changed."""

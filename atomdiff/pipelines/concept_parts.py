@@ -12,7 +12,7 @@ from torch import nn
 from atomdiff.bases.find import find_base
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import check_base, may_leave_out
-from atomdiff.concepts.concept_file import DeltaFile, read_delta_file
+from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
 from atomdiff.concepts.lora_file import is_lora_file, read_lora
 from atomdiff.concepts.peft_folder import Adapters, Tokens
 from atomdiff.pipelines.models import pipeline_models
@@ -27,7 +27,7 @@ from atomdiff.utils.errors import UserError, warn
 class ConceptParts:
     """The parts of a concept that a pipeline takes."""
 
-    delta: DeltaFile | None
+    delta: ConceptFile | None
     """Its atoms."""
     adapters: Adapters
     """Its adapters of other PEFT methods, or of atoms in directories written by PEFT."""
@@ -39,7 +39,7 @@ class ConceptParts:
     """What it was trained to predict, as far as that is known."""
 
 
-def read_parts(pipe: Any, source: Path | DeltaFile, trigger_word: str | None, allow_mismatch: bool) -> ConceptParts:
+def read_parts(pipe: Any, source: Path | ConceptFile, trigger_word: str | None, allow_mismatch: bool) -> ConceptParts:
     """Read a concept of any kind, check it against a pipeline, and leave out what the pipeline has no text encoder for.
 
     Raises:
@@ -54,14 +54,14 @@ def read_parts(pipe: Any, source: Path | DeltaFile, trigger_word: str | None, al
     return parts
 
 
-def _read(source: Path | DeltaFile, models: Mapping[str, nn.Module], allow_mismatch: bool) -> ConceptParts:
+def _read(source: Path | ConceptFile, models: Mapping[str, nn.Module], allow_mismatch: bool) -> ConceptParts:
     if isinstance(source, Path) and source.is_dir():
         adapters, tokens, left_out = peft_folder.read(source, models, find_base(models).denoiser)
         return ConceptParts(None, adapters, tokens, left_out, trained_schedule(source))
     if isinstance(source, Path) and is_lora_file(source):
         adapters, left_out = read_lora(source, models, allow_mismatch)
         return ConceptParts(None, adapters, {}, left_out, None)
-    delta = source if isinstance(source, DeltaFile) else read_delta_file(source)
+    delta = source if isinstance(source, ConceptFile) else read_concept_file(source)
     delta, left_out, _ = check_base(delta, models, allow_mismatch)
     return ConceptParts(delta, {}, dict(delta.tokens), left_out, ScheduleConfig.read(delta.training))
 

@@ -12,7 +12,7 @@ from weakref import WeakSet, ref
 from torch import Tensor
 
 from atomdiff.concepts import hub
-from atomdiff.concepts.concept_file import DeltaFile
+from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.pipelines.adapter_names import derived_name, given_name
 from atomdiff.pipelines.concept_parts import attach_parts, read_parts, warn_of_left_out
 from atomdiff.pipelines.loaded_concepts import (
@@ -42,7 +42,7 @@ from atomdiff.utils.errors import UserError
 
 def load_atoms(
     pipe: Any,
-    path: str | os.PathLike[str] | DeltaFile,
+    path: str | os.PathLike[str] | ConceptFile,
     adapter_name: str | None = None,
     *,
     allow_base_mismatch: bool = False,
@@ -90,8 +90,8 @@ def load_atoms(
         UserError: there is no such file or repository, it is damaged or does not fit the pipeline, or a name or word is
             taken.
     """
-    source: Path | DeltaFile
-    if isinstance(path, DeltaFile):
+    source: Path | ConceptFile
+    if isinstance(path, ConceptFile):
         if adapter_name is None:
             raise UserError("found a concept in memory without a name: give adapter_name")
         source, default_name = path, ""
@@ -113,7 +113,7 @@ def load_atoms(
 
 def load_concept(
     pipe: Any,
-    source: Path | DeltaFile,
+    source: Path | ConceptFile,
     adapter_name: str | None,
     default_name: str = "",
     allow_base_mismatch: bool = False,
@@ -139,7 +139,7 @@ def load_concept(
         check_addable(pipe, list(parts.tokens), leftover)
         if warns_of_scheduler and parts.schedule is not None:
             warn_of_scheduler(pipe, name, parts.schedule)
-        with _rollback_on_error(pipe, name, repr(name) if isinstance(source, DeltaFile) else str(source)):
+        with _rollback_on_error(pipe, name, repr(name) if isinstance(source, ConceptFile) else str(source)):
             attach_parts(parts, models, name, allow_base_mismatch)
             warn_of_left_out(name, parts.left_out)
             remove_placeholder_tokens(pipe, leftover)

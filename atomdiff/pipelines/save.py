@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from atomdiff.bases.find import find_base
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import fingerprint
-from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
+from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.pipelines.loaded_concepts import has_adapter, name_concepts, refresh
 from atomdiff.pipelines.models import locked, pipeline_models
@@ -79,7 +79,7 @@ def save_atoms(
             return path
         _check_one_file(adapter_name, configs)
         layers, fingerprints = _layers(adapter_name, models, configs)
-        delta = DeltaFile(
+        delta = ConceptFile(
             config=next(iter(configs.values()), AtomConfig()),
             layers=layers,
             fingerprint=fingerprints,
@@ -90,7 +90,7 @@ def save_atoms(
             modelspec=model_spec(pipe, title=path.name.partition(".")[0], trigger_phrase=trigger_phrase),
             atomdiff_version=atomdiff_version(),
         )
-        write_delta_file(path, delta, dtype)
+        write_concept_file(path, delta, dtype)
     return path
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atomdiff.concepts import hub
-from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, DeltaFile, read_delta_file, read_tensors, split_token_key
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file, read_tensors, split_token_key
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.concepts.lora_file import is_lora_file, trigger_phrase
 from atomdiff.concepts.peft_folder import LEARNED_EMBEDS_NAME
@@ -35,7 +35,7 @@ class ConceptSource:
     """Its trigger words, as prompts have them."""
     trigger_phrase: str = ""
     """What to write in a prompt to get it."""
-    read: Callable[[], DeltaFile] | None = None
+    read: Callable[[], ConceptFile] | None = None
     """Returns its contents, its tokens named as in `trigger_words`; None: it is a LoRA file or a PEFT folder."""
     new_trigger_word: str | None = None
     """Word that replaces its own trigger word in prompts; None: its own is used."""
@@ -88,7 +88,7 @@ def open_source(source: str, trigger_word: str | None = None) -> ConceptSource:
         if trigger_word is not None:
             raise UserError(f"trigger_word={trigger_word!r}: {file} is a LoRA file and has no trigger word to rename")
         return ConceptSource(name.removesuffix(".safetensors"), file, path, (), trigger_phrase(path))
-    delta = read_delta_file(path)
+    delta = read_concept_file(path)
     tokens = rename_tokens(delta.tokens, trigger_word)
     phrase = replace_words(delta.trigger_phrase, dict(zip(delta.tokens, tokens, strict=True)))
     renamed = replace(delta, tokens=tokens)

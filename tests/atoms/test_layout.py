@@ -1,4 +1,4 @@
-"""Blocks are read in the order that the delta file documents."""
+"""Blocks are read in the order that the concept file documents."""
 
 import pytest
 import torch

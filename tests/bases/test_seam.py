@@ -13,7 +13,7 @@ import atomdiff
 from atomdiff.bases.base import PromptEmbeds
 from atomdiff.bases.find import BASES, find_base, register_base
 from atomdiff.bases.stable_diffusion import StableDiffusion
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.export.kohya import layer_name
 from atomdiff.training.dreambooth import TrainConfig, train
@@ -94,7 +94,7 @@ def config(folder, tmp_path):
 def test_a_base_trains_loads_generates_and_exports_by_its_names(base, config, tmp_path):
     concept = train(config)
     assert len(list(Path(config.output_dir).glob("validation/*.png"))) == 2
-    delta = read_delta_file(concept)
+    delta = read_concept_file(concept)
     assert all(module.startswith("painter.") for module in delta.layers) and delta.layers
     assert delta.modelspec["architecture"] == "tiny-v1/atoms" and delta.modelspec["resolution"] == "32x32"
 

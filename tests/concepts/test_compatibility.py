@@ -5,7 +5,7 @@ import torch
 
 from atomdiff.atoms.basis import dct_atoms
 from atomdiff.concepts.compatibility import DERIVED_BASE, SAME_BASE, base_distance, check_layers, fingerprint
-from atomdiff.concepts.concept_file import DeltaFile
+from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 
@@ -25,7 +25,7 @@ def make_delta(**fields):
     channels = {"channel_delta": torch.ones(4, 4), "channel_basis": dct_atoms((2, 2), 4)}
     prints = {m: fingerprint(w, CONFIG, m.partition(".")[2]) for m, w in base_weights().items()}
     layers = {"unet.down.conv1": conv | channels, "unet.mid.to_q": dict(channels)}
-    return DeltaFile(**{"config": CONFIG, "layers": layers, "fingerprint": prints, **fields})
+    return ConceptFile(**{"config": CONFIG, "layers": layers, "fingerprint": prints, **fields})
 
 
 def test_a_fitting_base_passes():
@@ -61,7 +61,7 @@ def test_more_atoms_than_the_base_has_numbers_are_an_error_of_the_file():
 
 def one_layer(weight, config, atoms, size):
     tensors = {kind: torch.ones(atoms, size) for kind in ("atom_delta", "atom_basis")}
-    delta = DeltaFile(config, {"unet.conv": tensors}, {"unet.conv": [1.0] * size})
+    delta = ConceptFile(config, {"unet.conv": tensors}, {"unet.conv": [1.0] * size})
     check_layers(delta, {"unet.conv": weight})
 
 

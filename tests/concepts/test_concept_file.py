@@ -1,4 +1,4 @@
-"""The delta file holds what it was given, always in the same bytes, and nothing broken is read."""
+"""The concept file holds what it was given, always in the same bytes, and nothing broken is read."""
 
 import json
 import re
@@ -11,7 +11,7 @@ from safetensors import safe_open
 from safetensors.torch import save_file
 
 from atomdiff.atoms.basis import dct_atoms
-from atomdiff.concepts.concept_file import DeltaFile, read_delta_file, read_header, write_delta_file
+from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, read_header, write_concept_file
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import printable
@@ -27,7 +27,7 @@ def make_delta(**fields):
 
     conv = {"atom_delta": numbers(9, 9), "atom_basis": dct_atoms((3, 3), 9)}
     channels = {"channel_delta": numbers(4, 4), "channel_basis": dct_atoms((2, 2), 4)}
-    return DeltaFile(
+    return ConceptFile(
         **{
             "config": CONFIG,
             "layers": {"unet.down.conv1": conv | channels, "unet.mid.to_q": dict(channels)},
@@ -48,7 +48,7 @@ def make_delta(**fields):
 
 def write(path, metadata=None, tensors=None):
     """A valid file with other metadata or tensors (None: taken away)."""
-    write_delta_file(path, make_delta(), torch.float32)
+    write_concept_file(path, make_delta(), torch.float32)
     with safe_open(path, "pt") as file:
         all_metadata = {**file.metadata(), **(metadata or {})}
         all_tensors = {**{key: file.get_tensor(key) for key in file.keys()}, **(tensors or {})}  # noqa: SIM118
@@ -59,8 +59,8 @@ def write(path, metadata=None, tensors=None):
 
 def test_what_is_written_is_read(tmp_path):
     delta = make_delta()
-    write_delta_file(tmp_path / "new folder" / "mug.atoms.safetensors", delta, torch.float32)
-    read = read_delta_file(tmp_path / "new folder" / "mug.atoms.safetensors")
+    write_concept_file(tmp_path / "new folder" / "mug.atoms.safetensors", delta, torch.float32)
+    read = read_concept_file(tmp_path / "new folder" / "mug.atoms.safetensors")
     for name in ("fingerprint", "base_model", "trigger_phrase", "training", "modelspec", "atomdiff_version"):
         assert getattr(read, name) == getattr(delta, name)
     assert read.config.to_dict() == delta.config.to_dict()
@@ -73,7 +73,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_keys_and_metadata_are_the_documented_ones(tmp_path):
     path = tmp_path / "mug.atoms.safetensors"
-    write_delta_file(path, make_delta())
+    write_concept_file(path, make_delta())
     with safe_open(path, "pt") as file:
         keys, metadata = set(file.keys()), file.metadata()
         assert {file.get_tensor(key).dtype for key in keys} == {torch.float16}
@@ -103,7 +103,7 @@ def test_same_input_same_bytes(tmp_path):
     many = AtomConfig(channel_block=2)
     many.target_modules = {"b", "a"}  # as PEFT leaves a long list
     for name, config in (("a", CONFIG), ("b", many)):
-        write_delta_file(tmp_path / name, make_delta(config=config))
+        write_concept_file(tmp_path / name, make_delta(config=config))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
     metadata = (tmp_path / "a").read_bytes()[8:]
@@ -115,7 +115,7 @@ def test_what_the_file_cannot_hold_is_not_written(tmp_path, value):
     delta = make_delta()
     delta.layers["unet.mid.to_q"]["channel_delta"] = torch.full((4, 4), value)
     with pytest.raises(UserError, match="unet.mid.to_q.channel_delta as torch.float16.*float32"):
-        write_delta_file(tmp_path / "x", delta)
+        write_concept_file(tmp_path / "x", delta)
     assert not list(tmp_path.iterdir())
 
 
@@ -149,7 +149,7 @@ def test_what_the_file_cannot_hold_is_not_written(tmp_path, value):
 )
 def test_wrong_metadata_is_named(tmp_path, metadata, message):
     with pytest.raises(UserError, match=message):
-        read_delta_file(write(tmp_path / "x", metadata))
+        read_concept_file(write(tmp_path / "x", metadata))
 
 
 @pytest.mark.parametrize(
@@ -168,14 +168,14 @@ def test_wrong_metadata_is_named(tmp_path, metadata, message):
 )
 def test_wrong_tensors_are_named(tmp_path, tensors, message):
     with pytest.raises(UserError, match=message):
-        read_delta_file(write(tmp_path / "x", tensors=tensors))
+        read_concept_file(write(tmp_path / "x", tensors=tensors))
 
 
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "x"
-    write_delta_file(path, make_delta())
+    write_concept_file(path, make_delta())
     whole = path.read_bytes()
     start = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
@@ -185,7 +185,7 @@ def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory
         damaged = whole[:start] + noise + whole[start + len(noise) :]
     path.write_bytes(damaged)
     try:
-        delta = read_delta_file(path)
+        delta = read_concept_file(path)
     except UserError as error:
         assert "x" in str(error)
     else:
@@ -195,7 +195,7 @@ def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory
 
 def test_the_header_is_read_alone(tmp_path):
     path = tmp_path / "mug.atoms.safetensors"
-    write_delta_file(path, make_delta())
+    write_concept_file(path, make_delta())
     metadata, dtypes = read_header(path)
     assert metadata["trigger_phrase"] == "a photo of sks mug"
     assert set(dtypes.values()) == {"F16"} and dtypes.keys() >= {"token.sks", "unet.mid.to_q.channel_delta"}
@@ -212,10 +212,10 @@ def test_the_header_is_read_alone(tmp_path):
 def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
     many = {f"word{i}": {"text_encoder": torch.zeros(5)} for i in range(65)}
     with pytest.raises(UserError, match=r"65 trigger words \(word0, word1, word10 and 62 more\); .* at most 64"):
-        write_delta_file(tmp_path / "x", make_delta(tokens=many))
+        write_concept_file(tmp_path / "x", make_delta(tokens=many))
     monkeypatch.setattr("atomdiff.concepts.concept_file.MAX_FILE_BYTES", 1000)
     with pytest.raises(UserError, match="the concept would take .* bytes, expected at most 1,000"):
-        write_delta_file(tmp_path / "x", make_delta())
+        write_concept_file(tmp_path / "x", make_delta())
     assert not list(tmp_path.iterdir())
 
 
@@ -226,7 +226,7 @@ def test_messages_stay_short_and_leave_a_terminal_alone():
 
 def test_a_folder_is_refused_with_what_is_expected(tmp_path):
     with pytest.raises(UserError, match="is a folder; expected a concept file"):
-        read_delta_file(tmp_path)
+        read_concept_file(tmp_path)
 
 
 def test_files_from_before_a_setting_existed_keep_loading(tmp_path):
@@ -234,4 +234,4 @@ def test_files_from_before_a_setting_existed_keep_loading(tmp_path):
     first |= {"target_modules": ["a", "b"], "exclude_modules": None}
     path = tmp_path / "mug.atoms.safetensors"
     write(path, {"adapter_config": json.dumps(first)})
-    assert read_delta_file(path).config == CONFIG
+    assert read_concept_file(path).config == CONFIG

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 import atomdiff
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.toybox.base import load_toybox
 
 ROOT = Path(__file__).parents[2]
@@ -35,7 +35,7 @@ def changes(pipe, before):
 
 
 def test_what_it_says_is_read():
-    concept = read_delta_file(FILE)
+    concept = read_concept_file(FILE)
     assert concept.config.channel_block == 4 and concept.config.basis == "svd"
     assert concept.trigger_phrase == "sks robot" and concept.base_model == "samples/toybox-sd"
     assert concept.training["steps"] == 60 and concept.training["config"]["timestep_sampling"] == "logit_normal"

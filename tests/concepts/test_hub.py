@@ -24,7 +24,7 @@ from PIL import Image, PngImagePlugin
 from safetensors.torch import load_file
 
 import atomdiff
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.push import write_repository
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
@@ -492,7 +492,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(concept, tmp_path):
         "tags": ["text-to-image", "atomdiff", "stable-diffusion", "mug"],
     }
     numbers = sum(
-        t.numel() for kinds in read_delta_file(file).layers.values() for k, t in kinds.items() if "delta" in k
+        t.numel() for kinds in read_concept_file(file).layers.values() for k, t in kinds.items() if "delta" in k
     )
     assert f"| trainable parameters | {numbers + 32:,}, of which 32 in token embeddings |" in text
     assert f"| bytes | {file.stat().st_size:,} |" in text
@@ -752,7 +752,7 @@ def test_a_run_whose_push_fails_says_where_its_concept_is(server, run_config, mo
     place = Path(config.output_dir) / "teapot.atoms.safetensors"
     with pytest.raises(UserError, match=f"^{re.escape(str(place))} is saved, but: cannot push to ada/x: .*push_to_hub"):
         dreambooth.train(config)
-    assert read_delta_file(place).trigger_phrase == "sks teapot"
+    assert read_concept_file(place).trigger_phrase == "sks teapot"
 
 
 def test_another_endpoint_is_taken_from_the_environment(server, concept, tmp_path):

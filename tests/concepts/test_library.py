@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 import atomdiff
 from atomdiff.concepts import library as library_module
 from atomdiff.concepts import library_index
-from atomdiff.concepts.concept_file import DeltaFile, read_delta_file, write_delta_file
+from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, write_concept_file
 from atomdiff.concepts.library import ConceptLibrary, _memory
 from atomdiff.sampling.adapter_cache import AdapterCache
 from atomdiff.sampling.prompt_requests import read_requests
@@ -35,7 +35,7 @@ SECONDS = 30  # no thread waits longer: a test that would hang fails instead
 def write(folder, name, number=0.0, phrase="", words=("sks",), base_model="some/model", size=9):
     """A concept of one layer, all of whose numbers are `number`."""
     path = Path(folder) / f"{name}.atoms.safetensors"
-    delta = DeltaFile(
+    delta = ConceptFile(
         config=AtomConfig(channel_block=1, target_modules=["conv_in"]),
         layers={
             "unet.conv_in": {"atom_delta": torch.full((9, size), float(number)), "atom_basis": torch.zeros(9, size)}
@@ -45,7 +45,7 @@ def write(folder, name, number=0.0, phrase="", words=("sks",), base_model="some/
         base_model=base_model,
         trigger_phrase=phrase,
     )
-    write_delta_file(path, delta)
+    write_concept_file(path, delta)
     return path
 
 
@@ -99,7 +99,7 @@ class Reads:
 
 @pytest.fixture
 def reads(monkeypatch):
-    return Reads(monkeypatch, "read_delta_file")
+    return Reads(monkeypatch, "read_concept_file")
 
 
 @pytest.fixture
@@ -466,7 +466,7 @@ def test_whatever_is_in_a_file_the_index_holds(tmp_path_factory, data):
     assert len(library) + len(library.damaged) == 1
     library.find("mug")
     try:
-        assert isinstance(library["x"], DeltaFile)
+        assert isinstance(library["x"], ConceptFile)
     except UserError as error:
         assert "x" in str(error)
 
@@ -632,6 +632,6 @@ def test_a_read_that_fails_fails_for_all_who_wait_and_for_none_after(three, read
 def test_what_the_library_gives_is_what_the_file_holds(three):
     library = ConceptLibrary(three)
     for name in library:
-        delta, read = library[name], read_delta_file(library.info(name).path)
+        delta, read = library[name], read_concept_file(library.info(name).path)
         assert delta.config == read.config and delta.fingerprint == read.fingerprint
         assert torch.equal(delta.tokens["sks"]["text_encoder"], read.tokens["sks"]["text_encoder"])

@@ -14,7 +14,7 @@ import atomdiff
 from atomdiff.atoms.basis import dct_atoms, svd_atoms
 from atomdiff.atoms.layout import View
 from atomdiff.atoms.sparse import sparse_coefficients
-from atomdiff.concepts.concept_file import write_delta_file
+from atomdiff.concepts.concept_file import write_concept_file
 from atomdiff.export import extract as extract_module
 from atomdiff.export.extract import ExtractConfig, extract, extract_concept
 from atomdiff.export.extraction import describe_extraction
@@ -78,7 +78,7 @@ def test_a_concept_that_was_merged_is_found_again(tiny_pipe, tmp_path, kind):
     assert found.explained_of_all == found.explained
     base = draw(tiny_pipe.unet)
     path = tmp_path / "mug.atoms.safetensors"
-    write_delta_file(path, found.delta, torch.float32)
+    write_concept_file(path, found.delta, torch.float32)
     assert atomdiff.load_atoms(tiny_pipe, path) == "mug"
     expected = draw(tuned)
     torch.testing.assert_close(draw(tiny_pipe.unet), expected, atol=1e-2 * float((expected - base).abs().max()), rtol=0)

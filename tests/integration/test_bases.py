@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from atomdiff.cli.summary import describe
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.parameter_count import count_parameters
 from atomdiff.pipelines.load import load_atoms, unload_atoms
 from atomdiff.sampling.config import SampleConfig
@@ -59,7 +59,7 @@ def test_a_run_with_class_images_and_a_sheet_gives_a_concept(config, pipe, tmp_p
     assert_unchanged(pipe, before)
     assert np.array_equal(generate_image(pipe, PROMPT), base)
 
-    delta = read_delta_file(concept)
+    delta = read_concept_file(concept)
     encoders = {name for name in pipe.components if name.startswith("text_encoder")}
     assert set(delta.tokens["sks"]) == encoders
     architecture = "stable-diffusion-xl-v1-base" if "xl" in kind else "stable-diffusion"
@@ -87,7 +87,7 @@ def test_bf16_and_gradient_checkpointing_go_through(config, half_precision):
 
 def test_numbers_are_counted_without_weights(config):
     counted = count_parameters(config.pretrained_model_name_or_path, AtomConfig())
-    concept = read_delta_file(train(dataclasses.replace(config, max_train_steps=1, train_token=False)))
+    concept = read_concept_file(train(dataclasses.replace(config, max_train_steps=1, train_token=False)))
     tensors = [(kind, tensor) for layer in concept.layers.values() for kind, tensor in layer.items()]
     trained = sum(tensor.numel() for kind, tensor in tensors if kind.endswith("_delta"))
     assert counted.num_trainable_parameters == trained

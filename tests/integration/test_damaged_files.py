@@ -11,7 +11,7 @@ import torch
 import atomdiff
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import check_base
-from atomdiff.concepts.concept_file import read_delta_file, read_header
+from atomdiff.concepts.concept_file import read_concept_file, read_header
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.utils.errors import UserError
@@ -104,7 +104,7 @@ def check_file(path, kind, pipe, before, through_pipe):
     assert structure(pipe) == clean_structure
     if kind is REFUSED:
         assert error is not None
-        assert refusal(lambda: read_header(path)) is None or refusal(lambda: read_delta_file(path))
+        assert refusal(lambda: read_header(path)) is None or refusal(lambda: read_concept_file(path))
     if kind is VALID:
         assert error is None, error
     return through_pipe and error is None
@@ -112,7 +112,7 @@ def check_file(path, kind, pipe, before, through_pipe):
 
 def accept(path, models):
     """What `load_atoms` does before it changes anything, for a file with at least one known layer."""
-    delta = read_delta_file(path)
+    delta = read_concept_file(path)
     check_base(delta, models)
     for word, vectors in delta.tokens.items():
         for encoder, vector in vectors.items():

@@ -13,7 +13,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from atomdiff.bases.sdxl import StableDiffusionXL
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.pipelines.load import load_atoms, unload_atoms
 from atomdiff.pipelines.save import save_atoms
 from atomdiff.sampling.config import SampleConfig
@@ -106,7 +106,7 @@ def test_images_in_training_are_those_of_the_file(config_for, in_training, tmp_p
     renamed = generate_image(pipe, PROMPT.replace("sks", "ohwx"))
     np.testing.assert_allclose(renamed, in_training["image"], atol=2e-2)  # float16
     if method == "atoms":
-        concept = read_delta_file(written)
+        concept = read_concept_file(written)
         assert {word: set(vectors) for word, vectors in concept.tokens.items()} == dict.fromkeys(
             ("sks", "sks_1", "sks_2"), encoders
         )
@@ -163,8 +163,8 @@ def test_all_words_of_a_shared_file_learn(config_for, images, tmp_path):
     file = tmp_path / "both.yaml"
     file.write_text(json.dumps(entries))
     fields = {"instance_data_dir": None, "concepts_list": str(file), "one_file": True, "train_batch_size": 4}
-    moved = read_delta_file(train(config_for(**fields))).tokens
-    still = read_delta_file(train(config_for(**fields, token_learning_rate=0.0))).tokens
+    moved = read_concept_file(train(config_for(**fields))).tokens
+    still = read_concept_file(train(config_for(**fields, token_learning_rate=0.0))).tokens
     assert set(moved) == set(still) == {"sks", "ohwx"}
     assert all((moved[word]["text_encoder"] - still[word]["text_encoder"]).abs().max() > 0.02 for word in moved)
 
@@ -212,7 +212,7 @@ def test_a_resumed_run_gives_the_same_bytes(config_for, base, fields, tmp_path):
 
 def test_text_encoders_have_a_learning_rate_of_their_own(config_for):
     def delta(**fields):
-        layers = read_delta_file(train(config_for(train_text_encoder=True, **fields))).layers
+        layers = read_concept_file(train(config_for(train_text_encoder=True, **fields))).layers
         return max(tensors["channel_delta"].abs().max() for name, tensors in layers.items() if name.startswith("text"))
 
     assert delta(text_encoder_lr=0.0) == 0
@@ -223,7 +223,7 @@ def test_gradient_checkpointing_changes_nothing(config_for, tmp_path):
     concepts = []
     for on in (False, True):
         config = config_for(train_text_encoder=True, gradient_checkpointing=on, max_train_steps=1, num_vectors=2)
-        concepts.append(read_delta_file(train(config)))
+        concepts.append(read_concept_file(train(config)))
     for name, tensors in concepts[0].layers.items():
         for kind, tensor in tensors.items():
             torch.testing.assert_close(tensor, concepts[1].layers[name][kind], atol=1e-3, rtol=1e-2)

@@ -8,7 +8,7 @@ from diffusers import UNet2DConditionModel
 from torch._dynamo.testing import CompileCounter
 
 import atomdiff
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.tuner import AtomConfig, AtomLayer
 from tests.helpers import add_adapter
 from tests.pipelines.helpers import VARIANTS, predict_repeated
@@ -79,7 +79,7 @@ def test_concepts_go_in_and_out_of_a_model_that_torch_compile_has_wrapped(pipe_t
     name = atomdiff.load_atoms(pipe, file)
     torch.testing.assert_close(predict_repeated(pipe), expected, atol=1e-5, rtol=0)
     again = atomdiff.save_atoms(pipe, tmp_path / "again.atoms.safetensors", name, dtype=torch.float32)
-    assert read_delta_file(again).layers.keys() == read_delta_file(file).layers.keys()
+    assert read_concept_file(again).layers.keys() == read_concept_file(file).layers.keys()
     atomdiff.unload_atoms(pipe)
     torch.testing.assert_close(predict_repeated(pipe), base, atol=1e-5, rtol=0)
     assert not any(isinstance(module, AtomLayer) for module in pipe.unet.modules())

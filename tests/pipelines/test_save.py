@@ -8,7 +8,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import atomdiff
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
@@ -52,7 +52,7 @@ def test_peft_directories_are_the_same_bytes_each_time(tiny_pipe, tmp_path):
 
 
 def test_the_file_says_what_it_is(tiny_pipe, concepts):
-    delta = read_delta_file(concepts["atoms"])
+    delta = read_concept_file(concepts["atoms"])
     assert delta.trigger_phrase == "a mug" and list(delta.tokens) == ["sks"]
     assert {module.partition(".")[0] for module in delta.layers} == {"unet", "text_encoder"}
     assert delta.modelspec["architecture"] == "stable-diffusion/atoms" and delta.modelspec["resolution"] == "32x32"

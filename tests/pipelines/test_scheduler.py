@@ -17,7 +17,7 @@ from diffusers import (
 from safetensors.torch import save_file
 
 import atomdiff
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.pipelines.scheduler import (
     ScheduleConfig,
     common_scheduler,
@@ -230,5 +230,5 @@ def test_a_concept_loads_whatever_the_scheduler(tiny_pipe, tmp_path):
     with pytest.warns(UserWarning, match="'mug' was trained with another scheduler .*FlowMatchEuler.*no noise sched"):
         atomdiff.load_atoms(tiny_pipe, path)
     tiny_pipe.scheduler = None
-    atomdiff.load_atoms(tiny_pipe, read_delta_file(path), "again")
+    atomdiff.load_atoms(tiny_pipe, read_concept_file(path), "again")
     assert [concept.name for concept in atomdiff.list_atoms(tiny_pipe)] == ["mug", "again"]

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 import atomdiff
-from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
+from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.loaded_concepts import list_atoms
 from atomdiff.pipelines.placeholder_tokens import tokens_in
@@ -30,8 +30,8 @@ def library(tiny_pipe, tmp_path):
     for number, name in enumerate(NAMES, start=1):
         layers, fingerprint = ({}, {}) if name == "dog" else (delta.layers, delta.fingerprint)
         tokens = {"sks": {"text_encoder": torch.full((32,), float(number))}}
-        held = DeltaFile(delta.config, layers, fingerprint, tokens, trigger_phrase=f"sks {name}")
-        write_delta_file(path.parent / f"{name}.atoms.safetensors", held)
+        held = ConceptFile(delta.config, layers, fingerprint, tokens, trigger_phrase=f"sks {name}")
+        write_concept_file(path.parent / f"{name}.atoms.safetensors", held)
     return ConceptLibrary(path.parent)
 
 
@@ -111,9 +111,9 @@ def test_a_concept_that_does_not_fit_is_named_with_its_file(tiny_pipe, library):
     delta = library["ant"]
     layers = {module.replace("conv_in", "conv_inn"): kinds for module, kinds in delta.layers.items()}
     fingerprint = {module: next(iter(delta.fingerprint.values())) for module in layers}
-    write_delta_file(library.folder / "odd.atoms.safetensors", DeltaFile(delta.config, layers, fingerprint))
+    write_concept_file(library.folder / "odd.atoms.safetensors", ConceptFile(delta.config, layers, fingerprint))
     tokens = {"sks": {"text_encoder": torch.ones(3)}}
-    write_delta_file(library.folder / "short.atoms.safetensors", DeltaFile(delta.config, {}, {}, tokens))
+    write_concept_file(library.folder / "short.atoms.safetensors", ConceptFile(delta.config, {}, {}, tokens))
     for name, message in (("odd", "no unet.conv_inn"), ("short", r"the embedding of 'sks' has shape \(3,\)")):
         lines = read_requests([f"sks <atoms:{name}>"], library=library)
         with pytest.raises(UserError, match=rf"the concept '{name}' \(.*{name}.atoms.safetensors\): .*{message}"):

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 import atomdiff
-from atomdiff.concepts.concept_file import DeltaFile, write_delta_file
+from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.sampling.concept_source import open_source
@@ -22,7 +22,7 @@ def write(folder, name, phrase="", word="sks", layer="unet.conv_in"):
     layers = {layer: {"atom_delta": torch.ones(9, 9), "atom_basis": torch.eye(9)}}
     tokens = {word: {"text_encoder": torch.ones(32)}} if word else {}
     config = atomdiff.AtomConfig(channel_block=1)
-    write_delta_file(path, DeltaFile(config, layers, {layer: [1.0] * 9}, tokens, trigger_phrase=phrase))
+    write_concept_file(path, ConceptFile(config, layers, {layer: [1.0] * 9}, tokens, trigger_phrase=phrase))
     return str(path)
 
 

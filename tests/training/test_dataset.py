@@ -17,7 +17,7 @@ from PIL import Image
 from safetensors.torch import load_file
 from torch.nn.functional import avg_pool2d
 
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.data.latents import LatentCache
 from atomdiff.data.sampler import sample_order
 from atomdiff.training import dreambooth
@@ -65,7 +65,7 @@ EVERYTHING = {
 
 def trained_values(path):
     """The trained parameters of a concept, as bytes."""
-    concept = read_delta_file(path)
+    concept = read_concept_file(path)
     tensors = [tensor for _, layer in sorted(concept.layers.items()) for _, tensor in sorted(layer.items())]
     return b"".join(tensor.numpy().tobytes() for tensor in [*tensors, *concept.tokens["sks"].values()])
 
@@ -178,7 +178,7 @@ def test_the_loss_is_weighted(config, image_folder):
             for name, size in SIZES.items():
                 Image.new("L", size, light).save(image_folder / "mask" / f"{name}.png")
         path = train(dataclasses.replace(config, masked_loss=light is not None, max_train_steps=1))
-        losses[kind] = read_delta_file(path).training["final_loss"]
+        losses[kind] = read_concept_file(path).training["final_loss"]
     assert losses["white"] == losses["none"]
     assert losses["half"] == pytest.approx(losses["none"] * 128 / 255, rel=1e-5)
 
@@ -297,7 +297,7 @@ def test_captions_may_spell_a_word_in_another_case(config, image_folder):
         for name in SIZES:
             (image_folder / f"{name}.txt").write_text(f"a {spelt} teapot")
         path = train(dataclasses.replace(config, num_vectors=2))
-        trained.append(read_delta_file(path).tokens)
+        trained.append(read_concept_file(path).tokens)
     for word in ("sks", "sks_1"):
         assert torch.equal(trained[0][word]["text_encoder"], trained[1][word]["text_encoder"])
 

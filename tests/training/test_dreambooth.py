@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.pipelines.load import load_atoms
 from atomdiff.training import dreambooth
 from atomdiff.training import run as run_module
@@ -56,7 +56,7 @@ def test_the_loss_goes_down(config, log_lines):
 
 
 def test_the_file_tells_what_was_done(config, log_lines):
-    concept = read_delta_file(train(config))
+    concept = read_concept_file(train(config))
     assert concept.trigger_phrase == "sks teapot"
     assert list(concept.tokens) == ["sks"] and concept.layers
     assert concept.training["steps"] == 4 and concept.training["seed"] == 0 and concept.training["image_count"] == 3
@@ -70,9 +70,11 @@ def test_the_token_starts_as_the_class_word_and_alone_moves(config, tiny_pipe):
     still = dataclasses.replace(config, token_learning_rate=0.0, class_name="red mug")
     words = tiny_pipe.tokenizer("red mug", add_special_tokens=False).input_ids
     expected = tiny_pipe.text_encoder.get_input_embeddings().weight[words].mean(dim=0)
-    vector = read_delta_file(train(still)).tokens["sks"]["text_encoder"]
+    vector = read_concept_file(train(still)).tokens["sks"]["text_encoder"]
     torch.testing.assert_close(vector, expected, atol=1e-3, rtol=1e-3)
-    vector = read_delta_file(train(dataclasses.replace(config, token_learning_rate=0.1))).tokens["sks"]["text_encoder"]
+    vector = read_concept_file(train(dataclasses.replace(config, token_learning_rate=0.1))).tokens["sks"][
+        "text_encoder"
+    ]
     assert (vector - expected).abs().max() > 0.1
 
 
@@ -87,14 +89,14 @@ def test_what_is_not_needed_leaves_memory(config, monkeypatch):
 
     monkeypatch.setattr(run_module, "build_training_model", look)
     train(config)
-    concept = read_delta_file(train(dataclasses.replace(config, train_token=False)))
+    concept = read_concept_file(train(dataclasses.replace(config, train_token=False)))
     assert seen == [(True, False, False), (True, True, True)]
     assert not concept.tokens and concept.layers
 
 
 def trained_values(path):
     """All trained parameters of a concept file, in one row."""
-    concept = read_delta_file(path)
+    concept = read_concept_file(path)
     deltas = [tensors[kind] for tensors in concept.layers.values() for kind in tensors if kind.endswith("_delta")]
     return torch.cat([tensor.flatten() for tensor in [*deltas, *concept.tokens.get("sks", {}).values()]])
 
@@ -176,8 +178,8 @@ def test_accumulated_batches_count_as_one(config, monkeypatch):
     usual = dreambooth.batch_loss
     config = dataclasses.replace(config, max_train_steps=2)
     monkeypatch.setattr(dreambooth, "batch_loss", lambda run, number: usual(run, 0))
-    one = read_delta_file(train(config))
-    two = read_delta_file(train(dataclasses.replace(config, gradient_accumulation_steps=2)))
+    one = read_concept_file(train(config))
+    two = read_concept_file(train(dataclasses.replace(config, gradient_accumulation_steps=2)))
     for module, tensors in one.layers.items():
         for kind, tensor in tensors.items():
             torch.testing.assert_close(tensor, two.layers[module][kind], atol=1e-4, rtol=1e-3)
@@ -195,8 +197,8 @@ def test_two_processes_sample_what_one_does_that_accumulates(config, monkeypatch
 
 
 def test_gradient_checkpointing_changes_nothing_but_memory(config):
-    plain = read_delta_file(train(config))
-    saving = read_delta_file(train(dataclasses.replace(config, gradient_checkpointing=True)))
+    plain = read_concept_file(train(config))
+    saving = read_concept_file(train(dataclasses.replace(config, gradient_checkpointing=True)))
     for module, tensors in plain.layers.items():
         for kind, tensor in tensors.items():
             torch.testing.assert_close(tensor, saving.layers[module][kind], atol=1e-4, rtol=1e-3)

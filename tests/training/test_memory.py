@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.pipelines.load import load_atoms
 from atomdiff.training import launch
 from atomdiff.training.dreambooth import train
@@ -137,7 +137,7 @@ def test_a_run_on_quantized_weights(config, field, tiny_xl_pipe):
     dated = re.compile(rb'"modelspec.date":"[^"]*"')
     assert dated.sub(b"", concept.read_bytes()) == dated.sub(b"", first)
     load_atoms(tiny_xl_pipe, concept)  # by its fingerprint it was made on this base
-    assert read_delta_file(concept).training["config"][field] is True
+    assert read_concept_file(concept).training["config"][field] is True
 
 
 def test_a_run_that_trains_all_weights_has_none_to_quantize(config, tmp_path):

@@ -15,7 +15,7 @@ from diffusers import (
     StableDiffusionPipeline,
 )
 
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.sampling.generate import generate
 from atomdiff.training.config.objective import ObjectiveConfig
 from atomdiff.training.dreambooth import train
@@ -180,7 +180,7 @@ def run(train_config):
 )
 def test_every_objective_is_learned_and_written_into_the_file(run, fields, written, log_lines):
     config = run(**fields)
-    assert read_delta_file(train(config)).modelspec["prediction_type"] == written
+    assert read_concept_file(train(config)).modelspec["prediction_type"] == written
     losses = [line["loss"] for line in log_lines(config)]
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:10])
 
@@ -188,9 +188,9 @@ def test_every_objective_is_learned_and_written_into_the_file(run, fields, writt
 def test_a_resumed_run_samples_the_same(run):
     sampling = {"noise_offset": 0.1, "timestep_sampling": "logit_normal", "prediction_type": "flow", "snr_gamma": 5.0}
     config = run(**sampling, max_train_steps=3, validation_steps=0, checkpointing_steps=2)
-    whole = read_delta_file(train(config))
+    whole = read_concept_file(train(config))
     config = replace(config, resume_from_checkpoint="checkpoint-2")
-    resumed = read_delta_file(train(config))
+    resumed = read_concept_file(train(config))
     for name, tensors in whole.layers.items():
         assert all(torch.equal(tensor, resumed.layers[name][kind]) for kind, tensor in tensors.items())
     with pytest.raises(UserError, match="noise_offset=0.1, now 0.2"):
@@ -204,7 +204,7 @@ def test_a_resumed_run_samples_the_same(run):
 def test_objectives_of_sdxl(run, fields, tiny_xl_pipe_folder):
     base = str(tiny_xl_pipe_folder)
     config = run(pretrained_model_name_or_path=base, max_train_steps=1, validation_steps=1, **fields)
-    predicts = read_delta_file(train(config)).modelspec["prediction_type"]
+    predicts = read_concept_file(train(config)).modelspec["prediction_type"]
     assert predicts == fields["prediction_type"].removesuffix("_prediction")
 
 
@@ -212,7 +212,7 @@ def test_a_base_saved_with_a_flow_scheduler_is_trained_and_generates(run, tiny_p
     tiny_pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     tiny_pipe.save_pretrained(tmp_path / "flow")
     config = run(pretrained_model_name_or_path=str(tmp_path / "flow"), max_train_steps=2, validation_steps=1)
-    assert read_delta_file(train(config)).modelspec["prediction_type"] == "flow"
+    assert read_concept_file(train(config)).modelspec["prediction_type"] == "flow"
     pipe = StableDiffusionPipeline.from_pretrained(tmp_path / "flow", safety_checker=None)
     (image,) = generate(pipe, ["a photo of a teapot"], seeds=[0], num_inference_steps=2, progress=False)
     assert image.size == (32, 32)

@@ -14,7 +14,7 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import dreambooth
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
@@ -89,7 +89,7 @@ def test_a_checkpoint_becomes_a_concept_by_stopping_there(config, tmp_path):
     there = dataclasses.replace(config, resume_from_checkpoint="checkpoint-2", max_train_steps=2)
     short = dataclasses.replace(config, output_dir=str(tmp_path / "short"), max_train_steps=2)
     early, alike = train(there), train(short)
-    trainings = [read_delta_file(file).training for file in (early, alike)]
+    trainings = [read_concept_file(file).training for file in (early, alike)]
     assert [each["config"].pop("max_train_steps") for each in trainings] == [
         4,
         2,
@@ -192,14 +192,14 @@ def test_the_same_images_and_base_may_lie_elsewhere_and_the_run_go_on_for_longer
         (folder / name).rename((folder / name).with_name("00.png"))
     moved = {"instance_data_dir": str(folder), "pretrained_model_name_or_path": str(tmp_path / "copied base")}
     path = train(dataclasses.replace(config, max_train_steps=3, **moved))
-    assert read_delta_file(path).training["steps"] == 3
+    assert read_concept_file(path).training["steps"] == 3
 
 
 def test_a_file_that_no_step_was_done_for_says_how_it_was_trained(stopped):
     config, _, path = stopped
-    before = read_delta_file(path).training
+    before = read_concept_file(path).training
     train(dataclasses.replace(config, learning_rate=0.7, lr_scheduler="cosine"))
-    assert read_delta_file(path).training == before
+    assert read_concept_file(path).training == before
 
 
 def test_a_checkpoint_with_other_parameters_is_refused(stopped):

@@ -6,7 +6,7 @@ import tempfile
 
 import pytest
 
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import saving
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.atomic import WriteError
@@ -29,7 +29,7 @@ def test_a_result_that_cannot_be_written_is_kept_elsewhere(config, monkeypatch, 
     ) as error:
         train(config)
     (kept,) = temporary.rglob("teapot.atoms.safetensors")
-    assert str(kept) in str(error.value) and read_delta_file(kept).training["steps"] == 4
+    assert str(kept) in str(error.value) and read_concept_file(kept).training["steps"] == 4
 
 
 @pytest.mark.parametrize("method", ["full", "lora"])

@@ -12,7 +12,7 @@ from diffusers.loaders.single_file_utils import infer_diffusers_model_type
 from PIL import Image
 from safetensors.torch import save_file
 
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.pipelines.open import open_pipeline, pipeline_class, stored_dtype
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.sampling.generate import generate
@@ -261,7 +261,7 @@ def test_every_file_of_sd2_is_taken_for_one_that_predicts_v_unless_told(config, 
         config, **fields, instance_data_dir=str(tmp_path / "photos"), prediction_type="epsilon", max_train_steps=1
     )
     concept = train(run)
-    assert read_delta_file(concept).modelspec["prediction_type"] == "epsilon"
+    assert read_concept_file(concept).modelspec["prediction_type"] == "epsilon"
     sampling = SampleConfig(**fields, prompts=("a mug",), num_inference_steps=2, output_dir=str(tmp_path / "samples"))
     images = {}
     for name, changes in {

@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from atomdiff.concepts.concept_file import read_delta_file
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import contact_sheet, dreambooth, validation
 from atomdiff.training.dreambooth import train
 
@@ -89,7 +89,7 @@ def test_a_last_row_that_cannot_be_generated_does_not_cost_the_concept(config, m
     monkeypatch.setattr(dreambooth, "validate", fail)
     with pytest.raises(RuntimeError, match="out of memory"):
         train(config)
-    assert read_delta_file(Path(config.output_dir) / "teapot.atoms.safetensors").training["steps"] == 4
+    assert read_concept_file(Path(config.output_dir) / "teapot.atoms.safetensors").training["steps"] == 4
 
 
 def test_a_row_that_cannot_be_written_is_warned_of(config, monkeypatch):
@@ -136,5 +136,5 @@ def test_validation_images_that_are_not_finite_cost_only_their_row(config, broke
     broken = dataclasses.replace(config, validation_steps=2, **broken_base)
     with pytest.warns(UserWarning, match="step 2: no row of the contact sheet: .*not finite"):
         path = train(broken)
-    assert read_delta_file(path).training["steps"] == 4
+    assert read_concept_file(path).training["steps"] == 4
     assert not list((Path(config.output_dir) / "validation").glob("*.png"))
