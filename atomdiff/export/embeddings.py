@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
 from itertools import chain, count
 from pathlib import Path
 from typing import Any
@@ -46,11 +45,26 @@ def active_embeddings(pipe: Any) -> TokenEmbeddings:
     """Return the token embeddings of the active concepts."""
     inactive = {concept.name for concept in list_atoms(pipe) if concept.layers and not concept.active}
     by_owner: dict[str | None, list[str]] = {}
-    for word, entry in tokens_in(pipe).items():
+    for token, entry in tokens_in(pipe).items():
         if entry.vectors and entry.owner not in inactive:
-            by_owner.setdefault(entry.owner, []).append(word)
-    groups = [group_placeholder_tokens(words) for words in by_owner.values()]
-    return {word: embedding_rows(pipe, group) for found in groups for word, group in found.items()}
+            by_owner.setdefault(entry.owner, []).append(token)
+    groups = [group for tokens in by_owner.values() for group in group_placeholder_tokens(tokens).values()]
+    names = find_base(pipe.components).embedding_names
+    encoders = [encoder for encoder in names if pipe.components.get(encoder) is not None]
+    return {
+        group[0]: {
+            names[encoder]: torch.stack([_embedding(pipe, token, encoder) for token in group]) for encoder in encoders
+        }
+        for group in groups
+    }
+
+
+def _embedding(pipe: Any, token: str, encoder: str) -> Tensor:
+    """Return a placeholder token's embedding (hidden,), not rounded to the dtype of the table where it was set."""
+    if (vector := tokens_in(pipe)[token].vectors.get(encoder)) is not None:
+        return vector
+    table: Tensor = getattr(pipe, encoder).get_input_embeddings().weight
+    return table[token_id(pipe, token, encoder)].detach().float()
 
 
 def save_embeddings(folder: Path, prefix: str, words: TokenEmbeddings, dtype: torch.dtype) -> dict[str, Path]:
@@ -62,15 +76,3 @@ def save_embeddings(folder: Path, prefix: str, words: TokenEmbeddings, dtype: to
         files[word] = folder / f"{next(each for each in names if each.lower() not in taken)}.safetensors"
         save_tensors(files[word], {key: to_file_dtype(row, dtype, word) for key, row in rows.items()}, {})
     return files
-
-
-def embedding_rows(pipe: Any, words: Sequence[str]) -> dict[str, Tensor]:
-    """Return the embeddings (n, hidden) of n placeholder tokens, with the keys of files for ComfyUI and others."""
-    rows = {}
-    for encoder, name in find_base(pipe.components).embedding_names.items():
-        if pipe.components.get(encoder) is not None:
-            table, known = getattr(pipe, encoder).get_input_embeddings().weight.detach(), tokens_in(pipe)
-            own = [known[word].vectors if word in known else {} for word in words]  # not rounded to the table's dtype
-            found = [table[token_id(pipe, word, encoder)] for word in words]
-            rows[name] = torch.stack([mine.get(encoder, row.float()) for mine, row in zip(own, found, strict=True)])
-    return rows

@@ -8,9 +8,10 @@ from typing import Any, Literal
 
 import torch
 
+from atomdiff.export.diff import export_diff
 from atomdiff.export.embeddings import embeddings_without_base, save_embeddings
+from atomdiff.export.kohya import file_path
 from atomdiff.export.lora import check_rank, export_lora
-from atomdiff.export.merged_delta import export_diff, file_path
 from atomdiff.export.pipeline_folder import check_empty, export_pipeline
 from atomdiff.export.report import ExportReport
 from atomdiff.pipelines.adapter_weight import command_line_weights

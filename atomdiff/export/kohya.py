@@ -1,4 +1,4 @@
-"""Names and metadata of LoRA files as kohya's sd-scripts write them, which other programs read.
+"""Files of weight differences and LoRAs as kohya's sd-scripts name and describe them, which other programs read.
 
 Layers of Stable Diffusion 1.x and 2.x are named by their diffusers path, layers of SDXL by their path in Stability AI's
 code (`input_blocks`, ...), as in files trained by sd-scripts. ComfyUI and diffusers read both names for SDXL; Stable
@@ -8,8 +8,10 @@ Diffusion WebUI mistakes the diffusers name of `up_blocks.0.upsamplers.0.conv`; 
 from __future__ import annotations
 
 import json
+import os
 import re
-from collections.abc import Collection, Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -17,6 +19,9 @@ from torch import Tensor
 
 from atomdiff.bases.find import find_base
 from atomdiff.concepts.modelspec import model_spec
+from atomdiff.export.embeddings import active_embeddings, save_embeddings
+from atomdiff.export.report import ExportedLayer, ExportReport
+from atomdiff.export.tensor_file import save_tensors
 from atomdiff.tuner.model import supported_modules
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
@@ -48,15 +53,53 @@ def layer_name(pipe: Any, component: str, module: str) -> str:
     return f"{base.layer_prefixes[component][0]}_{path}".replace(".", "_")
 
 
-def metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> dict[str, str]:
-    """Return the metadata of a file: the `ss_` fields that other programs look at, and those of `model_spec`.
+def file_path(output: str | os.PathLike[str]) -> Path:
+    """Return the output path, with `.safetensors` appended where it is missing."""
+    path = Path(output)
+    return path if path.suffix == ".safetensors" else path.with_name(f"{path.name}.safetensors")
+
+
+def write_file(
+    pipe: Any,
+    path: str | os.PathLike[str],
+    tensors: Mapping[str, Tensor],
+    layers: Sequence[ExportedLayer],
+    *,
+    dtype: torch.dtype,
+    trigger_phrase: str,
+    rank: int | None = None,
+    biases_left_out: Sequence[str] = (),
+) -> ExportReport:
+    """Write what was made of the active concepts, with the embeddings of their trigger words beside the file.
 
     Args:
         pipe: the pipeline.
-        title: name of the concept.
-        trigger_phrase: what to write in a prompt to get it.
-        rank: of a LoRA, and its alpha; None for full differences.
+        path: as for `file_path`.
+        tensors: those of `layers`, by key.
+        layers: the layers in the file, for the report.
+        dtype: precision of the embeddings.
+        trigger_phrase: what to write in a prompt to get the concept.
+        rank: of a LoRA, and its alpha; None: the tensors are full differences.
+        biases_left_out: for the report.
+
+    Raises:
+        UserError: there is nothing to write.
     """
+    path, embeddings = file_path(path), active_embeddings(pipe)
+    if not tensors and not embeddings:
+        raise UserError(
+            "found nothing to export: no active concept changes the pipeline; load one with a weight other than 0"
+        )
+    if tensors:
+        tensors = {**tensors, **zero_layers(pipe, tensors, float(rank or 1))}
+        save_tensors(path, tensors, _metadata(pipe, path.stem, trigger_phrase, rank))
+    files = save_embeddings(path.parent, f"{path.stem}-", embeddings, dtype)
+    unread = _unread_by([layer.name for layer in layers], is_lora=rank is not None)
+    return ExportReport(path, tuple(layers), files, tuple(biases_left_out), unread)
+
+
+def _metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> dict[str, str]:
+    """Return the `ss_` fields that other programs look at, and those of `model_spec`."""
     spec = model_spec(pipe, title, trigger_phrase)
     architecture = spec["architecture"].removesuffix("/atoms")
     args = {"algo": "full"} if rank is None else {"conv_dim": str(rank), "conv_alpha": str(rank)}
@@ -121,15 +164,10 @@ def _missing_layers(pipe: Any, names: Collection[str], lora: bool) -> Iterator[t
         yield from ((name, found[name]) for name in needed if name not in names)
 
 
-def unread_by(names: Iterable[str], *, whole: bool) -> dict[str, tuple[str, ...]]:
-    """Return the programs that do not read all layers of a file, and which layers they leave out.
-
-    Args:
-        names: of its layers.
-        whole: whether it holds full differences, of which kohya's `merge_lora` reads nothing, and not a LoRA.
-    """
+def _unread_by(names: Iterable[str], is_lora: bool) -> dict[str, tuple[str, ...]]:
+    """Return the programs that do not read all layers of a file, and which layers they leave out."""
     unread = {
-        "kohya's merge_lora": tuple(name for name in names if whole or not _IN_KOHYA(name)),
+        "kohya's merge_lora": tuple(name for name in names if not is_lora or not _IN_KOHYA(name)),  # only LoRAs
         "Stable Diffusion WebUI": tuple(name for name in names if name.endswith("_text_projection")),
     }
     return {program: layers for program, layers in unread.items() if layers}

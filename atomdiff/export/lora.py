@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from atomdiff.export.kohya import layer_name
-from atomdiff.export.low_rank import low_rank
-from atomdiff.export.merged_delta import write_file
+from atomdiff.atoms.basis import gram
+from atomdiff.export.kohya import layer_name, write_file
 from atomdiff.export.report import ExportedLayer, ExportReport
 from atomdiff.export.tensor_file import to_file_dtype
 from atomdiff.pipelines.differences import layer_differences
@@ -36,7 +34,7 @@ def export_lora(
     programs that merge read them.
 
     Args:
-        pipe: a pipeline with concepts of any PEFT method; a merged one is restored.
+        pipe: a pipeline with concepts of any PEFT method; it stays as it is.
         path: the file; `.safetensors` is appended where it is missing. Token embeddings are written beside it.
         rank: rank of every layer.
         dtype: precision to save in.
@@ -65,9 +63,12 @@ def export_lora(
         tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (weight.ndim - 2))
         tensors[f"{name}.lora_down.weight"] = down.reshape(-1, *weight.shape[1:])
         tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # diffusers mistakes alphas that differ between layers
-        size, residual = float(weight.norm()), float(missed.norm())
-        layers.append(ExportedLayer(name, tuple(weight.shape), len(down), size, residual))
-    return write_file(pipe, Path(path), tensors, layers, dtype, trigger_phrase, rank, biases)
+        layers.append(
+            ExportedLayer(name, tuple(weight.shape), len(down), float(weight.norm()), float(missed.norm()))
+        )
+    return write_file(
+        pipe, path, tensors, layers, dtype=dtype, trigger_phrase=trigger_phrase, rank=rank, biases_left_out=biases
+    )
 
 
 def check_rank(rank: int) -> None:
@@ -78,3 +79,25 @@ def check_rank(rank: int) -> None:
     """
     if not 1 <= rank <= _MAX_RANK:
         raise UserError(f"rank={rank}: expected 1 to {_MAX_RANK}")
+
+
+def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
+    """The best approximation of a rank in the Frobenius norm (Eckart, Young 1936): `up @ down`.
+
+    The singular vectors of the shorter side come from its Gram matrix in float64; both factors get the square roots of
+    the singular values, so that both keep clear of the limits of half precision.
+
+    Args:
+        matrix: (m, n).
+        rank: at least 1; cut to min(m, n).
+
+    Returns:
+        up (m, r) and down (r, n), float32, the largest singular value first.
+    """
+    if matrix.shape[0] > matrix.shape[1]:
+        down, up = low_rank(matrix.T, rank)
+        return up.T, down.T
+    vectors = torch.linalg.eigh(gram(matrix.T))[1].flip(1)[:, :rank].to(torch.float32)  # (m, r)
+    projected = vectors.T @ matrix.to(torch.float32)  # (r, n): singular values times right-singular vectors
+    balance = projected.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
+    return vectors * balance, projected / balance[:, None]

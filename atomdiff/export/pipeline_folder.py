@@ -10,7 +10,7 @@ import torch
 
 from atomdiff.export.embeddings import active_embeddings, save_embeddings
 from atomdiff.export.report import ExportReport
-from atomdiff.pipelines.differences import without_adapters
+from atomdiff.pipelines.differences import merged_copy
 from atomdiff.pipelines.portable import save_portable
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
@@ -25,19 +25,18 @@ def check_empty(folder: Path) -> None:
 def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
     """Save a pipeline with its active concepts merged into the weights, and the trigger words of all loaded ones.
 
-    The pipeline is unmerged afterwards, with all concepts loaded; the files have its dtype. Token embeddings of active
-    concepts are also saved in the folder's `embeddings`, for programs that take a checkpoint made of it.
+    The pipeline stays as it is; the files have its dtype. Token embeddings of active concepts are also saved in the
+    folder's `embeddings`, for programs that take a checkpoint made of it.
 
     Raises:
-        UserError: the folder is not empty.
+        UserError: the folder is not empty, or an adapter cannot be merged.
     """
     folder = Path(folder)
     check_empty(folder)
-    active = active_embeddings(pipe)  # while the adapter layers are there
+    active = active_embeddings(pipe)
     dtype = pipe.components["text_encoder"].dtype if active else torch.float32
-    with without_adapters(pipe):
-        with new_folder(folder) as unfinished:
-            longer = save_portable(pipe, unfinished)
-            embeddings = save_embeddings(unfinished / "embeddings", "", active, dtype)
+    with new_folder(folder) as unfinished:
+        longer = save_portable(merged_copy(pipe), unfinished)
+        embeddings = save_embeddings(unfinished / "embeddings", "", active, dtype)
     embeddings = {word: folder / file.relative_to(unfinished) for word, file in embeddings.items()}
     return ExportReport(folder, embeddings=embeddings, longer_tables=longer, is_folder=True)

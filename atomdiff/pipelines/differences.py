@@ -1,9 +1,9 @@
-"""What the adapters in a pipeline change, layer by layer, and the pipeline as it is without adapter layers."""
+"""What the adapters in a pipeline change, layer by layer, and a copy of the pipeline with that merged."""
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,10 +12,9 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
-from atomdiff.pipelines.hooks import MISSING, attributes_set
-from atomdiff.pipelines.models import pipeline_models
-from atomdiff.pipelines.switch import merge, restore
-from atomdiff.tuner import merging, weight_access
+from atomdiff.pipelines.models import locked, pipeline_models
+from atomdiff.tuner import checks, merging, weight_access
+from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.functional_call import PLAIN_LAYERS
@@ -40,49 +39,52 @@ class LayerDifference:
 def layer_differences(pipe: Any) -> Iterator[LayerDifference]:
     """What the active concepts of any PEFT method change, layer by layer; layers that stay as they are are left out.
 
-    Merges a copy of one layer at a time, in float32 also where the base is in half precision. A pipeline that is merged
-    is restored first.
+    Merges a copy of one layer at a time, in float32 also where the base is in half precision; the pipeline stays as it
+    is, merged or not.
 
     Raises:
         UserError: an adapter cannot be merged, replaces whole modules, or changes something else than Linear and
             convolutions.
     """
-    restore(pipe)
     for component, model in pipeline_models(pipe).items():
         _refuse_whole_modules(component, model)
         for path, layer in _outer_layers(model).items():
-            base: Any = layer.get_base_layer()
-            try:
-                parameters = _differences(layer)
-            except (ValueError, RuntimeError) as error:
-                raise UserError(f"{component}.{path} cannot be merged, and so not exported: {error}") from error
+            before, merged = _merge(f"{component}.{path}", copy_structure(layer), torch.float32)
+            parameters = {name: merged.get_parameter(name).data - tensor for name, tensor in before.items()}
             if not any(difference.any() for difference in parameters.values()):
                 continue
-            if not isinstance(base, PLAIN_LAYERS):
+            if not isinstance(merged, PLAIN_LAYERS):
                 raise UserError(
-                    f"the concept changes {component}.{path}, a {type(base).__name__}, and other programs read changes "
-                    "of Linear and convolutions only: use --to pipeline"
+                    f"the concept changes {component}.{path}, a {type(merged).__name__}, and other programs read "
+                    "changes of Linear and convolutions only: use --to pipeline"
                 )
-            yield LayerDifference(component, path, base, parameters)
+            yield LayerDifference(component, path, layer.get_base_layer(), parameters)
 
 
-@contextmanager
-def without_adapters(pipe: Any) -> Iterator[None]:
-    """The pipeline merged, as if it had never had adapters; afterwards unmerged, with all of them."""
-    layers = {}
-    for component, model in pipeline_models(pipe).items():
-        _refuse_whole_modules(component, model)
-        layers[model] = _outer_layers(model)
-    with ExitStack() as undo:
-        undo.callback(restore, pipe)
-        for model in layers:
-            undo.enter_context(attributes_set(model, **dict.fromkeys(_PEFT_MARKS, MISSING)))
-        merge(pipe)
-        for model, outer in layers.items():
-            for path, layer in outer.items():
-                undo.callback(_put, model, path, layer)
-                _put(model, path, layer.get_base_layer())
-        yield
+def merged_copy(pipe: Any) -> Any:
+    """Return a copy of a pipeline with the active adapters of any PEFT method merged, and no adapter layers.
+
+    It shares all tensors but the merged ones with the pipeline, which stays as it is, also for other threads.
+
+    Raises:
+        UserError: an adapter cannot be merged, or replaces whole modules.
+    """
+    copied = copy.copy(pipe)
+    with locked(pipe):
+        for component, model in pipeline_models(pipe).items():
+            _refuse_whole_modules(component, model)
+            checks.check_writable(model)
+            made = copy_structure(model)
+            for path, layer in _outer_layers(made).items():
+                _, base = _merge(f"{component}.{path}", layer)
+                parent, _, child = path.rpartition(".")
+                setattr(made.get_submodule(parent), child, base)
+            for mark in _PEFT_MARKS:
+                vars(made).pop(mark, None)
+            if "config" in vars(made):  # of transformers, which `save_portable` changes for a while
+                made.config = copy.copy(made.config)
+            vars(copied)[component] = made
+    return copied
 
 
 def _outer_layers(model: nn.Module) -> dict[str, Any]:
@@ -95,21 +97,28 @@ def _outer_layers(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _differences(layer: Any) -> dict[str, Tensor]:
-    """Parameter name -> merged minus base, in float32."""
-    layer = copy_structure(layer)
+def _merge(
+    name: str, layer: Any, dtype: torch.dtype | None = None
+) -> tuple[dict[str, Tensor], nn.Module]:
+    """Merge the active adapters into a copied layer, which shares memory with the original until then.
+
+    Returns:
+        The parameters of the base layer before, and the base layer after, both in `dtype`; None: that of its calls.
+    """
     base = layer.get_base_layer()
-    before = {name: weight_access.read(base, name).detach().float() for name, _ in base.named_parameters(recurse=False)}
-    for name, tensor in before.items():
-        base._parameters[name] = nn.Parameter(tensor.clone(), requires_grad=False)  # merging may write into it
+    for each in [each for each, _ in base.named_parameters(recurse=False)]:
+        value = weight_access.read(base, each).detach()
+        base._parameters[each] = nn.Parameter(value.to(dtype or value.dtype, copy=True), requires_grad=False)
     weight_access.remove_offload_hooks(base)
-    merging.merge(layer)
-    return {name: getattr(base, name).data - tensor for name, tensor in before.items()}
-
-
-def _put(model: nn.Module, path: str, module: nn.Module) -> None:
-    parent, _, child = path.rpartition(".")
-    setattr(model.get_submodule(parent), child, module)
+    try:
+        merging.restore(layer)
+        before = {each: value.detach().clone() for each, value in base.named_parameters(recurse=False)}
+        merging.merge(layer)
+    except (ValueError, RuntimeError) as error:
+        raise UserError(f"{name} cannot be merged, and so not exported: {error}") from error
+    for each in before:
+        BaseWeight(base).set_copy(None, each)
+    return before, base
 
 
 def _refuse_whole_modules(component: str, model: nn.Module) -> None:

@@ -25,7 +25,7 @@ _FACTORIES = (
     torch.randperm,
     torch.zeros,
 )
-_CONTAINERS = (dict, list, set, OrderedDict, CoefficientCache)  # what modules keep about themselves
+_CONTAINERS = (dict, set, OrderedDict, CoefficientCache)  # what modules keep about themselves
 _Module = TypeVar("_Module", bound=nn.Module)
 _MOVES = (torch.Tensor.to, torch.Tensor.cpu, torch.Tensor.cuda)
 
@@ -73,7 +73,10 @@ def _copied(module: Any, copies: dict[int, Any]) -> Any:
     if id(module) not in copies:
         copies[id(module)] = made = object.__new__(type(module))
         for key, value in vars(module).items():  # the dictionaries of parameters and modules among them
-            vars(made)[key] = copy.copy(value) if type(value) in _CONTAINERS else value
+            if type(value) is list:  # of modules that are merged into this one, among others
+                vars(made)[key] = [_copied(each, known) if isinstance(each, nn.Module) else each for each in value]
+            else:
+                vars(made)[key] = copy.copy(value) if type(value) in _CONTAINERS else value
         for key, child in module._modules.items():
             made._modules[key] = None if child is None else _copied(child, copies)
         for key, parameter in module._parameters.items():

@@ -14,7 +14,7 @@ from atomdiff.cli.summary import describe
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.export.kohya import layer_name
 from atomdiff.export.lora import export_lora
-from atomdiff.export.merged_delta import export_diff
+from atomdiff.export.diff import export_diff
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.sampling.adapter_cache import AdapterCache

@@ -34,8 +34,8 @@ from atomdiff.export import export as export_module
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.export.kohya import layer_name, zero_layers
 from atomdiff.export.lora import export_lora
-from atomdiff.export.low_rank import low_rank
-from atomdiff.export.merged_delta import export_diff
+from atomdiff.export.lora import low_rank
+from atomdiff.export.diff import export_diff
 from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.export.report import describe_export
 from atomdiff.pipelines.differences import layer_differences
