@@ -8,7 +8,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import Any
+from typing import TYPE_CHECKING, Any, TypedDict
 
 from huggingface_hub import CommitOperationAdd, HfApi, get_token
 from huggingface_hub.errors import (  # type: ignore[attr-defined]  # HTTPError is that of httpx, or of its successor
@@ -23,6 +23,27 @@ from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
 
+if TYPE_CHECKING:
+    from typing_extensions import Unpack
+
+
+class CardOptions(TypedDict, total=False):
+    """What the model card of a concept says and shows."""
+
+    images: ExampleImages | None
+    """Example images: files, folders of `atomdiff sample`, or a mapping from file to prompt. None: images in the
+    concept's folder that were generated with it, and the contact sheet."""
+    metrics: Mapping[str, Any] | None
+    """Further rows of the card's table. None: those of the report.json in the concept's folder."""
+    license: str | None
+    """The Hub's name of a license, such as cc-by-4.0."""
+    base_model: str | None
+    """Hub id of the base; None: the concept's base, if it looks like a Hub id."""
+    trigger_phrase: str | None
+    """What to write in a prompt; None: the concept's own."""
+    tags: Sequence[str]
+    """Further tags of the card."""
+
 
 def push_to_hub(
     path: PathLike,
@@ -33,16 +54,11 @@ def push_to_hub(
     commit_message: str = "Upload a concept of atomdiff",
     create_pr: bool = False,
     model_card: bool = True,
-    images: ExampleImages | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    trigger_phrase: str | None = None,
-    tags: Sequence[str] = (),
+    **card: Unpack[CardOptions],
 ) -> str:
     """Upload a concept, its model card and example images to the Hub, in one commit.
 
-    `atomdiff.concepts.push.write_repository` takes the same arguments and writes what would be uploaded to a folder.
+    `atomdiff.concepts.push.write_repository` writes what would be uploaded to a folder.
 
     Args:
         path: a concept file, a folder with one, such as a run's output, or the folder of a PEFT adapter.
@@ -52,12 +68,8 @@ def push_to_hub(
         commit_message: first line of the commit.
         create_pr: open a pull request instead of committing.
         model_card: replace README.md; False: leave it as it is.
-        images: see `write_repository`.
-        metrics: see `write_repository`.
-        license: see `write_repository`.
-        base_model: see `write_repository`.
-        trigger_phrase: see `write_repository`.
-        tags: see `write_repository`.
+        **card: what the model card says and shows: `images`, `metrics`, `license`, `base_model`, `trigger_phrase` and
+            `tags`, see `atomdiff.concepts.push.CardOptions`.
 
     Returns:
         The address of the repository, or of the pull request.
@@ -67,17 +79,7 @@ def push_to_hub(
     """
     with TemporaryDirectory() as folder:
         full_id = check_upload(repo_id, token) if "/" not in repo_id else repo_id
-        write_repository(
-            folder,
-            path,
-            full_id,
-            images=images,
-            metrics=metrics,
-            license=license,
-            base_model=base_model,
-            trigger_phrase=trigger_phrase,
-            tags=tags,
-        )
+        write_repository(folder, path, full_id, **card)
         with explained(f"cannot push to {full_id}", full_id):
             if token is False or (not isinstance(token, str) and get_token() is None):
                 raise LocalTokenNotFoundError
@@ -90,40 +92,26 @@ def push_to_hub(
     return str(commit.pr_url or url)
 
 
-def write_repository(
-    folder: PathLike,
-    path: PathLike,
-    repo_id: str,
-    *,
-    images: ExampleImages | None = None,
-    metrics: Mapping[str, Any] | None = None,
-    license: str | None = None,
-    base_model: str | None = None,
-    trigger_phrase: str | None = None,
-    tags: Sequence[str] = (),
-) -> Path:
+def write_repository(folder: PathLike, path: PathLike, repo_id: str, **card: Unpack[CardOptions]) -> Path:
     """Write the folder that `push_to_hub` uploads: the concept, `images/` and the model card, README.md.
 
     Images are stored without the metadata of their files. Training images are never included unasked.
 
     Args:
         folder: an empty or missing folder.
-        path: a concept file, a folder with one, or the folder of a PEFT adapter.
+        path: as for `push_to_hub`.
         repo_id: the repository's full name, for the card.
-        images: example images: files, folders of `atomdiff sample`, or a mapping from file to prompt. None: images in
-            the concept's folder that were generated with it, and the contact sheet.
-        metrics: further rows of the card's table. None: those of the report.json in the concept's folder.
-        license: the Hub's name of a license, such as cc-by-4.0.
-        base_model: Hub id of the base; None: the concept's base, if it looks like a Hub id.
-        trigger_phrase: what to write in a prompt; None: the concept's own.
-        tags: further tags of the card.
+        **card: as for `push_to_hub`.
 
     Returns:
         `folder`.
 
     Raises:
         UserError: the folder is not empty, or the concept or an image cannot be read; nothing is written.
+        TypeError: there is no such option of the card.
     """
+    if unknown := card.keys() - CardOptions.__annotations__.keys():
+        raise TypeError(f"there is no option {min(unknown)}: expected {', '.join(CardOptions.__annotations__)}")
     folder = Path(folder)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty: name an empty or a new folder")
@@ -131,15 +119,16 @@ def write_repository(
     concept = summarize_file(located) if located.is_file() else summarize_adapter(located, title)
     concept = replace(
         concept,
-        base_model=base_model or concept.base_model,
-        trigger_phrase=trigger_phrase or concept.trigger_phrase,
-        rows={**concept.rows, **metric_rows(metrics, concept)},
+        base_model=card.get("base_model") or concept.base_model,
+        trigger_phrase=card.get("trigger_phrase") or concept.trigger_phrase,
+        rows={**concept.rows, **metric_rows(card.get("metrics"), concept)},
     )
     examples = {
         f"images/{number:02d}-{_slug(file.stem)}.png": (open_without_metadata(file), prompt)
-        for number, (file, prompt) in enumerate(find_examples(images, concept.path))
+        for number, (file, prompt) in enumerate(find_examples(card.get("images"), concept.path))
     }
-    card = write_card(concept, repo_id, {name: prompt for name, (_, prompt) in examples.items()}, license, tags)
+    prompts = {name: prompt for name, (_, prompt) in examples.items()}
+    readme = write_card(concept, repo_id, prompts, card.get("license"), card.get("tags", ()))
     with new_folder(folder) as unfinished:
         for name, file in concept.files.items():
             (unfinished / name).parent.mkdir(parents=True, exist_ok=True)
@@ -147,7 +136,7 @@ def write_repository(
         for name, (image, _) in examples.items():
             (unfinished / name).parent.mkdir(exist_ok=True)
             image.save(unfinished / name, format="png")
-        (unfinished / "README.md").write_text(card, encoding="utf-8")
+        (unfinished / "README.md").write_text(readme, encoding="utf-8")
     return folder
 
 
