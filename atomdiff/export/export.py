@@ -87,7 +87,7 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     for number, (concept, weight) in enumerate(given, start=1):
         name = f"concept{number}"
         load_concept(pipe, concept.path, name, trigger_word=concept.new_trigger_word)
-        if concept.read is None and _cast_to_float32(pipe, name):
+        if not concept.is_atoms and _cast_to_float32(pipe, name):
             unload_atoms(pipe, name)
             load_concept(pipe, concept.path, name, trigger_word=concept.new_trigger_word)
         weights[name] = weight

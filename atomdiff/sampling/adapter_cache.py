@@ -6,7 +6,7 @@ import re
 from collections import OrderedDict
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 from atomdiff.pipelines.adapter_weight import AdapterWeight
@@ -24,6 +24,18 @@ MAX_LOADED = 32  # concepts in a pipeline, unless one batch needs more
 _MAX_NAME_LENGTH = 60
 
 
+@dataclass(frozen=True)
+class _LoadedSource:
+    """What a concept is called in the pipeline."""
+
+    adapter_name: str | None
+    """Its adapter; None: it has token embeddings alone."""
+    replacements: Mapping[str, str]
+    """Trigger word -> the placeholder tokens to write for it."""
+    placeholders: Sequence[str] = ()
+    """Its placeholder tokens, for other concepts to use afterwards."""
+
+
 class AdapterCache:
     """Loads the concepts that a batch uses and unloads those that were not used for longest.
 
@@ -36,12 +48,10 @@ class AdapterCache:
 
     def __init__(self, pipe: Any) -> None:
         self.pipe = pipe
-        self._adapters: OrderedDict[ConceptSource, str | None] = OrderedDict()  # -> adapter name; None: only tokens
-        self._replacements: dict[ConceptSource, dict[str, str]] = {}  # trigger word -> its placeholder tokens
-        self._placeholders: dict[ConceptSource, tuple[str, ...]] = {}
+        self._loaded: OrderedDict[ConceptSource, _LoadedSource] = OrderedDict()  # least recently used first
         self._encoders: dict[str, frozenset[str]] = {}  # placeholder token -> text encoders in which it has a vector
         self._unused: list[str] = []  # placeholder tokens without a concept
-        self._loads = 0
+        self._num_loads = 0
         self._active: Mapping[str, AdapterWeight] | None = None  # what is merged into the weights
 
     @contextmanager
@@ -53,7 +63,7 @@ class AdapterCache:
         """
         self._load_all(list(dict.fromkeys(concept for request in requests for concept, _ in request.concepts)))
         samples: list[dict[str, AdapterWeight]] = [
-            {name: weight for concept, weight in request.concepts if (name := self._adapters[concept]) is not None}
+            {name: weight for concept, weight in request.concepts if (name := self._loaded[concept].adapter_name)}
             for request in requests
         ]
         if any(sample != samples[0] for sample in samples):
@@ -67,57 +77,54 @@ class AdapterCache:
 
     def replace_trigger_words(self, request: PromptRequest, text: str) -> str:
         """Return a text of a request that is in use, with placeholder tokens for its trigger words."""
-        return request.replace_trigger_words(text, self._replacements)
+        replacements = {concept: self._loaded[concept].replacements for concept, _ in request.concepts}
+        return request.replace_trigger_words(text, replacements)
 
-    def _load_all(self, wanted: Sequence[ConceptSource]) -> None:
-        for concept in wanted:
-            if concept in self._adapters:
-                self._adapters.move_to_end(concept)
-        for concept in wanted:
-            if concept not in self._adapters:
-                while len(self._adapters) >= max(MAX_LOADED, len(wanted)):
+    def _load_all(self, concepts: Sequence[ConceptSource]) -> None:
+        for concept in concepts:
+            if concept in self._loaded:
+                self._loaded.move_to_end(concept)
+        for concept in concepts:
+            if concept not in self._loaded:
+                while len(self._loaded) >= max(MAX_LOADED, len(concepts)):
                     self._unload_oldest()
                 try:
-                    self._load(concept)
+                    self._loaded[concept] = self._load(concept)
                 except UserError as error:
                     raise UserError(f"the concept {concept.name!r} ({concept.path}): {error}") from error
 
-    def _load(self, concept: ConceptSource) -> None:
+    def _load(self, concept: ConceptSource) -> _LoadedSource:
         self._active = None  # loading and unloading restore the weights
-        self._loads += 1
-        name = f"{re.sub(r'[^A-Za-z0-9_]', '_', concept.name)[:_MAX_NAME_LENGTH]}-{self._loads}"
-        words = concept.trigger_words
+        self._num_loads += 1
+        name = f"{re.sub(r'[^A-Za-z0-9_]', '_', concept.name)[:_MAX_NAME_LENGTH]}-{self._num_loads}"
         if concept.read is None:
             load_concept(self.pipe, concept.path, name, trigger_word=concept.new_trigger_word)
-            self._adapters[concept], self._replacements[concept] = name, {word: word for word in words}
-            return
-        delta = concept.read()
-        tokens, left_out = fitting_tokens(self.pipe, delta.tokens)
-        if delta.layers:
-            load_concept(self.pipe, replace(delta, tokens={}), name)
+            return _LoadedSource(name, {word: word for word in concept.trigger_words})
+        contents = concept.read()
+        tokens, left_out = fitting_tokens(self.pipe, contents.tokens)
+        if contents.layers:
+            load_concept(self.pipe, replace(contents, tokens={}), name)
         warn_of_left_out(concept.name, left_out)
-        placeholders = {word: self._add_placeholder(vectors) for word, vectors in tokens.items()}
-        groups = group_placeholder_tokens(placeholders)
-        joined = {word: " ".join(placeholders[each] for each in groups.get(word, [word])) for word in placeholders}
-        self._replacements[concept] = {word: joined.get(word, word) for word in words}
-        self._placeholders[concept] = tuple(placeholders.values())
-        self._adapters[concept] = name if delta.layers else None
+        placeholders = {token: self._add_placeholder(vectors) for token, vectors in tokens.items()}
+        groups = {token: [token] for token in placeholders} | group_placeholder_tokens(placeholders)
+        joined = {word: " ".join(placeholders[token] for token in group) for word, group in groups.items()}
+        replacements = {word: joined.get(word, word) for word in concept.trigger_words}
+        return _LoadedSource(name if contents.layers else None, replacements, [*placeholders.values()])
 
     def _add_placeholder(self, vectors: Mapping[str, Any]) -> str:
         """Return a placeholder token with these embeddings; an unused one saves a new row of the embedding tables."""
-        name = next((name for name in self._unused if self._encoders[name] == set(vectors)), None)
-        if name is None:
-            name = f"atomdiffword{len(self._encoders)}"
-            add_placeholder_token(self.pipe, name)
-            self._encoders[name] = frozenset(vectors)
+        token = next((token for token in self._unused if self._encoders[token] == vectors.keys()), None)
+        if token is None:
+            token = f"atomdiffword{len(self._encoders)}"
+            add_placeholder_token(self.pipe, token)
+            self._encoders[token] = frozenset(vectors)
         else:
-            self._unused.remove(name)
-        set_token_embedding(self.pipe, name, vectors)
-        return name
+            self._unused.remove(token)
+        set_token_embedding(self.pipe, token, vectors)
+        return token
 
     def _unload_oldest(self) -> None:
-        concept, name = self._adapters.popitem(last=False)
-        del self._replacements[concept]
-        if name is not None:
-            unload_atoms(self.pipe, name)
-        self._unused += self._placeholders.pop(concept, ())
+        _, loaded = self._loaded.popitem(last=False)
+        if loaded.adapter_name is not None:
+            unload_atoms(self.pipe, loaded.adapter_name)
+        self._unused += loaded.placeholders

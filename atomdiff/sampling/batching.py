@@ -1,48 +1,54 @@
-"""Prompts sorted and packed into batches, so that weights are switched rarely."""
+"""The images of a sampling job, sorted and packed into batches, so that weights are switched rarely."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from itertools import groupby
-from typing import Any, TypeVar
+from typing import NamedTuple
 
+from atomdiff.sampling.output_files import SampleFile
 from atomdiff.sampling.prompt_requests import PromptRequest
 
-Item = TypeVar("Item")
+
+class Sample(NamedTuple):
+    """An image to generate."""
+
+    file: SampleFile
+    """Where it is saved."""
+    request: PromptRequest
+    """Its prompt and concepts."""
 
 
-def sort_by_concepts(items: Sequence[Item], request_of: Callable[[Item], PromptRequest]) -> list[Item]:
-    """Bring items with the same concepts together, those with the same weights side by side; a stable sort."""
+def sort_by_concepts(samples: Sequence[Sample]) -> list[Sample]:
+    """Bring samples with the same concepts together, those with the same weights side by side; a stable sort."""
     first: dict[str, int] = {}
-    for position, item in enumerate(items):
-        first.setdefault(request_of(item).concepts_json, position)
+    for position, sample in enumerate(samples):
+        first.setdefault(sample.request.concepts_json, position)
 
-    def key(item: Item) -> Any:
-        request = request_of(item)
-        return sorted(concept.name for concept, _ in request.concepts), first[request.concepts_json]
+    def key(sample: Sample) -> tuple[list[str], int]:
+        names = sorted(concept.name for concept, _ in sample.request.concepts)
+        return names, first[sample.request.concepts_json]
 
-    return sorted(items, key=key)
+    return sorted(samples, key=key)
 
 
-def shard(items: Sequence[Item], process_index: int, num_processes: int) -> Sequence[Item]:
-    """Return one process's part of sorted items: a contiguous one, so that its items share concepts."""
-    size, remainder = divmod(len(items), num_processes)
+def shard(samples: Sequence[Sample], process_index: int, num_processes: int) -> Sequence[Sample]:
+    """Return one process's part of sorted samples: a contiguous one, so that its samples share concepts."""
+    size, remainder = divmod(len(samples), num_processes)
     start = process_index * size + min(process_index, remainder)
-    return items[start : start + size + (process_index < remainder)]
+    return samples[start : start + size + (process_index < remainder)]
 
 
-def make_batches(
-    items: Sequence[Item], request_of: Callable[[Item], PromptRequest], batch_size: int
-) -> list[list[Item]]:
-    """Cut sorted items into batches: full ones of equal concepts and weights first, then mixed ones of the rest.
+def make_batches(samples: Sequence[Sample], batch_size: int) -> list[list[Sample]]:
+    """Cut sorted samples into batches: full ones of equal concepts and weights first, then mixed ones of the rest.
 
-    Items with other adapters than atoms, which cannot be mixed, get batches of their own.
+    Samples with other adapters than atoms, which cannot be mixed, get batches of their own.
     """
-    batches: list[list[Item]] = []
-    rest: list[Item] = []
-    for _, group in groupby(items, key=lambda item: request_of(item).concepts_json):
+    batches: list[list[Sample]] = []
+    rest: list[Sample] = []
+    for _, group in groupby(samples, key=lambda sample: sample.request.concepts_json):
         equal = list(group)
-        can_mix = all(concept.read is not None for concept, _ in request_of(equal[0]).concepts)
+        can_mix = all(concept.is_atoms for concept, _ in equal[0].request.concepts)
         full = len(equal) // batch_size * batch_size if can_mix else len(equal)
         batches += [equal[start : min(start + batch_size, full)] for start in range(0, full, batch_size)]
         rest += equal[full:]

@@ -50,6 +50,11 @@ class ConceptSource:
         """What it was trained to predict; None: unknown."""
         return trained_schedule(self.path)
 
+    @property
+    def is_atoms(self) -> bool:
+        """Whether it is a concept of atoms, and no LoRA file or PEFT folder."""
+        return self.read is not None
+
     def check_weight(self, weight: AdapterWeight) -> None:
         """Refuse a weight that this concept cannot have, before anything is loaded.
 
@@ -77,8 +82,8 @@ def open_source(source: str, trigger_word: str | None = None) -> ConceptSource:
     Raises:
         UserError: nothing is there, it is damaged, or it does not have exactly one trigger word to rename.
     """
-    path, found = hub.locate(source)
-    file, name = Path(source).name, found.removesuffix(CONCEPT_SUFFIX)
+    path, found_name = hub.locate(source)
+    file, name = Path(source).name, found_name.removesuffix(CONCEPT_SUFFIX)
     if path.is_dir():
         embeddings = path / LEARNED_EMBEDS_NAME
         own = {split_token_key(key)[0] for key in (read_tensors(embeddings)[0] if embeddings.is_file() else ())}
@@ -88,10 +93,10 @@ def open_source(source: str, trigger_word: str | None = None) -> ConceptSource:
         if trigger_word is not None:
             raise UserError(f"trigger_word={trigger_word!r}: {file} is a LoRA file and has no trigger word to rename")
         return ConceptSource(name.removesuffix(".safetensors"), file, path, (), trigger_phrase(path))
-    delta = read_concept_file(path)
-    tokens = rename_tokens(delta.tokens, trigger_word)
-    phrase = replace_words(delta.trigger_phrase, dict(zip(delta.tokens, tokens, strict=True)))
-    renamed = replace(delta, tokens=tokens)
+    contents = read_concept_file(path)
+    tokens = rename_tokens(contents.tokens, trigger_word)
+    phrase = replace_words(contents.trigger_phrase, dict(zip(contents.tokens, tokens, strict=True)))
+    renamed = replace(contents, tokens=tokens)
     return ConceptSource(name, file, path, tuple(tokens), phrase, lambda: renamed, trigger_word)
 
 

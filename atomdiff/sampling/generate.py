@@ -24,52 +24,29 @@ def generate(
     prompts: Sequence[str],
     *,
     seeds: Sequence[int],
-    num_inference_steps: int = 30,
-    guidance_scale: float = 7.5,
     batch_size: int = 4,
-    negative_prompt: str | None = None,
-    height: int | None = None,
-    width: int | None = None,
     progress: bool = True,
+    **settings: Any,
 ) -> list[Image.Image]:
-    """Generate one image for each prompt and its seed.
-
-    Each image has a CPU generator of its own, so it depends on its prompt and seed but not on its place in a batch, up
-    to floating-point rounding.
+    """Generate one image for each prompt and its seed, as `generate_each`, all of them or none.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
         prompts: one per image.
         seeds: one per image.
-        num_inference_steps: number of denoising steps.
-        guidance_scale: scale of classifier-free guidance (Ho, Salimans, arXiv 2207.12598); 1 turns it off.
         batch_size: images generated at once.
-        negative_prompt: negative prompt of all images.
-        height: in pixels; None: the pipeline's default.
-        width: in pixels; None: the pipeline's default.
         progress: show a progress bar that counts images.
+        **settings: further arguments of `generate_each`.
 
     Raises:
-        ValueError: the numbers of prompts and seeds differ.
-        UserError: an image is black or not finite, or the base's safety checker blacked it out.
+        UserError: as for `generate_each`, or the base's safety checker blacked an image out.
     """
-    generated = generate_each(
-        pipe,
-        prompts,
-        seeds,
-        batch_size,
-        num_inference_steps=num_inference_steps,
-        guidance_scale=guidance_scale,
-        negative_prompt=negative_prompt,
-        height=height,
-        width=width,
-    )
+    generated = generate_each(pipe, prompts, seeds, batch_size, **settings)
     images = []
-    for number, image in enumerate(ProgressBar(generated, "images", len(prompts), unit="images", disable=not progress)):
+    for image in ProgressBar(generated, "images", len(prompts), unit="images", disable=not progress):
         if image is None:
-            raise UserError(
-                f"{describe_blacked_out([(prompts[number], seeds[number])])}; load it with safety_checker=None"
-            )
+            blacked_out = describe_blacked_out([(prompts[len(images)], seeds[len(images)])])
+            raise UserError(f"{blacked_out}; load it with safety_checker=None")
         images.append(image)
     return images
 
@@ -79,13 +56,17 @@ def generate_each(
     prompts: Sequence[str],
     seeds: Sequence[int],
     batch_size: int,
+    *,
     negative_prompt: str | Sequence[str] | None = None,
     height: int | None = None,
     width: int | None = None,
     original_prompts: Sequence[str] | None = None,
     **settings: Any,
 ) -> Iterator[Image.Image | None]:
-    """Yield the images of `generate` batch by batch; None for one that the safety checker blacked out.
+    """Yield one image for each prompt and its seed, batch by batch; None for one that the safety checker blacked out.
+
+    Each image has a CPU generator of its own, so it depends on its prompt and seed but not on its place in a batch, up
+    to floating-point rounding.
 
     Args:
         pipe: a diffusers text-to-image pipeline.
@@ -96,7 +77,11 @@ def generate_each(
         height: in pixels; None: the pipeline's default.
         width: in pixels; None: the pipeline's default.
         original_prompts: the prompts as messages quote them; None: `prompts`.
-        **settings: further arguments of the pipeline's call.
+        **settings: further arguments of the pipeline's call, such as `num_inference_steps` and `guidance_scale`.
+
+    Raises:
+        ValueError: the numbers of prompts and seeds differ.
+        UserError: an image is black or not finite.
     """
     if len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one of each per image")

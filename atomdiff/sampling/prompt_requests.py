@@ -59,14 +59,14 @@ class PromptRequest:
         concepts = [concept for concept, _ in self.concepts]
         owners = Counter(word.lower() for concept in concepts for word in concept.trigger_words)
         phrases = Counter(concept.trigger_phrase.lower() for concept in concepts)
-        found = {}
+        replaced: dict[str, str] = {}
         for concept in concepts:
             phrase, of_concept = concept.trigger_phrase, replacements[concept]
             shared = [word for word in concept.trigger_words if owners[word.lower()] > 1]
-            found.update({word: of_concept[word] for word in concept.trigger_words if word not in shared})
+            replaced |= {word: of_concept[word] for word in concept.trigger_words if word not in shared}
             if phrases[phrase.lower()] == 1 and any(has_word(phrase, word) for word in shared):
-                found[phrase] = replace_words(phrase, of_concept)
-        return replace_words(text, found)
+                replaced[phrase] = replace_words(phrase, of_concept)
+        return replace_words(text, replaced)
 
 
 def read_requests(
@@ -114,33 +114,30 @@ def warn_about_prompts(pipe: Any, requests: Iterable[PromptRequest]) -> None:
         pipe: the base, without concepts.
         requests: the prompts with their concepts.
     """
-    requests = list(dict.fromkeys(requests))
-    limit = pipe.tokenizer.model_max_length
-    for request in requests:
-        groups = [
-            group
-            for concept, _ in request.concepts
-            for group in group_placeholder_tokens(concept.trigger_words).items()
-        ]
-        one_token = {word: " ".join("a" for _ in vectors) for word, vectors in groups}
-        tokens = len(pipe.tokenizer(replace_words(request.text, one_token), verbose=False).input_ids)
-        if tokens > limit:
+    warned: set[ConceptSource] = set()
+    for request in dict.fromkeys(requests):
+        limit, length = pipe.tokenizer.model_max_length, _num_tokens(pipe, request)
+        if length > limit:
             start = textwrap.shorten(request.prompt, 60)
-            warnings.warn(f"the base reads {limit} of the {tokens} tokens of {start!r}: shorten it", stacklevel=2)
-    warned = set()
-    for request in requests:
+            warnings.warn(f"the base reads {limit} of the {length} tokens of {start!r}: shorten it", stacklevel=2)
         for concept, weight in request.concepts:
             words = concept.trigger_words
             if concept.name not in request.tagged or not (words and weight.weight) or concept in warned:
                 continue
             if not any(has_word(request.text, word) for word in words):
                 warned.add(concept)
-                phrase = concept.trigger_phrase or words[0]
                 warnings.warn(
-                    f"the prompt {request.prompt!r} uses {concept.name!r} without its trigger phrase {phrase!r}: add "
-                    "it if the concept does not show",
+                    f"the prompt {request.prompt!r} uses {concept.name!r} without its trigger phrase "
+                    f"{concept.trigger_phrase or words[0]!r}: add it if the concept does not show",
                     stacklevel=2,
                 )
+
+
+def _num_tokens(pipe: Any, request: PromptRequest) -> int:
+    """Return the length of a prompt in tokens of the base, one for each vector of a trigger word."""
+    groups = [group_placeholder_tokens(concept.trigger_words) for concept, _ in request.concepts]
+    letters = {word: " ".join("a" for _ in tokens) for group in groups for word, tokens in group.items()}
+    return len(pipe.tokenizer(replace_words(request.text, letters), verbose=False).input_ids)
 
 
 def _find_source(name: str, prompt: str, library: ConceptLibrary | None, names: Sequence[str]) -> ConceptSource:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
-from operator import itemgetter
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +13,7 @@ from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.open import open_base
 from atomdiff.pipelines.scheduler import ScheduleConfig
 from atomdiff.sampling.adapter_cache import AdapterCache
-from atomdiff.sampling.batching import make_batches, shard, sort_by_concepts
+from atomdiff.sampling.batching import Sample, make_batches, shard, sort_by_concepts
 from atomdiff.sampling.concept_source import open_sources
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.sampling.generate import describe_blacked_out, generate_each
@@ -26,8 +25,6 @@ from atomdiff.utils.hashing import hash_listing
 from atomdiff.utils.paths import check_writable, refuse_overlap
 from atomdiff.utils.precision import ChosenPrecision, choose_precision, compute_device, log_precision
 from atomdiff.utils.progress import ProgressBar
-
-Sample = tuple[SampleFile, PromptRequest]
 
 
 def save_samples(config: SampleConfig) -> Path:
@@ -57,11 +54,11 @@ def save_samples(config: SampleConfig) -> Path:
     precision = choose_precision(config.dtype, compute_device(), field="dtype")
     settings = _settings(config, str(precision.dtype).removeprefix("torch."))
     samples = [
-        (SampleFile(folder, request.prompt, seed, settings | {"concepts": request.concepts_json}), request)
+        Sample(SampleFile(folder, request.prompt, seed, settings | {"concepts": request.concepts_json}), request)
         for request in requests
         for seed in dict.fromkeys(config.seeds)
     ]
-    missing = sort_by_concepts([sample for sample in samples if not sample[0].is_saved()], itemgetter(1))
+    missing = sort_by_concepts([sample for sample in samples if not sample.file.is_saved()])
 
     state = Accelerator(cpu=not torch.accelerator.is_available())
     state.wait_for_everyone()  # all processes have seen the same files missing
@@ -71,7 +68,7 @@ def save_samples(config: SampleConfig) -> Path:
         message = describe_blacked_out(blacked_out)
         raise UserError(f"{message}; the others are in {folder}: change these prompts or seeds")
     if state.is_main_process:
-        write_overview(folder, [file for file, _ in samples])
+        write_overview(folder, [sample.file for sample in samples])
     return folder
 
 
@@ -103,7 +100,7 @@ def _save_missing(
     if not share:
         return []
     pipe = open_base(config, precision.dtype).to(state.device)
-    requests = list(dict.fromkeys(request for _, request in missing))
+    requests = list(dict.fromkeys(sample.request for sample in missing))
     asked = ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr)
     schedulers = choose_schedulers(pipe.scheduler, requests, asked)
     log_precision(precision, state.device)
@@ -127,11 +124,11 @@ def _generate(
     cache, negative = AdapterCache(pipe), config.negative_prompt
     by_scheduler: dict[Any, list[Sample]] = {}
     for sample in samples:
-        by_scheduler.setdefault(schedulers[sample[1]], []).append(sample)
+        by_scheduler.setdefault(schedulers[sample.request], []).append(sample)
     for scheduler, group in by_scheduler.items():
         pipe.scheduler = scheduler
-        for batch in make_batches(group, itemgetter(1), config.sample_batch_size):
-            files, requests = [file for file, _ in batch], [request for _, request in batch]
+        for batch in make_batches(group, config.sample_batch_size):
+            files, requests = [sample.file for sample in batch], [sample.request for sample in batch]
             with cache.use(requests):
                 images = generate_each(
                     pipe,

@@ -74,7 +74,7 @@ def _copied(module: Any, copies: dict[int, Any]) -> Any:
         copies[id(module)] = made = object.__new__(type(module))
         for key, value in vars(module).items():  # the dictionaries of parameters and modules among them
             if type(value) is list:  # of modules that are merged into this one, among others
-                vars(made)[key] = [_copied(each, known) if isinstance(each, nn.Module) else each for each in value]
+                vars(made)[key] = [_copied(each, copies) if isinstance(each, nn.Module) else each for each in value]
             else:
                 vars(made)[key] = copy.copy(value) if type(value) in _CONTAINERS else value
         for key, child in module._modules.items():
