@@ -15,6 +15,7 @@ from peft.utils.other import get_pattern_key
 from torch import Tensor, nn
 
 from atomdiff.bases.find import BASES, find_base
+from atomdiff.concepts.compatibility import name_left_out
 from atomdiff.concepts.concept_file import FORMAT, read_tensors
 from atomdiff.concepts.lora_layers import Layer, lora_factors
 from atomdiff.concepts.peft_folder import Adapters
@@ -26,8 +27,15 @@ _DOWN = r"lora_down\.weight|lora_A(?:\.default)?\.weight|lora\.down\.weight|lora
 _UP = r"lora_up\.weight|lora_B(?:\.default)?\.weight|lora\.up\.weight|lora_linear_layer\.up\.weight"
 _FACTORS = r"hada_(?:w[12]_[ab]|t[12])|lokr_(?:w[12](?:_[ab])?|t2)"
 _OTHER = r"alpha|diff|diff_b|w_norm|b_norm|lora_B\.bias|dora_scale|lora_magnitude_vector(?:\.weight)?"
-_KEY = re.compile(rf"(.+?)[._](?:({_DOWN})|({_UP})|(lora_mid)\.weight|({_FACTORS})|({_OTHER}))")
+_KEY = re.compile(
+    rf"(?P<layer>.+?)[._](?:(?P<down>{_DOWN})|(?P<up>{_UP})|(?P<lora_mid>lora_mid)\.weight"
+    rf"|(?P<kind>{_FACTORS}|{_OTHER}))"
+)
+_NO_WEIGHTS = {"diff_b", "w_norm", "b_norm", "lora_B.bias"}  # kinds of tensors that change biases and norms
+_LATENT_LAYER = re.compile(r"(?:conv_(?:in|out)|input_blocks_0_0|_out_2)\b")
 _LARGEST = 1e9  # rank or alpha
+
+Factors = dict[str, dict[str, tuple[Tensor, Tensor]]]  # component -> module -> down and up
 
 
 def is_lora_file(path: Path) -> bool:
@@ -41,7 +49,7 @@ def is_lora_file(path: Path) -> bool:
 
 def has_lora_keys(keys: Iterable[str]) -> bool:
     """Tell whether a safetensors file with these keys has layers that `read_lora` can read."""
-    return any(match and match[6] != "alpha" for match in map(_KEY.fullmatch, keys))
+    return any(match and match["kind"] != "alpha" for match in map(_KEY.fullmatch, keys))
 
 
 def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool) -> tuple[Adapters, list[str]]:
@@ -62,46 +70,21 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
         UserError: it is not such a file, is damaged, or does not fit the models.
     """
     metadata, keys = read_safetensors_header(path)
-    found = {key: _KEY.fullmatch(key) for key in keys}
     if not has_lora_keys(keys):
         raise UserError(f"{path} is no concept and no LoRA: {_what_it_is(keys, metadata)}")
     if any(key.startswith("base_model.model.") for key in keys):
         raise UserError(f"{path} is of a PEFT adapter, whose {CONFIG_NAME} is missing beside it: put it there")
-    tensors = read_tensors(path)[0]
-    layers: dict[str, Layer] = {}
-    left_out = (
-        [f"{list_some(unknown)}, which is no LoRA"] if (unknown := [key for key in keys if not found[key]]) else []
-    )
-    for key, match in found.items():
-        if match is not None:
-            kind = "down" if match[2] else "up" if match[3] else match[4] or match[5] or match[6]
-            layers.setdefault(match[1], {})[kind] = tensors[key]
-    modules = _modules_by_name(models)
-    scales = _scales_of_diffusers(path, metadata)
-    parts: dict[str, dict[str, tuple[Tensor, Tensor]]] = {}
-    missing, wrong = [], []
-    for name, layer in layers.items():
-        place = modules.get(flat := _flat(name)) or modules.get(f"{flat}_0")
-        if gone := sorted(layer.keys() & {"diff_b", "w_norm", "b_norm", "lora_B.bias"}):
-            left_out.append(f"{printable(name)}.{list_some(gone)}, as only weights change")
-            layer = {kind: tensor for kind, tensor in layer.items() if kind not in gone}
-        if not layer.keys() - {"alpha"}:
-            continue
-        if place is None:
-            missing.append(name)
-            continue
-        component, module, base = place
-        try:
-            if module in parts.get(component, {}):
-                raise ValueError("it appears twice, under different names")
-            factors = lora_factors(layer, base, scales(component, module))
-        except (ValueError, RuntimeError, LookupError) as error:
-            wrong.append(f"{name} ({error})")
-            continue
-        if factors is not None:
-            parts.setdefault(component, {})[module] = factors
-    left_out += _refuse_or_leave_out(path, models, missing, wrong, bool(parts), allow_mismatch, metadata, keys)
-    return {component: _adapter(of_part) for component, of_part in parts.items()}, left_out
+    layers, left_out = _group_by_layer(read_tensors(path)[0])
+    factors, missing, unfit = _fit_layers(layers, models, _scales_of_diffusers(path, metadata))
+    absent = {component for name in missing if (component := _component_of(name)) and component not in models}
+    unlike = [name for name in missing if _component_of(name) not in absent] + unfit
+    needed = [name for name in unlike if not _LATENT_LAYER.search(name)]
+    if (needed and not allow_mismatch) or not factors:
+        way_out = "; allow_base_mismatch=True loads what fits" if factors else ""
+        reason = list_some(needed or missing + unfit) or "it changes nothing"
+        raise UserError(f"{path} ({_what_it_is(keys, metadata)}) does not fit this pipeline: {reason}{way_out}")
+    adapters = {component: _adapter(of_component) for component, of_component in factors.items()}
+    return adapters, left_out + name_left_out(absent, unlike)
 
 
 def trigger_phrase(path: Path) -> str:
@@ -109,28 +92,45 @@ def trigger_phrase(path: Path) -> str:
     return read_safetensors_header(path)[0].get("modelspec.trigger_phrase", "")
 
 
-def _refuse_or_leave_out(
-    path: Path,
-    models: Mapping[str, nn.Module],
-    missing: list[str],
-    wrong: list[str],
-    any_fits: bool,
-    allow_mismatch: bool,
-    metadata: Mapping[str, str],
-    keys: Iterable[str],
-) -> list[str]:
-    """Return what is skipped, for a message; refuse the file where that is too much, or nothing is left."""
-    of = {name: _component_of(name) for name in missing}
-    absent = {name: part for name, part in of.items() if part and part not in models}
-    ends = {name for name in (*missing, *wrong) if re.search(r"(?:conv_(?:in|out)|input_blocks_0_0|_out_2)\b", name)}
-    others = [name for name in (*missing, *wrong) if name not in absent and name not in ends]
-    if (others and not allow_mismatch) or not any_fits:
-        way_out = "; allow_base_mismatch=True loads what fits" if any_fits else ""
-        unfit = list_some(others or [*missing, *wrong]) if missing or wrong else "it changes nothing"
-        raise UserError(f"{path} ({_what_it_is(keys, metadata)}) does not fit this pipeline: {unfit}{way_out}")
-    left_out = [f"the layers of {part}, which this pipeline does not have" for part in sorted({*absent.values()})]
-    rest = [name for name in (*missing, *wrong) if name not in absent]
-    return left_out + ([list_some(rest)] if rest else [])
+def _group_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Layer], list[str]]:
+    """Return the tensors of each layer that change its weight, by kind, and what is left out, for a message."""
+    found = {key: _KEY.fullmatch(key) for key in tensors}
+    unknown = [key for key, match in found.items() if match is None]
+    left_out = [f"{list_some(unknown)}, which is no LoRA"] if unknown else []
+    layers: dict[str, Layer] = {}
+    for key, match in found.items():
+        if match is not None:
+            layers.setdefault(match["layer"], {})[match["kind"] or str(match.lastgroup)] = tensors[key]
+    for name, layer in layers.items():
+        if others := sorted(layer.keys() & _NO_WEIGHTS):
+            left_out.append(f"{printable(name)}.{list_some(others)}, as only weights change")
+        layers[name] = {kind: tensor for kind, tensor in layer.items() if kind not in _NO_WEIGHTS}
+    return {name: layer for name, layer in layers.items() if layer.keys() - {"alpha"}}, left_out
+
+
+def _fit_layers(
+    layers: Mapping[str, Layer], models: Mapping[str, nn.Module], scales: Callable[[str, str], float | None]
+) -> tuple[Factors, list[str], list[str]]:
+    """Return the factors of the layers that change something, names that no model has, and names that do not fit."""
+    modules = _modules_by_name(models)
+    factors: Factors = {}
+    missing, unfit = [], []
+    for name, layer in layers.items():
+        target = modules.get(_flat(name)) or modules.get(f"{_flat(name)}_0")
+        if target is None:
+            missing.append(name)
+            continue
+        component, module, base = target
+        try:
+            if module in factors.get(component, {}):
+                raise ValueError("it appears twice, under different names")
+            of_layer = lora_factors(layer, base, scales(component, module))
+        except (ValueError, RuntimeError, LookupError) as error:
+            unfit.append(f"{name} ({error})")
+            continue
+        if of_layer is not None:
+            factors.setdefault(component, {})[module] = of_layer
+    return factors, missing, unfit
 
 
 def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[str, str], float | None]:
@@ -142,14 +142,15 @@ def _scales_of_diffusers(path: Path, metadata: Mapping[str, str]) -> Callable[[s
         raise UserError(f"{path} is damaged: lora_adapter_metadata: {printable(str(error))}") from error
 
     def scale(component: str, module: str) -> float | None:
-        found = []
-        for whole, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern")):
+        numbers = []
+        for default, pattern in (("lora_alpha", "alpha_pattern"), ("r", "rank_pattern")):
             exceptions = values.get(f"{component}.{pattern}") or {}
-            number = exceptions.get(get_pattern_key(list(exceptions), module), values.get(f"{component}.{whole}"))
+            number = exceptions.get(get_pattern_key(list(exceptions), module), values.get(f"{component}.{default}"))
             if number is None:
                 return None
-            found.append(number)
-        return float(found[0] / (found[1] ** 0.5 if values.get(f"{component}.use_rslora") else found[1]))
+            numbers.append(number)
+        alpha, rank = numbers
+        return float(alpha / (rank**0.5 if values.get(f"{component}.use_rslora") else rank))
 
     return scale
 

@@ -12,24 +12,17 @@ from torch import Tensor, nn
 from atomdiff.tuner.base_weight import BaseWeight
 
 _MAGNITUDE = re.compile(r"dora_scale|lora_magnitude_vector(?:\.weight)?")
-
-
 _LARGEST_CORE = 4096  # ranks of a Tucker decomposition
-
-
 _LOHA = {"hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b"}
 
-
-Layer = dict[str, Tensor]
+Layer = dict[str, Tensor]  # by kind: up, down, alpha, hada_w1_a, ...
 
 
 def lora_factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Tensor, Tensor] | None:
     """Return down (r, in, ...) and up (out, r, 1, ...), scaled, whose product is a layer's delta; None: it is zero.
 
     Raises:
-        ValueError: the tensors do not fit the weight's shape, or are incomplete.
-        RuntimeError: as ValueError.
-        LookupError: as ValueError.
+        ValueError, RuntimeError, LookupError: the tensors do not fit the weight's shape, or are incomplete.
     """
     shape = tuple(cast(Tensor, base.weight).shape)
     if odd := [kind for kind, tensor in layer.items() if kind != "alpha" and not tensor.is_floating_point()]:
@@ -124,8 +117,8 @@ def _delta(layer: Layer, shape: tuple[int, ...]) -> Tensor:
 
 
 def _lokr_side(layer: Layer, side: str, shape: tuple[int, ...]) -> Tensor:
-    if (whole := layer.get(f"lokr_w{side}")) is not None:
-        return whole
+    if (factor := layer.get(f"lokr_w{side}")) is not None:
+        return factor
     a, b = layer[f"lokr_w{side}_a"], layer[f"lokr_w{side}_b"]
     if "lokr_t2" in layer and side == "2":
         return _tucker(layer["lokr_t2"], a, b, shape)

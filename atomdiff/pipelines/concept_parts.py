@@ -62,7 +62,7 @@ def _read(source: Path | ConceptFile, models: Mapping[str, nn.Module], allow_mis
         adapters, left_out = read_lora(source, models, allow_mismatch)
         return ConceptParts(None, adapters, {}, left_out, None)
     delta = source if isinstance(source, ConceptFile) else read_concept_file(source)
-    delta, left_out, _ = check_base(delta, models, allow_mismatch)
+    delta, left_out = check_base(delta, models, allow_mismatch)
     return ConceptParts(delta, {}, dict(delta.tokens), left_out, ScheduleConfig.read(delta.training))
 
 

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from atomdiff.atoms.basis import dct_atoms
-from atomdiff.concepts.compatibility import DERIVED_BASE, SAME_BASE, base_distance, check_layers, fingerprint
+from atomdiff.concepts.compatibility import DERIVED_BASE, SAME_BASE, base_distance, fingerprint, fitting_part
 from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
@@ -20,7 +20,7 @@ def base_weights(seed=0):
     }
 
 
-def make_delta(**fields):
+def make_concept(**fields):
     conv = {"atom_delta": torch.ones(9, 9), "atom_basis": dct_atoms((3, 3), 9)}
     channels = {"channel_delta": torch.ones(4, 4), "channel_basis": dct_atoms((2, 2), 4)}
     prints = {m: fingerprint(w, CONFIG, m.partition(".")[2]) for m, w in base_weights().items()}
@@ -29,40 +29,40 @@ def make_delta(**fields):
 
 
 def test_a_fitting_base_passes():
-    delta = make_delta()
-    check_layers(delta, base_weights())
-    assert base_distance(delta, base_weights()) == 0
+    concept = make_concept()
+    assert fitting_part(concept, base_weights(), ["unet"]) == (concept, [])
+    assert base_distance(concept, base_weights()) == 0
 
 
 def changed(name, **tensors):
-    delta = make_delta()
-    layers = {module: {**kinds, **(tensors if module == name else {})} for module, kinds in delta.layers.items()}
-    return make_delta(layers={m: {k: t for k, t in kinds.items() if t is not None} for m, kinds in layers.items()})
+    concept = make_concept()
+    layers = {module: {**kinds, **(tensors if module == name else {})} for module, kinds in concept.layers.items()}
+    return make_concept(layers={m: {k: t for k, t in kinds.items() if t is not None} for m, kinds in layers.items()})
 
 
 def test_layers_that_do_not_fit_are_named():
     weights = base_weights()
     with pytest.raises(UserError, match=r"no unet.mid.to_q: .*another architecture"):
-        check_layers(make_delta(), {"unet.down.conv1": weights["unet.down.conv1"]})
+        fitting_part(make_concept(), {"unet.down.conv1": weights["unet.down.conv1"]}, ["unet"])
     with pytest.raises(UserError, match=r"unet.down.conv1 \(found .*takes .*\(5, 5\)"):
-        check_layers(make_delta(), weights | {"unet.down.conv1": torch.zeros(8, 4, 1, 5)})
+        fitting_part(make_concept(), weights | {"unet.down.conv1": torch.zeros(8, 4, 1, 5)}, ["unet"])
     for tensors in ({"channel_delta": torch.zeros(4, 3)}, {"channel_basis": None}, {"atom_delta": torch.zeros(1, 1)}):
         with pytest.raises(UserError, match=r"does not fit this base: unet.mid.to_q"):
-            check_layers(changed("unet.mid.to_q", **tensors), weights)
-    prints = {module: values[:1] for module, values in make_delta().fingerprint.items()}
+            fitting_part(changed("unet.mid.to_q", **tensors), weights, ["unet"])
+    prints = {module: values[:1] for module, values in make_concept().fingerprint.items()}
     with pytest.raises(UserError, match=r"does not fit"):
-        check_layers(make_delta(fingerprint=prints), weights)
+        fitting_part(make_concept(fingerprint=prints), weights, ["unet"])
 
 
 def test_more_atoms_than_the_base_has_numbers_are_an_error_of_the_file():
     with pytest.raises(UserError, match="does not fit this base: num_atoms=10, but"):
-        check_layers(make_delta(config=AtomConfig(channel_block=2, num_atoms=10)), base_weights())
+        fitting_part(make_concept(config=AtomConfig(channel_block=2, num_atoms=10)), base_weights(), ["unet"])
 
 
 def one_layer(weight, config, atoms, size):
     tensors = {kind: torch.ones(atoms, size) for kind in ("atom_delta", "atom_basis")}
-    delta = ConceptFile(config, {"unet.conv": tensors}, {"unet.conv": [1.0] * size})
-    check_layers(delta, {"unet.conv": weight})
+    concept = ConceptFile(config, {"unet.conv": tensors}, {"unet.conv": [1.0] * size})
+    fitting_part(concept, {"unet.conv": weight}, ["unet"])
 
 
 def test_few_numbers_that_stand_for_large_matrices_are_refused():
@@ -76,25 +76,25 @@ def test_few_numbers_that_stand_for_large_matrices_are_refused():
 
 
 def test_only_some_of_many_wrong_layers_are_named():
-    delta = make_delta()
-    many = {f"unet.{i}.to_q": delta.layers["unet.mid.to_q"] for i in range(9)}
+    concept = make_concept()
+    many = {f"unet.{i}.to_q": concept.layers["unet.mid.to_q"] for i in range(9)}
     with pytest.raises(UserError, match=r"no unet.0.to_q, unet.1.to_q, unet.2.to_q and 6 more"):
-        check_layers(make_delta(layers=many), {})
+        fitting_part(make_concept(layers=many), {}, ["unet"])
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
 def test_the_base_is_recognised_in_any_dtype(dtype):
     rounded = {module: weight.to(dtype) for module, weight in base_weights().items()}
-    assert base_distance(make_delta(), rounded) < SAME_BASE
+    assert base_distance(make_concept(), rounded) < SAME_BASE
 
 
 def test_distance_grows_from_derived_to_other_bases():
     weights, noise = base_weights(), base_weights(seed=5)
     derived = {m: w + 0.1 * noise[m] for m, w in weights.items()}
     other = {m: 2 * noise[m] for m in weights}
-    distances = [base_distance(make_delta(), base) for base in (weights, derived, other)]
+    distances = [base_distance(make_concept(), base) for base in (weights, derived, other)]
     assert 0 == distances[0] < SAME_BASE < distances[1] < DERIVED_BASE < distances[2] <= 1
-    assert base_distance(make_delta(), {m: torch.zeros_like(w) for m, w in weights.items()}) == 1
+    assert base_distance(make_concept(), {m: torch.zeros_like(w) for m, w in weights.items()}) == 1
 
 
 @pytest.mark.parametrize("change", ["in place", "past the version", "replaced"])
