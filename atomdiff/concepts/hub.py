@@ -70,39 +70,43 @@ def locate(
     Raises:
         UserError: no concept or several are found, or the Hub does not answer or refuses.
     """
-    local = Path(source)
-    if os.path.isfile(local):  # False also where a name is too long for the file system
-        if weight_name not in (None, local.name):
-            raise UserError(f"{source} is a file, but weight_name={weight_name!r} names one in a folder: leave it out")
-        if local.name == SAFETENSORS_WEIGHTS_NAME and local.with_name(CONFIG_NAME).is_file():
-            local = Path(os.path.abspath(local)).parent  # its settings lie beside it
-        return local, local.name
-    if os.path.exists(local):
-        folder = local / (subfolder or "")
-        chosen = _choose(files_in(folder), weight_name, str(folder))
-        return folder / chosen, chosen or os.path.basename(os.path.abspath(folder))
+    if os.path.exists(source):  # false for names that no file can have
+        return _locate_on_disk(Path(source), weight_name, subfolder)
     if not isinstance(source, str) or not names_repository(source):
         raise UserError(f"there is no file or directory {str(source)!r}: check the path")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
     inside = f", folder {subfolder}," if subfolder else ""
     with explained(f"there is no file or directory {source!r}, and it cannot be fetched from the Hub", source):
         api = HfApi(token=token, library_name="atomdiff", library_version=atomdiff_version())
-        place: dict[str, Any] = {"repo_id": source, "revision": revision, "cache_dir": cache_dir}
+        options: dict[str, Any] = {"repo_id": source, "revision": revision, "cache_dir": cache_dir}
         listed = None if local_files_only else _listing(api, source, revision)
         if listed is None:
-            kept = Path(api.snapshot_download(**place, local_files_only=True, allow_patterns=[]))
-            names = files_in(kept / prefix)
+            snapshot = Path(api.snapshot_download(**options, local_files_only=True, allow_patterns=[]))
+            names = files_in(snapshot / prefix)
             chosen = _choose(names, weight_name, f"what was downloaded of {source}{inside}")
         else:
             names = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
             chosen = _choose(names, weight_name, f"the repository {source}{inside}")
         fetched = api.snapshot_download(
-            **place,
+            **options,
             allow_patterns=[glob.escape(prefix + name) for name in ([chosen] if chosen else adapter_files(names))],
             local_files_only=listed is None,
             force_download=force_download,
         )
     return Path(fetched, prefix, chosen), chosen or (subfolder or source).strip("/").rpartition("/")[2]
+
+
+def _locate_on_disk(path: Path, weight_name: str | None, subfolder: str | None) -> tuple[Path, str]:
+    """Find a concept at a path that is there."""
+    if not path.is_file():
+        folder = path / (subfolder or "")
+        chosen = _choose(files_in(folder), weight_name, str(folder))
+        return folder / chosen, chosen or os.path.basename(os.path.abspath(folder))
+    if weight_name not in (None, path.name):
+        raise UserError(f"{path} is a file, but weight_name={weight_name!r} names one in a folder: leave it out")
+    if path.name == SAFETENSORS_WEIGHTS_NAME and path.with_name(CONFIG_NAME).is_file():
+        path = Path(os.path.abspath(path)).parent  # its settings lie beside it
+    return path, path.name
 
 
 def names_repository(name: str) -> bool:
@@ -116,7 +120,8 @@ def names_repository(name: str) -> bool:
 
 def files_in(folder: Path) -> list[str]:
     """Return the names of the files in a folder and in its direct subfolders."""
-    found = [file for pattern in ("*", "*/*") for file in folder.glob(pattern) if file.is_file()]
+    patterns = ("*", "*/*") if os.path.isdir(folder) else ()
+    found = [file for pattern in patterns for file in folder.glob(pattern) if file.is_file()]
     return sorted(file.relative_to(folder).as_posix() for file in found)
 
 
@@ -168,7 +173,7 @@ def explained(failed: str, repo_id: str) -> Iterator[None]:
 
 def _reason(error: Exception, repo_id: str) -> str:
     status = error.response.status_code if isinstance(error, HfHubHTTPError) else None
-    said = " ".join(str(getattr(error, "server_message", None) or error).split())
+    message = " ".join(str(getattr(error, "server_message", None) or error).split())
     if isinstance(error, GatedRepoError):
         return f"{repo_id} is gated; ask for access at {constants.ENDPOINT}/{repo_id}, then {_LOG_IN}"
     if isinstance(error, RepositoryNotFoundError):
@@ -184,7 +189,7 @@ def _reason(error: Exception, repo_id: str) -> str:
     if status == 401:
         return f"the Hub does not accept the token; {_LOG_IN}"
     if status == 403:
-        return f"the token may not do that ({said}); expected one that may write there"
+        return f"the token may not do that ({message}); expected one that may write there"
     if status is None and isinstance(error, HTTPError):
-        return f"{constants.ENDPOINT} cannot be reached ({said}); check the connection"
-    return said
+        return f"{constants.ENDPOINT} cannot be reached ({message}); check the connection"
+    return message

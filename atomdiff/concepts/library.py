@@ -16,11 +16,7 @@ from typing import Any
 from cachetools import LRUCache
 from torch import Tensor
 
-from atomdiff.concepts.concept_file import (
-    CONCEPT_SUFFIX,
-    ConceptFile,
-    read_concept_file,
-)
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
 from atomdiff.concepts.library_index import ConceptInfo, LibraryIndex, normalize_name, scan
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import list_some
@@ -148,12 +144,12 @@ class ConceptLibrary:
     def _read(self, info: ConceptInfo, reading: Future[ConceptFile]) -> None:
         """Read a file for all threads that wait for `reading`."""
         try:
-            delta = read_concept_file(info.path)
+            concept = read_concept_file(info.path)
             with self._lock:
                 if self._index.concepts.get(info.name) is info:  # it has not changed meanwhile
                     with suppress(ValueError):  # larger than the whole budget
-                        self._cache[info] = delta
-            reading.set_result(delta)
+                        self._cache[info] = concept
+            reading.set_result(concept)
         except BaseException as error:
             reading.set_exception(error)
         finally:
@@ -165,17 +161,17 @@ class ConceptLibrary:
         for ending in (CONCEPT_SUFFIX, ".safetensors"):
             if reason := index.damaged.get(self.folder / f"{name}{ending}"):
                 return f"the concept {name!r} cannot be used: {reason}"
-        ends = {other.rpartition("/")[2]: other for other in index.concepts}
-        asked = name.removesuffix(CONCEPT_SUFFIX).rpartition("/")[2]
-        near = [ends[end] for end in difflib.get_close_matches(asked, ends)]
-        hint = f"near: {list_some(near)}" if near else "and none of a similar name"
+        by_last_part = {known.rpartition("/")[2]: known for known in index.concepts}
+        last_part = name.removesuffix(CONCEPT_SUFFIX).rpartition("/")[2]
+        similar = [by_last_part[part] for part in difflib.get_close_matches(last_part, by_last_part)]
+        hint = f"near: {list_some(similar)}" if similar else "and none of a similar name"
         return f"there is no concept {name!r} among the {len(index.concepts)} in {self.folder}; {hint}"
 
 
-def _memory(delta: ConceptFile) -> int:
+def _memory(concept: ConceptFile) -> int:
     """Return the bytes that a concept takes; what several concepts share is counted for each."""
     total = 0
-    pending: list[Any] = [vars(delta), vars(delta.config)]
+    pending: list[Any] = [vars(concept), vars(concept.config)]
     while pending:
         value = pending.pop()
         total += sys.getsizeof(value)

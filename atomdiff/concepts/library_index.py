@@ -19,7 +19,6 @@ from atomdiff.utils.untrusted import read_safetensors_header
 
 _NUM_THREADS = 8  # that read headers
 
-
 _Stamp = tuple[int, int, int]  # size, mtime_ns, inode: what tells a changed file from an unchanged one
 
 
@@ -51,9 +50,9 @@ class LibraryIndex:
     """What a scan of the folder found; immutable."""
 
     def __init__(
-        self, infos: Iterable[ConceptInfo], damaged: dict[Path, str], others: Mapping[str, _Stamp] | None = None
+        self, infos: Iterable[ConceptInfo], damaged: dict[Path, str], unrelated: Mapping[str, _Stamp] | None = None
     ) -> None:
-        self.others = others or {}  # files that are neither concepts nor LoRAs
+        self.unrelated = unrelated or {}  # files that are neither concepts nor LoRAs
         self.concepts = {info.name: info for info in sorted(infos, key=lambda info: info.name)}
         self.damaged = dict(sorted(damaged.items()))
         self._names: dict[str, set[str]] = {}  # by word
@@ -64,8 +63,8 @@ class LibraryIndex:
 
     def find(self, phrase: str) -> list[str]:
         """Return names with this trigger phrase, then those with all of its words."""
-        found = [self._names.get(word, set()) for word in _words(phrase)] or [set()]
-        names, wanted = sorted(min(found, key=len).intersection(*found)), _normalize_phrase(phrase)
+        by_word = [self._names.get(word, set()) for word in _words(phrase)] or [set()]
+        names, wanted = sorted(min(by_word, key=len).intersection(*by_word)), _normalize_phrase(phrase)
         return sorted(names, key=lambda name: _normalize_phrase(self.concepts[name].trigger_phrase) != wanted)
 
 
@@ -74,26 +73,26 @@ def scan(folder: Path, old: LibraryIndex) -> LibraryIndex:
     stamps, damaged = _list_files(folder)
     known = {str(info.path): info for info in old.concepts.values()}
     infos = {file: info for file, info in known.items() if stamps.get(file) == (info.size, info.mtime_ns, info.inode)}
-    others = {file: stamp for file, stamp in old.others.items() if stamps.get(file) == stamp}
+    unrelated = {file: stamp for file, stamp in old.unrelated.items() if stamps.get(file) == stamp}
     with ThreadPoolExecutor(_NUM_THREADS) as pool:  # they wait for the disk together
-        new = [file for file in stamps if file not in infos and file not in others]
+        new = [file for file in stamps if file not in infos and file not in unrelated]
         reading = {file: pool.submit(_read_info, folder, Path(file), stamps[file]) for file in new}
     for file, future in reading.items():
         try:
             if (info := future.result()) is not None:
                 infos[file] = info
             else:
-                others[file] = stamps[file]
+                unrelated[file] = stamps[file]
         except UserError as error:
             if os.path.exists(file):  # not gone since it was listed
                 damaged[Path(file)] = str(error)
     first: dict[str, str] = {}
     for file in sorted(infos, key=lambda file: (infos[file].is_lora, file)):
-        if (other := first.setdefault(infos[file].name, file)) != file:
-            damaged[Path(file)] = f"{file} has the same name in the library as {other}: rename one"
+        if (namesake := first.setdefault(infos[file].name, file)) != file:
+            damaged[Path(file)] = f"{file} has the same name in the library as {namesake}: rename one"
             del infos[file]
-    same = (infos, damaged, others) == (known, old.damaged, old.others)
-    return old if same else LibraryIndex(infos.values(), damaged, others)
+    same = (infos, damaged, unrelated) == (known, old.damaged, old.unrelated)
+    return old if same else LibraryIndex(infos.values(), damaged, unrelated)
 
 
 def _read_info(folder: Path, path: Path, stamp: _Stamp) -> ConceptInfo | None:
@@ -127,9 +126,9 @@ def _list_files(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
             if name.endswith(".safetensors") and not name.startswith("."):
                 file = os.path.join(below, name)
                 with suppress(OSError):  # a link to nothing, or gone since it was listed
-                    found = os.stat(file)
-                    if stat.S_ISREG(found.st_mode):  # no pipe, which would be waited for
-                        stamps[file] = (found.st_size, found.st_mtime_ns, found.st_ino)
+                    status = os.stat(file)
+                    if stat.S_ISREG(status.st_mode):  # no pipe, which would be waited for
+                        stamps[file] = (status.st_size, status.st_mtime_ns, status.st_ino)
     return stamps, unreadable
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -113,7 +114,7 @@ def write_repository(folder: PathLike, path: PathLike, repo_id: str, **card: Unp
     if unknown := card.keys() - CardOptions.__annotations__.keys():
         raise TypeError(f"there is no option {min(unknown)}: expected {', '.join(CardOptions.__annotations__)}")
     folder = Path(folder)
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{folder} is not empty: name an empty or a new folder")
     located, title = locate(Path(path))
     concept = summarize_file(located) if located.is_file() else summarize_adapter(located, title)

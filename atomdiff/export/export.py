@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -119,10 +120,10 @@ def _check_output(config: ExportConfig) -> None:
         check_empty(Path(config.output))
         return
     path = file_path(config.output)
-    if path.is_dir():
+    if os.path.isdir(path):
         raise UserError(f"output={str(path)!r} is a folder: give the name of a file")
     for source in (config.pretrained_model_name_or_path, *config.concepts):
-        if path.exists() and Path(source).exists() and path.samefile(source):
+        if os.path.exists(path) and os.path.exists(source) and path.samefile(source):
             raise UserError(f"output={str(path)!r} is also an input: give another name")
 
 

@@ -18,7 +18,7 @@ from atomdiff.utils.errors import UserError
 
 def check_empty(folder: Path) -> None:
     """Refuse a path that exists, unless it is an empty folder."""
-    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
         raise UserError(f"{str(folder)!r} exists already: give a new or empty folder")
 
 
