@@ -65,17 +65,16 @@ class ConceptFile:
     """Version of atomdiff that wrote the file."""
 
 
-def write_concept_file(path: str | os.PathLike[str], delta: ConceptFile, dtype: torch.dtype = torch.float16) -> None:
+def write_concept_file(path: str | os.PathLike[str], concept: ConceptFile, dtype: torch.dtype = torch.float16) -> None:
     """Write a concept; the same input gives the same bytes, whatever they replace is replaced at once.
 
     Raises:
         UserError: a value is not finite, or too large for `dtype`, or there is more than a file may hold; nothing is
             written.
     """
-    check_words(path, delta.tokens)
-    tensors = {f"{module}.{kind}": tensor for module, kinds in delta.layers.items() for kind, tensor in kinds.items()}
-    for word, vectors in delta.tokens.items():
-        tensors.update({token_key(word, encoder): vector for encoder, vector in vectors.items()})
+    check_words(path, concept.tokens)
+    tensors = {f"{module}.{kind}": tensor for module, kinds in concept.layers.items() for kind, tensor in kinds.items()}
+    tensors |= token_tensors(concept.tokens)
     tensors = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
     if broken:
@@ -83,16 +82,17 @@ def write_concept_file(path: str | os.PathLike[str], delta: ConceptFile, dtype: 
             f"cannot save {list_some(broken)} as {dtype}: values are not finite or too large for it; "
             "save with dtype=torch.float32, or go back to an earlier checkpoint if the training diverged"
         )
+    config = concept.config.to_dict()
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
-        "adapter_config": _json({key: value for key, value in delta.config.to_dict().items() if key in _CONFIG_FIELDS}),
-        "base_model": delta.base_model,
-        "base_fingerprint": _json(delta.fingerprint),
-        "atomdiff_version": delta.atomdiff_version,
-        "trigger_phrase": delta.trigger_phrase,
-        "training": _json(delta.training),
-        **{f"modelspec.{key}": value for key, value in delta.modelspec.items()},
+        "adapter_config": _json({key: config[key] for key in config.keys() & _CONFIG_FIELDS}),
+        "base_model": concept.base_model,
+        "base_fingerprint": _json(concept.fingerprint),
+        "atomdiff_version": concept.atomdiff_version,
+        "trigger_phrase": concept.trigger_phrase,
+        "training": _json(concept.training),
+        **{f"modelspec.{key}": value for key, value in concept.modelspec.items()},
     }
     data = sort_header(save(tensors, metadata))
     if len(data) > MAX_FILE_BYTES:
@@ -179,7 +179,7 @@ def check_words(path: str | os.PathLike[str], words: Collection[str]) -> None:
     """Check that the trigger words of a concept file are few and short: each costs memory and time in a tokenizer.
 
     Raises:
-        UserError: they do not.
+        UserError: they are not.
     """
     if len(words) > MAX_TRIGGER_WORDS or any(len(word) > MAX_TRIGGER_WORD_LENGTH for word in words):
         raise UserError(
@@ -188,13 +188,17 @@ def check_words(path: str | os.PathLike[str], words: Collection[str]) -> None:
         )
 
 
-def token_key(word: str, encoder: str) -> str:
-    """(sks, text_encoder) -> `token.sks`; (sks, text_encoder_2) -> `token.sks.text_encoder_2`."""
-    return f"token.{word}" if encoder == "text_encoder" else f"token.{word}.{encoder}"
+def token_tensors(tokens: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Embeddings by word and text encoder -> by key: `token.sks`, of a second encoder `token.sks.text_encoder_2`."""
+    return {
+        f"token.{word}" if encoder == "text_encoder" else f"token.{word}.{encoder}": vector
+        for word, vectors in tokens.items()
+        for encoder, vector in vectors.items()
+    }
 
 
 def split_token_key(key: str) -> tuple[str, str]:
-    """The word and the text encoder of a key that `token_key` made."""
+    """The word and the text encoder of a key of `token_tensors`."""
     name = key.removeprefix("token.")
     word, _, encoder = name.rpartition(".text_encoder_")
     return (word, f"text_encoder_{encoder}") if word and encoder.isdigit() else (name, "text_encoder")
@@ -204,7 +208,7 @@ def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:
     values = _read_json(path, metadata, "adapter_config")
     unknown = sorted(values.keys() - _CONFIG_FIELDS)
     if unknown or values.get("peft_type") != "ATOMS":
-        found = list_some(unknown) if unknown else printable(f"peft_type {values.get('peft_type')!r}")
+        found = list_some(unknown) or printable(f"peft_type {values.get('peft_type')!r}")
         raise UserError(f"{path} has settings that this atomdiff does not know ({found}): update atomdiff")
     try:
         return AtomConfig(**values)

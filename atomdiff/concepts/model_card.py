@@ -1,4 +1,4 @@
-"""The model card of a concept on the Hugging Face Hub, and the facts that it needs."""
+"""The model card of a concept on the Hugging Face Hub, and what it says of the concept."""
 
 from __future__ import annotations
 
@@ -104,26 +104,26 @@ def summarize_file(path: Path) -> ConceptSummary:
     Raises:
         UserError: it cannot be read.
     """
-    delta = read_concept_file(path)
-    trained = [tensor for kinds in delta.layers.values() for kind, tensor in kinds.items() if kind in PARAMETER_NAMES]
-    vectors = [vector for of in delta.tokens.values() for vector in of.values()]
+    contents = read_concept_file(path)
+    trained = [t for kinds in contents.layers.values() for kind, t in kinds.items() if kind in PARAMETER_NAMES]
+    vectors = [vector for of in contents.tokens.values() for vector in of.values()]
     count, size = sum(tensor.numel() for tensor in trained + vectors), path.stat().st_size
     rows = {
-        "method": _method(delta),
+        "method": _method(contents),
         "trainable parameters": f"{count:,}, of which {sum(v.numel() for v in vectors):,} in token embeddings",
         "bytes": size,
-        "training": _training(delta.training),
-        "made for": ", ".join(filter(None, map(delta.modelspec.get, ("architecture", "resolution")))),
-        "written": f"{delta.modelspec.get('date', '')} by atomdiff {delta.atomdiff_version}".strip(),
+        "training": _training(contents.training),
+        "made for": ", ".join(filter(None, map(contents.modelspec.get, ("architecture", "resolution")))),
+        "written": f"{contents.modelspec.get('date', '')} by atomdiff {contents.atomdiff_version}".strip(),
     }
     return ConceptSummary(
         path=path,
         files={path.name: path},
-        title=delta.modelspec.get("title") or path.name.removesuffix(CONCEPT_SUFFIX),
+        title=contents.modelspec.get("title") or path.name.removesuffix(CONCEPT_SUFFIX),
         method=f"[filter atoms](https://arxiv.org/abs/2403.00269), {count:,} parameters in {size:,} bytes",
-        architecture=delta.modelspec.get("architecture", ""),
-        base_model=delta.base_model,
-        trigger_phrase=delta.trigger_phrase,
+        architecture=contents.modelspec.get("architecture", ""),
+        base_model=contents.base_model,
+        trigger_phrase=contents.trigger_phrase,
         rows={key: value for key, value in rows.items() if value},
     )
 
@@ -177,9 +177,9 @@ def _size(files: Mapping[str, Path]) -> int:
     return sum(file.stat().st_size for file in files.values())
 
 
-def _method(delta: ConceptFile) -> str:
-    config = delta.config
-    return f"filter atoms, basis {config.basis}, {variant_of(config).label(config)}, in {len(delta.layers)} layers"
+def _method(contents: ConceptFile) -> str:
+    config = contents.config
+    return f"filter atoms, basis {config.basis}, {variant_of(config).label(config)}, in {len(contents.layers)} layers"
 
 
 def _training(training: Mapping[str, Any]) -> str:

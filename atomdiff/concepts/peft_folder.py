@@ -12,7 +12,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save, save_file
 from torch import Tensor
 
-from atomdiff.concepts.concept_file import check_words, read_tensors, sort_header, split_token_key, token_key
+from atomdiff.concepts.concept_file import check_words, read_tensors, sort_header, split_token_key, token_tensors
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
@@ -53,10 +53,7 @@ def write(
             data = sort_header(save(tensors, {"format": "pt", **(metadata or {})}))
             (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
         if tokens:
-            vectors = {
-                token_key(word, encoder): vector for word, of in tokens.items() for encoder, vector in of.items()
-            }
-            vectors = {key: vector.detach().cpu().contiguous() for key, vector in vectors.items()}
+            vectors = {key: vector.detach().cpu().contiguous() for key, vector in token_tensors(tokens).items()}
             save_file(vectors, unfinished / LEARNED_EMBEDS_NAME, metadata={"format": "pt"})
 
 
@@ -86,16 +83,7 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
         adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)[0])
     absent = sorted(found)
     left_out = [f"the adapters in {list_some(absent)}, which this pipeline does not have"] if absent else []
-    tokens: Tokens = {}
-    if (path / LEARNED_EMBEDS_NAME).is_file():
-        for key, vector in read_tensors(path / LEARNED_EMBEDS_NAME)[0].items():
-            if not (key.startswith("token.") and vector.is_floating_point()):
-                raise UserError(
-                    f"{path / LEARNED_EMBEDS_NAME} holds {list_some([key])}, not only embeddings 'token.<word>'"
-                )
-            word, encoder = split_token_key(key)
-            tokens.setdefault(word, {})[encoder] = vector
-        check_words(path / LEARNED_EMBEDS_NAME, tokens)
+    tokens = _read_tokens(path / LEARNED_EMBEDS_NAME)
     if absent and not adapters and not tokens:
         raise UserError(
             f"{path} has adapters for {list_some(absent)}, which this pipeline does not have: expected some for "
@@ -104,6 +92,18 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
     if not adapters and not tokens:
         raise UserError(f"{path} holds no concept: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} in it")
     return adapters, tokens, left_out
+
+
+def _read_tokens(file: Path) -> Tokens:
+    """Read token embeddings; none where there is no such file."""
+    tokens: Tokens = {}
+    for key, vector in (read_tensors(file)[0] if file.is_file() else {}).items():
+        if not (key.startswith("token.") and vector.is_floating_point()):
+            raise UserError(f"{file} holds {list_some([key])}, not only embeddings 'token.<word>'")
+        word, encoder = split_token_key(key)
+        tokens.setdefault(word, {})[encoder] = vector
+    check_words(file, tokens)
+    return tokens
 
 
 def _folder(path: Path, component: str, denoiser: str) -> Path:
