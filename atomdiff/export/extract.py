@@ -80,7 +80,7 @@ def extract_concept(config: ExtractConfig) -> Extraction:
         base_model=config.pretrained_model_name_or_path,
         training={"extracted_from": config.tuned},
     )
-    write_concept_file(config.output, found.delta, getattr(torch, config.save_dtype))
+    write_concept_file(config.output, found.concept, getattr(torch, config.save_dtype))
     return found
 
 
@@ -126,15 +126,10 @@ def extract(
     if not differing:
         raise UserError("the tuned model has the same parameters as the base: check the two paths")
     adapted = _adapted_layers(old, config, differing)
-    layers, tensors, fingerprints = [], {}, {}
-    for name, module in adapted.items():
-        path, weight, tuned_weight = f"{component}.{name}", before[f"{name}.weight"], after[f"{name}.weight"]
-        tensors[path], residual = fit_layer(module, tuned_weight, config, name)
-        size, difference = float(weight.to(torch.float32).norm()), _norm_of_difference(weight, tuned_weight)
-        layers.append(ExtractedLayer(path, size, difference, residual))
-        fingerprints[path] = fingerprint(weight, config, name)
+    layers, tensors = _fit_layers(component, adapted, before, after, config)
+    fingerprints = {f"{component}.{name}": fingerprint(before[f"{name}.weight"], config, name) for name in adapted}
     pipe = SimpleNamespace(components={component: old}) if isinstance(base, nn.Module) else base
-    delta = ConceptFile(
+    concept = ConceptFile(
         config,
         tensors,
         fingerprints,
@@ -143,10 +138,10 @@ def extract(
         modelspec=model_spec(pipe, title, trigger_phrase),
         atomdiff_version=atomdiff_version(),
     )
-    others = {name: (before[name], after[name]) for name in differing if name.removesuffix(".weight") not in adapted}
-    found = Extraction(delta, tuple(layers), _group_by_kind(others), _other_models(base, tuned))
+    left_out = {name: (before[name], after[name]) for name in differing if name.removesuffix(".weight") not in adapted}
+    found = Extraction(concept, tuple(layers), _group_by_kind(left_out), _other_models(base, tuned))
     shares = {"explained": round(found.explained, 6), "explained_of_all": round(found.explained_of_all, 6)}
-    return replace(found, delta=replace(delta, training={**shares, **(training or {})}))
+    return replace(found, concept=replace(concept, training={**shares, **(training or {})}))
 
 
 def _check_config(config: AtomConfig) -> None:
@@ -169,6 +164,23 @@ def _adapted_layers(model: nn.Module, config: AtomConfig, differing: Sequence[st
             f"were {list_some(differing)}: choose target_modules that match these (atoms adapt no biases and no norms)"
         )
     return adapted
+
+
+def _fit_layers(
+    component: str,
+    adapted: Mapping[str, nn.Module],
+    before: Mapping[str, Tensor],
+    after: Mapping[str, Tensor],
+    config: AtomConfig,
+) -> tuple[list[ExtractedLayer], dict[str, dict[str, Tensor]]]:
+    """Fit the atoms of each layer; return how far they come, and their tensors by module."""
+    layers, tensors = [], {}
+    for name, module in adapted.items():
+        path, weight, tuned_weight = f"{component}.{name}", before[f"{name}.weight"], after[f"{name}.weight"]
+        tensors[path], residual = fit_layer(module, tuned_weight, config, name)
+        size, difference = float(weight.to(torch.float32).norm()), _norm_of_difference(weight, tuned_weight)
+        layers.append(ExtractedLayer(path, size, difference, residual))
+    return layers, tensors
 
 
 def _open(name: str, config: ExtractConfig, revision: str | None) -> Any:

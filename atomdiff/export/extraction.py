@@ -31,7 +31,7 @@ class ExtractedLayer:
 class Extraction:
     """A concept, and how much of the tuning it explains."""
 
-    delta: ConceptFile
+    concept: ConceptFile
     """The contents of the concept file."""
     layers: tuple[ExtractedLayer, ...]
     """The layers that atoms adapt and tuning changed."""

@@ -78,7 +78,7 @@ def test_a_concept_that_was_merged_is_found_again(tiny_pipe, tmp_path, kind):
     assert found.explained_of_all == found.explained
     base = draw(tiny_pipe.unet)
     path = tmp_path / "mug.atoms.safetensors"
-    write_concept_file(path, found.delta, torch.float32)
+    write_concept_file(path, found.concept, torch.float32)
     assert atomdiff.load_atoms(tiny_pipe, path) == "mug"
     expected = draw(tuned)
     torch.testing.assert_close(draw(tiny_pipe.unet), expected, atol=1e-2 * float((expected - base).abs().max()), rtol=0)
@@ -203,7 +203,7 @@ def test_layers_that_stayed_are_not_in_the_file(tiny_pipe):
     with torch.no_grad():
         tuned.conv_in.weight.mul_(1.5)
     found = extract(tiny_pipe.unet, tuned)
-    assert list(found.delta.layers) == ["unet.conv_in"] and found.explained == pytest.approx(1, abs=1e-6)
+    assert list(found.concept.layers) == ["unet.conv_in"] and found.explained == pytest.approx(1, abs=1e-6)
 
 
 def test_half_precision_models_are_compared_in_float32(tiny_pipe):
@@ -212,7 +212,7 @@ def test_half_precision_models_are_compared_in_float32(tiny_pipe):
     tuned = merged(made)
     found = extract(tiny_pipe.unet.to(torch.bfloat16), tuned.to(torch.bfloat16), AtomConfig(channel_block=1))
     assert 0.9 < found.explained < 0.9999 and tiny_pipe.unet.dtype == torch.bfloat16
-    assert all(t.dtype == torch.float32 for kinds in found.delta.layers.values() for t in kinds.values())
+    assert all(t.dtype == torch.float32 for kinds in found.concept.layers.values() for t in kinds.values())
 
 
 def break_shape(unet):
