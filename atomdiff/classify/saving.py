@@ -108,7 +108,7 @@ def load_classifier(folder: str | Path, pretrained_model_name_or_path: str | Non
             f"{folder}: the weights of {base!r} are not those that it was trained on; give a copy of "
             f"{metadata['base_model']!r} as it was then by pretrained_model_name_or_path"
         )
-    head = read_tensors(folder / HEAD_FILE)[0]
+    head = read_tensors(folder / HEAD_FILE)
     if (folder / CONFIG_NAME).is_file():
         adapter, tensors = peft_folder.read(folder, [_COMPONENT], _COMPONENT)[0][_COMPONENT]
         try:

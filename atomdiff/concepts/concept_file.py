@@ -165,14 +165,14 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
     return metadata, dtypes
 
 
-def read_tensors(path: str | os.PathLike[str]) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """Tensors and metadata of a safetensors file; floating-point tensors come as float32 and must be finite.
+def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
+    """Tensors of a safetensors file; floating-point tensors come as float32 and must be finite.
 
     Raises:
         UserError: the file is damaged, or holds values that are not finite.
     """
-    metadata, _ = read_safetensors_header(path)
-    return read_finite_tensors(path), metadata
+    read_safetensors_header(path)  # which takes no more memory than the file is large
+    return read_finite_tensors(path)
 
 
 def check_words(path: str | os.PathLike[str], words: Collection[str]) -> None:

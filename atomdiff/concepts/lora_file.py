@@ -74,7 +74,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
         raise UserError(f"{path} is no concept and no LoRA: {_what_it_is(keys, metadata)}")
     if any(key.startswith("base_model.model.") for key in keys):
         raise UserError(f"{path} is of a PEFT adapter, whose {CONFIG_NAME} is missing beside it: put it there")
-    layers, left_out = _group_by_layer(read_tensors(path)[0])
+    layers, left_out = _group_by_layer(read_tensors(path))
     factors, missing, unfit = _fit_layers(layers, models, _scales_of_diffusers(path, metadata))
     absent = {component for name in missing if (component := _component_of(name)) and component not in models}
     unlike = [name for name in missing if _component_of(name) not in absent] + unfit

@@ -80,7 +80,7 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
     components = set(components)
     for component in sorted(found.keys() & components):
         folder = found.pop(component)
-        adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)[0])
+        adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
     absent = sorted(found)
     left_out = [f"the adapters in {list_some(absent)}, which this pipeline does not have"] if absent else []
     tokens = _read_tokens(path / LEARNED_EMBEDS_NAME)
@@ -97,7 +97,7 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
 def _read_tokens(file: Path) -> Tokens:
     """Read token embeddings; none where there is no such file."""
     tokens: Tokens = {}
-    for key, vector in (read_tensors(file)[0] if file.is_file() else {}).items():
+    for key, vector in (read_tensors(file) if file.is_file() else {}).items():
         if not (key.startswith("token.") and vector.is_floating_point()):
             raise UserError(f"{file} holds {list_some([key])}, not only embeddings 'token.<word>'")
         word, encoder = split_token_key(key)

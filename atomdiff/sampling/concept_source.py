@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from atomdiff.concepts import hub
-from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file, read_tensors, split_token_key
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file, split_token_key
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.concepts.lora_file import is_lora_file, trigger_phrase
 from atomdiff.concepts.peft_folder import LEARNED_EMBEDS_NAME
@@ -19,6 +19,7 @@ from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule
 from atomdiff.pipelines.token_names import rename_tokens
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
+from atomdiff.utils.untrusted import read_safetensors_header
 
 
 @dataclass(frozen=True, eq=False)
@@ -86,8 +87,8 @@ def open_source(source: str, trigger_word: str | None = None) -> ConceptSource:
     file, name = Path(source).name, found_name.removesuffix(CONCEPT_SUFFIX)
     if path.is_dir():
         embeddings = path / LEARNED_EMBEDS_NAME
-        own = {split_token_key(key)[0] for key in (read_tensors(embeddings)[0] if embeddings.is_file() else ())}
-        words = tuple(sorted(own)) if trigger_word is None else (trigger_word,)
+        keys = read_safetensors_header(embeddings)[1] if embeddings.is_file() else ()
+        words = tuple(sorted({split_token_key(key)[0] for key in keys})) if trigger_word is None else (trigger_word,)
         return ConceptSource(name, file, path, words, new_trigger_word=trigger_word)
     if is_lora_file(path):
         if trigger_word is not None:
