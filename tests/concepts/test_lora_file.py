@@ -6,15 +6,16 @@ import json
 import pytest
 import torch
 from peft import LoraConfig, get_peft_model_state_dict
+from random_adapters import assert_unchanged, bits
 from safetensors.torch import load_file, save_file
 
 import atomdiff
 from atomdiff.bases.stable_diffusion import original_path
 from atomdiff.cli.summary import describe
 from atomdiff.export.export import ExportConfig, export_concepts
+from atomdiff.export.diff import export_diff
 from atomdiff.export.kohya import layer_name
 from atomdiff.export.lora import export_lora
-from atomdiff.export.diff import export_diff
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.sampling.adapter_cache import AdapterCache
@@ -121,11 +122,6 @@ def write(pipe, path, form, name_of=layer_name):
     return expected
 
 
-def bits(pipe):
-    models = pipeline_models(pipe)
-    return {f"{part}.{key}": value.clone() for part, m in models.items() for key, value in m.state_dict().items()}
-
-
 def check(pipe, path, expected, **options):
     before = bits(pipe)
     name = atomdiff.load_atoms(pipe, path, **options)
@@ -135,8 +131,7 @@ def check(pipe, path, expected, **options):
         assert (found - weight).abs().max() < 2e-6, module
     atomdiff.set_active(pipe, {})
     atomdiff.unload_atoms(pipe)
-    now = bits(pipe)
-    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+    assert_unchanged(pipe, before)
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -317,8 +312,7 @@ def test_what_peft_cannot_merge_is_refused_and_the_pipeline_restored(tiny_pipe, 
         atomdiff.set_active(tiny_pipe, "mug")
     assert not atomdiff.list_atoms(tiny_pipe)[0].merged
     atomdiff.unload_atoms(tiny_pipe)
-    now = bits(tiny_pipe)
-    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+    assert_unchanged(tiny_pipe, before)
 
 
 def test_inspect_tells_what_a_lora_is(tiny_pipe, tmp_path):
@@ -426,8 +420,7 @@ def test_a_dora_loads_as_diffusers_and_peft_load_it(tiny_pipe, tmp_path, targets
         atomdiff.load_atoms(tiny_pipe, tmp_path, "cat")
         assert (tiny_pipe.unet(x, 5, e).sample - expected).abs().max() < 1e-5
     atomdiff.unload_atoms(tiny_pipe)
-    now = bits(tiny_pipe)
-    assert now.keys() == before.keys() and all(torch.equal(now[key], before[key]) for key in before)
+    assert_unchanged(tiny_pipe, before)
 
 
 @pytest.mark.parametrize("axis", [0, 1])
