@@ -1,10 +1,11 @@
-"""LoRA files of other programs load beside concepts, in every form, and come off again to the bit."""
+"""LoRA files of other programs load beside concepts, by all their names, and come off again to the bit."""
 
 import copy
 import json
 
 import pytest
 import torch
+from lora_files import assert_loads, lora, rand, write_lora
 from peft import LoraConfig, get_peft_model_state_dict
 from random_adapters import assert_unchanged, bits
 from safetensors.torch import load_file, save_file
@@ -12,133 +13,16 @@ from safetensors.torch import load_file, save_file
 import atomdiff
 from atomdiff.bases.stable_diffusion import original_path
 from atomdiff.cli.summary import describe
-from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.export.diff import export_diff
+from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.export.kohya import layer_name
 from atomdiff.export.lora import export_lora
 from atomdiff.pipelines.adapter_weight import AdapterWeight
-from atomdiff.pipelines.models import pipeline_models
 from atomdiff.sampling.adapter_cache import AdapterCache
 from atomdiff.sampling.concept_source import open_source
 from atomdiff.sampling.prompt_requests import read_requests
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
-
-LAYERS = {
-    "unet": [
-        "conv_in",
-        "down_blocks.0.resnets.0.conv1",
-        "down_blocks.0.downsamplers.0.conv",
-        "mid_block.attentions.0.proj_in",
-        "mid_block.attentions.0.transformer_blocks.0.attn1.to_out.0",
-        "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_q",
-        "up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k",
-    ],
-    "text_encoder": ["encoder.layers.0.self_attn.q_proj"],
-    "text_encoder_2": ["text_model.encoder.layers.1.mlp.fc1"],
-}
-
-
-def rand(*shape):
-    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape))) / 10
-
-
-def lora(shape, number):
-    rank, alpha = 2 + number % 2, 1.0 + number
-    up, down = rand(shape[0], rank), rand(rank, *shape[1:])
-    tensors = {"lora_up.weight": up.reshape(*up.shape, *[1] * (len(shape) - 2)), "lora_down.weight": down}
-    delta = alpha / rank * torch.einsum("or,r...->o...", up, down)
-    return {**tensors, "alpha": torch.tensor(alpha)}, delta
-
-
-def locon_tucker(shape, number):
-    if len(shape) == 2 or shape[2] == 1:
-        return lora(shape, number)
-    up, mid, down = rand(shape[0], 3), rand(3, 2, *shape[2:]), rand(2, shape[1])
-    delta = 4.0 / 2 * torch.einsum("oa,abkl,bi->oikl", up, mid, down)
-    tensors = {"lora_up.weight": up[..., None, None], "lora_down.weight": down[..., None, None], "lora_mid.weight": mid}
-    return {**tensors, "alpha": torch.tensor(4.0)}, delta
-
-
-def loha(shape, number):
-    size = shape[1:].numel()
-    a, b, c, d = rand(shape[0], 2), rand(2, size), rand(shape[0], 2) + 1, rand(2, size)
-    delta = 0.5 * (a @ b * (c @ d)).reshape(shape)
-    return {"hada_w1_a": a, "hada_w1_b": b, "hada_w2_a": c, "hada_w2_b": d, "alpha": torch.tensor(1.0)}, delta
-
-
-def loha_tucker(shape, number):
-    if len(shape) == 2 or shape[2] == 1:
-        return loha(shape, number)
-    tensors, delta = {"alpha": torch.tensor(1.0)}, torch.full(shape, 0.5)
-    for side in ("1", "2"):
-        core, a, b = rand(2, 2, *shape[2:]) + 1, rand(2, shape[0]), rand(2, shape[1])
-        tensors |= {f"hada_t{side}": core, f"hada_w{side}_a": a, f"hada_w{side}_b": b}
-        delta = delta * torch.einsum("ijkl,jr,ip->prkl", core, b, a)
-    return tensors, delta
-
-
-def lokr(shape, number):
-    left, right = (2, 2) if shape[1] % 2 == 0 else (2, 1)
-    first, a = rand(left, right), rand(shape[0] // left, 3)
-    b = rand(3, shape[1:].numel() // right)
-    second = (a @ b).reshape(shape[0] // left, shape[1] // right, *shape[2:])
-    first_wide = first.reshape(left, right, *[1] * (len(shape) - 2))
-    whole = number % 2 == 0
-    factors = {"lokr_w2": second} if whole else {"lokr_w2_a": a, "lokr_w2_b": b}
-    delta = torch.kron(first_wide, second) * (1 if whole else 6.0 / 3)
-    return {"lokr_w1": first, **factors, "alpha": torch.tensor(6.0)}, delta
-
-
-def lokr_tucker(shape, number):
-    if len(shape) == 2 or shape[2] == 1:
-        return lokr(shape, number)
-    right = 2 if shape[1] % 2 == 0 else 1
-    first, core, a, b = rand(2, right), rand(3, 3, *shape[2:]), rand(3, shape[0] // 2), rand(3, shape[1] // right)
-    second = torch.einsum("ijkl,ip,jr->prkl", core, a, b).contiguous()
-    tensors = {"lokr_w1": first, "lokr_t2": core, "lokr_w2_a": a, "lokr_w2_b": b, "alpha": torch.tensor(6.0)}
-    return tensors, 2 * torch.kron(first[..., None, None], second)
-
-
-def diff(shape, number):
-    delta = rand(*shape)
-    return {"diff": delta}, delta
-
-
-FORMS = {f.__name__: f for f in (lora, locon_tucker, loha, loha_tucker, lokr, lokr_tucker, diff)}
-
-
-def write(pipe, path, form, name_of=layer_name):
-    """Write a file with random numbers, and give each layer's weight as it has to become."""
-    tensors, expected = {}, {}
-    for component, model in pipeline_models(pipe).items():
-        for number, module in enumerate(LAYERS.get(component, ())):
-            weight = model.get_submodule(module).weight
-            of_layer, delta = form(weight.shape, number)
-            name = name_of(pipe, component, module)
-            tensors |= {f"{name}.{kind}": tensor.contiguous() for kind, tensor in of_layer.items()}
-            expected[component, module] = weight.detach() + delta
-    save_file(tensors, path)
-    return expected
-
-
-def check(pipe, path, expected, **options):
-    before = bits(pipe)
-    name = atomdiff.load_atoms(pipe, path, **options)
-    atomdiff.set_active(pipe, name)
-    for (component, module), weight in expected.items():
-        found = getattr(pipe, component).get_submodule(module).get_base_layer().weight
-        assert (found - weight).abs().max() < 2e-6, module
-    atomdiff.set_active(pipe, {})
-    atomdiff.unload_atoms(pipe)
-    assert_unchanged(pipe, before)
-
-
-@pytest.mark.parametrize("form", FORMS)
-def test_every_form_of_lora_loads(tiny_pipe, tmp_path, form):
-    expected = write(tiny_pipe, tmp_path / "mug.safetensors", FORMS[form])
-    assert len(expected) == 8
-    check(tiny_pipe, tmp_path / "mug.safetensors", expected)
 
 
 def diffusers_path(pipe, component, module):
@@ -170,9 +54,9 @@ NAMES = [layer_name, diffusers_path, dotted_path, bare_path, comfy_path, simplet
 
 @pytest.mark.parametrize("name_of", NAMES)
 def test_all_names_of_sdxl_layers_are_known(tiny_xl_pipe, tmp_path, name_of):
-    expected = write(tiny_xl_pipe, tmp_path / "mug.safetensors", lora, name_of)
+    expected = write_lora(tiny_xl_pipe, tmp_path / "mug.safetensors", lora, name_of)
     assert len(expected) == 9
-    check(tiny_xl_pipe, tmp_path / "mug.safetensors", expected)
+    assert_loads(tiny_xl_pipe, tmp_path / "mug.safetensors", expected)
 
 
 def test_files_of_diffusers_keep_their_scales(tiny_pipe, tmp_path):
@@ -209,7 +93,7 @@ def test_our_own_exports_load(tiny_xl_pipe, tmp_path, export):
     options = {"rank": 64} if export is export_lora else {}
     path = export(tiny_xl_pipe, tmp_path / "mug", dtype=torch.float32, **options).path
     atomdiff.unload_atoms(tiny_xl_pipe)
-    check(tiny_xl_pipe, path, expected)
+    assert_loads(tiny_xl_pipe, path, expected)
 
 
 def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
@@ -221,7 +105,7 @@ def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
     atomdiff.unload_atoms(tiny_pipe)
     path = tmp_path / "old mug.safetensors"
     module, before = "down_blocks.0.resnets.0.conv1", bits(tiny_pipe)
-    expected = write(tiny_pipe, path, lora)["unet", module]
+    expected = write_lora(tiny_pipe, path, lora)["unet", module]
 
     assert (atomdiff.load_atoms(tiny_pipe, concept), atomdiff.load_atoms(tiny_pipe, path)) == ("cat", "old_mug")
     atomdiff.set_active(tiny_pipe, {"cat": 1, "old_mug": 0.5})
@@ -248,7 +132,11 @@ def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
 
 
 KEY = "lora_unet_conv_out.lora_down.weight"
+
+
 WIDE = {"w1": (1, 1), "w2_a": (300_000, 1), "w2_b": (1, 300_000)}
+
+
 OTHERS = {
     "flux": ({"transformer.single_transformer_blocks.0.attn.to_q.lora_A.weight": (2, 8)}, "for a transformer"),
     "kohya's flux": ({"lora_unet_double_blocks_0_img_attn_proj.lora_down.weight": (2, 8)}, "for a transformer"),
@@ -316,14 +204,14 @@ def test_what_peft_cannot_merge_is_refused_and_the_pipeline_restored(tiny_pipe, 
 
 
 def test_inspect_tells_what_a_lora_is(tiny_pipe, tmp_path):
-    write(tiny_pipe, tmp_path / "mug.safetensors", lora)
+    write_lora(tiny_pipe, tmp_path / "mug.safetensors", lora)
     with pytest.raises(UserError, match="is a LoRA file of another program"):
         describe(tmp_path / "mug.safetensors")
 
 
 def test_a_lora_for_another_base_is_refused_or_loads_what_fits(tiny_pipe, tiny_xl_pipe, tmp_path):
     path = tmp_path / "mug.safetensors"
-    write(tiny_xl_pipe, path, lora)
+    write_lora(tiny_xl_pipe, path, lora)
     tensors = load_file(path)
     save_file(tensors, path, {"modelspec.architecture": "stable-diffusion-xl-v1-base/lora"})
     with pytest.raises(UserError, match=r"made for stable-diffusion-xl-v1-base/lora\) does not fit this pipeline"):
@@ -334,7 +222,7 @@ def test_a_lora_for_another_base_is_refused_or_loads_what_fits(tiny_pipe, tiny_x
 
 def test_parts_that_have_no_place_are_named(tiny_pipe, tmp_path, user_warnings):
     path = tmp_path / "mug.safetensors"
-    expected = write(tiny_pipe, path, lora)
+    expected = write_lora(tiny_pipe, path, lora)
     extra = {
         "lora_te2_text_model_encoder_layers_0_mlp_fc1.lora_down.weight": torch.ones(2, 9),
         "lora_unet_mid_block_resnets_0_conv1.diff_b": torch.ones(64),
@@ -343,7 +231,7 @@ def test_parts_that_have_no_place_are_named(tiny_pipe, tmp_path, user_warnings):
     save_file(load_file(path) | extra, path)
     named = r"bundle_emb.sks.emb_params.*mid_block_resnets_0_conv1.diff_b.*the layers of text_encoder_2"
     with pytest.warns(UserWarning, match=named) as caught:
-        check(tiny_pipe, path, expected)
+        assert_loads(tiny_pipe, path, expected)
     assert len(user_warnings(caught)) == 1
 
 
@@ -358,7 +246,7 @@ DAMAGED_SCALES = [
 @pytest.mark.parametrize("scales", ["{", *map(json.dumps, DAMAGED_SCALES)])
 def test_metadata_of_diffusers_that_is_damaged_is_a_user_error(tiny_pipe, tmp_path, scales):
     path = tmp_path / "mug.safetensors"
-    write(tiny_pipe, path, lora)
+    write_lora(tiny_pipe, path, lora)
     save_file(load_file(path), path, {"lora_adapter_metadata": scales})
     with pytest.raises(UserError, match="damaged: lora_adapter_metadata"):
         atomdiff.load_atoms(tiny_pipe, path, allow_base_mismatch=True)
@@ -373,79 +261,29 @@ ODD = {
     "complex numbers": lambda up, down: {"lora_up.weight": up.to(torch.complex64), "lora_down.weight": down},
     "whole numbers": lambda up, down: {"lora_up.weight": up.long(), "lora_down.weight": down},
 }
+
+
 BIG = torch.tensor(3e38)
 
 
 @pytest.mark.parametrize("case", ODD)
 def test_odd_numbers_are_refused_or_left_out(tiny_pipe, tmp_path, case):
     path, module = tmp_path / "mug.safetensors", "lora_unet_mid_block_resnets_0_conv1"
-    expected = write(tiny_pipe, path, lora)
+    expected = write_lora(tiny_pipe, path, lora)
     odd = ODD[case](rand(64, 2), rand(2, 64, 3, 3))
     save_file(load_file(path) | {f"{module}.{kind}": tensor for kind, tensor in odd.items()}, path)
     with pytest.raises(UserError, match=f"does not fit this pipeline: {module}"):
         atomdiff.load_atoms(tiny_pipe, path)
     with pytest.warns(UserWarning, match=module):
-        check(tiny_pipe, path, expected, allow_base_mismatch=True)
+        assert_loads(tiny_pipe, path, expected, allow_base_mismatch=True)
 
 
 def test_a_layer_that_stands_in_a_file_twice_is_refused(tiny_pipe, tmp_path):
     path = tmp_path / "mug.safetensors"
-    write(tiny_pipe, path, lora)
+    write_lora(tiny_pipe, path, lora)
     shapes = {"up": (64, 2), "down": (2, 32)}
     name = "unet.up_blocks.0.attentions.0.transformer_blocks.0.attn2.to_k"
     twice = {f"{name}.lora_{side}.weight": rand(*shape) for side, shape in shapes.items()}
     save_file(load_file(path) | twice, path)
     with pytest.raises(UserError, match="attn2.to_k .it appears twice, under different names"):
         atomdiff.load_atoms(tiny_pipe, path)
-
-
-@pytest.mark.parametrize("targets", [["to_q", "ff.net.0.proj"], ["conv1"]])
-def test_a_dora_loads_as_diffusers_and_peft_load_it(tiny_pipe, tmp_path, targets):
-    config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=True, init_lora_weights=False)
-    tuned = copy.deepcopy(tiny_pipe)
-    tuned.unet.add_adapter(config)
-    x, e = torch.randn(1, 4, 8, 8), torch.randn(1, 5, 32)
-    with torch.no_grad():
-        for name, parameter in tuned.unet.named_parameters():
-            if "magnitude" in name:
-                parameter.mul_(1 + 0.3 * torch.rand_like(parameter))
-        expected = tuned.unet(x, 5, e).sample
-        tiny_pipe.save_lora_weights(
-            tmp_path, get_peft_model_state_dict(tuned.unet), unet_lora_adapter_metadata=config.to_dict()
-        )
-        before = bits(tiny_pipe)
-        atomdiff.load_atoms(tiny_pipe, tmp_path, "mug")
-        assert (tiny_pipe.unet(x, 5, e).sample - expected).abs().max() < 1e-5
-        atomdiff.set_active(tiny_pipe, "mug")  # a second one is worked out on the base, not on what is merged
-        atomdiff.load_atoms(tiny_pipe, tmp_path, "cat")
-        assert (tiny_pipe.unet(x, 5, e).sample - expected).abs().max() < 1e-5
-    atomdiff.unload_atoms(tiny_pipe)
-    assert_unchanged(tiny_pipe, before)
-
-
-@pytest.mark.parametrize("axis", [0, 1])
-def test_a_dora_of_lycoris_has_magnitudes_of_outputs_or_inputs(tiny_pipe, tmp_path, axis):
-    def dora(shape, number):
-        tensors, delta = loha(shape, number)
-        sizes = [shape[axis] if each == axis else 1 for each in range(len(shape))]
-        return tensors | {"dora_scale": rand(*sizes) + 1}, delta
-
-    expected = write(tiny_pipe, tmp_path / "mug.safetensors", dora)
-    for (component, module), weight in expected.items():
-        name = layer_name(tiny_pipe, component, module)
-        others = [each for each in range(weight.ndim) if each != axis]
-        magnitude = load_file(tmp_path / "mug.safetensors")[f"{name}.dora_scale"]
-        expected[component, module] = magnitude * weight / torch.linalg.vector_norm(weight, dim=others, keepdim=True)
-    check(tiny_pipe, tmp_path / "mug.safetensors", expected)
-
-
-def test_exact_loras_have_no_more_ranks_than_they_need(tiny_pipe, tmp_path):
-    """A difference of (out, in) needs min(out, in), and LoHas the product of theirs."""
-    module = "mid_block.attentions.0.transformer_blocks.0.ff.net.0.proj"
-    shape = tiny_pipe.unet.get_submodule(module).weight.shape  # (512, 64)
-    for form, rank in ((diff, 64), (loha, 4)):
-        name = layer_name(tiny_pipe, "unet", module)
-        save_file({f"{name}.{kind}": each for kind, each in form(shape, 0)[0].items()}, tmp_path / "mug.safetensors")
-        atomdiff.load_atoms(tiny_pipe, tmp_path / "mug.safetensors", "mug")
-        assert tiny_pipe.unet.get_submodule(module).r == {"mug": rank}
-        atomdiff.unload_atoms(tiny_pipe)
