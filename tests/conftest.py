@@ -19,6 +19,8 @@ from tests.tiny_models import fresh_copy, make_pipe, make_xl_pipe
 
 transformers_logging.disable_progress_bar()
 
+pytest.register_assert_rewrite("fake_hub", "lora_files", "random_adapters")
+
 # The tensors are small: threads only wait for each other, and on a busy machine much longer than they work.
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
@@ -88,6 +90,21 @@ def _small_files(size: int) -> Iterator[None]:
 def small_files() -> Callable[[int], AbstractContextManager[None]]:
     """A `with` block in which files can have so many bytes: as a disk that is full then."""
     return _small_files
+
+
+@pytest.fixture
+def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A stand-in for the Hub, which the Hub's client speaks to, with nobody logged in."""
+    from fake_hub import running_hub
+
+    with running_hub(monkeypatch, tmp_path / "hf") as server:
+        yield server
+
+
+@pytest.fixture
+def logged_in(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Somebody is logged in on `hub_server` who may write."""
+    monkeypatch.setenv("HF_TOKEN", "hf_writer")
 
 
 @pytest.fixture(scope="session")

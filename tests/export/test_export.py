@@ -218,3 +218,10 @@ def test_a_lora_of_another_program_is_exported_as_it_generates(tiny_pipe, make_c
     loaded = StableDiffusionPipeline.from_pretrained(export_concepts(make_config([lora], "pipeline", "merged")).path)
     images = [generate_latents(pipe, "a mug") for pipe in (loaded, tiny_pipe)]
     torch.testing.assert_close(*images, atol=1e-4, rtol=0)
+
+
+def test_concepts_on_the_hub_are_exported(hub_server, concepts, make_config):
+    hub_server.put("ada/mug", {"mug.atoms.safetensors": concepts[0]})
+    found, expected = (load_file(export_concepts(make_config([each], "diff")).path) for each in ("ada/mug", concepts[0]))
+    assert found and found.keys() == expected.keys()
+    assert all(torch.equal(found[key], expected[key]) for key in found)

@@ -81,3 +81,10 @@ def load_textual_inversion(pipe, word, file):
         number = "_2" if key == "clip_g" else ""
         parts = {part: getattr(pipe, part + number) for part in ("text_encoder", "tokenizer")}
         pipe.load_textual_inversion({word: rows}, token=word, **parts)
+
+
+def predict(pipe, prompt="a photo of sks mug"):
+    """What the UNet predicts for a prompt, from the same noise each time."""
+    noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        return pipe.unet(noise, 5, pipe.encode_prompt(prompt, "cpu", 1, False)[0]).sample
