@@ -19,7 +19,7 @@ from tests.tiny_models import fresh_copy, make_pipe, make_xl_pipe
 
 transformers_logging.disable_progress_bar()
 
-pytest.register_assert_rewrite("fake_hub", "lora_files", "random_adapters")
+pytest.register_assert_rewrite("fake_hub", "lora_files", "random_adapters", "sampling_jobs")
 
 # The tensors are small: threads only wait for each other, and on a busy machine much longer than they work.
 torch.set_num_threads(1)

@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from library_files import Reads, write_concept
 from random_adapters import add_random_adapter, predict
 
 import atomdiff
@@ -28,3 +29,23 @@ def lora(tiny_pipe, tmp_path):
     prediction = predict(tiny_pipe)
     atomdiff.unload_atoms(tiny_pipe)
     return folder, prediction
+
+
+@pytest.fixture
+def reads(monkeypatch):
+    """Counts how often each concept file is read."""
+    return Reads(monkeypatch, "read_concept_file")
+
+
+@pytest.fixture
+def headers(monkeypatch):
+    """Counts how often each header is read."""
+    return Reads(monkeypatch, "read_header")
+
+
+@pytest.fixture
+def three(tmp_path):
+    """A folder with three concepts."""
+    for number, name in enumerate(("ant", "bee", "cat")):
+        write_concept(tmp_path, name, number, f"a photo of sks {name}")
+    return tmp_path

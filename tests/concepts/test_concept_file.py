@@ -19,7 +19,7 @@ from atomdiff.utils.untrusted import printable
 CONFIG = AtomConfig(channel_block=2, target_modules=["b", "a"])
 
 
-def make_delta(**fields):
+def make_concept(**fields):
     generator = torch.Generator().manual_seed(1)
 
     def numbers(*shape):
@@ -48,7 +48,7 @@ def make_delta(**fields):
 
 def write(path, metadata=None, tensors=None):
     """A valid file with other metadata or tensors (None: taken away)."""
-    write_concept_file(path, make_delta(), torch.float32)
+    write_concept_file(path, make_concept(), torch.float32)
     with safe_open(path, "pt") as file:
         all_metadata = {**file.metadata(), **(metadata or {})}
         all_tensors = {**{key: file.get_tensor(key) for key in file.keys()}, **(tensors or {})}  # noqa: SIM118
@@ -58,13 +58,13 @@ def write(path, metadata=None, tensors=None):
 
 
 def test_what_is_written_is_read(tmp_path):
-    delta = make_delta()
-    write_concept_file(tmp_path / "new folder" / "mug.atoms.safetensors", delta, torch.float32)
+    concept = make_concept()
+    write_concept_file(tmp_path / "new folder" / "mug.atoms.safetensors", concept, torch.float32)
     read = read_concept_file(tmp_path / "new folder" / "mug.atoms.safetensors")
     for name in ("fingerprint", "base_model", "trigger_phrase", "training", "modelspec", "atomdiff_version"):
-        assert getattr(read, name) == getattr(delta, name)
-    assert read.config.to_dict() == delta.config.to_dict()
-    for stored, given_tensors in ((read.layers, delta.layers), (read.tokens, delta.tokens)):
+        assert getattr(read, name) == getattr(concept, name)
+    assert read.config.to_dict() == concept.config.to_dict()
+    for stored, given_tensors in ((read.layers, concept.layers), (read.tokens, concept.tokens)):
         assert stored.keys() == given_tensors.keys()
         for key, tensors in given_tensors.items():
             assert stored[key].keys() == tensors.keys()
@@ -73,7 +73,7 @@ def test_what_is_written_is_read(tmp_path):
 
 def test_keys_and_metadata_are_the_documented_ones(tmp_path):
     path = tmp_path / "mug.atoms.safetensors"
-    write_concept_file(path, make_delta())
+    write_concept_file(path, make_concept())
     with safe_open(path, "pt") as file:
         keys, metadata = set(file.keys()), file.metadata()
         assert {file.get_tensor(key).dtype for key in keys} == {torch.float16}
@@ -103,7 +103,7 @@ def test_same_input_same_bytes(tmp_path):
     many = AtomConfig(channel_block=2)
     many.target_modules = {"b", "a"}  # as PEFT leaves a long list
     for name, config in (("a", CONFIG), ("b", many)):
-        write_concept_file(tmp_path / name, make_delta(config=config))
+        write_concept_file(tmp_path / name, make_concept(config=config))
     assert (tmp_path / "a").read_bytes() == (tmp_path / "b").read_bytes()
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a", "b"]
     metadata = (tmp_path / "a").read_bytes()[8:]
@@ -112,10 +112,10 @@ def test_same_input_same_bytes(tmp_path):
 
 @pytest.mark.parametrize("value", [float("nan"), float("inf"), 1e6])
 def test_what_the_file_cannot_hold_is_not_written(tmp_path, value):
-    delta = make_delta()
-    delta.layers["unet.mid.to_q"]["channel_delta"] = torch.full((4, 4), value)
+    concept = make_concept()
+    concept.layers["unet.mid.to_q"]["channel_delta"] = torch.full((4, 4), value)
     with pytest.raises(UserError, match="unet.mid.to_q.channel_delta as torch.float16.*float32"):
-        write_concept_file(tmp_path / "x", delta)
+        write_concept_file(tmp_path / "x", concept)
     assert not list(tmp_path.iterdir())
 
 
@@ -175,7 +175,7 @@ def test_wrong_tensors_are_named(tmp_path, tensors, message):
 @settings(max_examples=60, deadline=None)
 def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory, data):
     path = tmp_path_factory.mktemp("fuzz") / "x"
-    write_concept_file(path, make_delta())
+    write_concept_file(path, make_concept())
     whole = path.read_bytes()
     start = data.draw(st.integers(0, len(whole) - 1))
     if data.draw(st.booleans()):
@@ -185,17 +185,17 @@ def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory
         damaged = whole[:start] + noise + whole[start + len(noise) :]
     path.write_bytes(damaged)
     try:
-        delta = read_concept_file(path)
+        concept = read_concept_file(path)
     except UserError as error:
         assert "x" in str(error)
     else:
-        tensors = [tensor for kinds in [*delta.layers.values(), *delta.tokens.values()] for tensor in kinds.values()]
+        tensors = [tensor for kinds in [*concept.layers.values(), *concept.tokens.values()] for tensor in kinds.values()]
         assert all(torch.isfinite(tensor).all() for tensor in tensors)
 
 
 def test_the_header_is_read_alone(tmp_path):
     path = tmp_path / "mug.atoms.safetensors"
-    write_concept_file(path, make_delta())
+    write_concept_file(path, make_concept())
     metadata, dtypes = read_header(path)
     assert metadata["trigger_phrase"] == "a photo of sks mug"
     assert set(dtypes.values()) == {"F16"} and dtypes.keys() >= {"token.sks", "unet.mid.to_q.channel_delta"}
@@ -212,10 +212,10 @@ def test_the_header_is_read_alone(tmp_path):
 def test_what_could_not_be_read_again_is_not_written(tmp_path, monkeypatch):
     many = {f"word{i}": {"text_encoder": torch.zeros(5)} for i in range(65)}
     with pytest.raises(UserError, match=r"65 trigger words \(word0, word1, word10 and 62 more\); .* at most 64"):
-        write_concept_file(tmp_path / "x", make_delta(tokens=many))
+        write_concept_file(tmp_path / "x", make_concept(tokens=many))
     monkeypatch.setattr("atomdiff.concepts.concept_file.MAX_FILE_BYTES", 1000)
     with pytest.raises(UserError, match="the concept would take .* bytes, expected at most 1,000"):
-        write_concept_file(tmp_path / "x", make_delta())
+        write_concept_file(tmp_path / "x", make_concept())
     assert not list(tmp_path.iterdir())
 
 

@@ -107,7 +107,7 @@ def test_a_hub_that_is_not_there_is_said(hub_server, logged_in, concept, monkeyp
             atomdiff.push_to_hub(concept[0], "ada/mug")
     with monkeypatch.context() as patch:
         patch.setattr(constants, "HF_HUB_OFFLINE", True)
-        with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids to ask the Hub; unset it"):
+        with pytest.raises(UserError, match="HF_HUB_OFFLINE forbids access to the Hub; unset it"):
             atomdiff.push_to_hub(concept[0], "ada/mug")
 
 

@@ -30,8 +30,8 @@ def library(tiny_pipe, tmp_path):
     for number, name in enumerate(NAMES, start=1):
         layers, fingerprint = ({}, {}) if name == "dog" else (delta.layers, delta.fingerprint)
         tokens = {"sks": {"text_encoder": torch.full((32,), float(number))}}
-        held = ConceptFile(delta.config, layers, fingerprint, tokens, trigger_phrase=f"sks {name}")
-        write_concept_file(path.parent / f"{name}.atoms.safetensors", held)
+        contents = ConceptFile(delta.config, layers, fingerprint, tokens, trigger_phrase=f"sks {name}")
+        write_concept_file(path.parent / f"{name}.atoms.safetensors", contents)
     return ConceptLibrary(path.parent)
 
 
@@ -63,10 +63,10 @@ def embedding(pipe, word):
 def test_every_line_is_spelled_with_the_embedding_of_its_concept(tiny_pipe, lines, monkeypatch):
     monkeypatch.setattr(adapter_cache, "MAX_LOADED", 3)
     before = tiny_pipe.text_encoder.get_input_embeddings().weight.clone()
-    held = AdapterCache(tiny_pipe)
+    cache = AdapterCache(tiny_pipe)
     for batch in (("ant", "bee", ""), ("cat", "dog"), ("eel", "ant", "dog"), ("bee", "cat")):
-        with held.use([lines[name] for name in batch]):
-            spelled = {name: held.replace_trigger_words(lines[name], "sks") for name in batch}
+        with cache.use([lines[name] for name in batch]):
+            spelled = {name: cache.replace_trigger_words(lines[name], "sks") for name in batch}
             assert len(set(spelled.values())) == len(batch)
             for name, word in spelled.items():
                 assert word == "sks" if not name else embedding(tiny_pipe, word) == NAMES.index(name) + 1
@@ -77,9 +77,9 @@ def test_every_line_is_spelled_with_the_embedding_of_its_concept(tiny_pipe, line
 
 def test_those_used_last_stay(tiny_pipe, lines, loads, monkeypatch):
     monkeypatch.setattr(adapter_cache, "MAX_LOADED", 3)
-    held = AdapterCache(tiny_pipe)
+    cache = AdapterCache(tiny_pipe)
     for batch in ("ant", "bee", "cat", "ant", "eel", "ant", "cat", "bee"):  # eel puts bee out, bee eel
-        with held.use([lines[batch]]):
+        with cache.use([lines[batch]]):
             assert any(concept.name.startswith(batch) and concept.merged for concept in list_atoms(tiny_pipe))
         assert len(list_atoms(tiny_pipe)) <= 3
     assert loads == {"ant": 1, "bee": 2, "cat": 1, "eel": 1}
@@ -87,21 +87,21 @@ def test_those_used_last_stay(tiny_pipe, lines, loads, monkeypatch):
 
 def test_what_a_batch_needs_stays_and_what_it_does_not_makes_room(tiny_pipe, lines, loads, monkeypatch):
     monkeypatch.setattr(adapter_cache, "MAX_LOADED", 2)
-    held = AdapterCache(tiny_pipe)
+    cache = AdapterCache(tiny_pipe)
     for batch in (("ant", "bee"), ("ant", "cat"), ("eel", "cat", "ant")):
-        with held.use([lines[name] for name in batch]):
+        with cache.use([lines[name] for name in batch]):
             assert {concept.name.partition("-")[0] for concept in list_atoms(tiny_pipe)} == set(batch)
     assert max(loads.values()) == 1
 
 
 def test_weights_are_written_once_for_batches_alike(tiny_pipe, lines, monkeypatch):
     written, write = [], adapter_cache.set_active
-    monkeypatch.setattr(adapter_cache, "set_active", lambda pipe, row: written.append(list(row)) or write(pipe, row))
+    monkeypatch.setattr(adapter_cache, "set_active", lambda pipe, used: written.append(list(used)) or write(pipe, used))
     base = tiny_pipe.unet.conv_in.weight.clone()
-    held = AdapterCache(tiny_pipe)
+    cache = AdapterCache(tiny_pipe)
     batches = [("ant", "ant"), ("ant",), ("", "ant"), ("ant",), ("",), ("ant",), ("ant", "bee"), ("ant",), ("ant",)]
     for batch in batches:
-        with held.use([lines[name] for name in batch]):
+        with cache.use([lines[name] for name in batch]):
             changed = not torch.equal(tiny_pipe.unet.conv_in.base_layer.weight, base)
             assert changed == (batch[:1] == ("ant",) and batch[-1:] == ("ant",)) or len(set(batch)) > 1
     assert written == [["ant-1"], [], ["ant-1"], ["ant-1"]]  # a load restores the weights

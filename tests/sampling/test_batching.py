@@ -5,14 +5,15 @@ from pathlib import Path
 import pytest
 
 from atomdiff.pipelines.adapter_weight import AdapterWeight
-from atomdiff.sampling.batching import make_batches, shard, sort_by_concepts
+from atomdiff.sampling.batching import Sample, make_batches, shard, sort_by_concepts
 from atomdiff.sampling.concept_source import ConceptSource
 from atomdiff.sampling.prompt_requests import PromptRequest
 
 
 def plain(kind, number, mixes=True):
-    """An item of a kind such as "ab": it uses the concepts a and b."""
-    return f"{kind}{number}", PromptRequest("", "", tuple((CONCEPTS[name, mixes], AdapterWeight()) for name in kind))
+    """A sample of a kind such as "ab": it uses the concepts a and b."""
+    request = PromptRequest("", "", tuple((CONCEPTS[name, mixes], AdapterWeight()) for name in kind))
+    return Sample(f"{kind}{number}", request)
 
 
 CONCEPTS = {
@@ -22,25 +23,21 @@ CONCEPTS = {
 }
 
 
-def request_of(item):
-    return item[1]
-
-
 def names(batches):
     return [[name for name, _ in batch] for batch in batches]
 
 
 def test_items_alike_share_batches_and_what_is_left_is_mixed():
     kinds = ["a", "b", "", "a", "ab", "a", "", "a", "c", "", "a"]
-    items = sort_by_concepts([plain(kind, number) for number, kind in enumerate(kinds)], request_of)
-    assert [name for name, _ in items] == ["2", "6", "9", "a0", "a3", "a5", "a7", "a10", "ab4", "b1", "c8"]
-    assert names(make_batches(items, request_of, 3)) == [
+    samples = sort_by_concepts([plain(kind, number) for number, kind in enumerate(kinds)])
+    assert [name for name, _ in samples] == ["2", "6", "9", "a0", "a3", "a5", "a7", "a10", "ab4", "b1", "c8"]
+    assert names(make_batches(samples, 3)) == [
         ["2", "6", "9"],
         ["a0", "a3", "a5"],
         ["a7", "a10", "ab4"],
         ["b1", "c8"],
     ]
-    assert names(make_batches(items, request_of, 2)) == [
+    assert names(make_batches(samples, 2)) == [
         ["2", "6"],
         ["a0", "a3"],
         ["a5", "a7"],
@@ -48,28 +45,28 @@ def test_items_alike_share_batches_and_what_is_left_is_mixed():
         ["ab4", "b1"],
         ["c8"],
     ]
-    assert make_batches([], request_of, 2) == []
+    assert make_batches([], 2) == []
 
 
 def test_other_weights_are_another_kind():
     lines = [PromptRequest("", "", ((CONCEPTS["a", True], AdapterWeight(weight)),)) for weight in (1.0, 0.5, 1.0, 0.5)]
-    items = sort_by_concepts(list(zip("abcd", lines, strict=True)), request_of)
-    assert names(make_batches(items, request_of, 2)) == [["a", "c"], ["b", "d"]]
+    samples = sort_by_concepts([Sample(*each) for each in zip("abcd", lines, strict=True)])
+    assert names(make_batches(samples, 2)) == [["a", "c"], ["b", "d"]]
 
 
 def test_a_job_of_one_kind_stays_in_its_order():
-    items = [plain("a", number) for number in (3, 1, 2, 0, 4)]
-    assert sort_by_concepts(items, request_of) == items
-    assert names(make_batches(items, request_of, 2)) == [["a3", "a1"], ["a2", "a0"], ["a4"]]
+    samples = [plain("a", number) for number in (3, 1, 2, 0, 4)]
+    assert sort_by_concepts(samples) == samples
+    assert names(make_batches(samples, 2)) == [["a3", "a1"], ["a2", "a0"], ["a4"]]
 
 
 def test_other_methods_are_never_mixed():
-    items = [plain("a", 0, False), plain("a", 1, False), plain("a", 2, False), plain("b", 3, False), plain("c", 4)]
-    assert names(make_batches(items, request_of, 2)) == [["a0", "a1"], ["a2"], ["b3"], ["c4"]]
+    samples = [plain("a", 0, False), plain("a", 1, False), plain("a", 2, False), plain("b", 3, False), plain("c", 4)]
+    assert names(make_batches(samples, 2)) == [["a0", "a1"], ["a2"], ["b3"], ["c4"]]
 
 
 @pytest.mark.parametrize("processes", [1, 2, 3, 7])
 def test_processes_share_all_items_evenly(processes):
     shares = [shard(list(range(5)), process, processes) for process in range(processes)]
-    assert [item for share in shares for item in share] == list(range(5))
+    assert [each for share in shares for each in share] == list(range(5))
     assert max(map(len, shares)) - min(map(len, shares)) <= 1

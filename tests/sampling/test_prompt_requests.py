@@ -34,8 +34,8 @@ def library(tmp_path):
     return ConceptLibrary(tmp_path)
 
 
-def worn(line):
-    return [(concept.name, strength.weight) for concept, strength in line.concepts]
+def used(line):
+    return [(concept.name, weight.weight) for concept, weight in line.concepts]
 
 
 def test_lines_use_what_their_tags_name_and_what_all_use(library, tmp_path):
@@ -48,9 +48,9 @@ def test_lines_use_what_their_tags_name_and_what_all_use(library, tmp_path):
         "sks ant",
         "sks bee",
     ]
-    assert worn(lines[0]) == [("cat", 0.5)]
-    assert worn(lines[1]) == [("cat", 0.5), ("ant", 0.7)]
-    assert worn(lines[2]) == [("cat", 0), ("style", 1), ("pets/bee", 1)]
+    assert used(lines[0]) == [("cat", 0.5)]
+    assert used(lines[1]) == [("cat", 0.5), ("ant", 0.7)]
+    assert used(lines[2]) == [("cat", 0), ("style", 1), ("pets/bee", 1)]
     assert json.loads(lines[2].concepts_json)[2] == {
         "file": "pets/bee.atoms.safetensors",
         "sha256": hash_file(tmp_path / "pets" / "bee.atoms.safetensors"),
@@ -133,10 +133,10 @@ def test_a_given_concept_may_be_on_the_hub(tmp_path, monkeypatch):
 
 def test_a_concept_that_no_word_calls_is_reported_once(tiny_pipe, library, user_warnings):
     prompts = ["a bee <atoms:bee>", "bees <atoms:bee>", "a <atoms:ant:0>", "sks ant <atoms:ant>", "b <atoms:style>"]
-    with warnings.catch_warnings(record=True) as told:
+    with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
         warn_about_prompts(tiny_pipe, read_requests(prompts, library=library))
-    (warning,) = user_warnings(told)
+    (warning,) = user_warnings(caught)
     assert "'a bee <atoms:bee>' uses 'bee' without its trigger phrase 'sks bee'" in str(warning.message)
 
 

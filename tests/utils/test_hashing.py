@@ -1,6 +1,8 @@
+import os
+
 import torch
 
-from atomdiff.utils.hashing import hash_model, hash_tensors, hash_values, quick_hash
+from atomdiff.utils.hashing import hash_file, hash_listing, hash_model, hash_tensors, hash_values, quick_hash
 
 
 def test_keys_tell_all_contents_apart():
@@ -53,3 +55,18 @@ def test_a_models_key_follows_its_weights_config_and_type(tiny_pipe):
     keys.append(hash_model(vae))
     keys.append(hash_model(vae.to(torch.bfloat16)))
     assert len(set(keys)) == 5
+
+
+def test_hashes_follow_content_and_listing(tmp_path):
+    (tmp_path / "inner").mkdir()
+    file = tmp_path / "inner" / "file"
+    file.write_bytes(b"12")
+    os.utime(file, ns=(0, 10**18))
+    folder, alone, listing = hash_file(tmp_path), hash_file(file), hash_listing(tmp_path)
+    os.utime(file, ns=(0, 2 * 10**18))
+    assert (hash_file(tmp_path), hash_file(file)) == (folder, alone)
+    assert hash_listing(tmp_path) != listing
+    file.write_bytes(b"34")
+    os.utime(file, ns=(0, 10**18))
+    assert hash_file(tmp_path) != folder and hash_file(file) != alone
+    assert hash_listing(tmp_path) == listing
