@@ -6,8 +6,8 @@ from pathlib import Path
 from diffusers import StableDiffusionPipeline
 
 import atomdiff
-from atomdiff.export.lora import export_lora
 from atomdiff.export.diff import export_diff
+from atomdiff.export.lora import export_lora
 
 parser = argparse.ArgumentParser(description=__doc__)
 parser.add_argument("base", help="folder or Hub id of a Stable Diffusion 1.x or 2.x")

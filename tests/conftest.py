@@ -19,7 +19,6 @@ from tests.tiny_models import fresh_copy, make_pipe, make_xl_pipe
 
 transformers_logging.disable_progress_bar()
 
-pytest.register_assert_rewrite("fake_hub", "lora_files", "random_adapters", "sampling_jobs")
 
 # The tensors are small: threads only wait for each other, and on a busy machine much longer than they work.
 torch.set_num_threads(1)
@@ -95,7 +94,7 @@ def small_files() -> Callable[[int], AbstractContextManager[None]]:
 @pytest.fixture
 def hub_server(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A stand-in for the Hub, which the Hub's client speaks to, with nobody logged in."""
-    from fake_hub import running_hub
+    from tests.fake_hub import running_hub
 
     with running_hub(monkeypatch, tmp_path / "hf") as server:
         yield server

@@ -92,13 +92,13 @@ def write_file(
         )
     if tensors:
         tensors = {**tensors, **zero_layers(pipe, tensors, float(rank or 1))}
-        save_tensors(path, tensors, _metadata(pipe, path.stem, trigger_phrase, rank))
+        save_tensors(path, tensors, file_metadata(pipe, path.stem, trigger_phrase, rank))
     files = save_embeddings(path.parent, f"{path.stem}-", embeddings, dtype)
     unread = _unread_by([layer.name for layer in layers], is_lora=rank is not None)
     return ExportReport(path, tuple(layers), files, tuple(biases_left_out), unread)
 
 
-def _metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> dict[str, str]:
+def file_metadata(pipe: Any, title: str, trigger_phrase: str, rank: int | None) -> dict[str, str]:
     """Return the `ss_` fields that other programs look at, and those of `model_spec`."""
     spec = model_spec(pipe, title, trigger_phrase)
     architecture = spec["architecture"].removesuffix("/atoms")

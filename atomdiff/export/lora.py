@@ -63,9 +63,7 @@ def export_lora(
         tensors[f"{name}.lora_up.weight"] = up.reshape(*up.shape, *[1] * (weight.ndim - 2))
         tensors[f"{name}.lora_down.weight"] = down.reshape(-1, *weight.shape[1:])
         tensors[f"{name}.alpha"] = torch.tensor(float(rank))  # diffusers mistakes alphas that differ between layers
-        layers.append(
-            ExportedLayer(name, tuple(weight.shape), len(down), float(weight.norm()), float(missed.norm()))
-        )
+        layers.append(ExportedLayer(name, tuple(weight.shape), len(down), float(weight.norm()), float(missed.norm())))
     return write_file(
         pipe, path, tensors, layers, dtype=dtype, trigger_phrase=trigger_phrase, rank=rank, biases_left_out=biases
     )

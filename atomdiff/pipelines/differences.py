@@ -97,9 +97,7 @@ def _outer_layers(model: nn.Module) -> dict[str, Any]:
 
 
 @torch.no_grad()
-def _merge(
-    name: str, layer: Any, dtype: torch.dtype | None = None
-) -> tuple[dict[str, Tensor], nn.Module]:
+def _merge(name: str, layer: Any, dtype: torch.dtype | None = None) -> tuple[dict[str, Tensor], nn.Module]:
     """Merge the active adapters into a copied layer, which shares memory with the original until then.
 
     Returns:

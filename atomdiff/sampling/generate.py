@@ -42,7 +42,7 @@ def generate(
         UserError: as for `generate_each`, or the base's safety checker blacked an image out.
     """
     generated = generate_each(pipe, prompts, seeds, batch_size, **settings)
-    images = []
+    images: list[Image.Image] = []
     for image in ProgressBar(generated, "images", len(prompts), unit="images", disable=not progress):
         if image is None:
             blacked_out = describe_blacked_out([(prompts[len(images)], seeds[len(images)])])

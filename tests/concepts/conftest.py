@@ -2,10 +2,11 @@
 
 import pytest
 import torch
-from library_files import Reads, write_concept
-from random_adapters import add_random_adapter, predict
 
 import atomdiff
+from tests.concepts.library_files import Reads, write_concept
+from tests.export.helpers import add_random_adapter
+from tests.helpers import predict
 
 
 @pytest.fixture
@@ -16,7 +17,7 @@ def concept(tiny_pipe, tmp_path):
     file = tmp_path / "run" / "my mug.v2.atoms.safetensors"
     options = {"trigger_phrase": "sks mug", "training": training, "base_model": "someone/stable-diffusion"}
     atomdiff.save_atoms(tiny_pipe, file, dtype=torch.float32, **options)
-    prediction = predict(tiny_pipe)
+    prediction = predict(tiny_pipe, "a photo of sks mug")
     atomdiff.unload_atoms(tiny_pipe)
     return file, prediction
 
@@ -26,7 +27,7 @@ def lora(tiny_pipe, tmp_path):
     """The folder of a LoRA in UNet and text encoder with a trigger word, and what the UNet predicts with it."""
     add_random_adapter(tiny_pipe, "lora", word="sks")
     folder = atomdiff.save_atoms(tiny_pipe, tmp_path / "lora")
-    prediction = predict(tiny_pipe)
+    prediction = predict(tiny_pipe, "a photo of sks mug")
     atomdiff.unload_atoms(tiny_pipe)
     return folder, prediction
 

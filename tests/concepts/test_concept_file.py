@@ -189,7 +189,9 @@ def test_damaged_files_give_one_clear_error_or_the_same_numbers(tmp_path_factory
     except UserError as error:
         assert "x" in str(error)
     else:
-        tensors = [tensor for kinds in [*concept.layers.values(), *concept.tokens.values()] for tensor in kinds.values()]
+        tensors = [
+            tensor for kinds in [*concept.layers.values(), *concept.tokens.values()] for tensor in kinds.values()
+        ]
         assert all(torch.isfinite(tensor).all() for tensor in tensors)
 
 

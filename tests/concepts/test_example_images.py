@@ -4,13 +4,13 @@ import json
 import re
 
 import pytest
-from fake_hub import card_of
 from PIL import Image, PngImagePlugin
 
 from atomdiff.concepts.push import write_repository
 from atomdiff.sampling.output_files import SampleFile, write_overview
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
+from tests.fake_hub import card_of
 
 
 def save_samples_of(folder, concept, prompts):

@@ -7,12 +7,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from fake_hub import point_client_at
 from huggingface_hub import constants
-from random_adapters import predict
 
 import atomdiff
 from atomdiff.utils.errors import UserError
+from tests.fake_hub import point_client_at
+from tests.helpers import predict
 
 
 def test_a_word_alone_is_a_concept(hub_server, logged_in, lora, tiny_pipe):
@@ -44,11 +44,13 @@ def test_one_of_several_is_chosen_by_name_folder_and_revision(hub_server, concep
     assert len(list(Path(constants.HF_HUB_CACHE).rglob("*.atoms.safetensors"))) == 3
 
 
-def test_a_folder_on_this_disk_is_chosen_from_in_the_same_way_and_goes_first(hub_server, concept, tiny_pipe, monkeypatch):
+def test_a_folder_on_this_disk_is_chosen_from_in_the_same_way_and_goes_first(
+    hub_server, concept, tiny_pipe, monkeypatch
+):
     file, prediction = concept
     monkeypatch.chdir(file.parent.parent)
     assert atomdiff.load_atoms(tiny_pipe, "run") == "my_mug"
-    assert torch.equal(predict(tiny_pipe), prediction)
+    assert torch.equal(predict(tiny_pipe, "a photo of sks mug"), prediction)
     atomdiff.unload_atoms(tiny_pipe)
     Path("ada/mug").mkdir(parents=True)
     (Path("ada/mug") / "one.atoms.safetensors").write_bytes(file.read_bytes())
@@ -117,7 +119,7 @@ def test_a_download_serves_when_the_hub_does_not(hub_server, concept, tiny_pipe,
                 atomdiff.unload_atoms(tiny_pipe)
                 local = {"local_files_only": way == "not asked", "cache_dir": tmp_path / "kept"}
                 assert atomdiff.load_atoms(tiny_pipe, "ada/mug", **local, **choice) == "mug"
-                assert torch.equal(predict(tiny_pipe), prediction)
+                assert torch.equal(predict(tiny_pipe, "a photo of sks mug"), prediction)
             with pytest.raises(UserError, match="does not answer"):
                 atomdiff.load_atoms(tiny_pipe, "ada/other", local_files_only=way == "not asked")
     assert not any(path.startswith("GET /ada") for path in hub_server.asked[asked:])

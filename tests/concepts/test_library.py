@@ -4,11 +4,11 @@ import os
 
 import pytest
 import torch
-from library_files import number_in, write_concept
 
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.utils.errors import UserError
+from tests.concepts.library_files import number_in, write_concept
 
 
 def test_a_concept_is_read_on_first_use_and_kept(three, reads):

@@ -9,7 +9,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from library_files import Reads, number_in, rewrite_header, rewrite_metadata, write_concept
 from safetensors.torch import save_file
 
 import atomdiff
@@ -19,6 +18,7 @@ from atomdiff.sampling.adapter_cache import AdapterCache
 from atomdiff.sampling.prompt_requests import read_requests
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import MAX_HEADER_BYTES
+from tests.concepts.library_files import Reads, number_in, rewrite_header, rewrite_metadata, write_concept
 
 
 def test_names_are_paths_without_the_ending_and_other_files_are_left_out(tmp_path):

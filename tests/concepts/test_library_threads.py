@@ -7,10 +7,10 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import pytest
-from library_files import SECONDS, number_in, write_concept
 
 from atomdiff.concepts.library import ConceptLibrary, _memory
 from atomdiff.utils.errors import UserError
+from tests.concepts.library_files import SECONDS, number_in, write_concept
 
 
 def in_threads(count, work):

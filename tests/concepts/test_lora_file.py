@@ -5,9 +5,7 @@ import json
 
 import pytest
 import torch
-from lora_files import assert_loads, lora, rand, write_lora
 from peft import LoraConfig, get_peft_model_state_dict
-from random_adapters import assert_unchanged, bits
 from safetensors.torch import load_file, save_file
 
 import atomdiff
@@ -23,6 +21,8 @@ from atomdiff.sampling.concept_source import open_source
 from atomdiff.sampling.prompt_requests import read_requests
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from tests.concepts.lora_files import assert_loads, lora, rand, write_lora
+from tests.helpers import assert_unchanged, snapshot
 
 
 def diffusers_path(pipe, component, module):
@@ -104,12 +104,12 @@ def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
     concept = atomdiff.save_atoms(tiny_pipe, tmp_path / "cat.atoms.safetensors", "made")
     atomdiff.unload_atoms(tiny_pipe)
     path = tmp_path / "old mug.safetensors"
-    module, before = "down_blocks.0.resnets.0.conv1", bits(tiny_pipe)
+    module = "down_blocks.0.resnets.0.conv1"
+    base = tiny_pipe.unet.get_submodule(module).weight.detach().clone()
     expected = write_lora(tiny_pipe, path, lora)["unet", module]
 
     assert (atomdiff.load_atoms(tiny_pipe, concept), atomdiff.load_atoms(tiny_pipe, path)) == ("cat", "old_mug")
     atomdiff.set_active(tiny_pipe, {"cat": 1, "old_mug": 0.5})
-    base = before[f"unet.{module}.weight"]
     found = tiny_pipe.unet.get_submodule(module).get_base_layer().weight
     assert (found - base - 0.5 * (expected - base)).abs().max() < 2e-6
     with pytest.raises(UserError, match="'old_mug' is a LORA adapter: only concepts of atoms mix"):
@@ -165,10 +165,10 @@ OTHERS = {
 def test_what_cannot_be_loaded_is_told_by_what_it_is(tiny_pipe, tmp_path, case):
     shapes, message = OTHERS[case]
     save_file({key: torch.zeros(shape) for key, shape in shapes.items()}, tmp_path / "x.safetensors")
-    before = bits(tiny_pipe)
+    before = snapshot(tiny_pipe)
     with pytest.raises(UserError, match=message):
         atomdiff.load_atoms(tiny_pipe, tmp_path / "x.safetensors")
-    assert bits(tiny_pipe).keys() == before.keys()
+    assert_unchanged(tiny_pipe, before)
 
 
 def test_the_weights_of_a_peft_folder_stand_for_the_folder(tiny_pipe, tmp_path):
@@ -191,7 +191,7 @@ def test_files_that_may_run_code_are_not_opened(tiny_pipe, tmp_path, name):
 
 def test_what_peft_cannot_merge_is_refused_and_the_pipeline_restored(tiny_pipe, tmp_path):
     """A LoRA with biases of its own on layers that have none."""
-    before = bits(tiny_pipe)
+    before = snapshot(tiny_pipe)
     tiny_pipe.unet.add_adapter(LoraConfig(r=2, target_modules=["to_out.0", "to_q"], lora_bias=True), "mug")
     atomdiff.save_atoms(tiny_pipe, tmp_path / "mug", "mug")
     atomdiff.unload_atoms(tiny_pipe)

@@ -4,13 +4,13 @@ import copy
 
 import pytest
 import torch
-from lora_files import FORMS, assert_loads, diff, loha, rand, write_lora
 from peft import LoraConfig, get_peft_model_state_dict
-from random_adapters import assert_unchanged, bits
 from safetensors.torch import load_file, save_file
 
 import atomdiff
 from atomdiff.export.kohya import layer_name
+from tests.concepts.lora_files import FORMS, assert_loads, diff, loha, rand, write_lora
+from tests.helpers import assert_unchanged, snapshot
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -34,7 +34,7 @@ def test_a_dora_loads_as_diffusers_and_peft_load_it(tiny_pipe, tmp_path, targets
         tiny_pipe.save_lora_weights(
             tmp_path, get_peft_model_state_dict(tuned.unet), unet_lora_adapter_metadata=config.to_dict()
         )
-        before = bits(tiny_pipe)
+        before = snapshot(tiny_pipe)
         atomdiff.load_atoms(tiny_pipe, tmp_path, "mug")
         assert (tiny_pipe.unet(x, 5, e).sample - expected).abs().max() < 1e-5
         atomdiff.set_active(tiny_pipe, "mug")  # a second one is worked out on the base, not on what is merged

@@ -5,11 +5,12 @@ import re
 from pathlib import Path
 
 import torch
-from fake_hub import card_of
-from random_adapters import predict
 
+import atomdiff
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.push import write_repository
+from tests.fake_hub import card_of
+from tests.helpers import predict
 
 
 def test_the_card_says_what_it_is_and_how_to_load_it(concept, tmp_path):

@@ -29,6 +29,6 @@ def test_architectures_have_the_names_that_other_programs_know(kind, width, pred
     assert fields["architecture"] == f"{architecture}/atoms"
     assert fields["prediction_type"] == ("v" if predicts == "v_prediction" else predicts)
     assert fields["resolution"] == "512x512"
-    exported = kohya.metadata(pipe, "teapot", "", 4)
+    exported = kohya.file_metadata(pipe, "teapot", "", 4)
     assert exported["ss_base_model_version"] == version and exported["ss_v2"] == second
     assert exported["modelspec.architecture"] == f"{architecture}/lora"

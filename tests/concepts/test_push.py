@@ -2,28 +2,28 @@
 
 import pytest
 import torch
-from fake_hub import card_of, point_client_at
 from huggingface_hub import constants
-from random_adapters import predict
 
 import atomdiff
 from atomdiff.concepts.push import write_repository
 from atomdiff.utils.errors import UserError
+from tests.fake_hub import card_of, point_client_at
+from tests.helpers import predict
 
 
 def test_what_is_pushed_is_loaded(hub_server, logged_in, concept, tiny_pipe, tmp_path):
     file, prediction = concept
-    base = predict(tiny_pipe)
+    base = predict(tiny_pipe, "a photo of sks mug")
     assert atomdiff.push_to_hub(file, "ada/mug") == f"{hub_server.url}/ada/mug"
     assert hub_server.files("ada/mug").keys() == {"README.md", "my mug.v2.atoms.safetensors"}
     assert [summary for _, summary, _ in hub_server.repositories["ada/mug"]["commits"]][1:] == [
         "Upload a concept of atomdiff"
     ]
     assert atomdiff.load_atoms(tiny_pipe, "ada/mug") == "my_mug"
-    assert torch.equal(predict(tiny_pipe), prediction) and not torch.equal(prediction, base)
+    assert torch.equal(predict(tiny_pipe, "a photo of sks mug"), prediction) and not torch.equal(prediction, base)
     atomdiff.unload_atoms(tiny_pipe)
     assert atomdiff.load_atoms(tiny_pipe, "ada/mug", "again", weight_name=file.name) == "again"
-    assert torch.equal(predict(tiny_pipe), prediction)
+    assert torch.equal(predict(tiny_pipe, "a photo of sks mug"), prediction)
 
 
 def test_a_peft_adapter_is_pushed_and_loaded_with_its_word_and_all_components(hub_server, logged_in, lora, tiny_pipe):
@@ -37,7 +37,7 @@ def test_a_peft_adapter_is_pushed_and_loaded_with_its_word_and_all_components(hu
     assert data["base_model"] == "someone/stable-diffusion" and data["instance_prompt"] == "sks cup"
     assert 'load_atoms(pipe, "ada/mug.lora")' in text and "LORA" in text
     assert atomdiff.load_atoms(tiny_pipe, "ada/mug.lora") == "mug"
-    torch.testing.assert_close(predict(tiny_pipe), prediction, atol=1e-6, rtol=0)
+    torch.testing.assert_close(predict(tiny_pipe, "a photo of sks mug"), prediction, atol=1e-6, rtol=0)
     assert set(atomdiff.list_atoms(tiny_pipe)[0].layers) == {"unet", "text_encoder"}
 
 

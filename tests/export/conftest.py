@@ -5,10 +5,10 @@ import copy
 import pytest
 import torch
 from diffusers import DDIMScheduler, StableDiffusionXLPipeline, UNet2DConditionModel
-from random_adapters import add_random_adapter, copy_of
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTextModelWithProjection
 
 import atomdiff
+from tests.export.helpers import add_random_adapter, copy_of
 
 
 @pytest.fixture(scope="session")

@@ -4,7 +4,6 @@ import json
 
 import pytest
 import torch
-from random_adapters import add_random_adapter, assert_unchanged, bits, copy_of
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -15,12 +14,14 @@ from atomdiff.export.lora import export_lora
 from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from tests.export.helpers import add_random_adapter, copy_of
+from tests.helpers import assert_unchanged, snapshot
 
 
 def test_a_difference_is_the_whole_difference(pipe_template, tmp_path):
     pipe = copy_of(pipe_template)
     add_random_adapter(pipe, "ia3")
-    before = bits(pipe)
+    before = snapshot(pipe)
     report = export_diff(pipe, tmp_path / "x.safetensors", dtype=torch.float32, trigger_phrase="ohwx mug")
     assert_unchanged(pipe, before)
     atomdiff.merge(pipe)
@@ -36,8 +37,10 @@ def test_a_difference_is_the_whole_difference(pipe_template, tmp_path):
     assert not file and report.error < 1e-6
     with safe_open(report.path, "pt") as opened:
         metadata = opened.metadata()
-    assert metadata["ss_network_module"] == "lycoris.kohya" and json.loads(metadata["ss_network_args"]) == {"algo": "full"}
-    assert metadata["modelspec.architecture"] == "stable-diffusion/lora" and facts["modelspec.title"] == "x"
+    assert metadata["ss_network_module"] == "lycoris.kohya" and json.loads(metadata["ss_network_args"]) == {
+        "algo": "full"
+    }
+    assert metadata["modelspec.architecture"] == "stable-diffusion/lora" and metadata["modelspec.title"] == "x"
     assert metadata["modelspec.trigger_phrase"] == "ohwx mug"
 
 
@@ -49,7 +52,7 @@ def test_half_precision_bases_are_exported_as_exactly_as_others(pipe_template, t
     files = []
     for each in (pipe, wide):
         add_random_adapter(each)
-        before = bits(each)
+        before = snapshot(each)
         files.append(load_file(export_diff(each, tmp_path / "x.safetensors", dtype=torch.float32).path))
         assert_unchanged(each, before)
     for key, value in files[1].items():
@@ -63,8 +66,7 @@ def test_weights_and_merging_and_what_is_active_count(pipe_template, tmp_path):
     pipe.set_adapters(["one", "two"], [0.5, -0.25])
     atomdiff.merge(pipe)
     file = load_file(export_diff(pipe, tmp_path / "x.safetensors", dtype=torch.float32).path)
-    assert not any(concept.merged for concept in atomdiff.list_atoms(pipe))
-    atomdiff.merge(pipe)
+    assert all(concept.merged for concept in atomdiff.list_atoms(pipe))  # as they were
     change = pipe.unet.conv_in.base_layer.weight - pipe_template.unet.conv_in.weight
     torch.testing.assert_close(file["lora_unet_conv_in.diff"], change, atol=1e-6, rtol=0)
     atomdiff.restore(pipe)

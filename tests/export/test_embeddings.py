@@ -5,7 +5,6 @@ from dataclasses import replace
 from pathlib import Path
 
 import torch
-from random_adapters import add_random_adapter, copy_of, generate_latents, load_textual_inversion
 from safetensors.torch import load_file
 
 import atomdiff
@@ -14,9 +13,15 @@ from atomdiff.export.lora import export_lora
 from atomdiff.export.report import describe_export
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_tokens, set_token_embedding, tokens_in
+from tests.export.helpers import add_random_adapter, copy_of, generate_latents, load_textual_inversion
 
 
-ENCODERS = ("text_encoder", "text_encoder_2")
+def add_tokens(pipe, tokens):
+    """Add placeholder tokens whose embeddings are 0, 1, 2, ... in all places."""
+    sizes = {part: model.config.hidden_size for part, model in pipeline_models(pipe).items() if "text_encoder" in part}
+    add_placeholder_tokens(pipe, tokens)
+    for number, token in enumerate(tokens):
+        set_token_embedding(pipe, token, {part: torch.full((n,), float(number)) for part, n in sizes.items()})
 
 
 def test_words_are_files_beside(pipe_template, sdxl_template, tmp_path):

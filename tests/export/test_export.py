@@ -6,7 +6,6 @@ from dataclasses import replace
 import pytest
 import torch
 from diffusers import DDIMScheduler, DiffusionPipeline, StableDiffusionPipeline
-from random_adapters import add_random_adapter, copy_of, generate_latents
 from safetensors import safe_open
 from safetensors.torch import load_file
 
@@ -20,6 +19,7 @@ from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
+from tests.export.helpers import add_random_adapter, copy_of, generate_latents
 
 
 @pytest.fixture
@@ -128,8 +128,9 @@ def test_mistakes_in_a_config_are_reported(make_config, fields, message):
 
 
 def test_a_missing_base_or_concept_is_reported(concepts, make_config, tmp_path):
+    (tmp_path / "empty").mkdir()
     with pytest.raises(UserError, match="cannot be loaded"):
-        export_concepts(replace(make_config(concepts, "lora"), pretrained_model_name_or_path=str(tmp_path)))
+        export_concepts(replace(make_config(concepts, "lora"), pretrained_model_name_or_path=str(tmp_path / "empty")))
     with pytest.raises(UserError, match="there is no file or directory 'none'"):
         export_concepts(make_config(["none"], "lora"))
 
@@ -222,6 +223,8 @@ def test_a_lora_of_another_program_is_exported_as_it_generates(tiny_pipe, make_c
 
 def test_concepts_on_the_hub_are_exported(hub_server, concepts, make_config):
     hub_server.put("ada/mug", {"mug.atoms.safetensors": concepts[0]})
-    found, expected = (load_file(export_concepts(make_config([each], "diff")).path) for each in ("ada/mug", concepts[0]))
+    found, expected = (
+        load_file(export_concepts(make_config([each], "diff")).path) for each in ("ada/mug", concepts[0])
+    )
     assert found and found.keys() == expected.keys()
     assert all(torch.equal(found[key], expected[key]) for key in found)

@@ -9,7 +9,6 @@ from diffusers.loaders.lora_conversion_utils import (
     _maybe_map_sgm_blocks_to_diffusers,
 )
 from peft import LoraConfig
-from random_adapters import copy_of, generate_latents
 from safetensors.torch import load_file
 
 from atomdiff.bases.architectures import open_architecture
@@ -19,6 +18,7 @@ from atomdiff.export.lora import export_lora
 from atomdiff.export.report import describe_export
 from atomdiff.tuner.model import supported_modules
 from atomdiff.utils.errors import UserError
+from tests.export.helpers import copy_of, generate_latents
 
 
 def invokeai_width(file):
@@ -63,7 +63,9 @@ def test_the_base_of_every_file_is_known_by_its_cross_attention(pipe_template, s
         if form is export_lora and kind == "sd":  # and diffusers loads it all the same
             other = copy_of(template)
             other.load_lora_weights(str(report.path))
-            torch.testing.assert_close(generate_latents(other, "a mug"), generate_latents(pipe, "a mug"), atol=1e-3, rtol=0)
+            torch.testing.assert_close(
+                generate_latents(other, "a mug"), generate_latents(pipe, "a mug"), atol=1e-3, rtol=0
+            )
 
 
 @pytest.mark.parametrize("form", [export_diff, export_lora])

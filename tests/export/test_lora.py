@@ -4,7 +4,6 @@ import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from random_adapters import add_random_adapter, assert_unchanged, bits, copy_of, generate_latents, load_textual_inversion
 from safetensors.torch import load_file
 from torch import nn
 
@@ -14,6 +13,8 @@ from atomdiff.export.report import describe_export
 from atomdiff.pipelines.differences import layer_differences
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
+from tests.export.helpers import add_random_adapter, copy_of, generate_latents, load_textual_inversion
+from tests.helpers import assert_unchanged, snapshot
 
 
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
@@ -21,7 +22,7 @@ def test_a_lora_of_full_rank_gives_the_same_images_in_diffusers(pipe_template, s
     template = {"sd": pipe_template, "sdxl": sdxl_template}[kind]
     pipe = copy_of(template)
     add_random_adapter(pipe, "atoms", word="ohwx", size=0.02)
-    expected, before = generate_latents(pipe), bits(pipe)
+    expected, before = generate_latents(pipe), snapshot(pipe)
     report = export_lora(pipe, tmp_path / "mug.safetensors", 1000, dtype=torch.float32)
     assert_unchanged(pipe, before)
     assert report.error < 1e-5 and report.path == tmp_path / "mug.safetensors"

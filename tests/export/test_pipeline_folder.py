@@ -3,7 +3,7 @@
 import pytest
 import torch
 from diffusers import DiffusionPipeline, StableDiffusionPipeline
-from random_adapters import METHODS, add_random_adapter, assert_unchanged, bits, copy_of, generate_latents
+from peft.tuners.tuners_utils import BaseTunerLayer
 
 import atomdiff
 from atomdiff.export.diff import export_diff
@@ -12,15 +12,16 @@ from atomdiff.export.lora import export_lora
 from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.export.report import describe_export
 from atomdiff.pipelines.models import pipeline_models
-from atomdiff.tuner import adapter_state
 from atomdiff.utils.errors import UserError
+from tests.export.helpers import METHODS, add_random_adapter, copy_of, generate_latents
+from tests.helpers import assert_unchanged, snapshot
 
 
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pipeline_folder_gives_the_same_images(pipe_template, tmp_path, method):
     pipe = copy_of(pipe_template)
     add_random_adapter(pipe, method, word="ohwx")
-    expected, before = generate_latents(pipe), bits(pipe)
+    expected, before = generate_latents(pipe), snapshot(pipe)
     report = export_pipeline(pipe, tmp_path / "merged")
     assert_unchanged(pipe, before)
     assert torch.equal(generate_latents(pipe), expected)
@@ -64,20 +65,16 @@ def test_a_folder_that_is_in_use_is_not_written_to(tiny_pipe, tiny_pipe_folder):
 
 
 def state_of(pipe):
-    """What an export could change of a pipeline, beside the bits of its tensors."""
+    """What of a pipeline an export could change beside what a snapshot has."""
     concepts, models = atomdiff.list_atoms(pipe), pipeline_models(pipe)
-    layers = [layer for model in models.values() for layer in adapter_state.adapter_layers(model)]
+    modules = [module for model in models.values() for module in model.modules()]
+    layers = [module for module in modules if isinstance(module, BaseTunerLayer)]
     return {
-        "components": {name: id(part) for name, part in pipe.components.items()},
-        "modules": {name: [(path, id(m)) for path, m in model.named_modules()] for name, model in models.items()},
-        "attributes": {name: {*vars(model)} for name, model in models.items()},
-        "memory": {name: [p.data_ptr() for p in model.parameters()] for name, model in models.items()},
-        "requires_grad": [p.requires_grad for model in models.values() for p in model.parameters()],
-        "layers": [
-            (each.active_adapters, each.disable_adapters, [*each.merged_adapters], {**each.scaling}) for each in layers
-        ],
         "concepts": concepts,
-        "vocabulary": pipe.text_encoder.config.vocab_size,
+        "components": {name: id(part) for name, part in pipe.components.items()},
+        "modules": [id(module) for module in modules],
+        "memory": [(p.data_ptr(), p.requires_grad) for model in models.values() for p in model.parameters()],
+        "layers": [(each.active_adapters, each.disable_adapters, {**each.scaling}) for each in layers],
         "scheduler": dict(pipe.scheduler.config),
     }
 
@@ -92,7 +89,7 @@ def test_the_pipeline_of_the_caller_stays_as_it_is_to_the_bit(tiny_pipe, tmp_pat
     if merged:
         atomdiff.merge(tiny_pipe)
         expected_now = generate_latents(tiny_pipe)
-    before, state = bits(tiny_pipe), state_of(tiny_pipe)
+    before, state = snapshot(tiny_pipe), state_of(tiny_pipe)
     report = form(tiny_pipe, tmp_path / "out")
     assert_unchanged(tiny_pipe, before)
     assert state_of(tiny_pipe) == state
@@ -107,7 +104,7 @@ def test_the_pipeline_of_the_caller_stays_as_it_is_to_the_bit(tiny_pipe, tmp_pat
 
 def test_others_see_the_concepts_unmerged_while_a_folder_is_written(tiny_pipe, tmp_path, monkeypatch):
     add_random_adapter(tiny_pipe, word="ohwx")
-    before, state, save = bits(tiny_pipe), state_of(tiny_pipe), type(tiny_pipe).save_pretrained
+    before, state, save = snapshot(tiny_pipe), state_of(tiny_pipe), type(tiny_pipe).save_pretrained
 
     def look(self, *args, **kwargs):
         assert self is not tiny_pipe and state_of(tiny_pipe) == state
@@ -116,4 +113,3 @@ def test_others_see_the_concepts_unmerged_while_a_folder_is_written(tiny_pipe, t
 
     monkeypatch.setattr(type(tiny_pipe), "save_pretrained", look)
     export_pipeline(tiny_pipe, tmp_path / "merged")
-

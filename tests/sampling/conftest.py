@@ -1,10 +1,10 @@
 """A small sampling job, and a library of concepts for it."""
 
 import pytest
-from sampling_jobs import QUICK, write_concept
 
 from atomdiff.pipelines import open as opening
 from atomdiff.sampling.config import SampleConfig
+from tests.sampling.helpers import QUICK, write_concept
 
 
 @pytest.fixture

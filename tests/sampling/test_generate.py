@@ -3,10 +3,10 @@
 import numpy as np
 import pytest
 import torch
-from sampling_jobs import QUICK, pixels
 
 from atomdiff.sampling.generate import generate, image_size
 from atomdiff.utils.errors import UserError
+from tests.sampling.helpers import QUICK, pixels
 
 
 def test_an_image_depends_on_its_prompt_and_seed_but_not_on_its_batch(tiny_pipe):

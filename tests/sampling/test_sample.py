@@ -11,13 +11,13 @@ import accelerate
 import pytest
 import torch
 from PIL import Image, PngImagePlugin
-from sampling_jobs import QUICK, image_files, pixels, write_concept
 
 from atomdiff.sampling import sample
 from atomdiff.sampling.generate import generate
 from atomdiff.sampling.sample import save_samples
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
+from tests.sampling.helpers import QUICK, image_files, pixels, write_concept
 
 
 def test_images_metadata_grid_and_manifest(config, tiny_pipe):

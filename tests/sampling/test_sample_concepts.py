@@ -9,7 +9,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from sampling_jobs import QUICK, concepts_in_images, generate_alone, image_files, image_of, pixels, write_concept
 
 import atomdiff
 from atomdiff.pipelines.loaded_concepts import list_atoms
@@ -21,7 +20,15 @@ from atomdiff.sampling.sample import save_samples
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
 from atomdiff.utils.options import parse_config
-
+from tests.sampling.helpers import (
+    QUICK,
+    concepts_in_images,
+    generate_alone,
+    image_files,
+    image_of,
+    pixels,
+    write_concept,
+)
 
 BLOCKS = {"weight": 1.5, "blocks": {"down": 0.5, "up": 0}}
 
@@ -49,7 +56,7 @@ def test_concepts_act_with_their_weights_and_words(config, tiny_pipe, tmp_path):
     word = generate_job(concepts=(first,), prompts=("a sks cat",))
     with Image.open(next(Path(config.output_dir).glob("a-sks*"))) as image:
         (concept,) = json.loads(image.text["concepts"])
-    assert printed["file"] == "first.atoms.safetensors" and concept["weight"] == 1 and len(concept["sha256"]) == 64
+    assert concept["file"] == "first.atoms.safetensors" and concept["weight"] == 1 and len(concept["sha256"]) == 64
     assert abs(word - one).max() > 0
 
 
@@ -92,7 +99,9 @@ def test_every_line_uses_its_own_concepts_as_if_it_were_generated_alone(config, 
             if weights:
                 assert abs(expected - generate_alone(tiny_pipe, library, text, {}, seed)).max() > 2, prompt
                 plain = dict.fromkeys(weights, 1.0)
-                assert weights == plain or abs(expected - generate_alone(tiny_pipe, library, text, plain, seed)).max() > 1
+                assert (
+                    weights == plain or abs(expected - generate_alone(tiny_pipe, library, text, plain, seed)).max() > 1
+                )
 
 
 @pytest.mark.parametrize("size", [1, 2, 8])
@@ -101,7 +110,9 @@ def test_the_size_of_batches_changes_nothing(config, tiny_pipe, library, size):
     config = replace(config, library=str(library), prompts=prompts, seeds=(3, 4), sample_batch_size=size)
     save_samples(config)
     for name, prompt in zip(("ant", "bee", "cat", "dog", "pets/eel"), prompts, strict=True):
-        assert abs(image_of(config, prompt, 4) - generate_alone(tiny_pipe, library, "sks mug", {name: 1.0}, 4)).max() <= 1
+        assert (
+            abs(image_of(config, prompt, 4) - generate_alone(tiny_pipe, library, "sks mug", {name: 1.0}, 4)).max() <= 1
+        )
 
 
 def test_negative_prompts_have_the_words_of_their_rows(config, tiny_pipe, library):

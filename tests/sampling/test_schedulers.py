@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 from safetensors.torch import load_file, save_file
-from sampling_jobs import QUICK, generate_alone, image_of, pixels
 
 import atomdiff
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
@@ -20,7 +19,7 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.noise import set_training_scheduler
 from atomdiff.utils.errors import UserError
-
+from tests.sampling.helpers import QUICK, generate_alone, image_of, pixels
 
 ROOT = Path(__file__).parents[2]
 
@@ -91,7 +90,9 @@ def test_a_concept_is_generated_with_its_training_scheduler(config, trained, use
         assert printed == "" and tiny_pipe.scheduler is base
     else:
         assert f"{name}: generated with a {type(scheduler).__name__} with prediction_type=" in printed
-        assert "the base has a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False\n" in printed
+        assert (
+            "the base has a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False\n" in printed
+        )
         assert abs(image_of(config, "a photo of sks mug") - generate_with(tiny_pipe, base)).max() > 2
 
 
@@ -148,7 +149,9 @@ def test_a_choice_against_the_training_is_reported_in_a_line(config, trained, us
     save_samples(replace(config, prediction_type="v_prediction"))  # warns of nothing
     printed = capsys.readouterr().out
     chosen = "lora: generated with a DDIMScheduler with prediction_type=v_prediction, rescale_betas_zero_snr=False"
-    assert printed == f"{chosen}; trained for a DDIMScheduler with prediction_type=epsilon, rescale_betas_zero_snr=False\n"
+    assert (
+        printed == f"{chosen}; trained for a DDIMScheduler with prediction_type=epsilon, rescale_betas_zero_snr=False\n"
+    )
 
 
 def test_a_lora_that_does_not_tell_its_training_is_generated_with_any_concept(config, trained, used, tmp_path):

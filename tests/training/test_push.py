@@ -7,12 +7,12 @@ import shutil
 from pathlib import Path
 
 import pytest
-from fake_hub import card_of
 
 import atomdiff
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import dreambooth
 from atomdiff.utils.errors import UserError
+from tests.fake_hub import card_of
 
 
 @pytest.fixture

@@ -1,13 +1,12 @@
 """LoRA files of other programs with random parameters, in every form, and the weights that they make."""
 
 import torch
-from random_adapters import assert_unchanged, bits
 from safetensors.torch import save_file
 
 import atomdiff
 from atomdiff.export.kohya import layer_name
 from atomdiff.pipelines.models import pipeline_models
-
+from tests.helpers import assert_unchanged, snapshot
 
 LAYERS = {
     "unet": [
@@ -109,7 +108,7 @@ def write_lora(pipe, path, form, name_of=layer_name):
 
 def assert_loads(pipe, path, expected, **options):
     """Assert that a file makes these weights, and that the pipeline is as before once it is unloaded."""
-    before = bits(pipe)
+    before = snapshot(pipe)
     name = atomdiff.load_atoms(pipe, path, **options)
     atomdiff.set_active(pipe, name)
     for (component, module), weight in expected.items():
