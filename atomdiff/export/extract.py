@@ -38,10 +38,10 @@ class ExtractConfig(BaseModelConfig):
     """Find the atoms that best explain a fully fine-tuned model, and write them to a concept file."""
 
     pretrained_model_name_or_path: PathText
-    """Base model: a pipeline's folder, Hub id or checkpoint file, or a UNet's folder. Variant and configs are those of
-    the fine-tuned model, too."""
+    """Base model: a pipeline's folder, Hub id or checkpoint file, or a UNet's folder."""
     tuned: PathText
-    """Fine-tuned model, in any of these forms."""
+    """Fine-tuned model: a pipeline's folder, Hub id or checkpoint file, or a UNet's folder. --variant and
+    --single_file_config are for both models."""
     output: PathText
     """Concept file to write, usually named <concept>.atoms.safetensors."""
     adapter: PathText = "atoms"

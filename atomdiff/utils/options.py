@@ -116,7 +116,7 @@ class _ConfigFile(ActionConfigFile):
     def __call__(self, parser: Any, cfg: Any, values: Any, option_string: str | None = None) -> None:
         """Put the options of the file over those that came before."""
         try:
-            options = _read_options(expand_path(values, "config"), parser.hints)
+            options = _read_options(find_asset(expand_path(values, "config")), parser.hints)
         except UserError as error:
             parser.error(str(error))
         self.apply_config(
@@ -213,7 +213,7 @@ def _option(field: dataclasses.Field[Any], hint: Any, text: str) -> dict[str, An
     if default is dataclasses.MISSING:
         return option | {"help": f"{text} (required)"}
     defaults = default if isinstance(default, tuple) else () if default is None else (default,)
-    if defaults and default is not False:
+    if defaults and default is not False and default != "":
         option["help"] += f" (default: {', '.join(map(str, defaults))})"
     return option | {"default": list(default) if isinstance(default, tuple) else default}
 

@@ -277,3 +277,9 @@ def test_unknown_keys_of_a_file_are_errors(tmp_path):
     (tmp_path / "run.yaml").write_text(yaml.safe_dump({**NEEDED, "learning_rat": 1.0}))
     with pytest.raises((SystemExit, UserError)):
         load_config(["--config", str(tmp_path / "run.yaml")])
+
+
+def test_the_demo_config_is_found_in_any_folder(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    config = load_config(["--config", "configs/demo.yaml", "--instance_data_dir", "photos", "--class_name", "mug"])
+    assert config.max_train_steps == 300 and config.learning_rates["adapter"] == 1.4e-3

@@ -176,7 +176,7 @@ def test_what_was_merged_before_weights_went_to_disk_is_refused_to_come_off(pipe
     expected = predict(pipe)
     ON_DISK[way](pipe.unet, tmp_path)
     for change in (atomdiff.restore, atomdiff.unload_atoms):
-        with pytest.raises(UserError, match="it is offloaded to disk; load the pipeline anew"):
+        with pytest.raises(UserError, match="it is offloaded to disk; load the pipeline again"):
             change(pipe)
     torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
 

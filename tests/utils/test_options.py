@@ -22,6 +22,8 @@ class Config:
     """What kind."""
     flag: bool = False
     """Whether to."""
+    note: str = ""
+    """Remark."""
 
 
 def test_defaults_and_options():
@@ -114,6 +116,7 @@ def test_help_reads_the_field_docstrings(capsys):
     text = " ".join(capsys.readouterr().out.split())
     for words in ("Do something.", "Where the thing is.", "Some words.", "Speed in metres a second.", "default: a"):
         assert words in text
+    assert "Remark." in text and "(default: )" not in text
 
 
 def test_one_field_may_go_without_its_name(capsys):

@@ -128,4 +128,4 @@ def check_prompt(name: str, prompt: str, subject: Subject) -> None:
         UserError: It names a class, and the subject has none.
     """
     if "{class_name}" in prompt and not subject.class_name:
-        raise UserError(f"{name}={prompt!r}: expected a class_name for it, or a prompt that does without")
+        raise UserError(f"{name}={prompt!r}: expected a class_name for it, or a prompt without {{class_name}}")
