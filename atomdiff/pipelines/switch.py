@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
 from typing import Any
@@ -55,18 +56,9 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
             writers[component] = _Writer(component, model, layers, weights, other_weights, readers)
         denoiser = find_base(models).denoiser
         stop_schedule(models.values())
-        try:
+        with _restored_on_error(pipe):
             for component, write in writers.items():
                 write(0.0 if component == denoiser else None)
-        except UserError:
-            restore(pipe)
-            raise
-        except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
-            restore(pipe)
-            raise UserError(
-                f"these concepts cannot be merged: {error}; the pipeline is restored, use them unmerged by "
-                "pipe.set_adapters([...])"
-            ) from error
         if any(weight.steps for weight in weights.values()):
             start_schedule(pipe, partial(writers[denoiser], changed_only=True))
 
@@ -84,10 +76,11 @@ def set_weights(pipe: Any, concepts: Concepts) -> None:
         UserError: there is no such concept, or an adapter weight cannot be used.
     """
     with locked(pipe):
-        restore(pipe)
+        refresh(pipe)
         weights = read_adapter_weights(pipe, concepts)
         models = pipeline_models(pipe)
         other_weights = _weights_of_others(models, weights)
+        restore(pipe)
         for component, model in models.items():
             adapter_state.activate(model, list(weights))
             for path, layer in adapter_state.atom_layers(model).items():
@@ -102,25 +95,47 @@ def merge(pipe: Any) -> None:
     Untouched weights are kept aside, so that `restore` is exact: adapted layers take twice their memory meanwhile.
     Later changes of weights or of active concepts have no effect until the next `merge` or `restore`; `set_active` does
     all at once.
+
+    Raises:
+        UserError: weights cannot be written, or a method cannot be merged (the pipeline is restored).
     """
-    _change_models(pipe, checks.check_writable, merging.merge)
+    with locked(pipe):
+        models = _changeable_models(pipe, checks.check_writable)
+        with _restored_on_error(pipe):
+            for model in models:
+                merging.merge(model)
 
 
 def restore(pipe: Any) -> None:
     """Undo `merge` and `set_active`: every weight has the bits it had; concepts stay loaded, and act unmerged."""
-    _change_models(pipe, checks.check_restorable, merging.restore)
-
-
-def _change_models(pipe: Any, check: Callable[[Any], None], change: Callable[[Any], None]) -> None:
-    """Change all models of a pipeline, or none if one of them cannot be."""
     with locked(pipe):
-        refresh(pipe)
-        models = pipeline_models(pipe).values()
-        for model in models:
-            check(model)
-        stop_schedule(models)
-        for model in models:
-            change(model)
+        for model in _changeable_models(pipe, checks.check_restorable):
+            merging.restore(model)
+
+
+def _changeable_models(pipe: Any, check: Callable[[Any], None]) -> Collection[nn.Module]:
+    """The models of a pipeline, all of which are checked before the first is changed."""
+    refresh(pipe)
+    models = pipeline_models(pipe).values()
+    for model in models:
+        check(model)
+    stop_schedule(models)
+    return models
+
+
+@contextmanager
+def _restored_on_error(pipe: Any) -> Iterator[None]:
+    """Restore a pipeline where concepts cannot be merged, and say what to do."""
+    try:
+        yield
+    except (ValueError, RuntimeError) as error:  # there are methods that PEFT cannot merge
+        restore(pipe)
+        if isinstance(error, UserError):
+            raise
+        raise UserError(
+            f"these concepts cannot be merged: {error}; the pipeline is restored, use them unmerged by "
+            "pipe.set_adapters([...])"
+        ) from error
 
 
 @dataclass(frozen=True)

@@ -13,7 +13,7 @@ import atomdiff
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.pipelines.step_schedule import schedule_of
-from atomdiff.tuner import AtomLayer
+from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
 from tests.helpers import add_adapter, predict
@@ -164,6 +164,19 @@ def test_atoms_and_other_methods_act_and_are_merged_together(tiny_pipe, concepts
         atomdiff.merge(tiny_pipe)
         atomdiff.unload_atoms(tiny_pipe)
         assert_same_bits(bits(tiny_pipe), before)
+
+
+def test_where_one_method_cannot_be_merged_none_is(tiny_pipe):
+    """A LoRA with biases of its own on layers that have none comes after atoms."""
+    add_adapter(tiny_pipe, "atoms", AtomConfig(target_modules=["conv1"]))
+    add_adapter(tiny_pipe, "lora", LoraConfig(r=2, target_modules=["to_q"], lora_bias=True))
+    tiny_pipe.unet.set_adapters(["atoms", "lora"])
+    before = bits(tiny_pipe)
+    for call in (atomdiff.merge, lambda pipe: atomdiff.set_active(pipe, ["atoms", "lora"])):
+        with pytest.raises(UserError, match="these concepts cannot be merged: .*lora_bias.*the pipeline is restored"):
+            call(tiny_pipe)
+        assert_same_bits(bits(tiny_pipe), before)
+        assert not any(concept.merged for concept in atomdiff.list_atoms(tiny_pipe))
 
 
 def test_a_concept_is_loaded_over_a_merged_one_of_another_method(tiny_pipe, concepts):
