@@ -35,7 +35,9 @@ def check_result_folder(folder: Path, read: Iterable[str]) -> None:
         raise UserError(f"{folder}: would be replaced, but holds {inside[0]!r}; name another output_dir")
     foreign = folder.is_dir() and any(folder.iterdir()) and not (folder / IMAGE_PROCESSOR_NAME).is_file()
     if foreign or folder.is_file():
-        raise UserError(f"{folder}: would be replaced, but is no classifier; move it away, or name another output_dir")
+        raise UserError(
+            f"{folder}: would be replaced, but is not a classifier; move it away, or name another output_dir"
+        )
 
 
 def save_classifier(

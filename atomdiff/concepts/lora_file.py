@@ -71,7 +71,7 @@ def read_lora(path: Path, models: Mapping[str, nn.Module], allow_mismatch: bool)
     """
     metadata, keys = read_safetensors_header(path)
     if not has_lora_keys(keys):
-        raise UserError(f"{path} is no concept and no LoRA: {_what_it_is(keys, metadata)}")
+        raise UserError(f"{path} is neither a concept nor a LoRA: {_what_it_is(keys, metadata)}")
     if any(key.startswith("base_model.model.") for key in keys):
         raise UserError(f"{path} is of a PEFT adapter, whose {CONFIG_NAME} is missing beside it: put it there")
     layers, left_out = _group_by_layer(read_tensors(path))
@@ -96,7 +96,7 @@ def _group_by_layer(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Layer], li
     """Return the tensors of each layer that change its weight, by kind, and what is left out, for a message."""
     found = {key: _KEY.fullmatch(key) for key in tensors}
     unknown = [key for key, match in found.items() if match is None]
-    left_out = [f"{list_some(unknown)}, which is no LoRA"] if unknown else []
+    left_out = [f"{list_some(unknown)}, which is not a LoRA"] if unknown else []
     layers: dict[str, Layer] = {}
     for key, match in found.items():
         if match is not None:
@@ -165,7 +165,7 @@ def _check_scales(values: Mapping[str, Any]) -> None:
         try:
             re.compile(rf"(.*\.)?({key})$")  # as it is used
         except re.error as error:
-            raise ValueError(f"{key!r} is no regular expression: {error}") from error
+            raise ValueError(f"{key!r} is not a regular expression: {error}") from error
     numbers = {name: value for name, value in values.items() if re.search(r"\.(r|lora_alpha)$", name)}
     numbers |= {f"{name}[{key!r}]": number for name, value in patterns.items() for key, number in value.items()}
     for name, number in numbers.items():

@@ -174,7 +174,7 @@ def _class_of_file(name: str) -> str:
 
 
 def _cannot_load(name: str, error: Exception, what: str = "", advice: str = "") -> UserError:
-    found = "exists, but" if os.path.exists(name) else "is no folder or file here, and as a Hub id"
+    found = "exists, but" if os.path.exists(name) else "is not a folder or file here, and as a Hub id"
     if name.endswith(".ckpt"):
         advice = (
             f"of a .ckpt only tensors are read, as other contents could run code: convert it to .safetensors; {advice}"

@@ -200,7 +200,7 @@ def _weights_of_others(
                 continue
             weight = adapter_weights[name]
             if weight.blocks or weight.steps:
-                raise UserError(f"{name!r} is no atom concept: only those can be weighted by block and step")
+                raise UserError(f"{name!r} is not an atom concept: only those can be weighted by block and step")
             if not adapter_state.can_be_weighted(model, name, weight.weight):
                 raise UserError(
                     f"{name!r} is a {config.peft_type.value} adapter, which PEFT gives no weight such as "

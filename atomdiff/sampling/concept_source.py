@@ -63,7 +63,7 @@ class ConceptSource:
             UserError: it has blocks or steps and the concept is not one of atoms, or a block holds none of its layers.
         """
         if (weight.blocks or weight.steps) and self.read is None:
-            raise UserError(f"{self.file} is not an atoms concept: only those can be weighted by block and step")
+            raise UserError(f"{self.file} is not an atom concept: only those can be weighted by block and step")
         if weight.blocks and self.read is not None:
             weight.check(self.name, self.read().layers)
 

@@ -43,7 +43,7 @@ def generate(
     """
     generated = generate_each(pipe, prompts, seeds, batch_size, **settings)
     images: list[Image.Image] = []
-    for image in ProgressBar(generated, "images", len(prompts), unit="images", disable=not progress):
+    for image in ProgressBar(generated, "generating", len(prompts), unit="images", disable=not progress):
         if image is None:
             blacked_out = describe_blacked_out([(prompts[len(images)], seeds[len(images)])])
             raise UserError(f"{blacked_out}; load it with safety_checker=None")

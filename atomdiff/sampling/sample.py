@@ -109,7 +109,7 @@ def _save_missing(
         print_schedulers(pipe.scheduler, schedulers)
     images = _generate(config, pipe, share, schedulers)
     blacked_out = []
-    for file, image in ProgressBar(images, "images", len(share), unit="images", disable=not state.is_main_process):
+    for file, image in ProgressBar(images, "generating", len(share), unit="images", disable=not state.is_main_process):
         if image is None:
             blacked_out.append((file.prompt, file.seed))
         else:

@@ -171,7 +171,7 @@ class AtomConfig(PeftConfig):
             try:
                 re.compile(f"({pattern})$")  # as it is used
             except re.error as error:
-                raise ValueError(f"channel_block_pattern: {pattern!r} is no regular expression: {error}") from error
+                raise ValueError(f"channel_block_pattern: {pattern!r} is not a regular expression: {error}") from error
         if self.basis not in ATOM_BASES:
             raise ValueError(f"basis={self.basis!r}: expected one of {', '.join(ATOM_BASES)}")
         if type(self.sparsity) not in (int, float) or not 0 < self.sparsity <= _MAX_SPARSITY:

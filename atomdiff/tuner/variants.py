@@ -178,7 +178,7 @@ class RecursiveAtoms(Atoms):
     @classmethod
     def why_not_fitted(cls, config: AtomConfig) -> str:
         """See `Atoms`."""
-        return f"recursion={config.recursion}: its atoms are no least-squares fit; extract without recursion"
+        return f"recursion={config.recursion}: its atoms cannot be fitted by least squares; extract without recursion"
 
     @classmethod
     def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:

@@ -89,7 +89,7 @@ def read_safetensors_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
         UserError: the file is damaged or cut off.
     """
     if not os.path.isfile(path):
-        found = "is a folder" if os.path.isdir(path) else "is no file"
+        found = "is a folder" if os.path.isdir(path) else "is not a file"
         raise UserError(f"{path} {found}; expected a concept file such as mug.atoms.safetensors")
     if str(path).lower().endswith(_PICKLED):
         raise UserError(f"{path} may run code when it is opened, so it is not: convert it to safetensors")
@@ -99,7 +99,7 @@ def read_safetensors_header(path: Any) -> tuple[dict[str, str], dict[str, str]]:
             room = os.fstat(file.fileno()).st_size - 8
             if size > min(room, MAX_HEADER_BYTES):
                 most = f"{MAX_HEADER_BYTES:,} are allowed" if size <= room else f"{max(room, 0):,} follow"
-                raise ValueError(f"it is no safetensors file, or cut off (a header of {size:,} bytes, {most})")
+                raise ValueError(f"it is not a safetensors file, or is cut off (a header of {size:,} bytes, {most})")
             header = parse_json(file.read(size).decode())
         metadata = header.pop("__metadata__", {})
         if not isinstance(metadata, dict) or not all(isinstance(value, str) for value in metadata.values()):
@@ -148,7 +148,7 @@ def check_patterns(patterns: Iterable[str]) -> None:
     there is time.
 
     Raises:
-        ValueError: one is no regular expression, they are too many, or can match in too many ways.
+        ValueError: one is not a regular expression, they are too many, or can match in too many ways.
     """
     patterns = list(patterns)
     few = len(patterns) <= MAX_PATTERNS and sum(map(len, patterns)) <= MAX_PATTERN_LENGTH
@@ -167,7 +167,7 @@ def _ways_of(pattern: str) -> float:
     except RecursionError:
         return math.inf
     except (re.error, OverflowError) as error:  # together with what is put around it, it could be one after all
-        raise ValueError(f"{pattern!r} is no regular expression: {error}") from error
+        raise ValueError(f"{pattern!r} is not a regular expression: {error}") from error
 
 
 def _ways(parts: Any) -> float:

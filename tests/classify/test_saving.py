@@ -67,12 +67,12 @@ def test_a_classifier_is_replaced_but_nothing_else(config):
         train_classifier(dataclasses.replace(config, adapter=method))
     assert not (classifier(config) / "model.safetensors").exists()
     (classifier(config) / "preprocessor_config.json").unlink()
-    with pytest.raises(UserError, match="is no classifier; move it away"):
+    with pytest.raises(UserError, match="is not a classifier; move it away"):
         train_classifier(config)
     assert (classifier(config) / "head.safetensors").is_file()
     shutil.rmtree(classifier(config))
     classifier(config).write_text("a file of somebody")
-    with pytest.raises(UserError, match="is no classifier; move it away"):
+    with pytest.raises(UserError, match="is not a classifier; move it away"):
         train_classifier(config)
 
 

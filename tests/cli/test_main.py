@@ -42,7 +42,7 @@ def test_sample_draws_and_says_where(tiny_pipe_folder, tmp_path, capfd):
     assert main(["sample", *options]) == 0
     shown = capfd.readouterr()
     assert shown.out == f"the images, grid.png and manifest.json are in {tmp_path / 'out'}\n"
-    assert [line.split(" (")[0] for line in shown.err.splitlines()] == ["precision: float32", "images: 4 images"]
+    assert [line.split(" (")[0] for line in shown.err.splitlines()] == ["precision: float32", "generating: 4 images"]
     assert len(list((tmp_path / "out").glob("*-seed*.png"))) == 4
 
 
@@ -249,7 +249,7 @@ def test_the_script_splits_a_job_over_processes(tiny_pipe_folder, tmp_path):
     assert done.returncode == 0, done.stderr
     assert done.stdout.count("are in") == 1
     assert len(json.loads((tmp_path / "out" / "manifest.json").read_text())["images"]) == 3
-    assert done.stderr.count("images: 2 images") == 1  # the main process drew two of three
+    assert done.stderr.count("generating: 2 images") == 1  # the main process drew two of three
 
 
 def test_what_the_output_cannot_spell_is_escaped() -> None:

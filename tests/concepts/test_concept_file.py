@@ -207,7 +207,7 @@ def test_the_header_is_read_alone(tmp_path):
     save_file({"a": torch.zeros(1)}, path)
     with pytest.raises(UserError, match="not an atomdiff file: its format is None"):
         read_header(path)
-    with pytest.raises(UserError, match="nothing is no file; expected a concept file"):
+    with pytest.raises(UserError, match="nothing is not a file; expected a concept file"):
         read_header(tmp_path / "nothing")
 
 

@@ -43,7 +43,7 @@ def test_size_and_negative_prompt_reach_the_pipeline(tiny_pipe):
 def test_the_progress_bar_counts_images_and_the_pipelines_own_is_put_back(tiny_pipe, capfd):
     tiny_pipe.set_progress_bar_config(desc="mine")
     generate(tiny_pipe, ["a mug"] * 3, seeds=[0, 1, 2], batch_size=2, **QUICK)
-    assert capfd.readouterr().err == "images: 3 images\n"  # a line where the output is no terminal
+    assert capfd.readouterr().err == "generating: 3 images\n"  # a line where the output is no terminal
     generate(tiny_pipe, ["a mug"], seeds=[0], progress=False, **QUICK)
     assert capfd.readouterr().err == ""
     assert tiny_pipe._progress_bar_config == {"desc": "mine"}

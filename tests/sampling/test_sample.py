@@ -217,7 +217,7 @@ def test_other_pipelines_are_named_before_they_are_loaded(config, tmp_path, load
 
 
 def test_a_missing_base_and_missing_prompts_are_one_line(config, tmp_path):
-    with pytest.raises(UserError, match="is no folder or file here") as error:
+    with pytest.raises(UserError, match="is not a folder or file here") as error:
         save_samples(replace(config, pretrained_model_name_or_path=str(tmp_path / "nowhere")))
     assert "\n" not in str(error.value)
     (tmp_path / "empty").mkdir()

@@ -220,7 +220,7 @@ def test_other_methods_are_used_beside_a_library_without_mixing(config, tiny_pip
         expected = pixels(generate(tiny_pipe, ["a mug"], seeds=[0], progress=False, **QUICK)[0])
         atomdiff.unload_atoms(tiny_pipe)
         assert abs(image_of(config, prompt) - expected).max() <= 1
-    with pytest.raises(UserError, match="lora is not an atoms concept: only those can be weighted by block and step"):
+    with pytest.raises(UserError, match="lora is not an atom concept: only those can be weighted by block and step"):
         save_samples(replace(config, weights=(STEPS,)))
 
 

@@ -241,7 +241,7 @@ def test_tensorboard(config):
         ({"resolution": 30}, "resolution=30: this base needs a multiple of 8"),
         ({"resolution": 128}, "shorter side under 64 pixels: 0.png"),
         ({"adapter": "nowhere.json"}, "adapter='nowhere.json': no such file"),
-        ({"pretrained_model_name_or_path": "no/such/folder"}, "'no/such/folder' is no folder or file here"),
+        ({"pretrained_model_name_or_path": "no/such/folder"}, "'no/such/folder' is not a folder or file here"),
         ({"instance_prompt": "a photo of a teapot"}, "trigger_word='sks': no prompt contains it"),
         ({"resume_from_checkpoint": "checkpoint-9"}, "'checkpoint-9': no such checkpoint"),
         ({"report_to": "telegraph"}, "accelerate cannot start: .*telegraph"),

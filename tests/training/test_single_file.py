@@ -325,7 +325,7 @@ def test_a_checkpoint_file_that_does_not_fit_its_configs_is_refused(config, tiny
         save_file(tensors, fields["pretrained_model_name_or_path"])
         with pytest.raises(UserError, match="model.safetensors' lacks weights of a StableDiffusionPipeline"):
             load_base(dataclasses.replace(config, **fields))
-    with pytest.raises(UserError, match="missing.safetensors' is no folder or file here"):
+    with pytest.raises(UserError, match="missing.safetensors' is not a folder or file here"):
         load_base(dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "missing.safetensors")))
 
 

@@ -16,7 +16,7 @@ from atomdiff.tuner.peft_type import ATOMS, NAME, add_member
         ({"channel_block": 0}, "channel_block=0"),
         ({"channel_block": 2.0}, "channel_block=2.0"),
         ({"channel_block_pattern": {"conv1": -1}}, r"channel_block_pattern\['conv1'\]=-1"),
-        ({"channel_block_pattern": {"conv[": 2}}, r"'conv\[' is no regular expression"),
+        ({"channel_block_pattern": {"conv[": 2}}, r"'conv\[' is not a regular expression"),
         ({"num_atoms": 2.5}, "num_atoms=2.5"),
         ({"basis": "fourier"}, "basis='fourier': expected one of svd, dct, sparse"),
         ({"recursion": 0}, "recursion=0"),
