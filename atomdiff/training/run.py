@@ -66,7 +66,7 @@ def build_run(
         denoiser_of(pipe).to(frozen_dtype(accelerator))
     dataset = build_dataset(config, pipe, accelerator, base)
     if accelerator.is_main_process:
-        log("adding what is trained to the base")
+        log("preparing the model")
     cache = DiskCache(config.cache_folder)
     model = build_training_model(config, pipe, adapter, dataset.prompts, text_adapter, cache)
     scale = config.learning_rate_scale(accelerator.num_processes)

@@ -20,7 +20,7 @@ PHASES = [
     "precision",
     "loading the base samples/toybox-sd",
     "encoding images",
-    "adding what is trained to the base",
+    "preparing the model",
     "training",
     "images by the base",
     "images with the concept",

@@ -16,6 +16,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from peft import PeftConfig
 from PIL import Image
 
 from atomdiff.classify.config import ClassifyConfig
@@ -28,6 +29,7 @@ from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.config.optimizer import OPTIMIZERS
 from atomdiff.training.optimizers import build_optimizer
+from atomdiff.tuner import AtomConfig
 from atomdiff.utils.options import parse_config, parse_with_overrides
 
 ROOT = Path(__file__).parents[2]
@@ -156,6 +158,12 @@ def test_names_of_modules_and_options_are_there():
             assert pkgutil.resolve_name(name) is not None, (page, name)
         for option in re.findall(r"(?<![\w-])--([a-z][\w-]*)", text):
             assert option in known, (page, option)
+
+
+def test_the_page_on_the_method_names_every_setting():
+    own, inherited = ({field.name for field in dataclasses.fields(config)} for config in (AtomConfig, PeftConfig))
+    code = " ".join(re.findall(r"`([^`]*)`", PAGES["docs/method.md"]))
+    assert own - inherited <= set(re.findall(r"\w+", code))
 
 
 @pytest.mark.parametrize("name", ["metric", "optimizer"])
