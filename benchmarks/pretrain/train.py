@@ -38,7 +38,7 @@ from benchmarks.pretrain.stage import Checkpoints, Stage
 from benchmarks.pretrain.train_autoencoder import center_latents, encode, fastest_loss, sizes, train_autoencoder
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss, train_denoiser
 from benchmarks.pretrain.train_judge import train_judge
-from benchmarks.pretrain.weights import load_shards, make_pipeline, save_pipeline, save_shards
+from benchmarks.pretrain.weights import load_scaling_factor, load_shards, make_pipeline, save_pipeline, save_shards
 
 STAGES = ("judge", "autoencoder", "denoiser")
 
@@ -120,8 +120,7 @@ class Run:
             states = load_shards(options.start_from.glob("weights-*.safetensors"))
             for part, module in self.parts().items():
                 module.load_state_dict(states[part])
-            report = json.loads((options.start_from / "report.json").read_text())
-            self.vae.register_to_config(scaling_factor=report["scaling_factor"])
+            self.vae.register_to_config(scaling_factor=load_scaling_factor(options.start_from))
 
     def parts(self) -> dict[str, torch.nn.Module]:
         """What is trained and saved."""
@@ -230,11 +229,10 @@ def main() -> None:
     options = parse()
     if options.pipeline is not None:
         states = load_shards(options.out.glob("weights-*.safetensors"))
-        report = json.loads((options.out / "report.json").read_text())
         judge = Judge()
         judge.load_state_dict(states["judge"])
         save_judge(judge, options.pipeline.with_name(f"{options.pipeline.name}-judge"))
-        save_pipeline(make_pipeline(states, report["scaling_factor"]), options.pipeline)
+        save_pipeline(make_pipeline(states, load_scaling_factor(options.out)), options.pipeline)
         return
     if options.tiny:
         options.images, options.families, options.batch, options.vae_batch = 48, 12, 4, 4

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Iterable
 from pathlib import Path
 
@@ -43,6 +44,11 @@ def load_shards(paths: Iterable[Path]) -> dict[str, dict[str, Tensor]]:
             part, _, name = key.partition(".")
             found.setdefault(part, {})[name] = value.float() if value.is_floating_point() else value
     return found
+
+
+def load_scaling_factor(folder: Path) -> float:
+    """The scaling factor of the latents, from the report beside the weights."""
+    return float(json.loads((folder / "report.json").read_text())["scaling_factor"])
 
 
 def make_pipeline(states: dict[str, dict[str, Tensor]], scaling_factor: float) -> StableDiffusionPipeline:

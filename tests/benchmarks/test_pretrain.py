@@ -1,12 +1,19 @@
 """The parts of the pretraining that its short runs do not check: Muon, the choice of the fastest way, resuming."""
 
+import json
+
 import pytest
 import torch
 from torch import nn
 
+from atomdiff.toybox.world.judge import Judge
+from benchmarks.pretrain import evaluate
+from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
+from benchmarks.pretrain.evaluate import area_under_curve
 from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
 from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
+from benchmarks.pretrain.weights import save_shards
 
 
 def make_model(seed=0):
@@ -107,3 +114,25 @@ def test_without_an_interval_nothing_is_kept(tmp_path):
     stage, model = Stage("part", 0.0, 1e-3), make_model()
     run_stage(stage, model, lambda progress: model(torch.ones(1, 6)).sum(), checkpoints=Checkpoints(tmp_path))
     assert stage.steps == 2 and not list(tmp_path.iterdir())
+
+
+def test_the_area_under_the_curve_counts_pairs():
+    same, different = torch.tensor([0.9, 0.5, 0.5]), torch.tensor([0.5, 0.1, 0.7, 0.3])
+    pairs = [(s > d) + 0.5 * (s == d) for s in same.tolist() for d in different.tolist()]
+    assert area_under_curve(same, different) == pytest.approx(sum(pairs) / len(pairs))
+
+
+@pytest.mark.slow
+def test_a_base_without_training_is_measured(tmp_path):
+    parts = {"judge": Judge(), "vae": build_vae(), "text_encoder": build_text_encoder(build_tokenizer())}
+    save_shards({**parts, "unet": build_unet()}, tmp_path)
+    (tmp_path / "report.json").write_text('{"scaling_factor": 1.0}')
+    config = evaluate.EvaluateConfig(
+        str(tmp_path), count=3, families=2, restored=2, num_inference_steps=2, output=str(tmp_path / "result.json")
+    )
+    evaluate.main(config)
+    figures = json.loads((tmp_path / "result.json").read_text())["figures"]
+    assert 0 < figures["psnr_unseen"] < 20 and figures["similarity_kept_least"] <= figures["similarity_kept_median"]
+    assert all(0 <= figures[f"judge_auc_{kind}"] <= 1 for kind in ("shape", "pattern", "colors"))
+    assert figures["sharpness_over_real"] > 0 and figures["frechet_over_real"] > 0
+    assert (tmp_path / "result.png").exists()
