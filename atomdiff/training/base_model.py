@@ -85,7 +85,7 @@ def all_parts_loaded(config: TrainingBaseConfig, pipe: BasePipeline) -> Iterator
     missing = [name for name in parts if pipe.components.get(name, pipe) is None]
     if missing:
         loaded = load_base(config, **{name: part for name, part in pipe.components.items() if part is not None})
-        pipe.register_modules(**{name: getattr(loaded, name).to(pipe.device, torch.float32) for name in missing})
+        pipe.register_modules(**{name: getattr(loaded, name).to(pipe.device) for name in missing})
     try:
         yield
     finally:
