@@ -110,7 +110,7 @@ def test_processes_may_change_if_the_batches_of_a_step_do_not(config, contents):
     file.write_text(json.dumps(record))
     assert contents(train(dataclasses.replace(one, resume_from_checkpoint="checkpoint-2"))) == expected
     other = dataclasses.replace(one, resume_from_checkpoint="checkpoint-2", gradient_accumulation_steps=1)
-    with pytest.raises(UserError, match="gradient_accumulation_steps=1 on 2 .*, now .*=1 on 1 .*use gradient_accumulation_steps=2"):
+    with pytest.raises(UserError, match="_steps=1 on 2 .*, now .*=1 on 1 .*use gradient_accumulation_steps=2"):
         train(other)
 
 
