@@ -6,6 +6,7 @@ import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
+from numbers import Real
 from typing import Any
 
 import numpy as np
@@ -39,6 +40,7 @@ class AdapterWeight:
             raise UserError(f"found the adapter weight {self}: {_EXPECTED}, all finite")
         if not all(_is_number(share) and 0 <= share <= 1 for share in self.steps):
             raise UserError(f"steps={dict(self.steps)}: expected shares of the denoising steps, from 0 to 1")
+        object.__setattr__(self, "weight", float(self.weight))
         object.__setattr__(self, "blocks", {_path(key): float(value) for key, value in self.blocks.items()})
 
     @classmethod
@@ -50,8 +52,8 @@ class AdapterWeight:
         """
         if isinstance(value, AdapterWeight):
             return value
-        if isinstance(value, (int, float)):
-            return cls(value)
+        if isinstance(value, Real):
+            return cls(value)  # type: ignore[arg-type]  # the numbers of NumPy are real, but no floats
         if not isinstance(value, Mapping):
             raise UserError(f"found the adapter weight {value!r}: {_EXPECTED}")
         if not set(value) <= {"weight", "blocks", "steps"}:
@@ -107,7 +109,7 @@ def command_line_weights(
 
 
 def _is_number(value: Any) -> bool:
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) <= sys.float_info.max
+    return isinstance(value, Real) and not isinstance(value, bool) and abs(value) <= sys.float_info.max  # type: ignore[operator]
 
 
 def _reach(module: str, part: str) -> int:

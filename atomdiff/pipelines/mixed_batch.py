@@ -54,7 +54,9 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
             weights = [{} if sample is None else read_adapter_weights(pipe, sample) for sample in samples]
             models = pipeline_models(pipe)
             _check_models(models, {name for sample in weights for name in sample})
-            denoiser = find_base(models).denoiser
+            denoiser = find_base(pipe.components).denoiser
+            if denoiser not in models:
+                raise UserError(f"this {type(pipe).__name__} has no {denoiser}, whose batches could be mixed")
             if (schedule := schedule_of(models[denoiser])) is not None:
                 schedule.paused.value = True  # it would write weights that no sample has
                 undo.callback(setattr, schedule.paused, "value", None)

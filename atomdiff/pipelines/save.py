@@ -24,6 +24,8 @@ from atomdiff.tuner.config import AtomConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
 
+_DTYPES = (torch.float16, torch.bfloat16, torch.float32)
+
 
 def save_atoms(
     pipe: Any,
@@ -45,14 +47,18 @@ def save_atoms(
         training: metadata of the run, as JSON has it; of its "config" the settings of the scheduler are looked at again
             when the concept is loaded.
         base_model: name or path of the base; None: as the pipeline was loaded.
-        dtype: of the stored tensors; float32 keeps every bit of them. (Other methods keep their own.)
+        dtype: of the stored tensors, float16, bfloat16 or float32, which keeps every bit of them. (Other methods keep
+            their own.)
 
     Returns:
         `path`.
 
     Raises:
-        UserError: there is no such adapter or token, its settings differ between components, or a value is not finite.
+        UserError: there is no such adapter or token, its settings differ between components, a value is not finite, or
+            the dtype is no such floating-point one.
     """
+    if dtype not in _DTYPES:
+        raise UserError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}")
     path = Path(path)
     with locked(pipe):
         refresh(pipe)

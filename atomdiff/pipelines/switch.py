@@ -178,6 +178,8 @@ def read_adapter_weights(pipe: Any, concepts: Concepts) -> dict[str, AdapterWeig
             raise UserError(f"there is no concept {name!r}; loaded are: {', '.join(map(repr, known)) or 'none'}")
         if weight.blocks:
             weight.check(name, _modules_of(pipe, name))
+        if weight.steps and (denoiser := find_base(pipe.components).denoiser) not in pipeline_models(pipe):
+            raise UserError(f"this {type(pipe).__name__} has no {denoiser}, whose steps {name!r} could follow")
     return weights
 
 

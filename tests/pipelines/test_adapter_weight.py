@@ -25,6 +25,7 @@ def weights(value, progress=None):
     [
         (0.5, [0.5] * 8),
         (np.float64(2), [2.0] * 8),
+        (np.float32(0.5), [0.5] * 8),
         (AdapterWeight(-1), [-1.0] * 8),
         ({}, [1.0] * 8),
         ({"weight": 2, "blocks": {}}, [2.0] * 8),

@@ -369,3 +369,11 @@ def test_a_pipeline_that_shares_the_models_mixes_as_the_one_that_mixed_batch_was
             mixed = generate_again(PROMPTS[:2], slice(None), guidance_scale=scale)
         torch.testing.assert_close(mixed, torch.cat(expected), atol=1e-5, rtol=0)
         assert (expected[0] - expected[1]).abs().max() > 1e-3
+
+
+def test_a_pipeline_without_a_denoiser_mixes_nothing(pipe):
+    atomdiff.unload_atoms(pipe)
+    pipe.unet = None
+    with pytest.raises(UserError, match="this StableDiffusionPipeline has no unet, whose batches could be mixed"):
+        with atomdiff.mixed_batch(pipe, [None]):
+            pytest.fail("it was let in")

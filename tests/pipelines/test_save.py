@@ -73,3 +73,10 @@ def test_components_with_different_atoms_are_not_saved_in_one_file(tiny_pipe, tm
     with pytest.raises(UserError, match="other atoms in text_encoder than in unet|other atoms in unet than in text"):
         atomdiff.save_atoms(tiny_pipe, tmp_path / "x")
     assert not list(tmp_path.iterdir())
+
+
+def test_only_dtypes_that_hold_a_concept_are_written(tiny_pipe, tmp_path):
+    train(tiny_pipe)
+    with pytest.raises(UserError, match="dtype=torch.int8: expected one of torch.float16, torch.bfloat16"):
+        atomdiff.save_atoms(tiny_pipe, tmp_path / "x", dtype=torch.int8)
+    assert not list(tmp_path.iterdir())

@@ -11,6 +11,7 @@ from atomdiff.pipelines import switch
 from atomdiff.pipelines.step_schedule import StepSchedule, schedule_of
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
+from atomdiff.utils.errors import UserError
 from tests.helpers import add_adapter, sharing_pipeline
 
 
@@ -183,3 +184,10 @@ def test_a_schedule_follows_the_scheduler_of_the_pipeline_that_generates(pipe):
     assert shares == [0.0, 1.0, 0.0, 0.5, 1.0]
     atomdiff.restore(other)
     assert schedule_of(pipe.unet) is None
+
+
+def test_steps_of_no_denoiser_are_refused(pipe):
+    pipe.unet = None
+    with pytest.raises(UserError, match="this StableDiffusionPipeline has no unet, whose steps 'a' could follow"):
+        atomdiff.set_active(pipe, {"a": {"steps": {0: 1, 1: 0}}})
+    atomdiff.set_active(pipe, {"a": 0.5})
