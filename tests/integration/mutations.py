@@ -148,26 +148,11 @@ def another_name(file, rng):
     index = file.key(rng)
     key, info = file.tensors[index]
     module, _, kind = key.rpartition(".")
-    names = [
-        "../../x",
-        "/etc/passwd",
-        "unet.__class__",
-        "unet",
-        "",
-        ".",
-        "unet..conv_in",
-        "unet.conv_in.weight",
-        "token",
-    ]
-    names += [
-        "unet.nowhere",
-        "pipe.unet.conv_in",
-        "unet.conv_in\0",
-        "unet.\x1b[2Jconv_in",
-        "ünet.conv_in",
-        "x" * 100_000,
-    ]
-    names += ["unet.conv_in.base_layer", "scheduler.x", "tokenizer.y", "text_encoder.z", "\u202eunet.conv_in", "%s{0}"]
+    names = (
+        "../../x /etc/passwd . unet unet.__class__ unet..conv_in unet.conv_in.weight unet.conv_in.base_layer".split()
+    )
+    names += "unet.nowhere pipe.unet.conv_in ünet.conv_in token scheduler.x tokenizer.y text_encoder.z %s{0}".split()
+    names += ["", "unet.conv_in\0", "unet.\x1b[2Jconv_in", "\u202eunet.conv_in", "x" * 100_000]
     other = f"{rng.choice(names)}.{kind}"
     if rng.random() < 0.3:
         other = f"{module}.{rng.choice(['weight', 'lora_A', '__class__', 'atom_delta.x', '', 'ATOM_DELTA', '0'])}"
@@ -323,36 +308,8 @@ def other_settings(file, rng):
 @mutation(EITHER)
 @with_tensors
 def strange_words(tensors, key, rng):
-    words = [
-        "<|endoftext|>",
-        "<|startoftext|>",
-        "a",
-        "photo",
-        "\0",
-        "\x1b[2J",
-        "\u200b",
-        "ö",
-        "日本",
-        "𝔞",
-        "e\u0301",
-        "##",
-        "!",
-    ]
-    words += [
-        "../../x",
-        "__class__",
-        "x" * 100,
-        "A",
-        "ﬁ",
-        "\u202e",
-        "</w>",
-        "a</w>",
-        "🤖" * 20,
-        "token.token",
-        ".",
-        "'",
-        '"',
-    ]
+    words = "<|endoftext|> <|startoftext|> a A photo ö 日本 𝔞 ﬁ ## ! . ' ../../x __class__ </w> a</w> x.y".split()
+    words += ["token.token", '"', "\0", "\x1b[2J", "\u200b", "e\u0301", "\u202e", "x" * 100, "🤖" * 20]
     return {**tensors, f"token.{rng.choice(words)}": torch.zeros(32)}
 
 
@@ -386,19 +343,8 @@ def other_bytes(data, rng):
 @mutation(REFUSED)
 def cut_or_longer(data, rng):
     header = 8 + int.from_bytes(data[:8], "little")
-    ends = [
-        0,
-        1,
-        7,
-        8,
-        9,
-        header - 1,
-        header,
-        header + 1,
-        len(data) - 1,
-        rng.randrange(len(data)),
-        rng.randrange(header),
-    ]
+    inside = [0, 1, 7, 8, 9, header - 1, header, header + 1, len(data) - 1]
+    ends = [*inside, rng.randrange(len(data)), rng.randrange(header)]
     more = [b"\0", b" ", data, rng.randbytes(5), b"\0" * 4096]
     return data[: rng.choice(ends)] if rng.random() < 0.7 else data + rng.choice(more)
 
@@ -406,41 +352,19 @@ def cut_or_longer(data, rng):
 @mutation(REFUSED)
 def wrong_header_length(data, rng):
     size = int.from_bytes(data[:8], "little")
-    lengths = [
-        0,
-        1,
-        2,
-        size - 1,
-        size + 1,
-        len(data) - 8,
-        len(data),
-        len(data) + 1,
-        2**31,
-        2**32,
-        2**63,
-        2**64 - 1,
-        10**8,
-    ]
+    lengths = [0, 1, 2, size - 1, size + 1, len(data) - 8, len(data), len(data) + 1]
+    lengths += [2**31, 2**32, 2**63, 2**64 - 1, 10**8]
     return rng.choice(lengths).to_bytes(8, "little") + data[8:]
 
 
 @mutation(REFUSED)
 def something_else(data, rng):
     header = data[8 : 8 + int.from_bytes(data[:8], "little")]
-    others = [b"", b"\0" * 100, b"hello\n", header, gzip.compress(data, 1), pickle.dumps(Trap()), rng.randbytes(1000)]
-    for text in (
-        b"{}",
-        b"[]",
-        b"null",
-        b'"x"',
-        b"{" * 50_000,
-        b"[" * 50_000,
-        b"\xff\xfe{\0}\0",
-        b"\xef\xbb\xbf{}",
-        b"NaN",
-    ):
-        others.append(len(text).to_bytes(8, "little") + text)
-    return rng.choice(others)
+    contents = [b"", b"\0" * 100, b"hello\n", header, gzip.compress(data, 1), pickle.dumps(Trap()), rng.randbytes(1000)]
+    texts = [b"{}", b"[]", b"null", b'"x"', b"NaN", b"{" * 50_000, b"[" * 50_000, b"\xff\xfe{\0}\0", b"\xef\xbb\xbf{}"]
+    for text in texts:
+        contents.append(len(text).to_bytes(8, "little") + text)
+    return rng.choice(contents)
 
 
 class Trap:
