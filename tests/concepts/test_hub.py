@@ -21,6 +21,7 @@ def test_a_word_alone_is_a_concept(hub_server, logged_in, lora, tiny_pipe):
     assert atomdiff.list_atoms(tiny_pipe)[0].trigger_words == ("sks",)
 
 
+@pytest.mark.slow
 def test_one_of_several_is_chosen_by_name_folder_and_revision(hub_server, concept, lora, tiny_pipe):
     file, _ = concept
     weights = lora[0] / "adapter_model.safetensors"
@@ -98,6 +99,7 @@ def test_names_of_files_are_not_patterns(hub_server, concept, tiny_pipe):
     )
 
 
+@pytest.mark.slow
 def test_a_download_serves_when_the_hub_does_not(hub_server, concept, tiny_pipe, monkeypatch, tmp_path):
     file, prediction = concept
     hub_server.put("ada/mug", {"mug.atoms.safetensors": file, "README.md": file})
@@ -182,6 +184,7 @@ def test_a_file_and_the_name_of_another_do_not_go_together(concept, tiny_pipe):
     assert atomdiff.load_atoms(tiny_pipe, concept[0], weight_name=concept[0].name) == "my_mug"
 
 
+@pytest.mark.slow
 def test_another_endpoint_is_taken_from_the_environment(hub_server, concept, tmp_path):
     hub_server.put("ada/mug", {"mug.atoms.safetensors": concept[0]})
     code = "import sys; from atomdiff.concepts import hub; print(hub.locate('ada/mug')[1])"

@@ -20,6 +20,7 @@ PARAMETERS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", ARCHITECTURES)
 def test_architectures_are_the_real_ones_and_take_every_preset(name):
     count = count_parameters(name, AtomConfig(target_modules="conv", channel_block=1, num_atoms=3))

@@ -4,6 +4,7 @@ import re
 from dataclasses import replace
 from pathlib import Path
 
+import pytest
 import torch
 from safetensors.torch import load_file
 
@@ -24,6 +25,7 @@ def add_tokens(pipe, tokens):
         set_token_embedding(pipe, token, {part: torch.full((n,), float(number)) for part, n in sizes.items()})
 
 
+@pytest.mark.slow
 def test_words_are_files_beside(pipe_template, sdxl_template, tmp_path):
     for template, keys in ((pipe_template, {"emb_params"}), (sdxl_template, {"clip_l", "clip_g"})):
         pipe = copy_of(template)
@@ -62,6 +64,7 @@ def test_a_word_of_several_vectors_is_one_file(pipe_template, sdxl_template, tmp
         assert not torch.allclose(generate_latents(template), generate_latents(pipe), atol=1e-3)
 
 
+@pytest.mark.slow
 def test_the_lines_of_the_documentation_load_a_word_in_diffusers(pipe_template, sdxl_template, tmp_path, monkeypatch):
     page = (Path(__file__).parents[2] / "docs" / "exporting.md").read_text()
     lines = [code for code in re.findall(r"```py\n(.*?)```", page, re.DOTALL) if "load_textual_inversion" in code]

@@ -46,6 +46,7 @@ def by_prediction_type(tiny_pipe, tmp_path):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["pipeline", "diff", "lora"])
 def test_files_are_exported_with_their_weights(pipe_template, concepts, make_config, to):
     report = export_concepts(make_config(concepts, to, rank=1000, weights=(0.5, 0.25)))
@@ -90,6 +91,7 @@ def test_a_pipeline_folder_has_the_scheduler_that_the_concepts_were_trained_for(
     assert scheduler("both") == "epsilon"
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("to", ["diff", "lora"])
 def test_a_file_of_concepts_for_different_schedulers_is_written_and_says_so(
     by_prediction_type, make_config, capsys, to
@@ -135,6 +137,7 @@ def test_a_missing_base_or_concept_is_reported(concepts, make_config, tmp_path):
         export_concepts(make_config(["none"], "lora"))
 
 
+@pytest.mark.slow
 def test_weights_go_by_block_as_in_sampling(pipe_template, tiny_pipe_folder, concepts, tmp_path):
     weights = ({"weight": 0.5, "blocks": {"down": 0.25, "mid": 0}}, 0.75)
     options = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--concepts", *concepts, "--to", "diff"]
@@ -165,6 +168,7 @@ def test_other_methods_are_weighted_as_far_as_they_can(tiny_pipe, make_config, t
     assert export_concepts(config).layers
 
 
+@pytest.mark.slow
 def test_bases_in_half_precision_are_not_loaded_wider_than_they_are(pipe_template, make_config, tmp_path, monkeypatch):
     base = copy_of(pipe_template)
     base.to(torch.float16).save_pretrained(tmp_path / "half")

@@ -66,6 +66,7 @@ def draw(unet, width=32):
         return unet(noise, 5, text).sample
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", CONFIGS)
 def test_a_concept_that_was_merged_is_found_again(tiny_pipe, tmp_path, kind):
     made = copy.deepcopy(tiny_pipe.unet)

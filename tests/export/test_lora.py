@@ -33,6 +33,7 @@ def test_a_lora_of_full_rank_gives_the_same_images_in_diffusers(pipe_template, s
     assert (generate_latents(template) - expected).abs().max() > 0.05
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["lora", "loha", "sparse"])
 def test_any_method_becomes_a_lora(pipe_template, tmp_path, method):
     pipe = copy_of(pipe_template)

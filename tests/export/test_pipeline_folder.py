@@ -31,6 +31,7 @@ def test_a_pipeline_folder_gives_the_same_images(pipe_template, tmp_path, method
     assert "layer" not in describe_export(report) and str(report.path) in describe_export(report)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_diffusers_generates_a_folder_with_a_flow_concept(pipe_template, sdxl_template, tmp_path, kind):
     pipe = copy_of({"sd": pipe_template, "sdxl": sdxl_template}[kind])

@@ -59,6 +59,7 @@ def save(pipe, path, config, seed):
     return saved
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("config", [AtomConfig(), LoraConfig(r=2, target_modules=["to_q"])])
 def test_files_of_any_name_load_beside_each_other(tiny_pipe, tmp_path, config):
     """Two folders with a file of one name, and a name that is also the path of a layer; each is what it is alone."""

@@ -51,6 +51,7 @@ def bytes_in_memory():
     return sum(t.untyped_storage().nbytes() for t in tensors.values())
 
 
+@pytest.mark.slow
 def test_the_same_weights_come_from_everywhere_and_go(tiny_pipe_folder, concept):
     pipe, before = load(tiny_pipe_folder, concept)
     atomdiff.set_active(pipe, {"a": 0.5})
@@ -69,6 +70,7 @@ def test_the_same_weights_come_from_everywhere_and_go(tiny_pipe_folder, concept)
     assert_same_bits(base_bits(pipe), before)
 
 
+@pytest.mark.slow
 def test_only_the_offload_asked_for_takes_memory(tiny_pipe_folder, concept):
     pipe, _ = load(tiny_pipe_folder, concept)
     adapted = sum(layer.base_layer.weight.nbytes for layer in layers(pipe))

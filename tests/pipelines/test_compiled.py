@@ -22,6 +22,7 @@ def compile_by_wrapping(pipe, counter):
     pipe.unet = torch.compile(pipe.unet, backend=counter, fullgraph=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("compiled", [compile_in_place, compile_by_wrapping])
 def test_compiled_code_outlives_every_switch(pipe_template, compiled):
     torch._dynamo.reset()
@@ -69,6 +70,7 @@ def test_compiled_code_outlives_every_switch(pipe_template, compiled):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_concepts_go_in_and_out_of_a_model_that_torch_compile_has_wrapped(pipe_template, tmp_path):
     torch._dynamo.reset()
     made, pipe = copy.deepcopy(pipe_template), copy.deepcopy(pipe_template)

@@ -56,6 +56,7 @@ METHODS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("ends", [{"in_channels": 9}, {"in_channels": 5, "out_channels": 6}])
 def test_an_end_for_other_latents_is_left_out_and_named(tiny_pipe, tmp_path, method, ends, user_warnings):

@@ -36,6 +36,7 @@ BLOCKS = {"weight": 1.5, "blocks": {"down": 0.5, "up": 0}}
 STEPS = {"steps": {0: 1.0, 1: 0.2}}
 
 
+@pytest.mark.slow
 def test_concepts_act_with_their_weights_and_words(config, tiny_pipe, tmp_path):
     first = write_concept(tiny_pipe, tmp_path / "first.atoms.safetensors", 0)
     second = write_concept(tiny_pipe, tmp_path / "second.atoms.safetensors", 1)
@@ -80,6 +81,7 @@ def test_concepts_of_a_method_without_weights_are_refused_in_words(config, tiny_
         save_samples(replace(config, concepts=(path,), weights=(0.5,)))
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_every_line_uses_its_own_concepts_as_if_it_were_generated_alone(config, tiny_pipe, library):
     lines = {
@@ -104,6 +106,7 @@ def test_every_line_uses_its_own_concepts_as_if_it_were_generated_alone(config, 
                 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [1, 2, 8])
 def test_the_size_of_batches_changes_nothing(config, tiny_pipe, library, size):
     prompts = tuple(f"sks mug <atoms:{name}>" for name in ("ant", "bee", "cat", "dog", "pets/eel"))
@@ -140,6 +143,7 @@ def test_images_tell_their_own_concepts_in_the_order_of_the_prompts(config, libr
     assert all("atoms-bee-0-5" in image["file"] for image in manifest["images"] if "bee" in image["prompt"])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_only_images_of_a_changed_concept_are_generated_again(config, tiny_pipe, library, loads):
     prompts = ("sks mug <atoms:bee>", "sks mug", "sks mug <atoms:ant>", "a cat <atoms:bee> <atoms:ant>")
@@ -160,6 +164,7 @@ def test_only_images_of_a_changed_concept_are_generated_again(config, tiny_pipe,
     assert abs(image_of(config, "sks mug <atoms:ant>") - expected).max() <= 1
 
 
+@pytest.mark.slow
 def test_the_pipeline_holds_few_concepts_however_many_a_job_has(config, tiny_pipe, library, monkeypatch):
     loaded, generate_each = [], sample.generate_each
     monkeypatch.setattr(adapter_cache, "MAX_LOADED", 2)

@@ -70,6 +70,7 @@ def used(monkeypatch):
     return schedulers
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", [*OBJECTIVES, "lora"])
 def test_a_concept_is_generated_with_its_training_scheduler(config, trained, used, tiny_pipe, capsys, name):
     folder, runs = trained
@@ -101,6 +102,7 @@ def generate_with(pipe, scheduler):
     return pixels(generate(pipe, ["a photo of sks mug"], seeds=[0], progress=False, **QUICK)[0])
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_each_prompt_is_generated_as_its_own_concepts_were_trained(config, trained, used, tiny_pipe, capsys):
     names = {"a cat": None, "sks mug <atoms:noise>": "noise", "a mug <atoms:zero>": "zero", "a mug <atoms:plain>": None}

@@ -157,6 +157,7 @@ def test_class_images_of_another_base_are_refused(config, tiny_pipe, tmp_path):
     assert json.loads(record.read_text()) == then
 
 
+@pytest.mark.slow
 def test_class_images_depend_on_the_scheduler_but_not_on_defaults_that_are_written_out(config):
     train(config)
     train(dataclasses.replace(config, prediction_type="v_prediction", rescale_betas_zero_snr=False))  # as it is

@@ -174,6 +174,7 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config
     train(dataclasses.replace(config, resume_from_checkpoint="latest", learning_rate=1e-4))
 
 
+@pytest.mark.slow
 def test_accumulated_batches_count_as_one(config, monkeypatch):
     usual = dreambooth.batch_loss
     config = dataclasses.replace(config, max_train_steps=2)
@@ -196,6 +197,7 @@ def test_two_processes_sample_what_one_does_that_accumulates(config, monkeypatch
         assert one.item() == two.item()
 
 
+@pytest.mark.slow
 def test_gradient_checkpointing_changes_nothing_but_memory(config):
     plain = read_concept_file(train(config))
     saving = read_concept_file(train(dataclasses.replace(config, gradient_checkpointing=True)))

@@ -42,6 +42,7 @@ def state_of(folder, step):
     return torch.load(Path(folder) / f"checkpoint-{step}" / "state.pt", weights_only=True)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("fields", [{}, {"optimizer": "adamw_schedulefree", "gradient_accumulation_steps": 2}])
 def test_a_step_that_overflows_is_done_again_with_a_smaller_scale(config, fields, fp16, tmp_path):
     config = dataclasses.replace(config, **fields)
@@ -62,6 +63,7 @@ def test_a_step_that_overflows_is_done_again_with_a_smaller_scale(config, fields
         assert torch.equal(state_of(config.output_dir, 2)["parameters"][name], expected)
 
 
+@pytest.mark.slow
 def test_gradients_that_never_fit_end_the_run(config, fp16, monkeypatch):
     usual = dreambooth.batch_loss
     calls = []

@@ -169,6 +169,7 @@ def run(train_config):
     return lambda **fields: train_config(**usual | fields)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("fields", "written"),
     [

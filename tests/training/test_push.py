@@ -21,6 +21,7 @@ def run_config(train_config):
     return train_config(max_train_steps=2, validation_steps=1, validation_prompts=prompts, push_to_hub=True)
 
 
+@pytest.mark.slow
 def test_a_run_pushes_its_concept_with_the_last_validation_images(hub_server, run_config, tiny_pipe, capsys):
     config = dataclasses.replace(run_config, hub_token="hf_writer", hub_private_repo=True, report_to="tensorboard")
     written = dreambooth.train(config)

@@ -195,6 +195,7 @@ def test_the_same_images_and_base_may_lie_elsewhere_and_the_run_go_on_for_longer
     assert read_concept_file(path).training["steps"] == 3
 
 
+@pytest.mark.slow
 def test_a_file_that_no_step_was_done_for_says_how_it_was_trained(stopped):
     config, _, path = stopped
     before = read_concept_file(path).training

@@ -193,6 +193,7 @@ def deep_sd2_pipe(tiny_sd2_pipe):
     return pipe
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("kind", "suffix"),
     [
@@ -247,6 +248,7 @@ def test_atomdiff_sample_generates_with_a_checkpoint_file(tiny_pipe, tmp_path):
     assert len(list(folder.glob("*.png"))) == 2  # the image and the grid
 
 
+@pytest.mark.slow
 def test_every_file_of_sd2_is_taken_for_one_that_predicts_v_unless_told(config, deep_sd2_pipe, tmp_path):
     key = "model.diffusion_model.input_blocks.2.1.transformer_blocks.0.attn2.to_k.weight"
     save_file({key: torch.zeros(8, 1024)}, tmp_path / "2.x.safetensors")

@@ -26,6 +26,7 @@ def rows(config):
     return {file.name: file.read_bytes() for file in [*folder.glob("validation/*"), folder / "contact_sheet.png"]}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("step", "unwritten", "fields"),
     [
@@ -69,6 +70,7 @@ def test_a_row_that_a_stopped_run_lacks_is_generated_when_it_goes_on(
     assert not steps  # nothing is missing
 
 
+@pytest.mark.slow
 def test_a_run_goes_on_with_more_or_fewer_prompts_on_its_sheet(config, contents):
     config = dataclasses.replace(config, checkpointing_steps=2, validation_steps=2)
     expected = contents(train(config))
@@ -101,6 +103,7 @@ def test_a_row_that_cannot_be_written_is_warned_of(config, monkeypatch):
         train(dataclasses.replace(config, validation_steps=4))
 
 
+@pytest.mark.slow
 def test_a_run_that_was_asked_to_stop_at_a_row_generates_it_later(config, tmp_path, monkeypatch):
     config = dataclasses.replace(config, validation_steps=2)
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))
@@ -131,6 +134,7 @@ def test_validation_does_not_touch_the_training(config, contents):
     assert contents(train(dataclasses.replace(config, validation_steps=1))) == plain
 
 
+@pytest.mark.slow
 def test_validation_images_that_are_not_finite_cost_only_their_row(config, broken_base):
     train(dataclasses.replace(config, max_train_steps=2, validation_steps=2))
     broken = dataclasses.replace(config, validation_steps=2, **broken_base)
