@@ -6,7 +6,7 @@ import threading
 import pytest
 from PIL import Image
 
-from atomdiff.sampling.output_files import SampleFile, write_overview
+from atomdiff.sampling.output_files import SampleFile, refuse_foreign_images, write_overview
 from atomdiff.utils.errors import UserError
 
 SETTINGS = {"concepts": "[]", "negative_prompt": "", "num_inference_steps": "3"}
@@ -109,3 +109,16 @@ def test_the_manifest_and_the_grid_have_the_images_of_earlier_jobs(tmp_path):
     assert [image["num_inference_steps"] for image in manifest["images"]] == ["9", "3"]
     with Image.open(tmp_path / "grid.png") as grid:
         assert {(1, 2, 3), (9, 99, 199)} <= {color for _, color in grid.getcolors(1 << 20)}
+
+
+def test_samples_do_not_go_among_other_images(tmp_path):
+    (tmp_path / "photos").mkdir()
+    for name in ("a", "b"):
+        Image.new("RGB", (8, 8)).save(tmp_path / "photos" / f"{name}.png")
+    with pytest.raises(UserError, match="output_dir=.*photos': has images that were not sampled .a.png, b.png."):
+        refuse_foreign_images(tmp_path / "photos")
+    (tmp_path / "samples").mkdir()
+    for name in ("grid.png", "contact_sheet.png", "a-mug-0a1b2c-seed7.png"):
+        (tmp_path / "samples" / name).touch()
+    refuse_foreign_images(tmp_path / "samples")
+    refuse_foreign_images(tmp_path / "none")

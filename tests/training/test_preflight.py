@@ -7,12 +7,10 @@ import pytest
 from PIL import Image
 
 from atomdiff.cli.main import main
-from atomdiff.sampling.output_files import refuse_foreign_images
 from atomdiff.training import dreambooth
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.preflight import check_runs
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.paths import check_writable, refuse_overlap
 
 
 @pytest.fixture
@@ -117,28 +115,3 @@ def test_all_runs_are_looked_at_before_the_first_begins(config, tmp_path, monkey
     assert {"folder": "dog: no such folder"}.get(
         damage, damaged.get(damage, "").split("/")[-1]
     ) in capsys.readouterr().err
-
-
-def test_samples_do_not_go_among_photos(config, tmp_path):
-    with pytest.raises(UserError, match="output_dir=.*photos': has images that were not sampled .a.png, b.png."):
-        refuse_foreign_images(tmp_path / "photos")
-    (tmp_path / "samples").mkdir()
-    for name in ("grid.png", "contact_sheet.png", "a-mug-0a1b2c-seed7.png"):
-        (tmp_path / "samples" / name).touch()
-    refuse_foreign_images(tmp_path / "samples")
-    refuse_foreign_images(tmp_path / "none")
-
-
-def test_outputs_never_replace_inputs(tmp_path):
-    (tmp_path / "base").mkdir()
-    (tmp_path / "mug.safetensors").touch()
-    refuse_overlap({"output": tmp_path / "new"}, {"the base": tmp_path / "base", "hub": "user/repo"})
-    with pytest.raises(UserError, match="output=.* is the concept, too"):
-        refuse_overlap({"output": tmp_path / "mug.safetensors"}, {"the concept": tmp_path / "mug.safetensors"})
-    with pytest.raises(UserError, match="is inside the base"):
-        refuse_overlap({"output": tmp_path / "base" / "x"}, {"the base": tmp_path / "base"})
-
-
-def test_what_is_writable_stays_as_it_is(tmp_path):
-    check_writable(tmp_path / "new", "output", "a.safetensors")
-    assert everything(tmp_path) == {"new"}

@@ -13,7 +13,7 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
-from atomdiff.utils.paths import PathText, expand_paths, path_fields
+from atomdiff.utils.paths import PathText, check_writable, expand_paths, path_fields, refuse_overlap
 
 
 @dataclass(frozen=True)
@@ -87,3 +87,18 @@ def test_every_field_that_names_a_path_is_one(kind):
 def test_names_too_long_for_a_file_system_name_no_file_to_callers_in_python_either(call, folder):
     with pytest.raises(UserError, match="no such file|is not a f|there is no file"):
         call(folder + "x" * 5000)
+
+
+def test_outputs_never_replace_inputs(tmp_path):
+    (tmp_path / "base").mkdir()
+    (tmp_path / "mug.safetensors").touch()
+    refuse_overlap({"output": tmp_path / "new"}, {"the base": tmp_path / "base", "hub": "user/repo"})
+    with pytest.raises(UserError, match="output=.* is the concept, too"):
+        refuse_overlap({"output": tmp_path / "mug.safetensors"}, {"the concept": tmp_path / "mug.safetensors"})
+    with pytest.raises(UserError, match="is inside the base"):
+        refuse_overlap({"output": tmp_path / "base" / "x"}, {"the base": tmp_path / "base"})
+
+
+def test_what_is_writable_stays_as_it_is(tmp_path):
+    check_writable(tmp_path / "new", "output", "a.safetensors")
+    assert [path.name for path in tmp_path.rglob("*")] == ["new"]
