@@ -112,11 +112,7 @@ def _read_record(file: Path) -> dict[str, object] | None:
 
 
 def generate_class_images(
-    config: TrainConfig,
-    subject: Subject,
-    pipe: BasePipeline,
-    accelerator: Accelerator,
-    base: Mapping[str, str],
+    config: TrainConfig, subject: Subject, pipe: BasePipeline, accelerator: Accelerator, base: Mapping[str, str]
 ) -> Path:
     """Let the base generate the class images of a subject that are missing, and return their folder.
 

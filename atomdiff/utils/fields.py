@@ -100,7 +100,7 @@ def _check_field(name: str, hint: Any, value: Any) -> None:
         raise UserError(f"{name}={value!r}: expected a tuple, such as ({value!r},)")
     for limits in marks(hint, Range):
         whole = int in _types(hint)
-        is_number = isinstance(value, Integral if whole else Real)
+        is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
         if not is_number:
             raise UserError(f"{name}={value!r}: expected a {'whole ' * whole}number")
         if value not in limits:

@@ -86,11 +86,7 @@ def test_another_config_is_refused_but_rates_and_steps_may_change(tmp_path):
         ((3, 4), (6, 2), None),
         ((4, 1), (2, 2), None),
         ((4, 1), (4, 2), r"=4 on 1 process\(es\), now .*=4 on 2 .*before \(4\): use .*_steps=2, or start"),
-        (
-            (1, 2),
-            (1, 1),
-            r"=1 on 2 process\(es\), now .*=1 on 1 .*before \(2\): use .*_steps=2, or start",
-        ),
+        ((1, 2), (1, 1), r"=1 on 2 process\(es\), now .*=1 on 1 .*before \(2\): use .*_steps=2, or start"),
         ((2, 1), (2, 2), r"=2 on 1 process\(es\), now .*=2 on 2 .*\(2\): use gradient_accumulation_steps=1, or start"),
         ((1, 1), (1, 2), r"=1 on 1 process\(es\), now .*=1 on 2 .*before \(1\): use its values, or start"),
     ],

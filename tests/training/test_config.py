@@ -177,11 +177,7 @@ def test_a_list_of_concepts_can_make_up_one_run(tmp_path):
             {"one_file": True},
             "sks and sks_1 are tokens of one word",
         ),
-        (
-            [LISTED[0], LISTED[1] | {"trigger_word": "SKS"}],
-            {"one_file": True},
-            "words sks, SKS: CLIP ignores case",
-        ),
+        ([LISTED[0], LISTED[1] | {"trigger_word": "SKS"}], {"one_file": True}, "words sks, SKS: CLIP ignores case"),
         (LISTED, {"instance_data_dir": "photos"}, "found both"),
         (LISTED, {"concepts_list": None}, "found neither"),
         (LISTED, {"concepts_list": None, "instance_data_dir": "a", "one_file": True}, "expected several subjects"),

@@ -92,20 +92,12 @@ def test_everything_at_once_in_batches_of_one_size(config, batches):
     shapes = {tuple(batch.latents.shape) for _, batch in batches}
     assert shapes == {(4, 4, 8, 16), (4, 4, 16, 8), (4, 4, 8, 8)}
     dataset, _ = batches[0]
-    assert [len(images.prompts) for images in dataset.instance_images] == [
-        2,
-        1,
-        2,
-    ] and dataset.num_instance_images == 5
+    assert [len(images.prompts) for images in dataset.instance_images] == [2, 1, 2] and dataset.num_instance_images == 5
     for _, batch in batches:
         height, width = batch.latents.shape[-2:]
         assert batch.num_instance_images == 2 and batch.weights.shape == (4, 1, height, width)
         assert batch.time_ids[:, 4:].tolist() == [[4 * height, 4 * width]] * 4
-        assert batch.time_ids[2:, :4].tolist() in (
-            [[32, 32, 0, 0]] * 2,
-            [[32, 32, 0, 16]] * 2,
-            [[32, 32, 16, 0]] * 2,
-        )
+        assert batch.time_ids[2:, :4].tolist() in ([[32, 32, 0, 0]] * 2, [[32, 32, 0, 16]] * 2, [[32, 32, 16, 0]] * 2)
         assert torch.equal(batch.weights[2:], torch.ones(2, 1, height, width))
     prompts = texts(batches)
     assert "" in prompts and 0.2 < prompts.count("") / len(prompts) < 0.6

@@ -199,8 +199,7 @@ def test_a_resumed_run_samples_the_same(run):
 
 
 @pytest.mark.parametrize(
-    "fields",
-    [{"prediction_type": "flow"}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}],
+    "fields", [{"prediction_type": "flow"}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}]
 )
 def test_objectives_of_sdxl(run, fields, tiny_xl_pipe_folder):
     base = str(tiny_xl_pipe_folder)

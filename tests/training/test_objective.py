@@ -129,8 +129,7 @@ def test_min_snr_weights_are_those_of_diffusers_scripts():
 
 
 @pytest.mark.parametrize(
-    ("kind", "weights"),
-    [("epsilon", [1, 0]), ("v_prediction", [0, 0]), ("sample", [0, 5]), ("flow", [0, 0])],
+    ("kind", "weights"), [("epsilon", [1, 0]), ("v_prediction", [0, 0]), ("sample", [0, 5]), ("flow", [0, 0])]
 )
 def test_min_snr_at_pure_noise_and_at_no_noise(kind, weights):
     found = min_snr_weights(torch.tensor([0.0, 1.0]), torch.tensor([1.0, 0.0]), 5.0, kind)

@@ -39,14 +39,8 @@ def everything(folder):
         ({"output_dir": "photos/mask"}, "output_dir='photos/mask' is instance_data_dir .its masks., too"),
         ({"cache_dir": "photos"}, "the cache='photos' is instance_data_dir"),
         ({"logging_dir": "../photos"}, "logging_dir='out/../photos' is instance_data_dir"),
-        (
-            {"class_data_dir": "photos", "with_prior_preservation": True},
-            "class_data_dir='photos' is instance_d",
-        ),
-        (
-            {"class_data_dir": "out", "with_prior_preservation": True},
-            "output_dir='out' is class_data_dir, too",
-        ),
+        ({"class_data_dir": "photos", "with_prior_preservation": True}, "class_data_dir='photos' is instance_d"),
+        ({"class_data_dir": "out", "with_prior_preservation": True}, "output_dir='out' is class_data_dir, too"),
         (
             {"class_data_dir": "out/validation", "with_prior_preservation": True},
             "validation images='out/validation' is",

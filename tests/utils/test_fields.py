@@ -52,6 +52,7 @@ class Trip(Travel):
     [
         ({"seats": 0}, "seats=0: expected a number of at least 1 and below 1000000000"),
         ({"seats": 2.5}, "seats=2.5: expected a whole number"),
+        ({"seats": True}, "seats=True: expected a whole number"),
         ({"fill": "half"}, "fill='half': expected a number"),
         ({"fill": None}, "fill=None: expected a number"),
         ({"stops": "home"}, r"stops='home': expected a tuple, such as \('home',\)"),
