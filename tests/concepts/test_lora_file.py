@@ -59,6 +59,7 @@ def test_all_names_of_sdxl_layers_are_known(tiny_xl_pipe, tmp_path, name_of):
     assert_loads(tiny_xl_pipe, tmp_path / "mug.safetensors", expected)
 
 
+@pytest.mark.slow
 def test_files_of_diffusers_keep_their_scales(tiny_pipe, tmp_path):
     """What `save_lora_weights` writes, with the settings in its metadata and without, loads as diffusers loads it."""
     config = LoraConfig(r=4, lora_alpha=6, target_modules=["to_q", "conv1"], init_lora_weights=False, use_rslora=True)

@@ -225,6 +225,7 @@ def test_a_lora_of_another_program_is_exported_as_it_generates(tiny_pipe, make_c
     torch.testing.assert_close(*images, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_concepts_on_the_hub_are_exported(hub_server, concepts, make_config):
     hub_server.put("ada/mug", {"mug.atoms.safetensors": concepts[0]})
     found, expected = (

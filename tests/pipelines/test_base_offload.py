@@ -137,6 +137,7 @@ def test_files_are_read_again(pipe_template, concept, tmp_path, case):
     assert_same_bits(base_bits(pipe), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("offload_base", OFFLOADS)
 @pytest.mark.parametrize(("first", "second"), [(torch.float32, torch.bfloat16), (torch.float16, torch.float32)])
 def test_a_pipeline_changes_its_dtype_meanwhile(tiny_pipe_folder, concept, offload_base, first, second):

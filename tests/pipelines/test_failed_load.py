@@ -58,6 +58,7 @@ BROKEN = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", BROKEN)
 def test_a_failed_load_leaves_the_pipeline_as_it_was(tiny_pipe, concepts, tmp_path, case):
     make, message = BROKEN[case]
@@ -115,6 +116,7 @@ ABSURD = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", ABSURD)
 def test_an_absurd_rank_is_refused_before_it_takes_memory(tiny_pipe, tmp_path, case):
     make, absurd, message = ABSURD[case]

@@ -38,6 +38,7 @@ GROUPS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("images", [1, 2, 3])
 @pytest.mark.parametrize("kind", GROUPS)
 def test_any_number_of_guidance_groups(pipe_template, kind, images):

@@ -83,6 +83,7 @@ def assert_untouched(pipe, before):
     assert addresses(pipe) == before[1]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 def test_every_variant_and_set_is_the_image_generated_alone(pipe, guidance):
     expected = assert_samples(pipe, SAMPLES, guidance_scale=guidance)
@@ -126,6 +127,7 @@ STEPS = {"weight": 1.5, "steps": {0: 1, 1: 0.2}}
 SCHEDULED = [{"separable": STEPS, "spatial": 0.5}, "separable", None, {"joint": {**STEPS, "blocks": {"down": 0.3}}}]
 
 
+@pytest.mark.slow
 def test_samples_have_schedules_and_blocks_of_their_own(pipe):
     expected = assert_samples(pipe, SCHEDULED, num_inference_steps=3)
     flat = alone(pipe, [{"separable": 1.5, "spatial": 0.5}], noise(1), num_inference_steps=3)
@@ -144,6 +146,7 @@ UNDER = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("under", UNDER)
 def test_what_is_active_underneath_does_not_matter_and_stays(pipe, under):
     samples = ["spatial", None, SCHEDULED[0]]
@@ -211,6 +214,7 @@ def test_the_model_can_be_called_directly_and_by_name(pipe, called_before, monke
     assert not called_before or pipe._guidance_scale == 7.5
 
 
+@pytest.mark.slow
 def test_all_samples_share_each_product(pipe, monkeypatch):
     atomdiff.restore(pipe)
     calls = []
@@ -243,6 +247,7 @@ def test_a_wrong_number_of_prompts_is_refused(pipe, prompts, text_too):
     assert_untouched(pipe, kept)
 
 
+@pytest.mark.slow
 def test_a_wrong_batch_of_the_model_is_refused(pipe):
     with atomdiff.mixed_batch(pipe, ["spatial", None, "joint"]):
         for count in (2, 4):
@@ -330,6 +335,7 @@ def test_weights_may_be_switched_within(pipe):
         torch.testing.assert_close(predict_repeated(pipe, 2), first, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_compiled_layer_mixes_too(pipe_template):
     torch._dynamo.reset()
     pipe = copy.deepcopy(pipe_template)

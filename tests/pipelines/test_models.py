@@ -3,6 +3,7 @@
 import threading
 from contextlib import suppress
 
+import pytest
 import torch
 
 import atomdiff
@@ -10,6 +11,7 @@ from tests.helpers import sharing_pipeline, together
 from tests.pipelines.helpers import assert_same_bits, bits, generate, predict_repeated
 
 
+@pytest.mark.slow
 def test_images_under_the_lock_have_the_concepts_set_before_whatever_others_do(pipe, concepts):
     other = sharing_pipeline(pipe)
     expected, found = {}, {"spatial": [], "separable": []}
@@ -38,6 +40,7 @@ def test_images_under_the_lock_have_the_concepts_set_before_whatever_others_do(p
     assert_same_bits(bits(pipe), before)
 
 
+@pytest.mark.slow
 def test_calls_beside_changes_without_the_lock_do_no_lasting_damage(tiny_pipe, concepts):
     before, expected, done = bits(tiny_pipe), predict_repeated(tiny_pipe), threading.Event()
 

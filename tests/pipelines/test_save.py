@@ -39,6 +39,7 @@ def test_saved_again_the_file_is_the_same(tiny_pipe, concepts, tmp_path):
         assert all(torch.equal(one.get_tensor(k), two.get_tensor(k)) for k in one.keys())  # noqa: SIM118
 
 
+@pytest.mark.slow
 def test_peft_directories_are_the_same_bytes_each_time(tiny_pipe, tmp_path):
     train(tiny_pipe, "lora", word="ohwx")
     for name in "abcdefgh":

@@ -59,6 +59,7 @@ def written_shares(pipe, generate=generate, path="conv_in", **options):
     return [round(share, 3) for share in seen]
 
 
+@pytest.mark.slow
 def test_weights_follow_the_steps(pipe):
     atomdiff.set_active(pipe, {"a": {"weight": 2.0, "steps": {0: 1, 1: 0.25}, "blocks": {"up": 0.5}}})
     expected = [2.0, 1.5, 1.0, 0.5]

@@ -50,6 +50,7 @@ def state(pipe):
     return base_bits(pipe), scaling, schedule_of(pipe.unet) is not None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("weights", SETS, ids=lambda weights: "+".join(weights))
 def test_images_are_those_of_unmerged_concepts(pipe, weights):
     base = generate(pipe) if list(weights) == ["spatial"] else None
@@ -73,6 +74,7 @@ def test_a_name_names_and_a_mapping_mean_the_same(pipe):
         assert_same_bits(result, results[0])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("dtype", "channels_last"), [(torch.float32, False), (torch.float16, True), (torch.bfloat16, True)]
 )
@@ -147,6 +149,7 @@ def test_merging_again_follows_the_weights(tiny_pipe, concepts):
     assert (half - full).abs().max() > 1e-3
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", ["lora", "oft", "loha"])
 def test_atoms_and_other_methods_act_and_are_merged_together(tiny_pipe, concepts, other):
     before = bits(tiny_pipe)
@@ -191,6 +194,7 @@ def test_a_concept_is_loaded_over_a_merged_one_of_another_method(tiny_pipe, conc
 LORA = LoraConfig(r=2, target_modules=["to_q", "conv1", "conv_in"])
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("other", [LORA, LoHaConfig(r=2, target_modules=["to_k", "conv1"])], ids=["lora", "loha"])
 def test_other_methods_are_merged_beside_atoms_and_exactly_taken_off(pipe, other):
     before, where = base_bits(pipe), addresses(pipe)
@@ -271,6 +275,7 @@ def test_concepts_of_words_only_are_switched_too(tiny_pipe, concepts, tmp_path):
     assert_same_bits(base_bits(tiny_pipe), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("concepts", "message"),
     [
@@ -321,6 +326,7 @@ def test_a_switch_looks_at_the_chosen_concepts_only(pipe, monkeypatch):
     assert sorted(calls) == sorted(expected)
 
 
+@pytest.mark.slow
 def test_copies_and_pickles_live_their_own_lives(pipe):
     atomdiff.set_active(pipe, {"separable": {"steps": {0: 1, 1: 0}}, "joint": 0.5}, offload_base="cpu")
     before, expected = base_bits(pipe), generate(copy.deepcopy(pipe))

@@ -75,6 +75,7 @@ def test_every_line_is_spelled_with_the_embedding_of_its_concept(tiny_pipe, line
     assert len(tokens_in(tiny_pipe)) == 3
 
 
+@pytest.mark.slow
 def test_those_used_last_stay(tiny_pipe, lines, loads, monkeypatch):
     monkeypatch.setattr(adapter_cache, "MAX_LOADED", 3)
     cache = AdapterCache(tiny_pipe)

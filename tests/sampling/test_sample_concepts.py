@@ -118,6 +118,7 @@ def test_the_size_of_batches_changes_nothing(config, tiny_pipe, library, size):
         )
 
 
+@pytest.mark.slow
 def test_negative_prompts_have_the_words_of_their_rows(config, tiny_pipe, library):
     prompts = ("a mug <atoms:ant:0>", "a mug <atoms:bee:0>", "a mug")
     save_samples(replace(config, library=str(library), prompts=prompts, seeds=(0,), negative_prompt="sks mug"))
@@ -195,6 +196,7 @@ def test_lines_that_use_the_same_are_generated_from_merged_weights(config, libra
     assert len(image_files(config)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_what_all_lines_use_goes_with_what_they_name_and_a_tag_changes_its_weight(config, tiny_pipe, library):
     own = str(library / "cat.atoms.safetensors")
@@ -269,6 +271,7 @@ def test_concepts_that_no_word_calls_are_warned_of(config, library):
         save_samples(replace(config, library=str(library), prompts=("a cat <atoms:ant>",), seeds=(0,)))
 
 
+@pytest.mark.slow
 def test_the_command_line_takes_weights_by_block_and_step(config, tiny_pipe, library, tmp_path):
     concept, other = (str(library / f"{name}.atoms.safetensors") for name in ("ant", "bee"))
     options = ["--pretrained_model_name_or_path", config.pretrained_model_name_or_path, "--prompts", "a mug"]
@@ -289,6 +292,7 @@ def test_the_command_line_takes_weights_by_block_and_step(config, tiny_pipe, lib
     ]
 
 
+@pytest.mark.slow
 def test_equal_weights_are_the_same_image_and_numbers_are_reported_as_ever(config, library, loads):
     path = library / "ant.atoms.safetensors"
     config = replace(config, concepts=(str(path),), weights=(1,), seeds=(0,))

@@ -173,6 +173,7 @@ def test_class_images_have_a_folder_for_every_class(config, tmp_path):
     assert sorted(folder.name for folder in (tmp_path / "class").iterdir()) == ["cat", "mug"]
 
 
+@pytest.mark.slow
 def test_class_images_that_are_not_finite_or_black_are_not_trained_on(config, broken_base):
     with pytest.raises(UserError, match="the image of 'a photo of a teapot' with seed .* not finite.*VAE"):
         train(dataclasses.replace(config, **broken_base))

@@ -251,6 +251,7 @@ def test_flags_of_all_kinds():
     assert config.validation_prompts == ("{trigger_word}", "b")
 
 
+@pytest.mark.slow
 def test_overrides_beside_the_adapter_stand_below_all_that_is_asked_for(tmp_path):
     (tmp_path / "adapter.json").write_text('{"peft_type": "LORA"}')
     (tmp_path / "overrides.yaml").write_text("learning_rate: 0.25\nsnr_gamma: 3.0\n")

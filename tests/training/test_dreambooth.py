@@ -151,6 +151,7 @@ def test_every_option_changes_the_result(config, tmp_path):
     assert not same
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("where", ["loss", "gradient's norm"])
 def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_checkpoint(config, where, monkeypatch):
     config = dataclasses.replace(config, checkpointing_steps=1, checkpoints_total_limit=1)

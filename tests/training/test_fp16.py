@@ -81,6 +81,7 @@ def test_gradients_that_never_fit_end_the_run(config, fp16, monkeypatch):
     assert len(calls) == 20
 
 
+@pytest.mark.slow
 def test_what_is_trained_is_float32_and_the_rest_is_not(config, fp16, monkeypatch):
     seen, usual = [], dreambooth.train_step
     monkeypatch.setattr(dreambooth, "train_step", lambda run, step: seen.append(run.model) or usual(run, step))

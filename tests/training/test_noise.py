@@ -208,6 +208,7 @@ def test_objectives_of_sdxl(run, fields, tiny_xl_pipe_folder):
     assert predicts == fields["prediction_type"].removesuffix("_prediction")
 
 
+@pytest.mark.slow
 def test_a_base_saved_with_a_flow_scheduler_is_trained_and_generates(run, tiny_pipe, tmp_path):
     tiny_pipe.scheduler = FlowMatchEulerDiscreteScheduler(shift=3.0)
     tiny_pipe.save_pretrained(tmp_path / "flow")

@@ -223,6 +223,7 @@ def refuse_averages(config):
         raise UserError(f"optimizer={config.optimizer!r}: does not go with use_ema")
 
 
+@pytest.mark.slow
 def test_an_entry_of_the_table_is_all_that_an_optimizer_takes(run, monkeypatch, capsys):
     spec = OptimizerSpec(
         "plain gradient descent",

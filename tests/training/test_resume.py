@@ -155,6 +155,7 @@ def another_mask(folder):
     mask.save(folder / "mask" / "2.png")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -213,6 +214,7 @@ def test_a_checkpoint_with_other_parameters_is_refused(stopped):
         train(config)
 
 
+@pytest.mark.slow
 def test_checkpoints_that_cannot_be_written_cost_only_themselves(config, contents, small_files):
     config = dataclasses.replace(config, checkpointing_steps=2)
     expected = contents(train(config))

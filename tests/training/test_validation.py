@@ -79,6 +79,7 @@ def test_a_run_goes_on_with_more_or_fewer_prompts_on_its_sheet(config, contents)
         assert contents(train(dataclasses.replace(config, **fields))) == expected
 
 
+@pytest.mark.slow
 def test_a_last_row_that_cannot_be_generated_does_not_cost_the_concept(config, monkeypatch):
     config = dataclasses.replace(config, validation_steps=4)
     usual = dreambooth.validate

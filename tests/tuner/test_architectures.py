@@ -98,6 +98,7 @@ def _tensors(values) -> list[torch.Tensor]:
     return [values] if isinstance(values, torch.Tensor) else [t for value in values for t in _tensors(value)]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("preset", PRESETS)
 @pytest.mark.parametrize("name", MODELS)
 @torch.no_grad()

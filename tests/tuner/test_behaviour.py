@@ -122,6 +122,7 @@ def test_merged_is_unmerged_is_reloaded(base, x, method, tmp_path):
             assert torch.equal(model(x), base(x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("dtype", "tolerance"), [(torch.float64, 1e-4), (torch.bfloat16, 0.01)])
 @pytest.mark.parametrize("method", ATOMS)
 def test_reloaded_under_another_seed_and_in_another_dtype(base, method, dtype, tolerance, tmp_path):
