@@ -274,7 +274,8 @@ def test_jobs_of_different_prompts_fill_one_folder_one_after_the_other_and_at_on
 
     def start_the_other_job(pipe, prompts, *args, **settings):
         if not running:
-            running.append(save_samples(cats))  # from its first image to its overview
+            running.append(cats)
+            save_samples(cats)  # from its first image to its overview
         return generate_each(pipe, prompts, *args, **settings)
 
     with monkeypatch.context() as patch:
