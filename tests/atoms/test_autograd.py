@@ -171,6 +171,7 @@ def test_gradient_checkpointing(variant):
     assert_close(gradients(model, x, lambda x: checkpoint(model, x, use_reentrant=False)), gradients(model, x))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("variant", ["spatial", "blocks", "recursion"])
 def test_compiled(variant):
     model, x = adapted("conv", variant)

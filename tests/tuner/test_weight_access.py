@@ -94,6 +94,7 @@ ORDERS = (
 )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("order", ORDERS)
 @pytest.mark.parametrize("way", IN_MEMORY)
 def test_offloaded_weights_are_merged_and_given_back_in_any_order(pipe, files, tmp_path, way, order):
@@ -169,6 +170,7 @@ def test_weights_on_disk_serve_unmerged_concepts_and_are_not_changed(pipe, files
     torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ON_DISK)
 def test_what_was_merged_before_weights_went_to_disk_is_refused_to_come_off(pipe, files, tmp_path, way):
     atomdiff.load_atoms(pipe, files["all"])
