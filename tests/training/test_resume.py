@@ -170,7 +170,7 @@ def test_a_run_goes_on_with_what_it_began_with_only(stopped, change, message, st
     config, folder, path = stopped
     change(folder)
     before = path.read_bytes()
-    with pytest.raises(UserError, match=f"checkpoint-2: written with {message}. Put back .*another output_dir"):
+    with pytest.raises(UserError, match=f"checkpoint-2: written with {message}. Restore .*another output_dir"):
         train(dataclasses.replace(config, max_train_steps=steps))
     assert path.read_bytes() == before
 
