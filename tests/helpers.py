@@ -13,7 +13,7 @@ from PIL import Image
 from atomdiff.pipelines.models import pipeline_models
 
 # Attributes of models that diffusers or PyTorch leave behind.
-ACCIDENTAL = {"lora_scale", "_safe_fusing", "_compiled_call_impl"}
+ACCIDENTAL = {"lora_scale", "_safe_fusing", "_compiled_call_impl", "_output_capturing_hooks_installed"}
 
 
 def write_images(folder, widths=(32, 32, 32), seed=0):

@@ -39,7 +39,7 @@ def describe_training(config: TrainConfig, num_trainable_parameters: int, proces
     images += " and as many class images" if config.with_prior_preservation else ""
     finished = f" ({done} of them done)" if done else ""
     return (
-        f"training: {config.adapter} on {models}{named}; {num_trainable_parameters:,} parameters\n"
+        f"adapter: {config.adapter} on {models}{named}; {num_trainable_parameters:,} parameters\n"
         f"steps: {config.max_train_steps}{finished}, each of {images}; "
         f"{config.optimizer} at {config.learning_rates['adapter']:g}"
     )

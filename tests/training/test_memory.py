@@ -91,7 +91,7 @@ def test_other_attention_computes_the_same(unet, config, field, processor):
     ],
 )
 def test_what_excludes_each_other_is_refused(config, fields, found):
-    with pytest.raises(UserError, match=f"found {found}.*: expected one of them at most"):
+    with pytest.raises(UserError, match=f"found {found}.*: expected at most one of them"):
         dataclasses.replace(config, **dict.fromkeys(fields, True))
 
 

@@ -31,7 +31,7 @@ def test_a_run_opens_with_what_it_found_and_names_captions_that_are_cut(config, 
     for line in (
         f"mug: 2 images in {folder}, 1 caption (else 'a photo of sks mug')\n",
         "sizes: 32x32 (1), 32x64 (1)\n",
-        "training: atoms on UNet, trigger word sks; ",
+        "adapter: atoms on UNet, trigger word sks; ",
         "steps: 1, each of 2 images; adamw at 0.005\n",
     ):
         assert line in said
@@ -56,7 +56,7 @@ def test_masks_class_images_and_several_words_are_described(tmp_path):
         "sizes: 64x64 (4)",
     ]
     assert describe_training(config, 12345, 2, 100).splitlines() == [
-        "training: atoms on UNet, trigger words mug, cat; 12,345 parameters",
+        "adapter: atoms on UNet, trigger words mug, cat; 12,345 parameters",
         "steps: 400 (100 of them done), each of 8 images and as many class images; adamw at 0.005",
     ]
 
