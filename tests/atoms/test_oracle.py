@@ -105,6 +105,7 @@ CASES = [
 ]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("kind", "variant"), CASES)
 def test_the_adapted_weight_is_that_of_the_equations(kind, variant):
     layer, config = make_layer(kind, variant), AtomConfig(**VARIANTS[variant])

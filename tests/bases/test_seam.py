@@ -91,6 +91,7 @@ def config(folder, tmp_path):
     )
 
 
+@pytest.mark.slow
 def test_a_base_trains_loads_generates_and_exports_by_its_names(base, config, tmp_path):
     concept = train(config)
     assert len(list(Path(config.output_dir).glob("validation/*.png"))) == 2
@@ -121,6 +122,7 @@ def test_a_base_trains_loads_generates_and_exports_by_its_names(base, config, tm
     assert np.abs(generate_image(pipe, "a sks teapot") - before).max() > 1e-3
 
 
+@pytest.mark.slow
 def test_training_conditions_on_what_the_pipeline_does(base, config, folder):
     """The loss of a step is another than that of the same weights as Stable Diffusion, whose embeddings are half."""
 

@@ -173,6 +173,7 @@ def test_augmentation_mirrors_half_and_cuts_within_the_picture():
     assert np.array_equal(np.asarray(unchanged), np.asarray(image))
 
 
+@pytest.mark.slow
 def test_a_position_of_the_stream_always_gives_the_same_picture(tmp_path):
     images = labeled(tmp_path)
     Image.fromarray(np.random.default_rng(0).integers(0, 255, (6, 8, 3), dtype=np.uint8)).save(images.files[0])

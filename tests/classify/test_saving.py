@@ -76,6 +76,7 @@ def test_a_classifier_is_replaced_but_nothing_else(config):
         train_classifier(config)
 
 
+@pytest.mark.slow
 def test_a_save_that_fails_leaves_the_earlier_classifier(config, monkeypatch, logits):
     train_classifier(config)
     before = logits(load_classifier(classifier(config)))

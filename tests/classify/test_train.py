@@ -63,6 +63,7 @@ def test_an_adapter_for_all_layers_excludes_the_head(config, targets, tmp_path):
     assert not hasattr(load_classifier(classifier(config)).classifier[1], "base_layer")
 
 
+@pytest.mark.slow
 def test_atoms_alone_learn(config):
     config = dataclasses.replace(config, head_learning_rate=0.0, batch_norm="frozen", max_train_steps=60)
     report = train_classifier(dataclasses.replace(config, learning_rate=0.05, validation_steps=20))
@@ -97,6 +98,7 @@ def test_a_run_without_progress_stops_early(config, monkeypatch):
     assert [validation["step"] for validation in report["validations"]] == [2, 4, 6, 8] and report["best_step"] == 4
 
 
+@pytest.mark.slow
 def test_same_config_same_numbers_and_the_seed_changes_all_choices(
     config, half_precision, with_method, trained, logits
 ):
@@ -110,6 +112,7 @@ def test_same_config_same_numbers_and_the_seed_changes_all_choices(
     assert (logits(trained[0]) - logits(trained[2])).abs().max() > 1e-2
 
 
+@pytest.mark.slow
 def test_workers_change_nothing(config, trained, logits):
     config = dataclasses.replace(config, random_flip=True, random_resized_crop=0.5, max_train_steps=2)
     for workers in (0, 1):

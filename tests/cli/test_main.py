@@ -63,6 +63,7 @@ def test_inspect_counts_an_adapter_on_an_architecture(tmp_path, capsys):
     assert "such as sd-1.5" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_a_concept_is_exported_and_extracted_again(tiny_pipe, tiny_pipe_folder, tmp_path, capsys):
     tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv_in"]))
     add_placeholder_token(tiny_pipe, "ohwx")
@@ -252,6 +253,7 @@ def test_the_script_splits_a_job_over_processes(tiny_pipe_folder, tmp_path):
     assert done.stderr.count("generating: 2 images") == 1  # the main process drew two of three
 
 
+@pytest.mark.slow
 def test_what_the_output_cannot_spell_is_escaped() -> None:
     process = subprocess.run(
         [sys.executable, "-m", "atomdiff", "inspect", "müll-猫.atoms.safetensors"],

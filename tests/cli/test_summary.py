@@ -2,6 +2,7 @@
 
 import re
 
+import pytest
 import torch
 
 import atomdiff
@@ -37,6 +38,7 @@ def test_a_file_is_described(tiny_pipe, tmp_path):
     assert "distance" not in text
 
 
+@pytest.mark.slow
 def test_the_quality_of_sparse_coefficients_is_stated(tiny_pipe, tmp_path):
     tiny_pipe.unet.add_adapter(AtomConfig(basis="sparse", target_modules=["conv_in", "to_q"], sparsity=0.05))
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors")

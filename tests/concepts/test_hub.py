@@ -45,6 +45,7 @@ def test_one_of_several_is_chosen_by_name_folder_and_revision(hub_server, concep
     assert len(list(Path(constants.HF_HUB_CACHE).rglob("*.atoms.safetensors"))) == 3
 
 
+@pytest.mark.slow
 def test_a_folder_on_this_disk_is_chosen_from_in_the_same_way_and_goes_first(
     hub_server, concept, tiny_pipe, monkeypatch
 ):
@@ -65,11 +66,13 @@ def test_a_folder_on_this_disk_is_chosen_from_in_the_same_way_and_goes_first(
     assert not hub_server.asked
 
 
+@pytest.mark.slow
 def test_an_adapter_in_the_current_folder_has_its_name(lora, tiny_pipe, monkeypatch):
     monkeypatch.chdir(lora[0])
     assert atomdiff.load_atoms(tiny_pipe, ".") == "lora"
 
 
+@pytest.mark.slow
 def test_only_safetensors_and_json_are_downloaded(hub_server, concept, lora, tiny_pipe, tmp_path):
     evil = tmp_path / "evil.bin"
     evil.write_bytes(b"cos\nsystem\n(S'touch /tmp/evil'\ntR.")
@@ -130,6 +133,7 @@ def test_a_download_serves_when_the_hub_does_not(hub_server, concept, tiny_pipe,
     assert any(path.startswith("GET /ada") for path in hub_server.asked[asked:])
 
 
+@pytest.mark.slow
 def test_a_download_from_folders_within_folders_serves_as_well(hub_server, concept, lora, tiny_pipe):
     files = {file.relative_to(lora[0]).as_posix(): file for file in lora[0].rglob("*.*")}
     hub_server.put("ada/many", {f"pets/cat/{name}": file for name, file in files.items()})

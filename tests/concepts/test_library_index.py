@@ -247,6 +247,7 @@ def test_many_damaged_files_make_one_short_warning(tmp_path, user_warnings):
     assert len(library.damaged) == 20 and len(library) == 0
 
 
+@pytest.mark.slow
 @given(data=st.data())
 @settings(max_examples=60, deadline=None)
 def test_whatever_is_in_a_file_the_index_holds(tmp_path_factory, data):

@@ -25,6 +25,7 @@ def in_threads(count, work):
         return [future.result(SECONDS) for future in [pool.submit(run, number) for number in range(count)]]
 
 
+@pytest.mark.slow
 def test_threads_get_right_concepts_while_files_come_and_go(tmp_path, reads):
     for number in range(40):
         write_concept(tmp_path, f"c{number}", number)

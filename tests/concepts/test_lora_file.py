@@ -97,6 +97,7 @@ def test_our_own_exports_load(tiny_xl_pipe, tmp_path, export):
     assert_loads(tiny_xl_pipe, path, expected)
 
 
+@pytest.mark.slow
 def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
     """In Python, in `atomdiff sample` and in `atomdiff export`."""
     tiny_pipe.unet.add_adapter(AtomConfig(target_modules=["conv_in"]), "made")

@@ -20,6 +20,7 @@ def test_every_form_of_lora_loads(tiny_pipe, tmp_path, form):
     assert_loads(tiny_pipe, tmp_path / "mug.safetensors", expected)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("targets", [["to_q", "ff.net.0.proj"], ["conv1"]])
 def test_a_dora_loads_as_diffusers_and_peft_load_it(tiny_pipe, tmp_path, targets):
     config = LoraConfig(r=2, lora_alpha=3, target_modules=targets, use_dora=True, init_lora_weights=False)

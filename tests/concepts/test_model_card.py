@@ -4,6 +4,7 @@ import json
 import re
 from pathlib import Path
 
+import pytest
 import torch
 
 import atomdiff
@@ -37,6 +38,7 @@ def test_the_card_says_what_it_is_and_how_to_load_it(concept, tmp_path):
     assert "Write `sks mug` in a prompt" in text and "<Gallery />" not in text and "{" not in text
 
 
+@pytest.mark.slow
 def test_the_code_of_the_card_runs(hub_server, logged_in, concept, tiny_pipe, monkeypatch):
     file, prediction = concept
     atomdiff.push_to_hub(file, "ada/mug")

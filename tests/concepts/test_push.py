@@ -11,6 +11,7 @@ from tests.fake_hub import card_of, point_client_at
 from tests.helpers import predict
 
 
+@pytest.mark.slow
 def test_what_is_pushed_is_loaded(hub_server, logged_in, concept, tiny_pipe, tmp_path):
     file, prediction = concept
     base = predict(tiny_pipe, "a photo of sks mug")
@@ -26,6 +27,7 @@ def test_what_is_pushed_is_loaded(hub_server, logged_in, concept, tiny_pipe, tmp
     assert torch.equal(predict(tiny_pipe, "a photo of sks mug"), prediction)
 
 
+@pytest.mark.slow
 def test_a_peft_adapter_is_pushed_and_loaded_with_its_word_and_all_components(hub_server, logged_in, lora, tiny_pipe):
     folder, prediction = lora
     (folder / "optimizer.bin").write_bytes(b"not for others")
@@ -58,6 +60,7 @@ def test_a_run_is_pushed_by_its_folder_and_a_wrong_path_asks_nobody(hub_server, 
     assert len(hub_server.asked) == asked
 
 
+@pytest.mark.slow
 def test_pushing_again_updates_or_opens_a_pull_request_and_can_leave_the_card(hub_server, logged_in, concept):
     atomdiff.push_to_hub(concept[0], "ada/mug")
     hub_server.files("ada/mug")["README.md"] = b"by hand"

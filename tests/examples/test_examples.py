@@ -29,6 +29,7 @@ def run(tmp_path, monkeypatch, capsys):
     return run
 
 
+@pytest.mark.slow
 def test_mixed_batch(run):
     assert "3 images" in run("mixed_batch.py", BASE, CONCEPT, CONCEPT, "--steps", 1)
     assert Image.open("mixed.png").size == (3 * 64, 64)
@@ -41,6 +42,7 @@ def test_export(run):
     assert any(key.endswith(".diff") for key in load_file("out/export/robot-diff.safetensors"))
 
 
+@pytest.mark.slow
 def test_library(run):
     for name in ("a.atoms.safetensors", "more/b.atoms.safetensors"):
         Path("concepts", name).parent.mkdir(parents=True, exist_ok=True)

@@ -44,6 +44,7 @@ def test_a_difference_is_the_whole_difference(pipe_template, tmp_path):
     assert metadata["modelspec.trigger_phrase"] == "ohwx mug"
 
 
+@pytest.mark.slow
 def test_half_precision_bases_are_exported_as_exactly_as_others(pipe_template, tmp_path):
     pipe = copy_of(pipe_template)
     pipe.to(torch.bfloat16)
@@ -59,6 +60,7 @@ def test_half_precision_bases_are_exported_as_exactly_as_others(pipe_template, t
         torch.testing.assert_close(files[0][key], value, atol=1e-6, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_weights_and_merging_and_what_is_active_count(pipe_template, tmp_path):
     pipe = copy_of(pipe_template)
     add_random_adapter(pipe, name="one")

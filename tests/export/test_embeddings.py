@@ -46,6 +46,7 @@ def test_a_concept_that_is_only_a_word_is_only_its_embedding(tiny_pipe, tmp_path
     assert "mug.safetensors" not in describe_export(report).replace("mug-ohwx.safetensors", "")
 
 
+@pytest.mark.slow
 def test_a_word_of_several_vectors_is_one_file(pipe_template, sdxl_template, tmp_path):
     for template, keys in ((pipe_template, ["emb_params"]), (sdxl_template, ["clip_l", "clip_g"])):
         pipe = copy_of(template)

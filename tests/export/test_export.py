@@ -73,6 +73,7 @@ def test_files_are_exported_with_their_weights(pipe_template, concepts, make_con
     torch.testing.assert_close(generate_latents(other, "a sks ohwx mug"), expected, atol=1e-3, rtol=0)
 
 
+@pytest.mark.slow
 def test_a_pipeline_folder_has_the_scheduler_that_the_concepts_were_trained_for(
     by_prediction_type, make_config, tmp_path, capsys
 ):
@@ -104,6 +105,7 @@ def test_a_file_of_concepts_for_different_schedulers_is_written_and_says_so(
         replace(config, prediction_type="flow")
 
 
+@pytest.mark.slow
 def test_a_folder_in_another_precision_says_how_to_open_it(concepts, make_config, capsys):
     report = export_concepts(make_config(concepts[:1], "pipeline", dtype="float16"))
     assert "open it with dtype=torch.float16" in capsys.readouterr().out
@@ -153,6 +155,7 @@ def test_weights_go_by_block_as_in_sampling(pipe_template, tiny_pipe_folder, con
         torch.testing.assert_close(file[f"{layer_name(pipe, 'unet', path)}.diff"], change, atol=1e-6, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("method", "weight", "message"),
     [
@@ -212,6 +215,7 @@ def test_outputs_that_are_in_the_way_are_refused_before_anything_is_loaded(conce
             export_concepts(ExportConfig(base, (concepts[0],), to, output))
 
 
+@pytest.mark.slow
 def test_a_lora_of_another_program_is_exported_as_it_generates(tiny_pipe, make_config, tmp_path):
     add_random_adapter(tiny_pipe, "lora")
     lora = export_lora(tiny_pipe, tmp_path / "kohya", 2, dtype=torch.float32).path

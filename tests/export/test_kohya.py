@@ -39,6 +39,7 @@ def invokeai_width(file):
     return None
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [export_diff, export_lora])
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_the_base_of_every_file_is_known_by_its_cross_attention(pipe_template, sdxl_template, tmp_path, kind, form):
@@ -68,6 +69,7 @@ def test_the_base_of_every_file_is_known_by_its_cross_attention(pipe_template, s
             )
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [export_diff, export_lora])
 def test_an_attention_of_a_text_encoder_is_whole(sdxl_template, tmp_path, form):
     pipe = copy_of(sdxl_template)

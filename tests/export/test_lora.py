@@ -17,6 +17,7 @@ from tests.export.helpers import add_random_adapter, copy_of, generate_latents, 
 from tests.helpers import assert_unchanged, snapshot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", ["sd", "sdxl"])
 def test_a_lora_of_full_rank_gives_the_same_images_in_diffusers(pipe_template, sdxl_template, tmp_path, kind):
     template = {"sd": pipe_template, "sdxl": sdxl_template}[kind]
@@ -76,6 +77,7 @@ def test_the_error_of_a_low_rank_is_that_of_the_singular_values(rows, columns, r
     torch.testing.assert_close((matrix - up @ down).norm(), expected, atol=1e-5, rtol=1e-4)
 
 
+@pytest.mark.slow
 def test_the_reported_error_is_that_of_the_file(pipe_template, tmp_path):
     pipe = copy_of(pipe_template)
     add_random_adapter(pipe)

@@ -17,6 +17,7 @@ from tests.export.helpers import METHODS, add_random_adapter, copy_of, generate_
 from tests.helpers import assert_unchanged, snapshot
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_a_pipeline_folder_gives_the_same_images(pipe_template, tmp_path, method):
     pipe = copy_of(pipe_template)
@@ -80,6 +81,7 @@ def state_of(pipe):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("form", [export_pipeline, export_diff, export_lora])
 @pytest.mark.parametrize("merged", [False, True])
 def test_the_pipeline_of_the_caller_stays_as_it_is_to_the_bit(tiny_pipe, tmp_path, form, merged):
@@ -103,6 +105,7 @@ def test_the_pipeline_of_the_caller_stays_as_it_is_to_the_bit(tiny_pipe, tmp_pat
         torch.testing.assert_close(generate_latents(loaded), expected, atol=1e-4, rtol=0)
 
 
+@pytest.mark.slow
 def test_others_see_the_concepts_unmerged_while_a_folder_is_written(tiny_pipe, tmp_path, monkeypatch):
     add_random_adapter(tiny_pipe, word="ohwx")
     before, state, save = snapshot(tiny_pipe), state_of(tiny_pipe), type(tiny_pipe).save_pretrained

@@ -89,9 +89,13 @@ def test_the_other_calls_of_diffusers_work(tiny_pipe, concept_files):
     assert tiny_pipe.get_list_adapters() == dict.fromkeys(PARTS, ["mug", "cat"])
     moved = []
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(AtomLayer, "_move_adapter_to_device_of_base_layer", lambda _, name, device: moved.append((name, torch.device(device))))
+        patch.setattr(
+            AtomLayer,
+            "_move_adapter_to_device_of_base_layer",
+            lambda _, name, device: moved.append((name, torch.device(device))),
+        )
         tiny_pipe.set_lora_device(["mug"], "meta")
-    assert set(moved) == {("mug", torch.device("meta"))}
+    assert {(name, torch.device(device)) for name, device in moved} == {("mug", torch.device("meta"))}
     tiny_pipe.set_lora_device(["mug", "cat"], "cpu")
     assert torch.equal(predict(tiny_pipe), predicted)
     with pytest.raises(UserError, match="fuse_qkv_projections copies weights that concepts adapt"):

@@ -22,6 +22,7 @@ def test_every_run_loads(path):
     assert (ROOT / config.adapter).is_file() and (ROOT / config.pretrained_model_name_or_path).is_dir()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: str(path.parent.relative_to(ROOT / "configs")))
 def test_every_adapter_loads_with_its_own_learning_rate(path):
     adapter = read_adapter(str(path))

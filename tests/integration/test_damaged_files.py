@@ -122,6 +122,7 @@ def accept(path, models):
         assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in tensors.values())
 
 
+@pytest.mark.slow
 def test_damaged_files_are_refused_or_are_what_they_say(valid_files, pipe, tmp_path):
     assert fuzz(range(160), valid_files, pipe, tmp_path / "x.atoms.safetensors") > 0
 

@@ -96,6 +96,7 @@ def test_make_commands_exist():
     assert {"demo", "test", "check", "docs"} <= named <= set(targets)
 
 
+@pytest.mark.slow
 def test_every_command_is_accepted(clone, capsys):
     seen = set()
     for command in commands():
@@ -116,6 +117,7 @@ def test_every_command_is_accepted(clone, capsys):
     assert seen == {*VERBS, "inspect"}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("page", [page for page in PAGES if blocks(page, "python")])
 def test_the_python_of_a_page_runs(clone, page):
     names = {}

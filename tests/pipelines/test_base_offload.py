@@ -120,6 +120,7 @@ CHECKPOINTS = {
 }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("case", CHECKPOINTS)
 def test_files_are_read_again(pipe_template, concept, tmp_path, case):
     save, options = CHECKPOINTS[case]
@@ -170,6 +171,7 @@ def test_layouts_stay(tiny_pipe_folder, concept, offload_base):
     assert [parameter.stride() for parameter in pipe.unet.parameters()] == strides
 
 
+@pytest.mark.slow
 def test_saving_and_adding_read_the_kept_base(tiny_pipe_folder, concept, tmp_path, monkeypatch):
     monkeypatch.setenv("SOURCE_DATE_EPOCH", "1700000000")
     pipe, _ = load(tiny_pipe_folder, concept)
@@ -184,6 +186,7 @@ def test_saving_and_adding_read_the_kept_base(tiny_pipe_folder, concept, tmp_pat
         assert torch.equal(atom_layers(pipe.unet)["conv_in"].atom_basis["fresh"], basis)
 
 
+@pytest.mark.slow
 def test_weights_that_are_in_no_file_are_refused(tiny_pipe, tiny_pipe_folder, concept, tmp_path):
     def refused(pipe, message):
         before = base_bits(pipe)
@@ -232,6 +235,7 @@ def test_a_file_that_is_gone_or_damaged_is_named_and_can_be_put_back(tiny_pipe_f
     assert_same_bits(base_bits(pipe), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("how", ["in place", "same time", "moved there"])
 def test_another_base_in_the_file_is_never_given_back(tiny_pipe_folder, concept, tmp_path, how):
     shutil.copytree(tiny_pipe_folder, tmp_path / "pipe")

@@ -80,6 +80,7 @@ def test_an_end_for_other_latents_is_left_out_and_named(tiny_pipe, tmp_path, met
     assert_same_bits(bits(tiny_pipe), before)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["atoms", "lora"])
 def test_a_base_without_some_layers_takes_the_rest_where_that_is_asked_for(tiny_pipe, tmp_path, method):
     path = saved(tiny_pipe, tmp_path / ("mug.safetensors" if method == "atoms" else "mug"), METHODS[method]())
@@ -188,6 +189,7 @@ def test_two_adapters_for_one_model_are_refused(tiny_pipe, peft_folder):
         atomdiff.load_atoms(tiny_pipe, peft_folder)
 
 
+@pytest.mark.slow
 def test_a_folder_of_concepts_says_how_to_choose(tiny_pipe, peft_folder):
     (peft_folder / "unet").rename(peft_folder / "cat")
     (peft_folder / "text_encoder").rename(peft_folder / "text_encoder_2")

@@ -77,6 +77,7 @@ def break_lora(source, folder, tensors):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("tensors", "message"),
     [

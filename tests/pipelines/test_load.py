@@ -40,6 +40,7 @@ def test_every_method_is_saved_and_loaded_with_its_word(tiny_pipe, tmp_path, met
     assert set(listed[0].layers) == set(parts) and listed[0].method == METHODS[method]().peft_type
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_loading_and_unloading_are_exact_inverses(tiny_pipe, concepts, method):
     before, predicted = pipeline_state(tiny_pipe), predict(tiny_pipe)

@@ -92,6 +92,7 @@ def test_every_variant_and_set_is_the_image_generated_alone(pipe, guidance):
     assert [bool(difference > 1e-3) for difference in differences] == [bool(r) and r != {"dct": 0} for r in SAMPLES]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("guidance", [4.0, 1.0])
 def test_several_images_a_prompt(pipe, guidance):
     assert_samples(pipe, ["spatial", None, {"dct": 0.5, "joint": 1.0}], images=2, guidance_scale=guidance)
@@ -162,6 +163,7 @@ def test_what_is_active_underneath_does_not_matter_and_stays(pipe, under):
     assert_untouched(pipe, kept)
 
 
+@pytest.mark.slow
 def test_the_base_in_a_file_underneath(tiny_pipe_folder, variants_template, tmp_path):
     saved = atomdiff.save_atoms(variants_template, tmp_path / "x", "separable", dtype=torch.float32)
     pipe = StableDiffusionPipeline.from_pretrained(tiny_pipe_folder)
@@ -194,6 +196,7 @@ def test_half_precision_samples_are_close(pipe):
     assert (mixed - expected).float().abs().mean() < 0.02 < (expected[0] - expected[2]).float().abs().mean()
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("called_before", [False, True])
 def test_the_model_can_be_called_directly_and_by_name(pipe, called_before, monkeypatch):
     if called_before:  # with guidance, by the pipeline
@@ -258,6 +261,7 @@ def test_a_wrong_batch_of_the_model_is_refused(pipe):
         BatchLayout(2).split(torch.zeros(3, 1))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("samples", "message"),
     [
@@ -352,6 +356,7 @@ def test_a_compiled_layer_mixes_too(pipe_template):
     torch._dynamo.reset()
 
 
+@pytest.mark.slow
 def test_a_pipeline_that_shares_the_models_mixes_as_the_one_that_mixed_batch_was_given(pipe):
     other = StableDiffusionImg2ImgPipeline.from_pipe(pipe)
     other.set_progress_bar_config(disable=True)

@@ -64,6 +64,7 @@ def test_calls_beside_changes_without_the_lock_do_no_lasting_damage(tiny_pipe, c
     assert torch.equal(predict_repeated(tiny_pipe), expected)
 
 
+@pytest.mark.slow
 def test_a_mixed_batch_begins_between_changes(pipe):
     begun = threading.Event()
 

@@ -130,6 +130,7 @@ def test_every_text_encoder_learns_the_word(tiny_pipe):
     assert len(pipe.text_encoder_2.get_input_embeddings().weight) == first + 1
 
 
+@pytest.mark.slow
 def test_many_words_come_and_go_with_one_copy_of_the_table(tiny_pipe, tmp_path, monkeypatch):
     before = state(tiny_pipe)
     words = {f"<new-{number}>": {"text_encoder": torch.full((32,), float(number))} for number in range(30)}

@@ -163,6 +163,7 @@ def test_diffusers_takes_the_steps_of_euler_for_flow(tiny_pipe):
     assert solver.sigmas[0] > 0.999 and solver.sigmas[-1] == 0
 
 
+@pytest.mark.slow
 def test_flow_gives_like_images_by_both_schedulers(tiny_pipe):
     generated = []
     for scheduler in (flow := FlowMatchEulerDiscreteScheduler(shift=3.0), pipeline_scheduler(tiny_pipe, flow)):
@@ -222,6 +223,7 @@ def test_a_warning_of_the_scheduler_that_is_an_error_leaves_the_pipeline_as_it_w
     assert_same_bits(bits(tiny_pipe), before)
 
 
+@pytest.mark.slow
 def test_a_concept_loads_whatever_the_scheduler(tiny_pipe, tmp_path):
     train(tiny_pipe)
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training=V_ZERO_SNR)

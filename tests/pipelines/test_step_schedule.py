@@ -74,6 +74,7 @@ def test_weights_follow_the_steps(pipe):
         assert written_shares(pipe, steps=5) == [1, 1, 1, 0, 0]
 
 
+@pytest.mark.slow
 def test_images_of_a_flat_schedule_are_those_without_one(pipe):
     atomdiff.set_active(pipe, {"a": 0.5})
     flat = generate(pipe)
@@ -153,6 +154,7 @@ def test_a_schedule_ends(pipe, end):
     assert len(set(written_shares(pipe))) == 1
 
 
+@pytest.mark.slow
 def test_a_schedule_leaves_disabled_layers_alone_and_takes_no_notice_of_other_weights(pipe):
     atomdiff.set_active(pipe, {})
     base = generate(pipe)

@@ -64,6 +64,7 @@ def test_images_are_those_of_unmerged_concepts(pipe, weights):
     assert base is None or not torch.equal(base, expected)
 
 
+@pytest.mark.slow
 def test_a_name_names_and_a_mapping_mean_the_same(pipe):
     results = []
     for concepts in ("joint", ["joint"], ("joint",), {"joint": 1}, {"joint": {"weight": 1.0}}):

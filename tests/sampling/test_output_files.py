@@ -60,6 +60,7 @@ def test_large_jobs_get_a_small_grid(tmp_path, monkeypatch):
     ]
 
 
+@pytest.mark.slow
 def test_two_jobs_in_one_folder_never_tear_each_others_files(tmp_path):
     samples = [SampleFile(tmp_path, "a mug", seed, SETTINGS) for seed in range(3)]
     failures = []

@@ -42,6 +42,7 @@ def test_images_metadata_grid_and_manifest(config, tiny_pipe):
     assert not [file for file in folder.iterdir() if "unfinished" in file.name]
 
 
+@pytest.mark.slow
 def test_a_finished_job_loads_nothing_and_a_stopped_one_goes_on(config, loads):
     folder = save_samples(config)
     before = image_files(config)
@@ -60,6 +61,7 @@ def test_a_finished_job_loads_nothing_and_a_stopped_one_goes_on(config, loads):
     assert len(json.loads((folder / "manifest.json").read_text())["images"]) == 6
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("damage", ["cut", "empty", "no text", "other image"])
 def test_what_is_not_whole_is_generated_again(config, damage):
     config = replace(config, prompts=("a mug",))
@@ -95,6 +97,7 @@ def test_an_image_half_written_never_has_its_final_name(config, monkeypatch):
     assert len(image_files(config)) == 4
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "change",
     [
@@ -145,6 +148,7 @@ def spoiled(template, tmp_path, part):
     return str(tmp_path / "spoiled")
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("part", "cause"),
     [("vae", "the VAE cannot decode"), ("unet", "the UNet's values overflow; lower the weights")],
@@ -157,6 +161,7 @@ def test_images_that_are_not_finite_are_never_saved(config, pipe_template, tmp_p
         assert not image_files(config) and not (Path(config.output_dir) / "manifest.json").exists()
 
 
+@pytest.mark.slow
 def test_weights_that_overflow_are_named(config, tiny_pipe, tmp_path):
     path = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors")
     config = replace(config, prompts=("a sks mug",))
@@ -266,6 +271,7 @@ def test_processes_share_the_missing_images_and_one_writes_the_overview(config, 
     assert len(image_files(config)) == 4 and image_files(config).items() > before.items()
 
 
+@pytest.mark.slow
 def test_jobs_of_different_prompts_fill_one_folder_one_after_the_other_and_at_once(config, tiny_pipe, monkeypatch):
     """Whichever job ends last, grid and manifest have the images of both, and neither job generates them again."""
     mugs, cats = (replace(config, prompts=(prompt,)) for prompt in ("a red mug", "a blue cat"))

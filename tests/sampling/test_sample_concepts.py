@@ -61,6 +61,7 @@ def test_concepts_act_with_their_weights_and_words(config, tiny_pipe, tmp_path):
     assert abs(word - one).max() > 0
 
 
+@pytest.mark.slow
 def test_a_concept_trained_again_is_generated_again(config, tiny_pipe, tmp_path):
     path = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors", 0)
     config = replace(config, concepts=(path,), seeds=(0,))
@@ -128,6 +129,7 @@ def test_negative_prompts_have_the_words_of_their_rows(config, tiny_pipe, librar
     assert abs(image_of(config, prompts[0]) - image_of(config, prompts[1])).max() > 1
 
 
+@pytest.mark.slow
 def test_images_tell_their_own_concepts_in_the_order_of_the_prompts(config, library):
     prompts = ("sks mug <atoms:bee:0.5>", "a cat", "sks mug <atoms:ant>", "sks cat <atoms:bee:0.5>")
     config = replace(config, library=str(library), prompts=prompts)
@@ -208,6 +210,7 @@ def test_what_all_lines_use_goes_with_what_they_name_and_a_tag_changes_its_weigh
     assert [concept["weight"] for concept in concepts_in_images(config)["a cat <atoms:ant:0.5>"]] == [0.7, 0.5]
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_other_methods_are_used_beside_a_library_without_mixing(config, tiny_pipe, library, tmp_path, monkeypatch):
     from peft import LoraConfig

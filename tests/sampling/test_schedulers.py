@@ -119,6 +119,7 @@ def test_each_prompt_is_generated_as_its_own_concepts_were_trained(config, train
     assert abs(image_of(config, "a robot <atoms:noise:0.5>") - expected).max() <= 1
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:.*without its trigger phrase")
 def test_a_prompt_with_concepts_of_two_schedulers_is_refused_unless_one_is_chosen(config, trained, used):
     prompts = ("a cat", "a sks mug <atoms:zero>")
@@ -156,6 +157,7 @@ def test_a_choice_against_the_training_is_reported_in_a_line(config, trained, us
     )
 
 
+@pytest.mark.slow
 def test_a_lora_that_does_not_tell_its_training_is_generated_with_any_concept(config, trained, used, tmp_path):
     foreign = tmp_path / "foreign"
     shutil.copytree(trained[0] / "lora", foreign, ignore=shutil.ignore_patterns("learned_embeds*"))
@@ -166,6 +168,7 @@ def test_a_lora_that_does_not_tell_its_training_is_generated_with_any_concept(co
     assert [schedule_settings(scheduler)["prediction_type"] for scheduler in used] == ["flow"]
 
 
+@pytest.mark.slow
 def test_what_is_predicted_can_be_chosen(config, used, tiny_pipe, capsys):
     config = replace(config, prompts=("a mug",), seeds=(0,))
     plain = (save_samples(config), image_of(config, "a mug"))[1]

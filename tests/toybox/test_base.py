@@ -2,6 +2,7 @@ from functools import partial
 from pathlib import Path
 
 import numpy as np
+import pytest
 import torch
 from diffusers import StableDiffusionPipeline
 from torch import nn
@@ -91,6 +92,7 @@ def test_a_drawn_world_is_kept_until_the_renderer_draws_otherwise(tmp_path):
         assert drawn.count(40) == times
 
 
+@pytest.mark.slow
 def test_text_encoder_and_unet_both_learn(tmp_path):
     torch.manual_seed(0)
     tokenizer = build_tokenizer()

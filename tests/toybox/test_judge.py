@@ -18,6 +18,7 @@ def judge():
     return load_judge()
 
 
+@pytest.mark.slow
 def test_the_committed_judge_names_what_fresh_images_show(judge):
     images, captions = render_world(64, seed=99, held_out=True)
     shares = accuracy(judge, [Image.fromarray(image) for image in images], captions)

@@ -39,6 +39,7 @@ def test_the_base_without_what_training_does_not_need(config):
     assert load_base(config, unet=pipe.unet).unet is pipe.unet
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("kind", KINDS)
 def test_every_kind_of_base_loads_from_its_folder(config, kind, request):
     pipe = request.getfixturevalue(kind)

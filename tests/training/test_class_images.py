@@ -166,6 +166,7 @@ def test_class_images_depend_on_the_scheduler_but_not_on_defaults_that_are_writt
             train(dataclasses.replace(config, **changes))
 
 
+@pytest.mark.slow
 def test_class_images_have_a_folder_for_every_class(config, tmp_path):
     config = dataclasses.replace(config, class_data_dir=str(tmp_path / "class" / "{class_name}"))
     for name in ("mug", "cat"):

@@ -4,6 +4,7 @@ from PIL import Image
 from atomdiff.training.contact_sheet import extend_contact_sheet
 
 
+@pytest.mark.slow
 def test_the_sheet_grows_and_forgets_rows_of_a_run_that_was_stopped(tmp_path):
     def add(step, colour):
         extend_contact_sheet(tmp_path, step, [Image.new("RGB", (32, 32), colour)] * 2, ["one", "two"])
@@ -23,6 +24,7 @@ def test_the_sheet_grows_and_forgets_rows_of_a_run_that_was_stopped(tmp_path):
     assert len(list((tmp_path / "validation").iterdir())) == 4
 
 
+@pytest.mark.slow
 def test_the_sheet_takes_rows_of_other_lengths_and_pictures_that_cannot_be_read(tmp_path):
     def add(step, prompts):
         extend_contact_sheet(tmp_path, step, [Image.new("RGB", (32, 32), (step, 0, 0))] * len(prompts), prompts)

@@ -119,6 +119,7 @@ def test_one_bucket_of_the_resolution_changes_nothing(config):
     assert trained_values(train(config)) == trained_values(train(squares))
 
 
+@pytest.mark.slow
 def test_without_buckets_images_come_in_the_plain_order(config, batches):
     train(config)
     seed = derive_seed(config.seed, "photos")
@@ -144,6 +145,7 @@ def test_repeats_balance_subjects(config, tmp_path, image_folder, batches):
     assert batches[0][0].num_instance_images == 6
 
 
+@pytest.mark.slow
 def test_masks_weigh_the_loss_and_turn_with_the_image(config, batches, image_folder):
     for name in "bcde":
         (image_folder / f"{name}.png").unlink()
@@ -213,6 +215,7 @@ def test_a_second_run_reads_its_latents_and_gives_the_same_bytes(config, tmp_pat
     assert trained_values(train(unkept)) == first
 
 
+@pytest.mark.slow
 def test_latents_are_kept_in_the_output_folder(config):
     train(config)
     assert cached_latents(Path(config.output_dir) / "cache") == len(SIZES)

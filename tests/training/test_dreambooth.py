@@ -29,6 +29,7 @@ def generated(pipe, prompt):
     return pipe(prompt, num_inference_steps=2, generator=generator, output_type="np").images[0]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ["atoms", "lora", "oft", "full"])
 def test_every_method_goes_through_and_its_concept_loads(config, method, adapter_file, log_lines, tiny_pipe):
     config = dataclasses.replace(config, adapter=adapter_file(method), learning_rate=0.05)
@@ -55,6 +56,7 @@ def test_the_loss_goes_down(config, log_lines):
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
+@pytest.mark.slow
 def test_the_file_tells_what_was_done(config, log_lines):
     concept = read_concept_file(train(config))
     assert concept.trigger_phrase == "sks teapot"
@@ -66,6 +68,7 @@ def test_the_file_tells_what_was_done(config, log_lines):
     assert str(Path(config.output_dir).parent) not in json.dumps(concept.training)
 
 
+@pytest.mark.slow
 def test_the_token_starts_as_the_class_word_and_alone_moves(config, tiny_pipe):
     still = dataclasses.replace(config, token_learning_rate=0.0, class_name="red mug")
     words = tiny_pipe.tokenizer("red mug", add_special_tokens=False).input_ids
@@ -187,6 +190,7 @@ def test_accumulated_batches_count_as_one(config, monkeypatch):
             torch.testing.assert_close(tensor, two.layers[module][kind], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_two_processes_sample_what_one_does_that_accumulates(config, monkeypatch):
     usual, runs = dreambooth.batch_loss, []
     monkeypatch.setattr(dreambooth, "batch_loss", lambda run, number: runs.append(run) or usual(run, number))
@@ -207,11 +211,13 @@ def test_gradient_checkpointing_changes_nothing_but_memory(config):
             torch.testing.assert_close(tensor, saving.layers[module][kind], atol=1e-4, rtol=1e-3)
 
 
+@pytest.mark.slow
 def test_learning_rates_follow_the_schedule(config, log_lines):
     train(dataclasses.replace(config, lr_scheduler="linear", lr_warmup_steps=2, learning_rate=0.01))
     np.testing.assert_allclose([line["lr"] for line in log_lines(config)], [0, 0.005, 0.01, 0.005])
 
 
+@pytest.mark.slow
 def test_captions_are_the_prompts_of_images(config, teapot_images, monkeypatch):
     (teapot_images / "1.txt").write_text("a photo of sks on the beach")
     prompts = {}
@@ -228,6 +234,7 @@ def test_captions_are_the_prompts_of_images(config, teapot_images, monkeypatch):
     assert prompts == {0: "a photo of sks teapot", 1: "a photo of sks on the beach", 2: "a photo of sks teapot"}
 
 
+@pytest.mark.slow
 def test_tensorboard(config):
     train(dataclasses.replace(config, report_to="tensorboard"))
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -255,6 +262,7 @@ def test_mistakes_are_user_errors(config, fields, message):
         train(dataclasses.replace(config, **fields))
 
 
+@pytest.mark.slow
 def test_every_batch_is_sampled_anew_and_every_image_in_turn(config, teapot_images, recorded):
     for number in range(3):
         (teapot_images / f"{number}.txt").write_text(f"sks {number}")

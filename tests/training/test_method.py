@@ -61,6 +61,7 @@ def test_descriptions_are_equal_for_equal_configs():
     assert describe_adapter(one) != describe_adapter(LoraConfig(r=2, target_modules=ATTENTION))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "adapter",
     [

@@ -186,6 +186,7 @@ def test_every_objective_is_learned_and_written_into_the_file(run, fields, writt
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:10])
 
 
+@pytest.mark.slow
 def test_a_resumed_run_samples_the_same(run):
     sampling = {"noise_offset": 0.1, "timestep_sampling": "logit_normal", "prediction_type": "flow", "snr_gamma": 5.0}
     config = run(**sampling, max_train_steps=3, validation_steps=0, checkpointing_steps=2)
@@ -198,6 +199,7 @@ def test_a_resumed_run_samples_the_same(run):
         train(replace(config, noise_offset=0.2))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "fields", [{"prediction_type": "flow"}, {"prediction_type": "v_prediction", "rescale_betas_zero_snr": True}]
 )

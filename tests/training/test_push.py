@@ -37,6 +37,7 @@ def test_a_run_pushes_its_concept_with_the_last_validation_images(hub_server, ru
     assert not any(b"hf_writer" in content for content in [*everything, repr(config).encode()])
 
 
+@pytest.mark.slow
 def test_every_concept_of_a_list_has_a_repository_of_its_own(hub_server, run_config, tmp_path):
     (tmp_path / "teapot").rename(tmp_path / "mug")
     shutil.copytree(tmp_path / "mug", tmp_path / "rex")
@@ -56,6 +57,7 @@ def test_every_concept_of_a_list_has_a_repository_of_its_own(hub_server, run_con
         assert card_of(files["README.md"].decode())[0]["instance_prompt"] == phrase
 
 
+@pytest.mark.slow
 def test_a_folders_dots_stay_in_the_name_of_its_repository(hub_server, run_config, tmp_path):
     (tmp_path / "teapot").rename(tmp_path / "mug.v1")
     changes = {"instance_data_dir": str(tmp_path / "mug.v1"), "max_train_steps": 1, "validation_steps": 0}

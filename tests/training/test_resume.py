@@ -114,6 +114,7 @@ def test_processes_may_change_if_the_batches_of_a_step_do_not(config, contents):
         train(other)
 
 
+@pytest.mark.slow
 def test_a_checkpoint_beyond_the_last_step_is_refused(config):
     train(dataclasses.replace(config, checkpointing_steps=4))
     again = dataclasses.replace(config, resume_from_checkpoint="latest", max_train_steps=2)

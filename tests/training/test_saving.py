@@ -13,6 +13,7 @@ from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 
 
+@pytest.mark.slow
 def test_a_result_that_cannot_be_written_is_kept_elsewhere(config, monkeypatch, tmp_path):
     usual, temporary = saving.save_trained, tmp_path / "temporary"
 
@@ -43,6 +44,7 @@ def test_a_result_that_would_replace_its_own_base_is_refused(config, tiny_pipe_f
     assert {file: file.read_bytes() for file in base.rglob("*") if file.is_file()} == before
 
 
+@pytest.mark.slow
 def test_a_tuned_pipeline_that_cannot_be_written_leaves_the_earlier_one(config, small_files):
     config = dataclasses.replace(config, adapter="full", train_token=False, max_train_steps=1, learning_rate=1e-3)
     folder = train(config)

@@ -336,6 +336,7 @@ def test_configs_for_a_base_that_is_no_file_are_refused(config):
         load_base(dataclasses.replace(config, single_file_config="configs"))
 
 
+@pytest.mark.slow
 def test_another_vae(config, tiny_pipe, tmp_path):
     with torch.no_grad():
         tiny_pipe.vae.decoder.conv_out.bias += 1

@@ -12,6 +12,7 @@ from atomdiff.training import contact_sheet, dreambooth, validation
 from atomdiff.training.dreambooth import train
 
 
+@pytest.mark.slow
 def test_the_contact_sheet_has_a_row_every_few_steps(config):
     train(dataclasses.replace(config, validation_steps=3, validation_prompts=("{trigger_word}", "a {class_name}")))
     files = sorted(file.name for file in (Path(config.output_dir) / "validation").iterdir())
@@ -95,6 +96,7 @@ def test_a_last_row_that_cannot_be_generated_does_not_cost_the_concept(config, m
     assert read_concept_file(Path(config.output_dir) / "teapot.atoms.safetensors").training["steps"] == 4
 
 
+@pytest.mark.slow
 def test_a_row_that_cannot_be_written_is_warned_of(config, monkeypatch):
     def fail(file, image):
         raise OSError("no space left")
@@ -119,6 +121,7 @@ def test_a_run_that_was_asked_to_stop_at_a_row_generates_it_later(config, tmp_pa
     assert rows(config) == rows(whole)
 
 
+@pytest.mark.slow
 def test_the_contact_sheet_shows_the_average_that_is_saved(config, tmp_path):
     config = dataclasses.replace(config, validation_steps=4, learning_rate=0.05)
     averaged = dataclasses.replace(config, use_ema=True, output_dir=str(tmp_path / "averaged"))
@@ -130,6 +133,7 @@ def test_the_contact_sheet_shows_the_average_that_is_saved(config, tmp_path):
     assert same == {"step-000000-00.png"}
 
 
+@pytest.mark.slow
 def test_validation_does_not_touch_the_training(config, contents):
     plain = contents(train(config))
     assert contents(train(dataclasses.replace(config, validation_steps=1))) == plain

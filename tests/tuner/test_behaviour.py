@@ -108,6 +108,7 @@ def test_a_new_adapter_is_the_identity(base, x, method):
     assert torch.equal(new, base(x)) if method in ATOMS else torch.allclose(new, base(x), **TOLERANCE)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", METHODS)
 def test_merged_is_unmerged_is_reloaded(base, x, method, tmp_path):
     model = trained(base, method)
@@ -143,6 +144,7 @@ def test_reloaded_under_another_seed_and_in_another_dtype(base, method, dtype, t
     assert max(updates) > 3 * tolerance
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("method", ATOMS)
 def test_reloaded_without_own_memory(base, x, method, tmp_path):
     model = trained(base, method)
@@ -225,6 +227,7 @@ def test_scale_goes_from_the_base_to_the_concept(base, x, method):
     assert torch.equal(model(x), full)
 
 
+@pytest.mark.slow
 def test_only_deltas_and_fitted_atoms_are_saved(base):
     for method, kinds in {
         "blocks": {"delta", "basis"},

@@ -86,6 +86,7 @@ def test_several_adapters_act_together_and_statuses_tell_of_them(net, config):
     assert get_model_status(model).available_adapters == ["a"]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
 def test_saved_adapters_load_in_every_way(net, config, tmp_path, low_cpu_mem_usage):
     config.modules_to_save = ["head"]

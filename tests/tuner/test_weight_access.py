@@ -151,6 +151,7 @@ def test_words_reach_offloaded_token_embeddings_and_leave_them(pipe, tmp_path, w
     assert torch.equal(pipe.text_encoder.get_input_embeddings().weight, table)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("way", ON_DISK)
 def test_weights_on_disk_serve_unmerged_concepts_and_are_not_changed(pipe, files, tmp_path, way):
     atomdiff.load_atoms(pipe, files["all"])
@@ -191,6 +192,7 @@ def test_coefficients_of_offloaded_weights_are_worked_out_once(pipe, files, monk
     torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("first", ["load", "cast"])
 def test_weights_cast_for_storage_compute_in_full_and_are_not_merged(pipe, files, first):
     def cast():
@@ -216,6 +218,7 @@ def test_weights_cast_for_storage_compute_in_full_and_are_not_merged(pipe, files
     assert (predict(pipe) - base).abs().mean() < close
 
 
+@pytest.mark.slow
 def test_one_of_two_merged_concepts_comes_off_where_weights_are_cast_for_storage(pipe, files):
     base = predict(pipe)
     for name in ("a", "b"):
