@@ -21,7 +21,7 @@ demo: $(READY)  ## Train on samples/subjects/mug, generate images and measure; a
 test: $(READY)  ## Run all tests.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal
 
-test-fast: $(READY)  ## Run the tests that take no longer than a second or so.
+test-fast: $(READY)  ## Run the tests that take no longer than half a second or so.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal -m "not slow"
 
 docs: $(READY)  ## Build the documentation in site/; a broken link or a missing name is an error.
