@@ -1,6 +1,7 @@
 """What many tests do: write images, add adapters to a pipeline, predict noise, compare every bit."""
 
 import copy
+import dataclasses
 import json
 import re
 import threading
@@ -111,8 +112,26 @@ def read_log(config):
 
 
 def concept_bytes(path):
-    """The bytes of a concept file, but for its date."""
-    return re.sub(rb'"modelspec.date":"[^"]*"', b"", path.read_bytes())
+    """The bytes of the files of a concept, be it a file or a folder, but for its date."""
+    files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]
+    return {file.name: re.sub(rb'"modelspec.date":"[^"]*"', b"", file.read_bytes()) for file in files}
+
+
+def models(pipe):
+    """The models of a pipeline by name."""
+    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
+
+
+def assert_same_models(pipe, expected):
+    """Check that two pipelines have the same models with the same weights, to the bit."""
+    assert models(pipe).keys() == models(expected).keys()
+    for name, part in models(expected).items():
+        assert_same_tensors(models(pipe)[name].state_dict(), part.state_dict())
+
+
+def based_on(config, folder, **changes):
+    """A training config with another base and other changes."""
+    return dataclasses.replace(config, pretrained_model_name_or_path=str(folder), **changes)
 
 
 def together(*calls, rounds=1):

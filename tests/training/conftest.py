@@ -1,8 +1,6 @@
 """Fixtures of the tests of training runs."""
 
 import json
-import re
-from pathlib import Path
 
 import pytest
 
@@ -31,28 +29,6 @@ def adapter_file(tmp_path):
         return str(file)
 
     return write
-
-
-@pytest.fixture
-def contents():
-    """Reads the bytes of a concept, be it a file or a folder, but for the date."""
-    date = re.compile(rb'"modelspec.date":"[^"]*"')
-
-    def read(path):
-        files = sorted(path.rglob("*")) if path.is_dir() else [path]
-        return {file.name: date.sub(b"", file.read_bytes()) for file in files if file.is_file()}
-
-    return read
-
-
-@pytest.fixture
-def log_lines():
-    """Reads the lines of a run's log."""
-
-    def read(config):
-        return [json.loads(line) for line in Path(config.output_dir, "training_log.jsonl").read_text().splitlines()]
-
-    return read
 
 
 @pytest.fixture

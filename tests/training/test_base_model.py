@@ -9,6 +9,7 @@ import torch
 
 from atomdiff.training.base_model import all_parts_loaded, generate_images, load_base, training_resolution
 from atomdiff.utils.errors import UserError
+from tests.helpers import assert_same_models, based_on, models
 
 KINDS = ["tiny_pipe", "tiny_sd2_pipe", "tiny_xl_pipe"]
 
@@ -16,21 +17,6 @@ KINDS = ["tiny_pipe", "tiny_sd2_pipe", "tiny_xl_pipe"]
 @pytest.fixture
 def config(train_config):
     return train_config(instance_data_dir="photos", class_name="mug")
-
-
-def based_on(config, folder, **changes):
-    return dataclasses.replace(config, pretrained_model_name_or_path=str(folder), **changes)
-
-
-def models(pipe):
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-
-
-def assert_same_models(pipe, expected):
-    assert models(pipe).keys() == models(expected).keys()
-    for name, part in models(expected).items():
-        state = models(pipe)[name].state_dict()
-        assert all(torch.equal(state[key], value) for key, value in part.state_dict().items()), name
 
 
 def test_the_base_without_what_training_does_not_need(config):

@@ -22,6 +22,7 @@ from atomdiff.training.model import build_training_model
 from atomdiff.training.noise import ForwardDiffusion
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
+from tests.helpers import concept_bytes, read_log
 
 
 def generated(pipe, prompt):
@@ -31,10 +32,10 @@ def generated(pipe, prompt):
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["atoms", "lora", "oft", "full"])
-def test_every_method_goes_through_and_its_concept_loads(config, method, adapter_file, log_lines, tiny_pipe):
+def test_every_method_goes_through_and_its_concept_loads(config, method, adapter_file, tiny_pipe):
     config = dataclasses.replace(config, adapter=adapter_file(method), learning_rate=0.05)
     written = train(config)
-    assert [line["step"] for line in log_lines(config)] == [1, 2, 3, 4]
+    assert [line["step"] for line in read_log(config)] == [1, 2, 3, 4]
     base = generated(tiny_pipe, "a photo of a mug")
     if method == "full":
         tuned = type(tiny_pipe).from_pretrained(written)
@@ -49,21 +50,21 @@ def test_every_method_goes_through_and_its_concept_loads(config, method, adapter
 
 
 @pytest.mark.slow
-def test_the_loss_goes_down(config, log_lines):
+def test_the_loss_goes_down(config):
     config = dataclasses.replace(config, max_train_steps=40, learning_rate=0.05, train_batch_size=4)
     train(config)
-    losses = [line["loss"] for line in log_lines(config)]
+    losses = [line["loss"] for line in read_log(config)]
     assert np.mean(losses[-10:]) < 0.9 * np.mean(losses[:10])
 
 
 @pytest.mark.slow
-def test_the_file_tells_what_was_done(config, log_lines):
+def test_the_file_tells_what_was_done(config):
     concept = read_concept_file(train(config))
     assert concept.trigger_phrase == "sks teapot"
     assert list(concept.tokens) == ["sks"] and concept.layers
     assert concept.training["steps"] == 4 and concept.training["seed"] == 0 and concept.training["image_count"] == 3
     assert concept.training["config"] == json.loads(json.dumps(config.snapshot()))
-    losses = [line["loss"] for line in log_lines(config)]
+    losses = [line["loss"] for line in read_log(config)]
     assert min(losses) <= concept.training["final_loss"] <= max(losses)
     assert str(Path(config.output_dir).parent) not in json.dumps(concept.training)
 
@@ -105,8 +106,8 @@ def trained_values(path):
 
 
 @pytest.mark.slow
-def test_same_config_same_bytes(config, contents):
-    assert contents(train(config)) == contents(train(config))
+def test_same_config_same_bytes(config):
+    assert concept_bytes(train(config)) == concept_bytes(train(config))
 
 
 OPTIONS = {
@@ -212,9 +213,9 @@ def test_gradient_checkpointing_changes_nothing_but_memory(config):
 
 
 @pytest.mark.slow
-def test_learning_rates_follow_the_schedule(config, log_lines):
+def test_learning_rates_follow_the_schedule(config):
     train(dataclasses.replace(config, lr_scheduler="linear", lr_warmup_steps=2, learning_rate=0.01))
-    np.testing.assert_allclose([line["lr"] for line in log_lines(config)], [0, 0.005, 0.01, 0.005])
+    np.testing.assert_allclose([line["lr"] for line in read_log(config)], [0, 0.005, 0.01, 0.005])
 
 
 @pytest.mark.slow

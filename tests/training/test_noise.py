@@ -21,6 +21,7 @@ from atomdiff.training.config.objective import ObjectiveConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.noise import forward_diffusion, set_training_scheduler
 from atomdiff.utils.errors import UserError
+from tests.helpers import read_log
 
 STABLE = {"beta_start": 0.00085, "beta_end": 0.012, "beta_schedule": "scaled_linear"}
 
@@ -179,10 +180,10 @@ def run(train_config):
         ({"prediction_type": "flow", "flow_shift": 3.0, "timestep_sampling": "logit_normal"}, "flow"),
     ],
 )
-def test_every_objective_is_learned_and_written_into_the_file(run, fields, written, log_lines):
+def test_every_objective_is_learned_and_written_into_the_file(run, fields, written):
     config = run(**fields)
     assert read_concept_file(train(config)).modelspec["prediction_type"] == written
-    losses = [line["loss"] for line in log_lines(config)]
+    losses = [line["loss"] for line in read_log(config)]
     assert np.mean(losses[-10:]) < 0.95 * np.mean(losses[:10])
 
 

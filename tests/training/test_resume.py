@@ -18,17 +18,16 @@ from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import dreambooth
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
+from tests.helpers import concept_bytes, read_log
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("method", ["atoms", "lora"])
-def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(
-    config, method, adapter_file, contents, log_lines, tmp_path, monkeypatch
-):
+def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(config, method, adapter_file, tmp_path, monkeypatch):
     config = dataclasses.replace(
         config, adapter=adapter_file(method), lr_scheduler="cosine", gradient_accumulation_steps=2
     )
-    expected = contents(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
+    expected = concept_bytes(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
 
     def interrupt(self, step, *values):
         if step == 2:
@@ -38,8 +37,8 @@ def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(
         patch.setattr(dreambooth.RunLog, "step", interrupt)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-2 is saved: .*--resume_from_checkpoint latest"):
             train(config)
-    assert contents(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == expected
-    assert [line["step"] for line in log_lines(config)] == [3, 4]
+    assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == expected
+    assert [line["step"] for line in read_log(config)] == [3, 4]
 
 
 KILLED = """
@@ -56,7 +55,7 @@ dreambooth.train(dreambooth.load_config(["--config", sys.argv[1]]))
 
 
 @pytest.mark.slow
-def test_a_killed_run_ends_with_the_same_bytes(config, contents, half_precision, tmp_path):
+def test_a_killed_run_ends_with_the_same_bytes(config, half_precision, tmp_path):
     config = dataclasses.replace(
         config,
         max_train_steps=7,
@@ -78,8 +77,8 @@ def test_a_killed_run_ends_with_the_same_bytes(config, contents, half_precision,
         "checkpoint-2",
         "checkpoint-4",
     ]
-    resumed = contents(train(dataclasses.replace(config, resume_from_checkpoint="latest")))
-    assert contents(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))) == resumed
+    resumed = concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest")))
+    assert concept_bytes(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))) == resumed
 
 
 @pytest.mark.slow
@@ -100,15 +99,15 @@ def test_a_checkpoint_becomes_a_concept_by_stopping_there(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_processes_may_change_if_the_batches_of_a_step_do_not(config, contents):
+def test_processes_may_change_if_the_batches_of_a_step_do_not(config):
     one = dataclasses.replace(config, checkpointing_steps=2, gradient_accumulation_steps=2)
-    expected = contents(train(one))
+    expected = concept_bytes(train(one))
     file = Path(config.output_dir) / "checkpoint-2" / "run.json"
     record = json.loads(file.read_text())
     assert record["config"]["num_processes"] == 1
     record["config"] |= {"num_processes": 2, "gradient_accumulation_steps": 1}
     file.write_text(json.dumps(record))
-    assert contents(train(dataclasses.replace(one, resume_from_checkpoint="checkpoint-2"))) == expected
+    assert concept_bytes(train(dataclasses.replace(one, resume_from_checkpoint="checkpoint-2"))) == expected
     other = dataclasses.replace(one, resume_from_checkpoint="checkpoint-2", gradient_accumulation_steps=1)
     with pytest.raises(UserError, match="_steps=1 on 2 .*, now .*=1 on 1 .*use gradient_accumulation_steps=2"):
         train(other)
@@ -216,13 +215,13 @@ def test_a_checkpoint_with_other_parameters_is_refused(stopped):
 
 
 @pytest.mark.slow
-def test_checkpoints_that_cannot_be_written_cost_only_themselves(config, contents, small_files):
+def test_checkpoints_that_cannot_be_written_cost_only_themselves(config, small_files):
     config = dataclasses.replace(config, checkpointing_steps=2)
-    expected = contents(train(config))
+    expected = concept_bytes(train(config))
     size = (Path(config.output_dir) / "checkpoint-2" / "state.pt").stat().st_size
     before = {file: file.read_bytes() for file in Path(config.output_dir).glob("checkpoint-*/*")}
     message = r"step 2: .*checkpoint-2: cannot be written \(File too large\)"
     with small_files(size - 100), pytest.warns(UserWarning, match=message):
-        assert contents(train(config)) == expected
+        assert concept_bytes(train(config)) == expected
     assert {file: file.read_bytes() for file in Path(config.output_dir).glob("checkpoint-*/*")} == before
     assert not [file for file in Path(config.output_dir).iterdir() if "unfinished" in file.name]

@@ -20,26 +20,12 @@ from atomdiff.sampling.sample import save_samples
 from atomdiff.training.base_model import all_parts_loaded, generate_images, load_base
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
+from tests.helpers import assert_same_models, based_on, models
 
 
 @pytest.fixture
 def config(train_config):
     return train_config(instance_data_dir="photos", class_name="mug")
-
-
-def based_on(config, folder, **changes):
-    return dataclasses.replace(config, pretrained_model_name_or_path=str(folder), **changes)
-
-
-def models(pipe):
-    return {name: part for name, part in pipe.components.items() if isinstance(part, torch.nn.Module)}
-
-
-def assert_same_models(pipe, expected):
-    assert models(pipe).keys() == models(expected).keys()
-    for name, part in models(expected).items():
-        state = models(pipe)[name].state_dict()
-        assert all(torch.equal(state[key], value) for key, value in part.state_dict().items()), name
 
 
 # The layout of the original code's checkpoints, written by the rules of its module names.

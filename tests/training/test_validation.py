@@ -10,6 +10,7 @@ from PIL import Image
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import contact_sheet, dreambooth, validation
 from atomdiff.training.dreambooth import train
+from tests.helpers import concept_bytes
 
 
 @pytest.mark.slow
@@ -72,12 +73,12 @@ def test_a_row_that_a_stopped_run_lacks_is_generated_when_it_goes_on(
 
 
 @pytest.mark.slow
-def test_a_run_goes_on_with_more_or_fewer_prompts_on_its_sheet(config, contents):
+def test_a_run_goes_on_with_more_or_fewer_prompts_on_its_sheet(config):
     config = dataclasses.replace(config, checkpointing_steps=2, validation_steps=2)
-    expected = contents(train(config))
+    expected = concept_bytes(train(config))
     for prompts in (("a {class_name}", "{trigger_word}"), ("a {class_name}",)):
         fields = {"resume_from_checkpoint": "checkpoint-2", "validation_prompts": prompts}
-        assert contents(train(dataclasses.replace(config, **fields))) == expected
+        assert concept_bytes(train(dataclasses.replace(config, **fields))) == expected
 
 
 @pytest.mark.slow
@@ -134,9 +135,9 @@ def test_the_contact_sheet_shows_the_average_that_is_saved(config, tmp_path):
 
 
 @pytest.mark.slow
-def test_validation_does_not_touch_the_training(config, contents):
-    plain = contents(train(config))
-    assert contents(train(dataclasses.replace(config, validation_steps=1))) == plain
+def test_validation_does_not_touch_the_training(config):
+    plain = concept_bytes(train(config))
+    assert concept_bytes(train(dataclasses.replace(config, validation_steps=1))) == plain
 
 
 @pytest.mark.slow
