@@ -1,15 +1,40 @@
-"""How near the images of a base come to those it learned from: Frechet distance and sharpness."""
+"""How near the images of a base come to those it learned from: words, Frechet distance, sharpness, reconstruction."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import torch
+from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
+from atomdiff.evaluate.scene_accuracy import accuracy
+from atomdiff.toybox.judge import ImageJudge
+
 _TOP, _BOTTOM, _LEFT, _RIGHT = 0.4, 0.8, 0.3, 0.7  # of the image: the middle of an object in every view
+
+
+def accuracies(
+    judge: ImageJudge, images: list[Image.Image], words: Mapping[str, Sequence[str | None]]
+) -> dict[str, float]:
+    """Share of images in which the judge sees the caption's word, by kind of label."""
+    return {kind: accuracy(seen, words[kind]) for kind, seen in judge.classify(images).items()}
+
+
+@torch.no_grad()
+def restore(vae: AutoencoderKL, images: Tensor) -> Tensor:
+    """Images (n, 3, h, w) in [0, 1] through an autoencoder."""
+    restored = [
+        vae.decode(vae.encode(chunk).latent_dist.mean).sample for chunk in (images * 2 - 1).to(vae.dtype).split(32)
+    ]
+    return (torch.cat(restored).float().clamp(-1, 1) + 1) / 2
+
+
+def psnr(images: Tensor, restored: Tensor) -> float:
+    """Mean peak signal-to-noise ratio in dB of images (n, 3, h, w) in [0, 1]."""
+    return float((-10 * (images - restored).square().mean((1, 2, 3)).log10()).mean())
 
 
 def frechet_distance(first: Tensor, second: Tensor) -> float:

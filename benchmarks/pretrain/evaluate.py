@@ -10,11 +10,9 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 import torch
 from diffusers import AutoencoderKL
 from einops import rearrange
-from PIL import Image
 from torch import Tensor
 
 from atomdiff.evaluate.similarity import mean_pairwise_similarity
@@ -24,7 +22,7 @@ from atomdiff.toybox.world.judge import LABELS, Judge
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.base_quality import relative_frechet_distance, sharpness
+from benchmarks.base_quality import accuracies, psnr, relative_frechet_distance, restore, sharpness
 from benchmarks.pretrain.data import as_signal, render_families, render_world
 from benchmarks.pretrain.weights import load_scaling_factor, load_shards, make_pipeline
 from benchmarks.result_file import command_line, write_result
@@ -57,7 +55,8 @@ class EvaluateConfig:
 
 def area_under_curve(same: Tensor, different: Tensor) -> float:
     """Probability that a pair of the same individual is more alike than one of two, a tie counting half."""
-    below = torch.cat([torch.searchsorted(different.sort().values, same, right=right) for right in (False, True)])
+    ordered = different.sort().values
+    below = torch.cat([torch.searchsorted(ordered, same, right=right) for right in (False, True)])
     return float(below.double().mean()) / len(different)
 
 
@@ -82,19 +81,6 @@ def measure_judge(judge: Judge, families: Tensor) -> dict[str, float]:
     return figures
 
 
-@torch.no_grad()
-def restore(vae: AutoencoderKL, images: Tensor) -> Tensor:
-    """Images (n, 3, h, w) in [0, 1] through the autoencoder."""
-    x = images * 2 - 1
-    restored = [vae.decode(vae.encode(chunk).latent_dist.mean).sample for chunk in x.split(16)]
-    return (torch.cat(restored).clamp(-1, 1) + 1) / 2
-
-
-def psnr(images: Tensor, restored: Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of images (n, 3, h, w) in [0, 1]."""
-    return float((-10 * (images - restored).square().mean((1, 2, 3)).log10()).mean())
-
-
 def measure_autoencoder(vae: AutoencoderKL, judge: Judge, unseen: Tensor) -> dict[str, float]:
     """PSNR of unseen images (n, 3, 128, 128) in [0, 1] and of the subjects, and what the judge still recognizes.
 
@@ -109,23 +95,13 @@ def measure_autoencoder(vae: AutoencoderKL, judge: Judge, unseen: Tensor) -> dic
         real, ours = judge.embed(to_images(images)), judge.embed(to_images(restored))
         other = ~torch.eye(len(real), dtype=torch.bool)
         kept.append(float((ours @ real.T)[other].mean()) / mean_pairwise_similarity(real))
+    restored = restore(vae, unseen)
     return {
-        "psnr_unseen": psnr(unseen, restore(vae, unseen)),
+        "psnr_unseen": psnr(unseen, restored),
         "psnr_subjects": sum(ratios) / len(ratios),
         "similarity_kept_least": min(kept),
         "similarity_kept_median": float(torch.tensor(kept).median()),
-        "sharpness_restored": sharpness(to_images(restore(vae, unseen))) / sharpness(to_images(unseen)),
-    }
-
-
-def accuracy(judge: Judge, images: list[Image.Image], labels: dict[str, Tensor]) -> dict[str, float]:
-    """Share of images in which the judge sees the caption's word; labels by kind (n,), -1 where there is no word."""
-    seen = judge.classify(images)
-    return {
-        kind: float(
-            np.mean([LABELS[kind].index(word) == index for word, index in zip(seen[kind], known.tolist(), strict=True)])
-        )
-        for kind, known in labels.items()
+        "sharpness_restored": sharpness(to_images(restored)) / sharpness(to_images(unseen)),
     }
 
 
@@ -157,8 +133,8 @@ def main(config: EvaluateConfig) -> None:
         figures["sharpness_over_real"] = sharpness(images) / sharpness(real_images)
         figures |= relative_frechet_distance(judge.embed(images), judge.embed(real_images))
         for source, some in {"real": real_images, "generated": images}.items():
-            labels = {kind: known[: len(some)] for kind, known in real.labels.items()}
-            figures |= {f"{source}_{kind}": share for kind, share in accuracy(judge, some, labels).items()}
+            words = {kind: [LABELS[kind][i] for i in known[: len(some)]] for kind, known in real.labels.items()}
+            figures |= {f"{source}_{kind}": share for kind, share in accuracies(judge, some, words).items()}
         rows = [images[i : i + 8] for i in range(0, min(len(images), 48), 8)]
         make_image_grid(rows, prompts[: len(rows) * 8 : 8]).save(Path(config.output).with_suffix(".png"))
     rounded = {name: round(value, 4) for name, value in figures.items()}

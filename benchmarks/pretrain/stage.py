@@ -62,6 +62,7 @@ class Checkpoints:
         for name, part in parts.items():
             part.load_state_dict(state[name])
         stage.seconds, stage.steps, stage.losses = state["seconds"], state["steps"], state["losses"]
+        torch.manual_seed(torch.initial_seed() + stage.steps)  # not the images and the noise of the first steps again
         print(
             f"{stage.name}: resumed at step {stage.steps}, {state['elapsed']:.0f} of {stage.seconds:.0f} s", flush=True
         )

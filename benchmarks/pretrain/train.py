@@ -31,6 +31,7 @@ from atomdiff.toybox.judge import save_judge
 from atomdiff.toybox.world import CLASSES, SCENES
 from atomdiff.toybox.world.judge import Judge
 from atomdiff.utils.atomic import new_file
+from benchmarks.base_quality import psnr, restore
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
 from benchmarks.pretrain.fastest import print_profile
@@ -190,14 +191,12 @@ class Run:
     @torch.no_grad()
     def measure_autoencoder(self, world: World) -> dict[str, float]:
         """Mean PSNR (dB) of restored images and of real ones the judge's similarity to them."""
-        x = world.images[:256].float() / 127.5 - 1
-        restored = torch.cat([self.vae.decode(self.vae.encode(c).latent_dist.mean).sample for c in x.split(32)])
-        restored = restored.clamp(-1, 1)
-        error = (restored - x).square().mean((1, 2, 3)) / 4
-        alike = (self.judge(x)[1] * self.judge(restored)[1]).sum(1)
-        psnr = (-10 * error.log10()).mean().item()
-        print(f"autoencoder: PSNR {psnr:.2f} dB, similarity {alike.mean().item():.4f}", flush=True)
-        return {"psnr_db": round(psnr, 2), "similarity": round(alike.mean().item(), 4)}
+        images = world.images[:256].float() / 255
+        restored = restore(self.vae, images)
+        ratio = psnr(images, restored)
+        alike = (self.judge(images * 2 - 1)[1] * self.judge(restored * 2 - 1)[1]).sum(1).mean().item()
+        print(f"autoencoder: PSNR {ratio:.2f} dB, similarity {alike:.4f}", flush=True)
+        return {"psnr_db": round(ratio, 2), "similarity": round(alike, 4)}
 
     def draw_sheet(self) -> None:
         """Write an image of some classes in some scenes."""

@@ -9,9 +9,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import torch
 from diffusers import StableDiffusionPipeline
+from einops import rearrange
 from PIL import Image
 
 from atomdiff.sampling.generate import generate
@@ -21,10 +21,9 @@ from atomdiff.toybox.scenes import Caption
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.base_quality import relative_frechet_distance, sharpness
+from benchmarks.base_quality import accuracies, psnr, relative_frechet_distance, restore, sharpness
 from benchmarks.result_file import command_line, write_result
 from benchmarks.toybox.data import render_world
-from benchmarks.toybox.train_base import as_signal
 from benchmarks.toybox.train_judge import word_of
 
 
@@ -48,23 +47,9 @@ class EvaluateConfig:
     """The result file; a sheet of the first images is written to the folder out."""
 
 
-@torch.no_grad()
-def reconstruction_psnr(pipe: StableDiffusionPipeline, images: torch.Tensor) -> float:
-    """Mean peak signal-to-noise ratio in dB of images (n, 64, 64, 3) of bytes through the autoencoder."""
-    ratios = []
-    for chunk in as_signal(images).to(pipe.device, pipe.vae.dtype).split(64):
-        restored = pipe.vae.decode(pipe.vae.encode(chunk).latent_dist.mean).sample.clamp(-1, 1)
-        ratios.append(10 * torch.log10(4 / (restored - chunk).square().mean((1, 2, 3))))
-    return torch.cat(ratios).mean().item()
-
-
-def accuracy(judge: ImageJudge, images: list[Image.Image], captions: list[Caption]) -> dict[str, float]:
-    """Share of images in which the judge sees the caption's word, for class, scene, color and pattern."""
-    seen = judge.classify(images)
-    return {
-        kind: float(np.mean([word == word_of(caption, kind) for word, caption in zip(words, captions, strict=True)]))
-        for kind, words in seen.items()
-    }
+def words_of(captions: list[Caption]) -> dict[str, list[str | None]]:
+    """The words of captions, by kind of label."""
+    return {kind: [word_of(caption, kind) for caption in captions] for kind in LABELS}
 
 
 def evaluate_base(
@@ -85,7 +70,8 @@ def evaluate_base(
     """
     rendered, all_captions = render_world(2 * count, seed, held_out=True)
     real_images, captions = [Image.fromarray(image) for image in rendered], all_captions[:count]
-    real = accuracy(judge, real_images, all_captions)
+    pixels = rearrange(torch.from_numpy(rendered[:count]), "n h w c -> n c h w") / 255
+    real = accuracies(judge, real_images, words_of(all_captions))
     prompts = [str(caption) for caption in captions]
     images = generate(
         pipe,
@@ -95,9 +81,9 @@ def evaluate_base(
         guidance_scale=guidance_scale,
         batch_size=batch_size,
     )
-    generated = accuracy(judge, images, captions)
+    generated = accuracies(judge, images, words_of(captions))
     figures = {
-        "psnr_db": round(reconstruction_psnr(pipe, torch.from_numpy(rendered[:count])), 2),
+        "psnr_db": round(psnr(pixels, restore(pipe.vae, pixels)), 2),
         "sharpness_over_real": round(sharpness(images) / sharpness(real_images), 4),
         **relative_frechet_distance(judge.embed(images), judge.embed(real_images)),
         "real": real,

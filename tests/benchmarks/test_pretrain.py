@@ -74,13 +74,16 @@ class Stopped(Exception):
 def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     """Steps, weights, momentum, averages, the clock: the second half is that of the run that kept the state."""
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
+    sampled = []
 
     def train(model, seconds, stop=None):
         average, stage = Average(model, (0.9,)), Stage("part", seconds, 1e-2)
+        sampled.append([])
 
         def loss_of(progress):
             if stop is not None and stage.steps == stop:
                 raise Stopped
+            sampled[-1].append(torch.rand(1).item())
             return (model(x) - 1).square().mean()
 
         run_stage(stage, model, loss_of, average.update, Checkpoints(tmp_path, 1e-9), {"average": average})
@@ -103,7 +106,8 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     kept["elapsed"] = 1.0
     torch.save(kept, tmp_path / "resume-part.pt")
     with pytest.raises(Stopped):
-        train(make_model(seed=7), 7.0, stop=40)
+        train(make_model(), 7.0, stop=40)
+    assert len(sampled[0]) == 30 and len(sampled[-1]) == 10 and not set(sampled[0]) & set(sampled[-1])
     later = torch.load(tmp_path / "resume-part.pt", weights_only=True)
     assert later["steps"] == 40 and later["losses"] and later["elapsed"] > 1
     momentum = [each["optimizer_0"]["state"][0]["momentum"] for each in (kept, later)]

@@ -7,8 +7,9 @@ from PIL import Image
 from atomdiff.toybox.judge import JUDGE_FOLDER, LABELS, Judge, load_judge, save_judge
 from atomdiff.toybox.scenes import Caption
 from atomdiff.toybox.subjects import SUBJECTS, views
+from benchmarks.base_quality import accuracies
 from benchmarks.toybox.data import render_world
-from benchmarks.toybox.evaluate import accuracy
+from benchmarks.toybox.evaluate import words_of
 from benchmarks.toybox.train_base import Stage
 from benchmarks.toybox.train_judge import individual_loss, train_judge
 
@@ -21,7 +22,7 @@ def judge():
 @pytest.mark.slow
 def test_the_committed_judge_names_what_fresh_images_show(judge):
     images, captions = render_world(64, seed=99, held_out=True)
-    shares = accuracy(judge, [Image.fromarray(image) for image in images], captions)
+    shares = accuracies(judge, [Image.fromarray(image) for image in images], words_of(captions))
     assert min(shares.values()) > 0.9, shares
 
 
