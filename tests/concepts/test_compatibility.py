@@ -4,6 +4,7 @@ import pytest
 import torch
 
 from atomdiff.atoms.basis import dct_atoms
+from atomdiff.concepts import compatibility
 from atomdiff.concepts.compatibility import DERIVED_BASE, SAME_BASE, base_distance, fingerprint, fitting_part
 from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.tuner import AtomConfig
@@ -112,3 +113,26 @@ def test_a_weight_that_has_changed_has_another_fingerprint(change):
     assert fingerprint(weight, config, "conv") != before
     before.clear()
     assert len(fingerprint(weight, config, "conv")) == 9
+
+
+class EmptiedByOthers(dict):
+    """What a thread sees of a dictionary that another one empties after every access."""
+
+    def __contains__(self, key):
+        found = super().__contains__(key)
+        self.clear()
+        return found
+
+    def __setitem__(self, key, value):
+        super().__setitem__(key, value)
+        self.clear()
+
+
+@pytest.mark.parametrize("known", [False, True])
+def test_fingerprints_can_be_forgotten_by_another_thread_at_any_time(monkeypatch, known):
+    weight, config = torch.randn(8, 4, 3, 3), AtomConfig(target_modules="conv")
+    monkeypatch.setattr(compatibility, "_FINGERPRINTS", {})
+    expected = fingerprint(weight, config, "conv")
+    forgetful = EmptiedByOthers(compatibility._FINGERPRINTS if known else {})
+    monkeypatch.setattr(compatibility, "_FINGERPRINTS", forgetful)
+    assert fingerprint(weight, config, "conv") == expected

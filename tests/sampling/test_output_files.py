@@ -6,6 +6,7 @@ import threading
 import pytest
 from PIL import Image
 
+from atomdiff.sampling import output_files
 from atomdiff.sampling.output_files import SampleFile, refuse_foreign_images, write_overview
 from atomdiff.utils.errors import UserError
 
@@ -84,6 +85,24 @@ def test_two_jobs_in_one_folder_never_tear_each_others_files(tmp_path):
         thread.join()
     assert not failures
     assert {file.suffix for file in tmp_path.iterdir()} == {".png", ".json"}
+
+
+def test_a_job_that_ends_during_the_overview_of_another_is_in_the_one_that_stays(tmp_path, monkeypatch):
+    def end():
+        write_overview(tmp_path, [saved(tmp_path, "a cat", 1)])
+
+    def write_grid(*args):
+        if not other.ident:
+            other.start()
+            other.join(0.3)  # it waits for this one
+        write(*args)
+
+    other, write = threading.Thread(target=end), output_files._write_grid
+    monkeypatch.setattr(output_files, "_write_grid", write_grid)
+    write_overview(tmp_path, [saved(tmp_path, "a mug", 0)])
+    other.join()
+    manifest = json.loads((tmp_path / "manifest.json").read_text())
+    assert [image["prompt"] for image in manifest["images"]] == ["a cat", "a mug"]
 
 
 def test_an_image_that_another_job_replaced_is_reported(tmp_path):
