@@ -35,7 +35,7 @@ def lora_factors(layer: Layer, base: nn.Module, scale: float | None) -> tuple[Te
     layer = {kind: tensor for kind, tensor in layer.items() if not _MAGNITUDE.fullmatch(kind)}
     up, down = _up_and_down(layer, shape, scale)
     if magnitudes:
-        up, down = _exact_factors(_dora_delta(BaseWeight(base).read().detach(), up @ down, magnitudes[0]))
+        up, down = _exact_factors(_dora_delta(BaseWeight(base).read().detach(), up @ down, magnitudes[0]), shape)
     if not (torch.isfinite(up).all() and torch.isfinite(down).all()):
         raise ValueError("its values are too large")
     ones = [1] * (len(shape) - 2)
@@ -46,24 +46,16 @@ def _up_and_down(layer: Layer, shape: tuple[int, ...], scale: float | None) -> t
     """Return up (out, r) and down (r, in * ...), scaled."""
     if layer.keys() >= {"up", "down"} and "lora_mid" not in layer:
         up, down = layer["up"].flatten(1), layer["down"]
-        rank = len(down)
-        if up.shape != (shape[0], rank) or not _has_inputs(down, shape):
-            raise ValueError(f"found {tuple(layer['up'].shape)} x {tuple(down.shape)} for {shape} here")
-        return up * (scale if scale is not None else _alpha_over_rank(layer, rank)), down.flatten(1)
-    if layer.keys() >= _LOHA and not layer.keys() & {"hada_t1", "hada_t2"}:
-        sides = [(layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"].flatten(1)) for side in ("1", "2")]
-        ranks = prod(len(b) for _, b in sides)
-        for a, b in sides:
-            if a.shape != (shape[0], len(b)) or not _has_inputs(b, shape):
-                raise ValueError(f"found {tuple(a.shape)} x {tuple(b.shape)} for {shape} here")
-        if ranks < min(shape[0], prod(shape[1:])):  # the product of two sums is the sum of all products
-            up = torch.einsum("oi,oj->oij", sides[0][0], sides[1][0]).flatten(1)
-            down = torch.einsum("ix,jx->ijx", sides[0][1], sides[1][1]).flatten(0, 1)
-            return up * _alpha_over_rank(layer, len(layer["hada_w1_b"])), down
-    delta = _delta(layer, shape)
-    if delta.shape[0] != shape[0] or not _has_inputs(delta, shape):
-        raise ValueError(f"found {tuple(delta.shape)} for {shape} here")
-    return _exact_factors(delta.flatten(1))
+        _check_factors(up, down, shape)
+        return up * (scale if scale is not None else _alpha_over_rank(layer, len(down))), down.flatten(1)
+    if layer.keys() >= _LOHA:
+        return _loha_factors(layer, shape)
+    return _exact_factors(_delta(layer, shape), shape)
+
+
+def _check_factors(up: Tensor, down: Tensor, shape: tuple[int, ...]) -> None:
+    if up.shape != (shape[0], len(down)) or not _has_inputs(down, shape):
+        raise ValueError(f"found {tuple(up.shape)} x {tuple(down.shape)} for {shape} here")
 
 
 def _has_inputs(tensor: Tensor, shape: tuple[int, ...]) -> bool:
@@ -72,8 +64,29 @@ def _has_inputs(tensor: Tensor, shape: tuple[int, ...]) -> bool:
     return tensor[:1].numel() == inputs and tensor.shape[1] in (shape[1], inputs)
 
 
-def _exact_factors(delta: Tensor) -> tuple[Tensor, Tensor]:
-    """Return two factors of a matrix, one of which is the identity."""
+def _loha_factors(layer: Layer, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return the factors of a LoHa: two products, of matrices or Tucker's, multiplied element by element."""
+    sides = [(layer[f"hada_w{n}_a"], layer[f"hada_w{n}_b"].flatten(1), layer.get(f"hada_t{n}")) for n in (1, 2)]
+    scale = _alpha_over_rank(layer, len(layer["hada_w1_b"]))
+    products = [(a, b) for a, b, core in sides if core is None]
+    for a, b in products:
+        _check_factors(a, b, shape)
+    if len(products) == 2 and prod(len(b) for _, b in products) < min(shape[0], prod(shape[1:])):
+        (a_1, b_1), (a_2, b_2) = products  # the product of two sums is the sum of all products
+        up = torch.einsum("oi,oj->oij", a_1, a_2).flatten(1)
+        down = torch.einsum("ix,jx->ijx", b_1, b_2).flatten(0, 1)
+        return up * scale, down
+    first, second = (a @ b if core is None else _tucker(core, a, b, shape).flatten(1) for a, b, core in sides)
+    if first.shape != second.shape:  # else their product could take more memory than the file and the weight
+        raise ValueError(f"found {tuple(first.shape)} and {tuple(second.shape)} for {shape} here")
+    return _exact_factors(scale * first * second, shape)
+
+
+def _exact_factors(delta: Tensor, shape: tuple[int, ...]) -> tuple[Tensor, Tensor]:
+    """Return two factors of the delta of a weight of this shape, one of which is the identity."""
+    if delta.shape[0] != shape[0] or not _has_inputs(delta, shape):
+        raise ValueError(f"found {tuple(delta.shape)} for {shape} here")
+    delta = delta.flatten(1)
     out, inputs = delta.shape
     return (torch.eye(out), delta) if out <= inputs else (delta, torch.eye(inputs))
 
@@ -100,13 +113,6 @@ def _delta(layer: Layer, shape: tuple[int, ...]) -> Tensor:
     if layer.keys() >= {"up", "down", "lora_mid"}:
         down, up = layer["down"].flatten(1), layer["up"].flatten(1)
         return _alpha_over_rank(layer, len(down)) * _tucker(layer["lora_mid"], up.T, down, shape)
-    if layer.keys() >= _LOHA:
-        sides = []
-        for side in ("1", "2"):
-            a, b, core = layer[f"hada_w{side}_a"], layer[f"hada_w{side}_b"], layer.get(f"hada_t{side}")
-            factor = _checked_product(a, b.flatten(1), shape) if core is None else _tucker(core, a, b, shape)
-            sides.append(factor.flatten(1))
-        return _alpha_over_rank(layer, len(layer["hada_w1_b"])) * sides[0] * sides[1]
     if any(kind.startswith("lokr_w1") for kind in layer) and any(kind.startswith("lokr_w2") for kind in layer):
         first, second, ranks = *(_lokr_side(layer, side, shape) for side in ("1", "2")), _lokr_ranks(layer)
         if first.numel() * second.numel() != prod(shape):

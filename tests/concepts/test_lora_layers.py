@@ -8,6 +8,7 @@ from peft import LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 
 import atomdiff
+from atomdiff.concepts.lora_layers import lora_factors
 from atomdiff.export.kohya import layer_name
 from tests.concepts.lora_files import FORMS, assert_loads, diff, loha, rand, write_lora
 from tests.helpers import assert_unchanged, snapshot
@@ -71,3 +72,11 @@ def test_exact_loras_have_no_more_ranks_than_they_need(tiny_pipe, tmp_path):
         atomdiff.load_atoms(tiny_pipe, tmp_path / "mug.safetensors", "mug")
         assert tiny_pipe.unet.get_submodule(module).r == {"mug": rank}
         atomdiff.unload_atoms(tiny_pipe)
+
+
+def test_the_sides_of_a_loha_must_have_one_shape():
+    """Else a small file could ask for the memory of a matrix as large as the square of the weight."""
+    long, short = rand(1, 4096), rand(1, 1)
+    sides = {"hada_w1_a": long, "hada_w1_b": short, "hada_w2_a": short, "hada_w2_b": long}
+    with pytest.raises(ValueError, match=r"found \(4096, 1\) and \(1, 4096\) for \(64, 64\) here"):
+        lora_factors(sides | {"hada_t1": short, "hada_t2": short}, torch.nn.Linear(64, 64), None)
