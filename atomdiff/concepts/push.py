@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 import re
 import shutil
 from collections.abc import Mapping, Sequence
@@ -22,6 +21,7 @@ from atomdiff.concepts.hub import PathLike, explained, files_in, locate
 from atomdiff.concepts.model_card import metric_rows, summarize_adapter, summarize_file, write_card
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.paths import check_empty
 from atomdiff.utils.versions import atomdiff_version
 
 if TYPE_CHECKING:
@@ -114,8 +114,7 @@ def write_repository(folder: PathLike, path: PathLike, repo_id: str, **card: Unp
     if unknown := card.keys() - CardOptions.__annotations__.keys():
         raise TypeError(f"there is no option {min(unknown)}: expected {', '.join(CardOptions.__annotations__)}")
     folder = Path(folder)
-    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{folder} is not empty: name an empty or a new folder")
+    check_empty(folder, "folder")
     located, title = locate(Path(path))
     concept = summarize_file(located) if located.is_file() else summarize_adapter(located, title)
     concept = replace(

@@ -13,7 +13,7 @@ from atomdiff.export.diff import export_diff
 from atomdiff.export.embeddings import embeddings_without_base, save_embeddings
 from atomdiff.export.kohya import file_path
 from atomdiff.export.lora import check_rank, export_lora
-from atomdiff.export.pipeline_folder import check_empty, export_pipeline
+from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.export.report import ExportReport
 from atomdiff.pipelines.adapter_weight import command_line_weights
 from atomdiff.pipelines.config import BaseModelConfig, SchedulerConfig
@@ -26,7 +26,7 @@ from atomdiff.sampling.concept_source import open_sources, schedules
 from atomdiff.sampling.config import ConceptsConfig
 from atomdiff.tuner import adapter_state
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.paths import PathText, check_writable, refuse_overlap
+from atomdiff.utils.paths import PathText, check_empty, check_writable, refuse_overlap
 
 _HALVES = (torch.float16, torch.bfloat16)
 
@@ -117,7 +117,7 @@ def _cast_to_float32(pipe: Any, name: str) -> bool:
 def _check_output(config: ExportConfig) -> None:
     """Refuse an output folder that is not empty, and an output file that is an input, before anything is loaded."""
     if config.to == "pipeline":
-        check_empty(Path(config.output))
+        check_empty(config.output, "output")
         return
     path = file_path(config.output)
     if os.path.isdir(path):

@@ -13,13 +13,7 @@ from atomdiff.export.report import ExportReport
 from atomdiff.pipelines.differences import merged_copy
 from atomdiff.pipelines.portable import save_portable
 from atomdiff.utils.atomic import new_folder
-from atomdiff.utils.errors import UserError
-
-
-def check_empty(folder: Path) -> None:
-    """Refuse a path that exists, unless it is an empty folder."""
-    if os.path.exists(folder) and (not folder.is_dir() or any(folder.iterdir())):
-        raise UserError(f"{str(folder)!r} exists already: give a new or empty folder")
+from atomdiff.utils.paths import check_empty
 
 
 def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
@@ -32,7 +26,7 @@ def export_pipeline(pipe: Any, folder: str | os.PathLike[str]) -> ExportReport:
         UserError: the folder is not empty, or an adapter cannot be merged.
     """
     folder = Path(folder)
-    check_empty(folder)
+    check_empty(folder, "folder")
     active = active_embeddings(pipe)
     dtype = pipe.components["text_encoder"].dtype if active else torch.float32
     with new_folder(folder) as unfinished:

@@ -96,7 +96,22 @@ def refuse_overlap(writes: Mapping[str, str | Path], reads: Mapping[str, str | P
                 raise UserError(f"{output}={str(written)!r} is inside {source} ({read}); name another")
 
 
-def _resolved(path: str | Path, what: str) -> Path:
+def check_empty(folder: str | os.PathLike[str], what: str) -> None:
+    """Refuse a path that exists, unless it is an empty folder.
+
+    Args:
+        folder: the path.
+        what: what it is called in messages.
+
+    Raises:
+        UserError: it exists, or cannot be a path.
+    """
+    path = _resolved(folder, what)
+    if path.exists() and (not path.is_dir() or any(path.iterdir())):
+        raise UserError(f"{what}={str(folder)!r} exists already: give a new or empty folder")
+
+
+def _resolved(path: str | os.PathLike[str], what: str) -> Path:
     try:
         resolved = Path(path).resolve()
         resolved.exists()

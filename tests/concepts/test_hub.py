@@ -163,6 +163,7 @@ def test_a_download_from_folders_within_folders_serves_as_well(hub_server, conce
         ("ada/mug.safetensors", {}, "there is no file or directory 'ada/mug.safetensors': check the path"),
         ("mug", {}, "there is no file or directory 'mug': check the path"),
         ("x" * 300, {}, "there is no file or directory 'x+': check the path"),
+        (".", {"subfolder": "x" * 300}, "x holds no concept: found nothing; expected"),
         ("a/b/c", {}, "there is no file or directory 'a/b/c': check the path"),
         (Path("ada/mug"), {}, "there is no file or directory 'ada/mug': check the path"),
     ],

@@ -46,8 +46,14 @@ def test_a_peft_adapter_is_pushed_and_loaded_with_its_word_and_all_components(hu
 def test_a_folder_with_other_things_in_it_is_not_written_to(concept, tmp_path):
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "diary.txt").write_text("dear diary")
-    with pytest.raises(UserError, match="full is not empty: name an empty or a new folder"):
-        write_repository(tmp_path / "full", concept[0], "ada/mug")
+    for folder, message in {
+        tmp_path / "full": "full' exists already: give a new or empty folder",
+        tmp_path / "full" / "diary.txt": "diary.txt' exists already",
+        "x" * 300: "folder='x+: cannot be a path .File name too long.",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            write_repository(folder, concept[0], "ada/mug")
+    assert [path.name for path in (tmp_path / "full").iterdir()] == ["diary.txt"]
 
 
 def test_a_run_is_pushed_by_its_folder_and_a_wrong_path_asks_nobody(hub_server, logged_in, concept, tmp_path):
