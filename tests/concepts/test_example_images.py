@@ -6,6 +6,7 @@ import re
 import pytest
 from PIL import Image, PngImagePlugin
 
+from atomdiff.concepts.example_images import find_examples
 from atomdiff.concepts.push import write_repository
 from atomdiff.sampling.output_files import SampleFile, write_overview
 from atomdiff.utils.errors import UserError
@@ -48,6 +49,16 @@ def test_images_generated_with_the_concept_are_found_beside_it_and_others_are_no
     (file.parent / "manifest.json").write_text("{}")
     again = write_repository(tmp_path / "again", file, "ada/mug")
     assert not [path for path in (again / "images").iterdir() if "grid" in path.name]
+
+
+def test_a_grid_with_images_of_other_concepts_is_left_out_and_so_are_images_after_the_eighth(concept, tmp_path):
+    other = tmp_path / "other.atoms.safetensors"
+    other.write_bytes(b"other")
+    save_samples_of(tmp_path / "samples", concept[0], [f"sks mug {number}" for number in range(9)])
+    assert [file.name for file, _ in find_examples([tmp_path / "samples"], concept[0])][8:] == ["grid.png"]
+    save_samples_of(tmp_path / "samples", other, ["a cat"])
+    names = [file.name for file, _ in find_examples([tmp_path / "samples"], concept[0])]
+    assert len(names) == 8 and all(name.startswith("sks-mug-") for name in names)
 
 
 def test_images_can_be_named_with_and_without_prompts_and_lose_their_metadata(concept, tmp_path):

@@ -209,6 +209,7 @@ def test_outputs_that_are_in_the_way_are_refused_before_anything_is_loaded(conce
         ("base", "lora", file, "is also an input: give another name"),
         (file, "lora", file.removesuffix(".safetensors"), "is also an input: give another name"),
         ("base", "lora", "x" * 300, "File name too long"),
+        ("base", "lora", "x" * 250, "File name too long"),  # with its ending
         ("base", "pipeline", "x" * 300, "File name too long"),
     ]:
         with pytest.raises(UserError, match=message):

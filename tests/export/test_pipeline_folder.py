@@ -64,6 +64,8 @@ def test_a_folder_that_is_in_use_is_not_written_to(tiny_pipe, tiny_pipe_folder):
     add_random_adapter(tiny_pipe)
     with pytest.raises(UserError, match="exists already"):
         export_pipeline(tiny_pipe, tiny_pipe_folder)
+    with pytest.raises(UserError, match="File name too long"):
+        export_pipeline(tiny_pipe, "x" * 300)
 
 
 def state_of(pipe):
