@@ -37,53 +37,53 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
     """
     if has_lora_keys(read_safetensors_header(path)[1]):
         raise UserError(f"{path} is a LoRA file of another program, not a concept file; load_atoms takes it as it is")
-    delta = read_concept_file(path)
-    trained = [t for kinds in delta.layers.values() for kind, t in kinds.items() if kind in PARAMETER_NAMES]
-    vectors = [vector for of in delta.tokens.values() for vector in of.values()]
-    spec = delta.modelspec
+    concept = read_concept_file(path)
+    trained = [t for kinds in concept.layers.values() for kind, t in kinds.items() if kind in PARAMETER_NAMES]
+    vectors = [vector for of in concept.tokens.values() for vector in of.values()]
+    spec = concept.modelspec
     rows = {
         "concept": spec.get("title") or Path(path).name,
-        "trigger phrase": delta.trigger_phrase or "-",
-        "trigger words": ", ".join(delta.tokens) or "-",
-        "base": delta.base_model or "-",
+        "trigger phrase": concept.trigger_phrase or "-",
+        "trigger words": ", ".join(concept.tokens) or "-",
+        "base": concept.base_model or "-",
         "made for": ", ".join(filter(None, map(spec.get, ("architecture", "resolution", "prediction_type")))) or "-",
-        "written": f"{spec.get('date', '-')} by atomdiff {delta.atomdiff_version or '-'}",
-        "method": _method(delta),
+        "written": f"{spec.get('date', '-')} by atomdiff {concept.atomdiff_version or '-'}",
+        "method": _method(concept),
         "parameters": f"{_count(trained) + _count(vectors):,} trained ({_count(vectors):,} in trigger words)",
         "bytes": f"{Path(path).stat().st_size:,}",
-        "training": _training(delta) or "-",
+        "training": _training(concept) or "-",
     }
     if base is not None:
         models = pipeline_models(_open(base))
-        fitting, left_out, distance = compare_base(delta, models, allow_mismatch=True)
+        fitting, left_out, distance = compare_base(concept, models, allow_mismatch=True)
         rows["distance"] = f"{distance:.3g} (0: made on this base)"
         if left_out:
             rows["does not fit"] = "; ".join(left_out)
-        if ATOM_BASES[delta.config.basis].has_coefficients:
+        if ATOM_BASES[concept.config.basis].has_coefficients:
             rows["coefficients"] = _coefficient_quality(fitting, weights_below(fitting, models))
     width = max(map(len, rows))
     lines = [f"{label:<{width}}  {printable(value)}" for label, value in rows.items()]
-    return "\n".join([*lines, "", *_layer_table(delta)])
+    return "\n".join([*lines, "", *_layer_table(concept)])
 
 
-def _method(delta: ConceptFile) -> str:
-    config = delta.config
+def _method(concept: ConceptFile) -> str:
+    config = concept.config
     atoms = "all atoms" if config.num_atoms is None else f"{config.num_atoms} atoms"
     return f"{atoms}, basis {config.basis}, {variant_of(config).label(config)}, layers {config.target_modules}"
 
 
-def _layer_table(delta: ConceptFile) -> list[str]:
+def _layer_table(concept: ConceptFile) -> list[str]:
     groups = Counter(
         (f"{module.partition('.')[0]} {kind}", tuple(tensor.shape))
-        for module, kinds in delta.layers.items()
+        for module, kinds in concept.layers.items()
         for kind, tensor in kinds.items()
         if kind in PARAMETER_NAMES
     )
     return group_table(dict(groups))
 
 
-def _training(delta: ConceptFile) -> str:
-    plain = {key: value for key, value in delta.training.items() if not isinstance(value, (dict, list))}
+def _training(concept: ConceptFile) -> str:
+    plain = {key: value for key, value in concept.training.items() if not isinstance(value, (dict, list))}
     return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in plain.items())
 
 
@@ -100,10 +100,10 @@ def _open(base: Any) -> Any:
     return open_base(BaseModelConfig(pretrained_model_name_or_path=os.fspath(base)), None, field="base")
 
 
-def _coefficient_quality(delta: ConceptFile, weights: Mapping[str, Tensor]) -> str:
+def _coefficient_quality(concept: ConceptFile, weights: Mapping[str, Tensor]) -> str:
     """How well the coefficients describe the base weights, as means over all atoms of all layers."""
-    config, qualities = delta.config, []
-    for module, tensors in delta.layers.items():
+    config, qualities = concept.config, []
+    for module, tensors in concept.layers.items():
         weight = weights[module].detach()
         for atoms in atoms_of(config, module.partition(".")[2], weight.shape):
             rows, basis = atoms.view.rows(weight), tensors[f"{atoms.name}_basis"]

@@ -24,18 +24,18 @@ def embeddings_without_base(concepts: list[ConceptSource]) -> TokenEmbeddings | 
     """Return the token embeddings of concepts that are nothing else, which need no base; None: some have layers."""
     words: TokenEmbeddings = {}
     for concept in concepts:
-        delta = concept.read() if concept.read is not None else None
-        if delta is None or delta.layers:
+        contents = concept.read() if concept.read is not None else None
+        if contents is None or contents.layers:
             return None
-        base = base_of_architecture(delta.modelspec.get("architecture", ""))
-        if base is None or any(sorted(vectors) != sorted(base.text_encoders) for vectors in delta.tokens.values()):
+        base = base_of_architecture(contents.modelspec.get("architecture", ""))
+        if base is None or any(sorted(vectors) != sorted(base.text_encoders) for vectors in contents.tokens.values()):
             return None
-        groups = group_placeholder_tokens(delta.tokens)
+        groups = group_placeholder_tokens(contents.tokens)
         if groups.keys() & words.keys():
             return None
         for word, group in groups.items():
             words[word] = {
-                name: torch.stack([delta.tokens[token][encoder] for token in group])
+                name: torch.stack([contents.tokens[token][encoder] for token in group])
                 for encoder, name in base.embedding_names.items()
             }
     return words

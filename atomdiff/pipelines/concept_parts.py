@@ -27,7 +27,7 @@ from atomdiff.utils.errors import UserError, warn
 class ConceptParts:
     """The parts of a concept that a pipeline takes."""
 
-    delta: ConceptFile | None
+    concept: ConceptFile | None
     """Its atoms."""
     adapters: Adapters
     """Its adapters of other PEFT methods, or of atoms in directories written by PEFT."""
@@ -49,7 +49,7 @@ def read_parts(pipe: Any, source: Path | ConceptFile, trigger_word: str | None, 
     renamed = rename_tokens(parts.tokens, trigger_word)
     parts.tokens, left_out = fitting_tokens(pipe, renamed, allow_mismatch)
     parts.left_out += left_out
-    if parts.left_out and not (parts.tokens or parts.adapters or (parts.delta and parts.delta.layers)):
+    if parts.left_out and not (parts.tokens or parts.adapters or (parts.concept and parts.concept.layers)):
         raise UserError(f"nothing of it can be loaded into this pipeline: it has {'; '.join(parts.left_out)}")
     return parts
 
@@ -61,9 +61,9 @@ def _read(source: Path | ConceptFile, models: Mapping[str, nn.Module], allow_mis
     if isinstance(source, Path) and is_lora_file(source):
         adapters, left_out = read_lora(source, models, allow_mismatch)
         return ConceptParts(None, adapters, {}, left_out, None)
-    delta = source if isinstance(source, ConceptFile) else read_concept_file(source)
-    delta, left_out = check_base(delta, models, allow_mismatch)
-    return ConceptParts(delta, {}, dict(delta.tokens), left_out, ScheduleConfig.read(delta.training))
+    concept = source if isinstance(source, ConceptFile) else read_concept_file(source)
+    concept, left_out = check_base(concept, models, allow_mismatch)
+    return ConceptParts(concept, {}, dict(concept.tokens), left_out, ScheduleConfig.read(concept.training))
 
 
 def attach_parts(parts: ConceptParts, models: Mapping[str, nn.Module], name: str, allow_mismatch: bool) -> None:
@@ -73,8 +73,8 @@ def attach_parts(parts: ConceptParts, models: Mapping[str, nn.Module], name: str
         ValueError: an adapter does not fit.
     """
     for component, model in models.items():
-        if parts.delta is not None and (layers := _under(component, parts.delta.layers)):
-            attach.attach_atoms(model, parts.delta.config, layers, name)
+        if parts.concept is not None and (layers := _under(component, parts.concept.layers)):
+            attach.attach_atoms(model, parts.concept.config, layers, name)
         elif component in parts.adapters:
             config, tensors = parts.adapters[component]
             unfit = attach.attach_peft(model, config, tensors, name, lambda m: may_leave_out(m, allow_mismatch))

@@ -85,7 +85,7 @@ def save_atoms(
             return path
         _check_one_file(adapter_name, configs)
         layers, fingerprints = _layers(adapter_name, models, configs)
-        delta = ConceptFile(
+        concept = ConceptFile(
             config=next(iter(configs.values()), AtomConfig()),
             layers=layers,
             fingerprint=fingerprints,
@@ -96,7 +96,7 @@ def save_atoms(
             modelspec=model_spec(pipe, title=path.name.partition(".")[0], trigger_phrase=trigger_phrase),
             atomdiff_version=atomdiff_version(),
         )
-        write_concept_file(path, delta, dtype)
+        write_concept_file(path, concept, dtype)
     return path
 
 

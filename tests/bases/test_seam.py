@@ -95,9 +95,9 @@ def config(folder, tmp_path):
 def test_a_base_trains_loads_generates_and_exports_by_its_names(base, config, tmp_path):
     concept = train(config)
     assert len(list(Path(config.output_dir).glob("validation/*.png"))) == 2
-    delta = read_concept_file(concept)
-    assert all(module.startswith("painter.") for module in delta.layers) and delta.layers
-    assert delta.modelspec["architecture"] == "tiny-v1/atoms" and delta.modelspec["resolution"] == "32x32"
+    contents = read_concept_file(concept)
+    assert all(module.startswith("painter.") for module in contents.layers) and contents.layers
+    assert contents.modelspec["architecture"] == "tiny-v1/atoms" and contents.modelspec["resolution"] == "32x32"
 
     pipe = TinyPipeline.from_pretrained(config.pretrained_model_name_or_path)
     assert find_base(pipe.components) is base

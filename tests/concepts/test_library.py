@@ -153,6 +153,6 @@ def test_no_budget_keeps_nothing(three, reads):
 def test_what_the_library_gives_is_what_the_file_holds(three):
     library = ConceptLibrary(three)
     for name in library:
-        delta, read = library[name], read_concept_file(library.info(name).path)
-        assert delta.config == read.config and delta.fingerprint == read.fingerprint
-        assert torch.equal(delta.tokens["sks"]["text_encoder"], read.tokens["sks"]["text_encoder"])
+        concept, read = library[name], read_concept_file(library.info(name).path)
+        assert concept.config == read.config and concept.fingerprint == read.fingerprint
+        assert torch.equal(concept.tokens["sks"]["text_encoder"], read.tokens["sks"]["text_encoder"])

@@ -59,12 +59,12 @@ def test_a_run_with_class_images_and_a_sheet_gives_a_concept(config, pipe, tmp_p
     assert_unchanged(pipe, before)
     assert np.array_equal(generate_image(pipe, PROMPT), base)
 
-    delta = read_concept_file(concept)
+    contents = read_concept_file(concept)
     encoders = {name for name in pipe.components if name.startswith("text_encoder")}
-    assert set(delta.tokens["sks"]) == encoders
+    assert set(contents.tokens["sks"]) == encoders
     architecture = "stable-diffusion-xl-v1-base" if "xl" in kind else "stable-diffusion"
-    assert delta.modelspec["architecture"] == f"{architecture}/atoms"
-    assert delta.modelspec["prediction_type"] == ("epsilon" if "xl" in kind else "v")
+    assert contents.modelspec["architecture"] == f"{architecture}/atoms"
+    assert contents.modelspec["prediction_type"] == ("epsilon" if "xl" in kind else "v")
     assert architecture in describe(concept, config.pretrained_model_name_or_path)
 
     folder = save_samples(

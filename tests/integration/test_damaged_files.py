@@ -112,13 +112,13 @@ def check_file(path, kind, pipe, before, through_pipe):
 
 def accept(path, models):
     """What `load_atoms` does before it changes anything, for a file with at least one known layer."""
-    delta = read_concept_file(path)
-    check_base(delta, models)
-    for word, vectors in delta.tokens.items():
+    concept = read_concept_file(path)
+    check_base(concept, models)
+    for word, vectors in concept.tokens.items():
         for encoder, vector in vectors.items():
             if not word.strip() or word.split() != [word] or encoder != "text_encoder" or vector.shape != (32,):
                 raise UserError("refused by atomdiff.pipelines.placeholder_tokens")
-    for tensors in delta.layers.values():
+    for tensors in concept.layers.values():
         assert all(tensor.isfinite().all() and tensor.dtype == torch.float32 for tensor in tensors.values())
 
 

@@ -53,11 +53,11 @@ def test_peft_directories_are_the_same_bytes_each_time(tiny_pipe, tmp_path):
 
 
 def test_the_file_says_what_it_is(tiny_pipe, concepts):
-    delta = read_concept_file(concepts["atoms"])
-    assert delta.trigger_phrase == "a mug" and list(delta.tokens) == ["sks"]
-    assert {module.partition(".")[0] for module in delta.layers} == {"unet", "text_encoder"}
-    assert delta.modelspec["architecture"] == "stable-diffusion/atoms" and delta.modelspec["resolution"] == "32x32"
-    assert delta.modelspec["prediction_type"] == "v" and delta.modelspec["title"] == "atoms"
+    concept = read_concept_file(concepts["atoms"])
+    assert concept.trigger_phrase == "a mug" and list(concept.tokens) == ["sks"]
+    assert {module.partition(".")[0] for module in concept.layers} == {"unet", "text_encoder"}
+    assert concept.modelspec["architecture"] == "stable-diffusion/atoms" and concept.modelspec["resolution"] == "32x32"
+    assert concept.modelspec["prediction_type"] == "v" and concept.modelspec["title"] == "atoms"
 
 
 def test_the_date_can_be_given_so_that_files_are_the_same_bytes(tiny_pipe, monkeypatch):

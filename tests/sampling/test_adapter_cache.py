@@ -24,13 +24,13 @@ def library(tiny_pipe, tmp_path):
     tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv_in"], channel_block=1))
     tiny_pipe.unet.conv_in.atom_delta["default"].data.fill_(0.1)
     path = atomdiff.save_atoms(tiny_pipe, tmp_path / "library" / "any.atoms.safetensors")
-    delta = ConceptLibrary(path.parent)["any"]
+    concept = ConceptLibrary(path.parent)["any"]
     atomdiff.unload_atoms(tiny_pipe)
     path.unlink()
     for number, name in enumerate(NAMES, start=1):
-        layers, fingerprint = ({}, {}) if name == "dog" else (delta.layers, delta.fingerprint)
+        layers, fingerprint = ({}, {}) if name == "dog" else (concept.layers, concept.fingerprint)
         tokens = {"sks": {"text_encoder": torch.full((32,), float(number))}}
-        contents = ConceptFile(delta.config, layers, fingerprint, tokens, trigger_phrase=f"sks {name}")
+        contents = ConceptFile(concept.config, layers, fingerprint, tokens, trigger_phrase=f"sks {name}")
         write_concept_file(path.parent / f"{name}.atoms.safetensors", contents)
     return ConceptLibrary(path.parent)
 
