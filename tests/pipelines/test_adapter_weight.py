@@ -44,6 +44,7 @@ def weights(value, progress=None):
 )
 def test_layers_get_the_weight_of_the_part_they_are_in(value, expected):
     assert weights(value) == pytest.approx(expected)
+    assert {type(weight) for weight in weights(value)} == {float}
 
 
 def test_factors_of_steps_lie_on_straight_lines():
