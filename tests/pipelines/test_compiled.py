@@ -66,6 +66,8 @@ def test_compiled_code_outlives_every_switch(pipe_template, compiled):
     torch.testing.assert_close(
         predict_repeated(pipe, timestep=pipe.scheduler.timesteps[-1]), steps[-1], atol=1e-5, rtol=0
     )
+    predict_repeated(pipe, timestep=pipe.scheduler.timesteps[0])  # which the weights follow no more
+    torch.testing.assert_close(pipe.unet.conv_in.base_layer.weight, weight, atol=1e-6, rtol=0)
     assert counter.frame_count == 1
     torch._dynamo.reset()
 

@@ -9,7 +9,7 @@ from peft import LoraConfig
 
 import atomdiff
 from atomdiff.pipelines.models import pipeline_models
-from atomdiff.tuner import AtomConfig
+from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.tuner.mixed_batch import BatchLayout
 from atomdiff.utils.errors import UserError
@@ -177,10 +177,11 @@ def test_the_base_in_a_file_underneath(tiny_pipe_folder, variants_template, tmp_
     assert all(layer.base_weight.copy is None for layer in atom_layers(pipe.unet).values())
 
 
-def test_a_schedule_underneath_goes_on_afterwards(pipe):
+def test_a_schedule_underneath_waits_and_goes_on_afterwards(pipe, monkeypatch):
     atomdiff.set_active(pipe, {"joint": STEPS})
     expected = generate(pipe, PROMPTS[:1], noise(1))
-    with atomdiff.mixed_batch(pipe, ["spatial"]):
+    with atomdiff.mixed_batch(pipe, ["spatial"]), monkeypatch.context() as patch:
+        patch.setattr(AtomLayer, "write", lambda *_: pytest.fail("a weight that no sample has was written"))
         generate(pipe, PROMPTS[:1], noise(1))
     assert torch.equal(generate(pipe, PROMPTS[:1], noise(1)), expected)
 
