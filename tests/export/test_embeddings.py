@@ -9,6 +9,7 @@ import torch
 from safetensors.torch import load_file
 
 import atomdiff
+from atomdiff.export.embeddings import active_embeddings
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.export.lora import export_lora
 from atomdiff.export.report import describe_export
@@ -44,6 +45,14 @@ def test_a_concept_that_is_only_a_word_is_only_its_embedding(tiny_pipe, tmp_path
     report = export_lora(tiny_pipe, tmp_path / "mug.safetensors")
     assert [path.name for path in tmp_path.iterdir()] == ["mug-ohwx.safetensors"]
     assert "mug.safetensors" not in describe_export(report).replace("mug-ohwx.safetensors", "")
+
+
+@pytest.mark.slow
+def test_words_of_concepts_that_are_not_active_are_left_out(tiny_pipe, concepts):
+    one, two = (atomdiff.load_atoms(tiny_pipe, path) for path in concepts)
+    for active, words in (({one: 1, two: 1}, ["sks", "ohwx"]), ({two: 0.5}, ["ohwx"])):
+        atomdiff.set_active(tiny_pipe, active)
+        assert list(active_embeddings(tiny_pipe)) == words
 
 
 @pytest.mark.slow
