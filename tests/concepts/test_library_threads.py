@@ -55,7 +55,7 @@ def test_one_of_many_threads_reads_and_all_get_what_it_read(three, reads):
     library = ConceptLibrary(three)
     reads.before = lambda name: time.sleep(0.1)
     found = in_threads(16, lambda number: library["bee"])
-    assert reads.done == {"bee": 1} and all(delta is found[0] for delta in found)
+    assert reads.done == {"bee": 1} and all(each is found[0] for each in found)
 
 
 def test_even_what_is_not_kept_is_never_read_twice_at_once(three, reads):

@@ -40,9 +40,9 @@ def loads(monkeypatch):
     """Counts how often each concept is loaded, by the name of its adapter."""
     counted, load = Counter(), adapter_cache.load_concept
 
-    def count(pipe, delta, name, **settings):
+    def count(pipe, source, name, **settings):
         counted[name.partition("-")[0]] += 1
-        return load(pipe, delta, name, **settings)
+        return load(pipe, source, name, **settings)
 
     monkeypatch.setattr(adapter_cache, "load_concept", count)
     return counted
@@ -109,12 +109,12 @@ def test_weights_are_written_once_for_batches_alike(tiny_pipe, lines, monkeypatc
 
 
 def test_a_concept_that_does_not_fit_is_named_with_its_file(tiny_pipe, library):
-    delta = library["ant"]
-    layers = {module.replace("conv_in", "conv_inn"): kinds for module, kinds in delta.layers.items()}
-    fingerprint = {module: next(iter(delta.fingerprint.values())) for module in layers}
-    write_concept_file(library.folder / "odd.atoms.safetensors", ConceptFile(delta.config, layers, fingerprint))
+    contents = library["ant"]
+    layers = {module.replace("conv_in", "conv_inn"): kinds for module, kinds in contents.layers.items()}
+    fingerprint = {module: next(iter(contents.fingerprint.values())) for module in layers}
+    write_concept_file(library.folder / "odd.atoms.safetensors", ConceptFile(contents.config, layers, fingerprint))
     tokens = {"sks": {"text_encoder": torch.ones(3)}}
-    write_concept_file(library.folder / "short.atoms.safetensors", ConceptFile(delta.config, {}, {}, tokens))
+    write_concept_file(library.folder / "short.atoms.safetensors", ConceptFile(contents.config, {}, {}, tokens))
     for name, message in (("odd", "no unet.conv_inn"), ("short", r"the embedding of 'sks' has shape \(3,\)")):
         lines = read_requests([f"sks <atoms:{name}>"], library=library)
         with pytest.raises(UserError, match=rf"the concept '{name}' \(.*{name}.atoms.safetensors\): .*{message}"):
