@@ -22,10 +22,11 @@ from safetensors import SafetensorError
 
 from atomdiff.utils.errors import UserError
 
-# Names of what is being written, or was replaced: hidden, not taken for an image or a checkpoint, and with the process
-# that they belong to, so that what a killed process left can be told from what another one is writing.
+# Names of what is being written, and of folders with what is being replaced: hidden, not taken for an image or a
+# checkpoint, and with the process that they belong to, so that what a killed process left can be told from what another
+# one is writing.
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-_LEFT = re.compile(rf"\.atomdiff-{_HOST}-(\d+)-[0-9a-f]{{8}}\.(unfinished|replaced-(.+))", re.DOTALL)
+_LEFT = re.compile(rf"\.atomdiff-{_HOST}-(\d+)-[0-9a-f]{{8}}\.(unfinished|replaced)")
 
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then run it again"),
@@ -161,10 +162,10 @@ def remove_leftovers(folder: Path) -> None:
         found = _LEFT.fullmatch(entry.name)
         if found is None or _is_alive(int(found[1])):
             continue
-        if found[3] and not os.path.lexists(folder / found[3]):
-            entry.rename(folder / found[3])
-        else:
-            _remove(entry)
+        for replaced in entry.iterdir() if found[2] == "replaced" else ():
+            if not os.path.lexists(folder / replaced.name):
+                replaced.rename(folder / replaced.name)
+        _remove(entry)
 
 
 def _is_alive(process: int) -> bool:
@@ -224,18 +225,22 @@ def _sync(file: Path) -> None:
 
 
 def _exchange(new: Path, target: Path) -> None:
-    """Put a folder in the place of another one, which may be missing."""
+    """Put a file or folder in the place of another one, which may be missing."""
     if not os.path.lexists(target):
         new.rename(target)
         return
-    old = target.with_name(_name(f"replaced-{target.name}"))
-    target.rename(old)
+    aside = target.with_name(_name("replaced"))
+    aside.mkdir()
+    old = aside / target.name  # keeps its name, to which nothing could be added where it is long
     try:
+        target.rename(old)
         new.rename(target)
     except BaseException:
-        old.rename(target)
+        if os.path.lexists(old):
+            old.rename(target)
+        aside.rmdir()
         raise
-    _remove(old)
+    _remove(aside)
 
 
 def _exchange_entries(new: Path, target: Path, own: Sequence[str]) -> None:

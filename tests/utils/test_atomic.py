@@ -72,6 +72,21 @@ def test_a_failure_in_any_call_leaves_everything_as_it_was(tmp_path, monkeypatch
     assert tree(tmp_path) == before and len(list(tmp_path.iterdir())) == 2
 
 
+def test_what_was_there_comes_back_where_the_new_cannot_take_its_place(tmp_path, monkeypatch):
+    write_text(tmp_path / "folder" / "file", "old")
+    rename = Path.rename
+
+    def fail(path, target):
+        if path.suffix == ".unfinished":
+            raise OSError(errno.EIO, os.strerror(errno.EIO))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", fail)
+    with pytest.raises(WriteError, match="folder: cannot be written"), new_folder(tmp_path / "folder") as folder:
+        (folder / "file").write_bytes(b"new")
+    assert tree(tmp_path) == {"folder/file": b"old"} and len(list(tmp_path.iterdir())) == 1
+
+
 def write_opened(file, write):
     with file.open("wb") as opened:
         write(opened)
@@ -118,6 +133,17 @@ def test_a_folder_is_replaced_as_a_whole_or_by_what_belongs_to_it(tmp_path):
         assert tree(tmp_path / "model") == {"unet/config.json": b"new", "other/file": b"new", **kept}
         assert [entry.name for entry in tmp_path.iterdir()] == ["model"]
     assert not [entry for entry in (tmp_path / "model").iterdir() if entry.name.startswith(".")]
+
+
+@pytest.mark.parametrize("own", [("*",), None])
+def test_names_as_long_as_file_systems_take_can_be_replaced(tmp_path, own):
+    name = "x" * os.pathconf(tmp_path, "PC_NAME_MAX")
+    for text in ("old", "new"):
+        write_text(tmp_path / "text" / name, text)
+        with new_folder(tmp_path / name, own) as folder:
+            (folder / name).write_text(text)
+    assert tree(tmp_path) == {f"text/{name}": b"new", f"{name}/{name}": b"new"}
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 KILLED = """
