@@ -7,12 +7,20 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from numbers import Integral, Real
-from typing import Annotated, Any, Literal, TypeVar, get_args, get_origin, get_type_hints
+from types import UnionType
+from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, expand_paths
 
 Mark = TypeVar("Mark")
+
+_PLAIN: dict[type, tuple[type, str]] = {
+    bool: (bool, "True or False"),
+    int: (Integral, "a whole number"),
+    float: (Real, "a number"),
+    str: (str, "a text"),
+}
 
 
 @dataclass(frozen=True)
@@ -96,13 +104,15 @@ def _check_field(name: str, hint: Any, value: Any) -> None:
     optional = type(None) in get_args(hint)
     if value is None and optional:
         return
-    if get_origin(hint) is tuple and not isinstance(value, (tuple, list)):
+    several = get_origin(hint) is tuple
+    if several and not isinstance(value, (tuple, list)):
         raise UserError(f"{name}={value!r}: expected a tuple, such as ({value!r},)")
+    if plain := _plain_type(hint):
+        accepted, expected = _PLAIN[plain]
+        for each in value if several else (value,):
+            if not isinstance(each, accepted) or isinstance(each, bool) != (plain is bool):
+                raise UserError(f"{name}={each!r}: expected {expected}")
     for limits in marks(hint, Range):
-        whole = int in _types(hint)
-        is_number = isinstance(value, Integral if whole else Real) and not isinstance(value, bool)
-        if not is_number:
-            raise UserError(f"{name}={value!r}: expected a {'whole ' * whole}number")
         if value not in limits:
             raise UserError(f"{name}={value!r}: expected a number of {limits}")
     if marks(hint, MustExist) and not os.path.exists(value):  # not Path.exists, which raises an error for long names
@@ -113,6 +123,12 @@ def _check_field(name: str, hint: Any, value: Any) -> None:
         raise UserError(f"{name}={value!r}: expected one of {', '.join(choices)}{' or none' * optional}")
 
 
-def _types(hint: Any) -> set[Any]:
-    """Return the plain types in a type."""
-    return {hint}.union(*map(_types, get_args(hint)))
+def _plain_type(hint: Any) -> type[Any] | None:
+    """Return the type that a field, or each part of a tuple, has; None where there are several, or other than plain."""
+    origin, parts = get_origin(hint), get_args(hint)
+    if origin is Annotated:
+        return _plain_type(parts[0])
+    if origin in (tuple, Union, UnionType):
+        types = {_plain_type(part) for part in parts if part not in (type(None), ...)}
+        return types.pop() if len(types) == 1 else None
+    return hint if hint in _PLAIN else None

@@ -26,7 +26,7 @@ def expand_paths(config: Any) -> None:
         value = getattr(config, name)
         expanded = (
             tuple(expand_path(each, name) for each in value)
-            if isinstance(value, tuple)
+            if isinstance(value, (tuple, list))
             else value and expand_path(value, name)
         )
         if expanded == "":
@@ -49,6 +49,8 @@ def expand_path(path: str | os.PathLike[str], name: str) -> str:
     Raises:
         UserError: there is no such variable, or no such user, or it cannot be a path.
     """
+    if not isinstance(path, (str, os.PathLike)):
+        raise UserError(f"{name}={path!r}: expected a path")
     text = os.fspath(path)
     if (_VARIABLE.search(text) or text.startswith("~")) and not os.path.lexists(text):
         text = _expanded(text, name)

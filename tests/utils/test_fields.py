@@ -41,6 +41,8 @@ class Trip(Travel):
     """Show a map."""
     stops: tuple[str, ...] = ()
     """Stops."""
+    day: int = 0
+    """Day."""
 
     def check(self):
         if self.pace == "fast" and self.speed < 30:
@@ -56,12 +58,17 @@ class Trip(Travel):
         ({"fill": "half"}, "fill='half': expected a number"),
         ({"fill": None}, "fill=None: expected a number"),
         ({"stops": "home"}, r"stops='home': expected a tuple, such as \('home',\)"),
+        ({"stops": ("home", 3)}, "stops=3: expected a text"),
+        ({"map": "no"}, "map='no': expected True or False"),
+        ({"map": 1}, "map=1: expected True or False"),
+        ({"day": 2.5}, "day=2.5: expected a whole number"),
+        ({"vehicle": ["bus"]}, r"vehicle=\['bus'\]: expected a text"),
         ({"fill": 1.0}, "fill=1.0: expected a number of at least 0 and below 1"),
         ({"speed": 81.0}, "speed=81.0: expected a number of at least 1 and at most 80"),
         ({"speed": float("nan")}, "speed=nan: expected"),
         ({"pace": "slow"}, "pace='slow': expected one of easy, fast or none"),
         ({"vehicle": "car"}, "vehicle='car': expected one of bus, tram$"),
-        ({"vehicle": None}, "vehicle=None: expected one of bus, tram$"),
+        ({"vehicle": None}, "vehicle=None: expected a text$"),
         ({"vehicle": "tram", "seats": 1}, "seats=1: expected more in a tram"),
         ({"pace": "fast", "speed": 1.0}, "speed=1.0: expected 30 or more with pace fast"),
     ],

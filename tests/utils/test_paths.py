@@ -41,10 +41,11 @@ def home(tmp_path, monkeypatch):
     return str(tmp_path)
 
 
-def test_homes_and_variables_are_expanded_in_paths_alone(home):
+def test_homes_and_variables_are_expanded_in_paths_alone(home, tmp_path):
     config = Config("~/out", "$DATA/a", ("${DATA}/b", "~", "plain"), text="~/$DATA")
     assert config == Config(f"{home}/out", "/data/a", ("/data/b", home, "plain"), text="~/$DATA")
     assert config.folder == f"{home}/out" and config.text == "~/$DATA"
+    assert Config(several=["~", tmp_path]).several == (home, str(tmp_path))
 
 
 def test_config_files_and_their_own_path_are_expanded_too(home, tmp_path):
@@ -67,6 +68,7 @@ def test_what_is_there_as_written_stays(tmp_path):
         ("", "folder='': expected a path"),
         ("x" * 300, "folder='x+: cannot be a path .File name too long.; name another"),
         ("a\0b", "cannot be a path"),
+        (5, "folder=5: expected a path"),
     ],
 )
 def test_what_cannot_be_expanded_is_refused(path, message):
