@@ -27,8 +27,9 @@ def is_validation_step(config: TrainConfig, step: int, start: int) -> bool:
     last = step == config.max_train_steps
     if not config.validation_steps or not (last or step % config.validation_steps == 0):
         return False
-    written = row_files(Path(config.output_dir), step)
-    return not (step == start > 0 and len(written) >= len(config.filled_validation_prompts))
+    if step != start or start == 0:
+        return True
+    return len(row_files(Path(config.output_dir), step)) < len(config.filled_validation_prompts)
 
 
 def validate(run: Run, step: int) -> None:
