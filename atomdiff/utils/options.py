@@ -119,9 +119,8 @@ class _ConfigFile(ActionConfigFile):
             options = _read_options(find_asset(expand_path(values, "config")), parser.hints)
         except UserError as error:
             parser.error(str(error))
-        self.apply_config(
-            parser, cfg, self.dest, yaml.safe_dump(options, default_style='"')
-        )  # quoted, so that YAML does not guess types
+        quoted = yaml.safe_dump(options, default_style='"')  # so that YAML does not guess types
+        self.apply_config(parser, cfg, self.dest, quoted)
 
 
 def _read_options(file: str, hints: dict[str, Any]) -> dict[str, Any]:
