@@ -23,6 +23,11 @@ def test_a_stray_overrides_file_does_nothing(tmp_path, monkeypatch):
     assert parse_with_overrides(ClassifyConfig, NEEDED).learning_rate is None
 
 
+def test_the_snapshot_has_the_learning_rates_that_are_used():
+    snapshot = ClassifyConfig(pretrained_model_name_or_path="base", train_data_dir="images").snapshot()
+    assert (snapshot["learning_rate"], snapshot["head_learning_rate"]) == (5e-3, 3e-3)
+
+
 @pytest.mark.parametrize(
     ("fields", "message"),
     [

@@ -180,6 +180,12 @@ def test_adapters_that_do_not_fit_are_user_errors(config, adapter, message, tmp_
         train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json")))
 
 
+def test_an_optimizer_that_is_not_installed_is_a_user_error(config, monkeypatch):
+    monkeypatch.setattr("atomdiff.training.launch.find_spec", lambda package: None)
+    with pytest.raises(UserError, match=r"optimizer='prodigy': prodigyopt is missing; pip install"):
+        train_classifier(dataclasses.replace(config, optimizer="prodigy"))
+
+
 @pytest.mark.parametrize("fields", [{"image_size": 32}, {"num_channels": 1}])
 def test_images_that_a_base_does_not_take_are_refused_before_training(config, tmp_path, fields):
     ViTConfig(**{**SMALL, "image_size": 16, "patch_size": 4, **fields}).save_pretrained(tmp_path / "vit")
@@ -235,8 +241,9 @@ def test_averages_of_schedule_free_steps_are_validated_and_saved(config, monkeyp
     assert torch.equal(logits(loaded), logits(trained[0]))
 
 
-def test_prodigy_has_one_learning_rate_and_its_step_size_is_logged(config):
-    config = dataclasses.replace(config, optimizer="prodigy", lr_scheduler="constant", logging_steps=1)
+@pytest.mark.parametrize("adapter", ["atoms", "full"])
+def test_prodigy_has_one_learning_rate_and_its_step_size_is_logged(config, adapter):
+    config = dataclasses.replace(config, adapter=adapter, optimizer="prodigy", lr_scheduler="constant", logging_steps=1)
     assert config.learning_rates == {"adapter": 1.0, "head": 1.0}
     train_classifier(config)
     lines = (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()
