@@ -150,27 +150,30 @@ KILLED = """
 import os, signal, sys
 from pathlib import Path
 from atomdiff.utils import atomic
-if sys.argv[2] != "write":
-    rename = Path.rename
-    def rename_and_die(path, target):
-        rename(path, target)
+renames, rename = [], Path.rename
+def rename_and_die(path, target):
+    rename(path, target)
+    renames.append(target)
+    if len(renames) == int(sys.argv[2]):
         os.kill(os.getpid(), signal.SIGKILL)
-    Path.rename = rename_and_die
+Path.rename = rename_and_die
 with atomic.new_folder(sys.argv[1]) as folder:
     (folder / "file").write_text("new")
-    if sys.argv[2] == "write":
+    if sys.argv[2] == "0":
         os.kill(os.getpid(), signal.SIGKILL)
 """
 
 
-@pytest.mark.parametrize("moment", ["write", "rename"])
-def test_what_a_killed_process_left_goes_and_what_it_had_replaced_comes_back(tmp_path, moment):
+@pytest.mark.parametrize(("renames", "kept"), [(0, b"old"), (1, b"old"), (2, b"new")])
+def test_what_a_killed_process_left_goes_and_what_it_had_replaced_comes_back(tmp_path, renames, kept):
     write_text(tmp_path / "folder" / "file", "old")
     environment = {**os.environ, "PYTHONPATH": str(ROOT)}
-    ended = subprocess.run([sys.executable, "-c", KILLED, tmp_path / "folder", moment], env=environment, check=False)
+    ended = subprocess.run(
+        [sys.executable, "-c", KILLED, tmp_path / "folder", str(renames)], env=environment, check=False
+    )
     assert ended.returncode == -9
     writing = tmp_path / atomic._name()  # of this process, which is alive
     writing.write_text("half")
     assert len(list(tmp_path.iterdir())) == 3
     remove_leftovers(tmp_path)
-    assert tree(tmp_path) == {"folder/file": b"old", writing.name: b"half"}
+    assert tree(tmp_path) == {"folder/file": kept, writing.name: b"half"}
