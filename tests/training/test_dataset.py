@@ -12,6 +12,7 @@ from types import SimpleNamespace
 import numpy as np
 import pytest
 import torch
+from accelerate import Accelerator
 from diffusers import AutoencoderKL, UNet2DConditionModel
 from PIL import Image
 from safetensors.torch import load_file
@@ -20,8 +21,8 @@ from torch.nn.functional import avg_pool2d
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.data.latents import LatentCache
 from atomdiff.data.sampler import sample_order
-from atomdiff.training import dreambooth
-from atomdiff.training.dataset import DreamBoothDataset, EncodedImages, encode_images
+from atomdiff.training import base_model, dreambooth
+from atomdiff.training.dataset import DreamBoothDataset, EncodedImages, build_dataset, encode_images
 from atomdiff.training.dreambooth import train
 from atomdiff.training.training_images import TrainingImage
 from atomdiff.utils.errors import UserError
@@ -366,3 +367,14 @@ def test_processes_encode_their_shares_and_train_in_step(config, tmp_path):
     done = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr[-2000:]
     assert cached_latents(tmp_path / "out" / "cache") == len(SIZES) + 3 * 2  # a class image for every bucket
+
+
+@pytest.mark.parametrize("sliced_from", [31, 32])
+def test_large_images_go_through_the_vae_one_by_one(config, tiny_pipe, sliced_from, monkeypatch):
+    monkeypatch.setattr(base_model, "_SLICED_FROM", sliced_from)
+    vae = tiny_pipe.vae
+    base_model.generate_images(config, tiny_pipe, 32, ["a mug"], [0])
+    assert vae.use_slicing == (sliced_from < 32)
+    vae.disable_slicing()
+    build_dataset(config, tiny_pipe, Accelerator(cpu=True), {})
+    assert vae.use_slicing == (sliced_from < 32)
