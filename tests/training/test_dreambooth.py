@@ -214,7 +214,8 @@ def test_gradient_checkpointing_changes_nothing_but_memory(config):
 
 @pytest.mark.slow
 def test_learning_rates_follow_the_schedule(config):
-    train(dataclasses.replace(config, lr_scheduler="linear", lr_warmup_steps=2, learning_rate=0.01))
+    scaled = {"scale_lr": True, "learning_rate": 0.01 / config.instance_images_per_step(processes=1)}
+    train(dataclasses.replace(config, lr_scheduler="linear", lr_warmup_steps=2, **scaled))
     np.testing.assert_allclose([line["lr"] for line in read_log(config)], [0, 0.005, 0.01, 0.005])
 
 
