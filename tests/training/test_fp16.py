@@ -11,7 +11,10 @@ import pytest
 import torch
 
 from atomdiff.training import dreambooth
+from atomdiff.training.base_model import load_base
 from atomdiff.training.dreambooth import train
+from atomdiff.training.fingerprint import base_keys
+from atomdiff.training.noise import set_training_scheduler
 from atomdiff.utils.errors import UserError
 
 ROOT = Path(__file__).parents[2]
@@ -84,11 +87,15 @@ def test_gradients_that_never_fit_end_the_run(config, fp16, monkeypatch):
 @pytest.mark.slow
 def test_what_is_trained_is_float32_and_the_rest_is_not(config, fp16, monkeypatch):
     seen, usual = [], dreambooth.train_step
-    monkeypatch.setattr(dreambooth, "train_step", lambda run, step: seen.append(run.model) or usual(run, step))
+    monkeypatch.setattr(dreambooth, "train_step", lambda run, step: seen.append(run) or usual(run, step))
     train(dataclasses.replace(config, max_train_steps=1))
-    unet = seen[0].denoiser
-    assert {parameter.dtype for parameter in seen[0].trained_parameters().values()} == {torch.float32}
-    assert {parameter.dtype for parameter in unet.parameters() if not parameter.requires_grad} == {torch.float16}
+    (run,) = seen
+    assert {parameter.dtype for parameter in run.trainable.values()} == {torch.float32}
+    frozen = [parameter for parameter in run.model.denoiser.parameters() if not parameter.requires_grad]
+    assert {parameter.dtype for parameter in frozen} == {torch.float16}
+    base = load_base(config)
+    set_training_scheduler(config, base)
+    assert run.dataset.fingerprint["base"] == base_keys(base)  # in any precision the same base
 
 
 TWO = """
