@@ -10,11 +10,12 @@ from torch import Tensor
 
 from atomdiff.bases.find import find_base
 from atomdiff.data.buckets import Size, bucket_sizes
-from atomdiff.data.latents import LatentCache, LatentEncoder, concatenate
+from atomdiff.data.latents import LatentCache, LatentEncoder, Latents, concatenate
 from atomdiff.data.sampler import bucket_for_pass, sample_order
 from atomdiff.training.base_model import BasePipeline, move_to_device, slice_large_images, training_resolution
 from atomdiff.training.class_images import generate_class_images
 from atomdiff.training.config import TrainConfig
+from atomdiff.training.preservation import preservation_prompt
 from atomdiff.training.summary import describe_images, warn_of_cut_prompts
 from atomdiff.training.training_images import (
     TrainingImage,
@@ -53,6 +54,8 @@ class Batch:
     """SDXL's micro-conditioning (batch, 6), as `Crop` has it."""
     weights: Tensor | None = None
     """Loss weights (batch, 1, h, w) where losses are masked."""
+    preservation_prompts: list[int] = field(default_factory=list)
+    """Index of the prompt whose prediction stays, for each instance image; empty without output preservation."""
 
 
 @dataclass(frozen=True)
@@ -67,6 +70,8 @@ class DreamBoothDataset:
     """With prior preservation: all of them, in the size of each bucket."""
     caption_dropout: float = 0.0
     """Share of samples that get the empty prompt."""
+    preservation_prompts: Mapping[int, int] = field(default_factory=dict)
+    """With output preservation: index of an instance image's prompt -> that of the prompt whose prediction stays."""
     fingerprint: Mapping[str, Any] = field(default_factory=dict)
     """What images, captions, masks and base are recognized by, see `fingerprint.differences`."""
     description: str = ""
@@ -91,12 +96,15 @@ class DreamBoothDataset:
         sources = [("photos", self.instance_images[bucket], turn)]  # the names belong to the seeds
         if self.class_images is not None:
             sources.append(("class pictures", self.class_images[bucket], number))
-        parts, prompts = [], []
+        parts: list[Latents] = []
+        captions: list[int] = []
+        prompts: list[int] = []
         for name, images, earlier in sources:
             order = sample_order(len(images.epoch), earlier * batch_size, batch_size, derive_seed(seed, name))
             chosen = [images.epoch[index] for index in order]
             parts.append(images.latents.sample(chosen, generator))
-            prompts += self._sample_prompts([images.prompts[image] for image in chosen], generator)
+            captions += self._sample_prompts([images.prompts[image] for image in chosen], generator)
+            prompts += self._drop_captions(captions[len(prompts) :], generator)
         weights = [part.weights for part in parts if part.weights is not None]
         return Batch(
             torch.cat([part.latents for part in parts]),
@@ -104,19 +112,24 @@ class DreamBoothDataset:
             batch_size,
             torch.cat([part.time_ids for part in parts]),
             torch.cat(weights) if weights else None,
+            [self.preservation_prompts[caption] for caption in captions[:batch_size] if self.preservation_prompts],
         )
 
     def _sample_prompts(self, choices: Sequence[Sequence[int]], generator: torch.Generator) -> list[int]:
-        """Choose one of each sample's prompts, or the empty one; where there is no choice, nothing random is used."""
+        """Choose one of each sample's prompts; where there is no choice, nothing random is used."""
         prompts = [prompts[0] for prompts in choices]
         if any(len(prompts) > 1 for prompts in choices):
             share = torch.rand(len(choices), generator=generator).tolist()
             prompts = [prompts[int(part * len(prompts))] for prompts, part in zip(choices, share, strict=True)]
-        if self.caption_dropout:
-            empty = self.prompts.index("")
-            dropped = (torch.rand(len(choices), generator=generator) < self.caption_dropout).tolist()
-            prompts = [empty if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
         return prompts
+
+    def _drop_captions(self, prompts: list[int], generator: torch.Generator) -> list[int]:
+        """Replace some prompts by the empty one; without dropout, nothing random is used."""
+        if not self.caption_dropout:
+            return prompts
+        empty = self.prompts.index("")
+        dropped = (torch.rand(len(prompts), generator=generator) < self.caption_dropout).tolist()
+        return [empty if drop else prompt for prompt, drop in zip(prompts, dropped, strict=True)]
 
 
 def build_dataset(
@@ -152,7 +165,13 @@ def build_dataset(
     slice_large_images(pipe.vae, side)
     unmasked_weight = config.unmasked_weight if config.masked_loss else None
     encoder = LatentEncoder(pipe.vae, config.sample_batch_size, DiskCache(config.cache_folder), unmasked_weight)
-    dataset = encode_dataset(encoder, accelerator, sizes, instance_images, class_images, config.caption_dropout)
+    preserved: dict[str, str] = {}
+    if config.preservation != "none":
+        texts = [prompt for image in instance_images for prompt in image.prompts]
+        preserved = {text: preservation_prompt(config.preservation, config.subjects, text) for text in texts}
+    dataset = encode_dataset(
+        encoder, accelerator, sizes, instance_images, class_images, config.caption_dropout, preserved
+    )
     pipe.vae = None
     move_to_device(pipe, accelerator)
     fingerprint = {
@@ -171,10 +190,14 @@ def encode_dataset(
     instance_images: Sequence[TrainingImage],
     class_images: Sequence[TrainingImage],
     caption_dropout: float,
+    preserved: Mapping[str, str],
 ) -> DreamBoothDataset:
-    """Encode all images, the class images in every size that instance images are cut to."""
+    """Encode all images, the class images in every size that instance images are cut to.
+
+    `preserved` are the prompts whose predictions stay, by the instance images' prompts.
+    """
     texts = [prompt for image in (*instance_images, *class_images) for prompt in image.prompts]
-    texts += [""] if caption_dropout else []
+    texts += [*preserved.values(), *([""] if caption_dropout else [])]
     prompts = {text: index for index, text in enumerate(dict.fromkeys(texts))}
 
     def encode(images: Sequence[TrainingImage], size: Size) -> EncodedImages:
@@ -189,6 +212,7 @@ def encode_dataset(
         tuple(encode([image for image in instance_images if image.bucket == size], size) for size in used),
         tuple(encode(class_images, size) for size in used) if class_images else None,
         caption_dropout,
+        {prompts[text]: prompts[stays] for text, stays in preserved.items()},
     )
 
 

@@ -21,7 +21,7 @@ from atomdiff.training.ema import averaged
 from atomdiff.training.launch import start_accelerator, start_trackers
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
 from atomdiff.training.method import read_text_adapter
-from atomdiff.training.objective import prior_preservation_loss, sample_losses
+from atomdiff.training.objective import preservation_loss, prior_preservation_loss, sample_losses
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.preflight import check_runs
 from atomdiff.training.push import choose_repository, push_concept
@@ -191,13 +191,22 @@ def batch_loss(run: Run, number: int) -> Tensor:
     generator = torch.manual_seed(derive_seed(config.seed, "batch", position, 0))
     batch = run.dataset.sample(position, config.train_batch_size, config.seed, generator)
     noised = run.diffusion.sample(batch.latents, generator)
-    device = accelerator.device
-    prediction = run.wrapped(
-        noised.latents.to(device), noised.timesteps.to(device), batch.prompts, batch.time_ids.to(device)
-    )
+    device, count, total = accelerator.device, batch.num_instance_images, len(batch.prompts)
+    inputs = [each.to(device) for each in (noised.latents, noised.timesteps, batch.time_ids)]
+    weights, target = noised.weights.to(device), noised.target.to(device)
+    prompts = batch.prompts + batch.preservation_prompts
+    # The instance images come once more, with the prompts whose predictions stay.
+    latents, timesteps, time_ids = (torch.cat([each, each[: len(prompts) - total]]) for each in inputs)
+    prediction = run.wrapped(latents, timesteps, prompts, time_ids)
     mask = None if batch.weights is None else batch.weights.to(device)
-    losses = sample_losses(prediction, noised.target.to(device), mask) * noised.weights.to(device)
-    return prior_preservation_loss(losses, batch.num_instance_images, config.prior_loss_weight)
+    losses = sample_losses(prediction[:total], target, mask) * weights
+    loss = prior_preservation_loss(losses, count, config.prior_loss_weight)
+    if batch.preservation_prompts:
+        with accelerator.autocast():
+            base = run.model.predict_base(latents[total:], timesteps[total:], prompts[total:], time_ids[total:])
+        kept = preservation_loss(prediction[total:], base, weights[:count])
+        loss = loss + config.preservation_weight * kept
+    return loss
 
 
 def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:

@@ -1,5 +1,6 @@
 """What a run trains, as one module: the denoiser with its adapter, token embeddings of trigger words, text encoders."""
 
+import copy
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -22,6 +23,7 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.training.config.optimizer import ParameterGroup
 from atomdiff.training.memory import save_memory
 from atomdiff.training.method import make_trainable
+from atomdiff.tuner.adapters_off import adapters_off
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_model, hash_values
 from atomdiff.utils.seeds import derive_seed
@@ -40,6 +42,8 @@ class TrainingModel(nn.Module):
         token_embeddings: Trained embeddings of the placeholder tokens (tokens, hidden) by text encoder, which already
             replace those of its table.
         placeholder_tokens: The tokens of the rows of `token_embeddings`.
+        base_prompt_embeds: The base's own conditioning on the prompts that it predicts for, by the prompt's number.
+        base_denoiser: The denoiser as it was, where there is no adapter that could be switched off.
     """
 
     def __init__(
@@ -51,6 +55,8 @@ class TrainingModel(nn.Module):
         token_ids: Mapping[str, Tensor] | None = None,
         token_embeddings: Mapping[str, nn.Parameter] | None = None,
         placeholder_tokens: Sequence[str] = (),
+        base_prompt_embeds: Mapping[int, PromptEmbeds] | None = None,
+        base_denoiser: nn.Module | None = None,
     ) -> None:
         super().__init__()
         self.base = base
@@ -59,6 +65,8 @@ class TrainingModel(nn.Module):
         self.token_embeddings = nn.ParameterDict(token_embeddings or {})
         self.placeholder_tokens = tuple(placeholder_tokens)
         self.prompt_embeds = dict(prompt_embeds)
+        self.base_prompt_embeds = dict(base_prompt_embeds or {})
+        self.base_denoiser = base_denoiser
         self.token_ids = dict(token_ids or {})
         self.embeddings_frozen = False
 
@@ -75,6 +83,17 @@ class TrainingModel(nn.Module):
         """
         return self.base.denoise(self.denoiser, latents, timesteps, self.encode_prompts(prompts), time_ids)
 
+    @torch.no_grad()
+    def predict_base(
+        self, latents: Tensor, timesteps: Tensor, prompts: Sequence[int], time_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return what the base predicts, without anything that is trained; arguments and result are those of a call."""
+        embeds = self._stack([self.base_prompt_embeds[prompt] for prompt in prompts])
+        if self.base_denoiser is not None:
+            return self.base.denoise(self.base_denoiser, latents, timesteps, embeds, time_ids)
+        with adapters_off(self.denoiser):
+            return self.base.denoise(self.denoiser, latents, timesteps, embeds, time_ids)
+
     # Else torch.compile would begin anew with every other choice of prompts.
     @torch.compiler.disable  # type: ignore[untyped-decorator]
     def encode_prompts(self, prompts: Sequence[int]) -> PromptEmbeds:
@@ -85,13 +104,17 @@ class TrainingModel(nn.Module):
             encoded, pooled = self.base.encode_prompts([*self.text_encoders.values()], ids)
             each_pooled: Iterable[Tensor | None] = [None] * len(changing) if pooled is None else pooled
             embeds.update(zip(changing, map(PromptEmbeds, encoded, each_pooled), strict=True))
-        device = self.denoiser.device
-        states = torch.stack([embeds[prompt].prompt_embeds.to(device) for prompt in prompts]).float()
+        states, pooled = self._stack([embeds[prompt] for prompt in prompts])
         for parameter in [*self.text_encoders.parameters(), *self.token_embeddings.values()]:
             if parameter.requires_grad:  # several processes need every parameter to have a gradient
                 states = states + 0 * parameter.sum()
-        parts = [part.to(device) for prompt in prompts if (part := embeds[prompt].pooled_prompt_embeds) is not None]
-        return PromptEmbeds(states, torch.stack(parts).float() if parts else None)
+        return PromptEmbeds(states, pooled)
+
+    def _stack(self, embeds: Sequence[PromptEmbeds]) -> PromptEmbeds:
+        device = self.denoiser.device
+        states = torch.stack([each.prompt_embeds.to(device) for each in embeds]).float()
+        pooled = [each.pooled_prompt_embeds.to(device) for each in embeds if each.pooled_prompt_embeds is not None]
+        return PromptEmbeds(states, torch.stack(pooled).float() if pooled else None)
 
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained, by name."""
@@ -143,6 +166,7 @@ def build_training_model(
     prompts: Sequence[str],
     text_adapter: PeftConfig | None = None,
     cache: DiskCache | None = None,
+    preserved: Iterable[int] = (),
 ) -> TrainingModel:
     """Add adapters to the models and placeholder tokens to the tokenizers; remove text encoders that are not needed.
 
@@ -154,6 +178,7 @@ def build_training_model(
         prompts: All prompts.
         text_adapter: With `train_text_encoder` the method for the text encoders, None for training them whole.
         cache: Keeps the embeddings of prompts that do not change.
+        preserved: The numbers of the prompts whose predictions stay those of the base; none has a trigger word.
 
     Raises:
         UserError: An adapter does not fit the base, or a trigger word is in no prompt.
@@ -163,11 +188,13 @@ def build_training_model(
     dtype = denoiser.dtype
     make_trainable(denoiser, adapter, config.seed)
     save_memory(config, denoiser, dtype)
+    preserved = sorted(set(preserved))
+    base_denoiser = copy.deepcopy(denoiser).requires_grad_(False) if preserved and adapter is None else None
 
     encoders = {name: encoder.requires_grad_(False) for name, encoder in text_encoders(pipe).items()}
     tokens, embeddings = init_placeholder_tokens(config, pipe) if config.train_token else ([], {})
     cache_key = ""
-    if cache is not None and not config.train_text_encoder:
+    if cache is not None and (preserved or not config.train_text_encoder):
         cache_key = hash_values(*map(hash_model, encoders.values()))  # before tokens make the tables longer
     add_placeholder_tokens(pipe, tokens)
     ids = {name: tokenize(pipe, name, prompts) for name in encoders}
@@ -178,14 +205,16 @@ def build_training_model(
         for token, row in zip(tokens, rows, strict=True):
             changing |= prompts_with(token, row, ids[name])
     constant = (~changing).nonzero().flatten().tolist()
-    prompt_embeds = precompute_prompt_embeds(base, encoders, ids, constant, cache, cache_key)
+    embeds = precompute_prompt_embeds(base, encoders, ids, sorted({*constant, *preserved}), cache, cache_key)
+    prompt_embeds = {number: embeds[number] for number in constant}
+    base_embeds = {number: embeds[number] for number in preserved}
     if config.train_text_encoder:
         _train_text_encoders(config, encoders, text_adapter)
     elif not embeddings:
         for name in encoders:
             setattr(pipe, name, None)
         encoders, ids = {}, {}
-    return TrainingModel(base, denoiser, prompt_embeds, encoders, ids, embeddings, tokens)
+    return TrainingModel(base, denoiser, prompt_embeds, encoders, ids, embeddings, tokens, base_embeds, base_denoiser)
 
 
 def _train_text_encoders(

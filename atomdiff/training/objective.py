@@ -138,6 +138,14 @@ def prior_preservation_loss(losses: Tensor, instances: int, prior_loss_weight: f
     return loss
 
 
+def preservation_loss(prediction: Tensor, base: Tensor, sample_weights: Tensor) -> Tensor:
+    """Return the weighted mean squared error of predictions (batch, c, h, w) beside those of the base, a scalar.
+
+    `sample_weights` (batch,) are those of the instance images' losses, at the same timesteps.
+    """
+    return (sample_losses(prediction, base) * sample_weights).mean()
+
+
 def _wide(scale: Tensor) -> Tensor:
     return scale[:, None, None, None]  # (batch, 1, 1, 1)
 

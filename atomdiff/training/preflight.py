@@ -8,6 +8,7 @@ from atomdiff.data.images import read_images
 from atomdiff.data.masks import read_masks
 from atomdiff.training.class_images import RECORD_FILE, is_generated
 from atomdiff.training.config import Subject, TrainConfig
+from atomdiff.training.preservation import preservation_prompt
 from atomdiff.training.saving import result_path
 from atomdiff.training.training_images import check_prompts
 from atomdiff.tuner.read_config import read_adapter
@@ -27,6 +28,8 @@ def check_runs(runs: Sequence[TrainConfig]) -> None:
         texts = [text for subject in run.subjects for text in _check_subject(run, subject)]
         if run.train_token:
             check_prompts(run.subjects, texts)
+        for text in texts if run.preservation != "none" else ():
+            preservation_prompt(run.preservation, run.subjects, text)
     for run in runs:
         check_writable(Path(run.output_dir), f"output_dir={run.output_dir!r}", f"{run.name}.atoms.safetensors")
         if run.cache_dir is not None:

@@ -68,7 +68,9 @@ def build_run(
     if accelerator.is_main_process:
         log("preparing the model")
     cache = DiskCache(config.cache_folder)
-    model = build_training_model(config, pipe, adapter, dataset.prompts, text_adapter, cache)
+    model = build_training_model(
+        config, pipe, adapter, dataset.prompts, text_adapter, cache, dataset.preservation_prompts.values()
+    )
     scale = config.learning_rate_scale(accelerator.num_processes)
     optimizer, lr_factor = build_optimizer(config, model.parameter_groups(), scale)
     wrapped, optimizer = accelerator.prepare(model, optimizer)

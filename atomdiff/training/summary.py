@@ -37,10 +37,11 @@ def describe_training(config: TrainConfig, num_trainable_parameters: int, proces
     named = f", trigger word{'s' * (len(words) > 1)} {', '.join(words)}" if words else ""
     images = _several(config.instance_images_per_step(processes), "image")
     images += " and as many class images" if config.with_prior_preservation else ""
+    kept = {"none": "", "class": ", keeping the class", "blank": ", keeping the empty prompt"}[config.preservation]
     finished = f" ({done} of them done)" if done else ""
     return (
         f"adapter: {config.adapter} on {models}{named}; {num_trainable_parameters:,} parameters\n"
-        f"steps: {config.max_train_steps}{finished}, each of {images}; "
+        f"steps: {config.max_train_steps}{finished}, each of {images}{kept}; "
         f"{config.optimizer} at {config.learning_rates['adapter']:g}"
     )
 

@@ -8,5 +8,6 @@ Schedule = Literal["constant", "constant_with_warmup", "linear", "cosine", "cosi
 Precision = Literal["no", "fp16", "bf16"]
 PredictionType = Literal["epsilon", "v_prediction", "sample", "flow"]
 TimestepSampling = Literal["uniform", "logit_normal", "cubic"]
+Preservation = Literal["none", "class", "blank"]
 
 FLOW_SHIFTS = (0.01, 1000.0)  # beyond, noise levels fall together

@@ -1,4 +1,4 @@
-"""A training loop that ends when its seconds are over, and can be resumed; its learning rate follows the time."""
+"""A training loop that ends when its seconds or steps are over, and can be resumed; its learning rate follows them."""
 
 from __future__ import annotations
 
@@ -20,15 +20,23 @@ _REPORT_STEPS = 20
 
 @dataclass
 class Stage:
-    """How long and how fast a network trains, and how it went."""
+    """How long and how fast a network trains, and how it went.
+
+    It ends after `seconds`, or after `total_steps` if there are any: on a shared machine seconds say little.
+    """
 
     name: str
     seconds: float
     learning_rate: float
     weight_decay: float = 0.01
     warmup: float = 0.02
+    total_steps: int = 0
     losses: list[float] = field(default_factory=list)
     steps: int = 0
+
+    def progress(self, elapsed: float) -> float:
+        """Share of the stage that is done after `elapsed` seconds."""
+        return self.steps / self.total_steps if self.total_steps else elapsed / max(self.seconds, 1e-3)
 
 
 class Stateful(Protocol):
@@ -63,9 +71,7 @@ class Checkpoints:
             part.load_state_dict(state[name])
         stage.seconds, stage.steps, stage.losses = state["seconds"], state["steps"], state["losses"]
         torch.manual_seed(torch.initial_seed() + stage.steps)  # not the images and the noise of the first steps again
-        print(
-            f"{stage.name}: resumed at step {stage.steps}, {state['elapsed']:.0f} of {stage.seconds:.0f} s", flush=True
-        )
+        print(f"{stage.name}: resumed at step {stage.steps} after {state['elapsed']:.0f} s", flush=True)
         return float(state["elapsed"])
 
     def save(self, stage: Stage, parts: Mapping[str, Stateful], elapsed: float) -> None:
@@ -90,7 +96,7 @@ def run_stage(
     checkpoints: Checkpoints | None = None,
     others: Mapping[str, Stateful] | None = None,
 ) -> None:
-    """Train `model` with Muon and AdamW on `loss_of(progress)` until the stage's seconds are over.
+    """Train `model` with Muon and AdamW on `loss_of(progress)` until the stage is over.
 
     Args:
         stage: receives the losses, every 20 steps their mean, and the number of steps.
@@ -109,7 +115,7 @@ def run_stage(
     parts: dict[str, Stateful] = {"model": model, **(others or {})}
     parts |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
     elapsed = kept = 0.0 if checkpoints is None else checkpoints.load(stage, parts)
-    begin, progress = time.perf_counter() - elapsed, elapsed / max(stage.seconds, 1e-3)
+    begin, progress = time.perf_counter() - elapsed, stage.progress(elapsed)
     total = torch.zeros((), device=parameters[0].device)
     while progress < 1.0 or stage.steps < 2:
         for group in (group for optimizer in optimizers for group in optimizer.param_groups):
@@ -132,7 +138,7 @@ def run_stage(
             if len(stage.losses) % 10 == 1:
                 print(f"{stage.name}: {progress:.2f} step {stage.steps} loss {stage.losses[-1]:.4f}", flush=True)
         elapsed = time.perf_counter() - begin
-        progress = elapsed / max(stage.seconds, 1e-3)
+        progress = stage.progress(elapsed)
         if checkpoints is not None and checkpoints.seconds and (elapsed - kept > checkpoints.seconds or progress >= 1):
             checkpoints.save(stage, parts, elapsed)
             kept = elapsed

@@ -49,6 +49,7 @@ def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("out/pretrain"), help="folder of the results")
     parser.add_argument("--seconds", type=float, default=540, help="all of it, from start to end")
+    parser.add_argument("--steps", type=int, default=0, help="end each stage after so many steps, whatever they take")
     parser.add_argument("--images", type=int, default=400_000, help="most captioned images")
     parser.add_argument("--families", type=int, default=8_000, help="most families of the judge, 12 images each")
     parser.add_argument("--batch", type=int, default=512, help="images in a step of the UNet")
@@ -134,7 +135,7 @@ class Run:
 
     def stage(self, name: str, seconds: float, learning_rate: float, **others: float) -> Stage:
         """A new stage, which the report will list."""
-        self.stages.append(Stage(name, seconds, learning_rate, **others))
+        self.stages.append(Stage(name, seconds, learning_rate, total_steps=self.options.steps, **others))
         return self.stages[-1]
 
     def save(self) -> None:

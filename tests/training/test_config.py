@@ -48,6 +48,20 @@ COMMAND = [word for name, value in NEEDED.items() for word in (f"--{name}", valu
         ({"prodigy_d_coef": 0.0}, "prodigy_d_coef=0.0: expected a number of at least 1e-09"),
         ({"caption_dropout": 1.0}, "caption_dropout=1.0: expected a number of at least 0 and below 1"),
         ({"keep_tokens": 1}, "keep_tokens=1: expected shuffle_captions with it"),
+        ({"preservation": "prior"}, "preservation='prior': expected one of none, class, blank"),
+        ({"preservation_weight": 0.5}, "preservation_weight=0.5: expected preservation class or blank with it"),
+        (
+            {"preservation": "blank", "preservation_weight": -1.0},
+            "preservation_weight=-1.0: expected a number",
+        ),
+        (
+            {"class_name": None, "initializer_token": "cup", "instance_prompt": "sks", "preservation": "class"},
+            "class_name=None, preservation='class': expected what the images show",
+        ),
+        (
+            {"preservation": "blank", "caption_dropout": 0.1},
+            "preservation='blank', caption_dropout=0.1: expected one of them",
+        ),
         ({"unmasked_weight": 0.5}, "unmasked_weight=0.5: expected masked_loss with it"),
         ({"trigger_word": "two words"}, "trigger_word='two words': expected one word without spaces"),
         ({"trigger_word": ""}, "trigger_word='': expected one word"),

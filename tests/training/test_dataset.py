@@ -304,12 +304,13 @@ def test_masked_loss_needs_a_mask(config, image_folder):
         train(dataclasses.replace(config, masked_loss=True))
 
 
-def dataset_of(orders, dropout):
+def dataset_of(orders, dropout, preserved=None):
     """Four images of one crop each, whose prompts are those of `orders`."""
     random = torch.Generator().manual_seed(0)
     mean, std = torch.randn(2, 4, 4, 8, 8, generator=random)
     cache = LatentCache(mean, std, torch.zeros(4, 6), None, tuple(range(5)))
-    return DreamBoothDataset(tuple("abcd") + ("",), (EncodedImages(cache, orders, tuple(range(4))),), None, dropout)
+    images = (EncodedImages(cache, orders, tuple(range(4))),)
+    return DreamBoothDataset(tuple("abcd") + ("",), images, None, dropout, preserved or {})
 
 
 def test_without_choices_nothing_more_is_sampled():
@@ -321,7 +322,7 @@ def test_without_choices_nothing_more_is_sampled():
     torch.rand(4, generator=plain)
     noise = torch.randn(4, 4, 8, 8, generator=plain)
     assert torch.equal(batch.latents, cache.mean[order] + cache.std[order] * noise)
-    assert batch.prompts == order and batch.weights is None
+    assert batch.prompts == order and batch.weights is None and batch.preservation_prompts == []
     assert torch.equal(generator.get_state(), plain.get_state())
 
 
@@ -332,6 +333,26 @@ def test_orders_of_tags_and_dropouts_are_sampled_as_often_as_they_should():
     share = torch.bincount(torch.tensor(prompts), minlength=5) / len(prompts)
     expected = torch.tensor([0.75 * 3 / 8, 0.75 * 3 / 8, 0.75 / 4, 0, 0.25])
     torch.testing.assert_close(share, expected, atol=0.04, rtol=0)
+
+
+def test_the_prompts_that_stay_are_those_of_the_captions_dropped_or_not():
+    orders, preserved = ((0, 1), (0, 1), (1,), (0,)), {0: 2, 1: 3}
+    dataset = dataset_of(orders, 0.5, preserved)
+    dropped = 0
+    for number in range(20):
+        generator = torch.Generator().manual_seed(number)
+        batch = dataset.sample(number, 3, 0, generator)
+        kept = dataset_of(orders, 0.0, preserved).sample(number, 3, 0, torch.Generator().manual_seed(number))
+        assert batch.preservation_prompts == [preserved[prompt] for prompt in kept.prompts]
+        dropped += batch.prompts.count(4)
+    assert 15 < dropped < 45
+
+
+def test_class_images_are_not_preserved_twice():
+    images = dataset_of(((0,), (0,), (1,), (1,)), 0.0, {0: 2, 1: 2})
+    dataset = dataclasses.replace(images, class_images=images.instance_images)
+    batch = dataset.sample(0, 2, 0, torch.Generator())
+    assert len(batch.prompts) == 4 and batch.preservation_prompts == [2, 2]
 
 
 def test_a_process_encodes_its_share_before_it_waits_for_the_others():

@@ -1,4 +1,4 @@
-"""How images and captions become training samples, and the class images of prior preservation."""
+"""How images and captions become training samples, and what keeps the base as it is for other prompts."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from typing import Annotated
 
 from atomdiff.data.buckets import parse_buckets
 from atomdiff.pipelines.config import GenerationConfig
+from atomdiff.utils.choices import Preservation
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import BatchSize, ConfigGroup, NonNegativeFloat, NonNegativeInt, Range, Share
 from atomdiff.utils.paths import PathText
@@ -58,8 +59,8 @@ class DataConfig(ImageConfig):
 
 
 @dataclass(frozen=True, kw_only=True)
-class ClassImagesConfig(GenerationConfig):
-    """Prior preservation."""
+class PreservationConfig(GenerationConfig):
+    """Prior preservation, by class images or by the base's own predictions."""
 
     with_prior_preservation: bool = False
     """Train on class images too (prior preservation), so that the class keeps its look."""
@@ -67,3 +68,15 @@ class ClassImagesConfig(GenerationConfig):
     """Number of class images."""
     prior_loss_weight: NonNegativeFloat = 1.0
     """Weight of the prior-preservation loss."""
+    preservation: Preservation = "none"
+    """Output preservation, without class images: keep what the base predicts for the prompts of the instance images
+    with the class in place of the trigger word (class), or for the empty prompt (blank). A step takes about twice as
+    long."""
+    preservation_weight: NonNegativeFloat = 1.0
+    """Weight of the output-preservation loss."""
+
+    def check(self) -> None:
+        """Check that what is set is used."""
+        if self.preservation == "none" and self.preservation_weight != 1:
+            found = f"preservation_weight={self.preservation_weight}"
+            raise UserError(f"{found}: expected preservation class or blank with it")

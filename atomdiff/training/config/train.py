@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from atomdiff.pipelines.config import BaseModelConfig
-from atomdiff.training.config.data import ClassImagesConfig, DataConfig
+from atomdiff.training.config.data import DataConfig, PreservationConfig
 from atomdiff.training.config.memory import MemoryConfig
 from atomdiff.training.config.objective import ObjectiveConfig
 from atomdiff.training.config.optimization import OptimizationConfig
@@ -16,6 +16,7 @@ from atomdiff.training.config.output import HubConfig, OutputConfig, check_repos
 from atomdiff.training.config.prompt import PromptConfig, check_prompt
 from atomdiff.training.config.run import RunConfig
 from atomdiff.training.config.subject import Subject
+from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_with_overrides
 from atomdiff.utils.paths import PathText, path_fields
 
@@ -35,7 +36,7 @@ class TrainConfig(  # the fields of the last come first in --help
     MemoryConfig,
     ObjectiveConfig,
     OptimizationConfig,
-    ClassImagesConfig,
+    PreservationConfig,
     DataConfig,
     PromptConfig,
     RunConfig,
@@ -97,8 +98,14 @@ class TrainConfig(  # the fields of the last come first in --help
         for subject in self.subjects:
             if self.with_prior_preservation:
                 check_prompt("class_prompt", subject.class_prompt, subject)
+            if self.preservation == "class" and not subject.class_name:
+                expected = "what the images show, in one word such as mug, or preservation='blank'"
+                raise UserError(f"class_name={subject.class_name!r}, preservation='class': expected {expected}")
             if self.validation_steps:
                 check_prompt("validation_prompts", " ".join(self.validation_prompts), subject)
+        if self.preservation == "blank" and self.caption_dropout:
+            found = f"preservation='blank', caption_dropout={self.caption_dropout}"
+            raise UserError(f"{found}: expected one of them: the empty prompt cannot both stay and show the subject")
         if self.push_to_hub:
             check_repositories([(run.name, run.repository) for run in self.runs()], self.concepts_list)
 
