@@ -10,14 +10,16 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from atomdiff.utils.precision import has_instructions
+
 _COEFFICIENTS = (3.4445, -4.7750, 2.0315)
-_ROW_STEP, _COLUMN_STEP = 64, 512  # matrices padded to multiples of these are made orthogonal together
+_ROW_STEP, _COLUMN_STEP = 64, 512  # on a GPU, matrices padded to multiples of these are made orthogonal together
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     """Matrices (k, m, n), m <= n, with singular values near 1: Newton-Schulz iterations of degree five."""
     a, b, c = _COEFFICIENTS
-    x = matrices.to(torch.bfloat16 if matrices.is_cuda else torch.float32)
+    x = matrices.to(torch.bfloat16 if has_instructions("bf16", matrices.device) else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
     for _ in range(steps):
         square = x @ x.mT
@@ -25,9 +27,11 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return x
 
 
-def _bucket(rows: int, columns: int) -> tuple[int, int]:
-    """The padded size, the smaller side first."""
+def _bucket(rows: int, columns: int, padded: bool) -> tuple[int, int]:
+    """The size that a matrix is made orthogonal in, the smaller side first."""
     low, high = sorted((rows, columns))
+    if not padded:
+        return low, high
     return -(-low // _ROW_STEP) * _ROW_STEP, -(-high // _COLUMN_STEP) * _COLUMN_STEP
 
 
@@ -61,7 +65,7 @@ class Muon(torch.optim.Optimizer):
             buckets = defaultdict(list)
             for p, update in zip(weights, mixed, strict=True):
                 matrix = update.flatten(1)
-                buckets[_bucket(*matrix.shape)].append((p, matrix))
+                buckets[_bucket(*matrix.shape, padded=p.is_cuda)].append((p, matrix))
             for (low, high), members in buckets.items():
                 wide = [m if m.shape[0] <= m.shape[1] else m.mT for _, m in members]
                 padded = torch.stack([F.pad(m, (0, high - m.shape[1], 0, low - m.shape[0])) for m in wide])
