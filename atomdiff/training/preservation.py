@@ -18,8 +18,8 @@ from atomdiff.utils.errors import UserError
 def preservation_prompt(preservation: Preservation, subjects: Sequence[Subject], prompt: str) -> str:
     """Return the prompt whose prediction stays, for the prompt of an instance image.
 
-    With "class", `<trigger word> <class name>` and the trigger word alone become the class name, for every subject, with
-    an article where a name has none: "a photo of sks owl" becomes "a photo of an owl".
+    With "class", every subject's trigger word, with or without its class name, becomes the class name, with an article
+    where a name has none: "a photo of sks owl" becomes "a photo of an owl".
 
     Raises:
         UserError: The prompt has no trigger word, so that it would have to change and to stay.
