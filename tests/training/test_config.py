@@ -290,6 +290,13 @@ def test_unknown_keys_of_a_file_are_errors(tmp_path):
         load_config(["--config", str(tmp_path / "run.yaml")])
 
 
+@pytest.mark.parametrize("name", ["sd15", "sdxl"])
+def test_the_configs_for_real_bases_need_photos_and_a_class_only(name):
+    config = load_config(["--config", f"configs/{name}.yaml", "--instance_data_dir", "photos", "--class_name", "mug"])
+    assert config.preservation == "class" and config.resolution == {"sd15": 512, "sdxl": 1024}[name]
+    assert config.learning_rates["adapter"] == config.learning_rates["token"] == 2e-3
+
+
 def test_the_demo_config_is_found_in_any_folder(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     config = load_config(["--config", "configs/demo.yaml", "--instance_data_dir", "photos", "--class_name", "mug"])
