@@ -6,8 +6,9 @@
 The world is rendered on the device and stays there. Then the judge learns, the autoencoder, and with the time that is
 left text encoder and UNet. The folder receives `weights-<i>.safetensors` (judge, autoencoder, text encoder and UNet in
 half precision, 15 MiB at most each), `report.json` and `sheet.png`; weights are written every few minutes, too, so that
-a run that is stopped leaves what it has. `--start_from FOLDER` goes on from such weights, `--stages` chooses what is
-trained. With `--checkpoint_seconds` the same command resumes a run that was stopped, for long runs on a CPU.
+a run that is stopped leaves what it has. `--start_from FOLDER` goes on from such weights (a part of another
+architecture starts anew), `--stages` chooses what is trained. With `--checkpoint_seconds` the same command resumes a
+run that was stopped, for long runs on a CPU; `--steps` ends a stage after so many steps, whatever they take.
 `--pipeline FOLDER` makes no training but a pipeline folder and a judge folder of the weights in `--out`.
 """
 
@@ -106,6 +107,15 @@ def warm(options: argparse.Namespace, device: torch.device) -> None:
     denoiser.train().choose_way(latents, token_ids(tokenizer, ["a mug"] * (options.batch - 1), device), options.out)
 
 
+def load_if_it_fits(part: str, module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load the weights of a part, unless it has been given another architecture since; then it starts anew."""
+    own = {key: value.shape for key, value in module.state_dict().items()}
+    if own == {key: value.shape for key, value in state.items()}:
+        module.load_state_dict(state)
+    else:
+        print(f"{part}: of another architecture, starts anew", flush=True)
+
+
 class Run:
     """One pretraining: the parts, the clock and what is written."""
 
@@ -121,7 +131,7 @@ class Run:
         if options.start_from is not None:
             states = load_shards(options.start_from.glob("weights-*.safetensors"))
             for part, module in self.parts().items():
-                module.load_state_dict(states[part])
+                load_if_it_fits(part, module, states[part])
             self.vae.register_to_config(scaling_factor=load_scaling_factor(options.start_from))
 
     def parts(self) -> dict[str, torch.nn.Module]:

@@ -13,6 +13,7 @@ from benchmarks.pretrain.evaluate import area_under_curve
 from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
 from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
+from benchmarks.pretrain.train import load_if_it_fits
 from benchmarks.pretrain.weights import save_shards
 
 
@@ -146,3 +147,24 @@ def test_a_base_without_training_is_measured(tmp_path):
     assert all(0 <= figures[f"judge_auc_{kind}"] <= 1 for kind in ("shape", "pattern", "colors"))
     assert figures["sharpness_over_real"] > 0 and figures["frechet_over_real"] > 0
     assert (tmp_path / "result.png").exists()
+
+
+def test_parts_of_another_architecture_start_anew(capsys):
+    one, other = make_model(1), make_model(2)
+    load_if_it_fits("part", one, other.state_dict())
+    assert torch.equal(one[0].weight, other[0].weight) and capsys.readouterr().out == ""
+    smaller = nn.Sequential(nn.Linear(6, 8))
+    before = smaller[0].weight.detach().clone()
+    load_if_it_fits("part", smaller, other.state_dict())
+    assert torch.equal(smaller[0].weight, before) and "part: of another architecture" in capsys.readouterr().out
+
+
+def test_a_stage_may_end_after_its_steps_whatever_they_take():
+    stage, model, seen = Stage("part", 0.0, 1e-3, total_steps=5), make_model(), []
+
+    def loss_of(progress):
+        seen.append(progress)
+        return model(torch.ones(1, 6)).sum()
+
+    run_stage(stage, model, loss_of)
+    assert stage.steps == 5 and seen == [0.0, 0.2, 0.4, 0.6, 0.8]
