@@ -15,6 +15,7 @@ import torch
 from atomdiff.data.image_files import normalize_name
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.text_files import read_text
+from atomdiff.utils.untrusted import list_some
 
 _SUFFIXES = (".txt", ".caption")
 _TABLES = ("metadata.jsonl", "metadata.csv")
@@ -58,7 +59,7 @@ def read_captions(folder: Path, images: Sequence[Path]) -> dict[str, str]:
                     f"{folder}: {image_name} has one caption in {first_file} and another in {file.name}; keep one"
                 )
     if unused:
-        shown = ", ".join(unused[:5]) + (f" and {len(unused) - 5} more" if len(unused) > 5 else "")
+        shown = list_some(unused)
         expected = f"that of 01.png is expected in 01.txt or 01.caption, or in {_TABLES[0]}"
         warnings.warn(f"{folder}: not read, as no caption of an image: {shown}; {expected}", stacklevel=2)
     return {name: text for name, (text, _) in captions.items()}

@@ -1,5 +1,6 @@
 """Paths as a shell takes them: `~` and environment variables, in every config field that names a file or folder."""
 
+import contextlib
 import os
 import re
 import uuid
@@ -129,11 +130,13 @@ def check_writable(folder: Path, what: str, name: str = "probe") -> None:
     Raises:
         UserError: it cannot; `what` stands first in the message.
     """
-    probe = folder / f"{name}.{uuid.uuid4().hex[:8]}.unfinished"
+    probe = folder / f"{uuid.uuid4().hex}.unfinished"  # as files are written, under another name first
     try:
         folder.mkdir(parents=True, exist_ok=True)
         probe.touch(exist_ok=False)
         probe.unlink()
+        with contextlib.suppress(FileNotFoundError):
+            os.lstat(folder / name)  # fails where there can be no such name
     except (OSError, ValueError) as error:  # of null characters in names
         reason = error.strerror if isinstance(error, OSError) else error
         raise UserError(f"{what}: {name} cannot be written there ({reason}); name another folder") from error

@@ -104,3 +104,12 @@ def test_outputs_never_replace_inputs(tmp_path):
 def test_what_is_writable_stays_as_it_is(tmp_path):
     check_writable(tmp_path / "new", "output", "a.safetensors")
     assert [path.name for path in tmp_path.rglob("*")] == ["new"]
+
+
+def test_a_name_may_be_as_long_as_a_file_system_allows(tmp_path):
+    check_writable(tmp_path, "output", "a" * 255)
+    with pytest.raises(UserError, match="^output: aaa.* cannot be written there .File name too long.; name another"):
+        check_writable(tmp_path, "output", "a" * 256)
+    with pytest.raises(UserError, match="^output: a.* cannot be written there"):
+        check_writable(tmp_path, "output", "a\0b")
+    assert not list(tmp_path.iterdir())
