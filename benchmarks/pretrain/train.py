@@ -87,14 +87,14 @@ def build_denoiser(device: torch.device) -> tuple[Any, Denoiser]:
     return tokenizer, denoiser
 
 
-def rendered_world(path: Path | None, render: Callable[[], World]) -> World:
-    """The images of a file, which is written if there is none; without a file they are rendered."""
+def kept(path: Path | None, make: Callable[[], Any]) -> Any:
+    """Tensors of a file, which is written if there is none; without a path they are made."""
     if path is None:
-        return render()
+        return make()
     if not path.exists():
         with new_file(path) as file:
-            torch.save(vars(render()), file)
-    return World(**torch.load(path, mmap=True, weights_only=True))
+            torch.save(make(), file)
+    return torch.load(path, mmap=True, weights_only=True)
 
 
 def warm(options: argparse.Namespace, device: torch.device) -> None:
@@ -168,9 +168,9 @@ class Run:
         """The chosen stages, the last one in the time that is left; `at_once` images are rendered at once."""
         stages, total = self.options.stages, self.options.seconds
         if "judge" in stages:
-            families = render_families(
-                self.options.families, 0.03 * total, self.options.seed + 1, self.device, batch=at_once
-            )
+            count, seed, path = self.options.families, self.options.seed + 1, self.options.world
+            render = partial(render_families, count, 0.03 * total, seed, self.device, batch=at_once)
+            families = kept(path and path.with_suffix(".families.pt"), render)
             stage = self.stage("judge", 0.06 * total if stages[1:] else self.left(), 2e-3)
             train_judge(self.judge, world, families, stage, self.checkpoints)
             del families
@@ -179,12 +179,16 @@ class Run:
             seconds = 0.36 * total if "denoiser" in stages else self.left() - 0.06 * total
             stage = self.stage("autoencoder", seconds, 1e-3)
             train_autoencoder(self.vae, self.judge, world.images, stage, self.options.vae_batch, self.checkpoints)
-        latents = encode(self.vae, world.images, min(at_once, 512))
         self.notes["autoencoder"] = self.measure_autoencoder(world)
+        if stages == ["judge"]:
+            self.save()
+            return
+        make = partial(encode, self.vae, world.images, min(at_once, 512))
         if "autoencoder" in stages:
-            latents = center_latents(self.vae, latents)
+            latents = center_latents(self.vae, make())
         else:
-            latents = latents * self.vae.config.scaling_factor
+            path = self.options.out / "latents.pt" if self.options.checkpoint_seconds else None
+            latents = kept(path, lambda: make() * self.vae.config.scaling_factor)
         self.notes["channel_std"] = [round(v, 3) for v in latents[:4096].float().std((0, 2, 3)).tolist()]
         self.save()
         if "denoiser" not in stages:
@@ -261,7 +265,7 @@ def main() -> None:
     run = Run(options, device)
     at_once = 8 if options.tiny else 2048 if device.type == "cuda" else 128
     render = partial(render_world, options.images, 0.10 * options.seconds, options.seed, device, at_once)
-    world = rendered_world(options.world, render)
+    world = World(**kept(options.world, lambda: vars(render())))
     run.learn(world, at_once)
     if "denoiser" not in options.stages:
         return
