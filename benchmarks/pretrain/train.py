@@ -56,6 +56,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512, help="images in a step of the UNet")
     parser.add_argument("--vae_batch", type=int, default=64, help="images in a step of the autoencoder")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest of the UNet")
+    parser.add_argument(
+        "--pooled", type=float, default=0.0, help="share of the UNet's training on latents of half the size"
+    )
     parser.add_argument("--start_from", type=Path, help="folder of weights to go on from")
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, help="what is trained; default: all, with --start_from the denoiser"
@@ -199,7 +202,7 @@ class Run:
         some = latents[:batch].float().contiguous(memory_format=torch.channels_last)
         self.denoiser.train().choose_way(some, ids[:batch], self.options.out)
         stage = self.stage("denoiser", self.left() - 0.06 * total, self.options.learning_rate, warmup=0.03)
-        self.loss_of = make_loss(self.denoiser, latents, world.masks, ids, batch)
+        self.loss_of = make_loss(self.denoiser, latents, world.masks, ids, batch, self.options.pooled)
         self.notes["average"] = train_denoiser(self.denoiser, self.loss_of, stage, self.save, self.checkpoints)
         self.save()
 

@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from diffusers import UNet2DConditionModel
 from torch import Tensor, nn
+from torch.nn import functional as F
 from transformers import CLIPTextModel
 
 from atomdiff.toybox.base import build_scheduler
@@ -53,7 +54,9 @@ class Denoiser(nn.Module):
         self.way = ways[fastest("denoiser", folder, self, {name: partial(loss_of, way) for name, way in ways.items()})]
 
 
-def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, batch: int) -> Callable[[float], Tensor]:
+def make_loss(
+    denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, batch: int, pooled: float = 0.0
+) -> Callable[[float], Tensor]:
     """The loss of a random batch: v-prediction, weighed by noise and by the object's mask.
 
     The error of the clean latents weighs min(SNR + 1, 10), which for v is min(SNR + 1, 10) / (SNR + 1): min-SNR (Hang
@@ -67,6 +70,8 @@ def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, b
         masks: share of each latent place that the object covers (n, 1, 16, 16).
         ids: token ids (n + 1, tokens), the last row of the empty prompt.
         batch: images a step.
+        pooled: until that progress, latents are those of images of half the size, which cost a quarter; the
+            autoencoder learned that the means of 2x2 latents are (see `train_autoencoder`).
     """
     scheduler, device = build_scheduler(), latents.device
     alphas = scheduler.alphas_cumprod.to(device)
@@ -76,7 +81,9 @@ def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, b
         index = torch.randint(len(latents), (batch,), device=device)
         empty = torch.rand(batch, device=device) < 0.1
         prompt = torch.where(empty, len(ids) - 1, index)
-        clean = latents[index].float()
+        clean, mask = latents[index].float(), masks[index].float()
+        if progress < pooled:
+            clean, mask = F.avg_pool2d(clean, 2), F.avg_pool2d(mask, 2)
         noise = torch.randn_like(clean)
         uniform = torch.rand(batch, device=device)
         uniform = torch.where(torch.rand(batch, device=device) < 0.75, uniform.square(), uniform)
@@ -87,7 +94,7 @@ def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, b
         with autocast(device):
             prediction = denoiser(noisy, timesteps, ids[prompt])
         error = (prediction.float() - (signal * noise - spread * clean)).square()
-        weighed = (error * (1 + masks[index].float())).mean((1, 2, 3)) / 1.35
+        weighed = (error * (1 + mask)).mean((1, 2, 3)) / 1.35
         return (weighed * weights[timesteps]).mean()
 
     return loss_of

@@ -14,6 +14,7 @@ from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
 from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
 from benchmarks.pretrain.train import load_if_it_fits
+from benchmarks.pretrain.train_denoiser import make_loss
 from benchmarks.pretrain.weights import save_shards
 
 
@@ -168,3 +169,15 @@ def test_a_stage_may_end_after_its_steps_whatever_they_take():
 
     run_stage(stage, model, loss_of)
     assert stage.steps == 5 and seen == [0.0, 0.2, 0.4, 0.6, 0.8]
+
+
+def test_the_denoiser_may_begin_on_latents_of_half_the_size():
+    latents, masks, seen = torch.randn(4, 2, 8, 8), torch.ones(4, 1, 8, 8), []
+
+    def denoiser(noisy, timesteps, ids):
+        seen.append(noisy.shape)
+        return noisy * 0
+
+    loss_of = make_loss(denoiser, latents, masks, torch.zeros(5, 3, dtype=torch.long), 3, pooled=0.5)
+    assert all(loss_of(progress).isfinite() for progress in (0.0, 0.49, 0.5))
+    assert seen == [(3, 2, 4, 4), (3, 2, 4, 4), (3, 2, 8, 8)]
