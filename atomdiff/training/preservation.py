@@ -8,7 +8,7 @@ answers: Li, Hoiem, "Learning without Forgetting", arXiv 1606.09282, section 3.
 
 from collections.abc import Sequence
 
-from atomdiff.pipelines.prompt_syntax import replace_words
+from atomdiff.pipelines.prompt_syntax import has_word, replace_words
 from atomdiff.training.config import Subject
 from atomdiff.utils.articles import add_article
 from atomdiff.utils.choices import Preservation
@@ -22,16 +22,22 @@ def preservation_prompt(preservation: Preservation, subjects: Sequence[Subject],
     where a name has none: "a photo of sks owl" becomes "a photo of an owl".
 
     Raises:
-        UserError: The prompt has no trigger word, so that it would have to change and to stay.
+        UserError: The prompt would have to change and to stay: it has no trigger word, or a class name has one.
     """
-    if preservation == "blank":
-        return ""
-    preserved = prompt
+    preserved = "" if preservation == "blank" else _with_classes(subjects, prompt)
+    words = [subject.trigger_word for subject in subjects]
+    if preserved == prompt:
+        expected = f"expected {' or '.join(map(repr, words))} in it, since prompts without it stay as they are"
+        other = "; or choose 'blank'" if preservation == "class" else ""
+        raise UserError(f"preservation={preservation!r}: found the prompt {prompt!r}: {expected}{other}")
+    if left := [word for word in words if has_word(preserved, word)]:
+        found = f"with the class in place of the trigger word, {prompt!r} is {preserved!r}, which has {left[0]!r} in it"
+        raise UserError(f"preservation='class': {found}; choose a trigger word that is in no class_name, or 'blank'")
+    return preserved
+
+
+def _with_classes(subjects: Sequence[Subject], prompt: str) -> str:
     for subject in subjects:
         phrases = dict.fromkeys((f"{subject.trigger_word} {subject.class_name}", subject.trigger_word), "{class_name}")
-        preserved = subject.fill(add_article(replace_words(preserved, phrases)))
-    if preserved == prompt:
-        words = " or ".join(repr(subject.trigger_word) for subject in subjects)
-        expected = f"expected {words} in it, since prompts without it stay as they are"
-        raise UserError(f"preservation='class': found the prompt {prompt!r}: {expected}; or choose 'blank'")
-    return preserved
+        prompt = subject.fill(add_article(replace_words(prompt, phrases)))
+    return prompt
