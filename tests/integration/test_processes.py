@@ -25,6 +25,7 @@ EVERYTHING = {
     "num_vectors": 2,
     "with_prior_preservation": True,
     "num_class_images": 3,
+    "preservation": "class",
     "sample_batch_size": 1,
     "aspect_ratio_buckets": "auto",
     "random_flip": True,

@@ -1,5 +1,6 @@
 """Output preservation: which prompts stay, what the base predicts for them, and that concepts change less."""
 
+import copy
 import dataclasses
 import json
 
@@ -8,14 +9,19 @@ import torch
 
 from atomdiff import load_atoms, unload_atoms
 from atomdiff.training.config import Subject
-from atomdiff.training.dreambooth import train
+from atomdiff.training.dataset import DreamBoothDataset
+from atomdiff.training.dreambooth import batch_loss, train
+from atomdiff.training.launch import start_accelerator
 from atomdiff.training.model import TrainingModel, build_training_model
+from atomdiff.training.noise import ForwardDiffusion
 from atomdiff.training.objective import preservation_loss
 from atomdiff.training.preservation import preservation_prompt
+from atomdiff.training.run import build_run
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapters_off import adapters_off
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.tensor_cache import DiskCache
 from tests.helpers import concept_bytes, predict
 
 MUG = Subject(instance_data_dir="photos/mug", class_name="mug", trigger_word="sks")
@@ -48,6 +54,28 @@ def test_a_prompt_without_a_trigger_word_cannot_change_and_stay(config, teapot_i
     next(teapot_images.glob("*.png")).with_suffix(".txt").write_text("a blue teapot")
     with pytest.raises(UserError, match="found the prompt 'a blue teapot'"):
         train(dataclasses.replace(config, preservation="class"))
+
+
+@pytest.mark.parametrize(
+    ("subjects", "prompt", "word"),
+    [
+        ([("mug", "mug")], "a photo of mug", "mug"),
+        ([("mug", "coffee mug")], "a photo of mug coffee mug", "mug"),
+        ([("mug", "cup"), ("sks", "coffee Mug")], "a sks coffee Mug", "mug"),
+    ],
+)
+def test_no_trigger_word_is_left_in_what_stays(subjects, prompt, word):
+    listed = [Subject(instance_data_dir=name, class_name=name, trigger_word=word) for word, name in subjects]
+    with pytest.raises(UserError, match=f"which has '{word}' in it; choose a trigger word that is in no class_name"):
+        preservation_prompt("class", listed, prompt)
+    assert preservation_prompt("blank", listed, prompt) == ""
+
+
+def test_the_empty_prompt_cannot_stay_and_show_the_subject():
+    with pytest.raises(
+        UserError, match="preservation='blank': found the prompt '': expected 'sks' in it.*as they are$"
+    ):
+        preservation_prompt("blank", [MUG], "")
 
 
 def test_the_loss_is_a_weighted_mean_over_samples():
@@ -118,7 +146,7 @@ def test_full_tuning_keeps_its_class_too(config, adapter_file, tiny_pipe, tmp_pa
 
 
 @pytest.mark.slow
-def test_it_goes_with_everything_and_gives_the_same_bytes(config, tmp_path, teapot_images):
+def test_it_goes_with_everything_and_gives_the_same_bytes(config, tmp_path, half_precision):
     config = dataclasses.replace(
         config,
         preservation="class",
@@ -130,6 +158,7 @@ def test_it_goes_with_everything_and_gives_the_same_bytes(config, tmp_path, teap
         snr_gamma=5.0,
         gradient_checkpointing=True,
         gradient_accumulation_steps=2,
+        mixed_precision=half_precision,
     )
     files = [train(dataclasses.replace(config, output_dir=str(tmp_path / name))) for name in ("one", "two")]
     assert concept_bytes(files[0]) == concept_bytes(files[1])
@@ -150,3 +179,39 @@ def test_without_it_the_base_is_not_asked(config, monkeypatch):
     train(dataclasses.replace(config, max_train_steps=1))
     with pytest.raises(AssertionError, match="asked"):
         train(dataclasses.replace(config, max_train_steps=1, preservation="blank"))
+
+
+@pytest.mark.parametrize(("kind", "preservation"), [("tiny_pipe", "class"), ("tiny_xl_pipe", "blank")])
+def test_the_loss_of_a_batch_has_three_parts(config, kind, preservation, recorded, tmp_path, request):
+    request.getfixturevalue(kind).save_pretrained(tmp_path / "base")
+    fields = {"snr_gamma": 0.01, "with_prior_preservation": True, "num_class_images": 2, "prior_loss_weight": 0.7}
+    fields |= {"preservation": preservation, "preservation_weight": 0.3, "guidance_scale": 1.0}
+    config = dataclasses.replace(config, pretrained_model_name_or_path=str(tmp_path / "base"), **fields)
+    run = build_run(config, start_accelerator(config), AtomConfig(), None)
+    for parameter in run.trainable.values():
+        parameter.data += 0.1 * torch.randn(parameter.shape, generator=torch.Generator().manual_seed(0))
+    batches, noised = recorded(DreamBoothDataset), recorded(ForwardDiffusion)
+    loss = batch_loss(run, 0)
+    ((_, batch),), ((_, inputs),) = batches, noised
+    stays = {"class": "a photo of a teapot", "blank": ""}[preservation]
+    kept = (inputs.latents[:2], inputs.timesteps[:2], [run.dataset.prompts.index(stays)] * 2, batch.time_ids[:2])
+    with torch.no_grad():
+        prediction = run.model(inputs.latents, inputs.timesteps, batch.prompts, batch.time_ids)
+        change = run.model(*kept) - run.model.predict_base(*kept)
+    losses = (prediction - inputs.target).square().mean(dim=(1, 2, 3)) * inputs.weights
+    changes = change.square().mean(dim=(1, 2, 3)) * inputs.weights[:2]
+    assert changes.min() > 1e-6 and len(inputs.weights.unique()) == 4
+    expected = losses[:2].mean() + 0.7 * losses[2:].mean() + 0.3 * changes.mean()
+    torch.testing.assert_close(loss, expected, rtol=1e-4, atol=0)
+
+
+def test_what_the_text_encoders_say_is_cached_by_their_weights(train_config, tiny_pipe, tmp_path):
+    config, cache = train_config(train_text_encoder=True), DiskCache(tmp_path / "cache")
+    other = type(tiny_pipe)(**copy.deepcopy(tiny_pipe.components), requires_safety_checker=False)
+    other.text_encoder.get_input_embeddings().weight.data *= 2
+    embeds = []
+    for pipe in (tiny_pipe, other):
+        prompts, on_text = ("a photo of sks teapot", "a photo of a teapot"), AtomConfig(target_modules="attention")
+        model = build_training_model(config, pipe, AtomConfig(), prompts, on_text, cache, preserved=[1])
+        embeds.append(model.base_prompt_embeds[1].prompt_embeds)
+    assert (embeds[0] - embeds[1]).abs().max() > 1e-3

@@ -41,6 +41,7 @@ def test_masks_class_images_and_several_words_are_described(tmp_path):
     entries = [{"instance_data_dir": f"photos/{name}", "trigger_word": name} for name in ("mug", "cat")]
     (tmp_path / "list.json").write_text(json.dumps(entries))
     fields = {"one_file": True, "with_prior_preservation": True, "masked_loss": True, "class_name": "thing"}
+    fields["preservation"] = "class"
     config = TrainConfig(
         pretrained_model_name_or_path="base",
         concepts_list=str(tmp_path / "list.json"),
@@ -57,7 +58,7 @@ def test_masks_class_images_and_several_words_are_described(tmp_path):
     ]
     assert describe_training(config, 12345, 2, 100).splitlines() == [
         "adapter: atoms on UNet, trigger words mug, cat; 12,345 parameters",
-        "steps: 400 (100 of them done), each of 8 images and as many class images; adamw at 0.005",
+        "steps: 400 (100 of them done), each of 8 images and as many class images, keeping the class; adamw at 0.005",
     ]
 
 
