@@ -103,8 +103,9 @@ class DreamBoothDataset:
             order = sample_order(len(images.epoch), earlier * batch_size, batch_size, derive_seed(seed, name))
             chosen = [images.epoch[index] for index in order]
             parts.append(images.latents.sample(chosen, generator))
-            captions += self._sample_prompts([images.prompts[image] for image in chosen], generator)
-            prompts += self._drop_captions(captions[len(prompts) :], generator)
+            sampled = self._sample_prompts([images.prompts[image] for image in chosen], generator)
+            captions += sampled
+            prompts += self._drop_captions(sampled, generator)
         weights = [part.weights for part in parts if part.weights is not None]
         return Batch(
             torch.cat([part.latents for part in parts]),

@@ -71,7 +71,7 @@ class PreservationConfig(GenerationConfig):
     preservation: Preservation = "none"
     """Output preservation, without class images: keep what the base predicts for the prompts of the instance images
     with the class in place of the trigger word (class), or for the empty prompt (blank). A step takes about twice as
-    long."""
+    long, and the memory of twice the batch."""
     preservation_weight: NonNegativeFloat = 1.0
     """Weight of the output-preservation loss."""
 
