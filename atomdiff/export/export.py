@@ -76,7 +76,8 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     given = open_sources(config.concepts, config.weights, config.trigger_words)
     sources = {f"the concept {concept.file}": concept.path for concept, _ in given}
     refuse_overlap({"output": config.output}, {"the base": config.pretrained_model_name_or_path, **sources})
-    check_writable(Path(config.output).parent, f"output={config.output!r}", Path(config.output).name)
+    output = Path(config.output) if config.to == "pipeline" else file_path(config.output)
+    check_writable(output.parent, f"output={config.output!r}", output.name)
     dtype = config.dtype or ("float32" if config.to == "pipeline" else "float16")
     written = getattr(torch, dtype)
     if config.to != "pipeline" and (words := embeddings_without_base([concept for concept, _ in given])) is not None:
