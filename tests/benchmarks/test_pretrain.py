@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 from atomdiff.toybox.world.judge import Judge
-from benchmarks.pretrain import evaluate
+from benchmarks.pretrain import evaluate, muon
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.evaluate import area_under_curve
 from benchmarks.pretrain.fastest import fastest
@@ -39,9 +39,14 @@ def test_an_orthogonalized_matrix_keeps_its_directions_with_singular_values_near
     assert torch.allclose(solved, left @ along.diag() @ right, atol=1e-4)
 
 
+@pytest.mark.parametrize("padded", [False, True])
 @pytest.mark.parametrize("shape", [(4, 9), (9, 4), (5, 3, 3, 3)])
-def test_a_step_of_muon_has_the_size_of_one_of_adamw_and_is_that_of_the_matrix_alone(shape, float32):
-    """arXiv 2502.16982, eq. 4."""
+def test_a_step_of_muon_has_the_size_of_one_of_adamw_and_is_that_of_the_matrix_alone(
+    shape, padded, float32, monkeypatch
+):
+    """arXiv 2502.16982, eq. 4; padding, as on a GPU, changes nothing."""
+    bucket = muon._bucket
+    monkeypatch.setattr(muon, "_bucket", lambda *sides, **_: bucket(*sides, padded=padded))
     torch.manual_seed(0)
     weight, other = nn.Parameter(torch.zeros(shape)), nn.Parameter(torch.zeros(64, 512))
     weight.grad, other.grad = torch.randn(shape), torch.randn(64, 512)
