@@ -6,8 +6,8 @@
 The world is rendered on the device and stays there. Then the judge learns, the autoencoder, and with the time that is
 left text encoder and UNet. The folder receives `weights-<i>.safetensors` (judge, autoencoder, text encoder and UNet in
 half precision, 15 MiB at most each), `report.json` and `sheet.png`; weights are written every few minutes, too, so that
-a run that is stopped leaves what it has. `--start_from FOLDER` goes on from such weights (a part of another
-architecture starts anew), `--stages` chooses what is trained. With `--checkpoint_seconds` the same command resumes a
+a run that is stopped leaves what it has. `--start_from FOLDER` goes on from such weights (those that a changed
+architecture still has), `--stages` chooses what is trained. With `--checkpoint_seconds` the same command resumes a
 run that was stopped, for long runs on a CPU; `--steps` ends a stage after so many steps, whatever they take.
 `--pipeline FOLDER` makes no training but a pipeline folder and a judge folder of the weights in `--out`.
 """
@@ -38,7 +38,7 @@ from benchmarks.pretrain.data import World, render_families, render_world, token
 from benchmarks.pretrain.fastest import print_profile
 from benchmarks.pretrain.stage import Checkpoints, Stage
 from benchmarks.pretrain.train_autoencoder import center_latents, encode, fastest_loss, sizes, train_autoencoder
-from benchmarks.pretrain.train_denoiser import Denoiser, make_loss, train_denoiser
+from benchmarks.pretrain.train_denoiser import Denoiser, layout, make_loss, train_denoiser
 from benchmarks.pretrain.train_judge import train_judge
 from benchmarks.pretrain.weights import load_scaling_factor, load_shards, make_pipeline, save_pipeline, save_shards
 
@@ -56,9 +56,6 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512, help="images in a step of the UNet")
     parser.add_argument("--vae_batch", type=int, default=64, help="images in a step of the autoencoder")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest of the UNet")
-    parser.add_argument(
-        "--pooled", type=float, default=0.0, help="share of the UNet's training on latents of half the size"
-    )
     parser.add_argument("--start_from", type=Path, help="folder of weights to go on from")
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, help="what is trained; default: all, with --start_from the denoiser"
@@ -85,8 +82,8 @@ def channels_last(module: Any, device: torch.device) -> Any:
 def build_denoiser(device: torch.device) -> tuple[Any, Denoiser]:
     """Tokenizer, and text encoder and UNet on the device."""
     tokenizer = build_tokenizer()
-    denoiser = Denoiser(build_text_encoder(tokenizer), build_unet()).to(device)
-    channels_last(denoiser.unet, device)
+    denoiser = Denoiser(build_text_encoder(tokenizer), build_unet())
+    denoiser.move_to(device)
     return tokenizer, denoiser
 
 
@@ -106,17 +103,19 @@ def warm(options: argparse.Namespace, device: torch.device) -> None:
     for side, count in sizes(options.vae_batch).items():
         fastest_loss(vae, judge, channels_last(torch.randn(count, 3, side, side), device), options.out)
     tokenizer, denoiser = build_denoiser(device)
-    latents = channels_last(torch.randn(options.batch, 16, 16, 16), device)
+    latents = torch.randn(options.batch, 16, 16, 16).to(device, memory_format=layout(device))
     denoiser.train().choose_way(latents, token_ids(tokenizer, ["a mug"] * (options.batch - 1), device), options.out)
 
 
-def load_if_it_fits(part: str, module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
-    """Load the weights of a part, unless it has been given another architecture since; then it starts anew."""
-    own = {key: value.shape for key, value in module.state_dict().items()}
-    if own == {key: value.shape for key, value in state.items()}:
-        module.load_state_dict(state)
-    else:
-        print(f"{part}: of another architecture, starts anew", flush=True)
+def load_what_fits(part: str, module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
+    """Load the weights that a part still has; attention that is new to it starts without an effect."""
+    own = module.state_dict()
+    fitting = {name: value for name, value in state.items() if name in own and own[name].shape == value.shape}
+    new = own.keys() - fitting.keys()
+    if new:
+        print(f"{part}: {len(new)} of {len(own)} weights are new", flush=True)
+    without_effect = {name: torch.zeros_like(own[name]) for name in new if ".proj_out." in name}
+    module.load_state_dict(fitting | without_effect, strict=False)
 
 
 class Run:
@@ -134,7 +133,7 @@ class Run:
         if options.start_from is not None:
             states = load_shards(options.start_from.glob("weights-*.safetensors"))
             for part, module in self.parts().items():
-                load_if_it_fits(part, module, states[part])
+                load_what_fits(part, module, states[part])
             self.vae.register_to_config(scaling_factor=load_scaling_factor(options.start_from))
 
     def parts(self) -> dict[str, torch.nn.Module]:
@@ -199,10 +198,10 @@ class Run:
         world.images = world.images[:0]
         ids = token_ids(self.tokenizer, world.texts, self.device)
         batch = self.options.batch
-        some = latents[:batch].float().contiguous(memory_format=torch.channels_last)
+        some = latents[:batch].float().contiguous(memory_format=layout(self.device))
         self.denoiser.train().choose_way(some, ids[:batch], self.options.out)
         stage = self.stage("denoiser", self.left() - 0.06 * total, self.options.learning_rate, warmup=0.03)
-        self.loss_of = make_loss(self.denoiser, latents, world.masks, ids, batch, self.options.pooled)
+        self.loss_of = make_loss(self.denoiser, latents, world.masks, ids, batch)
         self.notes["average"] = train_denoiser(self.denoiser, self.loss_of, stage, self.save, self.checkpoints)
         self.save()
 

@@ -13,8 +13,7 @@ from benchmarks.pretrain.evaluate import area_under_curve
 from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
 from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
-from benchmarks.pretrain.train import load_if_it_fits
-from benchmarks.pretrain.train_denoiser import make_loss
+from benchmarks.pretrain.train import load_what_fits
 from benchmarks.pretrain.weights import save_shards
 
 
@@ -155,14 +154,20 @@ def test_a_base_without_training_is_measured(tmp_path):
     assert (tmp_path / "result.png").exists()
 
 
-def test_parts_of_another_architecture_start_anew(capsys):
+def test_a_changed_architecture_keeps_the_weights_that_fit(capsys):
     one, other = make_model(1), make_model(2)
-    load_if_it_fits("part", one, other.state_dict())
+    load_what_fits("part", one, other.state_dict())
     assert torch.equal(one[0].weight, other[0].weight) and capsys.readouterr().out == ""
-    smaller = nn.Sequential(nn.Linear(6, 8))
-    before = smaller[0].weight.detach().clone()
-    load_if_it_fits("part", smaller, other.state_dict())
-    assert torch.equal(smaller[0].weight, before) and "part: of another architecture" in capsys.readouterr().out
+    parts = {"0": nn.Linear(6, 8), "1": nn.Linear(8, 3), "proj_out": nn.Linear(3, 3)}
+    changed = nn.ModuleDict({**parts, "2": nn.ModuleDict({"proj_out": nn.Linear(3, 3)})})
+    state = other.state_dict()
+    before = changed["1"].weight.detach().clone()
+    state["1.weight"] = torch.ones(5, 8)
+    load_what_fits("part", changed, {name: value for name, value in state.items() if not name.startswith("2")})
+    assert torch.equal(changed["0"].weight, other[0].weight)
+    assert torch.equal(changed["1"].weight, before)
+    assert not changed["2"]["proj_out"].weight.any() and not changed["2"]["proj_out"].bias.any()
+    assert "weights are new" in capsys.readouterr().out
 
 
 def test_a_stage_may_end_after_its_steps_whatever_they_take():
@@ -174,15 +179,3 @@ def test_a_stage_may_end_after_its_steps_whatever_they_take():
 
     run_stage(stage, model, loss_of)
     assert stage.steps == 5 and seen == [0.0, 0.2, 0.4, 0.6, 0.8]
-
-
-def test_the_denoiser_may_begin_on_latents_of_half_the_size():
-    latents, masks, seen = torch.randn(4, 2, 8, 8), torch.ones(4, 1, 8, 8), []
-
-    def denoiser(noisy, timesteps, ids):
-        seen.append(noisy.shape)
-        return noisy * 0
-
-    loss_of = make_loss(denoiser, latents, masks, torch.zeros(5, 3, dtype=torch.long), 3, pooled=0.5)
-    assert all(loss_of(progress).isfinite() for progress in (0.0, 0.49, 0.5))
-    assert seen == [(3, 2, 4, 4), (3, 2, 4, 4), (3, 2, 8, 8)]
