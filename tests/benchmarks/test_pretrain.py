@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from atomdiff.toybox.base import build_scheduler
 from atomdiff.toybox.world.judge import Judge
 from benchmarks.pretrain import evaluate, muon
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
@@ -14,7 +15,9 @@ from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
 from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
 from benchmarks.pretrain.train import load_what_fits
+from benchmarks.pretrain.train_denoiser import make_loss
 from benchmarks.pretrain.weights import save_shards
+from tests.tiny_models import make_unet
 
 
 def make_model(seed=0):
@@ -158,16 +161,34 @@ def test_a_changed_architecture_keeps_the_weights_that_fit(capsys):
     one, other = make_model(1), make_model(2)
     load_what_fits("part", one, other.state_dict())
     assert torch.equal(one[0].weight, other[0].weight) and capsys.readouterr().out == ""
-    parts = {"0": nn.Linear(6, 8), "1": nn.Linear(8, 3), "proj_out": nn.Linear(3, 3)}
-    changed = nn.ModuleDict({**parts, "2": nn.ModuleDict({"proj_out": nn.Linear(3, 3)})})
-    state = other.state_dict()
-    before = changed["1"].weight.detach().clone()
-    state["1.weight"] = torch.ones(5, 8)
-    load_what_fits("part", changed, {name: value for name, value in state.items() if not name.startswith("2")})
-    assert torch.equal(changed["0"].weight, other[0].weight)
-    assert torch.equal(changed["1"].weight, before)
-    assert not changed["2"]["proj_out"].weight.any() and not changed["2"]["proj_out"].bias.any()
-    assert "weights are new" in capsys.readouterr().out
+    wider = nn.Sequential(nn.Linear(7, 8))
+    before = wider[0].weight.detach().clone()
+    load_what_fits("part", wider, other.state_dict())
+    assert torch.equal(wider[0].weight, before) and torch.equal(wider[0].bias, other[0].bias)
+    assert "part: 1 of 2 weights are new" in capsys.readouterr().out
+
+
+def test_attention_that_is_new_starts_without_an_effect():
+    torch.manual_seed(0)
+    old, new = make_unet(), make_unet(down_block_types=("CrossAttnDownBlock2D",) * 2)
+    load_what_fits("unet", new, old.state_dict())
+    inputs = torch.randn(2, 4, 8, 8), torch.tensor([3, 700]), torch.randn(2, 5, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(new(*inputs).sample, old(*inputs).sample)
+
+
+def test_the_loss_of_clean_predictions_is_zero_and_of_others_is_not():
+    torch.manual_seed(0)
+    alphas, latents = build_scheduler().alphas_cumprod, torch.ones(4, 2, 8, 8)
+
+    def knows_the_latents(noisy, timesteps, ids):
+        signal = alphas[timesteps].sqrt()[:, None, None, None]
+        spread = (1 - alphas[timesteps]).sqrt()[:, None, None, None]
+        return (signal * noisy - 1) / spread.clamp(min=1e-4)  # v = signal * noise - spread * clean
+
+    ids = torch.zeros(5, 3, dtype=torch.long)
+    assert make_loss(knows_the_latents, latents, torch.ones(4, 1, 8, 8), ids, 64)(0.5) < 1e-3
+    assert make_loss(lambda noisy, *_: noisy * 0, latents, torch.ones(4, 1, 8, 8), ids, 64)(0.5) > 0.1
 
 
 def test_a_stage_may_end_after_its_steps_whatever_they_take():
