@@ -11,6 +11,7 @@ import torch
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
+    Flux2Transformer2DModel,
     StableDiffusionPipeline,
     StableDiffusionXLPipeline,
     UNet2DConditionModel,
@@ -88,6 +89,34 @@ def make_unet(**changes: Any) -> UNet2DConditionModel:
         "norm_num_groups": 8,
     }
     return UNet2DConditionModel(**usual | changes).eval()
+
+
+FLUX2 = {
+    "in_channels": 8,
+    "num_layers": 2,
+    "num_single_layers": 2,
+    "num_attention_heads": 2,
+    "attention_head_dim": 16,
+    "joint_attention_dim": 24,
+    "timestep_guidance_channels": 16,
+    "axes_dims_rope": (4, 4, 4, 4),
+    "guidance_embeds": False,
+}
+
+
+def make_flux2_transformer() -> tuple[Flux2Transformer2DModel, dict[str, Any]]:
+    """Build a random transformer of FLUX.2 from seed 0, of sizes `FLUX2`, and inputs for it."""
+    generator = torch.Generator().manual_seed(1)
+    inputs = {
+        "hidden_states": torch.randn(2, 9, 8, generator=generator),
+        "encoder_hidden_states": torch.randn(2, 5, 24, generator=generator),
+        "timestep": torch.tensor([0.3, 0.7]),
+        "img_ids": torch.zeros(2, 9, 4),
+        "txt_ids": torch.zeros(2, 5, 4),
+    }
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        return Flux2Transformer2DModel(**FLUX2), inputs
 
 
 def make_scheduler(prediction_type: str) -> DDIMScheduler:

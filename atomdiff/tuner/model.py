@@ -28,8 +28,8 @@ from atomdiff.tuner.variants import atoms_of, variant_of
 from atomdiff.utils.functional_call import PLAIN_LAYERS
 
 ATTENTION_PROJECTIONS = re.compile(
-    r"(.*\.)?(to_[qkv]|to_out\.0|add_[qkv]_proj|to_add_out|[qkvo]_proj|out_proj|query|key|value|attention\.output\.dense"
-    r"|(Self|EncDec)Attention\.[qkvo])"
+    r"(.*\.)?(to_[qkv]|to_out(\.0)?|add_[qkv]_proj|to_add_out|to_qkv_mlp_proj|[qkvo]_proj|out_proj|query|key|value"
+    r"|attention\.output\.dense|(Self|EncDec)Attention\.[qkvo])"
 )
 CROSS_ATTENTION = re.compile(
     r"(.*\.)?(attn2|cross_?attn|cross_?attention|encoder_attn|multihead_attn|EncDecAttention)\..*", re.IGNORECASE

@@ -19,6 +19,7 @@ from atomdiff.tuner.attach import delete_adapter
 from atomdiff.tuner.config import PRESETS
 from atomdiff.tuner.merging import merge, restore
 from atomdiff.tuner.model import preset_targets
+from tests.tiny_models import make_flux2_transformer
 
 BLOCKS = {
     "block_out_channels": (16, 32),
@@ -79,7 +80,11 @@ def vit() -> tuple[nn.Module, dict]:
     return ViTForImageClassification(config), {"pixel_values": IMAGES}
 
 
-MODELS = {function.__name__: function for function in (sd1, sdxl, controlnet, resnet, convnext, vit)}
+def flux2() -> tuple[nn.Module, dict]:
+    return make_flux2_transformer()
+
+
+MODELS = {function.__name__: function for function in (sd1, sdxl, controlnet, resnet, convnext, vit, flux2)}
 UNETS = {"sd1", "sdxl", "controlnet"}
 
 
@@ -136,6 +141,18 @@ def test_presets_of_a_unet_are_what_their_names_say():
     assert targets["cross_attention"] == {name for name in targets["attention"] if ".attn2." in name}
     assert len(targets["attention"]) == 2 * len(targets["cross_attention"])
     assert {"time_embedding.linear_1"} <= targets["all"] - targets["conv+proj"] - targets["attention"]
+
+
+def test_attention_is_that_of_blocks_whose_projections_are_fused_too():
+    model, _ = flux2()
+    double = [f"transformer_blocks.{block}.attn.{name}" for block in range(2) for name in ("to_q", "to_out.0")]
+    single = [f"single_transformer_blocks.{block}.attn.{name}" for block in range(2) for name in FUSED]
+    found = preset_targets(model, "attention")
+    assert {*double, *single} <= found
+    assert {name.split(".attn.")[0] for name in found} == {name.split(".attn.")[0] for name in [*double, *single]}
+
+
+FUSED = ("to_qkv_mlp_proj", "to_out")
 
 
 def test_a_refused_adapter_leaves_no_name_behind():
