@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from atomdiff.evaluate.scene_accuracy import accuracy
+from atomdiff.evaluate.scene_accuracy import hits
 from atomdiff.toybox.judge import ImageJudge
 
 _TOP, _BOTTOM, _LEFT, _RIGHT = 0.4, 0.8, 0.3, 0.7  # of the image: the middle of an object in every view
@@ -20,7 +20,7 @@ def accuracies(
     judge: ImageJudge, images: list[Image.Image], words: Mapping[str, Sequence[str | None]]
 ) -> dict[str, float]:
     """Share of images in which the judge sees the caption's word, by kind of label."""
-    return {kind: accuracy(seen, words[kind]) for kind, seen in judge.classify(images).items()}
+    return {kind: float(hits(seen, words[kind]).mean()) for kind, seen in judge.classify(images).items()}
 
 
 @torch.no_grad()

@@ -145,7 +145,7 @@ def evaluate_concept(
     precision = autocast(device, run.mixed_precision)
     pipe = StableDiffusionPipeline.from_pretrained(find_asset(run.pretrained_model_name_or_path)).to(device)
     own, pipe.scheduler = pipe.scheduler, fast_scheduler(pipe.scheduler)
-    base = generate_images(suite, pipe, with_article(suite.class_name), "images by the base", precision)
+    base = generate_images(suite, pipe, None, "images by the base", precision)
     pipe.scheduler = own
     set_training_scheduler(run, pipe)
     pipe = open_adapted(pipe, concept_path).to(device)
@@ -210,13 +210,13 @@ def make_sheet(evaluation: Evaluation, trigger_word: str, images: list[Image.Ima
     from atomdiff.utils.image_grid import make_image_grid
 
     suite, base, concept = evaluation.suite, evaluation.base.subject, evaluation.concept.subject
-    phrases = [*suite.scenes.values()]
+    phrases = [prompt.split("{subject} ")[-1] for prompt in suite.prompts]
     side = max(192, *concept[0].size)  # photos may be much larger
 
     def fit(row: list[Image.Image]) -> list[Image.Image]:
         return [ImageOps.contain(image.convert("RGB"), (side, side)) for image in row]
 
-    first, second = (range(start, len(base), suite.images_per_scene) for start in (0, 1))
+    first, second = (range(start, len(base), suite.images_per_prompt) for start in (0, 1))
     rows = [images[: len(phrases)], [base[i] for i in first], [concept[i] for i in first], [concept[i] for i in second]]
     named = f'"{trigger_word} {suite.class_name}"'
     labels = ["the photos, elsewhere", f'the base: "{with_article(suite.class_name)}"', f"the concept: {named}"]

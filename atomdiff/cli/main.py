@@ -57,6 +57,17 @@ def inspect(args: Sequence[str]) -> None:
     print(inspect_concept(config))
 
 
+def evaluate(args: Sequence[str]) -> None:
+    """Measure concepts: subject fidelity, prompt match, diversity, drift."""
+    from atomdiff.cli.evaluate import evaluate_concepts
+    from atomdiff.evaluate.config import EvaluateConfig
+
+    config = parse_config(EvaluateConfig, args, prog="atomdiff evaluate")
+    quiet_libraries()
+    if summary := evaluate_concepts(config):
+        print(summary)
+
+
 def export(args: Sequence[str]) -> None:
     """Write concepts for other programs: a pipeline, weight differences or a LoRA."""
     from atomdiff.export.export import ExportConfig, export_concepts
@@ -96,7 +107,7 @@ def doctor(args: Sequence[str]) -> None:
     print(examine())
 
 
-VERBS = {verb.__name__: verb for verb in (train, sample, inspect, export, extract, demo, doctor)}
+VERBS = {verb.__name__: verb for verb in (train, sample, evaluate, inspect, export, extract, demo, doctor)}
 
 
 def main(args: Sequence[str] | None = None) -> int:

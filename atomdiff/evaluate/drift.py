@@ -1,22 +1,34 @@
-"""Drift: how much a concept changes images that have nothing to do with it."""
+"""Drift: how much a concept changes images that have nothing to do with it, generated from the same noise."""
 
 from __future__ import annotations
 
 from collections.abc import Sequence
 
 import numpy as np
+import torch
 from PIL import Image
+from torch import Tensor
 
+from atomdiff.evaluate.similarity import cosines
 from atomdiff.evaluate.suite import Evaluation
 
 
-def drift(evaluation: Evaluation) -> float:
-    """Return the drift of the images of unrelated prompts from the base's, from 0 to 1."""
-    return mean_pixel_difference(evaluation.base.unrelated, evaluation.concept.unrelated)
+def drift(evaluation: Evaluation) -> Tensor:
+    """Return how far the images of unrelated prompts are from the base's (prompts, 1), from 0 to 1; lower is better."""
+    return pixel_differences(evaluation.base.unrelated, evaluation.concept.unrelated)[:, None]
 
 
-def mean_pixel_difference(base: Sequence[Image.Image], adapted: Sequence[Image.Image]) -> float:
-    """Return the mean over images of the root mean square pixel difference, from 0 (none) to 1 (black to white).
+def embedding_drift(evaluation: Evaluation) -> Tensor:
+    """Return the cosine distance of the images of unrelated prompts from the base's (prompts, 1); lower is better.
+
+    From 0 to 2. It weighs what is shown more than how; `drift` sees any change.
+    """
+    base, concept = (evaluation.embeddings(name, "unrelated") for name in ("base", "concept"))
+    return 1 - cosines(base, concept).diagonal()[:, None]
+
+
+def pixel_differences(base: Sequence[Image.Image], adapted: Sequence[Image.Image]) -> Tensor:
+    """Return the root mean square pixel difference of each pair (n,), from 0 (none) to 1 (black to white).
 
     Args:
         base: images by the bare base, for prompts that do not name the concept.
@@ -27,7 +39,7 @@ def mean_pixel_difference(base: Sequence[Image.Image], adapted: Sequence[Image.I
     """
     if not base or len(base) != len(adapted):
         raise ValueError(f"found {len(base)} images by the base and {len(adapted)} adapted ones; give pairs")
-    return float(np.mean([_rmse(*pair) for pair in zip(base, adapted, strict=True)]))
+    return torch.tensor([_rmse(*pair) for pair in zip(base, adapted, strict=True)], dtype=torch.float64)
 
 
 def _rmse(first: Image.Image, second: Image.Image) -> float:

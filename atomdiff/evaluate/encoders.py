@@ -2,58 +2,144 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Any, Protocol
+from collections.abc import Mapping, Sequence
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from PIL import Image
 from torch import Tensor
 from torch.nn.functional import normalize
 
+from atomdiff.utils.errors import UserError
+
 
 class ImageEncoder(Protocol):
-    """A model that embeds images and recognizes what they show."""
+    """A model that embeds images."""
 
     def embed(self, images: list[Image.Image]) -> Tensor:
         """Return embeddings (n, e); the larger the cosine of two, the more alike are the images' subjects."""
+
+
+@runtime_checkable
+class TextEncoder(Protocol):
+    """An image encoder that embeds texts too, close to the images that show what they say."""
+
+    def embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return embeddings (n, e), as long as those of images."""
+
+
+@runtime_checkable
+class Recognizer(Protocol):
+    """An image encoder that names what an image shows."""
 
     def recognize(self, images: list[Image.Image], labels: Sequence[str]) -> list[str]:
         """Return a label for each image: the one, of these or of others that the encoder knows, that fits it best."""
 
 
-class ClipEncoder:
-    """CLIP (Radford et al., arXiv 2103.00020): the embeddings of CLIP-I, labels by zero-shot classification.
+class VisionEncoder:
+    """A vision model of transformers, such as DINO, DINOv2, CLIP or SigLIP.
+
+    The embedding is what the literature compares: of a model with a text encoder the projected image features (CLIP-I;
+    Radford et al., arXiv 2103.00020), of one with a class token that token behind the last normalization (DINO; Caron
+    et al., arXiv 2104.14294), of others their pooled output.
 
     Args:
-        name: a local folder or an id on the Hub, such as "openai/clip-vit-base-patch32".
-        device: where to compute.
-        template: the text that a label is put into.
+        name: a local folder or an id on the Hub, such as "facebook/dino-vits16".
+        device: where to compute, in float32.
+        revision: on the Hub.
+        batch_size: images or texts at once.
+
+    Raises:
+        UserError: it cannot be loaded, or does not embed images the same way each time.
     """
 
     def __init__(
-        self, name: str, device: str | torch.device = "cpu", template: str = "a photo taken in this place: {label}"
+        self, name: str, device: str | torch.device = "cpu", *, revision: str | None = None, batch_size: int = 32
     ) -> None:
-        from transformers import CLIPModel, CLIPProcessor  # only when asked for
+        from transformers import AutoImageProcessor, AutoModel, AutoTokenizer  # only when asked for
 
-        self.model: Any = CLIPModel.from_pretrained(name).to(device).eval()
-        self.processor: Any = CLIPProcessor.from_pretrained(name)
-        self.template = template
+        self.name, self.device, self.batch_size = name, torch.device(device), batch_size
+        try:
+            self.processor: Any = AutoImageProcessor.from_pretrained(name, revision=revision)
+            self.model: Any = AutoModel.from_pretrained(name, revision=revision, dtype=torch.float32)
+            has_text = hasattr(self.model, "get_text_features")
+            self.tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision) if has_text else None
+        except (OSError, ValueError, KeyError, ImportError) as error:
+            reason = " ".join(str(error).split())
+            raise UserError(
+                f"the encoder {name!r} cannot be loaded ({reason}); expected a vision model of transformers, a folder "
+                'or a Hub id such as "facebook/dino-vits16"'
+            ) from error
+        self.model.to(self.device).eval()
+        if has_text:
+            self.embed_texts = self._embed_texts  # makes it a TextEncoder
+        self._check()
 
-    def embed(self, images: list[Image.Image]) -> Tensor:
+    def embed(self, images: Sequence[Image.Image]) -> Tensor:
         """Return unit embeddings (n, e) on the CPU."""
-        batches = [images[first : first + 32] for first in range(0, len(images), 32)]
-        return torch.cat([self._encode(images=[image.convert("RGB") for image in batch]) for batch in batches])
-
-    def recognize(self, images: list[Image.Image], labels: Sequence[str]) -> list[str]:
-        """Return for each image the label whose text is nearest."""
-        texts = self._encode(text=[self.template.format(label=label) for label in labels], padding=True)
-        return [labels[i] for i in (self.embed(images) @ texts.T).argmax(1).tolist()]
+        batches = (images[first : first + self.batch_size] for first in range(0, len(images), self.batch_size))
+        return torch.cat([self._embed_batch(batch) for batch in batches])
 
     @torch.no_grad()
-    def _encode(self, **inputs: Any) -> Tensor:
-        """Return unit embeddings (n, e) of images or of texts."""
-        prepared = self.processor(**inputs, return_tensors="pt").to(self.model.device)
-        encode = self.model.get_image_features if "images" in inputs else self.model.get_text_features
-        features = encode(**prepared)
-        features = getattr(features, "pooler_output", features)  # transformers 5 returns more than the tensor
-        return normalize(features.float(), dim=1).cpu()
+    def _embed_batch(self, images: Sequence[Image.Image]) -> Tensor:
+        pixels = self.processor(images=[image.convert("RGB") for image in images], return_tensors="pt")["pixel_values"]
+        pixels = pixels.to(self.device)
+        if self.tokenizer is not None:
+            return _unit(_pooled(self.model.get_image_features(pixel_values=pixels)))
+        output = self.model(pixel_values=pixels)
+        if hasattr(getattr(self.model, "embeddings", None), "cls_token"):
+            return _unit(output.last_hidden_state[:, 0])
+        return _unit(_pooled(output))
+
+    @torch.no_grad()
+    def _embed_texts(self, texts: Sequence[str]) -> Tensor:
+        """Return unit embeddings (n, e) on the CPU; texts that are too long lose their ends."""
+        length = self.model.config.text_config.max_position_embeddings
+        embedded = []
+        for first in range(0, len(texts), self.batch_size):
+            batch = list(texts[first : first + self.batch_size])
+            padded = {"padding": "max_length", "max_length": length, "truncation": True}  # as SigLIP was trained
+            inputs = self.tokenizer(batch, **padded, return_tensors="pt").to(self.device)
+            embedded.append(_unit(_pooled(self.model.get_text_features(**inputs))))
+        return torch.cat(embedded)
+
+    def _check(self) -> None:
+        """Refuse a model that does not take images alone, or that masks or drops parts of them at random."""
+        probe = [Image.linear_gradient("L").convert("RGB")]
+        expected = "expected a model that embeds images, such as facebook/dino-vits16"
+        try:
+            once, again = self.embed(probe), self.embed(probe)
+        except (TypeError, ValueError, AttributeError, RuntimeError, KeyError) as error:
+            kind, reason = type(self.model).__name__, " ".join(str(error).split())
+            raise UserError(f"the encoder {self.name!r}: found a {kind} ({reason}); {expected}") from error
+        if not torch.allclose(once, again, atol=1e-4):
+            raise UserError(f"the encoder {self.name!r} embeds the same image in two ways; {expected}")
+
+
+def _pooled(output: Any) -> Tensor:
+    """Return features (n, e) of what a model returns: a tensor, or an output with pooled or unpooled states."""
+    features = output if isinstance(output, Tensor) else getattr(output, "pooler_output", None)
+    if features is None:
+        states = output.last_hidden_state  # (n, tokens, e) or (n, e, h, w)
+        features = states.mean(1) if states.ndim == 3 else states.mean((2, 3))
+    return features.flatten(1)
+
+
+def _unit(features: Tensor) -> Tensor:
+    return normalize(features.float(), dim=1).cpu()
+
+
+def open_encoders(
+    names: Sequence[str], device: str | torch.device, others: Mapping[str, ImageEncoder] | None = None
+) -> dict[str, ImageEncoder]:
+    """Load encoders by name.
+
+    Args:
+        names: as for `VisionEncoder`, or of `others`.
+        device: where to compute.
+        others: encoders that are there already.
+
+    Raises:
+        UserError: one cannot be loaded.
+    """
+    return {name: (others or {}).get(name) or VisionEncoder(name, device) for name in dict.fromkeys(names)}

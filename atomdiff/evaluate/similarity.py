@@ -13,30 +13,47 @@ from torch.nn.functional import normalize
 from atomdiff.evaluate.suite import Evaluation
 
 
-def similarity(evaluation: Evaluation) -> dict[str, float | None]:
-    """Return how similar the subject's images are to the references.
+def similarity(evaluation: Evaluation) -> dict[str, Tensor | float | None]:
+    """Return how similar the subject's images are to the references; higher is better.
 
     Returns:
-        `base`, `concept`: mean cosine similarity to the references. `real`: that of the references to each other.
-        `normalized_gain`: the concept's share of the way from base to real. A single reference leaves these two None.
+        `base`, `concept`: mean cosine similarity of each image to the references (prompts, images). `real`: that of the
+        references to each other. `normalized_gain`: the concept's share of the way from base to real (prompts, images).
+        A single reference leaves these two None.
     """
-    references = evaluation.encoder.embed(evaluation.references)
-    base = mean_similarity(evaluation.encoder.embed(evaluation.base.subject), references)
-    concept = mean_similarity(evaluation.encoder.embed(evaluation.concept.subject), references)
+    references = evaluation.reference_embeddings
+    base, concept = (
+        evaluation.by_prompt(similarities(evaluation.embeddings(name, "subject"), references))
+        for name in ("base", "concept")
+    )
     real = mean_pairwise_similarity(references) if len(references) > 1 else None
-    gain = None if real is None or real == base else (concept - base) / (real - base)
-    return {"base": base, "concept": concept, "real": real, "normalized_gain": gain}
+    way = 0.0 if real is None else real - float(base.mean())
+    return {"base": base, "concept": concept, "real": real, "normalized_gain": (concept - base) / way if way else None}
 
 
-def mean_similarity(generated: Tensor, references: Tensor) -> float:
-    """Return the mean cosine similarity of all pairs of a generated and a reference image.
+def prior_similarity(evaluation: Evaluation) -> dict[str, Tensor] | None:
+    """Return how similar images of the class are to the references, `base` and `concept`; None without such images.
+
+    The class is named without the trigger word, so a concept's value above the base's tells that it has taken the class
+    over: lower is better (DreamBooth's prior preservation, PRES, section 4.3).
+
+    Returns:
+        The mean cosine similarity of each image to the references (prompts, images).
+    """
+    if not evaluation.base.prior:
+        return None
+    return {
+        name: evaluation.by_prompt(similarities(evaluation.embeddings(name, "prior"), evaluation.reference_embeddings))
+        for name in ("base", "concept")
+    }
+
+
+def similarities(generated: Tensor, references: Tensor) -> Tensor:
+    """Return the mean cosine similarity of each generated image to all references (n,) in float64, from -1 to 1.
 
     Args:
         generated: embeddings (n, e), of any length.
         references: embeddings (m, e) of images of the subject, best ones that were not trained on.
-
-    Returns:
-        From -1 to 1; for the subject itself about `mean_pairwise_similarity(references)`.
 
     Raises:
         ValueError: a set is empty, or the sizes of the embeddings differ.
@@ -45,7 +62,7 @@ def mean_similarity(generated: Tensor, references: Tensor) -> float:
     _check(references, least=1)
     if generated.shape[1] != references.shape[1]:
         raise ValueError(f"found embeddings of sizes {generated.shape[1]} and {references.shape[1]}; embed both alike")
-    return float(_cosines(generated, references).mean())
+    return cosines(generated, references).mean(1)
 
 
 def mean_pairwise_similarity(embeddings: Tensor) -> float:
@@ -61,11 +78,11 @@ def mean_pairwise_similarity(embeddings: Tensor) -> float:
     """
     _check(embeddings, least=2)
     others = ~torch.eye(len(embeddings), dtype=torch.bool, device=embeddings.device)
-    return float(_cosines(embeddings, embeddings)[others].mean())
+    return float(cosines(embeddings, embeddings)[others].mean())
 
 
-def _cosines(first: Tensor, second: Tensor) -> Tensor:
-    """Return cosines (n, m) in float64."""
+def cosines(first: Tensor, second: Tensor) -> Tensor:
+    """Return the cosines (n, m) in float64 of embeddings (n, e) and (m, e)."""
     return normalize(first.double(), dim=1) @ normalize(second.double(), dim=1).T
 
 

@@ -4,19 +4,23 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from PIL import Image
+from torch import Tensor
 
 from atomdiff.data.images import read_images
-from atomdiff.evaluate.encoders import ImageEncoder
+from atomdiff.evaluate.encoders import ImageEncoder, Recognizer
 from atomdiff.sampling.generate import generate_each
-from atomdiff.utils.articles import with_article
+from atomdiff.utils.articles import add_article, fit_article, with_article
 from atomdiff.utils.progress import ProgressBar
 
 Images = list[Image.Image]
+Model = Literal["base", "concept"]
+Kind = Literal["subject", "unrelated", "prior"]
 
 SCENES = {
     "beach": "on the beach",
@@ -39,36 +43,51 @@ class PromptSuite:
 
     class_name: str
     """What the subject is, in the base's words."""
-    scenes: Mapping[str, str]
-    """Label -> phrase of the scenes to put the subject in, best ones that its training images do not show."""
+    prompts: tuple[str, ...]
+    """Prompts for the subject, which `{subject}` stands for."""
     unrelated_prompts: tuple[str, ...]
-    """Prompts that do not name the subject."""
+    """Prompts that do not name the subject, one image each."""
+    prior_prompts: tuple[str, ...] = ()
+    """Prompts for other individuals of the class, which `{subject}` stands for."""
+    scenes: tuple[str, ...] = ()
+    """Label of the scene of each of `prompts`; empty: they have none."""
+    images_per_prompt: int = 4
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
-    images_per_scene: int = 4
     first_seed: int = 50_000
     """Far from any seed of training."""
 
-    @property
-    def labels(self) -> list[str]:
-        """The scene's label for each image of the subject."""
-        return [label for label in self.scenes for _ in range(self.images_per_scene)]
+    def name_class(self, prompts: Sequence[str]) -> list[str]:
+        """Return prompts with the class in place of `{subject}`: "a photo of {subject}" -> "a photo of a mug"."""
+        fitted = [fit_article(add_article(prompt), self.class_name) for prompt in prompts]
+        return [prompt.replace("{subject}", self.class_name) for prompt in fitted]
 
-    def prompts(self, subject: str) -> list[str]:
-        """Return a prompt for each image of the subject.
+    def requests(self, subject: str | None) -> dict[Kind, list[tuple[str, int]]]:
+        """Return prompt and seed of each image, by kind.
+
+        The seeds are the same for all subjects, and differ between the images of a kind.
 
         Args:
-            subject: how the prompts name it, such as "sks mug", or "a mug" for the base.
+            subject: how the prompts name the subject, such as "sks mug"; None: the class, for the base.
         """
-        return [f"a photo of {subject} {self.scenes[label]}" for label in self.labels]
+        named = [fit_article(prompt, subject).replace("{subject}", subject) for prompt in self.prompts if subject]
+        prompts: dict[Kind, list[str]] = {
+            "subject": named or self.name_class(self.prompts),
+            "unrelated": [*self.unrelated_prompts],
+            "prior": self.name_class(self.prior_prompts),
+        }
+        counts = {"subject": self.images_per_prompt, "unrelated": 1, "prior": self.images_per_prompt}
+        repeated = {kind: [prompt for prompt in each for _ in range(counts[kind])] for kind, each in prompts.items()}
+        return {kind: [(p, self.first_seed + i) for i, p in enumerate(each)] for kind, each in repeated.items()}
 
 
 @dataclass(frozen=True)
 class GeneratedImages:
-    """What a model generated from a prompt suite."""
+    """What a model generated from a prompt suite: the images of a prompt side by side, prompt by prompt."""
 
     subject: Images
     unrelated: Images
+    prior: Images = field(default_factory=list)
 
 
 @dataclass(frozen=True)
@@ -81,11 +100,30 @@ class Evaluation:
     """Images of the subject, best ones that were not trained on."""
     base: GeneratedImages
     concept: GeneratedImages
+    _embedded: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
 
     @property
-    def both(self) -> dict[str, GeneratedImages]:
+    def both(self) -> dict[Model, GeneratedImages]:
         """The images of the base and with the concept, by these names."""
         return {"base": self.base, "concept": self.concept}
+
+    @property
+    def reference_embeddings(self) -> Tensor:
+        """Embeddings (m, e) of the references."""
+        return self._embed("references", self.references)
+
+    def embeddings(self, model: Model, kind: Kind) -> Tensor:
+        """Return embeddings (n, e) of generated images; each image is embedded once."""
+        return self._embed(f"{model} {kind}", getattr(self.both[model], kind))
+
+    def by_prompt(self, values: Tensor) -> Tensor:
+        """Return values of the images of the subject or the class (n,) as (prompts, images)."""
+        return values.reshape(-1, self.suite.images_per_prompt)
+
+    def _embed(self, key: str, images: Images) -> Tensor:
+        if key not in self._embedded:
+            self._embedded[key] = self.encoder.embed(images)
+        return self._embedded[key]
 
 
 def make_suite(
@@ -99,7 +137,7 @@ def make_suite(
 
     Args:
         class_name: what the subject is, in the base's words.
-        scenes: label -> phrase, for the images of the subject.
+        scenes: label -> phrase, for the images of the subject, best those that its training images do not show.
         all_scenes: label -> phrase, for the unrelated images.
         other_classes: what else the base knows.
         **settings: other fields of `PromptSuite`.
@@ -108,13 +146,14 @@ def make_suite(
     subjects = [with_article(name) for name in classes]
     phrases = [*all_scenes.values()] * 2
     unrelated = [f"a photo of {subjects[i % len(subjects)]} {phrase}" for i, phrase in enumerate(phrases)]
-    return PromptSuite(class_name, scenes, tuple(unrelated), **settings)
+    prompts = tuple(f"a photo of {{subject}} {phrase}" for phrase in scenes.values())
+    return PromptSuite(class_name, prompts, tuple(unrelated), scenes=tuple(scenes), **settings)
 
 
 def generate_images(
     suite: PromptSuite,
     pipe: Any,
-    subject: str,
+    subject: str | None,
     progress: str = "images",
     precision: AbstractContextManager[Any] | None = None,
 ) -> GeneratedImages:
@@ -123,24 +162,23 @@ def generate_images(
     Args:
         suite: the prompts.
         pipe: any text-to-image pipeline of diffusers, with or without an adapter.
-        subject: how the prompts name the subject.
+        subject: as for `PromptSuite.requests`.
         progress: name of the progress bar.
         precision: a context such as autocast to generate in.
     """
-    named = suite.prompts(subject)
-    prompts = [*named, *suite.unrelated_prompts]
-    seeds = [suite.first_seed + i for group in (named, suite.unrelated_prompts) for i in range(len(group))]
+    requests = suite.requests(subject)
     settings: dict[str, Any] = {
         "num_inference_steps": suite.num_inference_steps,
         "guidance_scale": suite.guidance_scale,
     }
+    prompts, seeds = zip(*(each for of_kind in requests.values() for each in of_kind), strict=True)
     with precision or nullcontext():
         generated = generate_each(pipe, prompts, seeds, _BATCH_SIZE, **settings)
-        images = list(ProgressBar(generated, progress, len(prompts), unit="images"))
-    return GeneratedImages(images[: len(named)], images[len(named) :])
+        images = iter(list(ProgressBar(generated, progress, len(prompts), unit="images")))
+    return GeneratedImages(**{kind: [*islice(images, len(of_kind))] for kind, of_kind in requests.items()})
 
 
-def unseen_scenes(encoder: ImageEncoder, images: Images, scenes: Mapping[str, str] = SCENES) -> dict[str, str]:
+def unseen_scenes(encoder: Recognizer, images: Images, scenes: Mapping[str, str] = SCENES) -> dict[str, str]:
     """Return the scenes that the encoder recognizes in none of the images; all of them, if it finds each."""
     seen = set(encoder.recognize(images, [*scenes]))
     return {label: phrase for label, phrase in scenes.items() if label not in seen} or dict(scenes)

@@ -23,7 +23,7 @@ from atomdiff.sampling.schedulers import choose_schedulers, print_schedulers
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_listing
 from atomdiff.utils.paths import check_writable, refuse_overlap
-from atomdiff.utils.precision import ChosenPrecision, choose_precision, compute_device, log_precision
+from atomdiff.utils.precision import choose_precision, compute_device, log_precision
 from atomdiff.utils.progress import ProgressBar
 
 
@@ -40,8 +40,7 @@ def save_samples(config: SampleConfig) -> Path:
         UserError: a prompt, the base or a concept is missing or cannot be used, the concepts of a prompt need different
             schedulers, or an image is not finite, black or blacked out; such an image is not saved.
     """
-    from accelerate import Accelerator
-    from accelerate.utils import gather_object
+    from accelerate import PartialState
 
     concepts = open_sources(config.concepts, config.weights, config.trigger_words)
     library = None if config.library is None else ConceptLibrary(config.library)
@@ -51,35 +50,49 @@ def save_samples(config: SampleConfig) -> Path:
     refuse_overlap({"output_dir": folder}, {"the base": config.pretrained_model_name_or_path, **sources})
     refuse_foreign_images(folder)
     check_writable(folder, f"output_dir={config.output_dir!r}")
-    precision = choose_precision(config.dtype, compute_device(), field="dtype")
-    settings = _settings(config, str(precision.dtype).removeprefix("torch."))
+    settings = image_settings(config)
     samples = [
-        Sample(SampleFile(folder, request.prompt, seed, settings | {"concepts": request.concepts_json}), request)
-        for request in requests
-        for seed in dict.fromkeys(config.seeds)
+        make_sample(folder, request, seed, settings) for request in requests for seed in dict.fromkeys(config.seeds)
     ]
-    missing = sort_by_concepts([sample for sample in samples if not sample.file.is_saved()])
-
-    state = Accelerator(cpu=not torch.accelerator.is_available())
-    state.wait_for_everyone()  # all processes have seen the same files missing
-    blacked_out = _save_missing(config, missing, precision, state) if missing else []
-    state.wait_for_everyone()
-    if blacked_out := gather_object(blacked_out):
-        message = describe_blacked_out(blacked_out)
-        raise UserError(f"{message}; the others are in {folder}: change these prompts or seeds")
-    if state.is_main_process:
+    save_missing(config, samples)
+    if PartialState().is_main_process:
         write_overview(folder, [sample.file for sample in samples])
     return folder
 
 
-def _settings(config: SampleConfig, dtype: str) -> dict[str, str]:
+def make_sample(folder: Path, request: PromptRequest, seed: int, settings: dict[str, str]) -> Sample:
+    """Return the image of a prompt and a seed in a folder, made with `image_settings`."""
+    return Sample(SampleFile(folder, request.prompt, seed, settings | {"concepts": request.concepts_json}), request)
+
+
+def save_missing(config: SampleConfig, samples: Sequence[Sample]) -> None:
+    """Generate and save those of the images that are not saved yet; several processes share them.
+
+    Raises:
+        UserError: as for `save_samples`.
+    """
+    from accelerate import Accelerator
+    from accelerate.utils import gather_object
+
+    missing = sort_by_concepts([sample for sample in samples if not sample.file.is_saved()])
+    state = Accelerator(cpu=not torch.accelerator.is_available())
+    state.wait_for_everyone()  # all processes have seen the same files missing
+    blacked_out = _save_share(config, missing, state) if missing else []
+    state.wait_for_everyone()
+    if blacked_out := gather_object(blacked_out):
+        message = describe_blacked_out(blacked_out)
+        raise UserError(f"{message}; the others are saved: change these prompts or seeds")
+
+
+def image_settings(config: SampleConfig) -> dict[str, str]:
     """Return the settings that the images depend on, as PNG text; `concepts` is filled in for each image."""
     base = Path(config.pretrained_model_name_or_path)
+    dtype = choose_precision(config.dtype, compute_device(), field="dtype").dtype
     values = {
         "base_model": config.pretrained_model_name_or_path,
         "base_files": hash_listing(base) if base.exists() else config.revision,
         "variant": config.variant,
-        "dtype": dtype,
+        "dtype": str(dtype).removeprefix("torch."),
         "prediction_type": config.prediction_type,
         "rescale_betas_zero_snr": config.rescale_betas_zero_snr,
         "concepts": None,
@@ -92,13 +105,12 @@ def _settings(config: SampleConfig, dtype: str) -> dict[str, str]:
     return {key: "" if value is None else str(value) for key, value in values.items()}
 
 
-def _save_missing(
-    config: SampleConfig, missing: Sequence[Sample], precision: ChosenPrecision, state: Any
-) -> list[tuple[str, int]]:
+def _save_share(config: SampleConfig, missing: Sequence[Sample], state: Any) -> list[tuple[str, int]]:
     """Generate and save this process's share; return prompts and seeds of images that were blacked out."""
     share = shard(missing, state.process_index, state.num_processes)
     if not share:
         return []
+    precision = choose_precision(config.dtype, compute_device(), field="dtype")
     pipe = open_base(config, precision.dtype).to(state.device)
     requests = list(dict.fromkeys(sample.request for sample in missing))
     asked = ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr)

@@ -5,8 +5,10 @@ import re
 # Spelled with a vowel that is not spoken as one, and the other way round.
 _CONSONANT = re.compile(r"eu|ew|one\b|once|u(ni(?!n|m)|nan|s[aeiu]|sb\b|t[aeio]|fo|kulele|ran|bi|rol)", re.IGNORECASE)
 _VOWEL = re.compile(r"hour|honest|hono|heir|herb\b|x-ray|[aeiou]", re.IGNORECASE)
-_LACKING = re.compile(r"\b(of|with|and|beside|near|by|like|holding|showing) (?=\{class_name\})", re.IGNORECASE)
-_BEFORE_CLASS = re.compile(r"\b([Aa])n? (?=\{class_name\})")
+_LACKING = re.compile(
+    r"\b(of|with|and|beside|near|by|like|holding|showing) (?=\{(class_name|subject)\})", re.IGNORECASE
+)
+_BEFORE_CLASS = re.compile(r"\b([Aa])n? (?=\{(class_name|subject)\})")
 
 
 def article(noun: str) -> str:
@@ -20,10 +22,10 @@ def with_article(noun: str) -> str:
 
 
 def add_article(prompt: str) -> str:
-    """Put an article before `{class_name}` in a prompt where it follows a preposition or "and", as names do."""
+    """Put an article before `{class_name}` or `{subject}` where it follows a preposition or "and", as names do."""
     return _LACKING.sub(lambda found: f"{found[0]}a ", prompt)
 
 
 def fit_article(prompt: str, class_name: str) -> str:
-    """Make an article right that stands before `{class_name}` in a prompt."""
+    """Make an article right that stands before `{class_name}` or `{subject}` in a prompt."""
     return _BEFORE_CLASS.sub(lambda found: f"{found[1]}{article(class_name)[1:]} ", prompt)

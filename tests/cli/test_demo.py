@@ -105,7 +105,7 @@ def test_the_sheet_names_an_umbrella(monkeypatch):
     labels = []
     monkeypatch.setattr(image_grid, "make_image_grid", lambda rows, beside, above: labels.extend(beside))
     images = [Image.new("RGB", (64, 64))] * 2
-    suite = make_suite("umbrella", {"snow": SCENES["snow"]}, images_per_scene=2)
+    suite = make_suite("umbrella", {"snow": SCENES["snow"]}, images_per_prompt=2)
     generated = GeneratedImages(images, [])
     make_sheet(Evaluation(suite, None, images, generated, generated), "sks", images)
     assert labels[1] == 'the base: "an umbrella"'

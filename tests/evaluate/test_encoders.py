@@ -1,40 +1,117 @@
+"""Vision models of transformers as encoders: which of their outputs is the embedding."""
+
 import numpy as np
+import pytest
 import torch
 from PIL import Image
 from tokenizers import Tokenizer, models, pre_tokenizers
-from transformers import CLIPConfig, CLIPImageProcessor, CLIPModel, CLIPProcessor, CLIPTokenizer
+from transformers import (
+    BertConfig,
+    BertModel,
+    CLIPConfig,
+    CLIPImageProcessor,
+    CLIPModel,
+    CLIPTokenizer,
+    ConvNextConfig,
+    ConvNextModel,
+    Dinov2Config,
+    Dinov2Model,
+    ViTConfig,
+    ViTMAEConfig,
+    ViTMAEModel,
+    ViTModel,
+)
 
-from atomdiff.evaluate.encoders import ClipEncoder
+from atomdiff.evaluate.encoders import Recognizer, TextEncoder, VisionEncoder, open_encoders
+from atomdiff.utils.errors import UserError
+
+SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+SQUARE = {"image_size": 32, "patch_size": 8}
 
 
-def save_tiny_clip(folder):
-    """Write a CLIP of the usual classes with random weights."""
+def images(count, seed=0):
+    noise = np.random.default_rng(seed).integers(0, 256, (count, 40, 48, 3), dtype=np.uint8)
+    return [Image.fromarray(each) for each in noise]
+
+
+def save(folder, model):
+    """Write a model with random weights, and a processor that makes 32x32 pixels of an image."""
+    model.save_pretrained(folder)
+    size = {"height": 32, "width": 32}
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def tiny_clip(tmp_path):
     torch.manual_seed(0)
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     letters = [letter + end for letter in pre_tokenizers.ByteLevel.alphabet() for end in ("", "</w>")]
     vocabulary = {token: i for i, token in enumerate([*sorted(letters), "<|startoftext|>", "<|endoftext|>"])}
-    vocab, merges = Tokenizer(models.BPE(vocabulary, [], end_of_word_suffix="</w>")).model.save(str(folder))
-    tokenizer = CLIPTokenizer(vocab, merges, model_max_length=64)
+    vocab, merges = Tokenizer(models.BPE(vocabulary, [], end_of_word_suffix="</w>")).model.save(str(tmp_path))
+    CLIPTokenizer(vocab, merges, model_max_length=64).save_pretrained(tmp_path)
     end = vocabulary["<|endoftext|>"]
-    text = {**small, "vocab_size": len(vocabulary), "max_position_embeddings": 64, "eos_token_id": end}
+    text = {**SMALL, "vocab_size": len(vocabulary), "max_position_embeddings": 64, "eos_token_id": end}
     text |= {"bos_token_id": end - 1, "pad_token_id": end}
-    CLIPModel(
-        CLIPConfig(text_config=text, vision_config={**small, "image_size": 32, "patch_size": 8}, projection_dim=8)
-    ).save_pretrained(folder)
-    size = {"height": 32, "width": 32}
-    processor = CLIPImageProcessor(size={"shortest_edge": 32}, crop_size=size)
-    CLIPProcessor(processor, tokenizer).save_pretrained(folder)
+    return save(tmp_path, CLIPModel(CLIPConfig(text_config=text, vision_config={**SMALL, **SQUARE}, projection_dim=8)))
 
 
-def test_clip_embeds_images_and_chooses_among_labels(tmp_path):
-    save_tiny_clip(tmp_path)
-    encoder = ClipEncoder(str(tmp_path))
-    noise = np.random.default_rng(0).integers(0, 256, (35, 40, 48, 3), dtype=np.uint8)
-    images = [Image.fromarray(each) for each in noise]
-    embeddings = encoder.embed(images)
-    assert embeddings.shape == (35, 8)
-    assert torch.allclose(embeddings.norm(dim=1), torch.ones(35), atol=1e-5)
-    assert torch.allclose(embeddings[3:4], encoder.embed(images[3:4]), atol=1e-5)
-    labels = ["beach", "snow"]
-    assert encoder.recognize(images[:3], labels) == encoder.recognize(images[:3], labels)
-    assert set(encoder.recognize(images, labels)) <= set(labels)
+def test_clip_embeds_images_and_texts_in_one_space(tiny_clip):
+    encoder = VisionEncoder(tiny_clip, batch_size=4)
+    assert isinstance(encoder, TextEncoder) and not isinstance(encoder, Recognizer)
+    given = images(9)
+    embeddings = encoder.embed(given)
+    assert embeddings.shape == (9, 8)
+    assert torch.allclose(embeddings.norm(dim=1), torch.ones(9), atol=1e-5)
+    assert torch.allclose(embeddings[6:7], encoder.embed(given[6:7]), atol=1e-5)  # whatever else is in its batch
+    texts = ["a red mug", "a cat", "x " * 200]
+    embedded = encoder.embed_texts(texts)
+    assert embedded.shape == (3, 8) and torch.allclose(embedded[1:2], encoder.embed_texts(texts[1:2]), atol=1e-5)
+    pixels = encoder.processor(images=given, return_tensors="pt")["pixel_values"]
+    inputs = encoder.tokenizer(texts[:1], return_tensors="pt")  # without padding, which must not change anything
+    with torch.no_grad():
+        model = encoder.model(pixel_values=pixels, **inputs)
+    assert torch.allclose(model.image_embeds, embeddings, atol=1e-5)
+    assert torch.allclose(model.text_embeds, embedded[:1], atol=1e-5)
+
+
+@pytest.mark.parametrize("kind", [(ViTConfig, ViTModel), (Dinov2Config, Dinov2Model)], ids=["dino", "dinov2"])
+def test_of_dino_the_class_token_is_compared(kind, tmp_path):
+    config, model = kind
+    torch.manual_seed(0)
+    encoder = VisionEncoder(save(tmp_path, model(config(**SMALL, **SQUARE))))
+    assert not isinstance(encoder, TextEncoder)
+    pixels = encoder.processor(images=images(3), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        token = encoder.model(pixel_values=pixels).last_hidden_state[:, 0]
+    assert torch.allclose(encoder.embed(images(3)), torch.nn.functional.normalize(token), atol=1e-6)
+
+
+def test_of_a_convolutional_network_the_pooled_output_is_compared(tmp_path):
+    torch.manual_seed(0)
+    encoder = VisionEncoder(save(tmp_path, ConvNextModel(ConvNextConfig(hidden_sizes=[8] * 4, depths=[1] * 4))))
+    pixels = encoder.processor(images=images(2), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        pooled = encoder.model(pixel_values=pixels).pooler_output
+    assert torch.allclose(encoder.embed(images(2)), torch.nn.functional.normalize(pooled), atol=1e-6)
+
+
+def test_a_model_that_masks_images_at_random_is_refused(tmp_path):
+    folder = save(tmp_path, ViTMAEModel(ViTMAEConfig(**SMALL, **SQUARE)))
+    with pytest.raises(UserError, match="embeds the same image in two ways"):
+        VisionEncoder(folder)
+
+
+def test_a_model_of_texts_is_refused(tmp_path):
+    folder = save(tmp_path, BertModel(BertConfig(**SMALL, vocab_size=20)))
+    with pytest.raises(UserError, match="found a BertModel"):
+        VisionEncoder(folder)
+
+
+def test_a_model_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match=r"the encoder '.*nowhere' cannot be loaded .*such as \"facebook/dino-vits16\""):
+        VisionEncoder(str(tmp_path / "nowhere"))
+
+
+def test_encoders_that_are_there_are_not_loaded():
+    judge = object()
+    assert open_encoders(["toybox", "toybox"], "cpu", {"toybox": judge}) == {"toybox": judge}

@@ -8,9 +8,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
 
-from atomdiff.evaluate.drift import mean_pixel_difference
-from atomdiff.evaluate.scene_accuracy import accuracy
-from atomdiff.evaluate.similarity import mean_pairwise_similarity, mean_similarity
+from atomdiff.evaluate.diversity import vendi_score
+from atomdiff.evaluate.drift import pixel_differences
+from atomdiff.evaluate.metrics import as_json, measure, score
+from atomdiff.evaluate.scene_accuracy import hits
+from atomdiff.evaluate.similarity import mean_pairwise_similarity, similarities
+from atomdiff.evaluate.suite import Evaluation, GeneratedImages, PromptSuite
 
 EAST, NORTH, DIAGONAL = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 
@@ -20,8 +23,9 @@ def embeddings(seed, count):
 
 
 def test_similarity_is_the_mean_cosine_of_all_pairs():
-    assert mean_similarity(torch.tensor([EAST, NORTH]), torch.tensor([EAST])) == pytest.approx(0.5)
-    assert mean_similarity(torch.tensor([DIAGONAL]), torch.tensor([EAST, NORTH])) == pytest.approx(math.sqrt(0.5))
+    assert similarities(torch.tensor([EAST, NORTH]), torch.tensor([EAST])).tolist() == [1, 0]
+    found = similarities(torch.tensor([DIAGONAL]), torch.tensor([EAST, NORTH]))
+    assert found.tolist() == pytest.approx([math.sqrt(0.5)])
 
 
 def test_similarity_within_a_set_leaves_out_each_image_with_itself():
@@ -34,45 +38,127 @@ def test_similarity_within_a_set_leaves_out_each_image_with_itself():
 @given(st.integers(0, 1000), st.integers(2, 6), st.integers(2, 6), st.floats(0.01, 100))
 def test_lengths_order_and_side_do_not_matter(seed, n, m, factor):
     generated, references = embeddings(seed, n), embeddings(seed + 1, m)
-    value = mean_similarity(generated, references)
+    value = float(similarities(generated, references).mean())
     assert -1 <= value <= 1
-    assert mean_similarity(factor * references.flip(0), generated) == pytest.approx(value, abs=1e-6)
-    pairs = [mean_similarity(generated[[i]], generated[[j]]) for i in range(n) for j in range(n) if i != j]
+    assert float(similarities(factor * references.flip(0), generated).mean()) == pytest.approx(value, abs=1e-6)
+    pairs = [float(similarities(generated[[i]], generated[[j]])) for i in range(n) for j in range(n) if i != j]
     assert mean_pairwise_similarity(generated) == pytest.approx(sum(pairs) / len(pairs), abs=1e-9)
 
 
 def test_embeddings_that_cannot_be_compared_are_refused():
     with pytest.raises(ValueError, match=r"shape \(0, 5\)"):
-        mean_similarity(embeddings(0, 0), embeddings(0, 2))
+        similarities(embeddings(0, 0), embeddings(0, 2))
     with pytest.raises(ValueError, match="sizes 5 and 4"):
-        mean_similarity(embeddings(0, 2), embeddings(0, 2)[:, :4])
+        similarities(embeddings(0, 2), embeddings(0, 2)[:, :4])
     with pytest.raises(ValueError, match="n at least 2"):
         mean_pairwise_similarity(embeddings(0, 1))
 
 
-def test_accuracy_is_a_share():
-    assert accuracy(["beach", "forest", "city", "city"], ["beach", "city", "city", "beach"]) == 0.5
+def test_the_vendi_score_counts_images_that_have_nothing_in_common():
+    assert vendi_score(torch.tensor([EAST] * 4)) == pytest.approx(1)
+    assert vendi_score(torch.eye(5)) == pytest.approx(5)
+    assert vendi_score(torch.tensor([EAST, EAST, NORTH, NORTH])) == pytest.approx(2)
+    shares = torch.tensor([0.75, 0.25])  # of the eigenvalues (1 +- 1/2) / 2 of two images at 60 degrees
+    expected = math.exp(-sum(share * math.log(share) for share in shares.tolist()))
+    assert vendi_score(torch.tensor([EAST, [0.5, math.sqrt(0.75)]])) == pytest.approx(expected, abs=1e-6)
+
+
+def test_hits_are_counted():
+    assert hits(["beach", "forest", "city", "city"], ["beach", "city", "city", "beach"]).tolist() == [1, 0, 1, 0]
     with pytest.raises(ValueError, match="1 predicted and 2 expected"):
-        accuracy(["beach"], ["beach", "city"])
+        hits(["beach"], ["beach", "city"])
     with pytest.raises(ValueError, match="0 predicted"):
-        accuracy([], [])
+        hits([], [])
 
 
 def gray(value, side=4):
     return Image.new("L", (side, side), value)
 
 
-def test_drift_is_the_mean_of_root_mean_squares():
-    assert mean_pixel_difference([gray(0)], [gray(255)]) == 1
-    assert mean_pixel_difference([gray(7), gray(9)], [gray(7), gray(9)]) == 0
-    assert mean_pixel_difference([gray(0), gray(0)], [gray(51), gray(0)]) == pytest.approx(0.1)
+def test_drift_is_the_root_mean_square_of_each_pair():
+    assert pixel_differences([gray(0)], [gray(255)]).tolist() == [1]
+    assert pixel_differences([gray(7), gray(9)], [gray(7), gray(9)]).tolist() == [0, 0]
+    assert pixel_differences([gray(0), gray(0)], [gray(51), gray(0)]).tolist() == pytest.approx([0.2, 0])
     half = Image.new("RGB", (4, 4))
     half.paste((255, 255, 255), (0, 0, 2, 4))
-    assert mean_pixel_difference([Image.new("RGB", (4, 4))], [half]) == pytest.approx(math.sqrt(0.5))
+    assert float(pixel_differences([Image.new("RGB", (4, 4))], [half])) == pytest.approx(math.sqrt(0.5))
 
 
 def test_images_that_are_no_pairs_are_refused():
     with pytest.raises(ValueError, match="1 images by the base and 2"):
-        mean_pixel_difference([gray(0)], [gray(0), gray(1)])
+        pixel_differences([gray(0)], [gray(0), gray(1)])
     with pytest.raises(ValueError, match=r"\(4, 4\) and \(8, 8\)"):
-        mean_pixel_difference([gray(0)], [gray(0, 8)])
+        pixel_differences([gray(0)], [gray(0, 8)])
+
+
+class Palette:
+    """Embeds an image by the direction of its color, and a text by that of the color that it names."""
+
+    colors = {"red": (1.0, 0.0, 0.0), "green": (0.0, 1.0, 0.0), "blue": (0.0, 0.0, 1.0)}
+
+    def __init__(self):
+        self.count = 0
+
+    def embed(self, images):
+        self.count += len(images)
+        return torch.tensor([image.convert("RGB").getpixel((0, 0)) for image in images]).float()
+
+    def embed_texts(self, texts):
+        return torch.tensor([next(self.colors[word] for word in self.colors if word in text) for text in texts])
+
+
+RED, GREEN, BLUE = (Image.new("RGB", (4, 4), color) for color in ((200, 0, 0), (0, 150, 0), (0, 0, 90)))
+
+
+def evaluation(base, concept, prompts=("a red {subject}", "a green {subject}"), references=(RED, RED), **images):
+    count = len(concept) // len(prompts)
+    suite = PromptSuite("mug", prompts, ("a blue cat",), ("a photo of {subject}",), images_per_prompt=count)
+    made = {name: GeneratedImages(found, [BLUE], images.get(name, [])) for name, found in (("b", base), ("c", concept))}
+    return Evaluation(suite, Palette(), list(references), made["b"], made["c"])
+
+
+def test_every_metric_has_its_known_value_on_images_of_plain_colors():
+    found = score(evaluation([GREEN, BLUE, GREEN, BLUE], [RED, RED, GREEN, RED], b=[GREEN] * 4, c=[RED] * 4))
+    assert found["similarity"] == {"base": 0, "concept": 0.75, "real": 1, "normalized_gain": 0.75}
+    assert found["prompt_match"] == {"base": 0.25, "concept": 0.75}  # red, red | green, green are asked for
+    assert found["prior_similarity"] == {"base": 0, "concept": 1}
+    assert found["diversity"] == {"base": 1, "concept": 0.5}
+    assert found["vendi"] == {"base": 2, "concept": 1.5}
+    assert found["drift"] == 0 and found["embedding_drift"] == 0 and "scene_accuracy" not in found
+
+
+def test_each_image_is_embedded_once():
+    each = evaluation([GREEN, BLUE, GREEN, BLUE], [RED, RED, GREEN, RED], b=[GREEN] * 4, c=[RED] * 4)
+    score(each)
+    assert each.encoder.count == 2 * (4 + 4 + 1) + 2
+
+
+def test_errors_are_over_prompts_and_of_one_prompt_over_its_images():
+    each = measure(evaluation([GREEN] * 4, [RED, RED, GREEN, RED]))["similarity"]["concept"]
+    assert (each.mean, each.standard_error, each.count) == (0.75, pytest.approx(0.25), 4)  # of 1 and .5
+    one = measure(evaluation([GREEN] * 4, [RED, RED, GREEN, RED], ("a red {subject}",)))["similarity"]["concept"]
+    assert (one.mean, one.standard_error) == (0.75, pytest.approx(0.25))  # of 1, 1, 0 and 1
+    assert str(one) == "0.750 ± 0.250"
+
+
+@pytest.mark.parametrize("references", [(RED,), (RED, RED)])
+def test_one_image_of_one_prompt_gives_numbers_without_errors(references):
+    measured = measure(evaluation([GREEN], [RED], ("a red {subject}",), references))
+    assert measured["diversity"] is measured["vendi"] is measured["prior_similarity"] is None
+    concept = as_json(measured)["similarity"]["concept"]
+    assert concept == {"mean": 1.0, "standard_error": None, "count": 1}
+    assert (measured["similarity"]["real"] is None) == (len(references) == 1)
+    assert "nan" not in str(as_json(measured)).lower()
+
+
+def test_values_that_are_not_finite_are_refused():
+    black = Image.new("RGB", (4, 4))
+    each = evaluation([GREEN], [RED], ("a red {subject}",))
+    broken = Evaluation(each.suite, Broken(), each.references, each.base, GeneratedImages([black], [BLUE]))
+    with pytest.raises(ValueError, match="not finite"):
+        measure(broken)
+
+
+class Broken(Palette):
+    def embed(self, images):
+        return super().embed(images) / 0

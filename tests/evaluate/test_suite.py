@@ -24,7 +24,7 @@ from atomdiff.toybox.subjects import SUBJECTS, views
 SUBJECT_FOLDERS = sorted((Path(__file__).parents[2] / "samples" / "subjects").iterdir())
 TOYBOX_SCENES = {label: phrase for label, (phrase, _) in PLACES.items()}
 SUITE = make_suite(
-    "mug", {label: TOYBOX_SCENES[label] for label in ("snow", "city")}, TOYBOX_SCENES, images_per_scene=2
+    "mug", {label: TOYBOX_SCENES[label] for label in ("snow", "city")}, TOYBOX_SCENES, images_per_prompt=2
 )
 
 
@@ -54,8 +54,17 @@ def test_images_of_every_scene_leave_all_scenes_to_ask_for(judge):
 
 
 def test_prompts_name_subject_and_scene():
-    assert SUITE.prompts("sks mug") == ["a photo of sks mug in the snow"] * 2 + ["a photo of sks mug in the city"] * 2
-    assert SUITE.labels == ["snow", "snow", "city", "city"]
+    requests = SUITE.requests("sks mug")
+    assert requests["subject"] == [
+        ("a photo of sks mug in the snow", 50_000),
+        ("a photo of sks mug in the snow", 50_001),
+        ("a photo of sks mug in the city", 50_002),
+        ("a photo of sks mug in the city", 50_003),
+    ]
+    of_class = [prompt for prompt, _ in SUITE.requests(None)["subject"]]
+    assert of_class == ["a photo of a mug in the snow"] * 2 + ["a photo of a mug in the city"] * 2
+    assert requests["unrelated"] == [(prompt, 50_000 + i) for i, prompt in enumerate(SUITE.unrelated_prompts)]
+    assert SUITE.scenes == ("snow", "city")
     assert len(SUITE.unrelated_prompts) == 2 * len(PLACES)
     assert not any("sks" in prompt for prompt in SUITE.unrelated_prompts)
     assert "a photo of a mug on the beach" in SUITE.unrelated_prompts
@@ -111,12 +120,13 @@ class MeanColor:
 
 def test_a_suite_runs_on_any_pipeline_with_any_encoder_and_a_new_metric(tiny_pipe, tiny_pipe_folder, monkeypatch):
     suite = make_suite("dog", {"snow": SCENES["snow"]}, {"sea": SCENES["sea"]}, num_inference_steps=1)
-    base = generate_images(suite, tiny_pipe, "a dog")
+    base = generate_images(suite, tiny_pipe, None)
     assert len(base.subject) == 4 and len(base.unrelated) == 2
     tuned = generate_images(suite, open_adapted(tiny_pipe, tiny_pipe_folder), "sks dog")
     references = [Image.new("RGB", (32, 32), (200, 30, 30))] * 2
     monkeypatch.setitem(METRICS, "brightness", lambda e: float(e.encoder.embed(e.concept.subject).mean()))
     found = score(Evaluation(suite, MeanColor(), references, base, tuned))
-    assert list(found) == ["similarity", "scene_accuracy", "diversity", "drift", "brightness"]
+    judged = ["similarity", "scene_accuracy", "diversity", "vendi", "drift", "embedding_drift"]
+    assert list(found) == [*judged, "brightness"]
     assert found["scene_accuracy"] == {"base": 1.0, "concept": 1.0} and 0 < found["brightness"] < 255
-    assert found["drift"] == 0  # the same weights, and unrelated prompts do not name the subject
+    assert found["drift"] == found["embedding_drift"] == 0  # the same weights, and other prompts

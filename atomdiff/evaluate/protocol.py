@@ -1,0 +1,153 @@
+"""Evaluation protocols: which subjects are generated from which prompts, as YAML files."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from pathlib import Path
+from typing import Any
+
+from atomdiff.data.image_files import list_images
+from atomdiff.evaluate.suite import UNSEEN_FOLDER
+from atomdiff.utils.assets import ASSETS, find_asset
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.text_files import read_yaml
+from atomdiff.utils.untrusted import list_some
+
+PROTOCOLS = ASSETS / "configs" / "protocols"
+SUBJECT = "{subject}"
+LAYOUTS = ("folders", "dreambench_plus")
+_DEFAULT_PRIOR = ("a photo of {subject}",)
+
+
+@dataclass(frozen=True)
+class ProtocolSubject:
+    """A subject of a protocol."""
+
+    name: str
+    """As its folder of images and its concept are named."""
+    class_name: str
+    """What it is, in the base's words."""
+    prompts: tuple[str, ...]
+    """Prompts, with `{subject}`."""
+    references: tuple[Path, ...] = ()
+    """Its images; empty: those in the folder of its name."""
+
+
+@dataclass(frozen=True)
+class Protocol:
+    """Prompts for kinds of subjects, and for what has nothing to do with them."""
+
+    name: str
+    """Of its file."""
+    prompts: Mapping[str, tuple[str, ...]]
+    """Prompts by kind of subject, with `{subject}`; empty: they come with the images."""
+    unrelated_prompts: tuple[str, ...]
+    """Prompts for drift, without `{subject}`."""
+    prior_prompts: tuple[str, ...] = _DEFAULT_PRIOR
+    """Prompts for other individuals of the class, with `{subject}`."""
+    subjects: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    """Class name and kind by subject; empty: any subject can be evaluated."""
+    images_per_prompt: int = 4
+    """Images, each from a seed of its own, for a prompt of the subject or the class."""
+    layout: str = "folders"
+    """How the images are stored: a folder for each subject, or as DreamBench++ has them, with prompts."""
+
+    def subject(self, name: str, class_name: str | None, data_dir: Path, alone: bool) -> ProtocolSubject:
+        """Find a subject with its prompts and its images.
+
+        Args:
+            name: as the concept is named.
+            class_name: what it is, where the protocol does not say so.
+            data_dir: a folder with a folder of images for each subject, or, of one that is evaluated alone, with its
+                images. With a subfolder `unseen` the images in that are the references.
+            alone: whether it is the only one.
+
+        Raises:
+            UserError: the protocol has no such subject, its class is unknown, or there are no images of it.
+        """
+        if self.subjects and name not in self.subjects:
+            raise UserError(
+                f"the concept {name!r}: the protocol {self.name} has no such subject; it has "
+                f"{list_some(sorted(self.subjects))}. Name the concept's file like its subject"
+            )
+        known = self.subjects.get(name, {})
+        class_name = known.get("class_name") or class_name
+        if class_name is None:
+            raise UserError(f"the concept {name!r}: its class is not known; give --class_name, such as dog")
+        prompts = self.prompts[known.get("prompts") or next(iter(self.prompts))]
+        return ProtocolSubject(name, class_name, prompts, _references(name, data_dir, alone))
+
+
+def load_protocol(name: str) -> Protocol:
+    """Load a protocol by the name of one that comes with the project, or from a YAML file.
+
+    Raises:
+        UserError: there is no such protocol, or the file is not one.
+    """
+    shipped = {file.stem: file for file in sorted(PROTOCOLS.glob("*.yaml"))}
+    file = shipped.get(name) or Path(find_asset(name))
+    if not file.is_file():
+        raise UserError(f"protocol={name!r}: expected a YAML file, or one of {', '.join(shipped)}")
+    content = read_yaml(file)
+    if not isinstance(content, dict):
+        raise UserError(f"{file}: expected a mapping with prompts and unrelated_prompts")
+    return _parse_protocol(file, content)
+
+
+def _parse_protocol(file: Path, content: Mapping[str, Any]) -> Protocol:
+    known = {entry.name for entry in fields(Protocol)} - {"name"}
+    if unknown := sorted(map(str, content.keys() - known)):
+        raise UserError(f"{file}: there is no entry {unknown[0]!r} in a protocol; known are {', '.join(sorted(known))}")
+    layout = content.get("layout", "folders")
+    if layout not in LAYOUTS:
+        raise UserError(f"{file}: layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
+    prompts = content.get("prompts", {} if layout == "dreambench_plus" else None)
+    kinds = prompts if isinstance(prompts, dict) else {"any": prompts}
+    by_kind = {str(kind): _prompts(file, f"prompts of {kind}", each, True) for kind, each in kinds.items()}
+    unrelated = _prompts(file, "unrelated_prompts", content.get("unrelated_prompts"), False)
+    prior = _prompts(file, "prior_prompts", content.get("prior_prompts", [*_DEFAULT_PRIOR]), True)
+    count = content.get("images_per_prompt", 4)
+    if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1000:
+        raise UserError(f"{file}: images_per_prompt={count!r}: expected a whole number from 1 to 1000")
+    subjects = _subjects(file, content.get("subjects", {}), [*by_kind])
+    return Protocol(file.stem, by_kind, unrelated, prior, subjects, count, layout)
+
+
+def _subjects(file: Path, found: Any, kinds: Sequence[str]) -> dict[str, dict[str, str]]:
+    if not isinstance(found, dict):
+        raise UserError(f"{file}: subjects: expected a mapping, such as dog2: {{class_name: dog}}")
+    for name, subject in found.items():
+        is_known = isinstance(subject, dict) and subject.keys() <= {"class_name", "prompts"}
+        if (
+            not is_known
+            or not isinstance(subject.get("class_name"), str)
+            or subject.get("prompts", kinds[0]) not in kinds
+        ):
+            expected = f"expected its class_name and which prompts it gets: {', '.join(kinds)}"
+            raise UserError(f"{file}: the subject {name!r}: found {subject!r}; {expected}")
+    return {str(name): dict(subject) for name, subject in found.items()}
+
+
+def _prompts(file: Path, what: str, found: Any, with_subject: bool) -> tuple[str, ...]:
+    if not isinstance(found, list) or not found or not all(isinstance(each, str) and each.strip() for each in found):
+        raise UserError(f"{file}: {what}: expected a list of prompts")
+    for prompt in found:
+        if (prompt.count(SUBJECT) > 0) != with_subject or set(re.findall(r"\{.*?\}", prompt)) - {SUBJECT}:
+            expected = f"expected it with {SUBJECT}" if with_subject else f"expected it without {SUBJECT}"
+            raise UserError(f"{file}: {what}: {prompt!r}: {expected}")
+    return tuple(dict.fromkeys(found))
+
+
+def _references(name: str, data_dir: Path, alone: bool) -> tuple[Path, ...]:
+    folder = data_dir / name
+    if not folder.is_dir() and alone:
+        folder = data_dir
+    if not folder.is_dir():
+        raise UserError(f"the concept {name!r}: found no folder {folder} of images of its subject")
+    unseen = folder / UNSEEN_FOLDER
+    files = list_images(unseen if unseen.is_dir() else folder)
+    if not files:
+        raise UserError(f"{folder}: no image in it; expected images of the subject {name!r}")
+    return tuple(files)

@@ -1,0 +1,141 @@
+"""`atomdiff evaluate`: concepts x prompts x seeds -> images, then metrics by every encoder."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from atomdiff.data.images import read_image
+from atomdiff.evaluate.config import EvaluateConfig
+from atomdiff.evaluate.encoders import ImageEncoder
+from atomdiff.evaluate.metrics import as_json, measure
+from atomdiff.evaluate.protocol import load_protocol
+from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
+from atomdiff.evaluate.subjects import Subject, open_subjects
+from atomdiff.evaluate.suite import Evaluation, GeneratedImages, Kind, Model
+from atomdiff.evaluate.table import mean_over_subjects, write_tables
+from atomdiff.sampling.batching import Sample
+from atomdiff.sampling.prompt_requests import PromptRequest
+from atomdiff.sampling.sample import image_settings, make_sample, save_missing
+from atomdiff.utils.atomic import write_json, write_png
+from atomdiff.utils.hashing import hash_file
+from atomdiff.utils.image_grid import make_image_grid
+from atomdiff.utils.paths import check_writable, refuse_overlap
+from atomdiff.utils.progress import ProgressBar
+from atomdiff.utils.versions import versions
+
+_BASE_FOLDER = "base"
+_SHEET_PROMPTS = 6
+Samples = dict[Model, dict[Kind, list[Sample]]]
+
+
+def generate_images(config: EvaluateConfig) -> list[tuple[Subject, Samples]]:
+    """Generate what is missing of the images of all subjects, by the base and with the concepts.
+
+    Images of the base are shared by the subjects of a class. Under `accelerate launch` the processes share the work.
+
+    Returns:
+        Each subject with its images, by model and kind, in the order of its suite.
+
+    Raises:
+        UserError: the protocol, a concept, an image or the base is missing or cannot be used, or an image is broken.
+    """
+    subjects = open_subjects(config, load_protocol(config.protocol))
+    folder = Path(config.output_dir)
+    reads = {f"the concept {subject.name}": subject.path for subject in subjects}
+    refuse_overlap({"output_dir": folder}, {"the base": config.pretrained_model_name_or_path, **reads})
+    check_writable(folder, f"output_dir={config.output_dir!r}")
+    base = config.pretrained_model_name_or_path
+    pipelines = {base: config.sampling(base)}
+    pipelines |= {str(each.path): config.sampling(str(each.path)) for each in subjects if each.concept is None}
+    settings = {name: image_settings(sampling) for name, sampling in pipelines.items()}
+    by_pipeline: dict[str, list[Sample]] = {name: [] for name in pipelines}
+    generated = []
+    for subject in subjects:
+        own = base if subject.concept is not None else str(subject.path)
+        samples: Samples = {
+            "base": _samples(folder / "images" / _BASE_FOLDER, subject, None, settings[base]),
+            "concept": _samples(folder / "images" / subject.name, subject, subject.trigger_phrase, settings[own]),
+        }
+        generated.append((subject, samples))
+        by_pipeline[base] += chain.from_iterable(samples["base"].values())
+        by_pipeline[own] += chain.from_iterable(samples["concept"].values())
+    for name, each in by_pipeline.items():
+        save_missing(pipelines[name], [*{sample.file.path: sample for sample in each}.values()])
+    return generated
+
+
+def _samples(folder: Path, subject: Subject, phrase: str | None, settings: dict[str, str]) -> dict[Kind, list[Sample]]:
+    """Return the images of a subject's suite: with its concept if prompts call it by its phrase, else by the base."""
+    requests = subject.suite.requests(phrase)
+    prompts = dict.fromkeys(prompt for each in requests.values() for prompt, _ in each)
+    made = {prompt: subject.request(prompt) if phrase else PromptRequest(prompt, prompt) for prompt in prompts}
+    return {
+        kind: [make_sample(folder, made[prompt], seed, settings) for prompt, seed in each]
+        for kind, each in requests.items()
+    }
+
+
+def measure_concepts(
+    config: EvaluateConfig, generated: Sequence[tuple[Subject, Samples]], encoders: Mapping[str, ImageEncoder]
+) -> dict[str, Any]:
+    """Measure generated images, and write results.json, results.md and contact_sheet.png to the output folder.
+
+    Args:
+        config: the run.
+        generated: what `generate_images` returns.
+        encoders: the encoders by name.
+
+    Returns:
+        What results.json holds.
+    """
+    folder = Path(config.output_dir)
+    measured: dict[str, dict[str, Any]] = {}
+    rows = []
+    for subject, samples in ProgressBar(generated, "measuring", len(generated), unit="subjects"):
+        references = [read_image(file) for file in subject.references]
+        base, concept = (GeneratedImages(**_read(samples[model])) for model in ("base", "concept"))
+        measured[subject.name] = {
+            name: measure(Evaluation(subject.suite, encoder, references, base, concept))
+            for name, encoder in encoders.items()
+        }
+        step = subject.suite.images_per_prompt
+        rows.append([references[0], *concept.subject[: step * _SHEET_PROMPTS : step]])
+    names = [subject.name for subject, _ in generated]
+    write_png(folder / "contact_sheet.png", make_image_grid(rows, names))
+    means = mean_over_subjects(measured)
+    settings = image_settings(config.sampling(config.pretrained_model_name_or_path))
+    results = {
+        "protocol": config.protocol,
+        "settings": {name: value for name, value in settings.items() if value},
+        "versions": versions(),
+        "subjects": {
+            subject.name: _describe(subject) | {"metrics": as_json(measured[subject.name])} for subject, _ in generated
+        },
+        "mean": as_json(means),
+    }
+    write_json(folder / "results.json", results)
+    write_tables(folder / "results.md", measured, means)
+    return results
+
+
+def _read(samples: Mapping[Kind, Sequence[Sample]]) -> dict[str, list[Image.Image]]:
+    return {kind: [read_image(sample.file.path) for sample in each] for kind, each in samples.items()}
+
+
+def _describe(subject: Subject) -> dict[str, Any]:
+    return {
+        "class_name": subject.suite.class_name,
+        "trigger_phrase": subject.trigger_phrase,
+        "concept": subject.path.name,
+        "sha256": hash_file(subject.path),
+        "num_trainable_parameters": num_trainable_parameters(subject.path),
+        "file_bytes": stored_bytes(subject.path),
+        "num_references": len(subject.references),
+        "num_prompts": len(subject.suite.prompts),
+        "images_per_prompt": subject.suite.images_per_prompt,
+    }

@@ -1,0 +1,113 @@
+"""Protocols: those that come with the project, and what is refused in one's own."""
+
+import pytest
+from PIL import Image
+
+from atomdiff.evaluate import dreambench_plus
+from atomdiff.evaluate.protocol import PROTOCOLS, load_protocol
+from atomdiff.utils.errors import UserError
+
+SHIPPED = sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
+
+
+def write_image(file):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (32, 32), "red").save(file)
+    return file
+
+
+def test_dreambench_has_the_subjects_and_prompts_of_the_paper():
+    protocol = load_protocol("dreambench")
+    assert len(protocol.subjects) == 30 and {kind: len(each) for kind, each in protocol.prompts.items()} == {
+        "object": 25,
+        "living": 25,
+    }
+    assert protocol.images_per_prompt == 4
+    living = {name for name, subject in protocol.subjects.items() if subject["prompts"] == "living"}
+    assert living == {"cat", "cat2", "dog", "dog2", "dog3", "dog5", "dog6", "dog7", "dog8"}
+
+
+def test_a_subject_of_dreambench_has_its_class_its_prompts_and_its_images(tmp_path):
+    protocol = load_protocol("dreambench")
+    image = write_image(tmp_path / "dog6" / "00.jpg")
+    subject = protocol.subject("dog6", None, tmp_path, alone=False)
+    assert (subject.class_name, subject.references) == ("dog", (image,))
+    assert "a {subject} in a chef outfit" in subject.prompts
+    assert "a {subject} floating on top of water" in protocol.prompts["object"]
+    with pytest.raises(UserError, match="the concept 'dog4': the protocol dreambench has no such subject; it has"):
+        protocol.subject("dog4", None, tmp_path, alone=False)
+    with pytest.raises(UserError, match=r"found no folder .*can of images"):
+        protocol.subject("can", None, tmp_path, alone=False)
+
+
+def test_a_subject_of_ones_own_has_its_images_beside_or_unseen_ones(tmp_path):
+    protocol = load_protocol("quick")
+    write_image(tmp_path / "01.png")
+    assert [file.name for file in protocol.subject("mug", "mug", tmp_path, alone=True).references] == ["01.png"]
+    unseen = write_image(tmp_path / "unseen" / "09.png")
+    assert protocol.subject("mug", "mug", tmp_path, alone=True).references == (unseen,)
+    with pytest.raises(UserError, match="its class is not known; give --class_name"):
+        protocol.subject("mug", None, tmp_path, alone=True)
+    with pytest.raises(UserError, match="found no folder"):
+        protocol.subject("mug", "mug", tmp_path, alone=False)
+    (tmp_path / "bowl").mkdir()
+    with pytest.raises(UserError, match="no image in it"):
+        protocol.subject("bowl", "bowl", tmp_path, alone=False)
+
+
+def test_the_subjects_of_dreambench_plus_bring_their_prompts(tmp_path):
+    image = write_image(tmp_path / "images" / "animal" / "03.jpg")
+    captions = tmp_path / "captions" / "animal" / "03.txt"
+    captions.parent.mkdir(parents=True)
+    captions.write_text("Kitten\nA kitten on a sofa, beside another kitten.\n\nAn oil {painting} in blue\n")
+    subject = dreambench_plus.read_subject("live_subject_animal_03_kitten", tmp_path)
+    assert subject.prompts == ("A {subject} on a sofa, beside another kitten.", "{subject}, An oil (painting) in blue")
+    assert (subject.class_name, subject.references) == ("kitten", (image,))
+    assert dreambench_plus.read_subject("animal_03", tmp_path).prompts == subject.prompts
+    with pytest.raises(UserError, match="expected the name of a subject; found animal_03"):
+        dreambench_plus.read_subject("animal_04", tmp_path)
+    captions.write_text("kitten\n")
+    with pytest.raises(UserError, match=r"03.txt: expected the class in the first line"):
+        dreambench_plus.read_subject("animal_03", tmp_path)
+    with pytest.raises(UserError, match="found no images/KIND/NUMBER.jpg"):
+        dreambench_plus.read_subject("animal_03", tmp_path / "captions")
+
+
+@pytest.mark.parametrize("name", SHIPPED)
+def test_every_protocol_that_comes_with_the_project_can_be_read(name):
+    assert load_protocol(name) == load_protocol(f"configs/protocols/{name}.yaml")
+
+
+GOOD = "prompts: ['a {subject}']\nunrelated_prompts: [a cat]\n"
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        ("- a", "expected a mapping"),
+        ("unrelated_prompts: [a cat]", "prompts of any: expected a list of prompts"),
+        ("prompts: ['a {subject}']", "unrelated_prompts: expected a list"),
+        ("prompts: [a mug]\nunrelated_prompts: [a cat]", "'a mug': expected it with {subject}"),
+        ("prompts: ['a {subjekt} {subject}']\nunrelated_prompts: [a cat]", "expected it with {subject}"),
+        ("prompts: ['a {subject}']\nunrelated_prompts: ['a {subject}']", "expected it without {subject}"),
+        (GOOD + "prior_prompts: [a mug]", "prior_prompts: 'a mug': expected it with"),
+        (GOOD + "images_per_prompt: 0", "images_per_prompt=0: expected a whole number"),
+        (GOOD + "images_per_prompt: true", "images_per_prompt=True"),
+        (GOOD + "layout: zip", "layout='zip': expected one of folders, dreambench_plus"),
+        (GOOD + "steps: 3", "there is no entry 'steps' in a protocol; known are images_per_prompt, layout"),
+        (GOOD + "subjects: [mug]", "subjects: expected a mapping"),
+        (GOOD + "subjects: {mug: mug}", "the subject 'mug': found 'mug'; expected its class_name"),
+        (GOOD + "subjects: {mug: {class_name: mug, prompts: live}}", "which prompts it gets: any"),
+    ],
+)
+def test_what_is_wrong_in_a_protocol_is_named(text, message, tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(text)
+    with pytest.raises(UserError) as error:
+        load_protocol(str(file))
+    assert message in str(error.value) and "mine.yaml" in str(error.value)
+
+
+def test_a_protocol_that_is_not_there_is_one_clear_line():
+    with pytest.raises(UserError, match="protocol='drembench': expected a YAML file, or one of dreambench, "):
+        load_protocol("drembench")
