@@ -10,7 +10,7 @@ from diffusers import AutoencoderKL
 from PIL import Image
 from torch import Tensor
 
-from atomdiff.evaluate.scene_accuracy import hits
+from atomdiff.evaluate.label_accuracy import hits
 from atomdiff.toybox.judge import ImageJudge
 
 _TOP, _BOTTOM, _LEFT, _RIGHT = 0.4, 0.8, 0.3, 0.7  # of the image: the middle of an object in every view

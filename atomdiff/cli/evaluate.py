@@ -16,18 +16,19 @@ def evaluate_concepts(config: EvaluateConfig) -> str | None:
     Raises:
         UserError: as for `generate_images` and `open_encoders`.
     """
-    from accelerate import PartialState
+    import torch
+    from accelerate import Accelerator
 
     from atomdiff.evaluate.encoders import open_encoders
     from atomdiff.evaluate.run import generate_images, measure_concepts
     from atomdiff.toybox.judge import load_judge
     from atomdiff.utils.precision import compute_device
 
-    encoders = {}
-    if PartialState().is_main_process:  # before the images: whoever names one that is not there need not wait for them
+    state, encoders = Accelerator(cpu=not torch.accelerator.is_available()), {}
+    if state.is_main_process:  # before the images: whoever names one that is not there need not wait for them
         others: dict[str, Any] = {_TOYBOX: load_judge()} if _TOYBOX in config.encoders else {}
         encoders = open_encoders(config.encoders, compute_device(), others)
-    generated = generate_images(config)
+    generated = generate_images(config, state)
     return describe_results(config, measure_concepts(config, generated, encoders)) if encoders else None
 
 

@@ -9,7 +9,7 @@ import re
 from pathlib import Path
 
 from atomdiff.data.image_files import list_images
-from atomdiff.evaluate.protocol import SUBJECT, ProtocolSubject
+from atomdiff.evaluate.protocol import SUBJECT, Prompt, ProtocolSubject
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.text_files import read_text
 from atomdiff.utils.untrusted import list_some
@@ -42,7 +42,7 @@ def read_subject(name: str, data_dir: Path) -> ProtocolSubject:
     if not prompts:
         raise UserError(f"{captions}: expected the class in the first line, and prompts below it")
     return ProtocolSubject(
-        name, class_name.lower(), tuple(_with_subject(each, class_name) for each in prompts), (image,)
+        name, class_name.lower(), tuple(Prompt(_with_subject(each, class_name)) for each in prompts), (image,)
     )
 
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from atomdiff.evaluate.diversity import diversity, vendi
 from atomdiff.evaluate.drift import drift, embedding_drift
 from atomdiff.evaluate.estimate import Estimate, estimate
+from atomdiff.evaluate.label_accuracy import LABEL_KINDS, label_accuracy
 from atomdiff.evaluate.prompt_match import prompt_match
-from atomdiff.evaluate.scene_accuracy import scene_accuracy
 from atomdiff.evaluate.similarity import prior_similarity, similarity
 from atomdiff.evaluate.suite import Evaluation
 
@@ -23,7 +23,7 @@ Metric = Callable[[Evaluation], Any]
 METRICS: dict[str, Metric] = {
     "similarity": similarity,
     "prompt_match": prompt_match,
-    "scene_accuracy": scene_accuracy,
+    **{f"{kind}_accuracy": label_accuracy(kind) for kind in LABEL_KINDS},
     "prior_similarity": prior_similarity,
     "diversity": diversity,
     "vendi": vendi,

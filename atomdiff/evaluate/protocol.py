@@ -6,9 +6,11 @@ import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from pathlib import Path
-from typing import Any
+from types import MappingProxyType
+from typing import Any, NamedTuple
 
 from atomdiff.data.image_files import list_images
+from atomdiff.evaluate.label_accuracy import LABEL_KINDS
 from atomdiff.evaluate.suite import UNSEEN_FOLDER
 from atomdiff.utils.assets import ASSETS, find_asset
 from atomdiff.utils.errors import UserError
@@ -21,6 +23,15 @@ LAYOUTS = ("folders", "dreambench_plus")
 _DEFAULT_PRIOR = ("a photo of {subject}",)
 
 
+class Prompt(NamedTuple):
+    """A prompt of a protocol."""
+
+    text: str
+    """The prompt."""
+    labels: Mapping[str, str] = MappingProxyType({})
+    """What it asks for, by kind, where an encoder can recognize that: {"scene": "snow"}."""
+
+
 @dataclass(frozen=True)
 class ProtocolSubject:
     """A subject of a protocol."""
@@ -29,10 +40,10 @@ class ProtocolSubject:
     """As its folder of images and its concept are named."""
     class_name: str
     """What it is, in the base's words."""
-    prompts: tuple[str, ...]
+    prompts: tuple[Prompt, ...]
     """Prompts, with `{subject}`."""
-    references: tuple[Path, ...] = ()
-    """Its images; empty: those in the folder of its name."""
+    references: tuple[Path, ...]
+    """Its images."""
 
 
 @dataclass(frozen=True)
@@ -41,7 +52,7 @@ class Protocol:
 
     name: str
     """Of its file."""
-    prompts: Mapping[str, tuple[str, ...]]
+    prompts: Mapping[str, tuple[Prompt, ...]]
     """Prompts by kind of subject, with `{subject}`; empty: they come with the images."""
     unrelated_prompts: tuple[str, ...]
     """Prompts for drift, without `{subject}`."""
@@ -105,7 +116,7 @@ def _parse_protocol(file: Path, content: Mapping[str, Any]) -> Protocol:
         raise UserError(f"{file}: layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     prompts = content.get("prompts", {} if layout == "dreambench_plus" else None)
     kinds = prompts if isinstance(prompts, dict) else {"any": prompts}
-    by_kind = {str(kind): _prompts(file, f"prompts of {kind}", each, True) for kind, each in kinds.items()}
+    by_kind = {str(kind): _labeled_prompts(file, f"prompts of {kind}", each) for kind, each in kinds.items()}
     unrelated = _prompts(file, "unrelated_prompts", content.get("unrelated_prompts"), False)
     prior = _prompts(file, "prior_prompts", content.get("prior_prompts", [*_DEFAULT_PRIOR]), True)
     count = content.get("images_per_prompt", 4)
@@ -119,15 +130,23 @@ def _subjects(file: Path, found: Any, kinds: Sequence[str]) -> dict[str, dict[st
     if not isinstance(found, dict):
         raise UserError(f"{file}: subjects: expected a mapping, such as dog2: {{class_name: dog}}")
     for name, subject in found.items():
-        is_known = isinstance(subject, dict) and subject.keys() <= {"class_name", "prompts"}
-        if (
-            not is_known
-            or not isinstance(subject.get("class_name"), str)
-            or subject.get("prompts", kinds[0]) not in kinds
-        ):
+        entries = subject if isinstance(subject, dict) and subject.keys() <= {"class_name", "prompts"} else {}
+        if not isinstance(entries.get("class_name"), str) or entries.get("prompts", kinds[0]) not in kinds:
             expected = f"expected its class_name and which prompts it gets: {', '.join(kinds)}"
             raise UserError(f"{file}: the subject {name!r}: found {subject!r}; {expected}")
     return {str(name): dict(subject) for name, subject in found.items()}
+
+
+def _labeled_prompts(file: Path, what: str, found: Any) -> tuple[Prompt, ...]:
+    """Read prompts, some of them with labels: {prompt: "{subject} in the snow", scene: snow}."""
+    entries = [each if isinstance(each, dict) else {"prompt": each} for each in found] if found else []
+    for entry in entries:
+        if not entry.keys() <= {"prompt", *LABEL_KINDS} or not all(isinstance(each, str) for each in entry.values()):
+            expected = f"expected a text, or a prompt with {', '.join(LABEL_KINDS)}"
+            raise UserError(f"{file}: {what}: found {entry}; {expected}")
+    texts = _prompts(file, what, [entry.get("prompt") for entry in entries], True)
+    labels = {entry["prompt"]: {kind: entry[kind] for kind in LABEL_KINDS if kind in entry} for entry in entries}
+    return tuple(Prompt(text, labels[text]) for text in texts)
 
 
 def _prompts(file: Path, what: str, found: Any, with_subject: bool) -> tuple[str, ...]:

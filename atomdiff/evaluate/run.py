@@ -33,10 +33,14 @@ _SHEET_PROMPTS = 6
 Samples = dict[Model, dict[Kind, list[Sample]]]
 
 
-def generate_images(config: EvaluateConfig) -> list[tuple[Subject, Samples]]:
+def generate_images(config: EvaluateConfig, state: Any) -> list[tuple[Subject, Samples]]:
     """Generate what is missing of the images of all subjects, by the base and with the concepts.
 
-    Images of the base are shared by the subjects of a class. Under `accelerate launch` the processes share the work.
+    Images of the base are shared by the subjects of a class.
+
+    Args:
+        config: the run.
+        state: accelerate's, of the processes that share the work.
 
     Returns:
         Each subject with its images, by model and kind, in the order of its suite.
@@ -65,7 +69,7 @@ def generate_images(config: EvaluateConfig) -> list[tuple[Subject, Samples]]:
         by_pipeline[base] += chain.from_iterable(samples["base"].values())
         by_pipeline[own] += chain.from_iterable(samples["concept"].values())
     for name, each in by_pipeline.items():
-        save_missing(pipelines[name], [*{sample.file.path: sample for sample in each}.values()])
+        save_missing(pipelines[name], [*{sample.file.path: sample for sample in each}.values()], state)
     return generated
 
 

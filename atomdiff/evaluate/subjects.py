@@ -65,11 +65,13 @@ def _open_subject(config: EvaluateConfig, protocol: Protocol, concept: str, phra
     found = _find(config, protocol, name, class_name)
     if not phrase and not words:
         raise UserError(f"the concept {name!r} has no trigger phrase: give --trigger_phrases, such as 'sks dog'")
+    prompts = found.prompts[: config.num_prompts]
     suite = PromptSuite(
         found.class_name,
-        found.prompts[: config.num_prompts],
+        tuple(prompt.text for prompt in prompts),
         protocol.unrelated_prompts,
         protocol.prior_prompts,
+        tuple(prompt.labels for prompt in prompts),
         images_per_prompt=config.images_per_prompt or protocol.images_per_prompt,
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,

@@ -49,8 +49,8 @@ class PromptSuite:
     """Prompts that do not name the subject, one image each."""
     prior_prompts: tuple[str, ...] = ()
     """Prompts for other individuals of the class, which `{subject}` stands for."""
-    scenes: tuple[str, ...] = ()
-    """Label of the scene of each of `prompts`; empty: they have none."""
+    labels: tuple[Mapping[str, str], ...] = ()
+    """What each of `prompts` asks for, by kind: {"scene": "snow"}; empty: they have no labels."""
     images_per_prompt: int = 4
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
@@ -147,7 +147,8 @@ def make_suite(
     phrases = [*all_scenes.values()] * 2
     unrelated = [f"a photo of {subjects[i % len(subjects)]} {phrase}" for i, phrase in enumerate(phrases)]
     prompts = tuple(f"a photo of {{subject}} {phrase}" for phrase in scenes.values())
-    return PromptSuite(class_name, prompts, tuple(unrelated), scenes=tuple(scenes), **settings)
+    labels = tuple({"scene": label} for label in scenes)
+    return PromptSuite(class_name, prompts, tuple(unrelated), labels=labels, **settings)
 
 
 def generate_images(
@@ -195,13 +196,13 @@ def read_subject(folder: Path) -> tuple[Images, Images, bool]:
     return images, images, False
 
 
-def open_adapted(pipe: Any, path: Path) -> Any:
+def open_adapted(pipe: Any, path: str | Path) -> Any:
     """Return the pipeline with what was trained in it: a concept loaded, or the fully tuned pipeline in its place."""
     from diffusers import DiffusionPipeline
 
     from atomdiff.pipelines.load import load_atoms
 
-    if (path / "model_index.json").is_file():
+    if (Path(path) / "model_index.json").is_file():
         tuned = DiffusionPipeline.from_pretrained(path)
         tuned.set_progress_bar_config(disable=True)
         return tuned

@@ -60,6 +60,8 @@ def open_pipeline(
     for part, tokenizer in pipe.components.items():
         if part.startswith("tokenizer") and getattr(tokenizer, "model_max_length", 0) > _LONGEST_PROMPT:
             raise UserError(f"the pipeline {name!r} lacks files of its {part}, or they are damaged: copy it again")
+    if part := _part_without_weights(pipe):
+        raise UserError(f"the pipeline {name!r} lacks weights of its {part}: copy it again, or save it anew")
     return pipe
 
 
@@ -154,10 +156,16 @@ def _open_single_file(name: str, dtype: torch.dtype | None, config: str | None, 
     except (OSError, ValueError, KeyError, AttributeError, RuntimeError, SingleFileComponentError) as error:
         # Which of them depends on where diffusers meets the first tensor that does not fit.
         raise _cannot_load(name, error, f" as a {kind}", _DESCRIBE) from error
-    models = [model for model in pipe.components.values() if isinstance(model, torch.nn.Module)]
-    if any(parameter.is_meta for model in models for parameter in model.parameters()):
+    if _part_without_weights(pipe):
         raise UserError(lacks)
     return pipe
+
+
+def _part_without_weights(pipe: Any) -> str | None:
+    """Return the name of a model some of whose weights were not in the files, if there is one."""
+    models = {name: model for name, model in pipe.components.items() if isinstance(model, torch.nn.Module)}
+    lacking = (name for name, model in models.items() if any(weight.is_meta for weight in model.parameters()))
+    return next(lacking, None)
 
 
 def _class_of_file(name: str) -> str:

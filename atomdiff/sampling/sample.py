@@ -40,7 +40,7 @@ def save_samples(config: SampleConfig) -> Path:
         UserError: a prompt, the base or a concept is missing or cannot be used, the concepts of a prompt need different
             schedulers, or an image is not finite, black or blacked out; such an image is not saved.
     """
-    from accelerate import PartialState
+    from accelerate import Accelerator
 
     concepts = open_sources(config.concepts, config.weights, config.trigger_words)
     library = None if config.library is None else ConceptLibrary(config.library)
@@ -54,8 +54,9 @@ def save_samples(config: SampleConfig) -> Path:
     samples = [
         make_sample(folder, request, seed, settings) for request in requests for seed in dict.fromkeys(config.seeds)
     ]
-    save_missing(config, samples)
-    if PartialState().is_main_process:
+    state = Accelerator(cpu=not torch.accelerator.is_available())
+    save_missing(config, samples, state)
+    if state.is_main_process:
         write_overview(folder, [sample.file for sample in samples])
     return folder
 
@@ -65,17 +66,20 @@ def make_sample(folder: Path, request: PromptRequest, seed: int, settings: dict[
     return Sample(SampleFile(folder, request.prompt, seed, settings | {"concepts": request.concepts_json}), request)
 
 
-def save_missing(config: SampleConfig, samples: Sequence[Sample]) -> None:
-    """Generate and save those of the images that are not saved yet; several processes share them.
+def save_missing(config: SampleConfig, samples: Sequence[Sample], state: Any) -> None:
+    """Generate and save those of the images that are not saved yet.
+
+    Args:
+        config: how they are generated; not which ones.
+        samples: the images.
+        state: accelerate's, of the processes that share them.
 
     Raises:
         UserError: as for `save_samples`.
     """
-    from accelerate import Accelerator
     from accelerate.utils import gather_object
 
     missing = sort_by_concepts([sample for sample in samples if not sample.file.is_saved()])
-    state = Accelerator(cpu=not torch.accelerator.is_available())
     state.wait_for_everyone()  # all processes have seen the same files missing
     blacked_out = _save_share(config, missing, state) if missing else []
     state.wait_for_everyone()

@@ -10,8 +10,8 @@ from PIL import Image
 
 from atomdiff.evaluate.diversity import vendi_score
 from atomdiff.evaluate.drift import pixel_differences
+from atomdiff.evaluate.label_accuracy import hits
 from atomdiff.evaluate.metrics import as_json, measure, score
-from atomdiff.evaluate.scene_accuracy import hits
 from atomdiff.evaluate.similarity import mean_pairwise_similarity, similarities
 from atomdiff.evaluate.suite import Evaluation, GeneratedImages, PromptSuite
 
@@ -157,6 +157,20 @@ def test_values_that_are_not_finite_are_refused():
     broken = Evaluation(each.suite, Broken(), each.references, each.base, GeneratedImages([black], [BLUE]))
     with pytest.raises(ValueError, match="not finite"):
         measure(broken)
+
+
+class Namer(Palette):
+    """Recognizes colors."""
+
+    def recognize(self, images, labels):
+        return [list(self.colors)[image.getpixel((0, 0)).index(max(image.getpixel((0, 0))))] for image in images]
+
+
+def test_labels_are_looked_for_in_the_images_whose_prompts_have_them():
+    each = evaluation([RED, RED, BLUE, BLUE], [RED, BLUE, BLUE, BLUE])
+    suite = PromptSuite("mug", each.suite.prompts, (), labels=({"color": "red"}, {"scene": ""}), images_per_prompt=2)
+    found = score(Evaluation(suite, Namer(), each.references, each.base, each.concept))
+    assert found["color_accuracy"] == {"base": 1, "concept": 0.5} and "scene_accuracy" not in found
 
 
 class Broken(Palette):

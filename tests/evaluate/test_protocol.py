@@ -4,7 +4,7 @@ import pytest
 from PIL import Image
 
 from atomdiff.evaluate import dreambench_plus
-from atomdiff.evaluate.protocol import PROTOCOLS, load_protocol
+from atomdiff.evaluate.protocol import PROTOCOLS, Prompt, load_protocol
 from atomdiff.utils.errors import UserError
 
 SHIPPED = sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
@@ -32,8 +32,8 @@ def test_a_subject_of_dreambench_has_its_class_its_prompts_and_its_images(tmp_pa
     image = write_image(tmp_path / "dog6" / "00.jpg")
     subject = protocol.subject("dog6", None, tmp_path, alone=False)
     assert (subject.class_name, subject.references) == ("dog", (image,))
-    assert "a {subject} in a chef outfit" in subject.prompts
-    assert "a {subject} floating on top of water" in protocol.prompts["object"]
+    assert Prompt("a {subject} in a chef outfit") in subject.prompts
+    assert Prompt("a {subject} floating on top of water") in protocol.prompts["object"]
     with pytest.raises(UserError, match="the concept 'dog4': the protocol dreambench has no such subject; it has"):
         protocol.subject("dog4", None, tmp_path, alone=False)
     with pytest.raises(UserError, match=r"found no folder .*can of images"):
@@ -61,7 +61,8 @@ def test_the_subjects_of_dreambench_plus_bring_their_prompts(tmp_path):
     captions.parent.mkdir(parents=True)
     captions.write_text("Kitten\nA kitten on a sofa, beside another kitten.\n\nAn oil {painting} in blue\n")
     subject = dreambench_plus.read_subject("live_subject_animal_03_kitten", tmp_path)
-    assert subject.prompts == ("A {subject} on a sofa, beside another kitten.", "{subject}, An oil (painting) in blue")
+    texts = [prompt.text for prompt in subject.prompts]
+    assert texts == ["A {subject} on a sofa, beside another kitten.", "{subject}, An oil (painting) in blue"]
     assert (subject.class_name, subject.references) == ("kitten", (image,))
     assert dreambench_plus.read_subject("animal_03", tmp_path).prompts == subject.prompts
     with pytest.raises(UserError, match="expected the name of a subject; found animal_03"):
@@ -95,6 +96,8 @@ GOOD = "prompts: ['a {subject}']\nunrelated_prompts: [a cat]\n"
         (GOOD + "images_per_prompt: true", "images_per_prompt=True"),
         (GOOD + "layout: zip", "layout='zip': expected one of folders, dreambench_plus"),
         (GOOD + "steps: 3", "there is no entry 'steps' in a protocol; known are images_per_prompt, layout"),
+        ("prompts: [{text: '{subject}'}]\nunrelated_prompts: [a cat]", "found {'text': '{subject}'}; expected a text"),
+        ("prompts: [3]\nunrelated_prompts: [a cat]", "found {'prompt': 3}"),
         (GOOD + "subjects: [mug]", "subjects: expected a mapping"),
         (GOOD + "subjects: {mug: mug}", "the subject 'mug': found 'mug'; expected its class_name"),
         (GOOD + "subjects: {mug: {class_name: mug, prompts: live}}", "which prompts it gets: any"),
@@ -106,6 +109,15 @@ def test_what_is_wrong_in_a_protocol_is_named(text, message, tmp_path):
     with pytest.raises(UserError) as error:
         load_protocol(str(file))
     assert message in str(error.value) and "mine.yaml" in str(error.value)
+
+
+def test_prompts_may_say_what_they_ask_for(tmp_path):
+    file = tmp_path / "mine.yaml"
+    file.write_text(GOOD.replace("['a {subject}']", "[{prompt: 'a {subject} in the snow', scene: snow}, '{subject}']"))
+    assert load_protocol(str(file)).prompts["any"] == (
+        Prompt("a {subject} in the snow", {"scene": "snow"}),
+        Prompt("{subject}"),
+    )
 
 
 def test_a_protocol_that_is_not_there_is_one_clear_line():

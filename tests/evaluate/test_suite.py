@@ -64,7 +64,7 @@ def test_prompts_name_subject_and_scene():
     of_class = [prompt for prompt, _ in SUITE.requests(None)["subject"]]
     assert of_class == ["a photo of a mug in the snow"] * 2 + ["a photo of a mug in the city"] * 2
     assert requests["unrelated"] == [(prompt, 50_000 + i) for i, prompt in enumerate(SUITE.unrelated_prompts)]
-    assert SUITE.scenes == ("snow", "city")
+    assert SUITE.labels == ({"scene": "snow"}, {"scene": "city"})
     assert len(SUITE.unrelated_prompts) == 2 * len(PLACES)
     assert not any("sks" in prompt for prompt in SUITE.unrelated_prompts)
     assert "a photo of a mug on the beach" in SUITE.unrelated_prompts

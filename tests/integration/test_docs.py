@@ -12,7 +12,6 @@ import subprocess
 import sys
 from itertools import pairwise
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -22,7 +21,9 @@ from PIL import Image
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.cli.demo import DemoConfig
 from atomdiff.cli.main import main
+from atomdiff.evaluate.config import EvaluateConfig
 from atomdiff.evaluate.metrics import METRICS, score
+from atomdiff.evaluate.suite import Evaluation, GeneratedImages, PromptSuite
 from atomdiff.export.export import ExportConfig
 from atomdiff.export.extract import ExtractConfig
 from atomdiff.sampling.config import SampleConfig
@@ -42,6 +43,7 @@ VERBS = {
     "train_dreambooth": load_config,
     "train_classifier": lambda options: parse_with_overrides(ClassifyConfig, options),
     "sample": lambda options: parse_config(SampleConfig, options),
+    "evaluate": lambda options: parse_config(EvaluateConfig, options),
     "demo": lambda options: parse_config(DemoConfig, options),
     "export": lambda options: parse_config(ExportConfig, options),
     "extract": lambda options: parse_config(ExtractConfig, options),
@@ -79,7 +81,7 @@ def clone(concept, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     for name in ("samples", "configs", "tests"):
         (tmp_path / name).symlink_to(ROOT / name)
-    for name in ("my-photos", "my-images", "out/tuned", "out/demo", "out/robot"):
+    for name in ("my-photos", "my-images", "out/tuned", "out/demo", "out/robot", "dreambooth/dataset"):
         (tmp_path / name).mkdir(parents=True)
     for path in CONCEPTS:
         Path(path).write_bytes(concept)
@@ -151,7 +153,7 @@ def test_links_and_files_are_there():
 
 def test_names_of_modules_and_options_are_there():
     known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run"}
-    for kind in (TrainConfig, ClassifyConfig, SampleConfig, DemoConfig, ExportConfig, ExtractConfig):
+    for kind in (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig):
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():
         if page == "CHANGELOG.md":
@@ -174,8 +176,8 @@ def test_what_the_pages_add_is_called(name, monkeypatch):
     exec(*blocks(f"docs/adding-{'an' if name[0] in 'aeiou' else 'a'}-{name}.md", "python"), names)
     if name == "metric":
         red, blue = (Image.new("RGB", (4, 4), color) for color in ("red", "blue"))
-        evaluation = SimpleNamespace(references=[red], base=SimpleNamespace(subject=[blue]))
-        evaluation.concept = SimpleNamespace(subject=[red, red])
+        suite = PromptSuite("mug", ("{subject}",), (), images_per_prompt=1)
+        evaluation = Evaluation(suite, None, [red], GeneratedImages([blue], []), GeneratedImages([red], []))
         monkeypatch.setitem(METRICS, "color_distance", names["color_distance"])
         scores = score(evaluation, {"color_distance": METRICS["color_distance"]})
         assert scores == {"color_distance": {"base": 0.6667, "concept": 0.0}}

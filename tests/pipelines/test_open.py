@@ -3,6 +3,7 @@
 import shutil
 
 import pytest
+from safetensors.torch import load_file, save_file
 
 from atomdiff.pipelines.config import BaseModelConfig
 from atomdiff.pipelines.open import open_base, open_pipeline
@@ -36,3 +37,12 @@ def test_what_wants_text_to_image_says_which_field_names_another_pipeline(tiny_p
     index.write_text(index.read_text().replace("StableDiffusionPipeline", "StableDiffusionInpaintPipeline"))
     with pytest.raises(UserError, match="base=.*: found a StableDiffusionInpaintPipeline; expected a pipeline of"):
         open_base(BaseModelConfig(pretrained_model_name_or_path=str(folder)), field="base")
+
+
+def test_a_folder_that_lacks_weights_is_refused_before_they_are_used(tiny_pipe_folder, tmp_path):
+    folder = shutil.copytree(tiny_pipe_folder, tmp_path / "base")
+    file = folder / "unet" / "diffusion_pytorch_model.safetensors"
+    weights = load_file(file)
+    save_file({key: value for key, value in weights.items() if key != "conv_in.weight"}, file)
+    with pytest.raises(UserError, match="lacks weights of its unet: copy it again"):
+        open_pipeline(str(folder))

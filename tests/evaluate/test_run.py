@@ -1,0 +1,155 @@
+"""`atomdiff evaluate` from end to end, with a tiny base and a tiny encoder."""
+
+import json
+import re
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from transformers import CLIPImageProcessor, ViTConfig, ViTModel
+
+import atomdiff
+from atomdiff.cli.main import main
+from atomdiff.evaluate import encoders as encoders_module
+from tests.helpers import add_adapter, write_images
+from tests.sampling.helpers import write_concept
+
+PROTOCOL = """
+prompts: ["a {subject} on the beach", "a photo of {subject}"]
+unrelated_prompts: [a blue cat, a robot]
+images_per_prompt: 2
+"""
+
+
+@pytest.fixture(scope="module")
+def encoder(tmp_path_factory):
+    torch.manual_seed(0)
+    folder = tmp_path_factory.mktemp("dino")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    ViTModel(ViTConfig(**small, image_size=32, patch_size=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
+@pytest.fixture
+def evaluate(tmp_path, tiny_pipe_folder, encoder):
+    (tmp_path / "protocol.yaml").write_text(PROTOCOL)
+
+    def run(concepts, references, *options, encoders=(encoder,)):
+        base = ["--pretrained_model_name_or_path", str(tiny_pipe_folder), "--num_inference_steps", "2"]
+        base += ["--protocol", str(tmp_path / "protocol.yaml"), "--output_dir", str(tmp_path / "out")]
+        base += ["--encoders", *encoders, "--reference_data_dir", str(references), "--concepts", *map(str, concepts)]
+        status = main(["evaluate", *base, *options])
+        results = tmp_path / "out" / "results.json"
+        return status, json.loads(results.read_text()) if results.is_file() else {}
+
+    return run
+
+
+def written(folder):
+    return {str(file.relative_to(folder)): file.stat().st_mtime_ns for file in folder.rglob("*-seed*.png")}
+
+
+def test_concepts_are_measured_in_one_table_and_images_are_kept(evaluate, tiny_pipe, tmp_path, encoder, capsys):
+    concepts = [write_concept(tiny_pipe, tmp_path / f"{name}.atoms.safetensors", i) for i, name in enumerate("ab")]
+    for name in "ab":
+        write_images(tmp_path / "photos" / name, seed=ord(name))
+    status, results = evaluate(concepts, tmp_path / "photos")
+    shown = capsys.readouterr().out
+    assert status == 0 and "means ± standard errors over 2 subjects" in shown
+    assert re.search(r"similarity +-?\d\.\d{3} ± \d\.\d{3} +-?\d\.\d{3} ± \d\.\d{3}", shown)
+    images = written(tmp_path / "out" / "images")
+    assert {name.split("/")[0] for name in images} == {"base", "a", "b"}
+    assert len(images) == 3 * (2 * 2 + 2 + 2)  # the prompts, the unrelated ones, the class
+    with Image.open(next((tmp_path / "out/images/a").glob("a-sks-mug-on-the-beach*.png"))) as image:
+        assert json.loads(image.text["concepts"])[0]["file"] == "a.atoms.safetensors"
+    assert [*(tmp_path / "out/images/base").glob("a-photo-of-a-mug*.png")]  # the class has its article
+
+    assert (
+        results["subjects"]["a"].items()
+        >= {
+            "class_name": "mug",
+            "trigger_phrase": "sks mug",
+            "num_references": 3,
+            "num_prompts": 2,
+            "images_per_prompt": 2,
+        }.items()
+    )
+    found = [results["subjects"][name]["metrics"][encoder]["similarity"]["concept"]["mean"] for name in "ab"]
+    mean = results["mean"][encoder]["similarity"]["concept"]
+    assert mean["mean"] == pytest.approx(np.mean(found), abs=1e-4) and mean["count"] == 2
+    assert mean["standard_error"] == pytest.approx(np.std(found, ddof=1) / np.sqrt(2), abs=1e-4)
+    assert results["subjects"]["a"]["metrics"][encoder]["prompt_match"] is None  # no encoder of texts
+    assert all(results["subjects"][name]["metrics"][encoder]["drift"]["mean"] > 0 for name in "ab")
+    table = (tmp_path / "out" / "results.md").read_text()
+    assert f"## {encoder}" in table and "| similarity: base | similarity: concept |" in table
+    assert "| a |" in table and "| **mean** |" in table and "prompt match" not in table
+    assert (tmp_path / "out" / "contact_sheet.png").is_file()
+
+    lost = tmp_path / "out" / "images" / sorted(images)[0]
+    lost.unlink()
+    assert evaluate(concepts, tmp_path / "photos")[1] == results
+    after = written(tmp_path / "out" / "images")
+    changed = [name for name, time in after.items() if images[name] != time]
+    assert after.keys() == images.keys() and changed == [sorted(images)[0]]
+
+
+def test_a_concept_that_changes_nothing_is_like_the_base(evaluate, tiny_pipe, tmp_path, encoder):
+    tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv1"]))
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", trigger_phrase="mug")
+    photos = write_images(tmp_path / "photos")
+    status, results = evaluate([path], photos, "--class_name", "mug", "--images_per_prompt", "1", "--num_prompts", "1")
+    metrics = results["subjects"]["mug"]["metrics"][encoder]
+    assert status == 0 and metrics["drift"] == {"mean": 0.0, "standard_error": 0.0, "count": 2}
+    assert metrics["similarity"]["base"] == metrics["similarity"]["concept"]
+    assert metrics["similarity"]["concept"]["standard_error"] is None
+    assert metrics["prior_similarity"]["base"] == metrics["prior_similarity"]["concept"]
+    assert metrics["diversity"] is None
+    assert results["mean"] == {encoder: metrics}
+
+
+def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(evaluate, tiny_pipe, tmp_path, encoder):
+    from peft import LoraConfig
+
+    add_adapter(tiny_pipe, "default", LoraConfig(target_modules=["to_q"]))
+    tiny_pipe.unet.save_lora_adapter(tmp_path / "lora")
+    lora = tmp_path / "cup.safetensors"
+    (tmp_path / "lora" / "pytorch_lora_weights.safetensors").rename(lora)
+    tiny_pipe.unet.unload_lora()
+    with torch.no_grad():
+        tiny_pipe.unet.conv_in.weight.mul_(1.5)
+    tiny_pipe.save_pretrained(tmp_path / "mug")
+    for name in ("mug", "cup"):
+        write_images(tmp_path / "photos" / name)
+    given = [tmp_path / "mug", lora]
+    assert evaluate(given, tmp_path / "photos", "--class_name", "mug")[0] == 2  # what do prompts call them?
+    options = ("--class_name", "mug", "--trigger_phrases", "sks mug", "sks cup")
+    status, results = evaluate(given, tmp_path / "photos", *options)
+    assert status == 0
+    drifts = [results["subjects"][name]["metrics"][encoder]["drift"]["mean"] for name in ("mug", "cup")]
+    assert min(drifts) > 0 and drifts[0] != drifts[1]
+    assert results["subjects"]["cup"]["trigger_phrase"] == "sks cup"
+
+
+def test_wrong_input_is_one_clear_line(evaluate, tiny_pipe, tmp_path, capsys, monkeypatch):
+    concept = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors")
+    photos = write_images(tmp_path / "photos")
+
+    def message(*args, **kwargs):
+        assert evaluate(*args, **kwargs)[0] == 2
+        error = capsys.readouterr().err
+        assert error.count("\n") == 1
+        return error
+
+    assert "encoder 'nowhere'" in message([concept], photos, encoders=("nowhere",))
+    assert not (tmp_path / "out").exists()  # before any image was generated
+    assert "expected one for each concept" in message([concept], photos, "--trigger_phrases", "sks a", "sks b")
+    other = write_concept(tiny_pipe, tmp_path / "other" / "mug.atoms.safetensors")
+    assert "found no folder" in message([concept, other], photos)
+    write_images(photos / "mug")
+    assert "two are named 'mug'" in message([concept, other], photos)
+    assert "found nothing there" in message([concept], tmp_path / "none")
+    assert "such as dog" in message([concept], photos, "--trigger_phrases", "sks")
+    monkeypatch.setattr(encoders_module, "VisionEncoder", None)  # not reached: the concept is missing
+    assert "there is no file" in message([tmp_path / "none.atoms.safetensors"], photos, encoders=("toybox",))
