@@ -18,9 +18,11 @@ from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.layer_adapters import attribute
 from atomdiff.tuner.model import supported_modules
+from atomdiff.tuner.shared_state import as_peft_model
 from atomdiff.tuner.variants import TENSOR_NAMES
 
-PEFT_PREFIX = "base_model.model."
+_TUNER_PREFIX = "base_model."  # before what layers share
+PEFT_PREFIX = f"{_TUNER_PREFIX}model."
 
 
 def adapter_layers(model: nn.Module, name: str | None = None) -> dict[str, Any]:
@@ -83,13 +85,16 @@ def peft_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
 
 def peft_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter where they are, under the keys that PEFT saves them with from this model."""
-    tensors = get_peft_model_state_dict(model, adapter_name=name, save_embedding_layers=False)
-    return {PEFT_PREFIX + key: tensor for key, tensor in tensors.items()}
+    tensors: dict[str, Tensor] = get_peft_model_state_dict(
+        as_peft_model(model), adapter_name=name, save_embedding_layers=False
+    )
+    return tensors
 
 
 def unwrapped_key(key: str) -> str:
     """The key of a tensor as it is where its layer wraps no layers of other adapters, with PEFT's prefix."""
-    return PEFT_PREFIX + key.removeprefix(PEFT_PREFIX).replace(".base_layer.", ".")
+    prefix = "" if key.startswith(_TUNER_PREFIX) else PEFT_PREFIX
+    return prefix + key.replace(".base_layer.", ".")
 
 
 def compute_coefficients(model: nn.Module, name: str) -> None:

@@ -4,11 +4,12 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig
 
 import atomdiff
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.utils.errors import UserError
-from tests.helpers import predict
+from tests.helpers import add_adapter, predict
 from tests.pipelines.helpers import METHODS, assert_same_bits, assert_same_state, bits, pipeline_state, train
 
 
@@ -24,6 +25,16 @@ def test_saved_is_loaded_is_merged(tiny_pipe, tmp_path):
     atomdiff.merge(tiny_pipe)
     assert torch.equal(predict(tiny_pipe, "a photo of ohwx mug"), trained)
     assert (trained - base).abs().max() > 1e-3
+
+
+def test_dropout_of_an_adapter_ends_with_its_training(tiny_pipe, tmp_path):
+    add_adapter(tiny_pipe, "default", LoraConfig(r=2, lora_dropout=0.5, target_modules=["to_q", "to_v"]))
+    atomdiff.save_atoms(tiny_pipe, tmp_path / "lora")
+    atomdiff.unload_atoms(tiny_pipe)
+    base = predict(tiny_pipe)
+    atomdiff.load_atoms(tiny_pipe, tmp_path / "lora")
+    assert torch.equal(predict(tiny_pipe), predict(tiny_pipe)) and not torch.equal(predict(tiny_pipe), base)
+    assert not any(module.training for module in tiny_pipe.unet.modules())
 
 
 @pytest.mark.parametrize("method", METHODS)
