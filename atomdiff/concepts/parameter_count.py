@@ -7,10 +7,12 @@ import math
 from collections import Counter
 from dataclasses import dataclass
 
-from peft import PeftConfig, get_peft_model_state_dict, inject_adapter_in_model
+from peft import PeftConfig
 from torch import nn
 
 from atomdiff.bases.architectures import open_architecture
+from atomdiff.tuner.adapter_state import peft_state_dict
+from atomdiff.tuner.attach import inject
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.utils.errors import UserError
 
@@ -27,7 +29,7 @@ class AdapterCount:
     num_trainable_parameters: int
     """Of the adapter."""
     file_bytes: int
-    """Bytes of all stored tensors in float16: trained ones, and atoms that are fitted to the weights."""
+    """Bytes of all stored tensors, numbers in float16: trained ones, and what else the method keeps in its files."""
     groups: dict[tuple[str, tuple[int, ...]], int]
     """(kind, shape) of a trained tensor -> number of layers that have one."""
 
@@ -57,17 +59,24 @@ def count_parameters(base: str | nn.Module, adapter: PeftConfig | None) -> Adapt
         adapter.filled_by_loader = True  # there are no weights to fit atoms to
     model.requires_grad_(False)
     try:
-        inject_adapter_in_model(adapter, model, _ADAPTER)
+        _inject(model, adapter)
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"the adapter does not fit this architecture: {error}") from error
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    stored = get_peft_model_state_dict(model, adapter_name=_ADAPTER, save_embedding_layers=False)
+    stored = peft_state_dict(model, _ADAPTER)
     return AdapterCount(
         num_parameters=total,
         num_trainable_parameters=sum(shape.numel() for shape in trained.values()),
-        file_bytes=sum(tensor.numel() for tensor in stored.values()) * _HALF,
+        file_bytes=sum(t.numel() * (_HALF if t.is_floating_point() else t.itemsize) for t in stored.values()),
         groups=dict(Counter((_kind(name), tuple(shape)) for name, shape in trained.items())),
     )
+
+
+def _inject(model: nn.Module, adapter: PeftConfig) -> None:
+    try:
+        inject(model, adapter, _ADAPTER)
+    except NotImplementedError:  # the method looks at values of its first tensors: give it memory, which nothing fills
+        inject(model.to_empty(device="cpu"), adapter, _ADAPTER)
 
 
 def describe_count(count: AdapterCount) -> str:

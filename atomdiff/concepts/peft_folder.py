@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 from collections.abc import Iterable, Iterator, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
 from peft import PeftConfig
+from peft.mapping import PEFT_TYPE_TO_TUNER_MAPPING
 from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save, save_file
 from torch import Tensor
@@ -57,12 +58,12 @@ def write(
             save_file(vectors, unfinished / LEARNED_EMBEDS_NAME, metadata={"format": "pt"})
 
 
-def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters, Tokens, list[str]]:
+def read(path: Path, components: Iterable[str] | None, denoiser: str) -> tuple[Adapters, Tokens, list[str]]:
     """Read a concept written by `write`, or adapters saved by PEFT itself, in a folder for each component.
 
     Args:
         path: the folder.
-        components: those that may have an adapter.
+        components: those that may have an adapter; None: any.
         denoiser: the component whose adapter lies in `path` itself, or in a folder of that name as those of others do.
 
     Returns:
@@ -77,7 +78,7 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
         if denoiser in found:
             raise UserError(f"{path} and {found[denoiser]} both hold an adapter for {denoiser}: remove one of them")
         found[denoiser] = path
-    components = set(components)
+    components = set(found if components is None else components)
     for component in sorted(found.keys() & components):
         folder = found.pop(component)
         adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
@@ -92,6 +93,16 @@ def read(path: Path, components: Iterable[str], denoiser: str) -> tuple[Adapters
     if not adapters and not tokens:
         raise UserError(f"{path} holds no concept: expected {CONFIG_NAME} and {SAFETENSORS_WEIGHTS_NAME} in it")
     return adapters, tokens, left_out
+
+
+def count_trained(adapters: Adapters, tokens: Tokens) -> int:
+    """Count the trained parameters of what `read` returns: not what some methods keep beside them, such as indices."""
+    tensors = [vector for of in tokens.values() for vector in of.values()]
+    for config, of_component in adapters.values():
+        layer: Any = PEFT_TYPE_TO_TUNER_MAPPING[cast(Any, config).peft_type].tuner_layer_cls
+        trained = set(layer.adapter_layer_names)
+        tensors += [tensor for key, tensor in of_component.items() if not trained.isdisjoint(key.split("."))]
+    return sum(tensor.numel() for tensor in tensors)
 
 
 def _read_tokens(file: Path) -> Tokens:

@@ -7,6 +7,7 @@ from pathlib import Path
 from safetensors import safe_open
 
 from atomdiff.bases.find import find_base
+from atomdiff.concepts import peft_folder
 
 
 def stored_bytes(path: str | os.PathLike[str]) -> int:
@@ -21,20 +22,25 @@ def stored_bytes(path: str | os.PathLike[str]) -> int:
 def num_trainable_parameters(path: str | os.PathLike[str]) -> int:
     """Return the number of trained parameters of a stored concept, trigger words included.
 
-    Atoms, which concept files carry beside the deltas, were not. Of a fully tuned pipeline the denoiser counts, and no
-    trigger word.
+    What files carry beside them was not: atoms, random projections, indices. Of a fully tuned pipeline the denoiser
+    counts, and no trigger word.
 
     Args:
         path: a concept file, a folder written by PEFT, or a pipeline folder.
 
     Raises:
         FileNotFoundError: there is nothing at `path`.
+        UserError: the folder holds no concept.
     """
     path = Path(path)
+    files = _files(path)
     if (path / "model_index.json").is_file():
-        path /= find_base({folder.name: folder for folder in path.iterdir()}).denoiser
+        files = _files(path / find_base({folder.name: folder for folder in path.iterdir()}).denoiser)
+    elif path.is_dir():
+        adapters, tokens, _ = peft_folder.read(path, None, denoiser="")
+        return peft_folder.count_trained(adapters, tokens)
     count = 0
-    for file in _files(path):
+    for file in files:
         if file == path or file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
                 shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys() if not key.endswith("_basis")]
