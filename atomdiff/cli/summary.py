@@ -67,6 +67,8 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
 
 
 def _method(concept: ConceptFile) -> str:
+    if not concept.layers:
+        return "token embeddings"
     config = concept.config
     atoms = "all atoms" if config.num_atoms is None else f"{config.num_atoms} atoms"
     return f"{atoms}, basis {config.basis}, {variant_of(config).label(config)}, layers {config.target_modules}"

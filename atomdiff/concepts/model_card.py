@@ -80,12 +80,10 @@ def summarize_adapter(path: Path, title: str) -> ConceptSummary:
         UserError: it cannot be read.
     """
     files = {file: path / file for file in adapter_files(files_in(path))}
-    components = {file.rpartition("/")[0] for file in files}  # "" is the denoiser
-    adapters, words, _ = peft_folder.read(path, components, denoiser="")
+    adapters, words, _ = peft_folder.read(path, None, denoiser="")
     config = next((config for config, _ in adapters.values()), None)
     method = str(config.peft_type.value) if config else "token embeddings"
-    tensors = [*(tensors for _, tensors in adapters.values()), *words.values()]
-    count = sum(tensor.numel() for each in tensors for tensor in each.values())
+    count = peft_folder.count_trained(adapters, words)
     return ConceptSummary(
         path=path,
         files=files,
@@ -120,7 +118,7 @@ def summarize_file(path: Path) -> ConceptSummary:
         path=path,
         files={path.name: path},
         title=contents.modelspec.get("title") or path.name.removesuffix(CONCEPT_SUFFIX),
-        method=f"[filter atoms](https://arxiv.org/abs/2403.00269), {count:,} parameters in {size:,} bytes",
+        method=f"{_linked_method(contents)}, {count:,} parameters in {size:,} bytes",
         architecture=contents.modelspec.get("architecture", ""),
         base_model=contents.base_model,
         trigger_phrase=contents.trigger_phrase,
@@ -177,7 +175,13 @@ def _size(files: Mapping[str, Path]) -> int:
     return sum(file.stat().st_size for file in files.values())
 
 
+def _linked_method(contents: ConceptFile) -> str:
+    return "[filter atoms](https://arxiv.org/abs/2403.00269)" if contents.layers else _method(contents)
+
+
 def _method(contents: ConceptFile) -> str:
+    if not contents.layers:
+        return "token embeddings"
     config = contents.config
     return f"filter atoms, basis {config.basis}, {variant_of(config).label(config)}, in {len(contents.layers)} layers"
 

@@ -81,8 +81,8 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
         load_state(run, state)
     done = state["step"] if state else 0
     if accelerator.is_main_process:
-        count = sum(parameter.numel() for parameter in run.trainable.values())
-        log(f"{run.dataset.description}\n{describe_training(config, count, accelerator.num_processes, done)}")
+        described = describe_training(config, run.model.parameter_groups(), accelerator.num_processes, done)
+        log(f"{run.dataset.description}\n{described}")
 
     start_trackers(config, accelerator)
     final_loss = training_loop(run, snapshot, done, state["average_loss"] if state else math.nan)

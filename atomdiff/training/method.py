@@ -8,7 +8,8 @@ import torch
 from peft import PeftConfig
 
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.read_config import read_adapter
+from atomdiff.tuner.attach import inject
+from atomdiff.tuner.read_config import adapts_nothing, read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.seeds import derive_seed
 
@@ -36,7 +37,14 @@ def read_text_adapter(text_adapter: str | None, adapter: PeftConfig | None) -> P
     what = f"text_encoder_adapter={text_adapter!r}"
     if (text is None) != (adapter is None):
         raise UserError(f"{what}: expected adapters for both the UNet and the text encoders, or full tuning of both")
-    if isinstance(text, AtomConfig) and isinstance(adapter, AtomConfig) and text.shaping() != adapter.shaping():
+    if adapts_nothing(text):
+        raise UserError(f"{what}: trains nothing; expected train_text_encoder=False, or another method")
+    if (
+        isinstance(text, AtomConfig)
+        and not adapts_nothing(adapter)
+        and isinstance(adapter, AtomConfig)
+        and text.shaping() != adapter.shaping()
+    ):
         raise UserError(
             f"{what}: its atoms differ from the UNet's, but a concept file has one AtomConfig: choose the same "
             "num_atoms, basis and channel blocks for both; channel_block_pattern makes exceptions by name"
@@ -45,7 +53,7 @@ def read_text_adapter(text_adapter: str | None, adapter: PeftConfig | None) -> P
 
 
 def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
-    """Add the adapter to a model, so that its parameters alone are trained, or without one train all; in float32.
+    """Add the adapter to a model, so that its parameters alone are trained, or with None train all; in float32.
 
     The seed is that of the random numbers that some methods start from.
 
@@ -57,9 +65,7 @@ def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
         with torch.random.fork_rng():  # some methods start from random numbers
             torch.manual_seed(derive_seed(seed, "adapter"))
             try:
-                added = copy.deepcopy(adapter)
-                model.add_adapter(added, ADAPTER_NAME)
-                added.base_model_name_or_path = adapter.base_model_name_or_path  # transformers sets the base's folder
+                inject(model, copy.deepcopy(adapter), ADAPTER_NAME)
             except (ValueError, TypeError, LookupError, AttributeError) as error:  # as PEFT answers strange settings
                 reason = error if isinstance(error, (ValueError, TypeError)) else repr(error)
                 raise UserError(f"the adapter does not fit the base: {reason}") from error

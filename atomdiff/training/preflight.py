@@ -11,7 +11,7 @@ from atomdiff.training.config import Subject, TrainConfig
 from atomdiff.training.preservation import preservation_prompt
 from atomdiff.training.saving import result_path
 from atomdiff.training.training_images import check_prompts
-from atomdiff.tuner.read_config import read_adapter
+from atomdiff.tuner.read_config import adapts_nothing, read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import check_writable, refuse_overlap
 
@@ -23,7 +23,10 @@ def check_runs(runs: Sequence[TrainConfig]) -> None:
         UserError: Something cannot be read or written, or a folder would be both; nothing has been changed.
     """
     for run in runs:
-        _check_folders(run, runs, result_path(read_adapter(run.adapter), Path(run.output_dir) / run.name))
+        adapter = read_adapter(run.adapter)
+        if adapts_nothing(adapter) and not (run.train_token or run.train_text_encoder):
+            raise UserError(f"adapter={run.adapter!r}: trains nothing; expected train_token=True, or another adapter")
+        _check_folders(run, runs, result_path(adapter, Path(run.output_dir) / run.name))
     for run in runs:
         texts = [text for subject in run.subjects for text in _check_subject(run, subject)]
         if run.train_token:

@@ -5,10 +5,15 @@ from collections import Counter
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from torch import Tensor
+
 from atomdiff.pipelines.prompt_syntax import replace_words
 from atomdiff.training.config import TrainConfig
+from atomdiff.training.config.optimizer import ParameterGroup
 from atomdiff.training.config.prompt import PromptConfig
 from atomdiff.training.training_images import TrainingImage
+
+_MODELS: dict[ParameterGroup, str] = {"adapter": "UNet", "text_encoder": "text encoders"}
 
 
 def describe_images(
@@ -30,9 +35,12 @@ def describe_images(
     return "\n".join(lines)
 
 
-def describe_training(config: TrainConfig, num_trainable_parameters: int, processes: int, done: int) -> str:
+def describe_training(
+    config: TrainConfig, groups: Mapping[ParameterGroup, Sequence[Tensor]], processes: int, done: int
+) -> str:
     """Return the lines about what is trained, and in how many steps, some of which are done already."""
-    models = "UNet and text encoders" if config.train_text_encoder else "UNet"
+    count = sum(parameter.numel() for parameters in groups.values() for parameter in parameters)
+    models = " and ".join(name for group, name in _MODELS.items() if group in groups)
     words = [subject.trigger_word for subject in config.subjects] if config.train_token else []
     named = f", trigger word{'s' * (len(words) > 1)} {', '.join(words)}" if words else ""
     images = _several(config.instance_images_per_step(processes), "image")
@@ -40,9 +48,9 @@ def describe_training(config: TrainConfig, num_trainable_parameters: int, proces
     kept = {"none": "", "class": ", keeping the class", "blank": ", keeping the empty prompt"}[config.preservation]
     finished = f" ({done} of them done)" if done else ""
     return (
-        f"adapter: {config.adapter} on {models}{named}; {num_trainable_parameters:,} parameters\n"
+        f"adapter: {config.adapter}{models and f' on {models}'}{named}; {count:,} parameters\n"
         f"steps: {config.max_train_steps}{finished}, each of {images}{kept}; "
-        f"{config.optimizer} at {config.learning_rates['adapter']:g}"
+        f"{config.optimizer} at {config.learning_rates[next(iter(groups))]:g}"
     )
 
 

@@ -10,6 +10,7 @@ from typing import Any
 
 from peft import PeftConfig
 from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
+from peft.utils.constants import DUMMY_TARGET_MODULES
 
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.removable import why_not_removable
@@ -18,14 +19,15 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.text_files import read_yaml
 
 FULL = "FULL"
+NONE = "NONE"
 
 
 def read_adapter(adapter: str) -> PeftConfig | None:
     """Read what is to be trained: the config of a PEFT method, or None for the whole UNet.
 
     Args:
-        adapter: "atoms", "full", or a JSON file with `peft_type` and any fields of that method's config; the
-            `peft_type` "FULL" stands for the whole UNet.
+        adapter: "atoms", "full", "none", or a JSON file with `peft_type` and any fields of that method's config; the
+            `peft_type` "FULL" stands for the whole UNet, "NONE" for nothing of it: atoms on no layers.
 
     Raises:
         UserError: No such file, no such method, a field that the method does not know or refuses, or one by which it
@@ -33,12 +35,14 @@ def read_adapter(adapter: str) -> PeftConfig | None:
     """
     if adapter == "atoms":
         return AtomConfig()
-    fields = {"peft_type": FULL} if adapter == "full" else _read_json(Path(find_asset(adapter)))
+    fields = {"peft_type": adapter.upper()} if adapter in ("full", "none") else _read_json(Path(find_asset(adapter)))
     peft_type = fields.get("peft_type")
-    if peft_type == FULL:
-        return None
+    if peft_type in (FULL, NONE):
+        if len(fields) > 1:
+            raise UserError(f"{adapter}: found {', '.join(sorted(fields))}; expected peft_type={peft_type!r} alone")
+        return None if peft_type == FULL else AtomConfig(target_modules=DUMMY_TARGET_MODULES)
     if peft_type not in PEFT_TYPE_TO_CONFIG_MAPPING:
-        methods = ", ".join([FULL, *sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)])
+        methods = ", ".join([FULL, NONE, *sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)])
         raise UserError(f"{adapter}: peft_type={peft_type!r}; expected one of {methods}")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
     unknown = fields.keys() - {field.name for field in dataclasses.fields(kind)}
@@ -55,6 +59,11 @@ def read_adapter(adapter: str) -> PeftConfig | None:
     return config
 
 
+def adapts_nothing(adapter: PeftConfig | None) -> bool:
+    """Tell whether this is what `read_adapter` makes of "none"."""
+    return isinstance(adapter, AtomConfig) and adapter.target_modules == DUMMY_TARGET_MODULES
+
+
 def describe_adapter(adapter: PeftConfig | None) -> dict[str, Any]:
     """Return what `read_adapter` read as plain JSON values, the same for equal configs."""
     fields = {"peft_type": FULL} if adapter is None else adapter.to_dict()
@@ -64,7 +73,7 @@ def describe_adapter(adapter: PeftConfig | None) -> dict[str, Any]:
 
 def _read_json(file: Path) -> dict[str, Any]:
     if not os.path.isfile(file):
-        raise UserError(f'adapter={str(file)!r:.200}: no such file; expected a JSON file, "atoms" or "full"')
+        raise UserError(f'adapter={str(file)!r:.200}: no such file; expected a JSON file, "atoms", "full" or "none"')
     fields = read_yaml(file)
     if not isinstance(fields, dict):
         raise UserError(f"{file}: expected a JSON object with peft_type and the method's fields")

@@ -6,10 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from peft import ShiraConfig
 
 import atomdiff
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.push import write_repository
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from tests.fake_hub import card_of
 from tests.helpers import predict
 
@@ -95,3 +97,21 @@ def test_figures_come_from_the_report_about_this_file_or_are_given(concept, tmp_
         assert "similarity" not in (tmp_path / f"stale{number}" / "README.md").read_text()
     write_repository(tmp_path / "given", file, "ada/mug", metrics={"a | b": {"DINO": 0.5}})
     assert r"| a \| b, DINO | 0.5 |" in (tmp_path / "given" / "README.md").read_text()
+
+
+def test_the_card_of_token_embeddings_alone_names_no_filter_atoms(tiny_pipe, tmp_path):
+    add_placeholder_token(tiny_pipe, "sks")
+    set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.zeros(32)})
+    file = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", trigger_phrase="sks mug")
+    folder = write_repository(tmp_path / "repo", file, "ada/mug")
+    text = (folder / "README.md").read_text()
+    assert f"made with atomdiff: token embeddings, 32 parameters in {file.stat().st_size:,} bytes." in text
+    assert "| method | token embeddings |" in text and "filter atoms" not in text
+
+
+def test_the_card_of_another_method_counts_what_was_trained(tiny_pipe, tmp_path):
+    tiny_pipe.unet.add_adapter(ShiraConfig(r=2, target_modules=["to_q"]))
+    trained = sum(parameter.numel() for parameter in tiny_pipe.unet.parameters() if parameter.requires_grad)
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "shira")
+    folder = write_repository(tmp_path / "repo", path, "ada/mug")
+    assert f"| trainable parameters | {trained:,} |" in (folder / "README.md").read_text()

@@ -13,6 +13,7 @@ from PIL import Image
 from torch.nn.parallel import DistributedDataParallel
 
 from atomdiff.bases.sdxl import StableDiffusionXL
+from atomdiff.cli.summary import describe
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.pipelines.load import load_atoms, unload_atoms
 from atomdiff.pipelines.save import save_atoms
@@ -115,6 +116,43 @@ def test_images_in_training_are_those_of_the_file(config_for, in_training, tmp_p
         if text:
             adapted = {kind for tensors in concept.layers.values() for kind in tensors if kind.endswith("_delta")}
             assert "channel_delta" in adapted
+
+
+@pytest.mark.parametrize("text", [False, True])
+def test_a_token_is_trained_without_an_adapter_of_the_unet(config_for, in_training, tmp_path, text):
+    config = config_for("sdxl", adapter="none", num_vectors=2, train_text_encoder=text, validation_steps=3)
+    written = train(config)
+    pipe = open_base(config)
+    before, plain = snapshot(pipe), generate_image(pipe, PROMPT)
+    name = load_atoms(pipe, written)
+    np.testing.assert_allclose(generate_image(pipe, PROMPT), in_training["image"], atol=2e-2)  # float16
+    assert np.abs(in_training["image"] - plain).max() > 5e-2
+    parts = {module.partition(".")[0] for module in read_concept_file(written).layers}
+    assert parts == ({"text_encoder", "text_encoder_2"} if text else set())
+    assert ("token embeddings" in describe(written)) != text
+    unload_atoms(pipe, name)
+    assert_unchanged(pipe, before)
+
+
+VERA = {"peft_type": "VERA", "r": 4, "save_projection": False}
+TINY = {"peft_type": "TINYLORA", "r": 2, "u": 8}
+
+
+@pytest.mark.filterwarnings("ignore:Specified to not")
+@pytest.mark.parametrize("fields", [VERA, TINY], ids=["vera", "tinylora"])
+def test_methods_whose_layers_share_tensors_train_text_encoders(config_for, in_training, tmp_path, fields):
+    targets = {"adapter": ["to_q", "to_v"], "text_encoder_adapter": ["q_proj", "v_proj"]}
+    files = {name: file_of(tmp_path, name, {**fields, "target_modules": each}) for name, each in targets.items()}
+    config = config_for("sdxl", train_text_encoder=True, **files)
+    written = train(config)
+    assert {folder.name for folder in written.iterdir() if folder.is_dir()} == {"text_encoder", "text_encoder_2"}
+    pipe = open_base(config)
+    before, plain = snapshot(pipe), generate_image(pipe, "a photo of a mug")
+    name = load_atoms(pipe, written)
+    np.testing.assert_allclose(generate_image(pipe, PROMPT), in_training["image"], atol=1e-5)
+    assert np.abs(generate_image(pipe, "a photo of a mug") - plain).max() > 1e-3
+    unload_atoms(pipe, name)
+    assert_unchanged(pipe, before)
 
 
 @pytest.mark.parametrize("base", ["sd1", "sdxl"])
@@ -287,6 +325,11 @@ def test_validation_generates_with_what_is_trained(config_for, tmp_path):
         (
             {"train_text_encoder": True, "text_encoder_adapter": "full"},
             "expected adapters for both the UNet and the text encoders, or full tuning",
+        ),
+        ({"adapter": "none", "train_token": False}, "adapter='none': trains nothing; expected train_token=True"),
+        (
+            {"train_text_encoder": True, "text_encoder_adapter": "none"},
+            "text_encoder_adapter='none': trains nothing; expected train_text_encoder=False",
         ),
         ({"train_text_encoder": True, "text_encoder_adapter": "no.json"}, "'no.json': no such file"),
     ],

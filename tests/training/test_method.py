@@ -6,7 +6,7 @@ from peft import IA3Config, LoraConfig, OFTConfig
 
 from atomdiff.training.method import make_trainable
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.read_config import describe_adapter, read_adapter
+from atomdiff.tuner.read_config import adapts_nothing, describe_adapter, read_adapter
 from atomdiff.utils.errors import UserError
 
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
@@ -22,6 +22,9 @@ def test_reading(tmp_path):
     assert read_adapter("full") is None
     assert read_adapter(write(tmp_path, {"peft_type": "FULL"})) is None
     assert describe_adapter(read_adapter("atoms")) == describe_adapter(AtomConfig())
+    nothing = read_adapter("none")
+    assert adapts_nothing(nothing) and not adapts_nothing(AtomConfig()) and not adapts_nothing(None)
+    assert describe_adapter(read_adapter(write(tmp_path, {"peft_type": "NONE"}))) == describe_adapter(nothing)
     lora = read_adapter(write(tmp_path, {"peft_type": "LORA", "r": 3, "target_modules": ATTENTION}))
     assert isinstance(lora, LoraConfig) and lora.r == 3
     atoms = read_adapter(write(tmp_path, {"peft_type": "ATOMS", "channel_block": 2}))
@@ -34,7 +37,8 @@ def test_reading(tmp_path):
         ("{", "cannot be read as YAML or JSON"),
         ("[1]", "expected a JSON object"),
         ({"r": 4}, "peft_type=None; expected one of FULL, .*LORA"),
-        ({"peft_type": "LORE"}, "peft_type='LORE'; expected one of FULL"),
+        ({"peft_type": "LORE"}, "peft_type='LORE'; expected one of FULL, NONE"),
+        ({"peft_type": "NONE", "r": 4}, "found peft_type, r; expected peft_type='NONE' alone"),
         ({"peft_type": "LORA", "rank": 4}, "LoraConfig has no field rank"),
         ({"peft_type": "ATOMS", "channel_block": 0}, "channel_block=0"),
         ({"peft_type": "ATOMS", "modules_to_save": ["conv_in"]}, "replaces whole modules: leave it out"),
@@ -85,6 +89,11 @@ def test_only_the_adapter_is_trained_in_float32_and_starts_from_the_seed(tiny_pi
     make_trainable(again, adapter, seed=0)
     started = dict(again.named_parameters())
     assert all(torch.equal(parameter, started[name]) for name, parameter in trained.items())
+
+
+def test_none_trains_nothing(tiny_pipe):
+    make_trainable(tiny_pipe.unet, read_adapter("none"), seed=0)
+    assert not any(parameter.requires_grad for parameter in tiny_pipe.unet.parameters())
 
 
 def test_full_tuning_trains_everything(tiny_pipe):

@@ -4,6 +4,7 @@ from dataclasses import replace
 from functools import partial
 
 import pytest
+import torch
 from PIL import Image
 
 from atomdiff.training.config import TrainConfig
@@ -56,9 +57,16 @@ def test_masks_class_images_and_several_words_are_described(tmp_path):
         "class: 200 images in things",
         "sizes: 64x64 (4)",
     ]
-    assert describe_training(config, 12345, 2, 100).splitlines() == [
-        "adapter: atoms on UNet, trigger words mug, cat; 12,345 parameters",
-        "steps: 400 (100 of them done), each of 8 images and as many class images, keeping the class; adamw at 0.005",
+    steps = "steps: 400 (100 of them done), each of 8 images and as many class images, keeping the class; adamw at"
+    groups = {"adapter": [torch.empty(12345)], "token": [torch.empty(2, 32)]}
+    assert describe_training(config, groups, 2, 100).splitlines() == [
+        "adapter: atoms on UNet, trigger words mug, cat; 12,409 parameters",
+        f"{steps} 0.005",
+    ]
+    token_alone = replace(config, adapter="none")
+    assert describe_training(token_alone, {"token": groups["token"]}, 2, 100).splitlines() == [
+        "adapter: none, trigger words mug, cat; 64 parameters",
+        f"{steps} 0.01",
     ]
 
 

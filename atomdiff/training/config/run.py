@@ -18,7 +18,7 @@ class RunConfig(ConfigGroup):
     """Output folder: trained files, checkpoints, validation images and logs."""
     adapter: PathText = "atoms"
     """What to train: a JSON file with the config of any PEFT method, "atoms" (filter atoms with their default
-    settings), or "full" (all weights of the UNet)."""
+    settings), "full" (all weights of the UNet), or "none" (nothing of the UNet: the token embedding alone)."""
     seed: int = 0
     """Random seed. The same seed gives the same run."""
     mixed_precision: Precision | None = None
