@@ -1,14 +1,31 @@
+"""Every file under configs/ loads, and every method in it goes the whole way, from training to unloading."""
+
+import dataclasses
+import math
 import re
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
 
-from atomdiff.training.dreambooth import load_config
+import atomdiff
+from atomdiff.concepts.parameter_count import count_parameters
+from atomdiff.evaluate.size import num_trainable_parameters
+from atomdiff.evaluate.suite import open_adapted
+from atomdiff.training import saving
+from atomdiff.training.dreambooth import load_config, train
 from atomdiff.tuner.read_config import read_adapter
+from atomdiff.utils.errors import UserError
+from tests.helpers import assert_unchanged, concept_bytes, predict, read_log, snapshot
 
 ROOT = Path(__file__).parents[2]
-ADAPTERS = sorted((ROOT / "configs" / "experiments").rglob("adapter.json"))
+EXPERIMENTS = ROOT / "configs" / "experiments"
+ADAPTERS = sorted(EXPERIMENTS.rglob("adapter.json"))
 RUNS = sorted((ROOT / "configs").glob("*.yaml"))
+METHODS = [name for path in ADAPTERS if not (name := str(path.parent.relative_to(EXPERIMENTS))).startswith("classify")]
+NOT_MERGED = {"beft/default": "Base layer has no bias"}
+PROMPT = "a photo of sks mug"
 
 
 def test_there_are_configs_to_load():
@@ -26,15 +43,90 @@ def test_every_run_loads(path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: str(path.parent.relative_to(ROOT / "configs")))
+@pytest.mark.parametrize("path", ADAPTERS, ids=lambda path: str(path.parent.relative_to(EXPERIMENTS)))
 def test_every_adapter_loads_with_its_own_learning_rate(path):
     adapter = read_adapter(str(path))
     assert adapter is None or adapter.target_modules
     arguments = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "photos", "--class_name", "mug"]
     config = load_config([*arguments, "--adapter", str(path)])
-    assert f"{config.learning_rate:g}" in {f"{float(rate):g}" for rate in _rates(path)}
+    (name, rate) = _rate(path)
+    assert getattr(config, name) == float(rate)
 
 
-def _rates(path):
-    lines = path.with_name("overrides.yaml").read_text().splitlines()
-    return [line.split(":")[1].split("#")[0] for line in lines if line.startswith("learning_rate:")]
+def _rate(path):
+    text = path.with_name("overrides.yaml").read_text()
+    return re.search(r"^((?:token_)?learning_rate): (\S+)", text, re.MULTILINE).groups()
+
+
+@pytest.fixture
+def in_training(monkeypatch):
+    """Notes what the UNet predicts at the end of each run, before its adapter is saved as usual."""
+    seen, usual = {}, saving.save_trained
+
+    def look(pipe, *arguments, **metadata):
+        pipe.unet.eval()
+        seen["prediction"] = predict(pipe, PROMPT)
+        usual(pipe, *arguments, **metadata)
+
+    monkeypatch.setattr(saving, "save_trained", look)
+    return seen
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:Specified to not load")  # PEFT's, of random projections that follow from a seed
+@pytest.mark.parametrize("method", METHODS)
+def test_every_method_trains_resumes_loads_merges_and_unloads(method, train_config, tiny_pipe, in_training):
+    file = EXPERIMENTS / method / "adapter.json"
+    config = train_config(adapter=str(file), learning_rate=0.02, max_train_steps=2, checkpointing_steps=1)
+    written = train(config)
+    assert all(math.isfinite(line["loss"]) for line in read_log(config))
+    _check_counts(config, written)
+    if not written.is_file():  # atoms resume in tests/training/test_resume.py
+        expected = concept_bytes(written)
+        assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="checkpoint-1"))) == expected
+
+    is_full, trains_unet = method.startswith("full"), not method.startswith("token")
+    before, words = snapshot(tiny_pipe), ("a photo of a mug" if trains_unet else PROMPT)
+    plain = predict(tiny_pipe, words)
+    pipe = open_adapted(tiny_pipe, written)
+    tolerance = 1e-2 if written.is_file() else 1e-5  # concept files are in float16
+    torch.testing.assert_close(predict(pipe, PROMPT), in_training["prediction"], atol=tolerance, rtol=0)
+    tuned = predict(pipe, words)
+    assert (tuned - plain).abs().max() > 2 * tolerance
+    if is_full:
+        return
+    if trains_unet:
+        _check_merging(method, pipe)
+    atomdiff.unload_atoms(pipe)
+    assert_unchanged(pipe, before)
+    if not written.is_file():
+        pipe.unet = PeftModel.from_pretrained(pipe.unet, written)
+        torch.testing.assert_close(predict(pipe, words), tuned, atol=1e-5, rtol=0)
+
+
+def _check_counts(config, written):
+    """Check that what counts parameters, in files and without weights, counts those that were trained."""
+    state = torch.load(Path(config.output_dir) / "checkpoint-2" / "state.pt", weights_only=True)
+    trained = {name: parameter.numel() for name, parameter in state["parameters"].items()}
+    of_unet = sum(count for name, count in trained.items() if name.startswith("denoiser."))
+    counted = count_parameters(config.pretrained_model_name_or_path, read_adapter(config.adapter))
+    assert counted.num_trainable_parameters == of_unet
+    is_pipeline = (written / "model_index.json").is_file()  # of which the trigger word does not count
+    assert num_trainable_parameters(written) == (of_unet if is_pipeline else sum(trained.values()))
+
+
+def _check_merging(method, pipe):
+    """Check that merging changes nothing but the speed, or is refused; the pipeline may be merged afterwards."""
+    unmerged = predict(pipe, PROMPT)
+    if method in NOT_MERGED:
+        with pytest.raises(UserError, match=NOT_MERGED[method]):
+            atomdiff.merge(pipe)
+    else:
+        atomdiff.merge(pipe)
+        assert atomdiff.list_atoms(pipe)[0].merged
+        torch.testing.assert_close(predict(pipe, PROMPT), unmerged, atol=1e-4, rtol=0)
+        atomdiff.restore(pipe)
+    assert torch.equal(predict(pipe, PROMPT), unmerged)
+    if method not in NOT_MERGED:
+        atomdiff.set_active(pipe, "concept")
+        torch.testing.assert_close(predict(pipe, PROMPT), unmerged, atol=1e-4, rtol=0)
