@@ -35,7 +35,7 @@ def evaluate_concepts(config: EvaluateConfig) -> str | None:
 def describe_results(config: EvaluateConfig, results: dict[str, Any]) -> str:
     """Return the means over subjects as one small table for each encoder."""
     lines = []
-    for encoder, metrics in results["mean"].items():
+    for encoder, metrics in results["mean"]["all"].items():
         lines += [encoder, f"  {'':<18}{'base':>16}{'concept':>16}{'between photos':>16}"]
         for name, found in metrics.items():
             values = found if isinstance(found, dict) and "mean" not in found else {"concept": found}

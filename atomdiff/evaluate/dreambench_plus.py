@@ -41,9 +41,8 @@ def read_subject(name: str, data_dir: Path) -> ProtocolSubject:
     class_name, *prompts = [line.strip() for line in read_text(captions).splitlines() if line.strip()] or [""]
     if not prompts:
         raise UserError(f"{captions}: expected the class in the first line, and prompts below it")
-    return ProtocolSubject(
-        name, class_name.lower(), tuple(Prompt(_with_subject(each, class_name)) for each in prompts), (image,)
-    )
+    with_subject = tuple(Prompt(_with_subject(prompt, class_name)) for prompt in prompts)
+    return ProtocolSubject(name, class_name.lower(), with_subject, (image,), image.parent.name)
 
 
 def _with_subject(caption: str, class_name: str) -> str:

@@ -44,6 +44,8 @@ class ProtocolSubject:
     """Prompts, with `{subject}`."""
     references: tuple[Path, ...]
     """Its images."""
+    kind: str = ""
+    """Kind of subject, where the protocol has several."""
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ class Protocol:
         class_name = known.get("class_name") or class_name
         if class_name is None:
             raise UserError(f"the concept {name!r}: its class is not known; give --class_name, such as dog")
-        prompts = self.prompts[known.get("prompts") or next(iter(self.prompts))]
-        return ProtocolSubject(name, class_name, prompts, _references(name, data_dir, alone))
+        kind = known.get("prompts") or next(iter(self.prompts))
+        return ProtocolSubject(name, class_name, self.prompts[kind], _references(name, data_dir, alone), kind)
 
 
 def load_protocol(name: str) -> Protocol:

@@ -17,7 +17,7 @@ from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
 from atomdiff.evaluate.subjects import Subject, open_subjects
 from atomdiff.evaluate.suite import Evaluation, GeneratedImages, Kind, Model
-from atomdiff.evaluate.table import mean_over_subjects, write_tables
+from atomdiff.evaluate.table import means_of_kinds, write_tables
 from atomdiff.sampling.batching import Sample
 from atomdiff.sampling.prompt_requests import PromptRequest
 from atomdiff.sampling.sample import image_settings, make_sample, save_missing
@@ -111,7 +111,7 @@ def measure_concepts(
         rows.append([references[0], *concept.subject[: step * _SHEET_PROMPTS : step]])
     names = [subject.name for subject, _ in generated]
     write_png(folder / "contact_sheet.png", make_image_grid(rows, names))
-    means = mean_over_subjects(measured)
+    means = means_of_kinds(measured, {subject.name: subject.kind for subject, _ in generated})
     settings = image_settings(config.sampling(config.pretrained_model_name_or_path))
     results = {
         "protocol": config.protocol,
@@ -120,7 +120,7 @@ def measure_concepts(
         "subjects": {
             subject.name: _describe(subject) | {"metrics": as_json(measured[subject.name])} for subject, _ in generated
         },
-        "mean": as_json(means),
+        "mean": {kind: as_json(mean) for kind, mean in means.items()},
     }
     write_json(folder / "results.json", results)
     write_tables(folder / "results.md", measured, means)
@@ -133,6 +133,7 @@ def _read(samples: Mapping[Kind, Sequence[Sample]]) -> dict[str, list[Image.Imag
 
 def _describe(subject: Subject) -> dict[str, Any]:
     return {
+        "kind": subject.kind,
         "class_name": subject.suite.class_name,
         "trigger_phrase": subject.trigger_phrase,
         "concept": subject.path.name,

@@ -32,6 +32,8 @@ class Subject:
     """What is generated."""
     references: tuple[Path, ...]
     """Images of the subject."""
+    kind: str
+    """Kind of subject in the protocol."""
 
     def request(self, prompt: str) -> PromptRequest:
         """Return a prompt that uses the concept."""
@@ -77,7 +79,7 @@ def _open_subject(config: EvaluateConfig, protocol: Protocol, concept: str, phra
         guidance_scale=config.guidance_scale,
     )
     path = Path(concept) if source is None else source.path
-    return Subject(name, path, source, phrase or f"{words[0]} {found.class_name}", suite, found.references)
+    return Subject(name, path, source, phrase or f"{words[0]} {found.class_name}", suite, found.references, found.kind)
 
 
 def _find(config: EvaluateConfig, protocol: Protocol, name: str, class_name: str | None) -> ProtocolSubject:

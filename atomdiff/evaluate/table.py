@@ -15,14 +15,27 @@ Measured = Mapping[str, Mapping[str, Any]]
 """Subject -> encoder -> what `measure` returns."""
 
 
-def mean_over_subjects(measured: Measured) -> dict[str, Any]:
-    """Return the means over subjects, encoder -> metric -> an `Estimate`, or a dict of these.
+def means_of_kinds(measured: Measured, kinds: Mapping[str, str]) -> dict[str, dict[str, Any]]:
+    """Return the means over all subjects and, of several kinds, over those of each.
 
-    The standard errors are those over subjects; with a single subject, its own over prompts. A value that some subjects
-    lack is the mean of the others.
+    The standard errors are those over subjects; of a single subject they are its own, over prompts. A value that some
+    subjects lack is the mean of the others.
+
+    Args:
+        measured: what was measured.
+        kinds: the kind of each subject.
+
+    Returns:
+        `all` or a kind -> encoder -> metric -> an `Estimate`, or a dict of these.
     """
+    groups = {"all": [*measured]}
+    if len(found := dict.fromkeys(kinds.values())) > 1:
+        groups |= {kind: [name for name in measured if kinds[name] == kind] for kind in found}
     encoders = dict.fromkeys(name for of_subject in measured.values() for name in of_subject)
-    return {name: _mean([of_subject[name] for of_subject in measured.values()]) for name in encoders}
+    return {
+        kind: {encoder: _mean([measured[name][encoder] for name in names]) for encoder in encoders}
+        for kind, names in groups.items()
+    }
 
 
 def _mean(found: Sequence[Any]) -> Any:
@@ -33,25 +46,26 @@ def _mean(found: Sequence[Any]) -> Any:
         return {key: _mean([each[key] for each in found]) for key in found[0]}
     if len(found) == 1:
         return found[0]
-    return estimate(torch.tensor([[each.mean if isinstance(each, Estimate) else each] for each in found]))
+    values = [[each.mean if isinstance(each, Estimate) else each] for each in found]
+    return estimate(torch.tensor(values, dtype=torch.float64))
 
 
-def markdown_table(measured: Measured, means: Mapping[str, Any], encoder: str) -> str:
-    """Return the table of an encoder: a row for each subject and, of several, one of the means."""
+def markdown_table(measured: Measured, means: Mapping[str, Mapping[str, Any]], encoder: str) -> str:
+    """Return the table of an encoder: a row for each subject and, of several, the means."""
     rows = {name: dict(_flat(of_subject[encoder])) for name, of_subject in measured.items()}
     if len(rows) > 1:
-        rows["**mean**"] = dict(_flat(means[encoder]))
-    columns = [c for c in dict(_flat(means[encoder])) if any(row.get(c) is not None for row in rows.values())]
+        rows |= {f"**mean of {kind}**": dict(_flat(mean[encoder])) for kind, mean in means.items()}
+    columns = dict.fromkeys(key for row in rows.values() for key, value in row.items() if value is not None)
     lines = [["subject", *columns], ["---"] * (len(columns) + 1)]
     lines += [[name, *(_cell(row.get(column)) for column in columns)] for name, row in rows.items()]
     return "\n".join(f"| {' | '.join(line)} |" for line in lines)
 
 
-def write_tables(path: Path, measured: Measured, means: Mapping[str, Any]) -> None:
+def write_tables(path: Path, measured: Measured, means: Mapping[str, Mapping[str, Any]]) -> None:
     """Write the tables of all encoders as Markdown."""
-    titles = {name: f"## {name}\n\n{markdown_table(measured, means, name)}\n" for name in means}
+    tables = [f"## {name}\n\n{markdown_table(measured, means, name)}\n" for name in means["all"]]
     note = "Values are means ± standard errors, over prompts for a subject and over subjects for the mean.\n"
-    write_text(path, "\n".join([note, *titles.values()]))
+    write_text(path, "\n".join([note, *tables]))
 
 
 def _flat(found: Mapping[str, Any]) -> Iterator[tuple[str, Any]]:

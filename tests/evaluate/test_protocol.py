@@ -31,7 +31,7 @@ def test_a_subject_of_dreambench_has_its_class_its_prompts_and_its_images(tmp_pa
     protocol = load_protocol("dreambench")
     image = write_image(tmp_path / "dog6" / "00.jpg")
     subject = protocol.subject("dog6", None, tmp_path, alone=False)
-    assert (subject.class_name, subject.references) == ("dog", (image,))
+    assert (subject.class_name, subject.references, subject.kind) == ("dog", (image,), "living")
     assert Prompt("a {subject} in a chef outfit") in subject.prompts
     assert Prompt("a {subject} floating on top of water") in protocol.prompts["object"]
     with pytest.raises(UserError, match="the concept 'dog4': the protocol dreambench has no such subject; it has"):
@@ -63,7 +63,7 @@ def test_the_subjects_of_dreambench_plus_bring_their_prompts(tmp_path):
     subject = dreambench_plus.read_subject("live_subject_animal_03_kitten", tmp_path)
     texts = [prompt.text for prompt in subject.prompts]
     assert texts == ["A {subject} on a sofa, beside another kitten.", "{subject}, An oil (painting) in blue"]
-    assert (subject.class_name, subject.references) == ("kitten", (image,))
+    assert (subject.class_name, subject.references, subject.kind) == ("kitten", (image,), "animal")
     assert dreambench_plus.read_subject("animal_03", tmp_path).prompts == subject.prompts
     with pytest.raises(UserError, match="expected the name of a subject; found animal_03"):
         dreambench_plus.read_subject("animal_04", tmp_path)

@@ -77,14 +77,14 @@ def test_concepts_are_measured_in_one_table_and_images_are_kept(evaluate, tiny_p
         }.items()
     )
     found = [results["subjects"][name]["metrics"][encoder]["similarity"]["concept"]["mean"] for name in "ab"]
-    mean = results["mean"][encoder]["similarity"]["concept"]
+    mean = results["mean"]["all"][encoder]["similarity"]["concept"]
     assert mean["mean"] == pytest.approx(np.mean(found), abs=1e-4) and mean["count"] == 2
     assert mean["standard_error"] == pytest.approx(np.std(found, ddof=1) / np.sqrt(2), abs=1e-4)
     assert results["subjects"]["a"]["metrics"][encoder]["prompt_match"] is None  # no encoder of texts
     assert all(results["subjects"][name]["metrics"][encoder]["drift"]["mean"] > 0 for name in "ab")
     table = (tmp_path / "out" / "results.md").read_text()
     assert f"## {encoder}" in table and "| similarity: base | similarity: concept |" in table
-    assert "| a |" in table and "| **mean** |" in table and "prompt match" not in table
+    assert "| a |" in table and "| **mean of all** |" in table and "prompt match" not in table
     assert (tmp_path / "out" / "contact_sheet.png").is_file()
 
     lost = tmp_path / "out" / "images" / sorted(images)[0]
@@ -106,7 +106,7 @@ def test_a_concept_that_changes_nothing_is_like_the_base(evaluate, tiny_pipe, tm
     assert metrics["similarity"]["concept"]["standard_error"] is None
     assert metrics["prior_similarity"]["base"] == metrics["prior_similarity"]["concept"]
     assert metrics["diversity"] is None
-    assert results["mean"] == {encoder: metrics}
+    assert results["mean"] == {"all": {encoder: metrics}}
 
 
 def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(evaluate, tiny_pipe, tmp_path, encoder):
