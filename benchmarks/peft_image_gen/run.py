@@ -111,7 +111,7 @@ def check_device() -> None:
 
 
 def check_models(folder: Path, experiment: Path) -> None:
-    """Check that base model and image encoder can be had, before the hours that their loading may take.
+    """Check that base model and image encoder can be had, before anything large is loaded.
 
     Raises:
         UserError: one is neither in the cache nor on the Hub.
@@ -120,8 +120,8 @@ def check_models(folder: Path, experiment: Path) -> None:
 
     from atomdiff.concepts.hub import explained
 
-    settings = json.loads((folder / "default_training_params.json").read_text())
-    settings |= json.loads((experiment / "training_params.json").read_text())
+    files = folder / "default_training_params.json", experiment / "training_params.json"
+    settings = {key: value for file in files if file.is_file() for key, value in json.loads(file.read_text()).items()}
     for key, file in (("model_id", "model_index.json"), ("dino_model_id", "config.json")):
         if not Path(settings[key]).is_dir():
             with explained(f"the benchmark's {key} {settings[key]} cannot be loaded", settings[key]):

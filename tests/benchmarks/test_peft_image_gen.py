@@ -12,8 +12,10 @@ import torch
 from peft import LNTuningConfig, PeftModel, get_peft_model
 from torch import nn
 
+from atomdiff.cli.demo import training_config
+from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
-from benchmarks.peft_image_gen import run
+from benchmarks.peft_image_gen import rates, run
 from benchmarks.peft_image_gen.count import Count, build_transformer, confirm, count, read_experiment, rounded_share
 from tests.tiny_models import FLUX2, make_flux2_transformer
 
@@ -68,7 +70,7 @@ def test_an_experiment_trains_saves_loads_and_merges(folder, tmp_path):
     settings = json.loads((folder / "training_params.json").read_text())["optimizer_kwargs"]
     model = get_peft_model(base, config, autocast_adapter_dtype=True)
     assert torch.equal(predict(model, inputs), before)
-    train(model, inputs, **settings | {"lr": 20 * settings["lr"]})
+    train(model, inputs, **settings | {"lr": 5 * settings["lr"]})
     trained = predict(model, inputs)
     assert not torch.allclose(trained, before, atol=1e-2)
     with model.disable_adapter():
@@ -87,10 +89,38 @@ def test_an_experiment_trains_saves_loads_and_merges(folder, tmp_path):
 
 
 @pytest.mark.parametrize("folder", EXPERIMENTS, ids=lambda folder: folder.name)
-def test_a_step_moves_a_weight_by_the_same_part_of_its_norm_in_every_experiment(folder):
+def test_a_step_moves_a_weight_by_the_part_of_its_norm_that_the_readme_says(folder):
     settings = json.loads((folder / "training_params.json").read_text())
     assert settings.keys() == {"optimizer_kwargs"}  # all else as in PEFT's own experiments
-    assert settings["optimizer_kwargs"]["lr"] * read_experiment(folder).channel_block == 2e-3
+    block = read_experiment(folder).channel_block
+    assert settings["optimizer_kwargs"]["lr"] * block == {2: 8e-3, 4: 8e-3, 8: 4e-3}[block]
+
+
+def test_trials_of_rates_are_runs_of_the_demo_and_run_once(tmp_path, monkeypatch):
+    ran = []
+
+    def run_demo(config):
+        run = training_config(config)
+        assert (run.max_train_steps, run.train_batch_size, run.train_token, run.lr_scheduler) == (
+            750,
+            2,
+            False,
+            "constant",
+        )
+        ran.append((run.learning_rate, read_adapter(run.adapter).peft_type))
+        Path(config.output_dir).mkdir()
+        scores = {"similarity": {"normalized_gain": 0.5}, "drift": 0.25, "num_trainable_parameters": 7}
+        (Path(config.output_dir) / "report.json").write_text(json.dumps(scores))
+
+    monkeypatch.setattr("atomdiff.cli.demo.run_demo", run_demo)
+    config = rates.RatesConfig(work_dir=str(tmp_path / "work"), output=str(tmp_path / "rates.json"))
+    for _ in range(2):
+        rates.main(config)
+    assert ran == [(rate, adapter["peft_type"]) for adapter, rate in rates.TRIALS.values()]
+    written = json.loads((tmp_path / "rates.json").read_text())
+    recorded = json.loads((ROOT / "benchmarks/results/peft_image_gen_rates.json").read_text())
+    assert written["figures"].keys() == recorded["figures"].keys()
+    assert written["run"] == recorded["run"]
 
 
 def test_the_figures_are_counted_again():
