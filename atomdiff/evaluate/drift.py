@@ -13,16 +13,24 @@ from atomdiff.evaluate.similarity import cosines
 from atomdiff.evaluate.suite import Evaluation
 
 
-def drift(evaluation: Evaluation) -> Tensor:
-    """Return how far the images of unrelated prompts are from the base's (prompts, 1), from 0 to 1; lower is better."""
+def drift(evaluation: Evaluation) -> Tensor | None:
+    """Return how far the images of unrelated prompts are from the base's (prompts, 1), from 0 to 1; lower is better.
+
+    None, if there are no unrelated prompts.
+    """
+    if not evaluation.base.unrelated:
+        return None
     return pixel_differences(evaluation.base.unrelated, evaluation.concept.unrelated)[:, None]
 
 
-def embedding_drift(evaluation: Evaluation) -> Tensor:
+def embedding_drift(evaluation: Evaluation) -> Tensor | None:
     """Return the cosine distance of the images of unrelated prompts from the base's (prompts, 1); lower is better.
 
-    From 0 to 2. It weighs what is shown more than how; `drift` sees any change.
+    From 0 to 2. It weighs what is shown more than how; `drift` sees any change. None, if there are no unrelated
+    prompts.
     """
+    if not evaluation.base.unrelated:
+        return None
     base, concept = (evaluation.embeddings(name, "unrelated") for name in ("base", "concept"))
     return 1 - cosines(base, concept).diagonal()[:, None]
 

@@ -20,7 +20,6 @@ from atomdiff.utils.untrusted import list_some
 PROTOCOLS = ASSETS / "configs" / "protocols"
 SUBJECT = "{subject}"
 LAYOUTS = ("folders", "dreambench_plus")
-_DEFAULT_PRIOR = ("a photo of {subject}",)
 
 
 class Prompt(NamedTuple):
@@ -56,10 +55,10 @@ class Protocol:
     """Of its file."""
     prompts: Mapping[str, tuple[Prompt, ...]]
     """Prompts by kind of subject, with `{subject}`; empty: they come with the images."""
-    unrelated_prompts: tuple[str, ...]
-    """Prompts for drift, without `{subject}`."""
-    prior_prompts: tuple[str, ...] = _DEFAULT_PRIOR
-    """Prompts for other individuals of the class, with `{subject}`."""
+    unrelated_prompts: tuple[str, ...] = ()
+    """Prompts for drift, without `{subject}`; empty: it is not measured."""
+    prior_prompts: tuple[str, ...] = ()
+    """Prompts for other individuals of the class, with `{subject}`; empty: prior similarity is not measured."""
     subjects: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
     """Class name and kind by subject; empty: any subject can be evaluated."""
     images_per_prompt: int = 4
@@ -105,7 +104,7 @@ def load_protocol(name: str) -> Protocol:
         raise UserError(f"protocol={name!r}: expected a YAML file, or one of {', '.join(shipped)}")
     content = read_yaml(file)
     if not isinstance(content, dict):
-        raise UserError(f"{file}: expected a mapping with prompts and unrelated_prompts")
+        raise UserError(f"{file}: expected a mapping with prompts")
     return _parse_protocol(file, content)
 
 
@@ -119,8 +118,10 @@ def _parse_protocol(file: Path, content: Mapping[str, Any]) -> Protocol:
     prompts = content.get("prompts", {} if layout == "dreambench_plus" else None)
     kinds = prompts if isinstance(prompts, dict) else {"any": prompts}
     by_kind = {str(kind): _labeled_prompts(file, f"prompts of {kind}", each) for kind, each in kinds.items()}
-    unrelated = _prompts(file, "unrelated_prompts", content.get("unrelated_prompts"), False)
-    prior = _prompts(file, "prior_prompts", content.get("prior_prompts", [*_DEFAULT_PRIOR]), True)
+    optional = {name: content.get(name, []) for name in ("unrelated_prompts", "prior_prompts")}
+    unrelated, prior = (
+        _prompts(file, name, each, name == "prior_prompts") if each != [] else () for name, each in optional.items()
+    )
     count = content.get("images_per_prompt", 4)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1000:
         raise UserError(f"{file}: images_per_prompt={count!r}: expected a whole number from 1 to 1000")

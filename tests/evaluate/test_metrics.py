@@ -159,6 +159,13 @@ def test_values_that_are_not_finite_are_refused():
         measure(broken)
 
 
+def test_without_unrelated_prompts_there_is_no_drift():
+    each = evaluation([GREEN], [RED], ("a red {subject}",))
+    base, concept = (GeneratedImages([image], []) for image in (GREEN, RED))
+    bare = Evaluation(each.suite, each.encoder, each.references, base, concept)
+    assert measure(bare)["drift"] is measure(bare)["embedding_drift"] is None
+
+
 class Namer(Palette):
     """Recognizes colors."""
 

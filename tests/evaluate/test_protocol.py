@@ -87,7 +87,7 @@ GOOD = "prompts: ['a {subject}']\nunrelated_prompts: [a cat]\n"
     [
         ("- a", "expected a mapping"),
         ("unrelated_prompts: [a cat]", "prompts of any: expected a list of prompts"),
-        ("prompts: ['a {subject}']", "unrelated_prompts: expected a list"),
+        ("prompts: ['a {subject}']\nunrelated_prompts: a cat", "unrelated_prompts: expected a list"),
         ("prompts: [a mug]\nunrelated_prompts: [a cat]", "'a mug': expected it with {subject}"),
         ("prompts: ['a {subjekt} {subject}']\nunrelated_prompts: [a cat]", "expected it with {subject}"),
         ("prompts: ['a {subject}']\nunrelated_prompts: ['a {subject}']", "expected it without {subject}"),
@@ -118,6 +118,13 @@ def test_prompts_may_say_what_they_ask_for(tmp_path):
         Prompt("a {subject} in the snow", {"scene": "snow"}),
         Prompt("{subject}"),
     )
+
+
+def test_what_a_protocol_leaves_out_is_not_measured(tmp_path):
+    (tmp_path / "mine.yaml").write_text("prompts: ['a {subject}']")
+    protocol = load_protocol(str(tmp_path / "mine.yaml"))
+    assert protocol.unrelated_prompts == protocol.prior_prompts == ()
+    assert load_protocol("quick").prior_prompts == ("a photo of {subject}",)
 
 
 def test_a_protocol_that_is_not_there_is_one_clear_line():

@@ -18,6 +18,7 @@ from tests.sampling.helpers import write_concept
 PROTOCOL = """
 prompts: ["a {subject} on the beach", "a photo of {subject}"]
 unrelated_prompts: [a blue cat, a robot]
+prior_prompts: ["a photo of {subject}"]
 images_per_prompt: 2
 """
 
