@@ -69,6 +69,7 @@ def train_config(tmp_path: Path, tiny_pipe_folder: Path, request: pytest.Fixture
             "num_inference_steps": 2,
             "logging_steps": 1,
             "report_to": None,
+            "validation_loss_steps": 0,
         }
         return TrainConfig(**usual | fields)
 

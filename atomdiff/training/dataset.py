@@ -15,14 +15,14 @@ from atomdiff.data.sampler import bucket_for_pass, sample_order
 from atomdiff.training.base_model import BasePipeline, move_to_device, slice_large_images, training_resolution
 from atomdiff.training.class_images import generate_class_images
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.preservation import preservation_prompt
+from atomdiff.training.preservation import other_prompts, preservation_prompt
 from atomdiff.training.summary import describe_images, warn_of_cut_prompts
 from atomdiff.training.training_images import (
     TrainingImage,
     check_masks,
     check_trigger_words,
     read_class_images,
-    read_instance_images,
+    read_subject_images,
 )
 from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.seeds import derive_seed
@@ -76,6 +76,10 @@ class DreamBoothDataset:
     """What images, captions, masks and base are recognized by, see `fingerprint.differences`."""
     description: str = ""
     """What was found, for people to read."""
+    held_out_images: tuple[EncodedImages, ...] = ()
+    """Images of the subjects that are not trained on, of each bucket that has some."""
+    other_prompts: tuple[int, ...] = ()
+    """Indices of prompts without a trigger word, for which the base should stay as it is."""
 
     @property
     def num_instance_images(self) -> int:
@@ -146,8 +150,9 @@ def build_dataset(
     """
     side = training_resolution(config, pipe)
     sizes = bucket_sizes(config.aspect_ratio_buckets, side, find_base(pipe.components).size_multiple(pipe))
-    by_subject = [read_instance_images(config, config.seed, subject, sizes) for subject in config.subjects]
-    instance_images = [image for images in by_subject for image in images]
+    by_subject = [read_subject_images(config, config.seed, subject, sizes) for subject in config.subjects]
+    instance_images = [image for images, _ in by_subject for image in images]
+    held_out = [image for _, images in by_subject for image in images]
     if config.masked_loss:
         check_masks(instance_images, config.subjects[0].instance_data_dir)
     if config.train_token:
@@ -158,7 +163,7 @@ def build_dataset(
         limit = config.num_class_images
         class_images += read_class_images(config, config.seed, subject, folder, side // 2, limit)
     if accelerator.is_main_process:
-        images = {"captions": instance_images, "class prompts": class_images}
+        images = {"captions": [*instance_images, *held_out], "class prompts": class_images}
         prompts = {name: [image.prompts[0] for image in of_kind] for name, of_kind in images.items()}
         prompts["validation prompts"] = config.filled_validation_prompts if config.validation_steps else []
         warn_of_cut_prompts(pipe, config, prompts)
@@ -170,8 +175,9 @@ def build_dataset(
     if config.preservation != "none":
         texts = [prompt for image in instance_images for prompt in image.prompts]
         preserved = {text: preservation_prompt(config.preservation, config.subjects, text) for text in texts}
+    others = other_prompts(config.subjects) if config.validation_loss_interval else ()
     dataset = encode_dataset(
-        encoder, accelerator, sizes, instance_images, class_images, config.caption_dropout, preserved
+        encoder, accelerator, sizes, instance_images, class_images, held_out, config.caption_dropout, preserved, others
     )
     pipe.vae = None
     move_to_device(pipe, accelerator)
@@ -179,6 +185,7 @@ def build_dataset(
         "base": dict(base),
         "instance_images": [list(image.fingerprint) for image in instance_images],
         "class_images": [list(image.fingerprint) for image in class_images],
+        "held_out_images": [list(image.fingerprint) for image in held_out],
     }
     description = describe_images(config, by_subject, len(class_images))
     return replace(dataset, fingerprint=fingerprint, description=description)
@@ -190,15 +197,18 @@ def encode_dataset(
     sizes: Sequence[Size],
     instance_images: Sequence[TrainingImage],
     class_images: Sequence[TrainingImage],
+    held_out: Sequence[TrainingImage],
     caption_dropout: float,
     preserved: Mapping[str, str],
+    others: Sequence[str],
 ) -> DreamBoothDataset:
     """Encode all images, the class images in every size that instance images are cut to.
 
-    `preserved` are the prompts whose predictions stay, by the instance images' prompts.
+    `preserved` are the prompts whose predictions stay, by the instance images' prompts; `others` are prompts without a
+    trigger word.
     """
-    texts = [prompt for image in (*instance_images, *class_images) for prompt in image.prompts]
-    texts += [*preserved.values(), *([""] if caption_dropout else [])]
+    texts = [prompt for image in (*instance_images, *class_images, *held_out) for prompt in image.prompts]
+    texts += [*preserved.values(), *([""] if caption_dropout else []), *others]
     prompts = {text: index for index, text in enumerate(dict.fromkeys(texts))}
 
     def encode(images: Sequence[TrainingImage], size: Size) -> EncodedImages:
@@ -207,13 +217,19 @@ def encode_dataset(
         epoch = tuple(index for index, image in enumerate(images) for _ in range(image.repeats))
         return EncodedImages(latents, indices, epoch)
 
+    def encode_by_size(images: Sequence[TrainingImage]) -> tuple[EncodedImages, ...]:
+        by_size = {size: [image for image in images if image.bucket == size] for size in sizes}
+        return tuple(encode(of_size, size) for size, of_size in by_size.items() if of_size)
+
     used = [size for size in sizes if any(image.bucket == size for image in instance_images)]
     return DreamBoothDataset(
         tuple(prompts),
-        tuple(encode([image for image in instance_images if image.bucket == size], size) for size in used),
+        encode_by_size(instance_images),
         tuple(encode(class_images, size) for size in used) if class_images else None,
         caption_dropout,
         {prompts[text]: prompts[stays] for text, stays in preserved.items()},
+        held_out_images=encode_by_size(held_out),
+        other_prompts=tuple(prompts[text] for text in others),
     )
 
 

@@ -17,9 +17,9 @@ from torch import Tensor
 
 from atomdiff.training.checkpoint import find_checkpoints
 from atomdiff.training.config import TrainConfig, load_config
-from atomdiff.training.ema import averaged
 from atomdiff.training.launch import start_accelerator, start_trackers
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
+from atomdiff.training.measurements import measure, saved_parameters, start_measuring
 from atomdiff.training.method import read_text_adapter
 from atomdiff.training.objective import preservation_loss, prior_preservation_loss, sample_losses
 from atomdiff.training.optimizers import current_rate
@@ -88,8 +88,8 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     final_loss = training_loop(run, snapshot, done, state["average_loss"] if state else math.nan)
     if accelerator.is_main_process:
         trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()
-        with averaged(run.trainable.values(), run.optimizer, run.ema):
-            save_result(run, adapter, path, final_loss, trained_with)
+        with saved_parameters(run) as step:
+            save_result(run, adapter, path, step, final_loss, trained_with)
     if is_validation_step(config, config.max_train_steps, done):  # now that nothing can be lost any more
         validate(run, config.max_train_steps)
     accelerator.wait_for_everyone()
@@ -108,6 +108,7 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
     config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
+    start_measuring(run, done)
     if done < config.max_train_steps and is_validation_step(config, done, done):
         validate(run, done)
     log_file, samples = output_dir / "training_log.jsonl", run.samples_per_step
@@ -119,6 +120,7 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
             loss = train_step(run, step)
             average_loss = update_average(average_loss, loss)
             run_log.step(step, loss, average_loss, current_rate(run.optimizer), time.perf_counter() - started)
+            measure(run, step)
 
             stopping = on_any_process(accelerator, stop.requested) and step < config.max_train_steps
             if stopping or (config.checkpointing_steps and step % config.checkpointing_steps == 0):

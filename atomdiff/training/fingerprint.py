@@ -16,7 +16,7 @@ from atomdiff.utils.untrusted import list_some
 ImageFingerprint = Sequence[str]
 """File name, and keys of the pixels, of the prompts and of the mask; the last may be empty."""
 
-_KINDS = ("instance_images", "class_images")
+_KINDS = ("instance_images", "class_images", "held_out_images")
 _VAE_SETTINGS = ("scaling_factor", "shift_factor")  # between its latents and those of the denoiser
 
 
@@ -52,7 +52,8 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     """Say in words what has changed; names of files do not count, only their order and content.
 
     Args:
-        then: `base`, keys by part; `instance_images` and `class_images`, an `ImageFingerprint` each.
+        then: `base`, keys by part; `instance_images` and so on, an `ImageFingerprint` each. No held-out images differ
+            from none, as training depends on none of them.
         now: The same.
     """
     changes = []
@@ -60,7 +61,9 @@ def differences(then: Mapping[str, Any], now: Mapping[str, Any]) -> list[str]:
     if parts:
         changes.append(f"another base ({', '.join(parts)})")
     for kind in _KINDS:
-        old, new = [list(image) for image in then[kind]], [list(image) for image in now[kind]]
+        old, new = ([list(image) for image in each.get(kind, ())] for each in (then, now))
+        if kind == "held_out_images" and not (old and new):
+            continue
         if [image[1:] for image in old] != [image[1:] for image in new]:
             changes.append(f"other {kind.replace('_', ' ')} ({_image_differences(old, new)})")
     return changes

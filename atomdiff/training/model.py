@@ -178,7 +178,8 @@ def build_training_model(
         prompts: All prompts.
         text_adapter: With `train_text_encoder` the method for the text encoders, None for training them whole.
         cache: Keeps the embeddings of prompts that do not change.
-        preserved: The numbers of the prompts whose predictions stay those of the base; none has a trigger word.
+        preserved: The numbers of the prompts that the base predicts for; none has a trigger word. With full tuning it
+            can do so before the first step only, unless there is output preservation.
 
     Raises:
         UserError: An adapter does not fit the base, or a trigger word is in no prompt.
@@ -189,7 +190,8 @@ def build_training_model(
     make_trainable(denoiser, adapter, config.seed)
     save_memory(config, denoiser, dtype)
     preserved = sorted(set(preserved))
-    base_denoiser = copy.deepcopy(denoiser).requires_grad_(False) if preserved and adapter is None else None
+    copied = adapter is None and config.preservation != "none"
+    base_denoiser = copy.deepcopy(denoiser).requires_grad_(False) if copied else None
 
     encoders = {name: encoder.requires_grad_(False) for name, encoder in text_encoders(pipe).items()}
     tokens, embeddings = init_placeholder_tokens(config, pipe) if config.train_token else ([], {})

@@ -11,7 +11,14 @@ from torch import Tensor
 from atomdiff.bases.noise_schedule import NoiseSchedule, noise_schedule, prediction_type
 from atomdiff.pipelines.scheduler import ScheduleConfig, matching_scheduler
 from atomdiff.training.config.objective import ObjectiveConfig
-from atomdiff.training.objective import add_noise, min_snr_weights, offset_noise, sample_timesteps, training_target
+from atomdiff.training.objective import (
+    add_noise,
+    min_snr_weights,
+    offset_noise,
+    sample_timesteps,
+    timestep_quantiles,
+    training_target,
+)
 from atomdiff.utils.choices import PredictionType
 from atomdiff.utils.errors import UserError
 
@@ -43,16 +50,30 @@ class ForwardDiffusion:
 
     def sample(self, latents: Tensor, generator: torch.Generator) -> NoisyLatents:
         """Sample a timestep and noise for each of some clean latents (batch, c, h, w), all on the CPU."""
-        config = self.config
         noise = torch.randn(latents.shape, generator=generator)
-        chosen = sample_timesteps(
-            len(latents),
-            (config.min_timestep, len(self.schedule.timesteps) if config.max_timestep is None else config.max_timestep),
-            config.timestep_sampling,
-            generator,
-            logit_mean=config.logit_mean,
-            logit_std=config.logit_std,
-        )
+        chosen = sample_timesteps(len(latents), generator=generator, **self._timestep_options())
+        return self._noise(latents, noise, chosen, generator)
+
+    def sample_at(self, shares: Tensor, latents: Tensor, generator: torch.Generator) -> NoisyLatents:
+        """Sample noise for clean latents (batch, c, h, w) at fixed timesteps.
+
+        Those are the quantiles at `shares` (batch,) of the distribution that `sample` takes them from.
+        """
+        noise = torch.randn(latents.shape, generator=generator)
+        return self._noise(latents, noise, timestep_quantiles(shares, **self._timestep_options()), generator)
+
+    def _timestep_options(self) -> dict[str, Any]:
+        config = self.config
+        last = len(self.schedule.timesteps) if config.max_timestep is None else config.max_timestep
+        return {
+            "bounds": (config.min_timestep, last),
+            "sampling": config.timestep_sampling,
+            "logit_mean": config.logit_mean,
+            "logit_std": config.logit_std,
+        }
+
+    def _noise(self, latents: Tensor, noise: Tensor, chosen: Tensor, generator: torch.Generator) -> NoisyLatents:
+        config = self.config
         if config.noise_offset:
             noise = offset_noise(noise, config.noise_offset, generator)
         alpha, sigma, timesteps = (values[chosen] for values in self.schedule)

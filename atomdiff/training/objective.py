@@ -40,6 +40,27 @@ def sample_timesteps(
         share = torch.sigmoid(logit_mean + logit_std * torch.randn(count, generator=generator))
     else:
         share = 1 - torch.rand(count, generator=generator) ** 3
+    return _timesteps_at(share, bounds)
+
+
+def timestep_quantiles(
+    shares: Tensor,
+    bounds: tuple[int, int],
+    sampling: TimestepSampling,
+    *,
+    logit_mean: float = 0.0,
+    logit_std: float = 1.0,
+) -> Tensor:
+    """Return the timesteps (count,) that `sample_timesteps` stays below with probabilities `shares` (count,)."""
+    if sampling == "logit_normal":
+        shares = torch.sigmoid(logit_mean + logit_std * torch.special.ndtri(shares))
+    elif sampling == "cubic":
+        shares = 1 - (1 - shares) ** 3
+    return _timesteps_at(shares, bounds)
+
+
+def _timesteps_at(share: Tensor, bounds: tuple[int, int]) -> Tensor:
+    first, bound = bounds
     return (first + (share * (bound - first)).long()).clamp(max=bound - 1)  # the share may be rounded to 1
 
 

@@ -4,13 +4,14 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from atomdiff.data.image_files import list_images
-from atomdiff.data.images import read_images
+from atomdiff.data.images import CaptionedImage, read_images
 from atomdiff.data.masks import read_masks
 from atomdiff.training.class_images import RECORD_FILE, is_generated
 from atomdiff.training.config import Subject, TrainConfig
+from atomdiff.training.fingerprint import image_key
 from atomdiff.training.preservation import preservation_prompt
 from atomdiff.training.saving import result_path
-from atomdiff.training.training_images import check_prompts
+from atomdiff.training.training_images import check_prompts, choose_held_out
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import check_writable, refuse_overlap
@@ -53,6 +54,12 @@ def _check_folders(run: TrainConfig, runs: Sequence[TrainConfig], result: Path) 
         for each in runs
         for subject in each.subjects
     }
+    images |= {
+        _named("validation_data_dir", subject, runs): Path(subject.validation_data_dir)
+        for each in runs
+        for subject in each.subjects
+        if subject.validation_data_dir
+    }
     images |= {f"{name} (its masks)": folder / "mask" for name, folder in images.items()}
     with_class_images = run.subjects if run.with_prior_preservation else ()
     folders = {_named("class_data_dir", subject, runs): run.class_folder(subject) for subject in with_class_images}
@@ -70,17 +77,32 @@ def _named(field: str, subject: Subject, runs: Sequence[TrainConfig]) -> str:
 
 
 def _check_subject(run: TrainConfig, subject: Subject) -> list[str]:
-    """Read all files of a subject, and return the prompts of its instance images."""
-    folder = Path(subject.instance_data_dir)
+    """Read all files of a subject, and return the prompts of its instance images that are trained on."""
+    images = _read_folder(run, Path(subject.instance_data_dir))
+    held_out = choose_held_out(len(images), run.validation_split, run.seed, subject)
+    if subject.validation_data_dir:
+        known = {image_key(image.rgb): image.name for image in images}
+        for image in _read_folder(run, Path(subject.validation_data_dir)):
+            if name := known.get(image_key(image.rgb)):
+                found = f"{image.name} is {name} of {subject.instance_data_dir}, too"
+                raise UserError(
+                    f"{subject.validation_data_dir}: {found}; remove one: held-out images are not trained on"
+                )
+    class_folder = run.class_folder(subject)
+    if run.with_prior_preservation and class_folder.is_dir():
+        foreign = [file for file in list_images(class_folder) if not is_generated(file)]
+        if foreign:
+            read_images(class_folder, minimum_side=1, limit=run.num_class_images)
+    images = [image for index, image in enumerate(images) if index not in held_out]
+    return [subject.fill(image.caption or subject.instance_prompt) for image in images]
+
+
+def _read_folder(run: TrainConfig, folder: Path) -> list[CaptionedImage]:
+    """Read a folder of images of a subject, with their masks if the run uses them."""
     images = read_images(folder, minimum_side=1 if run.resolution is None else run.resolution // 2)
     if (folder / RECORD_FILE).is_file():
         found = f"holds class images that were generated there ({RECORD_FILE})"
         raise UserError(f"{folder}: {found}; remove them and that file, or they would be trained on as instance images")
     if run.masked_loss:
         read_masks(folder, images)
-    class_folder = run.class_folder(subject)
-    if run.with_prior_preservation and class_folder.is_dir():
-        foreign = [file for file in list_images(class_folder) if not is_generated(file)]
-        if foreign:
-            read_images(class_folder, minimum_side=1, limit=run.num_class_images)
-    return [subject.fill(image.caption or subject.instance_prompt) for image in images]
+    return images

@@ -14,6 +14,8 @@ from atomdiff.utils.articles import add_article
 from atomdiff.utils.choices import Preservation
 from atomdiff.utils.errors import UserError
 
+_OTHER_PROMPTS = ("a photo of a dog in the snow", "a photo of a house on the beach")
+
 
 def preservation_prompt(preservation: Preservation, subjects: Sequence[Subject], prompt: str) -> str:
     """Return the prompt whose prediction stays, for the prompt of an instance image.
@@ -34,6 +36,16 @@ def preservation_prompt(preservation: Preservation, subjects: Sequence[Subject],
         found = f"with the class in place of the trigger word, {prompt!r} is {preserved!r}, which has {left[0]!r} in it"
         raise UserError(f"preservation='class': {found}; choose a trigger word that is in no class_name, or 'blank'")
     return preserved
+
+
+def other_prompts(subjects: Sequence[Subject]) -> tuple[str, ...]:
+    """Return prompts without a trigger word, for which a concept should change nothing.
+
+    They are those of the class, of at most four subjects, the empty one, and two of other things.
+    """
+    classes = [subject.fill(subject.class_prompt) for subject in subjects if subject.class_name][:4]
+    prompts = dict.fromkeys([*classes, "", *_OTHER_PROMPTS])
+    return tuple(text for text in prompts if not any(has_word(text, subject.trigger_word) for subject in subjects))
 
 
 def _with_classes(subjects: Sequence[Subject], prompt: str) -> str:

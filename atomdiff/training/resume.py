@@ -10,6 +10,7 @@ from peft import PeftConfig
 from atomdiff.training.checkpoint import choose_checkpoint, save_checkpoint
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.fingerprint import differences
+from atomdiff.training.measurements import BestParameters
 from atomdiff.training.optimizers import load_optimizer
 from atomdiff.training.run import Run
 from atomdiff.tuner.read_config import describe_adapter
@@ -59,6 +60,8 @@ def save_state(run: Run, step: int, average_loss: float, snapshot: dict[str, Any
     config = run.config
     state = {"step": step, "average_loss": average_loss, **state_of(run)}
     state |= {"config": config.snapshot(), "fingerprint": run.dataset.fingerprint}
+    best = run.measurements.best
+    state["best"] = None if best is None else vars(best)
     try:
         save_checkpoint(Path(config.output_dir), step, state, snapshot, config.checkpoints_total_limit)
     except WriteError as error:
@@ -94,6 +97,8 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state["parameters"][name])
     load_optimizer(run.optimizer, state["optimizer"])
+    if (best := state.get("best")) and run.config.keep_best:
+        run.measurements.best = BestParameters(**best)
     if run.ema is not None:
         run.ema.load_state_dict(state["ema"])
         run.ema.to(run.accelerator.device)

@@ -16,9 +16,11 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.training.dataset import DreamBoothDataset, build_dataset
 from atomdiff.training.fingerprint import base_keys
 from atomdiff.training.launch import frozen_dtype
+from atomdiff.training.measurements import Measurements
 from atomdiff.training.model import TrainingModel, build_training_model
 from atomdiff.training.noise import ForwardDiffusion, forward_diffusion, set_training_scheduler
 from atomdiff.training.optimizers import build_optimizer
+from atomdiff.training.validation_loss import fix_samples
 from atomdiff.utils.progress import log
 from atomdiff.utils.tensor_cache import DiskCache
 
@@ -43,6 +45,8 @@ class Run:
     diffusion: ForwardDiffusion
     ema: EMAModel | None
     """Moving average of the trainable parameters, if it is asked for."""
+    measurements: Measurements = field(default_factory=Measurements)
+    """What is measured on the way."""
     started: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
@@ -68,13 +72,28 @@ def build_run(
     if accelerator.is_main_process:
         log("preparing the model")
     cache = DiskCache(config.cache_folder)
-    model = build_training_model(
-        config, pipe, adapter, dataset.prompts, text_adapter, cache, dataset.preservation_prompts.values()
-    )
+    kept = [*dataset.preservation_prompts.values(), *dataset.other_prompts]
+    model = build_training_model(config, pipe, adapter, dataset.prompts, text_adapter, cache, kept)
     scale = config.learning_rate_scale(accelerator.num_processes)
     optimizer, lr_factor = build_optimizer(config, model.parameter_groups(), scale)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trainable = model.trained_parameters()
     ema = EMAModel(trainable.values(), decay=config.ema_decay) if config.use_ema else None
     diffusion = forward_diffusion(config, pipe)
-    return Run(config, accelerator, pipe, dataset, model, wrapped, trainable, optimizer, lr_factor, diffusion, ema)
+    samples = None
+    if config.validation_loss_interval and accelerator.is_main_process:
+        samples = fix_samples(dataset, diffusion, model, accelerator, config.train_batch_size)
+    return Run(
+        config,
+        accelerator,
+        pipe,
+        dataset,
+        model,
+        wrapped,
+        trainable,
+        optimizer,
+        lr_factor,
+        diffusion,
+        ema,
+        Measurements(samples),
+    )

@@ -52,7 +52,7 @@ class RunLog:
         if self._accelerator.is_main_process:
             try:
                 with writing(self._file):
-                    _append(self._file, json.dumps({"step": step, **values}) + "\n")
+                    append_line(self._file, json.dumps({"step": step, **values}))
                     self._accelerator.log(values, step=step)
             except WriteError as error:
                 warnings.warn(f"{error}. Training continues; lines are missing there", stacklevel=1)
@@ -80,12 +80,17 @@ def read_log(file: Path) -> list[dict[str, Any]]:
     return lines
 
 
-def _append(file: Path, text: str) -> None:
-    """Append a line, whole or not at all."""
+def append_line(file: Path, text: str) -> None:
+    """Append a line, whole or not at all.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    line = f"{text}\n".encode()
     with file.open("ab", buffering=0) as lines:
         size = lines.seek(0, os.SEEK_END)
         try:
-            if lines.write(text.encode()) < len(text):
+            if lines.write(line) < len(line):
                 raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         except OSError:
             lines.truncate(size)

@@ -65,9 +65,11 @@ def write_pipeline(pipe: Any, folder: Path) -> None:
 
 
 def save_result(
-    run: Run, adapter: PeftConfig | None, path: Path, final_loss: float, trained_with: dict[str, Any]
+    run: Run, adapter: PeftConfig | None, path: Path, step: int, final_loss: float, trained_with: dict[str, Any]
 ) -> None:
-    """Write what was trained, the trigger words included, and how: with which config snapshot, to which average loss.
+    """Write what was trained in `step` steps, the trigger words included.
+
+    And how: with which config snapshot, to which average loss at the run's end.
 
     Raises:
         WriteError: It cannot be written there; if it can be in the folder for temporary files, the message says where.
@@ -77,7 +79,7 @@ def save_result(
         set_token_embedding(pipe, word, embeddings)
     training = {
         "config": trained_with,
-        "steps": config.max_train_steps,
+        "steps": step,
         "seed": config.seed,
         "image_count": run.dataset.num_instance_images,
         "final_loss": final_loss,

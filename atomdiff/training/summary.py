@@ -12,25 +12,32 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.training.config.optimizer import ParameterGroup
 from atomdiff.training.config.prompt import PromptConfig
 from atomdiff.training.training_images import TrainingImage
+from atomdiff.utils.untrusted import list_some
 
 _MODELS: dict[ParameterGroup, str] = {"adapter": "UNet", "text_encoder": "text encoders"}
 
 
 def describe_images(
-    config: TrainConfig, instance_images: Sequence[Sequence[TrainingImage]], num_class_images: int
+    config: TrainConfig,
+    by_subject: Sequence[tuple[Sequence[TrainingImage], Sequence[TrainingImage]]],
+    num_class_images: int,
 ) -> str:
-    """Return the lines about the instance images of each subject and the number of class images."""
+    """Return the lines about the images of each subject, those trained on and those held out, and the class images."""
     lines = []
-    for subject, images in zip(config.subjects, instance_images, strict=True):
+    for subject, (images, held_out) in zip(config.subjects, by_subject, strict=True):
         captions, masks = sum(image.captioned for image in images), sum(image.masked for image in images)
         line = f"{subject.name}: {_several(len(images), 'image')} in {subject.instance_data_dir}"
         line += f", {_several(captions, 'caption')}"
         line += f" (else {subject.fill(subject.instance_prompt)!r})" if captions < len(images) else ""
-        lines.append(line + (f", {_several(masks, 'mask')}" if config.masked_loss else ""))
+        line += f", {_several(masks, 'mask')}" if config.masked_loss else ""
+        if held_out:
+            line += f"; held out: {list_some([image.fingerprint[0] for image in held_out])}"
+            line += f" in {subject.validation_data_dir}" if subject.validation_data_dir else ""
+        lines.append(line)
     if config.with_prior_preservation:
         folders = dict.fromkeys(str(config.class_folder(subject)) for subject in config.subjects)
         lines.append(f"class: {_several(num_class_images, 'image')} in {', '.join(folders)}")
-    sizes = Counter(image.bucket for images in instance_images for image in images if image.bucket)
+    sizes = Counter(image.bucket for images, _ in by_subject for image in images if image.bucket)
     lines.append("sizes: " + ", ".join(f"{width}x{height} ({count})" for (height, width), count in sizes.items()))
     return "\n".join(lines)
 

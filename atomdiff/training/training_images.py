@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
 
+import torch
 from PIL import Image
 
 from atomdiff.data.buckets import Size, nearest_bucket
@@ -46,13 +47,44 @@ class TrainingImage:
     """Whether it has a caption of its own."""
 
 
-def read_instance_images(config: DataConfig, seed: int, subject: Subject, sizes: Sequence[Size]) -> list[TrainingImage]:
-    """Read the images of a subject, with their masks if the run uses them.
+def read_subject_images(
+    config: DataConfig, seed: int, subject: Subject, sizes: Sequence[Size]
+) -> tuple[list[TrainingImage], list[TrainingImage]]:
+    """Read the images of a subject that are trained on, and those that are held out for the validation loss.
+
+    Raises:
+        UserError: As `read_instance_images`; or no image would be left to train on.
+    """
+    images = read_instance_images(config, seed, subject, sizes, subject.instance_data_dir)
+    if subject.validation_data_dir:
+        return images, read_instance_images(config, seed, subject, sizes, subject.validation_data_dir)
+    chosen = choose_held_out(len(images), config.validation_split, seed, subject)
+    held_out = [image for index, image in enumerate(images) if index in chosen]
+    return [image for index, image in enumerate(images) if index not in chosen], held_out
+
+
+def choose_held_out(count: int, split: float, seed: int, subject: Subject) -> set[int]:
+    """Return which of `count` images of a subject are held out: a share of them, at least one unless that is 0.
+
+    Raises:
+        UserError: No image would be left to train on.
+    """
+    held_out = max(1, round(split * count)) if split else 0
+    if held_out >= count:
+        found = f"found {count} in {subject.instance_data_dir}, of which {held_out} would be held out"
+        raise UserError(f"validation_split={split}: {found}; add images, lower it, or use validation_data_dir")
+    generator = torch.Generator().manual_seed(derive_seed(seed, "held out"))
+    return set(torch.randperm(count, generator=generator)[:held_out].tolist())
+
+
+def read_instance_images(
+    config: DataConfig, seed: int, subject: Subject, sizes: Sequence[Size], folder: str
+) -> list[TrainingImage]:
+    """Read the images of a subject in a folder, with their masks if the run uses them.
 
     Raises:
         UserError: The folder does not hold what it should; the message names the files.
     """
-    folder = subject.instance_data_dir
     images = read_images(folder, minimum_side=min(map(min, sizes)) // 2)
     masks = read_masks(folder, images) if config.masked_loss else [None] * len(images)
     tiny, training_images = [], []

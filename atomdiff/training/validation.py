@@ -1,8 +1,7 @@
 """Validation: images of the config's prompts every few steps, as a row of the contact sheet."""
 
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 
 from PIL import Image
@@ -11,7 +10,7 @@ from torch import nn
 from atomdiff.training.base_model import all_parts_loaded, generate_images, training_resolution
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.contact_sheet import drop_rows, extend_contact_sheet, row_files
-from atomdiff.training.ema import averaged
+from atomdiff.training.ema import averaged, evaluating
 from atomdiff.training.run import Run
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
@@ -57,20 +56,7 @@ def _generate(run: Run, prompts: Sequence[str]) -> list[Image.Image]:
     """Generate an image for each prompt with the parameters that would be saved."""
     seeds = [derive_seed(0, "validation", index) for index in range(len(prompts))]
     models = [part for part in run.pipe.components.values() if isinstance(part, nn.Module)]
-    with _evaluating(models), averaged(run.trainable.values(), run.optimizer, run.ema):
+    with evaluating(models), averaged(run.trainable.values(), run.optimizer, run.ema):
         with all_parts_loaded(run.config, run.pipe), run.accelerator.autocast():
             side = training_resolution(run.config, run.pipe)
             return generate_images(run.config, run.pipe, side, prompts, seeds)
-
-
-@contextmanager
-def _evaluating(models: Sequence[nn.Module]) -> Iterator[None]:
-    """Put models into evaluation mode for a while."""
-    models = [model for model in models if model.training]
-    for model in models:
-        model.eval()
-    try:
-        yield
-    finally:
-        for model in models:
-            model.train()

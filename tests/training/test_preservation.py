@@ -90,8 +90,8 @@ def test_the_loss_is_a_weighted_mean_over_samples():
 @pytest.mark.parametrize("text", [False, True])
 def test_the_base_predicts_what_it_did_whatever_is_trained(train_config, method, kind, text, adapter_file, request):
     pipe = request.getfixturevalue(kind)
-    config, adapter = train_config(train_text_encoder=text), read_adapter(adapter_file(method))
-    prompts = ("a photo of sks teapot", "a photo of teapot")
+    config = train_config(train_text_encoder=text, preservation="class")
+    adapter, prompts = read_adapter(adapter_file(method)), ("a photo of sks teapot", "a photo of teapot")
     on_text = None if method == "full" else AtomConfig(target_modules="attention")
     model = build_training_model(config, pipe, adapter, prompts, on_text, preserved=[1])
     random = torch.Generator().manual_seed(0)

@@ -51,8 +51,9 @@ def test_masks_class_images_and_several_words_are_described(tmp_path):
     )
     image = partial(TrainingImage, (), list, (64, 64))
     mugs = [image(captioned=True, masked=True), image(captioned=True), image(captioned=True)]
-    assert describe_images(config, [mugs, [image()]], 200).splitlines() == [
-        "mug: 3 images in photos/mug, 3 captions, 1 mask",
+    held_out = [image(fingerprint=(f"{name}.png",)) for name in "ab"]
+    assert describe_images(config, [(mugs, held_out), ([image()], [])], 200).splitlines() == [
+        "mug: 3 images in photos/mug, 3 captions, 1 mask; held out: a.png, b.png",
         "cat: 1 image in photos/cat, no captions (else 'a photo of cat thing'), no masks",
         "class: 200 images in things",
         "sizes: 64x64 (4)",

@@ -44,6 +44,9 @@ class DataConfig(ImageConfig):
     subfolder mask, or the alpha channel. Images without a mask have weight 1 everywhere."""
     unmasked_weight: Share = 0.0
     """Loss weight of black mask areas, with masked_loss."""
+    validation_split: Share = 0.0
+    """Share of each subject's instance images that is held out, at least one: never trained on, chosen by the seed, for
+    the validation loss. Default: none is."""
     cache_dir: PathText | None = None
     """Folder that caches latents and prompt embeddings for later runs. Runs may share it; it may be deleted at any
     time. Default: cache in output_dir."""

@@ -1,4 +1,4 @@
-"""What a run writes besides its result: checkpoints, validation images, logs, and the push to the Hub."""
+"""What a run measures and writes besides its result: checkpoints, validation, logs, and the push to the Hub."""
 
 from __future__ import annotations
 
@@ -14,10 +14,16 @@ from atomdiff.utils.paths import PathText
 
 @dataclass(frozen=True, kw_only=True)
 class OutputConfig(LoggingConfig):
-    """Checkpoints, validation prompts and tracker."""
+    """Checkpoints, validation prompts, validation loss and tracker."""
 
     validation_prompts: tuple[str, ...] = ("a photo of {trigger_word} {class_name}",)
     """Prompts of the validation images."""
+    validation_loss_steps: NonNegativeInt | None = None
+    """Steps between measurements for the report: the loss on held-out and on training images at fixed noise, and how
+    far the base has drifted for other prompts; 0 for none. Default: an eighth of the steps, at least 25."""
+    keep_best: bool = False
+    """Save the parameters of the measurement with the lowest validation loss, not those of the last step. Needs
+    held-out images: validation_split or validation_data_dir."""
     checkpointing_steps: NonNegativeInt = 500
     """Steps between checkpoints; 0 for none."""
     checkpoints_total_limit: PositiveInt | None = None
@@ -30,9 +36,11 @@ class OutputConfig(LoggingConfig):
     """Folder of the tracker's files, relative to output_dir."""
 
     def check(self) -> None:
-        """Check that there is something to validate on."""
+        """Check that there is something to validate on, and a measurement to choose the best by."""
         if self.validation_steps and not self.validation_prompts:
             raise UserError("validation_prompts=(): expected at least one prompt, or validation_steps 0")
+        if self.keep_best and self.validation_loss_steps == 0:
+            raise UserError("keep_best=True, validation_loss_steps=0: expected steps at which the loss is measured")
 
 
 @dataclass(frozen=True, kw_only=True)

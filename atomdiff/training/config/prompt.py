@@ -54,8 +54,8 @@ class PromptConfig(TextConfig, SubjectConfig):
     concepts_list: PathText | None = None
     """YAML or JSON file with several subjects, in place of instance_data_dir: a list of mappings with
     instance_data_dir and, where they differ from this run's options, class_name, trigger_word, initializer_token,
-    instance_prompt, class_prompt, class_data_dir and repeats. Each subject is trained in a run of its own, in a
-    subfolder of output_dir."""
+    instance_prompt, class_prompt, class_data_dir, validation_data_dir and repeats. Each subject is trained in a
+    run of its own, in a subfolder of output_dir."""
     one_file: bool = False
     """Train all subjects of concepts_list in one run, into one concept file with a trigger word for each."""
 
@@ -86,6 +86,9 @@ class PromptConfig(TextConfig, SubjectConfig):
         if (self.instance_data_dir is None) == (self.concepts_list is None):
             found = "neither of them" if self.instance_data_dir is None else "both"
             raise UserError(f"expected instance_data_dir, or concepts_list for several subjects; found {found}")
+        if self.validation_data_dir and self.concepts_list is not None:
+            expected = "expected one for each subject, in the entries of concepts_list"
+            raise UserError(f"validation_data_dir={self.validation_data_dir!r}: {expected}")
         if self.one_file and self.concepts_list is None:
             raise UserError("one_file=True: expected several subjects in a concepts_list")
         if self.one_file or self.concepts_list is None:

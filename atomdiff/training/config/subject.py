@@ -27,6 +27,9 @@ class SubjectConfig(ConfigGroup):
     its caption and replaces instance_prompt."""
     repeats: Annotated[int, Range(1, MAX_REPEATS)] = 1
     """How often each instance image is used in an epoch. Balances subjects with few and many images in one_file."""
+    validation_data_dir: PathText | None = None
+    """Folder of more images of the subject that are not trained on, for the validation loss; with captions and masks as
+    in instance_data_dir. Default: none, see validation_split."""
     class_name: str | None = None
     """Class of the subject, a word that the base model knows, such as mug."""
     trigger_word: str = "sks"
@@ -103,4 +106,4 @@ def _read_value(file: Path, name: str, value: Any) -> Any:
     return value
 
 
-_OPTIONAL = ("class_name", "initializer_token", "class_data_dir")
+_OPTIONAL = ("class_name", "initializer_token", "class_data_dir", "validation_data_dir")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
@@ -59,6 +60,13 @@ class TrainConfig(  # the fields of the last come first in --help
         return Path(self.output_dir) / "class_images" / (subject.name if len(self.subjects) > 1 else "")
 
     @property
+    def validation_loss_interval(self) -> int:
+        """Steps between measurements of the validation loss; 0 for none."""
+        if self.validation_loss_steps is None:
+            return max(25, math.ceil(self.max_train_steps / 8))
+        return self.validation_loss_steps
+
+    @property
     def filled_validation_prompts(self) -> list[str]:
         """The prompts of a row of the contact sheet: those of the config, for each subject."""
         return [subject.fill(prompt) for subject in self.subjects for prompt in self.validation_prompts]
@@ -103,6 +111,14 @@ class TrainConfig(  # the fields of the last come first in --help
                 raise UserError(f"class_name={subject.class_name!r}, preservation='class': expected {expected}")
             if self.validation_steps:
                 check_prompt("validation_prompts", " ".join(self.validation_prompts), subject)
+            if self.validation_split and subject.validation_data_dir:
+                found = f"validation_split={self.validation_split}, validation_data_dir={subject.validation_data_dir!r}"
+                raise UserError(f"{found}: expected one of them")
+        held_out = self.validation_split or any(subject.validation_data_dir for subject in self.subjects)
+        if held_out and self.validation_loss_steps == 0:
+            raise UserError("validation_loss_steps=0: expected more than 0 where images are held out for it")
+        if self.keep_best and not held_out:
+            raise UserError("keep_best=True: expected held-out images; set validation_split 0.2 or validation_data_dir")
         if self.preservation == "blank" and self.caption_dropout:
             found = f"preservation='blank', caption_dropout={self.caption_dropout}"
             raise UserError(f"{found}: expected one of them: the empty prompt cannot both stay and show the subject")
