@@ -111,6 +111,13 @@ def read_log(config):
     return [json.loads(line) for line in (Path(config.output_dir) / "training_log.jsonl").read_text().splitlines()]
 
 
+def read_measurements(config):
+    """The lines of a run's validation log, without the seconds that they took."""
+    lines = [json.loads(line) for line in (Path(config.output_dir) / "validation_log.jsonl").read_text().splitlines()]
+    assert all(line.pop("seconds") > 0 for line in lines)
+    return lines
+
+
 def concept_bytes(path):
     """The bytes of the files of a concept, be it a file or a folder, but for its date."""
     files = [file for file in (path.rglob("*") if path.is_dir() else [path]) if file.is_file()]

@@ -1,4 +1,4 @@
-"""The demo: photos of a subject in; a concept file, a before/after sheet, the loss curve and a report out."""
+"""The demo: photos of a subject in; a concept file, a before/after sheet and reports of training and metrics out."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from atomdiff.utils.articles import with_article
 from atomdiff.utils.assets import ASSETS, find_asset
-from atomdiff.utils.atomic import new_file, write_json, write_png
+from atomdiff.utils.atomic import write_json, write_png
 from atomdiff.utils.fields import ConfigGroup, ExistingPath, NonNegativeFloat
 from atomdiff.utils.paths import PathText
 from atomdiff.utils.progress import log
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 
     from atomdiff.evaluate.suite import Evaluation
 
-FILES = ("before_after.png", "training_curve.png", "report.json")
+FILES = ("before_after.png", "training_curve.png", "report.json", "report.html")
 
 
 @dataclass(frozen=True)
@@ -29,7 +29,8 @@ class DemoConfig(ConfigGroup):
     """Teach the toybox's base a subject from a folder of photos and measure what it learned."""
 
     instance_data_dir: ExistingPath = str(ASSETS / "samples" / "subjects" / "mug")
-    """Folder of the subject's images; those in a folder `unseen` inside it are only compared with."""
+    """Folder of the subject's images; those in a folder `unseen` inside it are held out and compared
+    with."""
     class_name: str | None = None
     """Class of the subject, in the base's words: mug, robot, cat ... Default: the folder's name."""
     run: ExistingPath = str(ASSETS / "configs" / "demo.yaml")
@@ -57,6 +58,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
     from atomdiff.evaluate.suite import read_subject
     from atomdiff.training.dreambooth import train
+    from atomdiff.training.report.write import RECORD_FILE, write_pages
     from atomdiff.utils.hashing import hash_file
     from atomdiff.utils.precision import choose_precision, compute_device
 
@@ -72,7 +74,6 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     log("judging the images")
     scores = score(evaluation)
     write_png(output / "before_after.png", make_sheet(evaluation, run.trigger_word, images))
-    plot_loss(output / "training_log.jsonl", output / "training_curve.png")
     device = compute_device()
     report = {
         "subject": Path(config.instance_data_dir).resolve().name,
@@ -87,16 +88,22 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     write_json(output / "report.json", report, indent=2)
+    if (output / RECORD_FILE).is_file():  # else training has warned of it
+        write_pages(output, scores, {"Before and after": output / "before_after.png"})
     return report | {"concept": str(concept_path), "base": find_asset(run.pretrained_model_name_or_path)}
 
 
 def training_config(config: DemoConfig) -> Any:
     """Return the training run of a demo."""
+    from atomdiff.evaluate.suite import UNSEEN_FOLDER
     from atomdiff.training.config import load_config
+
+    unseen = Path(config.instance_data_dir) / UNSEEN_FOLDER
 
     options = {
         "config": config.run,
         "instance_data_dir": config.instance_data_dir,
+        "validation_data_dir": str(unseen) if unseen.is_dir() else None,
         "class_name": config.subject_class,
         "output_dir": config.output_dir,
         "adapter": config.adapter,
@@ -221,19 +228,3 @@ def make_sheet(evaluation: Evaluation, trigger_word: str, images: list[Image.Ima
     named = f'"{trigger_word} {suite.class_name}"'
     labels = ["the photos, elsewhere", f'the base: "{with_article(suite.class_name)}"', f"the concept: {named}"]
     return make_image_grid([fit(row) for row in rows], [*labels, "another seed"], phrases)
-
-
-def plot_loss(log: Path, path: Path) -> None:
-    """Plot the loss of the training log over the steps."""
-    from matplotlib.figure import Figure
-
-    from atomdiff.training.run_log import read_log
-
-    lines = read_log(log)
-    figure = Figure(figsize=(6, 3.5), layout="constrained")
-    axes = figure.subplots()
-    axes.plot([line["step"] for line in lines], [line["loss"] for line in lines])
-    axes.set(xlabel="step", ylabel="loss", title="training")
-    axes.grid(alpha=0.3)
-    with new_file(path) as file:
-        figure.savefig(file, dpi=120, format="png")

@@ -25,6 +25,7 @@ from atomdiff.training.objective import preservation_loss, prior_preservation_lo
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.preflight import check_runs
 from atomdiff.training.push import choose_repository, push_concept
+from atomdiff.training.report.write import report
 from atomdiff.training.resume import config_snapshot, load_state, read_state, save_state
 from atomdiff.training.run import Run, build_run
 from atomdiff.training.run_log import RunLog
@@ -90,8 +91,9 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
         trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()
         with saved_parameters(run) as step:
             save_result(run, adapter, path, step, final_loss, trained_with)
-    if is_validation_step(config, config.max_train_steps, done):  # now that nothing can be lost any more
-        validate(run, config.max_train_steps)
+        if is_validation_step(config, config.max_train_steps, done):  # now that nothing can be lost any more
+            validate(run, config.max_train_steps)
+        report(run, path, step, final_loss)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:  # end_training() would also part the processes, which may have more runs to do
         tracker.finish()

@@ -67,22 +67,25 @@ def start_measuring(run: Run, done: int) -> None:
         return
     values += [line for line in read_log(file) if line["step"] <= done] if done else []
     write_text(file, "".join(f"{json.dumps(line)}\n" for line in values))
+    if run.measurements.samples is None and not values:
+        file.unlink()
     if all(line["step"] != done for line in values):
         measure(run, done)
 
 
 def measure(run: Run, step: int) -> None:
-    """Measure the run after a step if it is time, and note it; on the main process only."""
-    config, samples = run.config, run.measurements.samples
-    if samples is None or not is_measured(config, step):
+    """Measure the run after a step if it is time, and note it; on the main process only.
+
+    What cannot be measured or noted is only warned of: the training that would be lost is worth more.
+    """
+    if run.measurements.samples is None or not is_measured(run.config, step):
         return
     started = time.perf_counter()
-    with averaged(run.trainable.values(), run.optimizer, run.ema):
-        losses, drift = samples.measure(run.model, run.accelerator)
-        loss, best = losses.get("validation_loss", math.nan), run.measurements.best
-        if config.keep_best and step and loss < (best.validation_loss if best else math.inf):
-            kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in run.trainable.items()}
-            run.measurements.best = BestParameters(step, loss, kept)
+    try:
+        losses, drift = _measure(run, run.measurements.samples, step)
+    except RuntimeError as error:  # of torch, such as a lack of memory
+        warnings.warn(f"step {step}: the validation loss cannot be measured: {error}", stacklevel=1)
+        return
     values = losses | ({"base_drift": sum(drift.values()) / len(drift)} if drift else {})
     if broken := [name for name, value in values.items() if not math.isfinite(value)]:
         warnings.warn(f"step {step}: the {broken[0]} is {values[broken[0]]}; not noted", stacklevel=1)
@@ -90,6 +93,17 @@ def measure(run: Run, step: int) -> None:
     log(f"step {step}: " + ", ".join(f"{name.replace('_', ' ')} {value:.4f}" for name, value in values.items()))
     seconds = round(time.perf_counter() - started, 3)
     _note(run, {"step": step, **values, "base_drift_by_prompt": drift, "seconds": seconds}, values)
+
+
+def _measure(run: Run, samples: FixedSamples, step: int) -> tuple[dict[str, float], dict[str, float]]:
+    """Measure the parameters that would be saved, and keep them if none had a lower validation loss."""
+    with averaged(run.trainable.values(), run.optimizer, run.ema):
+        losses, drift = samples.measure(run.model, run.accelerator)
+        loss, best = losses.get("validation_loss", math.nan), run.measurements.best
+        if run.config.keep_best and step and loss < (best.validation_loss if best else math.inf):
+            kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in run.trainable.items()}
+            run.measurements.best = BestParameters(step, loss, kept)
+    return losses, drift
 
 
 def _note(run: Run, line: dict[str, Any], tracked: dict[str, float]) -> None:
@@ -111,6 +125,7 @@ def saved_parameters(run: Run) -> Iterator[int]:
         with averaged(parameters.values(), run.optimizer, run.ema):
             yield run.config.max_train_steps
         return
+    log(f"saving the parameters of step {best.step}, with the lowest validation loss ({best.validation_loss:.4f})")
     with restored([*parameters.values()]), torch.no_grad():
         for name, parameter in parameters.items():
             parameter.copy_(best.parameters[name])

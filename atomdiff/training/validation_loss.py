@@ -1,13 +1,13 @@
 """Validation loss: the loss on held-out and on training images at noise and timesteps that never change.
 
 The training loss of two steps differs mostly by their noise and timesteps. At the same noise and timesteps in every
-measurement, of the base too, 16 samples are enough to see a concept learn, and to see it overfit. In the same way, base
-drift is how far predictions for prompts without the trigger word are from those of the base.
+measurement, of the base too, a few samples are enough to see a concept learn, and to see it overfit. In the same way,
+base drift is how far predictions for prompts without the trigger word are from those of the base.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -21,8 +21,8 @@ from atomdiff.training.noise import ForwardDiffusion, NoisyLatents
 from atomdiff.training.objective import sample_losses
 from atomdiff.utils.seeds import derive_seed
 
-_SAMPLES = 16  # of a loss
-_DRIFT_SAMPLES = 4  # of each prompt
+_SAMPLES = {"validation_loss": 16, "training_images_loss": 8}
+_DRIFT_SAMPLES = 2  # of each prompt
 
 
 @dataclass(frozen=True)
@@ -75,7 +75,9 @@ def fix_samples(
     """
     images = {"validation_loss": dataset.held_out_images, "training_images_loss": dataset.instance_images}
     losses = {
-        name: fixed_batches(buckets, _SAMPLES, diffusion, batch_size) for name, buckets in images.items() if buckets
+        name: fixed_batches(buckets, _SAMPLES[name], diffusion, batch_size)
+        for name, buckets in images.items()
+        if buckets
     }
     drift = {}
     for prompt in dataset.other_prompts:
@@ -145,7 +147,7 @@ def _predict(model: TrainingModel, accelerator: Accelerator, batch: FixedBatch, 
 
     The model itself is called, as several processes do not measure together.
     """
+    predict: Callable[..., Tensor] = model.predict_base if base else model
     inputs = (each.to(accelerator.device) for each in (batch.noisy.latents, batch.noisy.timesteps))
-    predict = model.predict_base if base else model
     with evaluating([model.denoiser, *model.text_encoders.values()]), accelerator.autocast():
         return predict(*inputs, batch.prompts, batch.time_ids.to(accelerator.device)).float()

@@ -160,6 +160,34 @@ def test_repositories_that_cannot_be_are_refused_before_the_first_run(tmp_path, 
         listed(tmp_path, entries, hub_model_id=repository, push_to_hub=True)
 
 
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"keep_best": True}, "keep_best=True: expected held-out images; set validation_split 0.2 or validation_data"),
+        ({"keep_best": True, "validation_split": 0.2, "validation_loss_steps": 0}, "keep_best=True, validation_loss"),
+        ({"validation_split": 0.2, "validation_loss_steps": 0}, "validation_loss_steps=0: expected more than 0 where"),
+        ({"validation_data_dir": "more", "validation_loss_steps": 0}, "validation_loss_steps=0: expected more than 0"),
+        ({"validation_data_dir": "more", "validation_split": 0.2}, "validation_data_dir='more': expected one of them"),
+        ({"validation_split": 1.0}, "validation_split=1.0: expected a number of at least 0 and below 1"),
+        ({"validation_data_dir": ""}, "validation_data_dir='': expected a path"),
+    ],
+)
+def test_held_out_images_and_what_they_are_for_go_together(fields, message):
+    with pytest.raises(UserError, match=message):
+        TrainConfig(**NEEDED, **fields)
+
+
+def test_each_subject_of_a_list_has_its_own_held_out_images(tmp_path):
+    entries = [LISTED[0] | {"validation_data_dir": "more"}, LISTED[1]]
+    assert [run.validation_data_dir for run in listed(tmp_path, entries).runs()] == ["more", None]
+    with pytest.raises(UserError, match="validation_data_dir='more': expected one for each subject, in the entries"):
+        listed(tmp_path, entries, validation_data_dir="more")
+    kept = listed(tmp_path, entries, keep_best=True)
+    with pytest.raises(UserError, match="keep_best=True: expected held-out images"):
+        kept.runs()
+    assert listed(tmp_path, entries, keep_best=True, one_file=True).runs()
+
+
 def test_a_sheet_needs_a_prompt():
     with pytest.raises(UserError, match="validation_prompts=.*: expected at least one prompt, or validation_steps 0"):
         TrainConfig(**NEEDED, validation_steps=2, validation_prompts=())

@@ -54,6 +54,16 @@ def everything(folder):
         ({"preservation": "class", "instance_prompt": "a mug", "train_token": False}, "found the prompt 'a mug'"),
         ({"preservation": "blank", "instance_prompt": "", "train_token": False}, "found the prompt ''"),
         ({"preservation": "class", "trigger_word": "mug"}, "which has 'mug' in it"),
+        (
+            {"validation_data_dir": "photos"},
+            "photos: a.png is [ab].png of photos, too; remove one: held-out",
+        ),
+        ({"validation_data_dir": "nowhere"}, "nowhere: no such folder"),
+        ({"validation_data_dir": "more", "output_dir": "more"}, "output_dir='more' is validation_data_dir, too"),
+        (
+            {"validation_split": 0.9},
+            "validation_split=0.9: found 2 in photos, of which 2 would be held out",
+        ),
         ({"resolution": 128}, "shorter side under 64 pixels: a.png"),
         ({"masked_loss": True}, "a.png"),
     ],

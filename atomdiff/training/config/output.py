@@ -20,7 +20,8 @@ class OutputConfig(LoggingConfig):
     """Prompts of the validation images."""
     validation_loss_steps: NonNegativeInt | None = None
     """Steps between measurements for the report: the loss on held-out and on training images at fixed noise, and how
-    far the base has drifted for other prompts; 0 for none. Default: an eighth of the steps, at least 25."""
+    far the base has drifted for other prompts; 0 for none. Default: two to eight times in a run, about a twentieth
+    of its time."""
     keep_best: bool = False
     """Save the parameters of the measurement with the lowest validation loss, not those of the last step. Needs
     held-out images: validation_split or validation_data_dir."""

@@ -1,0 +1,156 @@
+"""Writing the report of a run: `training_report.json` for programs, `report.md` and `report.html` for people."""
+
+from __future__ import annotations
+
+import json
+import warnings
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, fields
+from itertools import pairwise
+from pathlib import Path
+from typing import Any
+
+from atomdiff.evaluate.size import stored_bytes
+from atomdiff.training.config import TrainConfig
+from atomdiff.training.contact_sheet import row_files
+from atomdiff.training.report.page import Table, to_html, to_markdown
+from atomdiff.training.report.verdict import judge
+from atomdiff.training.run import Run
+from atomdiff.training.run_log import read_log
+from atomdiff.utils.atomic import new_file, write_json, write_text
+from atomdiff.utils.progress import log
+from atomdiff.utils.versions import versions
+
+RECORD_FILE = "training_report.json"
+"""What the pages are made from."""
+PAGES = ("report.md", "report.html")
+CURVE_FILE = "training_curve.png"
+
+_ROWS = 12  # of measurements that the page shows
+_MEASURED = {
+    "step": "step",
+    "validation_loss": "held-out images",
+    "training_images_loss": "training images",
+    "base_drift": "base drift",
+}
+
+
+def report(run: Run, path: Path, step: int, final_loss: float) -> None:
+    """Write the report of a run whose result, of the parameters of `step`, is at `path`.
+
+    What goes wrong is warned of: nothing of the training is lost with it.
+    """
+    folder = Path(run.config.output_dir)
+    try:
+        for name in (RECORD_FILE, CURVE_FILE, *PAGES):  # of an earlier run
+            (folder / name).unlink(missing_ok=True)
+        record = describe_run(run, path, step, final_loss)
+        write_json(folder / RECORD_FILE, record, indent=2)
+        write_pages(folder)
+        verdict = ", ".join(finding["verdict"] for finding in record["findings"])
+        log(f"report: {folder / 'report.html'} ({verdict})")
+    except Exception as error:  # of any kind: a full disk, a damaged log or image, fonts that matplotlib cannot read
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"{path} is saved, but its report cannot be written: {reason}", stacklevel=1)
+
+
+def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str, Any]:
+    """Return what is known of a finished run, ready for JSON."""
+    config, values = run.config, run.measurements.values
+    seconds = _training_seconds(read_log(Path(config.output_dir) / "training_log.jsonl"), run.samples_per_step)
+    preserved = config.preservation != "none" or config.with_prior_preservation
+    findings = judge(values, step, keep_best=config.keep_best, preserved=preserved)
+    held_out = [image[0] for image in run.dataset.fingerprint["held_out_images"]]
+    sheet = bool(config.validation_steps and row_files(Path(config.output_dir), config.max_train_steps))
+    return {
+        "concept": path.name,
+        "trigger_phrase": config.trigger_phrase,
+        "findings": [asdict(finding) for finding in findings],
+        "step": step,
+        "max_train_steps": config.max_train_steps,
+        "file_bytes": stored_bytes(path),
+        "num_trainable_parameters": sum(parameter.numel() for parameter in run.trainable.values()),
+        "train_seconds": round(seconds, 1),
+        "seconds_per_step": round(seconds / config.max_train_steps, 4),
+        "final_loss": final_loss,
+        "image_count": run.dataset.num_instance_images,
+        "held_out_images": held_out,
+        "measurements": values,
+        "contact_sheet": sheet,
+        "base_model": config.pretrained_model_name_or_path,
+        "precision": f"{run.accelerator.mixed_precision} on {run.accelerator.device.type}",
+        "config": config.snapshot(),
+        "versions": versions(),
+    }
+
+
+def write_pages(
+    folder: Path, metrics: Mapping[str, Any] | None = None, images: Mapping[str, Path] | None = None
+) -> None:
+    """Write `report.md`, `report.html` and the curve from what a run has left in its folder.
+
+    Args:
+        folder: The run's `output_dir`.
+        metrics: Values by name, or dicts of them, for a table.
+        images: More image files in the folder, by their titles.
+    """
+    from atomdiff.training.report.curve import draw_curves, to_svg  # matplotlib takes a while to import
+
+    record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+    figure = draw_curves(read_log(folder / "training_log.jsonl"), record["measurements"], record["step"])
+    with new_file(folder / CURVE_FILE) as file:
+        figure.savefig(file, dpi=120, format="png", facecolor="white")
+    shown = {"Validation images": folder / "contact_sheet.png"} if record["contact_sheet"] else {}
+    shown |= images or {}
+    title = f"Training of {record['trigger_phrase']}"
+    tables = _tables(record, metrics or {})
+    with_curve = {"Curves": folder / CURVE_FILE, **shown}
+    markdown = to_markdown(title, record["findings"], with_curve, tables)
+    html = to_html(title, record["findings"], to_svg(figure), shown, tables)
+    for name, text in zip(PAGES, (markdown, html), strict=True):
+        write_text(folder / name, text)
+
+
+def _tables(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Table]:
+    values = record["measurements"]
+    chosen = sorted({number * (len(values) - 1) // (_ROWS - 1) for number in range(_ROWS)}) if values else []
+    measured = [[values[number].get(name) for name in _MEASURED] for number in chosen]
+    kept = "" if record["step"] == record["max_train_steps"] else f"; saved is step {record['step']}, the best"
+    run = {
+        "concept": record["concept"],
+        "size": f"{record['file_bytes']:,} bytes, {record['num_trainable_parameters']:,} parameters",
+        "steps": f"{record['max_train_steps']}{kept}",
+        "time": f"{record['train_seconds']:.0f} s, {record['seconds_per_step']:.3g} s a step, in {record['precision']}",
+        "images": record["image_count"],
+        "held out": ", ".join(record["held_out_images"]) or "none",
+        "base": record["base_model"],
+        "final loss": record["final_loss"],
+    }
+    tables = [
+        Table("Loss at fixed noise", [*_MEASURED.values()], measured),
+        Table("Run", ("", ""), [*run.items()]),
+        Table("Metrics", ("", ""), _flat(metrics)),
+        Table("Config, where it is not the default", ("", ""), _changed(record["config"])),
+        Table("Versions", ("", ""), _flat(record["versions"])),
+    ]
+    return [table for table in tables if table.rows]
+
+
+def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    defaults = {each.name: each.default for each in fields(TrainConfig)}
+    return [(name, value) for name, value in config.items() if value != defaults.get(name)]
+
+
+def _flat(values: Mapping[str, Any]) -> list[tuple[str, Any]]:
+    """Return names and values, those of dicts one by one."""
+    rows: list[tuple[str, Any]] = []
+    for name, value in values.items():
+        rows += [(f"{name}, {key}", one) for key, one in value.items()] if isinstance(value, dict) else [(name, value)]
+    return rows
+
+
+def _training_seconds(lines: Sequence[Mapping[str, Any]], samples_per_step: int) -> float:
+    """Return the seconds that the steps of a training log took."""
+    steps = [line["step"] - before["step"] for before, line in pairwise([{"step": 0}, *lines])]
+    rates = [line["samples_per_second"] for line in lines]
+    return sum(count * samples_per_step / rate for count, rate in zip(steps, rates, strict=True))
