@@ -40,6 +40,9 @@ EVERYTHING = {
     "lr_warmup_steps": 1,
     "gradient_accumulation_steps": 2,
     "validation_steps": 2,
+    "validation_split": 0.3,
+    "validation_loss_steps": 1,
+    "keep_best": True,
 }
 # One launch after the other, each with the options of `atomdiff train` and what goes wrong. Like other launchers, this
 # ends all processes when one fails, but waits for all where they are asked to stop; they are forked, so that they need
@@ -49,13 +52,14 @@ import json, multiprocessing, os, shutil, signal, socket, sys, time
 from pathlib import Path
 import accelerate, diffusers, peft
 from atomdiff.cli.main import main
-from atomdiff.training import dreambooth, resume, validation
+from atomdiff.training import dreambooth, measurements, resume, validation
 
 def work(rank, port, options, spoilt):
     environment = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ.update({name: str(value) for name, value in environment.items()})
     if rank:
         resume.save_checkpoint = dreambooth.save_result = validation.extend_contact_sheet = None
+        measurements.append_line = dreambooth.report = None
     elif spoilt in ("disk", "late"):
         def save_checkpoint(*_):
             raise OSError(28, "No space left on device")
@@ -160,6 +164,15 @@ def state_of(run):
     return torch.load(run / "checkpoint-2" / "state.pt", weights_only=True)
 
 
+def measured(run):
+    """The losses and the base drift of each measurement of a run."""
+    lines = map(json.loads, (run / "validation_log.jsonl").read_text().splitlines())
+    return [
+        {name: line[name] for name in ("step", "validation_loss", "training_images_loss", "base_drift")}
+        for line in lines
+    ]
+
+
 def test_two_processes_learn_what_one_does_in_as_many_batches(launched, folder):
     config = load_config(["--config", str(folder / "run.yaml")])
     alone = dataclasses.replace(config, output_dir=str(folder / "one"), gradient_accumulation_steps=4)
@@ -172,6 +185,9 @@ def test_two_processes_learn_what_one_does_in_as_many_batches(launched, folder):
         for name, tensor in expected.items():
             error = (tensors[name] - tensor).abs().max()
             assert error <= 1e-4 * tensor.abs().max(), name
+        assert "/best/parameters/denoiser" in " ".join(tensors)
+        for one_line, two_line in zip(*map(measured, (one, two)), strict=True):
+            assert one_line == pytest.approx(two_line, rel=1e-4, abs=1e-6)
         class_images = sorted((one / "class_images").glob("*.png"))
         assert len(class_images) == 3
         for file in class_images:
@@ -191,7 +207,9 @@ def test_only_the_main_process_writes_and_prints(launched, folder):
     for name in ("teapot", "robot"):
         log = folder / "trained" / name / "training_log.jsonl"
         assert [json.loads(line)["step"] for line in log.read_text().splitlines()] == [1, 2]
-        assert (folder / "trained" / name / "contact_sheet.png").is_file()
+        assert [line["step"] for line in measured(folder / "trained" / name)] == [0, 1, 2]
+        for file in ("contact_sheet.png", "report.html"):
+            assert (folder / "trained" / name / file).is_file()
 
 
 def test_what_goes_wrong_in_one_process_ends_both_with_one_message(launched, folder):
