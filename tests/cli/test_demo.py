@@ -20,6 +20,7 @@ PHASES = [
     "precision",
     "loading the base samples/toybox-sd",
     "encoding images",
+    "encoding images",  # those that are held out
     "preparing the model",
     "training",
     "images by the base",
@@ -57,6 +58,9 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     assert f'atomdiff.load_atoms(pipe, "{concept}")' in second
     exec(f"{first}\n{second.replace('guidance_scale=4', 'num_inference_steps=2')}", {})
     assert Image.open(output / "image.png").size == (64, 64)
+    page = (output / "report.html").read_text()
+    assert "Before and after" in page and "similarity, concept" in page
+    assert json.loads((output / "training_report.json").read_text())["held_out_images"][:2] == ["01.png", "02.png"]
     report = json.loads((output / "report.json").read_text())
     assert report["subject"] == "mug" and report["references"] == "unseen photos"
     assert report["file_bytes"] == concept.stat().st_size < 64_000

@@ -1,7 +1,7 @@
 import pytest
 from diffusers import DDPMScheduler
 
-from atomdiff.training.fingerprint import base_keys
+from atomdiff.training.fingerprint import base_keys, differences
 
 
 def parts_that_differ(one, two):
@@ -39,3 +39,11 @@ def test_both_text_encoders_count(tiny_xl_pipe):
     before = base_keys(tiny_xl_pipe)
     next(tiny_xl_pipe.text_encoder_2.parameters()).data.add_(1e-3)
     assert parts_that_differ(before, base_keys(tiny_xl_pipe)) == {"text_encoder_2"}
+
+
+def test_held_out_images_may_be_added_or_left_out_but_not_exchanged():
+    plain = {"base": {}, "instance_images": [["a.png", "1", "2", ""]], "class_images": []}
+    one, other = (plain | {"held_out_images": [[name, name, "2", ""]]} for name in ("b.png", "c.png"))
+    for then, now in ((plain, one), (one, plain), (one, one)):
+        assert differences(then, now) == []
+    assert differences(one, other) == ["other held out images (gone: b.png; new: c.png)"]

@@ -14,6 +14,7 @@ from atomdiff.training.objective import (
     prior_preservation_loss,
     sample_losses,
     sample_timesteps,
+    timestep_quantiles,
     training_target,
 )
 
@@ -96,6 +97,17 @@ def test_cubic_timesteps_prefer_noise():
     shares = sample_timesteps(40000, (0, 1000), "cubic", seeded()) / 1000
     for bound in (0.1, 0.5, 0.9):  # u <= b where r >= (1 - b) ** (1 / 3)
         assert (shares < bound).float().mean() == pytest.approx(1 - (1 - bound) ** (1 / 3), abs=0.01)
+
+
+@pytest.mark.parametrize("sampling", ["uniform", "logit_normal", "cubic"])
+def test_quantiles_are_those_of_sampled_timesteps(sampling):
+    options = {"logit_mean": 0.5, "logit_std": 0.8} if sampling == "logit_normal" else {}
+    found = sample_timesteps(100_000, (100, 900), sampling, seeded(), **options).float()
+    shares = torch.arange(0.05, 1, 0.05)
+    expected = timestep_quantiles(shares, (100, 900), sampling, **options)
+    assert expected.dtype == torch.int64
+    torch.testing.assert_close(found.quantile(shares), expected.float(), atol=8, rtol=0)
+    assert timestep_quantiles(torch.tensor([1e-6, 1 - 1e-7]), (7, 8), sampling).tolist() == [7, 7]
 
 
 @settings(deadline=None)

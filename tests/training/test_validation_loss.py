@@ -75,6 +75,17 @@ def test_measuring_does_not_touch_the_training(config, variant, adapter_file):
 
 
 @pytest.mark.slow
+def test_sdxl_is_measured_with_its_sizes_and_pooled_embeddings(config, tiny_xl_pipe_folder):
+    fields = {"pretrained_model_name_or_path": str(tiny_xl_pipe_folder), "train_text_encoder": True}
+    config = dataclasses.replace(config, aspect_ratio_buckets="32,32;32,48", **fields)
+    measured = concept_bytes(train(config))
+    assert len({line["validation_loss"] for line in read_measurements(config)}) == 3
+    assert (
+        concept_bytes(train(dataclasses.replace(config, validation_loss_steps=0, validation_data_dir=None))) == measured
+    )
+
+
+@pytest.mark.slow
 def test_the_loss_is_that_of_what_is_saved(config, monkeypatch):
     """With weight averages too, which are far from the last step here."""
     config = dataclasses.replace(config, use_ema=True, ema_decay=0.5, train_text_encoder_ti_frac=1.0)
