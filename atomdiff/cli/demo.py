@@ -29,8 +29,7 @@ class DemoConfig(ConfigGroup):
     """Teach the toybox's base a subject from a folder of photos and measure what it learned."""
 
     instance_data_dir: ExistingPath = str(ASSETS / "samples" / "subjects" / "mug")
-    """Folder of the subject's images; those in a folder `unseen` inside it are held out and compared
-    with."""
+    """Folder of the subject's images; those in a folder `unseen` inside it are held out, and compared with."""
     class_name: str | None = None
     """Class of the subject, in the base's words: mug, robot, cat ... Default: the folder's name."""
     run: ExistingPath = str(ASSETS / "configs" / "demo.yaml")
@@ -58,7 +57,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
     from atomdiff.evaluate.suite import read_subject
     from atomdiff.training.dreambooth import train
-    from atomdiff.training.report.write import RECORD_FILE, write_pages
+    from atomdiff.training.report.write import extend_report
     from atomdiff.utils.hashing import hash_file
     from atomdiff.utils.precision import choose_precision, compute_device
 
@@ -88,8 +87,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
         "versions": versions(),
     }
     write_json(output / "report.json", report, indent=2)
-    if (output / RECORD_FILE).is_file():  # else training has warned of it
-        write_pages(output, scores, {"Before and after": output / "before_after.png"})
+    extend_report(output, scores, {"Before and after": output / "before_after.png"})
     return report | {"concept": str(concept_path), "base": find_asset(run.pretrained_model_name_or_path)}
 
 
@@ -99,7 +97,6 @@ def training_config(config: DemoConfig) -> Any:
     from atomdiff.training.config import load_config
 
     unseen = Path(config.instance_data_dir) / UNSEEN_FOLDER
-
     options = {
         "config": config.run,
         "instance_data_dir": config.instance_data_dir,

@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, fields
 from itertools import pairwise
 from pathlib import Path
@@ -41,7 +42,7 @@ def report(run: Run, path: Path, step: int, final_loss: float) -> None:
     What goes wrong is warned of: nothing of the training is lost with it.
     """
     folder = Path(run.config.output_dir)
-    try:
+    with _warning_of_errors(f"{path} is saved, but its report cannot be written"):
         for name in (RECORD_FILE, CURVE_FILE, *PAGES):  # of an earlier run
             (folder / name).unlink(missing_ok=True)
         record = describe_run(run, path, step, final_loss)
@@ -49,9 +50,23 @@ def report(run: Run, path: Path, step: int, final_loss: float) -> None:
         write_pages(folder)
         verdict = ", ".join(finding["verdict"] for finding in record["findings"])
         log(f"report: {folder / 'report.html'} ({verdict})")
-    except Exception as error:  # of any kind: a full disk, a damaged log or image, fonts that matplotlib cannot read
+
+
+def extend_report(folder: Path, metrics: Mapping[str, Any], images: Mapping[str, Path]) -> None:
+    """Write the pages of a report anew, with metrics and more images, unless training could not write them."""
+    if (folder / RECORD_FILE).is_file():
+        with _warning_of_errors(f"{folder / PAGES[1]} cannot be extended"):
+            write_pages(folder, metrics, images)
+
+
+@contextmanager
+def _warning_of_errors(what: str) -> Iterator[None]:
+    """Warn of errors of any kind: a full disk, a damaged log or image, fonts that matplotlib cannot read."""
+    try:
+        yield
+    except Exception as error:
         reason = " ".join(str(error).split()) or type(error).__name__
-        warnings.warn(f"{path} is saved, but its report cannot be written: {reason}", stacklevel=1)
+        warnings.warn(f"{what}: {reason}", stacklevel=1)
 
 
 def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str, Any]:

@@ -11,7 +11,7 @@ import pytest
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training.dreambooth import train
 from atomdiff.training.report import write
-from atomdiff.training.report.write import write_pages
+from atomdiff.training.report.write import extend_report
 from tests.helpers import read_measurements, write_images
 
 FILES = ("training_report.json", "report.md", "report.html", "training_curve.png")
@@ -140,8 +140,12 @@ def test_a_damaged_log_is_no_obstacle(config, monkeypatch):
 def test_metrics_and_images_are_added_later(config):
     train(config)
     folder = Path(config.output_dir)
-    write_pages(folder, {"drift": 0.25, "similarity": {"base": 0.5, "real": None}}, {"More": folder / FILES[-1]})
+    extend_report(folder, {"drift": 0.25, "similarity": {"base": 0.5, "real": None}}, {"More": folder / FILES[-1]})
     page = Page((folder / "report.html").read_text())
     for text in ("drift", "0.25", "similarity, base", "0.5", "similarity, real", "-", "More"):
         assert text in page.texts
     assert page.seen.count("img") == 2
+    with pytest.warns(UserWarning, match="report.html cannot be extended: .*nowhere.png"):
+        extend_report(folder, {}, {"More": folder / "nowhere.png"})
+    (folder / "training_report.json").unlink()
+    extend_report(folder, {}, {})
