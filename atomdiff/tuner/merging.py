@@ -150,6 +150,12 @@ def _merge_kept(layer: Any, safe_merge: bool = False, adapter_names: list[str] |
     BaseWeight(base).keep_for(layer)
     in_place = {parameter: parameter.data for _, parameter in base.named_parameters(recurse=False)}
     type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)
+    if (tuned := layer.get_base_layer()) is not base:  # LN tuning puts a layer of its own there
+        names = list(layer.merged_adapters)
+        layer.unmerge()
+        for name, parameter in base.named_parameters(recurse=False):
+            parameter.data = tuned.get_parameter(name).data
+        layer.merged_adapters = names
     for parameter, data in in_place.items():
         if parameter.data_ptr() != data.data_ptr():  # some put a new tensor there
             parameter.data = data.copy_(parameter.data)
