@@ -3,17 +3,34 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiments"
 
 
+def all_methods() -> list[str]:
+    """Return the methods: the folders of configs/experiments, but for those of classifiers."""
+    folders = (str(file.parent.relative_to(EXPERIMENTS)) for file in EXPERIMENTS.rglob("adapter.json"))
+    return sorted(folder for folder in folders if not folder.startswith("classify"))
+
+
+def rate_option(method: str) -> str:
+    """Return the option that is a method's learning rate: where no adapter is trained, that of the token."""
+    return "learning_rate" if "learning_rate" in _overrides(method) else "token_learning_rate"
+
+
 def own_rate(method: str) -> float:
-    """Return the learning rate that stands beside the adapter of a method, a folder in configs/experiments."""
-    return float(yaml.safe_load((EXPERIMENTS / method / "overrides.yaml").read_text())["learning_rate"])
+    """Return the learning rate that stands beside the adapter of a method."""
+    return float(_overrides(method)[rate_option(method)])
 
 
 def rates_around(rate: float, trials: int, factor: float) -> list[float]:
     """Return the learning rates of 1, 2 or 3 trials: `rate`, and that divided and multiplied by `factor`."""
     return [[rate], [rate / factor, rate], [rate / factor, rate, rate * factor]][trials - 1]
+
+
+def _overrides(method: str) -> dict[str, Any]:
+    overrides: dict[str, Any] = yaml.safe_load((EXPERIMENTS / method / "overrides.yaml").read_text())
+    return overrides

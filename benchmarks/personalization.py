@@ -19,7 +19,7 @@ from typing import Any
 
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.experiments import EXPERIMENTS, own_rate, rates_around
+from benchmarks.experiments import EXPERIMENTS, own_rate, rate_option, rates_around
 from benchmarks.result_file import command_line, write_result
 
 ROOT = Path(__file__).parents[1]
@@ -59,8 +59,8 @@ def run_trial(method: str, subject: str, rate: float, work_dir: Path) -> dict[st
         DemoConfig(
             instance_data_dir=str(ROOT / "samples" / "subjects" / subject),
             adapter=str(EXPERIMENTS / method / "adapter.json"),
-            learning_rate=rate,
             output_dir=str(folder),
+            **{rate_option(method): rate},
         )
     )
 

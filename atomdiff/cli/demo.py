@@ -38,6 +38,8 @@ class DemoConfig(ConfigGroup):
     """Adapter config, a JSON file. Default: that of the training config."""
     learning_rate: NonNegativeFloat | None = None
     """Learning rate of the adapter. Default: that of the training config."""
+    token_learning_rate: NonNegativeFloat | None = None
+    """Learning rate of the token embedding. Default: that of the training config."""
     output_dir: PathText = "out/demo"
     """Output folder."""
 
@@ -105,6 +107,7 @@ def training_config(config: DemoConfig) -> Any:
         "output_dir": config.output_dir,
         "adapter": config.adapter,
         "learning_rate": config.learning_rate,
+        "token_learning_rate": config.token_learning_rate,
     }
     return load_config([f"--{name}={value}" for name, value in options.items() if value is not None])
 

@@ -13,17 +13,22 @@ import atomdiff
 from atomdiff.concepts.parameter_count import count_parameters
 from atomdiff.evaluate.size import num_trainable_parameters
 from atomdiff.evaluate.suite import open_adapted
+from atomdiff.pipelines.differences import merged_copy
+from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
+from atomdiff.toybox.base import load_toybox
 from atomdiff.training import saving
 from atomdiff.training.dreambooth import load_config, train
+from atomdiff.training.method import make_trainable
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
+from benchmarks.experiments import all_methods, own_rate, rate_option
 from tests.helpers import assert_unchanged, concept_bytes, predict, read_log, snapshot
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "configs" / "experiments"
 ADAPTERS = sorted(EXPERIMENTS.rglob("adapter.json"))
 RUNS = sorted((ROOT / "configs").glob("*.yaml"))
-METHODS = [name for path in ADAPTERS if not (name := str(path.parent.relative_to(EXPERIMENTS))).startswith("classify")]
+METHODS = all_methods()
 NOT_MERGED = {"beft/default": "Base layer has no bias"}
 PROMPT = "a photo of sks mug"
 
@@ -31,6 +36,7 @@ PROMPT = "a photo of sks mug"
 def test_there_are_configs_to_load():
     assert len(ADAPTERS) >= 5 and RUNS
     known = {*ADAPTERS, *RUNS, *(path.with_name("overrides.yaml") for path in ADAPTERS)}
+    known |= {*(ROOT / "configs" / "protocols").glob("*.yaml")}  # tests/evaluate/test_protocol.py reads them
     assert known == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
 
 
@@ -49,13 +55,8 @@ def test_every_adapter_loads_with_its_own_learning_rate(path):
     assert adapter is None or adapter.target_modules
     arguments = ["--pretrained_model_name_or_path", "base", "--instance_data_dir", "photos", "--class_name", "mug"]
     config = load_config([*arguments, "--adapter", str(path)])
-    (name, rate) = _rate(path)
-    assert getattr(config, name) == float(rate)
-
-
-def _rate(path):
-    text = path.with_name("overrides.yaml").read_text()
-    return re.search(r"^((?:token_)?learning_rate): (\S+)", text, re.MULTILINE).groups()
+    method = str(path.parent.relative_to(EXPERIMENTS))
+    assert getattr(config, rate_option(method)) == own_rate(method)
 
 
 @pytest.fixture
@@ -119,9 +120,11 @@ def _check_merging(method, pipe):
     """Check that merging changes nothing but the speed, or is refused; the pipeline may be merged afterwards."""
     unmerged = predict(pipe, PROMPT)
     if method in NOT_MERGED:
-        with pytest.raises(UserError, match=NOT_MERGED[method]):
-            atomdiff.merge(pipe)
+        for action in (atomdiff.merge, merged_copy):
+            with pytest.raises(UserError, match=NOT_MERGED[method]):
+                action(pipe)
     else:
+        torch.testing.assert_close(predict(merged_copy(pipe), PROMPT), unmerged, atol=1e-4, rtol=0)
         atomdiff.merge(pipe)
         assert atomdiff.list_atoms(pipe)[0].merged
         torch.testing.assert_close(predict(pipe, PROMPT), unmerged, atol=1e-4, rtol=0)
@@ -130,3 +133,13 @@ def _check_merging(method, pipe):
     if method not in NOT_MERGED:
         atomdiff.set_active(pipe, "concept")
         torch.testing.assert_close(predict(pipe, PROMPT), unmerged, atol=1e-4, rtol=0)
+
+
+@pytest.mark.parametrize(("method", "limit"), [("tiny", 10_000), ("default", 60_000), ("faithful", 200_000)])
+def test_files_of_atoms_on_the_toybox_have_the_size_that_they_are_for(method, limit, train_config, tmp_path):
+    pipe = load_toybox()
+    make_trainable(pipe.unet, read_adapter(str(EXPERIMENTS / "atoms" / method / "adapter.json")), seed=0)
+    add_placeholder_token(pipe, "sks")
+    set_token_embedding(pipe, "sks", {"text_encoder": pipe.text_encoder.get_input_embeddings().weight[5].detach()})
+    training = {"config": train_config().snapshot()}
+    assert atomdiff.save_atoms(pipe, tmp_path / "mug.atoms.safetensors", training=training).stat().st_size < limit

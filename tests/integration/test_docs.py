@@ -32,6 +32,7 @@ from atomdiff.training.config.optimizer import OPTIMIZERS
 from atomdiff.training.optimizers import build_optimizer
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.options import parse_config, parse_with_overrides
+from benchmarks import methods as methods_benchmark
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -262,6 +263,17 @@ def test_figures_in_sentences_stand_in_the_result_files(page, result, quotes):
     for quote in quotes:
         assert quote in PAGES[f"docs/{page}.md"]
         assert check_figures(quote, measured) == 1
+
+
+@pytest.mark.slow
+def test_the_table_of_methods_is_that_of_its_result_file():
+    measured = json.loads((ROOT / "benchmarks" / "results" / "methods.json").read_text())["figures"]
+    rows = [line for line in PAGES["docs/methods.md"].splitlines() if line.startswith("| `")]
+    methods = dict.fromkeys(name.split(":")[0] for name in measured)
+    assert rows == [methods_benchmark.row(method, measured) for method in methods] and len(rows) > 30
+    for method in ("atoms/default", "lora/attention_r16", "vera/default"):
+        counted = methods_benchmark.count(method)
+        assert {f"{method}:{name}": value for name, value in counted.items()}.items() <= measured.items()
 
 
 def check_figures(text, measured):
