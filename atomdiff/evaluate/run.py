@@ -28,7 +28,6 @@ from atomdiff.utils.paths import check_writable, refuse_overlap
 from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.versions import versions
 
-_BASE_FOLDER = "base"
 _SHEET_PROMPTS = 6
 Samples = dict[Model, dict[Kind, list[Sample]]]
 
@@ -62,14 +61,17 @@ def generate_images(config: EvaluateConfig, state: Any) -> list[tuple[Subject, S
     for subject in subjects:
         own = base if subject.concept is not None else str(subject.path)
         samples: Samples = {
-            "base": _samples(folder / "images" / _BASE_FOLDER, subject, None, settings[base]),
-            "concept": _samples(folder / "images" / subject.name, subject, subject.trigger_phrase, settings[own]),
+            "base": _samples(folder / "images" / "base", subject, None, settings[base]),
+            "concept": _samples(
+                folder / "images" / "concepts" / subject.name, subject, subject.trigger_phrase, settings[own]
+            ),
         }
         generated.append((subject, samples))
         by_pipeline[base] += chain.from_iterable(samples["base"].values())
         by_pipeline[own] += chain.from_iterable(samples["concept"].values())
     for name, each in by_pipeline.items():
-        save_missing(pipelines[name], [*{sample.file.path: sample for sample in each}.values()], state)
+        unique = {sample.file.path: sample for sample in each}
+        save_missing(pipelines[name], [*unique.values()], state, check_safety=False)  # it would black out some of them
     return generated
 
 

@@ -66,13 +66,14 @@ def make_sample(folder: Path, request: PromptRequest, seed: int, settings: dict[
     return Sample(SampleFile(folder, request.prompt, seed, settings | {"concepts": request.concepts_json}), request)
 
 
-def save_missing(config: SampleConfig, samples: Sequence[Sample], state: Any) -> None:
+def save_missing(config: SampleConfig, samples: Sequence[Sample], state: Any, *, check_safety: bool = True) -> None:
     """Generate and save those of the images that are not saved yet.
 
     Args:
         config: how they are generated; not which ones.
         samples: the images.
         state: accelerate's, of the processes that share them.
+        check_safety: use the base's safety checker, if it has one.
 
     Raises:
         UserError: as for `save_samples`.
@@ -81,7 +82,7 @@ def save_missing(config: SampleConfig, samples: Sequence[Sample], state: Any) ->
 
     missing = sort_by_concepts([sample for sample in samples if not sample.file.is_saved()])
     state.wait_for_everyone()  # all processes have seen the same files missing
-    blacked_out = _save_share(config, missing, state) if missing else []
+    blacked_out = _save_share(config, missing, state, check_safety) if missing else []
     state.wait_for_everyone()
     if blacked_out := gather_object(blacked_out):
         message = describe_blacked_out(blacked_out)
@@ -109,13 +110,17 @@ def image_settings(config: SampleConfig) -> dict[str, str]:
     return {key: "" if value is None else str(value) for key, value in values.items()}
 
 
-def _save_share(config: SampleConfig, missing: Sequence[Sample], state: Any) -> list[tuple[str, int]]:
+def _save_share(
+    config: SampleConfig, missing: Sequence[Sample], state: Any, check_safety: bool
+) -> list[tuple[str, int]]:
     """Generate and save this process's share; return prompts and seeds of images that were blacked out."""
     share = shard(missing, state.process_index, state.num_processes)
     if not share:
         return []
     precision = choose_precision(config.dtype, compute_device(), field="dtype")
     pipe = open_base(config, precision.dtype).to(state.device)
+    if not check_safety and hasattr(pipe, "safety_checker"):
+        pipe.safety_checker = None
     requests = list(dict.fromkeys(sample.request for sample in missing))
     asked = ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr)
     schedulers = choose_schedulers(pipe.scheduler, requests, asked)

@@ -61,9 +61,9 @@ def test_concepts_are_measured_in_one_table_and_images_are_kept(evaluate, tiny_p
     assert status == 0 and "means ± standard errors over 2 subjects" in shown
     assert re.search(r"similarity +-?\d\.\d{3} ± \d\.\d{3} +-?\d\.\d{3} ± \d\.\d{3}", shown)
     images = written(tmp_path / "out" / "images")
-    assert {name.split("/")[0] for name in images} == {"base", "a", "b"}
+    assert {name.rpartition("/")[0] for name in images} == {"base", "concepts/a", "concepts/b"}
     assert len(images) == 3 * (2 * 2 + 2 + 2)  # the prompts, the unrelated ones, the class
-    with Image.open(next((tmp_path / "out/images/a").glob("a-sks-mug-on-the-beach*.png"))) as image:
+    with Image.open(next((tmp_path / "out/images/concepts/a").glob("a-sks-mug-on-the-beach*.png"))) as image:
         assert json.loads(image.text["concepts"])[0]["file"] == "a.atoms.safetensors"
     assert [*(tmp_path / "out/images/base").glob("a-photo-of-a-mug*.png")]  # the class has its article
 
@@ -131,6 +131,28 @@ def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(eval
     drifts = [results["subjects"][name]["metrics"][encoder]["drift"]["mean"] for name in ("mug", "cup")]
     assert min(drifts) > 0 and drifts[0] != drifts[1]
     assert results["subjects"]["cup"]["trigger_phrase"] == "sks cup"
+
+
+def test_no_image_is_blacked_out(evaluate, tiny_pipe, tmp_path, monkeypatch):
+    from diffusers import StableDiffusionPipeline
+
+    from atomdiff.sampling import sample
+
+    def refuse(self, image, device, dtype):
+        return image, None if self.safety_checker is None else [True] * len(image)
+
+    open_base = sample.open_base
+
+    def with_checker(*args):
+        pipe = open_base(*args)
+        pipe.safety_checker = torch.nn.Identity()
+        pipe.safety_checker.dtype = torch.float32
+        return pipe
+
+    monkeypatch.setattr(StableDiffusionPipeline, "run_safety_checker", refuse)
+    monkeypatch.setattr(sample, "open_base", with_checker)
+    concept = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors")
+    assert evaluate([concept], write_images(tmp_path / "photos"), "--num_prompts", "1")[0] == 0
 
 
 def test_wrong_input_is_one_clear_line(evaluate, tiny_pipe, tmp_path, capsys, monkeypatch):
