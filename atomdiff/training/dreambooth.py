@@ -98,7 +98,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     for tracker in accelerator.trackers:  # end_training() would also part the processes, which may have more runs to do
         tracker.finish()
     if repo_id is not None:
-        accelerator.print(f"pushed to {push_concept(config, path, repo_id)}")
+        accelerator.print(f"pushed to {push_concept(config, path, step, repo_id)}")
     return path
 
 

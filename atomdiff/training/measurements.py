@@ -97,7 +97,7 @@ def measure(run: Run, step: int) -> None:
 
 def _measure(run: Run, samples: FixedSamples, step: int) -> tuple[dict[str, float], dict[str, float]]:
     """Measure the parameters that would be saved, and keep them if none had a lower validation loss."""
-    with averaged(run.trainable.values(), run.optimizer, run.ema):
+    with averaged(run.trainable.values(), run.optimizer, run.ema), run.model.encoding_anew():
         losses, drift = samples.measure(run.model, run.accelerator)
         loss, best = losses.get("validation_loss", math.nan), run.measurements.best
         if run.config.keep_best and step and loss < (best.validation_loss if best else math.inf):

@@ -1,7 +1,8 @@
 """What a run trains, as one module: the denoiser with its adapter, token embeddings of trigger words, text encoders."""
 
 import copy
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -65,6 +66,7 @@ class TrainingModel(nn.Module):
         self.token_embeddings = nn.ParameterDict(token_embeddings or {})
         self.placeholder_tokens = tuple(placeholder_tokens)
         self.prompt_embeds = dict(prompt_embeds)
+        self._constant = frozenset(prompt_embeds)
         self.base_prompt_embeds = dict(base_prompt_embeds or {})
         self.base_denoiser = base_denoiser
         self.token_ids = dict(token_ids or {})
@@ -151,6 +153,16 @@ class TrainingModel(nn.Module):
             self.prompt_embeds |= precompute_prompt_embeds(
                 self.base, dict(self.text_encoders.items()), self.token_ids, missing
             )
+
+    @contextmanager
+    def encoding_anew(self) -> Iterator[None]:
+        """Encode prompts with trigger words for a while, frozen or not, with the token embeddings as they are then."""
+        known = self.prompt_embeds
+        self.prompt_embeds = {number: known[number] for number in self._constant}
+        try:
+            yield
+        finally:
+            self.prompt_embeds = known
 
     def clear_frozen_gradients(self) -> None:
         """Remove the gradients of frozen token embeddings: no optimizer moves a parameter without one."""

@@ -21,14 +21,14 @@ def choose_repository(config: TrainConfig, adapter: PeftConfig | None) -> str:
     return check_upload(config.repository, config.hub_token)
 
 
-def push_concept(config: TrainConfig, path: Path, repo_id: str) -> str:
-    """Push the concept with the last row of the contact sheet and return where to.
+def push_concept(config: TrainConfig, path: Path, step: int, repo_id: str) -> str:
+    """Push the concept, saved of `step`, with that step's row of the contact sheet, if any, and return where to.
 
     Raises:
         UserError: It could not be pushed; the message says where it is saved.
     """
     # without validation, a row that is there is of an earlier run
-    images = row_files(Path(config.output_dir), config.max_train_steps) if config.validation_steps else []
+    images = row_files(Path(config.output_dir), step) if config.validation_steps else []
     try:
         return push_to_hub(
             path,

@@ -51,8 +51,11 @@ def stop_at(monkeypatch, step):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stopped", [2, 3])
-@pytest.mark.parametrize("fields", [{}, {"use_ema": True, "ema_decay": 0.5, "keep_best": True}], ids=["plain", "best"])
+@pytest.mark.parametrize(
+    ("stopped", "fields"),
+    [(2, {}), (3, {"use_ema": True, "ema_decay": 0.5, "keep_best": True}), (3, {"adapter": "full"})],
+    ids=["plain", "best", "full"],
+)
 def test_a_resumed_run_has_the_measurements_of_one_without_a_stop(config, stopped, fields, tmp_path, monkeypatch):
     config = dataclasses.replace(config, **fields)
     whole = dataclasses.replace(config, output_dir=str(tmp_path / "whole"))

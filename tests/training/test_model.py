@@ -211,6 +211,22 @@ def test_stopped_words_stay_and_their_prompts_are_known(pipe):
     assert all(vectors.grad is None for vectors in concept.token_embeddings.values())
 
 
+def test_prompts_of_stopped_words_can_be_encoded_with_other_embeddings(pipe):
+    concept = build(pipe)
+    concept.freeze_token_embeddings()
+    known = [concept.encode_prompts([number]).prompt_embeds.detach() for number in (0, 1)]
+    with torch.no_grad():
+        for vectors in concept.token_embeddings.values():
+            vectors.neg_()
+        with concept.encoding_anew():
+            anew = [concept.encode_prompts([number]).prompt_embeds for number in (0, 1)]
+        after = [concept.encode_prompts([number]).prompt_embeds for number in (0, 1)]
+    assert (
+        sum((one - other).abs().max() > 1e-3 for one, other in zip(known, anew, strict=True)) == 1
+    )  # the other has none
+    assert all(map(torch.equal, known, after))
+
+
 def test_words_stop_while_text_encoders_go_on(pipe):
     concept = build(pipe, train_text_encoder=True, text_adapter=ON_TEXT)
     concept.freeze_token_embeddings()

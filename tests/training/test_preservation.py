@@ -15,7 +15,7 @@ from atomdiff.training.launch import start_accelerator
 from atomdiff.training.model import TrainingModel, build_training_model
 from atomdiff.training.noise import ForwardDiffusion
 from atomdiff.training.objective import preservation_loss
-from atomdiff.training.preservation import preservation_prompt
+from atomdiff.training.preservation import other_prompts, preservation_prompt
 from atomdiff.training.run import build_run
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapters_off import adapters_off
@@ -83,6 +83,17 @@ def test_the_loss_is_a_weighted_mean_over_samples():
     errors = (prediction - base).square()
     expected = (2 * errors[0].mean() + 3 * errors[1].mean()) / 2
     torch.testing.assert_close(preservation_loss(prediction, base, torch.tensor([2.0, 3.0])), expected)
+
+
+def test_other_prompts_have_no_trigger_word():
+    classes = ("a photo of a mug", "a photo of an owl")
+    found = other_prompts([MUG, OWL])
+    assert found[:3] == (*classes, "") and len(found) == 5
+    assert other_prompts([OWL, OWL, dataclasses.replace(MUG, class_name=None)]) == (classes[1], *found[2:])
+    assert other_prompts([dataclasses.replace(MUG, trigger_word="dog")]) == (classes[0], "", found[4])
+    assert other_prompts([dataclasses.replace(MUG, trigger_word="mug")]) == found[2:]
+    many = [dataclasses.replace(MUG, class_name=f"thing{number}") for number in range(9)]
+    assert len(other_prompts(many)) == 4 + 3
 
 
 @pytest.mark.parametrize("method", ["atoms", "lora", "oft", "full"])

@@ -11,6 +11,7 @@ import pytest
 import atomdiff
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import dreambooth
+from atomdiff.training.validation_loss import FixedSamples
 from atomdiff.utils.errors import UserError
 from tests.fake_hub import card_of
 
@@ -35,6 +36,19 @@ def test_a_run_pushes_its_concept_with_the_last_validation_images(hub_server, ru
     assert atomdiff.load_atoms(tiny_pipe, "ada/teapot", token="hf_writer") == "teapot"
     everything = [file.read_bytes() for file in Path(config.output_dir).rglob("*") if file.is_file()]
     assert not any(b"hf_writer" in content for content in [*everything, repr(config).encode()])
+
+
+@pytest.mark.slow
+def test_the_best_is_pushed_with_the_images_of_its_step(hub_server, run_config, monkeypatch):
+    losses = iter([0.3, 0.1, 0.2])
+    usual = FixedSamples.measure
+    monkeypatch.setattr(
+        FixedSamples, "measure", lambda *given: (usual(*given)[0] | {"validation_loss": next(losses)}, {"": 0.0})
+    )
+    fields = {"validation_split": 0.3, "validation_loss_steps": 1, "keep_best": True}
+    dreambooth.train(dataclasses.replace(run_config, hub_token="hf_writer", **fields))
+    data, _ = card_of(hub_server.files("ada/teapot")["README.md"].decode())
+    assert data["widget"] and all("step-000001" in item["output"]["url"] for item in data["widget"])
 
 
 @pytest.mark.slow

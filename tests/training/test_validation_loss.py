@@ -8,6 +8,7 @@ import pytest
 import torch
 from PIL import Image
 
+import atomdiff
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.data.latents import LatentCache
 from atomdiff.training import dreambooth
@@ -16,10 +17,11 @@ from atomdiff.training.config.objective import ObjectiveConfig
 from atomdiff.training.dataset import DreamBoothDataset, EncodedImages
 from atomdiff.training.dreambooth import train
 from atomdiff.training.noise import forward_diffusion
+from atomdiff.training.objective import sample_losses
 from atomdiff.training.training_images import choose_held_out
 from atomdiff.training.validation_loss import fixed_batches
 from atomdiff.utils.errors import UserError
-from tests.helpers import concept_bytes, read_measurements, write_images
+from tests.helpers import concept_bytes, embed, read_measurements, write_images
 
 EVERYTHING = {
     "aspect_ratio_buckets": "32,32;32,48",
@@ -86,24 +88,32 @@ def test_sdxl_is_measured_with_its_sizes_and_pooled_embeddings(config, tiny_xl_p
 
 
 @pytest.mark.slow
-def test_the_loss_is_that_of_what_is_saved(config, monkeypatch):
-    """With weight averages too, which are far from the last step here."""
-    config = dataclasses.replace(config, use_ema=True, ema_decay=0.5, train_text_encoder_ti_frac=1.0)
-    runs = []
-    usual = dreambooth.save_result
-
-    def compare(run, *rest):
-        usual(run, *rest)
-        now, _ = run.measurements.samples.measure(run.model, run.accelerator)  # within the averages
-        runs.append((run, now))
-
-    monkeypatch.setattr(dreambooth, "save_result", compare)
-    train(config)
-    ((run, now),) = runs
-    last = read_measurements(config)[-1]
-    assert {name: last[name] for name in now} == now
-    other, _ = run.measurements.samples.measure(run.model, run.accelerator)
-    assert other["validation_loss"] != now["validation_loss"]
+@pytest.mark.parametrize(
+    "fields",
+    [
+        {},
+        {"use_ema": True, "ema_decay": 0.9},
+        {"use_ema": True, "ema_decay": 0.9, "train_text_encoder_ti_frac": 0.75, "token_learning_rate": 3.0},
+        {"optimizer": "adamw_schedulefree"},
+        {"masked_loss": True, "snr_gamma": 5.0},
+    ],
+    ids=["last", "ema", "ema of a frozen token", "schedule-free", "weights"],
+)
+def test_the_loss_is_that_of_the_saved_file(config, fields, tiny_pipe, monkeypatch):
+    config = dataclasses.replace(config, **fields)
+    runs, usual = [], dreambooth.save_result
+    monkeypatch.setattr(dreambooth, "save_result", lambda run, *rest: runs.append(run) or usual(run, *rest))
+    atomdiff.load_atoms(tiny_pipe, train(config))
+    ((samples, prompts),) = [(run.measurements.samples, run.dataset.prompts) for run in runs]
+    losses = []
+    for batch in samples.losses["validation_loss"]:
+        states = torch.cat([embed(tiny_pipe, prompts[prompt]) for prompt in batch.prompts])
+        with torch.no_grad():
+            prediction = tiny_pipe.unet(batch.noisy.latents, batch.noisy.timesteps, states).sample
+        losses += (sample_losses(prediction, batch.noisy.target, batch.mask) * batch.noisy.weights).tolist()
+    assert len(losses) == 16
+    before, last = (read_measurements(config)[number]["validation_loss"] for number in (1, 2))
+    assert last == pytest.approx(sum(losses) / 16, rel=2e-4) and last != pytest.approx(before, rel=2e-3)
 
 
 @pytest.mark.slow

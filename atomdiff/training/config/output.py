@@ -24,7 +24,7 @@ class OutputConfig(LoggingConfig):
     of its time."""
     keep_best: bool = False
     """Save the parameters of the measurement with the lowest validation loss, not those of the last step. Needs
-    held-out images: validation_split or validation_data_dir."""
+    held-out images (validation_split or validation_data_dir), and memory for one more copy of what is trained."""
     checkpointing_steps: NonNegativeInt = 500
     """Steps between checkpoints; 0 for none."""
     checkpoints_total_limit: PositiveInt | None = None

@@ -45,15 +45,12 @@ def judge(
         keep_best: Whether those are of the measurement with the lowest validation loss.
         preserved: Whether the run kept the base by output or prior preservation.
     """
-    if not measurements or measurements[0]["step"] or len(measurements) < 2:
-        found = f"the loss was measured at {len(measurements)} steps; expected the first, the last and some between"
-        return [Finding("unknown", found, "Train with --validation_loss_steps, from the first step.")]
     training = [(line["step"], line["training_images_loss"]) for line in measurements]
     validation = [(line["step"], line["validation_loss"]) for line in measurements if "validation_loss" in line]
-    if len(validation) == len(training):
-        fit = _judge_validation(validation, training, keep_best)
-    else:
-        fit = _judge_training(training)
+    if len(validation or training) < 2 or (validation or training)[0][0]:
+        found = "The loss was not measured both before the first step and later."
+        return [Finding("unknown", found, "Set --validation_loss_steps, and train from the first step.")]
+    fit = _judge_validation(validation, training, keep_best) if validation else _judge_training(training)
     saved = next((line for line in measurements if line["step"] == saved_step), measurements[-1])
     forgets = "base_drift" in saved and saved["base_drift"] >= MAX_DRIFT
     return [fit, _forgets(saved, preserved)] if forgets else [fit]

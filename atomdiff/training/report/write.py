@@ -130,12 +130,14 @@ def _tables(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Table
     values = record["measurements"]
     chosen = sorted({number * (len(values) - 1) // (_ROWS - 1) for number in range(_ROWS)}) if values else []
     measured = [[values[number].get(name) for name in _MEASURED] for number in chosen]
+    measuring = sum(line["seconds"] for line in values)
     kept = "" if record["step"] == record["max_train_steps"] else f"; saved is step {record['step']}, the best"
     run = {
         "concept": record["concept"],
         "size": f"{record['file_bytes']:,} bytes, {record['num_trainable_parameters']:,} parameters",
         "steps": f"{record['max_train_steps']}{kept}",
-        "time": f"{record['train_seconds']:.0f} s, {record['seconds_per_step']:.3g} s a step, in {record['precision']}",
+        "time": f"{record['train_seconds']:.0f} s, {record['seconds_per_step']:.3g} s a step, in {record['precision']};"
+        f" {measuring:.0f} s for the measurements",
         "images": record["image_count"],
         "held out": ", ".join(record["held_out_images"]) or "none",
         "base": record["base_model"],

@@ -90,7 +90,9 @@ def test_a_drift_needs_no_held_out_photos():
 
 
 @pytest.mark.parametrize(
-    "values", [[], lines(FLAT)[:1], lines(FLAT)[2:]], ids=["none", "the base alone", "not from the start"]
+    "values",
+    [[], lines(FLAT)[:1], lines(FLAT)[2:], [*lines()[:2], *lines(FLAT)[2:]]],
+    ids=["none", "the base alone", "not from the start", "held-out images from the middle on"],
 )
 def test_too_few_measurements_are_no_verdict(values):
     assert verdicts(values) == ["unknown"]
