@@ -1,6 +1,7 @@
 """What the validation loss of a run is measured on, and that measuring changes nothing."""
 
 import dataclasses
+import json
 import re
 from pathlib import Path
 
@@ -184,3 +185,29 @@ def test_noise_depends_neither_on_the_batch_size_nor_on_other_random_numbers(tin
         found.append(torch.cat([batch.noisy.latents for batch in batches]))
     assert torch.equal(found[0], found[1]) and torch.equal(found[0], found[2])
     assert len(found[0].flatten(1).unique(dim=0)) == 16
+
+
+@pytest.mark.slow
+def test_subjects_of_one_file_each_hold_out_their_own(config, tmp_path, recorded):
+    batches, entries = recorded(DreamBoothDataset), []
+    for word, name in (("sks", "mug"), ("zwx", "robot")):
+        folder = write_images(tmp_path / "two" / name, widths=(32,) * 4, seed=len(name))
+        entries.append({"instance_data_dir": str(folder), "class_name": name, "trigger_word": word})
+    entries[1]["validation_data_dir"] = config.validation_data_dir
+    file = tmp_path / "list.json"
+    file.write_text(json.dumps(entries))
+    several = {"concepts_list": str(file), "one_file": True, "instance_data_dir": None, "validation_data_dir": None}
+    train(dataclasses.replace(config, **several))
+    dataset = batches[0][0]
+    assert dataset.num_instance_images == 8
+    names = {dataset.prompts[number] for images in dataset.held_out_images for (number,) in images.prompts}
+    assert names == {"a photo of zwx robot"}
+    (last,) = read_measurements(config)[-1:]
+    assert list(last["base_drift_by_prompt"])[:2] == ["a photo of a mug", "a photo of a robot"]
+    del entries[1]["validation_data_dir"]
+    file.write_text(json.dumps(entries))
+    batches.clear()
+    train(dataclasses.replace(config, **several, validation_split=0.25))
+    dataset = batches[0][0]
+    names = [dataset.prompts[number] for images in dataset.held_out_images for (number,) in images.prompts]
+    assert sorted(names) == ["a photo of sks mug", "a photo of zwx robot"] and dataset.num_instance_images == 6

@@ -64,9 +64,9 @@ class TrainConfig(  # the fields of the last come first in --help
         """Steps between measurements of the validation loss; 0 for none."""
         if self.validation_loss_steps is not None:
             return self.validation_loss_steps
-        # a measurement takes about as long as the training of 16 samples
+        # a measurement takes about as long as the training of 20 images
         trained = self.max_train_steps * self.instance_images_per_step(processes=1)
-        return math.ceil(self.max_train_steps / min(max(trained // 320, 2), 8))
+        return math.ceil(self.max_train_steps / min(max(trained // 400, 2), 8))
 
     @property
     def filled_validation_prompts(self) -> list[str]:
