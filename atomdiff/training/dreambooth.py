@@ -28,7 +28,7 @@ from atomdiff.training.push import choose_repository, push_concept
 from atomdiff.training.report.write import report
 from atomdiff.training.resume import config_snapshot, load_state, read_state, save_state
 from atomdiff.training.run import Run, build_run
-from atomdiff.training.run_log import RunLog
+from atomdiff.training.run_log import LOG_FILE, RunLog
 from atomdiff.training.saving import check_result_path, result_path, save_result
 from atomdiff.training.signals import StopSignals
 from atomdiff.training.summary import describe_training
@@ -113,7 +113,7 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
     start_measuring(run, done)
     if done < config.max_train_steps and is_validation_step(config, done, done):
         validate(run, done)
-    log_file, samples = output_dir / "training_log.jsonl", run.samples_per_step
+    log_file, samples = output_dir / LOG_FILE, run.samples_per_step
     run_log = RunLog(accelerator, log_file, done, config.max_train_steps, config.logging_steps, samples)
     with closing(run_log), StopSignals() as stop:
         for step in range(done + 1, config.max_train_steps + 1):

@@ -12,6 +12,8 @@ from accelerate import Accelerator
 from atomdiff.utils.atomic import WriteError, write_text, writing
 from atomdiff.utils.progress import ProgressBar
 
+LOG_FILE = "training_log.jsonl"
+
 
 class RunLog:
     """The bar, the JSON lines and the tracker of a run, fed once a step; silent but on the main process.

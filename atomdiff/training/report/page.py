@@ -72,10 +72,8 @@ td { overflow-wrap: anywhere; }
 {% endfor %}
 {{ curves | safe }}
 {% for name, file in images.items() %}
-{% if file | embed %}
 <h2>{{ name }}</h2>
 <img src="{{ file | embed }}" alt="{{ name }}">
-{% endif %}
 {% endfor %}
 {% for table in tables %}
 <h2>{{ table.title }}</h2>
@@ -100,16 +98,20 @@ class Table:
     rows: Sequence[Sequence[Any]]
 
 
-def to_markdown(title: str, findings: Sequence[Mapping[str, str]], images: Mapping[str, Path], tables: Any) -> str:
+def to_markdown(
+    title: str, findings: Sequence[Mapping[str, str]], images: Mapping[str, Path], tables: Sequence[Table]
+) -> str:
     """Return a report as Markdown, with the images beside it by their file names."""
-    return _environment(autoescape=False).from_string(_MARKDOWN).render(**locals())
+    template = _environment(autoescape=False).from_string(_MARKDOWN)
+    return template.render(title=title, findings=findings, images=images, tables=tables)
 
 
 def to_html(
-    title: str, findings: Sequence[Mapping[str, str]], curves: str, images: Mapping[str, Path], tables: Any
+    title: str, findings: Sequence[Mapping[str, str]], curves: str, images: Mapping[str, Path], tables: Sequence[Table]
 ) -> str:
     """Return a report as a page that holds everything that it shows; `curves` is an SVG element."""
-    return _environment(autoescape=True).from_string(_HTML).render(**locals())
+    template = _environment(autoescape=True).from_string(_HTML)
+    return template.render(title=title, findings=findings, curves=curves, images=images, tables=tables)
 
 
 def _environment(autoescape: bool) -> Environment:

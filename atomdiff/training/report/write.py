@@ -17,7 +17,7 @@ from atomdiff.training.contact_sheet import row_files
 from atomdiff.training.report.page import Table, to_html, to_markdown
 from atomdiff.training.report.verdict import judge
 from atomdiff.training.run import Run
-from atomdiff.training.run_log import read_log
+from atomdiff.training.run_log import LOG_FILE, read_log
 from atomdiff.utils.atomic import new_file, write_json, write_text
 from atomdiff.utils.progress import log
 from atomdiff.utils.versions import versions
@@ -55,7 +55,7 @@ def report(run: Run, path: Path, step: int, final_loss: float) -> None:
 def extend_report(folder: Path, metrics: Mapping[str, Any], images: Mapping[str, Path]) -> None:
     """Write the pages of a report anew, with metrics and more images, unless training could not write them."""
     if (folder / RECORD_FILE).is_file():
-        with _warning_of_errors(f"{folder / PAGES[1]} cannot be extended"):
+        with _warning_of_errors(f"{folder / 'report.html'} cannot be extended"):
             write_pages(folder, metrics, images)
 
 
@@ -72,7 +72,7 @@ def _warning_of_errors(what: str) -> Iterator[None]:
 def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str, Any]:
     """Return what is known of a finished run, ready for JSON."""
     config, values = run.config, run.measurements.values
-    seconds = _training_seconds(read_log(Path(config.output_dir) / "training_log.jsonl"), run.samples_per_step)
+    seconds = _training_seconds(read_log(Path(config.output_dir) / LOG_FILE), run.samples_per_step)
     preserved = config.preservation != "none" or config.with_prior_preservation
     findings = judge(values, step, keep_best=config.keep_best, preserved=preserved)
     held_out = [image[0] for image in run.dataset.fingerprint["held_out_images"]]
@@ -112,7 +112,7 @@ def write_pages(
     from atomdiff.training.report.curve import draw_curves, to_svg  # matplotlib takes a while to import
 
     record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
-    figure = draw_curves(read_log(folder / "training_log.jsonl"), record["measurements"], record["step"])
+    figure = draw_curves(read_log(folder / LOG_FILE), record["measurements"], record["step"])
     with new_file(folder / CURVE_FILE) as file:
         figure.savefig(file, dpi=120, format="png", facecolor="white")
     shown = {"Validation images": folder / "contact_sheet.png"} if record["contact_sheet"] else {}
