@@ -12,8 +12,8 @@ from torch import nn
 
 from atomdiff.bases.architectures import open_architecture
 from atomdiff.tuner.adapter_state import peft_state_dict
-from atomdiff.tuner.attach import inject
 from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.inject import inject
 from atomdiff.utils.errors import UserError
 
 _HALF = 2  # bytes of a float16 in a file

@@ -8,7 +8,7 @@ import torch
 from peft import PeftConfig
 
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.attach import inject
+from atomdiff.tuner.inject import inject
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.seeds import derive_seed

@@ -9,6 +9,7 @@ from typing import Any
 
 import torch
 from peft import PeftConfig, get_peft_model_state_dict
+from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
@@ -108,7 +109,9 @@ def activate(model: nn.Module, names: list[str]) -> None:
     """Make exactly these adapters the active ones in every layer, and enable adapters."""
     with keep_requires_grad(model):
         for layer in adapter_layers(model).values():
-            layer.set_adapter(names)
+            # LN tuning looks up the active adapter, also in layers that do not have it.
+            own = layer._all_available_adapter_names() if isinstance(layer, LNTuningLayer) else names
+            layer.set_adapter([name for name in names if name in own])
             layer.enable_adapters(True)
 
 

@@ -10,8 +10,8 @@ from typing import Any, cast
 
 import torch
 from peft import PeftConfig, set_peft_model_state_dict
-from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING, PEFT_TYPE_TO_TUNER_MAPPING
-from peft.tuners.tuners_utils import BaseTuner, BaseTunerLayer
+from peft.mapping import PEFT_TYPE_TO_PREFIX_MAPPING
+from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
@@ -27,9 +27,10 @@ from atomdiff.tuner.adapter_state import (
 )
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.dry_run import DryRun, copy_structure
+from atomdiff.tuner.inject import inject, set_adapter_configs, unwrap
 from atomdiff.tuner.layer import AtomLayer
-from atomdiff.tuner.model import find_atom_layer, refuse_fused
-from atomdiff.tuner.shared_state import as_peft_model, is_shared, share_state, shared_state
+from atomdiff.tuner.model import find_atom_layer
+from atomdiff.tuner.shared_state import as_peft_model, shared_state
 
 
 @contextmanager
@@ -191,88 +192,6 @@ def remove_leftovers(model: Any) -> None:
     configs = adapter_configs(model)
     if not configs or not names.issuperset(configs):
         set_adapter_configs(model, {name: config for name, config in configs.items() if name in names})
-
-
-def unwrap(model: nn.Module, path: str, layer: Any) -> None:
-    """Put the base layer of an adapter layer back in its place."""
-    parent_path, _, name = path.rpartition(".")
-    parent = model.get_submodule(parent_path)
-    setattr(parent, name, layer.base_layer)
-    if not any(isinstance(child, AtomLayer) for child in parent.children()):
-        for key in [key for key, hook in parent._forward_pre_hooks.items() if hook is refuse_fused]:
-            del parent._forward_pre_hooks[key]
-
-
-def set_adapter_configs(model: Any, configs: dict[str, Any]) -> None:
-    """Set the record of adapters that PEFT, diffusers and transformers read; without any, there is no record."""
-    if configs:
-        model.peft_config = configs
-        return
-    vars(model).pop("peft_config", None)
-    vars(model).pop("_hf_peft_config_loaded", None)
-
-
-def inject(model: Any, config: PeftConfig, name: str) -> None:
-    """As PEFT's `inject_adapter_in_model`, also for methods whose layers share tensors.
-
-    There is no warning that a model gets several adapters, and the layers train or not as their base does.
-
-    Raises:
-        ValueError: the adapter does not fit the model, or is more than layers.
-    """
-    merged = [(layer, layer.merged_adapters) for layer in adapter_layers(model).values() if layer.merged]
-    for layer, _ in merged:
-        layer.merged_adapters = []  # PEFT would unmerge these layers, others than atoms in their own inexact way
-    configs = {**adapter_configs(model), name: config}
-    try:
-        # PEFT compares the settings of adapters as if all were of one method.
-        alike = {each: other for each, other in configs.items() if type(other) is type(config)}
-        tuner = _quiet_tuner(config)(model, alike, adapter_name=name)
-    finally:
-        for layer, names in merged:
-            layer.merged_adapters = names
-    set_adapter_configs(model, configs)
-    model._hf_peft_config_loaded = True  # what diffusers and transformers look at
-    for layer in adapter_layers(model, name).values():
-        layer.train(layer.get_base_layer().training)  # or dropout would act on images
-    if not is_shared(tuner, model):
-        raise _more_than_layers(config)
-
-
-def _more_than_layers(config: Any) -> ValueError:
-    return ValueError(f"{config.peft_type} adapters are more than layers: use peft.get_peft_model")
-
-
-def _quiet_tuner(config: Any) -> Any:
-    """The PEFT tuner of a method; it takes the settings of all adapters from its caller, not from the model."""
-    tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
-    if tuner is None or config.is_prompt_learning or config.is_adaption_prompt:
-        raise _more_than_layers(config)
-
-    class Quiet(tuner):  # type: ignore[misc]
-        def __getattr__(self, name: str) -> Any:
-            if name == "peft_config":  # where the model has one, PEFT warns of several adapters
-                raise AttributeError(name)
-            return super().__getattr__(name)
-
-        def _pre_injection_hook(self, model: nn.Module, config: Any, adapter_name: str) -> None:
-            if tuner._pre_injection_hook is BaseTuner._pre_injection_hook:
-                return
-            self.model = _without_adapters(model)  # some methods measure its layers
-            super()._pre_injection_hook(self.model, config, adapter_name)
-            self.model = model
-            share_state(self, model)
-
-    return Quiet
-
-
-def _without_adapters(model: nn.Module) -> nn.Module:
-    """The base below all adapters, as far as its modules can be looked at."""
-    copied = copy_structure(model)
-    for path, layer in reversed(weight_access.walk(copied)):
-        if isinstance(layer, BaseTunerLayer):
-            unwrap(copied, path, layer)
-    return copied
 
 
 def _copy_config(config: Any, **updates: Any) -> Any:

@@ -11,8 +11,8 @@ from torch import Tensor, nn
 
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.adapter_state import adapter_layers, atom_layers, other_layers, set_scale_of
-from atomdiff.tuner.attach import set_adapter_configs, unwrap
 from atomdiff.tuner.base_weight import BaseWeight
+from atomdiff.tuner.inject import set_adapter_configs, unwrap
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.utils.errors import UserError
 

@@ -14,6 +14,7 @@ import atomdiff
 from atomdiff.pipelines import differences
 from atomdiff.tuner import AtomConfig, adapter_state, attach, merging
 from atomdiff.tuner.dry_run import copy_structure
+from atomdiff.tuner.inject import inject
 from atomdiff.utils.errors import UserError
 from tests.helpers import add_adapter, assert_same_tensors, assert_unchanged, sharing_pipeline, snapshot, together
 
@@ -143,7 +144,7 @@ def test_a_structure_can_be_changed_while_the_model_stays(tiny_pipe, folders):
     keys, flags = list(unet.state_dict()), [p.requires_grad for p in unet.parameters()]
     copied = copy_structure(unet)
     assert [p.data_ptr() for p in copied.parameters()] == [p.data_ptr() for p in unet.parameters()]
-    attach.inject(copied, AtomConfig(target_modules=["to_q", "to_k"]), "b")
+    inject(copied, AtomConfig(target_modules=["to_q", "to_k"]), "b")
     attach.delete_adapter(copied, "a")
     assert list(unet.state_dict()) == keys and list(unet.peft_config) == ["a"]
     assert [p.requires_grad for p in unet.parameters()] == flags

@@ -4,10 +4,11 @@ import warnings
 
 import pytest
 import torch
-from peft import LoraConfig
+from peft import LNTuningConfig, LoraConfig, PsoftConfig
 
 import atomdiff
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
+from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
 from tests.helpers import add_adapter, predict
 from tests.pipelines.helpers import METHODS, assert_same_bits, assert_same_state, bits, pipeline_state, train
@@ -35,6 +36,37 @@ def test_dropout_of_an_adapter_ends_with_its_training(tiny_pipe, tmp_path):
     atomdiff.load_atoms(tiny_pipe, tmp_path / "lora")
     assert torch.equal(predict(tiny_pipe), predict(tiny_pipe)) and not torch.equal(predict(tiny_pipe), base)
     assert not any(module.training for module in tiny_pipe.unet.modules())
+
+
+def test_tuned_norms_act_beside_adapters_of_other_layers(tiny_pipe, tmp_path):
+    norms = LNTuningConfig(target_modules=r".*transformer_blocks\.\d+\.norm1")
+    expected = {}
+    for name, config in (("norms", norms), ("lora", LoraConfig(r=2, target_modules=["to_q", "to_v"]))):
+        add_adapter(tiny_pipe, "default", config)
+        atomdiff.save_atoms(tiny_pipe, tmp_path / name)
+        expected[name] = predict(tiny_pipe)
+        atomdiff.unload_atoms(tiny_pipe)
+    for name in expected:
+        atomdiff.load_atoms(tiny_pipe, tmp_path / name)
+        torch.testing.assert_close(predict(tiny_pipe), expected[name], atol=1e-6, rtol=0)
+    for name in expected:
+        atomdiff.set_active(tiny_pipe, name)
+        torch.testing.assert_close(predict(tiny_pipe), expected[name], atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("offload", ["device", "cpu"])
+def test_what_a_method_computes_from_weights_is_of_the_base(tiny_pipe, tmp_path, offload):
+    add_adapter(tiny_pipe, "default", PsoftConfig(r=4, psoft_alpha=4, target_modules=["to_q", "to_v"]))
+    atomdiff.save_atoms(tiny_pipe, tmp_path / "psoft")
+    expected = predict(tiny_pipe)
+    atomdiff.unload_atoms(tiny_pipe)
+    before = bits(tiny_pipe)
+    add_adapter(tiny_pipe, "atoms", AtomConfig(target_modules="attention"), scale=0.5)
+    atomdiff.set_active(tiny_pipe, "atoms", offload_base=offload)
+    atomdiff.load_atoms(tiny_pipe, tmp_path / "psoft")
+    torch.testing.assert_close(predict(tiny_pipe), expected, atol=1e-6, rtol=0)
+    atomdiff.unload_atoms(tiny_pipe)
+    assert_same_bits(bits(tiny_pipe), before)
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -21,7 +21,8 @@ from torch import nn
 
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import activate, peft_tensors
-from atomdiff.tuner.attach import attach_peft, delete_adapter, inject
+from atomdiff.tuner.attach import attach_peft, delete_adapter
+from atomdiff.tuner.inject import inject
 from atomdiff.tuner.shared_state import shared_state
 
 pytestmark = pytest.mark.filterwarnings("ignore:Specified to not")
@@ -131,3 +132,9 @@ def test_layers_that_have_other_adapters_are_measured_below_them(base, x, method
     activate(base, ["mine"])
     torch.testing.assert_close(base(x), model(x), atol=1e-5, rtol=0)
     assert list(base.peft_config) == ["lora", "atoms", "mine"]
+
+
+def test_where_peft_does_not_find_a_layer_below_other_adapters_it_is_said(base):
+    inject(base, LoraConfig(r=2, target_modules=TARGETS), "lora")
+    with pytest.raises(ValueError, match="TINYLORA does not find the layer 'one' below other adapters: load it first"):
+        inject(base, METHODS["tinylora"](target_modules=TARGETS), "mine")
