@@ -19,7 +19,7 @@ LOST_GAIN = 0.25
 MAX_DRIFT = 0.1
 """Forgets the base if predictions for other prompts changed by so much of their mean square, or more."""
 
-_MORE = "Train more steps, or with a higher --learning_rate."
+_MORE = "More steps, or a higher --learning_rate."
 _HOLD_OUT = "hold some photos out with --validation_split 0.2, or name more of them with --validation_data_dir"
 
 
@@ -73,8 +73,8 @@ def _judge_validation(validation: Curve, training: Curve, keep_best: bool) -> Fi
             return Finding(
                 "good", evidence, f"Look at images: step {best_step} was saved. Fewer steps would be faster."
             )
-        advice = f"Train with --keep_best, which saves such a step as {best_step}; or fewer steps, at a lower"
-        return Finding("overfit", evidence, f"{advice} --learning_rate, or on more photos.")
+        advice = f"--keep_best (here it would have saved step {best_step}), fewer steps, a lower --learning_rate, or"
+        return Finding("overfit", evidence, f"{advice} more photos.")
     early_step, early = next(point for point in reversed(validation[:-1]) if point[0] <= 0.75 * last_step)
     if not early_step:
         advice = "Measure more often (--validation_loss_steps) to see whether it falls still."
@@ -92,7 +92,7 @@ def _judge_without_gain(validation: Curve, training: Curve) -> Finding:
     evidence = f"The validation loss was never more than {MIN_GAIN:.0%} below that of the base, and"
     evidence += f" {_moved(first, last)}; that of the training images {_moved(start, end)}."
     if last - first >= MIN_GAIN * first or start - end >= 10 * MIN_GAIN * start:
-        return Finding("overfit", evidence, "Lower --learning_rate, measure more often, or add photos.")
+        return Finding("overfit", evidence, "A lower --learning_rate, fewer steps, or more photos.")
     return Finding("underfit", evidence, _MORE)
 
 
