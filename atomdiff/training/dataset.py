@@ -153,18 +153,19 @@ def build_dataset(
     by_subject = [read_subject_images(config, config.seed, subject, sizes) for subject in config.subjects]
     instance_images = [image for images, _ in by_subject for image in images]
     held_out = [image for _, images in by_subject for image in images]
+    texts = [prompt for image in instance_images for prompt in image.prompts]
     if config.masked_loss:
         check_masks(instance_images, config.subjects[0].instance_data_dir)
     if config.train_token:
-        check_trigger_words(config, pipe, [prompt for image in instance_images for prompt in image.prompts])
+        check_trigger_words(config, pipe, texts)
     class_images: list[TrainingImage] = []
     for subject in config.subjects if config.with_prior_preservation else ():
         folder = generate_class_images(config, subject, pipe, accelerator, base)
         limit = config.num_class_images
         class_images += read_class_images(config, config.seed, subject, folder, side // 2, limit)
     if accelerator.is_main_process:
-        images = {"captions": [*instance_images, *held_out], "class prompts": class_images}
-        prompts = {name: [image.prompts[0] for image in of_kind] for name, of_kind in images.items()}
+        warned = {"captions": [*instance_images, *held_out], "class prompts": class_images}
+        prompts = {name: [image.prompts[0] for image in images] for name, images in warned.items()}
         prompts["validation prompts"] = config.filled_validation_prompts if config.validation_steps else []
         warn_of_cut_prompts(pipe, config, prompts)
     move_to_device(pipe, accelerator, "vae")
@@ -173,7 +174,6 @@ def build_dataset(
     encoder = LatentEncoder(pipe.vae, config.sample_batch_size, DiskCache(config.cache_folder), unmasked_weight)
     preserved: dict[str, str] = {}
     if config.preservation != "none":
-        texts = [prompt for image in instance_images for prompt in image.prompts]
         preserved = {text: preservation_prompt(config.preservation, config.subjects, text) for text in texts}
     others = other_prompts(config.subjects) if config.validation_loss_interval else ()
     dataset = encode_dataset(
@@ -181,12 +181,9 @@ def build_dataset(
     )
     pipe.vae = None
     move_to_device(pipe, accelerator)
-    fingerprint = {
-        "base": dict(base),
-        "instance_images": [list(image.fingerprint) for image in instance_images],
-        "class_images": [list(image.fingerprint) for image in class_images],
-        "held_out_images": [list(image.fingerprint) for image in held_out],
-    }
+    kinds = {"instance_images": instance_images, "class_images": class_images, "held_out_images": held_out}
+    fingerprint: dict[str, Any] = {"base": dict(base)}
+    fingerprint |= {kind: [list(image.fingerprint) for image in images] for kind, images in kinds.items()}
     description = describe_images(config, by_subject, len(class_images))
     return replace(dataset, fingerprint=fingerprint, description=description)
 

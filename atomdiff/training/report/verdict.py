@@ -70,9 +70,7 @@ def _judge_validation(validation: Curve, training: Curve, keep_best: bool) -> Fi
         evidence = f"{fell} and then {_moved(best, last)} to step {last_step}; that of the training images"
         evidence += f" {_moved(*_ends(training))} in all."
         if keep_best:
-            return Finding(
-                "good", evidence, f"Look at images: step {best_step} was saved. Fewer steps would be faster."
-            )
+            return Finding("good", evidence, f"Look at images: step {best_step} was saved.")
         advice = f"--keep_best (here it would have saved step {best_step}), fewer steps, a lower --learning_rate, or"
         return Finding("overfit", evidence, f"{advice} more photos.")
     early_step, early = next(point for point in reversed(validation[:-1]) if point[0] <= 0.75 * last_step)
@@ -100,6 +98,8 @@ def _judge_training(training: Curve) -> Finding:
     """Judge a run without held-out images."""
     start, end = _ends(training)
     evidence = f"The loss on the training images {_moved(start, end)}"
+    if end - start >= MIN_GAIN * start:
+        return Finding("underfit", f"{evidence}.", "A lower --learning_rate.")
     if start - end < MIN_GAIN * start:
         return Finding("underfit", f"{evidence}.", _MORE)
     evidence += ", but only held-out photos can tell learning the subject from learning these photos by heart."

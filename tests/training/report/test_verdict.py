@@ -85,6 +85,12 @@ def test_without_held_out_photos_it_says_what_cannot_be_known(training, expected
     assert ("--validation_split" in finding.advice) == (expected == "unknown")
 
 
+def test_a_loss_that_rises_on_the_training_images_too_asks_for_a_lower_rate():
+    (slow,), (fast,) = (judge(lines(training=(1, 1, 1, 1, last)), 100) for last in (1.0, 1 + 1.1 * MIN_GAIN))
+    assert slow.verdict == fast.verdict == "underfit"
+    assert "a higher --learning_rate" in slow.advice and fast.advice == "A lower --learning_rate."
+
+
 def test_a_drift_needs_no_held_out_photos():
     assert verdicts(lines(drift=(0, 0, 0, 0, 0.5))) == ["unknown", "forgets the base"]
 
