@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, fields
-from typing import Literal
+from typing import Any, Literal
 
+from atomdiff.pipelines.adapter_weight import command_line_weights
 from atomdiff.pipelines.config import BaseModelConfig, GenerationConfig, SchedulerConfig
 from atomdiff.sampling.config import SampleConfig, Side
 from atomdiff.utils.errors import UserError
@@ -19,6 +20,8 @@ class EvaluateConfig(SchedulerConfig, GenerationConfig, BaseModelConfig):
     concepts: tuple[PathText, ...]
     """Concepts to measure, each by itself and named like its subject: concept or LoRA files, PEFT folders, folders of
     fully fine-tuned pipelines, or user/repo on the Hub."""
+    weights: tuple[float | dict[Any, Any], ...] = ()
+    """Adapter weight of each concept, as for atomdiff sample. Default: 1 each."""
     reference_data_dir: ExistingPath
     """Folder with a folder of images for each subject, or with the images of the only one. Best are images that were
     not trained on: where there is a subfolder unseen, its images are taken."""
@@ -51,6 +54,7 @@ class EvaluateConfig(SchedulerConfig, GenerationConfig, BaseModelConfig):
         for name in ("concepts", "encoders"):
             if not getattr(self, name):
                 raise UserError(f"{name}=(): expected at least one")
+        command_line_weights(self.concepts, self.weights, ())
         if self.trigger_phrases and len(self.trigger_phrases) != len(self.concepts):
             found = f"{len(self.trigger_phrases)} for {len(self.concepts)} concepts"
             raise UserError(f"trigger_phrases: expected one for each concept, or none; found {found}")

@@ -18,6 +18,7 @@ from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
 from atomdiff.evaluate.subjects import Subject, open_subjects
 from atomdiff.evaluate.suite import Evaluation, GeneratedImages, Kind, Model
 from atomdiff.evaluate.table import means_of_kinds, write_tables
+from atomdiff.pipelines.prompt_syntax import weight_as_json
 from atomdiff.sampling.batching import Sample
 from atomdiff.sampling.prompt_requests import PromptRequest
 from atomdiff.sampling.sample import image_settings, make_sample, save_missing
@@ -138,6 +139,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "kind": subject.kind,
         "class_name": subject.suite.class_name,
         "trigger_phrase": subject.trigger_phrase,
+        "weight": weight_as_json(subject.weight),
         "concept": subject.path.name,
         "sha256": hash_file(subject.path),
         "num_trainable_parameters": num_trainable_parameters(subject.path),

@@ -9,7 +9,7 @@ from atomdiff.evaluate import dreambench_plus
 from atomdiff.evaluate.config import EvaluateConfig
 from atomdiff.evaluate.protocol import Protocol, ProtocolSubject
 from atomdiff.evaluate.suite import PromptSuite
-from atomdiff.pipelines.adapter_weight import AdapterWeight
+from atomdiff.pipelines.adapter_weight import AdapterWeight, command_line_weights
 from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.sampling.concept_source import ConceptSource, open_source
 from atomdiff.sampling.prompt_requests import PromptRequest
@@ -26,6 +26,8 @@ class Subject:
     """The concept's file or folder."""
     concept: ConceptSource | None
     """The concept; None: `path` is a fully fine-tuned pipeline."""
+    weight: AdapterWeight
+    """Its adapter weight."""
     trigger_phrase: str
     """What prompts call the subject."""
     suite: PromptSuite
@@ -37,7 +39,7 @@ class Subject:
 
     def request(self, prompt: str) -> PromptRequest:
         """Return a prompt that uses the concept."""
-        used = () if self.concept is None else ((self.concept, AdapterWeight.read(1)),)
+        used = () if self.concept is None else ((self.concept, self.weight),)
         return PromptRequest(prompt, prompt, used)
 
 
@@ -48,16 +50,19 @@ def open_subjects(config: EvaluateConfig, protocol: Protocol) -> list[Subject]:
         UserError: one of them is missing or cannot be used, or two concepts have one name.
     """
     phrases = config.trigger_phrases or (None,) * len(config.concepts)
+    weights = command_line_weights(config.concepts, config.weights, ())
     subjects: dict[str, Subject] = {}
-    for path, phrase in zip(config.concepts, phrases, strict=True):
-        subject = _open_subject(config, protocol, path, phrase)
+    for path, phrase, weight in zip(config.concepts, phrases, weights, strict=True):
+        subject = _open_subject(config, protocol, path, phrase, weight)
         if subject.name in subjects:
             raise UserError(f"concepts: two are named {subject.name!r}; rename one, like its subject")
         subjects[subject.name] = subject
     return [*subjects.values()]
 
 
-def _open_subject(config: EvaluateConfig, protocol: Protocol, concept: str, phrase: str | None) -> Subject:
+def _open_subject(
+    config: EvaluateConfig, protocol: Protocol, concept: str, phrase: str | None, weight: AdapterWeight
+) -> Subject:
     is_pipeline = (Path(concept) / "model_index.json").is_file()
     source = None if is_pipeline else open_source(concept)
     name = Path(concept).resolve().name if source is None else source.name
@@ -79,7 +84,13 @@ def _open_subject(config: EvaluateConfig, protocol: Protocol, concept: str, phra
         guidance_scale=config.guidance_scale,
     )
     path = Path(concept) if source is None else source.path
-    return Subject(name, path, source, phrase or f"{words[0]} {found.class_name}", suite, found.references, found.kind)
+    if source is not None:
+        source.check_weight(weight)
+    elif weight != AdapterWeight():
+        raise UserError(f"weights: {name} is a fully fine-tuned pipeline, which has no adapter weight; give 1")
+    return Subject(
+        name, path, source, weight, phrase or f"{words[0]} {found.class_name}", suite, found.references, found.kind
+    )
 
 
 def _find(config: EvaluateConfig, protocol: Protocol, name: str, class_name: str | None) -> ProtocolSubject:

@@ -110,6 +110,19 @@ def test_a_concept_that_changes_nothing_is_like_the_base(evaluate, tiny_pipe, tm
     assert results["mean"] == {"all": {encoder: metrics}}
 
 
+def test_a_weight_moves_a_concept_towards_the_base(evaluate, tiny_pipe, tmp_path, encoder, capsys):
+    concept, photos = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors"), write_images(tmp_path / "photos")
+    drifts = []
+    for weight in ("1", "0.3", '{"weight": 0.3, "steps": {"0": 0, "1": 0}}'):
+        status, results = evaluate([concept], photos, "--num_prompts", "1", "--weights", weight)
+        assert status == 0
+        drifts.append(results["subjects"]["mug"]["metrics"][encoder]["drift"]["mean"])
+    assert drifts[0] > drifts[1] > drifts[2] == 0
+    assert results["subjects"]["mug"]["weight"] == {"weight": 0.3, "steps": {"0.0": 0.0, "1.0": 0.0}}
+    assert evaluate([concept], photos, "--weights", "1", "1")[0] == 2
+    assert "found 2 weights for 1 concepts" in capsys.readouterr().err
+
+
 def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(evaluate, tiny_pipe, tmp_path, encoder):
     from peft import LoraConfig
 
@@ -126,6 +139,7 @@ def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(eval
     given = [tmp_path / "mug", lora]
     assert evaluate(given, tmp_path / "photos", "--class_name", "mug")[0] == 2  # what do prompts call them?
     options = ("--class_name", "mug", "--trigger_phrases", "sks mug", "sks cup")
+    assert evaluate(given, tmp_path / "photos", *options, "--weights", "0.5", "0.5")[0] == 2  # a pipeline has none
     status, results = evaluate(given, tmp_path / "photos", *options)
     assert status == 0
     drifts = [results["subjects"][name]["metrics"][encoder]["drift"]["mean"] for name in ("mug", "cup")]
