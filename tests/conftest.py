@@ -45,6 +45,20 @@ def saved(template: Any, factory: pytest.TempPathFactory, name: str) -> Path:
     return folder
 
 
+@pytest.fixture(scope="session")
+def tiny_encoder_folder(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The folder of an image encoder like DINO, with random weights, for images of 32 pixels."""
+    from transformers import CLIPImageProcessor, ViTConfig, ViTModel
+
+    folder = tmp_path_factory.mktemp("dino")
+    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    with torch.random.fork_rng():
+        torch.manual_seed(0)
+        ViTModel(ViTConfig(**small, image_size=32, patch_size=8)).save_pretrained(folder)
+    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
+    return str(folder)
+
+
 @pytest.fixture
 def teapot_images(tmp_path: Path) -> Path:
     """A folder `teapot` of three random images of different widths."""

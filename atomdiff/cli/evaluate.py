@@ -20,7 +20,9 @@ def evaluate_concepts(config: EvaluateConfig) -> str | None:
     from accelerate import Accelerator
 
     from atomdiff.evaluate.encoders import open_encoders
+    from atomdiff.evaluate.protocol import load_protocol
     from atomdiff.evaluate.run import generate_images, measure_concepts
+    from atomdiff.evaluate.subjects import open_subjects
     from atomdiff.toybox.judge import load_judge
     from atomdiff.utils.precision import compute_device
 
@@ -28,7 +30,7 @@ def evaluate_concepts(config: EvaluateConfig) -> str | None:
     if state.is_main_process:  # before the images: whoever names one that is not there need not wait for them
         others: dict[str, Any] = {_TOYBOX: load_judge()} if _TOYBOX in config.encoders else {}
         encoders = open_encoders(config.encoders, compute_device(), others)
-    generated = generate_images(config, state)
+    generated = generate_images(config, open_subjects(config, load_protocol(config.protocol)), state)
     return describe_results(config, measure_concepts(config, generated, encoders)) if encoders else None
 
 

@@ -65,11 +65,7 @@ class VisionEncoder:
             has_text = hasattr(self.model, "get_text_features")
             self.tokenizer: Any = AutoTokenizer.from_pretrained(name, revision=revision) if has_text else None
         except (OSError, ValueError, KeyError, ImportError) as error:
-            reason = " ".join(str(error).split())
-            raise UserError(
-                f"the encoder {name!r} cannot be loaded ({reason}); expected a vision model of transformers, a folder "
-                'or a Hub id such as "facebook/dino-vits16"'
-            ) from error
+            raise _cannot_load(name, error) from error
         self.model.to(self.device).eval()
         if has_text:
             self.embed_texts = self._embed_texts  # makes it a TextEncoder
@@ -127,6 +123,26 @@ def _pooled(output: Any) -> Tensor:
 
 def _unit(features: Tensor) -> Tensor:
     return normalize(features.float(), dim=1).cpu()
+
+
+def check_encoder(name: str, revision: str | None = None) -> None:
+    """Refuse an encoder that is not there, without loading its weights.
+
+    Raises:
+        UserError: it has no config.
+    """
+    from transformers import AutoConfig
+
+    try:
+        AutoConfig.from_pretrained(name, revision=revision)
+    except (OSError, ValueError, KeyError) as error:
+        raise _cannot_load(name, error) from error
+
+
+def _cannot_load(name: str, error: Exception) -> UserError:
+    reason = " ".join(str(error).split())
+    expected = 'expected a vision model of transformers, a folder or a Hub id such as "facebook/dino-vits16"'
+    return UserError(f"the encoder {name!r} cannot be loaded ({reason}); {expected}")
 
 
 def open_encoders(

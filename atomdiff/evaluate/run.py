@@ -13,9 +13,8 @@ from atomdiff.data.images import read_image
 from atomdiff.evaluate.config import EvaluateConfig
 from atomdiff.evaluate.encoders import ImageEncoder
 from atomdiff.evaluate.metrics import as_json, measure
-from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
-from atomdiff.evaluate.subjects import Subject, open_subjects
+from atomdiff.evaluate.subjects import Subject
 from atomdiff.evaluate.suite import Evaluation, GeneratedImages, Kind, Model
 from atomdiff.evaluate.table import means_of_kinds, write_tables
 from atomdiff.pipelines.prompt_syntax import weight_as_json
@@ -33,22 +32,22 @@ _SHEET_PROMPTS = 6
 Samples = dict[Model, dict[Kind, list[Sample]]]
 
 
-def generate_images(config: EvaluateConfig, state: Any) -> list[tuple[Subject, Samples]]:
+def generate_images(config: EvaluateConfig, subjects: Sequence[Subject], state: Any) -> list[tuple[Subject, Samples]]:
     """Generate what is missing of the images of all subjects, by the base and with the concepts.
 
     Images of the base are shared by the subjects of a class.
 
     Args:
-        config: the run.
+        config: how images are generated.
+        subjects: what is generated, with which concepts.
         state: accelerate's, of the processes that share the work.
 
     Returns:
         Each subject with its images, by model and kind, in the order of its suite.
 
     Raises:
-        UserError: the protocol, a concept, an image or the base is missing or cannot be used, or an image is broken.
+        UserError: the base is missing or cannot be used, or an image is broken.
     """
-    subjects = open_subjects(config, load_protocol(config.protocol))
     folder = Path(config.output_dir)
     reads = {f"the concept {subject.name}": subject.path for subject in subjects}
     refuse_overlap({"output_dir": folder}, {"the base": config.pretrained_model_name_or_path, **reads})

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from atomdiff.training.checkpoint import find_checkpoints
 from atomdiff.training.config import TrainConfig, load_config
+from atomdiff.training.evaluation import evaluate_result
 from atomdiff.training.launch import start_accelerator, start_trackers
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
 from atomdiff.training.measurements import measure, saved_parameters, start_measuring
@@ -65,7 +66,11 @@ def train(config: TrainConfig) -> Path:
     with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         for folder in (config.cache_folder, Path(config.output_dir) / "validation"):
             remove_leftovers(folder)
-        return run_training(config, accelerator)
+        path = run_training(config, accelerator)
+        if config.evaluate_with:
+            accelerator.free_memory()  # of the run, which would lie beside the models that follow
+            evaluate_result(config, path, accelerator)
+        return path
 
 
 def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:

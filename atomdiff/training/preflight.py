@@ -6,8 +6,10 @@ from pathlib import Path
 from atomdiff.data.image_files import list_images
 from atomdiff.data.images import CaptionedImage, read_images
 from atomdiff.data.masks import read_masks
+from atomdiff.evaluate.encoders import check_encoder
 from atomdiff.training.class_images import RECORD_FILE, is_generated
 from atomdiff.training.config import Subject, TrainConfig
+from atomdiff.training.evaluation import FOLDER
 from atomdiff.training.fingerprint import image_key
 from atomdiff.training.preservation import preservation_prompt
 from atomdiff.training.saving import result_path
@@ -28,6 +30,8 @@ def check_runs(runs: Sequence[TrainConfig]) -> None:
         if adapts_nothing(adapter) and not (run.train_token or run.train_text_encoder):
             raise UserError(f"adapter={run.adapter!r}: trains nothing; expected train_token=True, or another adapter")
         _check_folders(run, runs, result_path(adapter, Path(run.output_dir) / run.name))
+        for encoder in run.evaluate_with:
+            check_encoder(encoder)
     for run in runs:
         texts = [text for subject in run.subjects for text in _check_subject(run, subject)]
         if run.train_token:
@@ -48,6 +52,7 @@ def _check_folders(run: TrainConfig, runs: Sequence[TrainConfig], result: Path) 
         "the folder of validation images": output / "validation",
         "logging_dir": output / run.logging_dir,
         "the cache": run.cache_folder,
+        "the folder of the evaluation": output / FOLDER,
     }
     images = {
         _named("instance_data_dir", subject, runs): Path(subject.instance_data_dir)

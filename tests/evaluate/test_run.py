@@ -7,7 +7,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from transformers import CLIPImageProcessor, ViTConfig, ViTModel
 
 import atomdiff
 from atomdiff.cli.main import main
@@ -23,14 +22,9 @@ images_per_prompt: 2
 """
 
 
-@pytest.fixture(scope="module")
-def encoder(tmp_path_factory):
-    torch.manual_seed(0)
-    folder = tmp_path_factory.mktemp("dino")
-    small = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    ViTModel(ViTConfig(**small, image_size=32, patch_size=8)).save_pretrained(folder)
-    CLIPImageProcessor(size={"shortest_edge": 32}, crop_size={"height": 32, "width": 32}).save_pretrained(folder)
-    return str(folder)
+@pytest.fixture
+def encoder(tiny_encoder_folder):
+    return tiny_encoder_folder
 
 
 @pytest.fixture
@@ -179,7 +173,7 @@ def test_wrong_input_is_one_clear_line(evaluate, tiny_pipe, tmp_path, capsys, mo
         assert error.count("\n") == 1
         return error
 
-    assert "encoder 'nowhere'" in message([concept], photos, encoders=("nowhere",))
+    assert "nowhere' cannot be loaded" in message([concept], photos, encoders=(str(tmp_path / "nowhere"),))
     assert not (tmp_path / "out").exists()  # before any image was generated
     assert "expected one for each concept" in message([concept], photos, "--trigger_phrases", "sks a", "sks b")
     other = write_concept(tiny_pipe, tmp_path / "other" / "mug.atoms.safetensors")

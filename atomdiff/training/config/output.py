@@ -22,6 +22,11 @@ class OutputConfig(LoggingConfig):
     """Steps between measurements for the report: the loss on held-out and on training images at fixed noise, and how
     far the base has drifted for other prompts; 0 for none. Default: two to eight times in a run, about a twentieth
     of its time."""
+    evaluate_with: tuple[str, ...] = ()
+    """Vision models of transformers that measure the result for the report, as folders or Hub ids, such as
+    facebook/dino-vits16 and openai/clip-vit-base-patch32: the metrics of atomdiff evaluate, by its protocol quick with
+    two images a prompt. Its images are compared with the held-out ones, or without such with the instance images.
+    Default: none."""
     keep_best: bool = False
     """Save the parameters of the measurement with the lowest validation loss, not those of the last step. Needs
     held-out images (validation_split or validation_data_dir), and memory for one more copy of what is trained."""

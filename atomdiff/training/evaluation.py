@@ -1,0 +1,108 @@
+"""What encoders find in images of a finished concept, for the report of its training."""
+
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from atomdiff.data.image_files import list_images
+from atomdiff.evaluate.config import EvaluateConfig
+from atomdiff.evaluate.encoders import open_encoders
+from atomdiff.evaluate.protocol import load_protocol
+from atomdiff.evaluate.run import generate_images, measure_concepts
+from atomdiff.evaluate.subjects import Subject as EvaluatedSubject
+from atomdiff.evaluate.suite import PromptSuite
+from atomdiff.pipelines.adapter_weight import AdapterWeight
+from atomdiff.sampling.concept_source import open_source
+from atomdiff.training.config import Subject, TrainConfig
+from atomdiff.training.report.write import extend_report
+from atomdiff.training.training_images import choose_held_out
+
+FOLDER = "evaluation"
+_PROTOCOL, _IMAGES_PER_PROMPT = "quick", 2
+
+
+def evaluate_result(config: TrainConfig, path: Path, state: Any) -> None:
+    """Measure the result of a run with the encoders of `evaluate_with`, and extend its report by what they find.
+
+    What goes wrong is warned of: the result is saved.
+
+    Args:
+        config: The run.
+        path: Its result.
+        state: accelerate's, of the processes that share the images.
+    """
+    folder = Path(config.output_dir)
+    try:
+        options = evaluation_config(config, path)
+        generated = generate_images(options, _subjects(config, path), state)
+        if not state.is_main_process:
+            return
+        results = measure_concepts(options, generated, open_encoders(config.evaluate_with, state.device))
+    except Exception as error:
+        reason = " ".join(str(error).split()) or type(error).__name__
+        warnings.warn(f"{path} is saved, but cannot be evaluated: {reason}", stacklevel=1)
+        return
+    metrics = {
+        f"{encoder}, {name}": _means(value)
+        for encoder, of_encoder in results["mean"]["all"].items()
+        for name, value in of_encoder.items()
+        if value is not None
+    }
+    extend_report(folder, metrics, {"Evaluation": folder / FOLDER / "contact_sheet.png"})
+
+
+def _means(found: Any) -> Any:
+    """Return the means of what results.json has of a metric, without their errors."""
+    if not isinstance(found, dict):
+        return found
+    return found["mean"] if "mean" in found else {name: _means(value) for name, value in found.items()}
+
+
+def evaluation_config(config: TrainConfig, path: Path) -> EvaluateConfig:
+    """Return how the images are generated: as the validation images."""
+    return EvaluateConfig(
+        pretrained_model_name_or_path=config.pretrained_model_name_or_path,
+        revision=config.revision,
+        variant=config.variant,
+        single_file_config=config.single_file_config,
+        concepts=(str(path),),
+        reference_data_dir=config.subjects[0].instance_data_dir,
+        protocol=_PROTOCOL,
+        encoders=config.evaluate_with,
+        output_dir=str(Path(config.output_dir) / FOLDER),
+        num_inference_steps=config.num_inference_steps,
+        guidance_scale=config.guidance_scale,
+        sample_batch_size=config.sample_batch_size,
+    )
+
+
+def _subjects(config: TrainConfig, path: Path) -> list[EvaluatedSubject]:
+    protocol = load_protocol(_PROTOCOL)
+    prompts = tuple(prompt.text for prompt in protocol.prompts["any"])
+    concept = None if (path / "model_index.json").is_file() else open_source(str(path))
+    subjects = []
+    for subject in config.subjects:
+        suite = PromptSuite(
+            subject.class_name or "object",
+            prompts,
+            protocol.unrelated_prompts,
+            protocol.prior_prompts if subject.class_name else (),
+            images_per_prompt=_IMAGES_PER_PROMPT,
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+        )
+        references = tuple(_references(config, subject))
+        subjects.append(
+            EvaluatedSubject(subject.name, path, concept, AdapterWeight(), subject.phrase, suite, references, "any")
+        )
+    return subjects
+
+
+def _references(config: TrainConfig, subject: Subject) -> Sequence[Path]:
+    """Return the held-out images of a subject; without such, its instance images."""
+    if subject.validation_data_dir:
+        return list_images(Path(subject.validation_data_dir))
+    files = list_images(Path(subject.instance_data_dir))
+    held_out = choose_held_out(len(files), config.validation_split, config.seed, subject)
+    return [files[index] for index in sorted(held_out)] or files

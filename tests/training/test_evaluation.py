@@ -1,0 +1,67 @@
+"""`--evaluate_with`: what encoders find in a finished concept stands in the report."""
+
+import json
+from pathlib import Path
+
+import pytest
+
+from atomdiff.evaluate import run as evaluation
+from atomdiff.training import evaluation as of_training
+from atomdiff.training.dreambooth import train
+from atomdiff.utils.errors import UserError
+from tests.helpers import write_images
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("adapter", ["atoms", "full"])
+def test_the_report_has_what_the_encoders_found(train_config, tiny_encoder_folder, adapter):
+    held_out = {"validation_split": 0.3, "validation_loss_steps": 3}
+    config = train_config(evaluate_with=(tiny_encoder_folder,), adapter=adapter, **held_out)
+    train(config)
+    output = Path(config.output_dir)
+    results = json.loads((output / "evaluation" / "results.json").read_text())["subjects"]["teapot"]
+    assert results["num_references"] == 1 and results["images_per_prompt"] == 2  # the held-out image
+    similarity = results["metrics"][tiny_encoder_folder]["similarity"]["concept"]["mean"]
+    page = (output / "report.md").read_text()
+    assert f"{tiny_encoder_folder}, similarity, concept | {similarity:.4g}" in page and "contact_sheet.png" in page
+
+
+def test_an_encoder_that_is_not_there_is_refused_before_training(train_config, tmp_path):
+    config = train_config(evaluate_with=(str(tmp_path / "nowhere"),))
+    with pytest.raises(UserError, match="the encoder .*nowhere' cannot be loaded"):
+        train(config)
+    assert not list(Path(config.output_dir).glob("*"))
+
+
+def test_an_evaluation_that_fails_loses_nothing(train_config, tiny_encoder_folder, monkeypatch):
+    def fail(*_):
+        raise OSError("disk full")
+
+    monkeypatch.setattr(evaluation, "check_writable", fail)
+    config = train_config(evaluate_with=(tiny_encoder_folder,))
+    with pytest.warns(UserWarning, match="is saved, but cannot be evaluated: disk full"):
+        path = train(config)
+    assert path.is_file() and (Path(config.output_dir) / "report.html").is_file()
+
+
+def test_subjects_of_one_file_are_evaluated_each(
+    train_config, teapot_images, tmp_path, tiny_encoder_folder, monkeypatch
+):
+    subjects = [
+        {"instance_data_dir": str(teapot_images), "class_name": "teapot", "trigger_word": "sks"},
+        {"instance_data_dir": str(teapot_images.parent / "cat"), "class_name": "cat", "trigger_word": "ohwx"},
+    ]
+    write_images(teapot_images.parent / "cat")
+    (tmp_path / "list.json").write_text(json.dumps(subjects))
+    config = train_config(
+        concepts_list=str(tmp_path / "list.json"), one_file=True, evaluate_with=(tiny_encoder_folder,)
+    )
+    seen = []
+    monkeypatch.setattr(of_training, "generate_images", lambda config, subjects, state: seen.extend(subjects))
+    with pytest.warns(UserWarning, match="cannot be evaluated"):
+        train(config)
+    assert [(subject.name, subject.trigger_phrase) for subject in seen] == [
+        ("teapot", "sks teapot"),
+        ("cat", "ohwx cat"),
+    ]
+    assert [len(subject.references) for subject in seen] == [3, 3]
