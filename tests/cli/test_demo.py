@@ -6,7 +6,7 @@ import pytest
 import yaml
 from PIL import Image
 
-from atomdiff.cli.demo import DemoConfig, make_sheet, run_demo
+from atomdiff.cli.demo import DemoConfig, make_sheet, run_demo, training_config
 from atomdiff.cli.main import main
 from atomdiff.evaluate.suite import SCENES, Evaluation, GeneratedImages, make_suite
 from atomdiff.utils import image_grid
@@ -113,6 +113,12 @@ def test_the_sheet_names_an_umbrella(monkeypatch):
     generated = GeneratedImages(images, [])
     make_sheet(Evaluation(suite, None, images, generated, generated), "sks", images)
     assert labels[1] == 'the base: "an umbrella"'
+
+
+def test_learning_rates_of_the_demo_are_those_of_its_run():
+    assert training_config(DemoConfig()).token_learning_rate == 0.02
+    run = training_config(DemoConfig(learning_rate=0.5, token_learning_rate=0.25))
+    assert (run.learning_rate, run.token_learning_rate) == (0.5, 0.25)
 
 
 def test_a_missing_folder_is_one_clear_line(capsys):
