@@ -24,7 +24,7 @@ from atomdiff.pipelines.open import open_pipeline, stored_dtype
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.model import find_targets
-from atomdiff.tuner.read_config import read_adapter
+from atomdiff.tuner.read_config import adapts_nothing, read_adapter
 from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, check_writable, refuse_overlap
@@ -61,7 +61,7 @@ def extract_concept(config: ExtractConfig) -> Extraction:
         UserError: a model cannot be loaded, the two do not belong together, or nothing that these atoms adapt differs.
     """
     adapter = read_adapter(config.adapter)
-    if not isinstance(adapter, AtomConfig):
+    if not isinstance(adapter, AtomConfig) or adapts_nothing(adapter):
         raise UserError(f"adapter={config.adapter!r} is not an AtomConfig: only atoms can be extracted")
     sources = {
         "the base": config.pretrained_model_name_or_path,

@@ -145,6 +145,7 @@ def test_a_base_from_scratch_is_trained_whole_from_its_config_alone(config, base
 @pytest.mark.parametrize(
     ("fields", "message"),
     [
+        ({"adapter": "none"}, "adapter='none': expected adapter \"linear\", which trains the head alone"),
         ({"pretrained_model_name_or_path": "no/such/folder"}, "'no/such/folder': neither a folder"),
         ({"train_data_dir": "nowhere"}, "train_data_dir='nowhere': no such folder"),
         ({"adapter": "nowhere.json"}, "adapter='nowhere.json': no such file"),

@@ -300,8 +300,9 @@ def test_wrong_folders_are_reported(tiny_pipe_folder, tmp_path):
         extract_concept(ExtractConfig(base, f"{base}/vae", str(tmp_path / "x")))
     with pytest.raises(UserError, match="cannot be loaded"):
         extract_concept(ExtractConfig(base, str(tmp_path), str(tmp_path / "x")))
-    with pytest.raises(UserError, match="not an AtomConfig"):
-        extract_concept(ExtractConfig(base, base, str(tmp_path / "x"), "full"))
+    for adapter in ("full", "none"):
+        with pytest.raises(UserError, match=f"adapter='{adapter}' is not an AtomConfig"):
+            extract_concept(ExtractConfig(base, base, str(tmp_path / "x"), adapter))
     assert not (tmp_path / "x").exists()
 
 
