@@ -13,12 +13,12 @@ class InspectConfig:
     """Show the contents of a concept file, or count the parameters of an adapter on a base model."""
 
     file: PathText | None = None
-    """The concept file."""
+    """The concept file, or the folder of another PEFT method."""
     base: PathText | None = None
     """Base model: a folder or a Hub id. With a file, the distance to the base of its training is shown. With --config,
     the weights are not needed, and sd-1.5, sd-2.1, sdxl, resnet-50 and convnext-base can be named, too."""
     config: PathText | None = None
-    """Adapter config to count the parameters of: a JSON file of any PEFT method, or atoms, full or none."""
+    """Adapter config to count the parameters of: a JSON file of any PEFT method, or atoms, or full."""
 
     def __post_init__(self) -> None:
         """Refuse what names neither or both."""

@@ -8,11 +8,12 @@ from collections import Counter
 from collections.abc import Mapping
 from pathlib import Path
 from statistics import mean
-from typing import Any
+from typing import Any, cast
 
 from torch import Tensor
 
 from atomdiff.atoms.sparse import sparse_quality
+from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import compare_base, weights_below
 from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
 from atomdiff.concepts.lora_file import has_lora_keys
@@ -25,16 +26,18 @@ from atomdiff.utils.untrusted import printable, read_safetensors_header
 
 
 def describe(path: str | os.PathLike[str], base: Any = None) -> str:
-    """Describe a concept file as a readable table.
+    """Describe a concept as a readable table.
 
     Args:
-        path: the file.
+        path: the file, or the folder of a PEFT adapter.
         base: a diffusers pipeline to measure the distance to, or the folder of one; None: no distance. With it,
             the quality of sparse coefficients is stated.
 
     Raises:
         UserError: the file is damaged, or does not fit the base.
     """
+    if os.path.isdir(path):
+        return _describe_folder(Path(path))
     if has_lora_keys(read_safetensors_header(path)[1]):
         raise UserError(f"{path} is a LoRA file of another program, not a concept file; load_atoms takes it as it is")
     concept = read_concept_file(path)
@@ -61,9 +64,27 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
             rows["does not fit"] = "; ".join(left_out)
         if ATOM_BASES[concept.config.basis].has_coefficients:
             rows["coefficients"] = _coefficient_quality(fitting, weights_below(fitting, models))
+    return "\n".join([*_lines(rows), "", *_layer_table(concept)])
+
+
+def _describe_folder(path: Path) -> str:
+    adapters, tokens, _ = peft_folder.read(path, None, denoiser="")
+    vectors = peft_folder.count_trained({}, tokens)
+    methods = {cast(Any, config).peft_type.value: None for config, _ in adapters.values()}
+    rows = {
+        "concept": path.name,
+        "trigger words": ", ".join(tokens) or "-",
+        "method": ", ".join(methods) or "token embeddings",
+        "parameters": f"{peft_folder.count_trained(adapters, tokens):,} trained ({vectors:,} in trigger words)",
+        "bytes": f"{sum(file.stat().st_size for file in path.rglob('*') if file.is_file()):,}",
+    }
+    groups = Counter((kind, tuple(tensor.shape)) for kind, tensor in peft_folder.trained_tensors(adapters))
+    return "\n".join([*_lines(rows), "", *group_table(dict(groups))])
+
+
+def _lines(rows: Mapping[str, str]) -> list[str]:
     width = max(map(len, rows))
-    lines = [f"{label:<{width}}  {printable(value)}" for label, value in rows.items()]
-    return "\n".join([*lines, "", *_layer_table(concept)])
+    return [f"{label:<{width}}  {printable(value)}" for label, value in rows.items()]
 
 
 def _method(concept: ConceptFile) -> str:

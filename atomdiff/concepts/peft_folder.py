@@ -95,14 +95,19 @@ def read(path: Path, components: Iterable[str] | None, denoiser: str) -> tuple[A
     return adapters, tokens, left_out
 
 
-def count_trained(adapters: Adapters, tokens: Tokens) -> int:
-    """Count the trained parameters of what `read` returns: not what some methods keep beside them, such as indices."""
-    tensors = [vector for of in tokens.values() for vector in of.values()]
-    for config, of_component in adapters.values():
+def trained_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
+    """Yield the tensors that were trained, by kind: not what some methods keep beside them, such as indices."""
+    for config, tensors in adapters.values():
         layer: Any = PEFT_TYPE_TO_TUNER_MAPPING[cast(Any, config).peft_type].tuner_layer_cls
-        trained = set(layer.adapter_layer_names)
-        tensors += [tensor for key, tensor in of_component.items() if not trained.isdisjoint(key.split("."))]
-    return sum(tensor.numel() for tensor in tensors)
+        for key, tensor in tensors.items():
+            if kind := next((name for name in key.split(".") if name in layer.adapter_layer_names), None):
+                yield kind, tensor
+
+
+def count_trained(adapters: Adapters, tokens: Tokens) -> int:
+    """Count the trained parameters of what `read` returns."""
+    vectors = [vector for of in tokens.values() for vector in of.values()]
+    return sum(tensor.numel() for tensor in [*vectors, *(tensor for _, tensor in trained_tensors(adapters))])
 
 
 def _read_tokens(file: Path) -> Tokens:

@@ -4,11 +4,13 @@ import re
 
 import pytest
 import torch
+from peft import ShiraConfig
 
 import atomdiff
 from atomdiff.cli.summary import describe
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.tuner import AtomConfig
+from atomdiff.utils.errors import UserError
 
 
 def test_a_file_is_described(tiny_pipe, tmp_path):
@@ -36,6 +38,27 @@ def test_a_file_is_described(tiny_pipe, tmp_path):
     ):
         assert re.search(f"^{expected}", text, re.MULTILINE), expected
     assert "distance" not in text
+
+
+def test_a_folder_of_another_method_is_described(tiny_pipe, tiny_pipe_folder, tmp_path):
+    tiny_pipe.unet.add_adapter(ShiraConfig(r=2, target_modules=["to_q"]))
+    add_placeholder_token(tiny_pipe, "sks")
+    set_token_embedding(tiny_pipe, "sks", {"text_encoder": torch.zeros(32)})
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug")
+    trained = sum(parameter.numel() for parameter in tiny_pipe.unet.parameters() if parameter.requires_grad)
+    text = describe(path)
+    for expected in (
+        "concept +mug",
+        "trigger words +sks",
+        "method +SHIRA",
+        rf"parameters +{trained + 32:,} trained \(32 in trigger words\)",
+        f"bytes +{sum(file.stat().st_size for file in path.iterdir()):,}",
+        r"shira_weight +\d+ +\d+ +\d",
+    ):
+        assert re.search(f"^{expected}", text, re.MULTILINE), expected
+    assert "indices" not in text
+    with pytest.raises(UserError, match="holds no concept"):
+        describe(tiny_pipe_folder)
 
 
 @pytest.mark.slow
