@@ -140,7 +140,7 @@ def _describe(subject: Subject) -> dict[str, Any]:
         "trigger_phrase": subject.trigger_phrase,
         "weight": weight_as_json(subject.weight),
         "concept": subject.path.name,
-        "sha256": hash_file(subject.path),
+        "sha256": subject.concept.sha256 if subject.concept else hash_file(subject.path),
         "num_trainable_parameters": num_trainable_parameters(subject.path),
         "file_bytes": stored_bytes(subject.path),
         "num_references": len(subject.references),

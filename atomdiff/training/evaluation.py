@@ -25,7 +25,7 @@ _PROTOCOL, _IMAGES_PER_PROMPT = "quick", 2
 def evaluate_result(config: TrainConfig, path: Path, state: Any) -> None:
     """Measure the result of a run with the encoders of `evaluate_with`, and extend its report by what they find.
 
-    What goes wrong is warned of: the result is saved.
+    What goes wrong is warned of: the result is saved. One of several processes raises it: the others would wait for it.
 
     Args:
         config: The run.
@@ -40,6 +40,8 @@ def evaluate_result(config: TrainConfig, path: Path, state: Any) -> None:
             return
         results = measure_concepts(options, generated, open_encoders(config.evaluate_with, state.device))
     except Exception as error:
+        if state.num_processes > 1:
+            raise
         reason = " ".join(str(error).split()) or type(error).__name__
         warnings.warn(f"{path} is saved, but cannot be evaluated: {reason}", stacklevel=1)
         return

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -42,6 +43,12 @@ def test_an_evaluation_that_fails_loses_nothing(train_config, tiny_encoder_folde
     with pytest.warns(UserWarning, match="is saved, but cannot be evaluated: disk full"):
         path = train(config)
     assert path.is_file() and (Path(config.output_dir) / "report.html").is_file()
+
+
+def test_one_of_several_processes_does_not_leave_the_others_waiting(train_config, tmp_path):
+    several = SimpleNamespace(num_processes=2, is_main_process=True)
+    with pytest.raises(UserError, match="missing"):
+        of_training.evaluate_result(train_config(evaluate_with=("encoder",)), tmp_path / "missing", several)
 
 
 def test_subjects_of_one_file_are_evaluated_each(
