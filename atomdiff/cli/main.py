@@ -89,6 +89,15 @@ def extract(args: Sequence[str]) -> None:
     print(f"saved {config.output}")
 
 
+def prune(args: Sequence[str]) -> None:
+    """Write a smaller concept file, with the most important directions of a concept."""
+    from atomdiff.concepts.prune import PruneConfig, describe_pruned, prune_file
+
+    config = parse_config(PruneConfig, args, prog="atomdiff prune", positional="file")
+    quiet_libraries()
+    print(describe_pruned(prune_file(config)))
+
+
 def demo(args: Sequence[str]) -> None:
     """Train on a folder of images, generate and measure, all on the embedded model."""
     from atomdiff.cli.demo import DemoConfig, describe_report, run_demo
@@ -107,7 +116,7 @@ def doctor(args: Sequence[str]) -> None:
     print(examine())
 
 
-VERBS = {verb.__name__: verb for verb in (train, sample, evaluate, inspect, export, extract, demo, doctor)}
+VERBS = {verb.__name__: verb for verb in (train, sample, evaluate, inspect, export, extract, prune, demo, doctor)}
 
 
 def main(args: Sequence[str] | None = None) -> int:

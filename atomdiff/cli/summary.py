@@ -92,6 +92,8 @@ def _method(concept: ConceptFile) -> str:
         return "token embeddings"
     config = concept.config
     atoms = "all atoms" if config.num_atoms is None else f"{config.num_atoms} atoms"
+    if config.pruned:
+        atoms += ", pruned"
     return f"{atoms}, basis {config.basis}, {variant_of(config).label(config)}, layers {config.target_modules}"
 
 
@@ -129,7 +131,10 @@ def _coefficient_quality(concept: ConceptFile, weights: Mapping[str, Tensor]) ->
     for module, tensors in concept.layers.items():
         weight = weights[module].detach()
         for atoms in atoms_of(config, module.partition(".")[2], weight.shape):
-            rows, basis = atoms.view.rows(weight), tensors[f"{atoms.name}_basis"]
+            basis = tensors.get(f"{atoms.name}_basis")
+            if basis is None:  # pruned
+                continue
+            rows = atoms.view.rows(weight)
             coefficients = ATOM_BASES[config.basis].coefficients(rows, basis, config)
             qualities.append(sparse_quality(rows, basis, coefficients, config.sparsity))
     error, zeros = (

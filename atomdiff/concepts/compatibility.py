@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -16,7 +17,7 @@ from atomdiff.tuner.adapter_state import base_weights
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.checks import check_readable
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.variants import Atoms, atoms_of
+from atomdiff.tuner.variants import Atoms, atoms_of, kept_atoms
 from atomdiff.utils.errors import UserError, warn
 from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 
@@ -200,9 +201,15 @@ def _expected_shapes(
     Raises:
         ValueError: the weight is too small.
     """
-    atom_sets = atoms_of(concept.config, module.partition(".")[2], shape)
-    expected = {name: size for atoms in atom_sets for name, size in atoms.stored_shapes(concept.config).items()}
-    return atom_sets, {**expected, "fingerprint": (atom_sets[0].size,)}
+    config, path = concept.config, module.partition(".")[2]
+    atom_sets = atoms_of(config, path, shape)
+    fingerprint_size = atom_sets[0].size
+    if config.pruned:
+        config = copy.copy(config)
+        config.kept_atoms = {path: kept_atoms(concept.layers[module])}
+        atom_sets = atoms_of(config, path, shape)
+    expected = {name: size for atoms in atom_sets for name, size in atoms.stored_shapes(config).items()}
+    return atom_sets, {**expected, "fingerprint": (fingerprint_size,)}
 
 
 def _fits_other_latents(concept: ConceptFile, module: str, weights: Mapping[str, Tensor]) -> bool:

@@ -32,6 +32,7 @@ from atomdiff.utils.untrusted import (
 
 FORMAT = "atomdiff"
 FORMAT_VERSION = "1"
+PRUNED_VERSION = "2"  # of files that only newer readers understand; all others stay of version 1
 CONCEPT_SUFFIX = ".atoms.safetensors"
 
 _DTYPES = ("F16", "BF16", "F32", "F64")
@@ -39,6 +40,7 @@ _DTYPES = ("F16", "BF16", "F32", "F64")
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)}
 _NOT_STORED = _PEFT_FIELDS - {"peft_type"} | {"init_weights", "modules_to_save"}
 _CONFIG_FIELDS = {f.name for f in dataclasses.fields(AtomConfig)} - _NOT_STORED
+_NEWER_FIELDS = {"pruned"}  # not in files of version 1, where they have their defaults
 
 
 @dataclass(frozen=True)
@@ -73,6 +75,20 @@ def write_concept_file(path: str | os.PathLike[str], concept: ConceptFile, dtype
             written.
     """
     check_words(path, concept.tokens)
+    data = concept_bytes(concept, dtype)
+    if len(data) > MAX_FILE_BYTES:
+        raise UserError(
+            f"the concept would take {len(data):,} bytes, expected at most {MAX_FILE_BYTES:,}: train fewer parameters"
+        )
+    write_bytes(path, data)
+
+
+def concept_bytes(concept: ConceptFile, dtype: torch.dtype = torch.float16) -> bytes:
+    """The contents of a concept's file.
+
+    Raises:
+        UserError: a value is not finite, or too large for `dtype`.
+    """
     tensors = {f"{module}.{kind}": tensor for module, kinds in concept.layers.items() for kind, tensor in kinds.items()}
     tensors |= token_tensors(concept.tokens)
     tensors = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
@@ -82,11 +98,13 @@ def write_concept_file(path: str | os.PathLike[str], concept: ConceptFile, dtype
             f"cannot save {list_some(broken)} as {dtype}: values are not finite or too large for it; "
             "save with dtype=torch.float32, or go back to an earlier checkpoint if the training diverged"
         )
-    config = concept.config.to_dict()
+    config, stored = concept.config.to_dict(), _CONFIG_FIELDS
+    if not concept.config.pruned:
+        stored = stored - _NEWER_FIELDS
     metadata = {
         "format": FORMAT,
-        "format_version": FORMAT_VERSION,
-        "adapter_config": _json({key: config[key] for key in config.keys() & _CONFIG_FIELDS}),
+        "format_version": PRUNED_VERSION if concept.config.pruned else FORMAT_VERSION,
+        "adapter_config": _json({key: config[key] for key in config.keys() & stored}),
         "base_model": concept.base_model,
         "base_fingerprint": _json(concept.fingerprint),
         "atomdiff_version": concept.atomdiff_version,
@@ -94,12 +112,7 @@ def write_concept_file(path: str | os.PathLike[str], concept: ConceptFile, dtype
         "training": _json(concept.training),
         **{f"modelspec.{key}": value for key, value in concept.modelspec.items()},
     }
-    data = sort_header(save(tensors, metadata))
-    if len(data) > MAX_FILE_BYTES:
-        raise UserError(
-            f"the concept would take {len(data):,} bytes, expected at most {MAX_FILE_BYTES:,}: train fewer parameters"
-        )
-    write_bytes(path, data)
+    return sort_header(save(tensors, metadata))
 
 
 def read_concept_file(path: str | os.PathLike[str]) -> ConceptFile:
@@ -157,10 +170,11 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
     if metadata.get("format") != FORMAT:
         found = printable(repr(metadata.get("format")))
         raise UserError(f"{path} is not an atomdiff file: its format is {found}, not {FORMAT!r}")
-    if metadata.get("format_version") != FORMAT_VERSION:
+    if metadata.get("format_version") not in (FORMAT_VERSION, PRUNED_VERSION):
         found = printable(repr(metadata.get("format_version")))
         raise UserError(
-            f"{path} has format version {found}; this atomdiff reads version {FORMAT_VERSION!r}: update atomdiff"
+            f"{path} has format version {found}; this atomdiff reads versions {FORMAT_VERSION!r} and "
+            f"{PRUNED_VERSION!r}: update atomdiff"
         )
     return metadata, dtypes
 

@@ -15,7 +15,8 @@ from atomdiff.bases.find import BASES
 from atomdiff.utils.errors import UserError
 
 _EXPECTED = (
-    "give a number, or {'weight': number, 'blocks': {'down': number, 'up.1': number}, 'steps': {0: number, 1: number}}"
+    "give a number, or {'weight': number, 'blocks': {'down': number, 'up.1': number}, 'steps': {0: number, 1: number}, "
+    "'keep': number}"
 )
 
 
@@ -31,6 +32,8 @@ class AdapterWeight:
     1."""
     steps: Mapping[float, float] = field(default_factory=dict)
     """Share of the denoising steps done, 0 to 1 -> factor, on straight lines between. Text encoders have none."""
+    keep: float = 1.0
+    """Share of the concept that is kept, its most important directions first: 1 is all of it, 0 is none."""
 
     def __post_init__(self) -> None:
         if not isinstance(self.blocks, Mapping) or not isinstance(self.steps, Mapping):
@@ -40,6 +43,9 @@ class AdapterWeight:
             raise UserError(f"found the adapter weight {self}: {_EXPECTED}, all finite")
         if not all(_is_number(share) and 0 <= share <= 1 for share in self.steps):
             raise UserError(f"steps={dict(self.steps)}: expected shares of the denoising steps, from 0 to 1")
+        if not (_is_number(self.keep) and 0 <= self.keep <= 1):
+            raise UserError(f"keep={self.keep!r}: expected a share of the concept, from 0 to 1")
+        object.__setattr__(self, "keep", float(self.keep))
         object.__setattr__(self, "weight", float(self.weight))
         object.__setattr__(self, "blocks", {_path(key): float(value) for key, value in self.blocks.items()})
 
@@ -56,7 +62,7 @@ class AdapterWeight:
             return cls(value)  # type: ignore[arg-type]  # the numbers of NumPy are real, but no floats
         if not isinstance(value, Mapping):
             raise UserError(f"found the adapter weight {value!r}: {_EXPECTED}")
-        if not set(value) <= {"weight", "blocks", "steps"}:
+        if not set(value) <= {"weight", "blocks", "steps", "keep"}:
             return cls(blocks=dict(_flat(value)))
         steps = value.get("steps", {})
         try:
@@ -64,7 +70,12 @@ class AdapterWeight:
             steps = {float(share): factor for share, factor in pairs.items()}
         except (TypeError, ValueError, OverflowError) as error:
             raise UserError(f"found steps={steps!r}: {_EXPECTED}") from error
-        return cls(value.get("weight", 1.0), dict(_flat(value.get("blocks", {}))), steps)
+        return cls(value.get("weight", 1.0), dict(_flat(value.get("blocks", {}))), steps, value.get("keep", 1.0))
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether it is a number."""
+        return not (self.blocks or self.steps) and self.keep == 1
 
     def at(self, module: str, progress: float | None) -> float:
         """The weight of one layer.
@@ -73,6 +84,8 @@ class AdapterWeight:
             module: its path with the component, such as `unet.conv_in`.
             progress: share of the denoising steps done; None: no matter.
         """
+        if not self.keep:
+            return 0.0
         reach = {part: _reach(module, part) for part in self.blocks}
         furthest = max(reach, key=reach.__getitem__, default="")
         factor = self.blocks[furthest] if reach.get(furthest) else 1.0

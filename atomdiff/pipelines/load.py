@@ -14,6 +14,7 @@ from torch import Tensor
 from atomdiff.concepts import hub
 from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.pipelines.adapter_names import derived_name, given_name
+from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.concept_parts import attach_parts, read_parts, warn_of_left_out
 from atomdiff.pipelines.loaded_concepts import (
     belongs_to_other_pipeline,
@@ -35,7 +36,7 @@ from atomdiff.pipelines.placeholder_tokens import (
     tokens_in,
 )
 from atomdiff.pipelines.scheduler import warn_of_scheduler
-from atomdiff.pipelines.switch import restore
+from atomdiff.pipelines.switch import restore, set_weights
 from atomdiff.tuner import adapter_state, attach, checks
 from atomdiff.utils.errors import UserError
 
@@ -45,6 +46,7 @@ def load_atoms(
     path: str | os.PathLike[str] | ConceptFile,
     adapter_name: str | None = None,
     *,
+    keep: float = 1.0,
     allow_base_mismatch: bool = False,
     trigger_word: str | None = None,
     weight_name: str | None = None,
@@ -68,6 +70,8 @@ def load_atoms(
             `ConceptLibrary` gives.
         adapter_name: name for `pipe.set_adapters`; None: that of the file or repository up to its first dot,
             with a number where no adapter can have it or one has it already.
+        keep: share of the concept that acts, its most important directions first, until the next `set_active`: 1 is all
+            of it, 0 is the base.
         allow_base_mismatch: load even if the concept was made on a wholly different base, and of it what fits.
         trigger_word: word to use in prompts instead of the file's.
         weight_name: the file to take where a directory or repository holds several concepts.
@@ -107,7 +111,7 @@ def load_atoms(
             force_download=force_download,
         )
     return load_concept(
-        pipe, source, adapter_name, default_name, allow_base_mismatch, trigger_word, warns_of_scheduler=True
+        pipe, source, adapter_name, default_name, allow_base_mismatch, trigger_word, keep, warns_of_scheduler=True
     )
 
 
@@ -118,6 +122,7 @@ def load_concept(
     default_name: str = "",
     allow_base_mismatch: bool = False,
     trigger_word: str | None = None,
+    keep: float = 1.0,
     *,
     warns_of_scheduler: bool = False,
 ) -> str:
@@ -125,6 +130,7 @@ def load_concept(
 
     Who chooses the scheduler by what the concepts were trained for leaves `warns_of_scheduler` out.
     """
+    weight = AdapterWeight(keep=keep)
     with locked(pipe):
         refresh(pipe)
         models = pipeline_models(pipe)
@@ -135,6 +141,8 @@ def load_concept(
         for model in models.values():
             checks.check_restorable(model)
         parts = read_parts(pipe, source, trigger_word, allow_base_mismatch)
+        if keep < 1 and not all(adapter_state.is_atoms(config) for config, _ in parts.adapters.values()):
+            raise UserError(f"keep={keep}: {source} is not an atom concept, and only those can be kept in part")
         leftover = leftover_tokens(pipe, name)
         check_addable(pipe, list(parts.tokens), leftover)
         if warns_of_scheduler and parts.schedule is not None:
@@ -149,6 +157,8 @@ def load_concept(
             adapter_state.activate(model, [name])
             adapter_state.compute_coefficients(model, name)
         update_overrides(pipe)
+        if keep < 1:
+            set_weights(pipe, {name: weight})
     return name
 
 

@@ -14,11 +14,13 @@ from atomdiff.bases.find import find_base
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.caller import find_caller
 from atomdiff.pipelines.hooks import Hook, before_calls
+from atomdiff.pipelines.kept_directions import kept_directions
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.step_schedule import StepSchedule, schedule_of
 from atomdiff.pipelines.switch import read_adapter_weights
 from atomdiff.tuner import adapter_state, checks
 from atomdiff.tuner.mixed_batch import BatchLayout
+from atomdiff.tuner.ranking import Directions
 from atomdiff.utils.errors import UserError, warn
 
 Sample = str | Mapping[str, Any] | None
@@ -54,6 +56,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
             weights = [{} if sample is None else read_adapter_weights(pipe, sample) for sample in samples]
             models = pipeline_models(pipe)
             _check_models(models, {name for sample in weights for name in sample})
+            kept = [kept_directions(pipe, sample) for sample in weights]
             denoiser = find_base(pipe.components).denoiser
             if denoiser not in models:
                 raise UserError(f"this {type(pipe).__name__} has no {denoiser}, whose batches could be mixed")
@@ -63,7 +66,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
             for component, model in models.items():
                 layers, batch = adapter_state.atom_layers(model), BatchLayout(len(weights))
                 undo.callback(_end, layers)
-                mix = partial(_mix, component, layers, batch, weights)
+                mix = partial(_mix, component, layers, batch, weights, kept)
                 called = pipe.components[component]
                 mix(0.0 if component == denoiser else None)
                 if component == denoiser:
@@ -91,12 +94,14 @@ def _mix(
     layers: Mapping[str, Any],
     batch: BatchLayout,
     weights: Sequence[Mapping[str, AdapterWeight]],
+    kept: Sequence[Mapping[str, Directions]],
     progress: float | None,
 ) -> None:
-    """Let each sample have its adapter weights in the layers of a component."""
+    """Let each sample have its adapter weights, and what is kept of its concepts, in the layers of a component."""
     for path, layer in layers.items():
         module = f"{component}.{path}"
-        layer.mix(batch, [{name: weight.at(module, progress) for name, weight in sample.items()} for sample in weights])
+        of_layer = [{name: weight.at(module, progress) for name, weight in sample.items()} for sample in weights]
+        layer.mix(batch, of_layer, [{name: of.get(module, {}) for name, of in sample.items()} for sample in kept])
 
 
 class _Calls:

@@ -51,11 +51,13 @@ def split_tags(prompt: str) -> tuple[str, dict[str, AdapterWeight]]:
 
 def weight_as_json(weight: AdapterWeight) -> float | dict[str, Any]:
     """Return an adapter weight as JSON has it: a number where that says all, always the same for equal weights."""
-    factors = {
+    factors: dict[str, Any] = {
         "blocks": dict(sorted(weight.blocks.items())),
         "steps": {str(float(share)): float(weight.steps[share]) for share in sorted(weight.steps)},
     }
     factors = {name: values for name, values in factors.items() if values}
+    if weight.keep != 1:
+        factors["keep"] = weight.keep
     return {"weight": float(weight.weight), **factors} if factors else float(weight.weight)
 
 

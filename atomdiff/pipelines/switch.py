@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from atomdiff.bases.find import find_base
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.base_offload import BaseOffload, base_weight_readers
+from atomdiff.pipelines.kept_directions import keep_directions, kept_directions
 from atomdiff.pipelines.loaded_concepts import concept_names, refresh
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.step_schedule import start_schedule, stop_schedule
@@ -32,7 +33,7 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
         pipe: a pipeline with the concepts loaded.
         concepts: name -> adapter weight, or names with weight 1. An adapter weight is a number (1: as trained), an
             `atomdiff.pipelines.adapter_weight.AdapterWeight`, or a mapping with its fields: {"weight": 0.8,
-            "blocks": {"down": 0.5, "up.1": 0}, "steps": {0: 1, 1: 0.2}}.
+            "blocks": {"down": 0.5, "up.1": 0}, "steps": {0: 1, 1: 0.2}, "keep": 0.5}.
             With steps, weights are written again before each denoising step; a model to be compiled is compiled
             before they are set.
         offload_base: where the base weights are kept meanwhile: "device" (takes the memory of the adapted weights once
@@ -49,6 +50,7 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
         other_weights = _weights_of_others(models, weights)
         for model in models.values():
             checks.check_writable(model)
+        keep_directions(models, kept_directions(pipe, weights), weights)
         writers = {}
         for component, model in models.items():
             layers = adapter_state.atom_layers(model)
@@ -80,7 +82,9 @@ def set_weights(pipe: Any, concepts: Concepts) -> None:
         weights = read_adapter_weights(pipe, concepts)
         models = pipeline_models(pipe)
         other_weights = _weights_of_others(models, weights)
+        kept = kept_directions(pipe, weights)
         restore(pipe)
+        keep_directions(models, kept, weights)
         for component, model in models.items():
             adapter_state.activate(model, list(weights))
             for path, layer in adapter_state.atom_layers(model).items():
@@ -201,8 +205,10 @@ def _weights_of_others(
             if name not in adapter_weights or adapter_state.is_atoms(config):
                 continue
             weight = adapter_weights[name]
-            if weight.blocks or weight.steps:
-                raise UserError(f"{name!r} is not an atom concept: only those can be weighted by block and step")
+            if not weight.is_plain:
+                raise UserError(
+                    f"{name!r} is not an atom concept: only those can be weighted by block and step, or kept in part"
+                )
             if not adapter_state.can_be_weighted(model, name, weight.weight):
                 raise UserError(
                     f"{name!r} is a {config.peft_type.value} adapter, which PEFT gives no weight such as "

@@ -60,10 +60,12 @@ class ConceptSource:
         """Refuse a weight that this concept cannot have, before anything is loaded.
 
         Raises:
-            UserError: it has blocks or steps and the concept is not one of atoms, or a block holds none of its layers.
+            UserError: it is no number and the concept is not one of atoms, or a block holds none of its layers.
         """
-        if (weight.blocks or weight.steps) and self.read is None:
-            raise UserError(f"{self.file} is not an atom concept: only those can be weighted by block and step")
+        if not weight.is_plain and self.read is None:
+            raise UserError(
+                f"{self.file} is not an atom concept: only those can be weighted by block and step, or kept in part"
+            )
         if weight.blocks and self.read is not None:
             weight.check(self.name, self.read().layers)
 

@@ -31,6 +31,7 @@ from atomdiff.tuner.inject import inject, set_adapter_configs, unwrap
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.model import find_atom_layer
 from atomdiff.tuner.shared_state import as_peft_model, shared_state
+from atomdiff.tuner.variants import kept_atoms
 
 
 @contextmanager
@@ -58,7 +59,8 @@ def attach_atoms(model: Any, config: AtomConfig, layers: Mapping[str, Mapping[st
     """Add an atom adapter to exactly these layers: module path -> its deltas and atoms by kind, which fit the model."""
     exactly = f"(?:{'|'.join(re.escape(module) for module in layers)})"  # no preset is written so
     chosen = {"target_modules": exactly, "exclude_modules": None, "layers_to_transform": None}
-    inject(model, _copy_config(config, **chosen, filled_by_loader=True), name)
+    kept = {module: kept_atoms(tensors) for module, tensors in layers.items()} if config.pruned else None
+    inject(model, _copy_config(config, **chosen, filled_by_loader=True, kept_atoms=kept), name)
     for module, tensors in layers.items():
         layer = cast(AtomLayer, find_atom_layer(model.get_submodule(module)))
         with torch.no_grad():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any, Literal
 
@@ -100,6 +101,13 @@ class AtomConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that layers_to_transform counts in, such as 'layers'."}
     )
+    pruned: bool = field(
+        default=False,
+        metadata={
+            "help": "In files of `atomdiff prune`: layers have as many atoms as their tensors, and may lack those of "
+            "kernels or of channels. Has no effect on training."
+        },
+    )
     modules_to_save: list[str] | None = field(
         default=None,
         metadata={"help": "Modules trained and saved whole beside the atoms, such as a new head."},
@@ -116,6 +124,8 @@ class AtomConfig(PeftConfig):
         """Check the fields and bring them into the form that is stored."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.filled_by_loader = False  # True: atoms and deltas are zeros until a loader fills them in; never stored
+        # Of a pruned file: module -> name of atoms -> how many of them there are; never stored.
+        self.kept_atoms: Mapping[str, Mapping[str, int]] | None = None
         self._check_kinds()
         self.peft_type = ATOMS
         self.channel_block_pattern = self.channel_block_pattern or {}
@@ -154,8 +164,9 @@ class AtomConfig(PeftConfig):
                 raise ValueError(f"{name}={getattr(self, name)!r}: expected a name or a list of names")
         if not _are(int, self.layers_to_transform):
             raise ValueError(f"layers_to_transform={self.layers_to_transform!r}: expected a number or a list of them")
-        if not isinstance(self.init_weights, bool):
-            raise ValueError(f"init_weights={self.init_weights!r}: expected true or false")
+        for name in ("init_weights", "pruned"):
+            if not isinstance(getattr(self, name), bool):
+                raise ValueError(f"{name}={getattr(self, name)!r}: expected true or false")
         pattern = self.channel_block_pattern
         if pattern and not (isinstance(pattern, dict) and all(isinstance(key, str) for key in pattern)):
             raise ValueError(f"channel_block_pattern={pattern!r}: expected regular expressions with a number each")

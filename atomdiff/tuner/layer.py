@@ -13,7 +13,7 @@ from atomdiff.atoms import autograd
 from atomdiff.atoms.merge import adapt_weight, sum_by_view
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.base_weight import BaseWeight
-from atomdiff.tuner.layer_adapters import LayerAdapters
+from atomdiff.tuner.layer_adapters import LayerAdapters, projections
 from atomdiff.tuner.mixed_batch import BatchLayout, MixedBatch
 from atomdiff.utils import functional_call
 from atomdiff.utils.functional_call import without_autocast
@@ -102,16 +102,24 @@ class AtomLayer(LayerAdapters):
         self._mixed.value = mixed
 
     @torch.no_grad()
-    def mix(self, layout: BatchLayout, samples: Sequence[Mapping[str, float]]) -> None:
+    def mix(
+        self,
+        layout: BatchLayout,
+        samples: Sequence[Mapping[str, float]],
+        directions: Sequence[Mapping[str, Mapping[str, Tensor]]] = (),
+    ) -> None:
         """Let each sample of a batch have adapters of its own, until `mixed_batch` is None again.
 
         Args:
             layout: how the samples lie in what `forward` gets; it may change between calls.
             samples: adapter -> weight, for each sample.
+            directions: adapter -> delta -> directions (d, k) that it acts along, for each sample; where there are none,
+                it acts along all.
         """
         names = [name for name in self.scaling if any(sample.get(name) for sample in samples)]
         weights = torch.tensor([[sample.get(name, 0.0) for sample in samples] for name in names])  # (names, samples)
-        updates = self.weight_updates(dict(zip(names, weights, strict=True)))
+        kept = {name: _stack([projections(of_sample.get(name, {})) for of_sample in directions]) for name in names}
+        updates = self.weight_updates(dict(zip(names, weights, strict=True)), kept)
         self.mixed_batch = MixedBatch(layout, sum_by_view(updates))
 
     def _set_written(self, weights: Mapping[str, float] | None) -> None:
@@ -187,3 +195,12 @@ class AtomLayer(LayerAdapters):
             else:
                 self.unmerge()
         super().delete_adapter(adapter_name)
+
+
+def _stack(samples: Sequence[Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    """Delta -> projections (samples, d, d), for all deltas of which a sample has one; others keep all of it."""
+    sizes = {delta: len(matrix) for of_sample in samples for delta, matrix in of_sample.items()}
+    return {
+        delta: torch.stack([of_sample.get(delta, torch.eye(size)) for of_sample in samples])
+        for delta, size in sizes.items()
+    }

@@ -23,6 +23,11 @@ from atomdiff.tuner.peft_type import PREFIX
 from atomdiff.tuner.variants import BASIS_NAMES, PARAMETER_NAMES, TENSOR_NAMES, Atoms, atoms_of
 
 
+def projections(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Delta -> the projection V @ V.T (d, d) on its directions V (d, k)."""
+    return {delta: (vectors @ vectors.T).float() for delta, vectors in directions.items()}
+
+
 def attribute(kind: str) -> str:
     """Name of a tensor kind in a layer; libraries find an adapter's tensors by the tuner's prefix."""
     return kind if kind.startswith(PREFIX) else PREFIX + kind
@@ -32,7 +37,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
     """The adapters of a module, by name: what `AtomLayer` computes with."""
 
     adapter_layer_names = tuple(map(attribute, PARAMETER_NAMES))
-    other_param_names = (*map(attribute, BASIS_NAMES), "settings", "atom_sets", "scaling")
+    other_param_names = (*map(attribute, BASIS_NAMES), "settings", "atom_sets", "scaling", "kept")
     base_layer: nn.Module
 
     def __init__(self, base_layer: nn.Module) -> None:
@@ -48,6 +53,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         self.settings: dict[str, AtomConfig] = {}
         self.atom_sets: dict[str, tuple[Atoms, ...]] = {}
         self.scaling: dict[str, float] = {}
+        self.kept: dict[str, Mapping[str, Tensor]] = {}  # adapter -> delta -> projection on what is kept of it (d, d)
         self.cast_input_dtype_enabled = True  # diffusers switches it where layers are cast for storage
         self._coefficients = CoefficientCache()
 
@@ -108,16 +114,30 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         self._coefficients.drop(adapter_name)
         super().delete_adapter(adapter_name)
 
-    def weight_updates(self, weights: Mapping[str, float | Tensor]) -> list[WeightUpdate]:
-        """The updates of adapters, each times its weight, or weights (samples,) of the samples of a batch."""
+    def keep_directions(self, name: str, directions: Mapping[str, Tensor]) -> None:
+        """Let an adapter act along some directions (d, k) alone, by delta; along all of a delta that is not given."""
+        self.kept.pop(name, None)
+        if name in self.scaling and directions:
+            self.kept[name] = projections(directions)
+
+    def weight_updates(
+        self, weights: Mapping[str, float | Tensor], kept: Mapping[str, Mapping[str, Tensor]] | None = None
+    ) -> list[WeightUpdate]:
+        """The updates of adapters.
+
+        Args:
+            weights: adapter -> its weight, or weights (samples,) of the samples of a batch.
+            kept: adapter -> delta -> projection on what is kept of it (d, d), or (samples, d, d); None: `self.kept`.
+        """
+        kept = self.kept if kept is None else kept
         return [
-            self._weight_update(name, atoms, weight)
+            self._weight_update(name, atoms, weight, kept.get(name, {}).get(atoms.delta_name))
             for name, weight in weights.items()
             if isinstance(weight, Tensor) or weight
             for atoms in self.atom_sets[name]
         ]
 
-    def _weight_update(self, name: str, atoms: Atoms, weight: float | Tensor) -> WeightUpdate:
+    def _weight_update(self, name: str, atoms: Atoms, weight: float | Tensor, kept: Tensor | None) -> WeightUpdate:
         """The update by one set of atoms of an adapter."""
         matrix = atoms.delta(lambda kind: self._tensor(kind, name))
         coefficients = self.coefficients(name, atoms)
@@ -125,7 +145,11 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
             matrix = update_matrix(self._tensor(f"{atoms.name}_basis", name), matrix)
         if isinstance(weight, Tensor):
             weight = weight.to(matrix).reshape(-1, *[1] * matrix.ndim)
-        return WeightUpdate(atoms.view, weight * matrix, coefficients)
+        matrix = weight * matrix
+        if kept is not None:
+            per_sample = kept.ndim == 3 and matrix.ndim == 4  # with a matrix for each input channel
+            matrix = matrix @ (kept[:, None] if per_sample else kept).to(matrix)
+        return WeightUpdate(atoms.view, matrix, coefficients)
 
     def _tensor(self, kind: str, name: str) -> Tensor:
         """A tensor of an adapter, wherever it is kept."""

@@ -7,6 +7,7 @@ give `AtomConfig` its field; layers, files, reports and commands ask the class.
 from __future__ import annotations
 
 import math
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -99,9 +100,19 @@ class Atoms:
             for name, shape in self.parameter_shapes().items()
         }
 
+    @property
+    def delta_name(self) -> str:
+        """Name of the trained tensor (..., d) that the delta is linear in."""
+        return f"{self.name}_delta"
+
     def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
         """Delta dD (m, d), or (in, m, d) where `view.by_input`; `tensor` gives trained tensors and atoms by name."""
-        return tensor(f"{self.name}_delta")
+        return tensor(self.delta_name)
+
+    @classmethod
+    def deltas(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """`delta_name` -> delta of all atoms of a layer, from its tensors alone."""
+        return {name: tensor for name, tensor in tensors.items() if name.endswith("_delta")}
 
     def stored_shapes(self, config: AtomConfig) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each tensor in a file."""
@@ -200,9 +211,22 @@ class RecursiveAtoms(Atoms):
         mix = torch.randn(self.parameter_shapes()["recursion_mix"], generator=generator) / self.recursion**0.5
         return super().initial_tensors(config, seed) | {"recursion_mix": mix}
 
+    @property
+    def delta_name(self) -> str:
+        """See `Atoms`."""
+        return "recursion_delta"
+
     def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
         """See `Atoms`."""
         return recursive_delta(tensor("recursion_mix"), tensor("recursion_delta"))
+
+    @classmethod
+    def deltas(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Atoms`."""
+        deltas = super().deltas(tensors)
+        if "recursion_delta" in deltas:  # not in layers without a kernel
+            deltas["recursion_delta"] = recursive_delta(tensors["recursion_mix"], tensors["recursion_delta"])
+        return deltas
 
 
 VARIANTS: tuple[type[Atoms], ...] = (JointAtoms, RecursiveAtoms, Atoms)
@@ -238,7 +262,17 @@ def atoms_of(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) 
     if block != (1, 1) and not variant.takes_blocks:
         view = View(block, spans_kernel=False)
         atom_sets.append(Atoms("channel", view, view.axes(weight_shape), math.prod(block)))
-    return tuple(atom_sets)
+    if config.kept_atoms is None:
+        return tuple(atom_sets)
+    kept = config.kept_atoms[module_name]
+    return tuple(replace(a, num_atoms=min(kept[a.name], a.num_atoms)) for a in atom_sets if a.name in kept)
+
+
+def kept_atoms(tensors: Mapping[str, Tensor]) -> dict[str, int]:
+    """Name of atoms -> how many of them a layer has, by its tensors; as many as it can have where they do not say."""
+    counts = {"channel" if kind.startswith("channel") else "atom": sys.maxsize for kind in tensors}
+    bases = {name: tensors[f"{name}_basis"] for name in counts if f"{name}_basis" in tensors}
+    return counts | {name: (*basis.shape, 0)[0] for name, basis in bases.items()}
 
 
 def _num_atoms(config: AtomConfig, module_name: str, block: Block, axes: Sequence[int]) -> int:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import discriminative, library, training_step
+from benchmarks import discriminative, keep, library, training_step
 from benchmarks.experiments import rates_around
 from benchmarks.result_file import command_line
 from benchmarks.timing import take_turns
@@ -44,6 +44,16 @@ def test_a_library(tmp_path):
         shutil.copy(CONCEPT, tmp_path / f"robot-{number}.atoms.safetensors")
     figures = library.measure(str(tmp_path), library.BenchmarkConfig(opened=4, hits=10, repeats=1))
     assert (figures["concepts"], figures["concepts_kept"]) == (8, 4)
+
+
+@pytest.mark.slow
+def test_concepts_kept_in_part(result, tmp_path):
+    small = {"base": str(CONCEPT.parent / "tiny-sd"), "num_prompts": 1, "num_inference_steps": 1}
+    files = {"work_dir": str(tmp_path / "work"), "output": str(tmp_path / "keep.json")}
+    keep.main(keep.BenchmarkConfig((str(CONCEPT),), (0.0, 0.3, 1.0), **small, **files))
+    figures = result("keep.json")
+    assert figures["0:file_bytes"] < figures["0.3:file_bytes"] < figures["1:file_bytes"] == CONCEPT.stat().st_size
+    assert {"similarity", "drift"} <= {name.partition(":")[2] for name in figures}
 
 
 @pytest.mark.slow

@@ -21,6 +21,7 @@ from PIL import Image
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.cli.demo import DemoConfig
 from atomdiff.cli.main import main
+from atomdiff.concepts.prune import PruneConfig
 from atomdiff.evaluate.config import EvaluateConfig
 from atomdiff.evaluate.metrics import METRICS, score
 from atomdiff.evaluate.suite import Evaluation, GeneratedImages, PromptSuite
@@ -48,6 +49,7 @@ VERBS = {
     "demo": lambda options: parse_config(DemoConfig, options),
     "export": lambda options: parse_config(ExportConfig, options),
     "extract": lambda options: parse_config(ExtractConfig, options),
+    "prune": lambda options: parse_config(PruneConfig, options, positional="file"),
 }
 
 
@@ -154,7 +156,8 @@ def test_links_and_files_are_there():
 
 def test_names_of_modules_and_options_are_there():
     known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run"}
-    for kind in (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig):
+    kinds = (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig)
+    for kind in (*kinds, PruneConfig):
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():
         if page == "CHANGELOG.md":

@@ -29,6 +29,8 @@ def weights(value, progress=None):
         (AdapterWeight(-1), [-1.0] * 8),
         ({}, [1.0] * 8),
         ({"weight": 2, "blocks": {}}, [2.0] * 8),
+        ({"keep": 0.5}, [1.0] * 8),
+        ({"keep": 0, "weight": 2, "blocks": {"down": 3}}, [0.0] * 8),
         ({"blocks": {"down": 0.5}}, [1, 0.5, 0.5, 1, 1, 1, 1, 1]),
         ({"weight": 2, "blocks": {"mid": 0, "up.1": 3}}, [2, 2, 2, 0, 2, 6, 2, 2]),
         ({"blocks": {"up": 2, "up.1": 3, "up_blocks.10": 4}}, [1, 1, 1, 1, 2, 3, 4, 1]),
@@ -66,11 +68,12 @@ def test_factors_of_steps_lie_on_straight_lines():
         {"blocks": {3: 1.0}}, {"blocks": {"": 1.0}}, {"down": None}, {"up": {"block_0": {1: 1}}}, {7: 1.0},
         {"steps": {-0.1: 1}}, {"steps": {1.01: 1}}, {"steps": {float("nan"): 1}}, {"steps": {0: float("nan")}},
         {"steps": {"early": 1}}, {"steps": 0.5}, {"steps": [1, 2]}, {"steps": {0: None}}, {"steps": {10**400: 1}},
+        {"keep": -0.1}, {"keep": 1.1}, {"keep": None}, {"keep": "1"}, {"keep": True}, {"keep": float("nan")},
     ],
     ids=repr,
 )  # fmt: skip
 def test_what_is_no_weight_is_refused(value):
-    with pytest.raises(UserError, match="give a number, or|expected shares"):
+    with pytest.raises(UserError, match="give a number, or|expected shares|expected a share"):
         AdapterWeight.read(value)
 
 

@@ -29,6 +29,7 @@ def test_a_tag_has_a_weight_as_json():
     text, found = split_tags('a <atoms:mug:{"weight": 2, "blocks": {"down": 0.5}, "steps": {"0": 1, "1": 0.2}}> b')
     assert text == "a b"
     assert found == {"mug": AdapterWeight(2, {"down": 0.5}, {0: 1, 1: 0.2})}
+    assert split_tags('a <atoms:mug:{"keep": 0.5}>') == ("a", {"mug": AdapterWeight(keep=0.5)})
 
 
 @pytest.mark.parametrize(
@@ -55,6 +56,7 @@ def test_bad_tags_are_refused(prompt, message):
 def test_equal_weights_are_described_alike():
     assert weight_as_json(AdapterWeight.read({"weight": 0.8})) == weight_as_json(AdapterWeight(0.8)) == 0.8
     assert repr(weight_as_json(AdapterWeight(1))) == "1.0"
+    assert weight_as_json(AdapterWeight(keep=0.5)) == {"weight": 1.0, "keep": 0.5}
     one = {"blocks": {"up.1": 0, "down": 1}, "steps": {"1": 0, "0": 1}}
     other = {"weight": 1.0, "steps": {0: 1.0, 1.0: 0}, "blocks": {"down": 1.0, "up_blocks.1": 0.0}}
     assert repr(weight_as_json(AdapterWeight.read(one))) == repr(weight_as_json(AdapterWeight.read(other)))
