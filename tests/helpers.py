@@ -10,6 +10,7 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+from safetensors.torch import load_file, save_file
 
 from atomdiff.pipelines.models import pipeline_models
 
@@ -162,3 +163,8 @@ def together(*calls, rounds=1):
     if errors:
         raise errors[0]
     return results
+
+
+def change_tensors(file, change):
+    """Replace the tensors of a safetensors file by what a function makes of them."""
+    save_file(change(load_file(file)), file)

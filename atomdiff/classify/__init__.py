@@ -1,1 +1,44 @@
 """Image classifiers tuned on folders of images, by the same methods as diffusion models."""
+
+from __future__ import annotations
+
+import importlib
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from atomdiff.classify.mixing import mixed_batch
+    from atomdiff.classify.model import open_base
+    from atomdiff.classify.patches import list_patches, load_patch, set_active, unload_patch
+    from atomdiff.classify.saving import load_classifier
+
+_HOMES = {
+    "list_patches": "atomdiff.classify.patches",
+    "load_classifier": "atomdiff.classify.saving",
+    "load_patch": "atomdiff.classify.patches",
+    "mixed_batch": "atomdiff.classify.mixing",
+    "open_base": "atomdiff.classify.model",
+    "set_active": "atomdiff.classify.patches",
+    "unload_patch": "atomdiff.classify.patches",
+}
+
+__all__ = [
+    "list_patches",
+    "load_classifier",
+    "load_patch",
+    "mixed_batch",
+    "open_base",
+    "set_active",
+    "unload_patch",
+]
+
+
+def __getattr__(name: str) -> Any:
+    """Import torch and transformers only when something is used."""
+    if name not in _HOMES:
+        raise AttributeError(f"module 'atomdiff.classify' has no attribute {name!r}")
+    return getattr(importlib.import_module(_HOMES[name]), name)
+
+
+def __dir__() -> list[str]:
+    """The public names."""
+    return __all__

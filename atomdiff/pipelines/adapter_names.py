@@ -25,7 +25,7 @@ def given_name(name: str, models: Iterable[nn.Module], taken: Collection[str]) -
             f"{name!r} cannot be an adapter name: use letters, digits, '_' and '-', and no name that a layer has"
         )
     if name in taken:
-        raise UserError(f"a concept {name!r} is loaded already: choose another adapter_name, or unload it first")
+        raise UserError(f"{name!r} is loaded already: choose another adapter_name, or unload it first")
     return name
 
 

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Container, Iterator, Mapping
 from contextlib import contextmanager
 from typing import Any
 
@@ -51,6 +52,19 @@ def module_path(path: str) -> str:
     return path.replace(".base_layer", "")
 
 
+def belongs_to_adapter(path: str, layers: Container[str]) -> bool:
+    """Whether a module, parameter or buffer is one of an adapter's, given the paths of all `adapter_layers`."""
+    parts = path.split(".")
+    return any(".".join(parts[:end]) in layers and parts[end] != "base_layer" for end in range(1, len(parts)))
+
+
+def base_state_dict(model: nn.Module) -> dict[str, Tensor]:
+    """A model's `state_dict` as it is without adapters, unless some are merged."""
+    layers = adapter_layers(model)
+    state = model.state_dict()
+    return {module_path(path): tensor for path, tensor in state.items() if not belongs_to_adapter(path, layers)}
+
+
 def is_atoms(config: PeftConfig) -> bool:
     """Whether settings are those of an atom adapter."""
     return isinstance(config, AtomConfig)
@@ -95,7 +109,7 @@ def peft_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:
 def unwrapped_key(key: str) -> str:
     """The key of a tensor as it is where its layer wraps no layers of other adapters, with PEFT's prefix."""
     prefix = "" if key.startswith(_TUNER_PREFIX) else PEFT_PREFIX
-    return prefix + key.replace(".base_layer.", ".")
+    return prefix + re.sub(r"(\.base_layer)+\.", ".", key)
 
 
 def compute_coefficients(model: nn.Module, name: str) -> None:

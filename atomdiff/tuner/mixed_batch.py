@@ -23,21 +23,22 @@ class BatchLayout:
 
     samples: int
     """Samples, each with adapters of its own."""
-    images: int = 1
-    """Images a sample; the rest of a tensor's first axis are groups, such as the two of classifier-free guidance."""
+    images: int | None = 1
+    """Images a sample; the rest of a tensor's first axis are groups, such as the two of classifier-free guidance. None:
+    there are no groups, and each tensor has images (or windows of an image) as many as it may have."""
 
     def split(self, x: Tensor) -> Tensor:
         """(groups * samples * images, ...) -> (samples, groups * images, ...)."""
-        if len(x) % (self.samples * self.images):
+        if len(x) % (self.samples * (self.images or 1)):
             raise ValueError(
-                f"found a tensor of {len(x)} in a mixed batch of {self.samples} samples with {self.images} image(s) "
-                "each; give one prompt a sample"
+                f"found a tensor of {len(x)} in a mixed batch of {self.samples} samples with {self.images or 1} "
+                "image(s) each; give one prompt a sample"
             )
-        return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.samples, n=self.images)
+        return rearrange(x, "(g r n) ... -> r (g n) ...", r=self.samples, n=self.images or len(x) // self.samples)
 
     def join(self, x: Tensor) -> Tensor:
         """Undo `split`."""
-        return rearrange(x, "r (g n) ... -> (g r n) ...", n=self.images)
+        return rearrange(x, "r (g n) ... -> (g r n) ...", n=self.images or x.shape[1])
 
 
 @dataclass(frozen=True)

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -12,6 +13,7 @@ from transformers import ResNetConfig, ResNetForImageClassification
 from atomdiff.classify import train as training
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.model import open_model
+from atomdiff.classify.train import train_classifier
 
 LORA = {"peft_type": "LORA", "r": 2, "lora_dropout": 0.2, "target_modules": ["convolution"]}
 
@@ -104,3 +106,39 @@ def untrained():
     return lambda config: open_model(
         config.pretrained_model_name_or_path, ["across", "down", "tilted"], seed=config.seed
     )
+
+
+METHODS = {
+    "atoms": {"peft_type": "ATOMS", "target_modules": "conv", "channel_block": 4},
+    "lora": LORA,
+    "norms": {"peft_type": "LN_TUNING", "target_modules": ["normalization"]},
+    "loha": {"peft_type": "LOHA", "target_modules": ["convolution"], "r": 2},
+}
+
+
+@pytest.fixture(scope="module")
+def patches(base, images, tmp_path_factory):
+    """Trained classifiers of one base by name: adapters, probes, with and without statistics of their own."""
+    folder = tmp_path_factory.mktemp("patches")
+    for name in ("across", "down"):
+        shutil.copytree(images / name, folder / "two" / name)
+    trained = {}
+    for number, name in enumerate((*METHODS, "frozen", "linear", "followed")):
+        (folder / f"{name}.json").write_text(json.dumps(METHODS.get(name, METHODS["atoms"])))
+        probe = name in ("linear", "followed")
+        train_classifier(
+            ClassifyConfig(
+                pretrained_model_name_or_path=str(base),
+                train_data_dir=str(folder / "two" if number % 2 else images),
+                output_dir=str(folder / name),
+                adapter="linear" if probe else str(folder / f"{name}.json"),
+                learning_rate=None if probe else 3e-2,
+                batch_norm={"frozen": "frozen", "followed": "updated"}.get(name),
+                max_train_steps=4,
+                train_batch_size=8,
+                resolution=16,
+                seed=number,
+            )
+        )
+        trained[name] = folder / name / "classifier"
+    return trained

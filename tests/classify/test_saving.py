@@ -7,7 +7,6 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import load_file, save_file
 from transformers import AutoImageProcessor, ResNetForImageClassification
 
 from atomdiff.classify import train as training
@@ -15,6 +14,7 @@ from atomdiff.classify.saving import load_classifier
 from atomdiff.classify.train import train_classifier
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
+from tests.helpers import change_tensors
 
 
 def first_weight(model):
@@ -105,11 +105,6 @@ def test_a_classifier_that_cannot_be_written_is_kept_elsewhere(config, monkeypat
         train_classifier(config)
     load_classifier(next(temporary.rglob("classifier")))
     assert not (Path(config.output_dir) / "report.json").exists()
-
-
-def change_tensors(file, change):
-    tensors = load_file(file)
-    save_file(change(tensors), file)
 
 
 @pytest.mark.parametrize(

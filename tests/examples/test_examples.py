@@ -51,6 +51,11 @@ def test_library(run):
     assert {file.name for file in Path("out/library").rglob("*.png")} == {"a.png", "b.png"}
 
 
+def test_classifier_patches(run):
+    printed = run("classifier_patches.py", "--images", 4, "--steps", 1)
+    assert "in one batch: classes" in printed and "the base is as it was: True" in printed
+
+
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     monkeypatch.setenv("ATOMDIFF_NOTEBOOK_STEPS", "2")
