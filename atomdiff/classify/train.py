@@ -28,6 +28,7 @@ from atomdiff.training.loop import clip_gradients, mean_over_processes, set_lear
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.run_log import RunLog
 from atomdiff.tuner.read_config import describe_adapter
+from atomdiff.tuner.selection import selection_penalty
 from atomdiff.utils.atomic import write_json, write_result
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
@@ -156,7 +157,7 @@ def train_step(run: Run, step: int, pixels: Tensor, labels: Tensor) -> float:
     loss = F.cross_entropy(logits.float(), labels.to(accelerator.device))
     mean = mean_over_processes(accelerator, loss)
     _refuse_unless_finite(run, step, "loss", mean)
-    accelerator.backward(loss)
+    accelerator.backward(loss + selection_penalty(run.model, (step - 1) / run.config.max_train_steps))
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     norm = clip_gradients(accelerator, trainable, run.config.max_grad_norm)
     if accelerator.scaler is None:  # which would skip such a step

@@ -16,6 +16,7 @@ from atomdiff.atoms.sparse import sparse_quality
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import compare_base, weights_below
 from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
+from atomdiff.concepts.layer_choice import count_by_block
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.parameter_count import group_table
 from atomdiff.pipelines.models import pipeline_models
@@ -56,6 +57,8 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         "bytes": f"{Path(path).stat().st_size:,}",
         "training": _training(concept) or "-",
     }
+    if selected := concept.training.get("selected_layers"):
+        rows["selected layers"] = f"{selected}: {count_by_block(concept.layers)}"
     if base is not None:
         models = pipeline_models(_open(base))
         fitting, left_out, distance = compare_base(concept, models, allow_mismatch=True)
@@ -109,6 +112,7 @@ def _layer_table(concept: ConceptFile) -> list[str]:
 
 def _training(concept: ConceptFile) -> str:
     plain = {key: value for key, value in concept.training.items() if not isinstance(value, (dict, list))}
+    plain.pop("selected_layers", None)  # which has a line of its own
     return ", ".join(f"{key} {value if isinstance(value, str) else json.dumps(value)}" for key, value in plain.items())
 
 

@@ -38,7 +38,8 @@ CONCEPT_SUFFIX = ".atoms.safetensors"
 _DTYPES = ("F16", "BF16", "F32", "F64")
 
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)}
-_NOT_STORED = _PEFT_FIELDS - {"peft_type"} | {"init_weights", "modules_to_save"}
+_OF_TRAINING = {"init_weights", "modules_to_save", "select", "select_penalty", "select_budget"}
+_NOT_STORED = _PEFT_FIELDS - {"peft_type"} | _OF_TRAINING
 _CONFIG_FIELDS = {f.name for f in dataclasses.fields(AtomConfig)} - _NOT_STORED
 _NEWER_FIELDS = {"pruned"}  # not in files of version 1, where they have their defaults
 

@@ -14,6 +14,7 @@ from atomdiff.bases.architectures import open_architecture
 from atomdiff.tuner.adapter_state import peft_state_dict
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.inject import inject
+from atomdiff.tuner.variants import SCORE_NAME
 from atomdiff.utils.errors import UserError
 
 _HALF = 2  # bytes of a float16 in a file
@@ -63,7 +64,7 @@ def count_parameters(base: str | nn.Module, adapter: PeftConfig | None) -> Adapt
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"the adapter does not fit this architecture: {error}") from error
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    stored = peft_state_dict(model, _ADAPTER)
+    stored = {key: tensor for key, tensor in peft_state_dict(model, _ADAPTER).items() if SCORE_NAME not in key}
     return AdapterCount(
         num_parameters=total,
         num_trainable_parameters=sum(shape.numel() for shape in trained.values()),

@@ -15,12 +15,14 @@ from atomdiff.bases.find import find_base
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import fingerprint
 from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
+from atomdiff.concepts.layer_choice import choose_layers
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.pipelines.loaded_concepts import has_adapter, name_concepts, refresh
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.selection import layer_scores
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
 
@@ -63,41 +65,77 @@ def save_atoms(
     with locked(pipe):
         refresh(pipe)
         models = pipeline_models(pipe)
-        configs = {
-            component: adapter_state.adapter_configs(model)[adapter_name]
-            for component, model in models.items()
-            if has_adapter(model, adapter_name)
-        }
-        tokens = {
-            token: entry.vectors
-            for token, entry in tokens_in(pipe).items()
-            if entry.vectors and entry.owner in (None, adapter_name)
-        }
-        if not configs and not tokens:
-            raise UserError(f"there is no concept {adapter_name!r} to save; there are: {name_concepts(pipe)}")
+        configs = _configs(models, adapter_name)
         if any(not isinstance(config, AtomConfig) for config in configs.values()):
             adapters = {
                 component: (config, adapter_state.peft_tensors(models[component], adapter_name))
                 for component, config in configs.items()
             }
             metadata = {"training": json.dumps(training)} if training else {}
-            peft_folder.write(path, adapters, tokens, find_base(models).denoiser, metadata)
+            peft_folder.write(path, adapters, _tokens(pipe, adapter_name), find_base(models).denoiser, metadata)
             return path
-        _check_one_file(adapter_name, configs)
-        layers, fingerprints = _layers(adapter_name, models, configs)
-        concept = ConceptFile(
-            config=next(iter(configs.values()), AtomConfig()),
-            layers=layers,
-            fingerprint=fingerprints,
-            tokens=tokens,
-            base_model=str(getattr(pipe.config, "_name_or_path", "") or "") if base_model is None else base_model,
-            trigger_phrase=trigger_phrase,
-            training=dict(training or {}),
-            modelspec=model_spec(pipe, title=path.name.partition(".")[0], trigger_phrase=trigger_phrase),
-            atomdiff_version=atomdiff_version(),
-        )
+        details = {"trigger_phrase": trigger_phrase, "training": training, "base_model": base_model}
+        concept = build_concept(pipe, path.name.partition(".")[0], adapter_name, dtype=dtype, **details)
         write_concept_file(path, concept, dtype)
     return path
+
+
+def build_concept(
+    pipe: Any,
+    title: str,
+    adapter_name: str,
+    *,
+    trigger_phrase: str = "",
+    training: Mapping[str, Any] | None = None,
+    base_model: str | None = None,
+    dtype: torch.dtype = torch.float16,
+) -> ConceptFile:
+    """What `save_atoms` writes to a file of this title, for an adapter of atoms.
+
+    Raises:
+        UserError: as for `save_atoms`, or its `select_budget` has no room for a layer.
+    """
+    models = pipeline_models(pipe)
+    configs, tokens = _configs(models, adapter_name), _tokens(pipe, adapter_name)
+    if not configs and not tokens:
+        raise UserError(f"there is no concept {adapter_name!r} to save; there are: {name_concepts(pipe)}")
+    _check_one_file(adapter_name, configs)
+    layers, fingerprints = _layers(adapter_name, models, configs)
+    concept = ConceptFile(
+        config=next(iter(configs.values()), AtomConfig()),
+        layers=layers,
+        fingerprint=fingerprints,
+        tokens=tokens,
+        base_model=str(getattr(pipe.config, "_name_or_path", "") or "") if base_model is None else base_model,
+        trigger_phrase=trigger_phrase,
+        training=dict(training or {}),
+        modelspec=model_spec(pipe, title=title, trigger_phrase=trigger_phrase),
+        atomdiff_version=atomdiff_version(),
+    )
+    scores = {
+        f"{component}.{path}": score
+        for component in configs
+        for path, score in layer_scores(models[component], adapter_name).items()
+    }
+    return choose_layers(concept, scores, concept.config.budget, dtype) if scores else concept
+
+
+def _configs(models: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Any]:
+    """Component -> settings of an adapter, of the components that have it."""
+    return {
+        component: adapter_state.adapter_configs(model)[adapter_name]
+        for component, model in models.items()
+        if has_adapter(model, adapter_name)
+    }
+
+
+def _tokens(pipe: Any, adapter_name: str) -> dict[str, Any]:
+    """The tokens of a concept, and those that were added by hand."""
+    return {
+        token: entry.vectors
+        for token, entry in tokens_in(pipe).items()
+        if entry.vectors and entry.owner in (None, adapter_name)
+    }
 
 
 def _check_one_file(adapter_name: str, configs: Mapping[str, AtomConfig]) -> None:

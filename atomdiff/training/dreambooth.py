@@ -19,6 +19,7 @@ from atomdiff.training.checkpoint import find_checkpoints
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.evaluation import evaluate_result
 from atomdiff.training.launch import start_accelerator, start_trackers
+from atomdiff.training.layer_budget import check_budget, keep_to_budget
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
 from atomdiff.training.measurements import measure, saved_parameters, start_measuring
 from atomdiff.training.method import read_text_adapter
@@ -35,6 +36,7 @@ from atomdiff.training.signals import StopSignals
 from atomdiff.training.summary import describe_training
 from atomdiff.training.validation import is_validation_step, validate
 from atomdiff.tuner.read_config import read_adapter
+from atomdiff.tuner.selection import selection_penalty
 from atomdiff.utils.atomic import remove_leftovers
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
@@ -90,6 +92,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
         described = describe_training(config, run.model.parameter_groups(), accelerator.num_processes, done)
         log(f"{run.dataset.description}\n{described}")
 
+    check_budget(run)
     start_trackers(config, accelerator)
     final_loss = training_loop(run, snapshot, done, state["average_loss"] if state else math.nan)
     if accelerator.is_main_process:
@@ -158,6 +161,7 @@ def train_step(run: Run, step: int) -> float:
         if math.isfinite(norm):
             break
     refuse_unless_finite(run, step, "gradient's norm", norm)
+    keep_to_budget(run, step)
     if run.ema is not None:
         run.ema.step(run.trainable.values())
     return loss
@@ -215,7 +219,8 @@ def batch_loss(run: Run, number: int) -> Tensor:
             base = run.model.predict_base(latents[total:], timesteps[total:], prompts[total:], time_ids[total:])
         kept = preservation_loss(prediction[total:], base, weights[:count])
         loss = loss + config.preservation_weight * kept
-    return loss
+    done = number / (config.gradient_accumulation_steps * config.max_train_steps)
+    return loss + selection_penalty(run.model, done)
 
 
 def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:

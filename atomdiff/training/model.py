@@ -25,6 +25,7 @@ from atomdiff.training.config.optimizer import ParameterGroup
 from atomdiff.training.memory import save_memory
 from atomdiff.training.method import make_trainable
 from atomdiff.tuner.adapters_off import adapters_off
+from atomdiff.tuner.selection import frozen_scores
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_model, hash_values
 from atomdiff.utils.seeds import derive_seed
@@ -165,10 +166,10 @@ class TrainingModel(nn.Module):
             self.prompt_embeds = known
 
     def clear_frozen_gradients(self) -> None:
-        """Remove the gradients of frozen token embeddings: no optimizer moves a parameter without one."""
-        if self.embeddings_frozen:
-            for parameter in self.token_embeddings.values():
-                parameter.grad = None
+        """Remove the gradients of frozen token embeddings and scores: no optimizer moves a parameter without one."""
+        embeddings = self.token_embeddings.values() if self.embeddings_frozen else ()
+        for parameter in (*embeddings, *frozen_scores(self)):
+            parameter.grad = None
 
 
 def build_training_model(

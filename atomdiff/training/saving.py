@@ -1,6 +1,7 @@
 """Where the result of a run is written, and how: a concept file, the folder of a PEFT adapter, or a pipeline."""
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -74,17 +75,28 @@ def save_result(
     Raises:
         WriteError: It cannot be written there; if it can be in the folder for temporary files, the message says where.
     """
-    config, pipe = run.config, run.pipe
+    with complete_pipeline(run):
+        metadata = concept_metadata(run, step, final_loss, trained_with)
+        write_result(path, lambda target: save_trained(run.pipe, adapter, target, **metadata))
+
+
+@contextmanager
+def complete_pipeline(run: Run) -> Iterator[None]:
+    """Put the trigger words that were trained into the pipeline, which has all of its parts for a while."""
     for word, embeddings in run.model.learned_embeddings().items():
-        set_token_embedding(pipe, word, embeddings)
+        set_token_embedding(run.pipe, word, embeddings)
+    with all_parts_loaded(run.config, run.pipe):
+        yield
+
+
+def concept_metadata(run: Run, step: int, final_loss: float, trained_with: dict[str, Any]) -> dict[str, Any]:
+    """Return what `save_atoms` is told of a run."""
     training = {
         "config": trained_with,
         "steps": step,
-        "seed": config.seed,
+        "seed": run.config.seed,
         "image_count": run.dataset.num_instance_images,
         "final_loss": final_loss,
     }
-    metadata = {"trigger_phrase": config.trigger_phrase, "training": training}
-    metadata["base_model"] = config.pretrained_model_name_or_path
-    with all_parts_loaded(config, pipe):
-        write_result(path, lambda target: save_trained(pipe, adapter, target, **metadata))
+    base_model = run.config.pretrained_model_name_or_path
+    return {"trigger_phrase": run.config.trigger_phrase, "training": training, "base_model": base_model}

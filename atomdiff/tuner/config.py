@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
@@ -13,6 +14,7 @@ from peft.utils.other import get_pattern_key
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.peft_type import ATOMS
 from atomdiff.tuner.variants import VARIANTS, check_count
+from atomdiff.utils.sizes import parse_bytes
 from atomdiff.utils.untrusted import check_patterns
 
 PRESETS = ("conv", "conv+proj", "attention", "cross_attention", "all")
@@ -25,6 +27,9 @@ _NOT_SHAPING = {
     "layers_pattern",
     "modules_to_save",
     "init_weights",
+    "select",
+    "select_penalty",
+    "select_budget",
 }
 _MAX_SPARSITY = 1e30  # what float32 can hold a multiple of
 
@@ -101,6 +106,27 @@ class AtomConfig(PeftConfig):
     layers_pattern: list[str] | str | None = field(
         default=None, metadata={"help": "Name of the module list that layers_to_transform counts in, such as 'layers'."}
     )
+    select: Literal["all", "adaptive"] = field(
+        default="all",
+        metadata={
+            "help": "Which of the target layers stay: 'all', or 'adaptive', those whose score, trained with the atoms, "
+            "is at least 0.1; the others leave the concept file."
+        },
+    )
+    select_penalty: float = field(
+        default=0.01,
+        metadata={
+            "help": "With select='adaptive': what the mean of the layers' scores adds to the loss of a training run, "
+            "times this. With more, fewer layers stay."
+        },
+    )
+    select_budget: str | int | None = field(
+        default=None,
+        metadata={
+            "help": "With select='adaptive': bytes that the concept file may have, such as '8KB'. From half of the "
+            "steps on, only the layers with the highest scores that fit are trained."
+        },
+    )
     pruned: bool = field(
         default=False,
         metadata={
@@ -142,6 +168,11 @@ class AtomConfig(PeftConfig):
         """The channel block asked for at the module of this name."""
         key = get_pattern_key(list(self.channel_block_pattern), module_name)
         return self.channel_block_pattern.get(key, self.channel_block)
+
+    @property
+    def budget(self) -> int | None:
+        """Bytes that a concept file may have; None: any number."""
+        return None if self.select_budget is None else parse_bytes(self.select_budget, "select_budget")
 
     @property
     def stores_basis(self) -> bool:
@@ -187,12 +218,23 @@ class AtomConfig(PeftConfig):
             raise ValueError(f"basis={self.basis!r}: expected one of {', '.join(ATOM_BASES)}")
         if type(self.sparsity) not in (int, float) or not 0 < self.sparsity <= _MAX_SPARSITY:
             raise ValueError(f"sparsity={self.sparsity!r}: expected a number above 0, such as 1e-3")
+        if self.select not in ("all", "adaptive"):
+            raise ValueError(f"select={self.select!r}: expected 'all' or 'adaptive'")
+        if type(self.select_penalty) not in (int, float) or not 0 <= self.select_penalty < math.inf:
+            raise ValueError(f"select_penalty={self.select_penalty!r}: expected a number of at least 0, such as 0.01")
+        if self.select_budget is not None:
+            parse_bytes(self.select_budget, "select_budget")
         if not isinstance(self.seed, int) or isinstance(self.seed, bool) or not 0 <= self.seed < 1 << 32:
             raise ValueError(f"seed={self.seed!r}: expected a whole number from 0 to 2**32 - 1")
 
     def _check_combinations(self) -> None:
         for variant in VARIANTS:
             variant.check(self)
+        if self.select_budget is not None and self.select != "adaptive":
+            raise ValueError(
+                f"select_budget={self.select_budget!r} with select={self.select!r}: layers leave for a budget only "
+                "with select='adaptive'; a file of all layers can be made smaller by `atomdiff prune`"
+            )
         if self.layers_to_transform is not None and not (
             isinstance(self.target_modules, list) or self.target_modules in PRESETS
         ):

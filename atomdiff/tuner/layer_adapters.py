@@ -20,7 +20,16 @@ from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.coefficient_cache import CoefficientCache, Key
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.peft_type import PREFIX
-from atomdiff.tuner.variants import BASIS_NAMES, PARAMETER_NAMES, TENSOR_NAMES, Atoms, atoms_of
+from atomdiff.tuner.variants import (
+    BASIS_NAMES,
+    PARAMETER_NAMES,
+    SCORE_NAME,
+    SCORE_START,
+    SCORE_THRESHOLD,
+    TENSOR_NAMES,
+    Atoms,
+    atoms_of,
+)
 
 
 def projections(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:
@@ -36,7 +45,7 @@ def attribute(kind: str) -> str:
 class LayerAdapters(nn.Module, BaseTunerLayer):
     """The adapters of a module, by name: what `AtomLayer` computes with."""
 
-    adapter_layer_names = tuple(map(attribute, PARAMETER_NAMES))
+    adapter_layer_names = tuple(map(attribute, (*PARAMETER_NAMES, SCORE_NAME)))
     other_param_names = (*map(attribute, BASIS_NAMES), "settings", "atom_sets", "scaling", "kept")
     base_layer: nn.Module
 
@@ -46,7 +55,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         base: Any = self.get_base_layer()
         self.in_features = base.in_features if isinstance(base, nn.Linear) else base.in_channels  # as all of PEFT have
         self.out_features = base.out_features if isinstance(base, nn.Linear) else base.out_channels
-        for kind in PARAMETER_NAMES:
+        for kind in (*PARAMETER_NAMES, SCORE_NAME):
             setattr(self, attribute(kind), nn.ParameterDict())  # shapes: `Atoms.parameter_shapes`
         for kind in BASIS_NAMES:
             setattr(self, attribute(kind), BufferDict())  # (m, d)
@@ -104,6 +113,9 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
             self.tensors(f"{atoms.name}_basis").register_buffer(
                 adapter_name, basis.to(weight.device), persistent=config.stores_basis
             )
+        if config.select == "adaptive":
+            score = torch.full((1,), SCORE_START, device=weight.device)
+            self.tensors(SCORE_NAME)[adapter_name] = nn.Parameter(score)
         self.settings[adapter_name] = config
         self.atom_sets[adapter_name] = atom_sets
         self.scaling[adapter_name] = 1.0
@@ -146,6 +158,10 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         if isinstance(weight, Tensor):
             weight = weight.to(matrix).reshape(-1, *[1] * matrix.ndim)
         matrix = weight * matrix
+        if name in self.tensors(SCORE_NAME):
+            score = self.tensors(SCORE_NAME)[name]
+            indicator = (score >= SCORE_THRESHOLD).to(score)
+            matrix = (indicator + (score - score.detach())) * matrix  # 0 or 1, with the gradient of the score itself
         if kept is not None:
             per_sample = kept.ndim == 3 and matrix.ndim == 4  # with a matrix for each input channel
             matrix = matrix @ (kept[:, None] if per_sample else kept).to(matrix)
@@ -210,7 +226,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         """Move an adapter to the base weight's device, or another, in float32 whatever the base's dtype."""
         if device is None:
             device = self.unmerged_weight().device
-        for kind in TENSOR_NAMES:
+        for kind in (*TENSOR_NAMES, SCORE_NAME):
             if adapter_name in self.tensors(kind):
                 tensor = self.tensors(kind)[adapter_name]
                 tensor.data = tensor.data.to(device, torch.float32)
@@ -220,7 +236,7 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
 
         Deltas and atoms move, but are never rounded: they stay in float32 in a model of half precision.
         """
-        holders = [self.tensors(kind) for kind in TENSOR_NAMES]
+        holders = [self.tensors(kind) for kind in (*TENSOR_NAMES, SCORE_NAME)]
         with self._coefficients.kept(self._sources, fn):
             for child in self.children() if recurse else ():
                 child._apply(partial(_apply_unrounded, fn) if child in holders else fn)

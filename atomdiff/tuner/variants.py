@@ -236,6 +236,10 @@ PARAMETER_NAMES = tuple(dict.fromkeys(name for variant in reversed(VARIANTS) for
 BASIS_NAMES = ("atom_basis", "channel_basis")
 TENSOR_NAMES = PARAMETER_NAMES + BASIS_NAMES
 """Names of an adapter's tensors in files: trained ones, then atoms."""
+SCORE_NAME = "select_score"
+"""Name of a layer's score (1,) with `select="adaptive"`, which is trained but in no concept file."""
+SCORE_START, SCORE_THRESHOLD = 0.15, 0.1
+"""A layer acts while its score is at least the threshold."""
 
 
 def variant_of(config: AtomConfig) -> type[Atoms]:

@@ -109,7 +109,10 @@ def folder(tmp_path_factory, tiny_pipe_folder):
             (folder / name / f"{number}.txt").write_text("a photo of {trigger} {class_name}, red, blue")
         subjects.append({"instance_data_dir": str(folder / name), "class_name": name, "trigger_word": word})
     (folder / "subjects.yaml").write_text(json.dumps(subjects))
+    adapter = {"peft_type": "ATOMS", "select": "adaptive", "select_budget": "30KB"}
+    (folder / "adapter.json").write_text(json.dumps(adapter))
     run = {
+        "adapter": str(folder / "adapter.json"),
         "pretrained_model_name_or_path": str(tiny_pipe_folder),
         "concepts_list": str(folder / "subjects.yaml"),
         "output_dir": str(folder / "two"),

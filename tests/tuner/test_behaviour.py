@@ -56,6 +56,7 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
         basis="sparse", channel_block=2, joint=True, num_atoms=5, target_modules=["plain", "transposed"]
     ),
     "sparse, recursion": lambda: AtomConfig(basis="sparse", recursion=2, target_modules=["line", "to_q"]),
+    "adaptive": lambda: AtomConfig(select="adaptive", target_modules="all"),
     "lora": lambda: LoraConfig(r=2, target_modules=["plain", "wide", "to_q"]),
     "oft": lambda: OFTConfig(r=2, oft_block_size=0, target_modules=["to_q"]),  # its merged convolutions differ
 }
@@ -196,7 +197,8 @@ def test_every_delta_learns(base, x, method):
     gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
     deltas = {key: gradient for key, gradient in gradients.items() if "_delta." in key}
     assert deltas and all(gradient.abs().max() > 0 for gradient in deltas.values())
-    assert all(".atom_recursion_mix." in key for key in gradients.keys() - deltas.keys())
+    others = (".atom_recursion_mix.", ".atom_select_score.")
+    assert all(any(name in key for name in others) for key in gradients.keys() - deltas.keys())
 
 
 @pytest.mark.parametrize("method", ATOMS)

@@ -11,6 +11,8 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
+from atomdiff.concepts.concept_file import read_concept_file
+from atomdiff.concepts.layer_choice import count_by_block
 from atomdiff.evaluate.size import stored_bytes
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.contact_sheet import row_files
@@ -18,6 +20,7 @@ from atomdiff.training.report.page import Table, to_html, to_markdown
 from atomdiff.training.report.verdict import judge
 from atomdiff.training.run import Run
 from atomdiff.training.run_log import LOG_FILE, read_log
+from atomdiff.tuner.selection import has_scores
 from atomdiff.utils.atomic import new_file, write_json, write_text
 from atomdiff.utils.progress import log
 from atomdiff.utils.versions import versions
@@ -92,11 +95,20 @@ def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str
         "held_out_images": held_out,
         "measurements": values,
         "contact_sheet": sheet,
+        "selected_layers": _selected_layers(run, path),
         "base_model": config.pretrained_model_name_or_path,
         "precision": f"{run.accelerator.mixed_precision} on {run.accelerator.device.type}",
         "config": config.snapshot(),
         "versions": versions(),
     }
+
+
+def _selected_layers(run: Run, path: Path) -> str | None:
+    """Return which layers the concept has, if that was learned."""
+    if not has_scores(run.model):
+        return None
+    concept = read_concept_file(path)
+    return f"{concept.training['selected_layers']}: {count_by_block(concept.layers)}"
 
 
 def write_pages(
@@ -138,6 +150,7 @@ def _tables(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Table
         "steps": f"{record['max_train_steps']}{kept}",
         "time": f"{record['train_seconds']:.0f} s, {record['seconds_per_step']:.3g} s a step, in {record['precision']};"
         f" {measuring:.0f} s for the measurements",
+        "layers": record["selected_layers"],
         "images": record["image_count"],
         "held out": ", ".join(record["held_out_images"]) or "none",
         "base": record["base_model"],
@@ -145,7 +158,7 @@ def _tables(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Table
     }
     tables = [
         Table("Loss at fixed noise", [*_MEASURED.values()], measured),
-        Table("Run", ("", ""), [*run.items()]),
+        Table("Run", ("", ""), [row for row in run.items() if row[1] is not None]),
         Table("Metrics", ("", ""), _flat(metrics)),
         Table("Config, where it is not the default", ("", ""), _changed(record["config"])),
         Table("Versions", ("", ""), _flat(record["versions"])),

@@ -1,0 +1,68 @@
+"""The layers of a concept that its file gets, by the scores that were learned with it (`select="adaptive"`)."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections import Counter
+from collections.abc import Iterable, Mapping
+
+import torch
+
+from atomdiff.concepts.concept_file import ConceptFile, concept_bytes
+from atomdiff.tuner.variants import SCORE_THRESHOLD
+from atomdiff.utils.errors import UserError, warn
+
+
+def choose_layers(
+    concept: ConceptFile, scores: Mapping[str, float], budget: int | None, dtype: torch.dtype
+) -> ConceptFile:
+    """Leave out the layers whose score is below the threshold, and those for which a file has no room.
+
+    Layers come in the order of their scores; one that does not fit is passed over for smaller ones.
+
+    Args:
+        concept: with all layers.
+        scores: module -> score.
+        budget: bytes that the file may have; None: any number.
+        dtype: of its tensors.
+
+    Warns:
+        UserWarning: no layer has a score of at least the threshold; the best one is kept.
+
+    Raises:
+        UserError: there is no room for any layer.
+    """
+    ordered = sorted(scores, key=lambda module: -scores[module])
+    if scores[ordered[0]] < SCORE_THRESHOLD:
+        warn(
+            f"the scores of all {len(scores)} layers are below {SCORE_THRESHOLD}: the best layer is kept alone; train "
+            "with a smaller select_penalty"
+        )
+    kept: list[str] = []
+    for module in ordered:
+        if kept and scores[module] < SCORE_THRESHOLD:
+            break
+        if budget is None or len(concept_bytes(_with_layers(concept, [*kept, module], len(scores)), dtype)) <= budget:
+            kept.append(module)
+    if not kept:
+        least = len(concept_bytes(_with_layers(concept, [], len(scores)), dtype))
+        raise UserError(
+            f"select_budget={budget:,} bytes: the file has {least:,} without any layer, and no room for one; allow more"
+        )
+    return _with_layers(concept, kept, len(scores))
+
+
+def count_by_block(modules: Iterable[str]) -> str:
+    """How many layers each block of the models has, as text."""
+    counts = Counter(".".join(module.split(".")[:3]) for module in modules)
+    return ", ".join(f"{block} {count}" for block, count in sorted(counts.items()))
+
+
+def _with_layers(concept: ConceptFile, kept: list[str], total: int) -> ConceptFile:
+    layers = {module: tensors for module, tensors in concept.layers.items() if module in kept}
+    return dataclasses.replace(
+        concept,
+        layers=layers,
+        fingerprint={module: concept.fingerprint[module] for module in layers},
+        training={**concept.training, "selected_layers": f"{len(kept)} of {total}"},
+    )

@@ -1,0 +1,44 @@
+"""Layers that leave a run so that its concept file stays within `select_budget`."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from atomdiff.pipelines.models import pipeline_models
+from atomdiff.pipelines.save import build_concept
+from atomdiff.training.method import ADAPTER_NAME
+from atomdiff.training.saving import complete_pipeline, concept_metadata
+from atomdiff.tuner.selection import has_budget, leave_out
+
+if TYPE_CHECKING:
+    from atomdiff.training.run import Run
+
+_LONG_LOSS = 1 / 3e5  # about the longest that a file's metadata may have
+
+
+def check_budget(run: Run) -> None:
+    """Refuse a budget without room for any layer.
+
+    Raises:
+        UserError: It is such a budget.
+    """
+    if has_budget(run.model):
+        _fitting_layers(run)
+
+
+def keep_to_budget(run: Run, step: int) -> None:
+    """After half of the steps, leave out the layers for which the file has no room; the others are trained on."""
+    if step != run.config.max_train_steps // 2 or not has_budget(run.model):
+        return
+    kept = _fitting_layers(run)
+    for component, model in pipeline_models(run.pipe).items():
+        leave_out(model, ADAPTER_NAME, {name.partition(".")[2] for name in kept if name.startswith(f"{component}.")})
+
+
+def _fitting_layers(run: Run) -> list[str]:
+    """Return the layers that a file would have now: the same on all processes, whose scores are the same."""
+    config = run.config
+    metadata = concept_metadata(run, config.max_train_steps, _LONG_LOSS, config.snapshot())
+    with complete_pipeline(run):
+        return list(build_concept(run.pipe, Path(config.name).name, ADAPTER_NAME, **metadata).layers)

@@ -1,0 +1,87 @@
+"""Runs that choose their layers: what they write, within which size, stopped and resumed, and what is refused."""
+
+import dataclasses
+import json
+import signal
+from pathlib import Path
+
+import pytest
+
+from atomdiff.concepts.concept_file import read_concept_file
+from atomdiff.training import dreambooth, layer_budget
+from atomdiff.training.dreambooth import train
+from atomdiff.tuner.selection import layer_scores
+from atomdiff.utils.errors import UserError
+from tests.helpers import concept_bytes
+
+BUDGET = 16_000
+
+
+@pytest.fixture
+def adaptive(config, tmp_path):
+    """A run of six steps with a budget, whose adapter has these settings."""
+
+    def make(**settings):
+        adapter = {"peft_type": "ATOMS", "select": "adaptive", "channel_block": 2, "select_budget": BUDGET}
+        (tmp_path / "adapter.json").write_text(json.dumps({**adapter, **settings}))
+        fields = {"adapter": str(tmp_path / "adapter.json"), "max_train_steps": 6, "learning_rate": 0.02}
+        return dataclasses.replace(config, **fields)
+
+    return make
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("options", [{}, {"use_ema": True}, {"train_text_encoder": True}], ids=str)
+def test_the_file_stays_within_its_budget_also_when_resumed(adaptive, options, tmp_path, monkeypatch):
+    config = dataclasses.replace(adaptive(), checkpointing_steps=4, **options)
+    written = train(dataclasses.replace(config, output_dir=str(tmp_path / "whole")))
+    concept = read_concept_file(written)
+    assert written.stat().st_size <= BUDGET and 0 < len(concept.layers)
+    kept, _, total = concept.training["selected_layers"].partition(" of ")
+    assert int(kept) == len(concept.layers) < int(total)
+    record = json.loads((tmp_path / "whole" / "training_report.json").read_text())
+    assert record["selected_layers"].startswith(f"{kept} of {total}: ")
+    assert record["selected_layers"] in (tmp_path / "whole" / "report.md").read_text()
+
+    def interrupt(self, step, *values):
+        if step == 5:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(dreambooth.RunLog, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="checkpoint-5 is saved"):
+            train(config)
+    assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == concept_bytes(written)
+
+
+@pytest.mark.slow
+def test_after_half_of_the_steps_the_layers_do_not_change(adaptive, monkeypatch):
+    scores, usual = {}, layer_budget.keep_to_budget
+
+    def keep(run, step):
+        usual(run, step)
+        scores[step] = layer_scores(run.model.denoiser, "default")
+
+    monkeypatch.setattr(dreambooth, "keep_to_budget", keep)
+    written = train(adaptive(select_penalty=0.0))
+    acting = {step: {name for name, score in of_step.items() if score != 0} for step, of_step in scores.items()}
+    assert len(acting[2]) == len(scores[2]) > len(acting[3]) > 0
+    assert acting[3] == acting[4] == acting[5] == acting[6]
+    assert {name.removeprefix("unet.") for name in read_concept_file(written).layers} <= acting[6]
+    assert any(scores[4][name] != scores[6][name] for name in acting[6])  # those that are left are trained
+
+
+@pytest.mark.slow
+def test_the_penalty_makes_layers_leave(adaptive):
+    sizes = []
+    for penalty in (0.0, 1e4):
+        config = dataclasses.replace(adaptive(select_budget=None, select_penalty=penalty), max_train_steps=10)
+        sizes.append(len(read_concept_file(train(config)).layers))
+    assert sizes[0] > sizes[1]
+
+
+def test_a_budget_without_room_is_refused_before_the_first_step(adaptive):
+    config = adaptive(select_budget="1KB")
+    with pytest.raises(UserError, match=r"select_budget=1,000 bytes: the file has [\d,]+ without any layer"):
+        train(config)
+    assert not list(Path(config.output_dir).glob("checkpoint*"))
