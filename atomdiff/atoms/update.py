@@ -61,6 +61,11 @@ def recursive_delta(mix: Tensor, delta: Tensor) -> Tensor:
     return einsum(mix, delta, "i m j, m j d -> i m d")
 
 
+def shared_delta(mix: Tensor, shared: Tensor) -> Tensor:
+    """DD = sum over k of a_k * E_k: mix (n,), shared (n, m, d) -> (m, d)."""
+    return einsum(mix, shared.to(mix.device), "n, n m d -> m d")
+
+
 def updated_weight(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
     """The adapted weight: all updates of kernels and whole blocks are added to it, to that all updates of channels.
 

@@ -15,7 +15,7 @@ from torch import Tensor
 from atomdiff.atoms.sparse import sparse_quality
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import compare_base, weights_below
-from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
+from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, trained_tensors
 from atomdiff.concepts.layer_choice import count_by_block
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.parameter_count import group_table
@@ -42,7 +42,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
     if has_lora_keys(read_safetensors_header(path)[1]):
         raise UserError(f"{path} is a LoRA file of another program, not a concept file; load_atoms takes it as it is")
     concept = read_concept_file(path)
-    trained = [t for kinds in concept.layers.values() for kind, t in kinds.items() if kind in PARAMETER_NAMES]
+    trained = trained_tensors(concept)
     vectors = [vector for of in concept.tokens.values() for vector in of.values()]
     spec = concept.modelspec
     rows = {
@@ -101,13 +101,13 @@ def _method(concept: ConceptFile) -> str:
 
 
 def _layer_table(concept: ConceptFile) -> list[str]:
-    groups = Counter(
-        (f"{module.partition('.')[0]} {kind}", tuple(tensor.shape))
-        for module, kinds in concept.layers.items()
-        for kind, tensor in kinds.items()
-        if kind in PARAMETER_NAMES
-    )
-    return group_table(dict(groups))
+    groups: dict[tuple[str, tuple[int, ...]], set[int]] = {}
+    for module, kinds in concept.layers.items():
+        for kind, tensor in kinds.items():
+            if kind in PARAMETER_NAMES:
+                group = f"{module.partition('.')[0]} {kind}", tuple(tensor.shape)
+                groups.setdefault(group, set()).add(id(tensor))  # one that layers share counts once
+    return group_table({group: len(tensors) for group, tensors in groups.items()})
 
 
 def _training(concept: ConceptFile) -> str:

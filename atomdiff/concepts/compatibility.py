@@ -17,7 +17,8 @@ from atomdiff.tuner.adapter_state import base_weights
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.checks import check_readable
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.variants import Atoms, atoms_of, kept_atoms
+from atomdiff.tuner.variant import Atoms
+from atomdiff.tuner.variants import atoms_of, kept_atoms
 from atomdiff.utils.errors import UserError, warn
 from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 

@@ -14,8 +14,9 @@ from peft import PeftConfig
 from safetensors.torch import save
 from torch import Tensor
 
+from atomdiff.concepts import shared_tensors
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.variants import TENSOR_NAMES
+from atomdiff.tuner.variants import PARAMETER_NAMES, TENSOR_NAMES
 from atomdiff.utils.atomic import write_bytes
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import (
@@ -32,7 +33,7 @@ from atomdiff.utils.untrusted import (
 
 FORMAT = "atomdiff"
 FORMAT_VERSION = "1"
-PRUNED_VERSION = "2"  # of files that only newer readers understand; all others stay of version 1
+NEWER_VERSION = "2"  # of files with settings that version 1 lacks; all others stay of version 1
 CONCEPT_SUFFIX = ".atoms.safetensors"
 
 _DTYPES = ("F16", "BF16", "F32", "F64")
@@ -41,7 +42,13 @@ _PEFT_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)}
 _OF_TRAINING = {"init_weights", "modules_to_save", "select", "select_penalty", "select_budget"}
 _NOT_STORED = _PEFT_FIELDS - {"peft_type"} | _OF_TRAINING
 _CONFIG_FIELDS = {f.name for f in dataclasses.fields(AtomConfig)} - _NOT_STORED
-_NEWER_FIELDS = {"pruned"}  # not in files of version 1, where they have their defaults
+_VERSION_1_FIELDS = frozenset(
+    "peft_type num_atoms channel_block channel_block_pattern joint recursion basis sparsity seed "
+    "target_modules exclude_modules layers_to_transform layers_pattern".split()
+)
+_NEWER_DEFAULTS = {
+    f.name: f.default for f in dataclasses.fields(AtomConfig) if f.name in _CONFIG_FIELDS - _VERSION_1_FIELDS
+}
 
 
 @dataclass(frozen=True)
@@ -90,7 +97,7 @@ def concept_bytes(concept: ConceptFile, dtype: torch.dtype = torch.float16) -> b
     Raises:
         UserError: a value is not finite, or too large for `dtype`.
     """
-    tensors = {f"{module}.{kind}": tensor for module, kinds in concept.layers.items() for kind, tensor in kinds.items()}
+    tensors, places = shared_tensors.pack(concept.layers) if concept.config.share else (_by_key(concept.layers), None)
     tensors |= token_tensors(concept.tokens)
     tensors = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
     broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
@@ -99,18 +106,19 @@ def concept_bytes(concept: ConceptFile, dtype: torch.dtype = torch.float16) -> b
             f"cannot save {list_some(broken)} as {dtype}: values are not finite or too large for it; "
             "save with dtype=torch.float32, or go back to an earlier checkpoint if the training diverged"
         )
-    config, stored = concept.config.to_dict(), _CONFIG_FIELDS
-    if not concept.config.pruned:
-        stored = stored - _NEWER_FIELDS
+    config = concept.config.to_dict()
+    newer = {key: config[key] for key, default in _NEWER_DEFAULTS.items() if config[key] != default}
+    settings = {key: config[key] for key in config.keys() & _VERSION_1_FIELDS} | newer
     metadata = {
         "format": FORMAT,
-        "format_version": PRUNED_VERSION if concept.config.pruned else FORMAT_VERSION,
-        "adapter_config": _json({key: config[key] for key in config.keys() & stored}),
+        "format_version": NEWER_VERSION if newer else FORMAT_VERSION,
+        "adapter_config": _json(settings),
         "base_model": concept.base_model,
         "base_fingerprint": _json(concept.fingerprint),
         "atomdiff_version": concept.atomdiff_version,
         "trigger_phrase": concept.trigger_phrase,
         "training": _json(concept.training),
+        **({} if places is None else {"shared_layers": _json(places)}),
         **{f"modelspec.{key}": value for key, value in concept.modelspec.items()},
     }
     return sort_header(save(tensors, metadata))
@@ -129,23 +137,24 @@ def read_concept_file(path: str | os.PathLike[str]) -> ConceptFile:
         raise UserError(f"{path} has {size:,} bytes; a concept has at most {MAX_FILE_BYTES:,}")
     for key, dtype in dtypes.items():
         kind = key.rpartition(".")[2]
-        if dtype not in _DTYPES or not (key.startswith("token.") or kind in TENSOR_NAMES):
+        is_known = key.startswith("token.") or kind in TENSOR_NAMES or shared_tensors.is_packed(key)
+        if dtype not in _DTYPES or not is_known:
             raise UserError(
                 f"{path} holds {list_some([key])!r} ({printable(dtype)}), which this atomdiff does not know: update it"
             )
     config = _read_config(path, metadata)
     check_words(path, {split_token_key(key)[0] for key in dtypes if key.startswith("token.")})
     modules = {key.rpartition(".")[0] for key in dtypes if not key.startswith("token.")}
-    fingerprint = _read_fingerprint(path, metadata, modules)
-    layers: dict[str, dict[str, Tensor]] = {}
+    fingerprint = _read_fingerprint(path, metadata, None if config.share else modules)
+    of_layers: dict[str, Tensor] = {}
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_finite_tensors(path).items():
         if key.startswith("token."):
             word, encoder = split_token_key(key)
             tokens.setdefault(word, {})[encoder] = tensor
         else:
-            module, _, kind = key.rpartition(".")
-            layers.setdefault(module, {})[kind] = tensor
+            of_layers[key] = tensor
+    layers = _unpack(path, metadata, of_layers, fingerprint) if config.share else _by_module(of_layers)
     return ConceptFile(
         config=config,
         layers=layers,
@@ -171,11 +180,11 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
     if metadata.get("format") != FORMAT:
         found = printable(repr(metadata.get("format")))
         raise UserError(f"{path} is not an atomdiff file: its format is {found}, not {FORMAT!r}")
-    if metadata.get("format_version") not in (FORMAT_VERSION, PRUNED_VERSION):
+    if metadata.get("format_version") not in (FORMAT_VERSION, NEWER_VERSION):
         found = printable(repr(metadata.get("format_version")))
         raise UserError(
             f"{path} has format version {found}; this atomdiff reads versions {FORMAT_VERSION!r} and "
-            f"{PRUNED_VERSION!r}: update atomdiff"
+            f"{NEWER_VERSION!r}: update atomdiff"
         )
     return metadata, dtypes
 
@@ -188,6 +197,12 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     """
     read_safetensors_header(path)  # which takes no more memory than the file is large
     return read_finite_tensors(path)
+
+
+def trained_tensors(concept: ConceptFile) -> list[Tensor]:
+    """The trained tensors of a concept's layers, those that layers share once, without trigger words."""
+    tensors = (tensor for kinds in concept.layers.values() for kind, tensor in kinds.items() if kind in PARAMETER_NAMES)
+    return list({id(tensor): tensor for tensor in tensors}.values())
 
 
 def check_words(path: str | os.PathLike[str], words: Collection[str]) -> None:
@@ -219,6 +234,29 @@ def split_token_key(key: str) -> tuple[str, str]:
     return (word, f"text_encoder_{encoder}") if word and encoder.isdigit() else (name, "text_encoder")
 
 
+def _by_key(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
+    return {f"{module}.{kind}": tensor for module, kinds in layers.items() for kind, tensor in kinds.items()}
+
+
+def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
+    layers: dict[str, dict[str, Tensor]] = {}
+    for key, tensor in tensors.items():
+        module, _, kind = key.rpartition(".")
+        layers.setdefault(module, {})[kind] = tensor
+    return layers
+
+
+def _unpack(
+    path: Any, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], modules: Collection[str]
+) -> dict[str, dict[str, Tensor]]:
+    try:
+        return shared_tensors.unpack(tensors, _read_json(path, metadata, "shared_layers"), list(modules))
+    except UserError:
+        raise
+    except ValueError as error:
+        raise UserError(f"{path} is damaged: its shared_layers do not fit: {printable(str(error))}") from error
+
+
 def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:
     values = _read_json(path, metadata, "adapter_config")
     unknown = sorted(values.keys() - _CONFIG_FIELDS)
@@ -231,9 +269,12 @@ def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:
         raise UserError(f"{path} is damaged: its settings are not valid: {printable(str(error))}") from error
 
 
-def _read_fingerprint(path: Any, metadata: Mapping[str, str], layers: Collection[str]) -> dict[str, list[float]]:
+def _read_fingerprint(path: Any, metadata: Mapping[str, str], layers: Collection[str] | None) -> dict[str, list[float]]:
+    """The fingerprint, of exactly these layers where they are known."""
     values = _read_json(path, metadata, "base_fingerprint")
-    if set(values) != set(layers) or not all(_is_number_list(value) for value in values.values()):
+    if (layers is not None and set(values) != set(layers)) or not all(
+        _is_number_list(value) for value in values.values()
+    ):
         raise UserError(f"{path} is damaged: its base_fingerprint is not one list of numbers for each layer")
     return values
 

@@ -170,12 +170,15 @@ class ConceptLibrary:
 
 def _memory(concept: ConceptFile) -> int:
     """Return the bytes that a concept takes; what several concepts share is counted for each."""
-    total = 0
+    total, tensors = 0, set()  # those that layers share count once
     pending: list[Any] = [vars(concept), vars(concept.config)]
     while pending:
         value = pending.pop()
+        if isinstance(value, Tensor) and id(value) in tensors:
+            continue
         total += sys.getsizeof(value)
         if isinstance(value, Tensor):
+            tensors.add(id(value))
             total += value.nbytes + _TENSOR_BYTES
         elif isinstance(value, dict):
             pending += [*value, *value.values()]

@@ -12,9 +12,9 @@ from typing import Any
 from huggingface_hub import ModelCard, ModelCardData, constants
 
 from atomdiff.concepts import peft_folder
-from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file, trained_tensors
 from atomdiff.concepts.hub import adapter_files, files_in, names_repository
-from atomdiff.tuner.variants import PARAMETER_NAMES, variant_of
+from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.hashing import hash_file
 
 _TRAINING_SETTINGS = ("learning_rate", "token_learning_rate", "lr_scheduler", "train_batch_size")
@@ -103,7 +103,7 @@ def summarize_file(path: Path) -> ConceptSummary:
         UserError: it cannot be read.
     """
     contents = read_concept_file(path)
-    trained = [t for kinds in contents.layers.values() for kind, t in kinds.items() if kind in PARAMETER_NAMES]
+    trained = trained_tensors(contents)
     vectors = [vector for of in contents.tokens.values() for vector in of.values()]
     count, size = sum(tensor.numel() for tensor in trained + vectors), path.stat().st_size
     rows = {

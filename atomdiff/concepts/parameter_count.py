@@ -8,7 +8,7 @@ from collections import Counter
 from dataclasses import dataclass
 
 from peft import PeftConfig
-from torch import nn
+from torch import Tensor, nn
 
 from atomdiff.bases.architectures import open_architecture
 from atomdiff.tuner.adapter_state import peft_state_dict
@@ -64,7 +64,8 @@ def count_parameters(base: str | nn.Module, adapter: PeftConfig | None) -> Adapt
     except (ValueError, TypeError, RuntimeError) as error:
         raise UserError(f"the adapter does not fit this architecture: {error}") from error
     trained = {name: p.shape for name, p in model.named_parameters() if p.requires_grad}
-    stored = {key: tensor for key, tensor in peft_state_dict(model, _ADAPTER).items() if SCORE_NAME not in key}
+    state = [(key, tensor) for key, tensor in peft_state_dict(model, _ADAPTER).items() if SCORE_NAME not in key]
+    stored = {(_storage(tensor) if "_shared." in f"{key}." else key): tensor for key, tensor in state}
     return AdapterCount(
         num_parameters=total,
         num_trainable_parameters=sum(shape.numel() for shape in trained.values()),
@@ -98,6 +99,11 @@ def group_table(groups: dict[tuple[str, tuple[int, ...]], int]) -> list[str]:
         size = " x ".join(map(str, shape))
         lines.append(f"{kind:<24}{size:>18}{layers:>8}{layers * math.prod(shape):>14,}")
     return lines
+
+
+def _storage(tensor: Tensor) -> int:
+    """What tensors have in common that are one parameter, also without values."""
+    return tensor.untyped_storage()._cdata
 
 
 def _kind(name: str) -> str:

@@ -80,6 +80,11 @@ def prune_file(config: PruneConfig) -> Pruned:
     refuse_overlap({"output": config.output}, {"the concept": config.file}, inside=False)
     output = Path(config.output)
     concept = read_concept_file(config.file)
+    if concept.config.share:
+        raise UserError(
+            f"{config.file} has directions that layers share, which no layer has fewer of: use it as it is, with keep "
+            "in its adapter weight to show less of it"
+        )
     check_writable(output.parent, f"output={config.output!r}", output.name)
     ranked = rank_directions(concept.config, concept.layers, concept.fingerprint)
     total, size = len(ranked.order), Path(config.file).stat().st_size

@@ -17,7 +17,7 @@ from atomdiff.concepts.compatibility import fingerprint
 from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
 from atomdiff.concepts.modelspec import model_spec
 from atomdiff.export.extraction import ExtractedLayer, Extraction
-from atomdiff.export.least_squares import fit_layer
+from atomdiff.export.least_squares import fit_layers
 from atomdiff.pipelines.config import BaseModelConfig
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.open import open_pipeline, stored_dtype
@@ -174,12 +174,13 @@ def _fit_layers(
     config: AtomConfig,
 ) -> tuple[list[ExtractedLayer], dict[str, dict[str, Tensor]]]:
     """Fit the atoms of each layer; return how far they come, and their tensors by module."""
+    fitted, residuals = fit_layers(adapted, {name: after[f"{name}.weight"] for name in adapted}, config)
     layers, tensors = [], {}
-    for name, module in adapted.items():
+    for name in adapted:
         path, weight, tuned_weight = f"{component}.{name}", before[f"{name}.weight"], after[f"{name}.weight"]
-        tensors[path], residual = fit_layer(module, tuned_weight, config, name)
+        tensors[path] = fitted[name]
         size, difference = float(weight.to(torch.float32).norm()), _norm_of_difference(weight, tuned_weight)
-        layers.append(ExtractedLayer(path, size, difference, residual))
+        layers.append(ExtractedLayer(path, size, difference, residuals[name]))
     return layers, tensors
 
 

@@ -11,6 +11,9 @@ becomes (I + C).T @ B @ (I + S), are solved for in turn, each exactly while the 
 from __future__ import annotations
 
 import copy
+import dataclasses
+from collections.abc import Mapping
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -18,7 +21,8 @@ from torch import Tensor, nn
 from atomdiff.atoms.layout import as_kernels
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import AtomLayer
-from atomdiff.tuner.variants import Atoms
+from atomdiff.tuner.variant import Atoms
+from atomdiff.tuner.variants import SharedAtoms
 
 _NAME = "fitted"
 _RANK_TOLERANCE = 1e-12  # of squared singular values: what is below comes from rounding in float32
@@ -26,6 +30,66 @@ _MAX_SWEEPS = 50
 _SETTLED = 1e-5  # a sweep that lessens the residual by a smaller part is the last
 _ROUNDING = 1e-6  # a residual this small, of the difference, is due to rounding in float32
 _CPU_PART = 1 << 22  # so that a large weight is never there in float64 as a whole
+
+
+@torch.no_grad()
+def fit_layers(
+    modules: Mapping[str, nn.Module], tuned: Mapping[str, Tensor], config: AtomConfig
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, float]]:
+    """Fit the deltas of all layers of a model.
+
+    With `share="kind"` those of one kind are the best approximation of the deltas of each layer alone, the layers being
+    weighted by the norm of their weight.
+
+    Args:
+        modules: path -> base layer, that stays as it is.
+        tuned: path -> weight (out, in/groups, ...) to come near to.
+        config: the atoms, of a variant that least squares can fit.
+
+    Returns:
+        Path -> the tensors that a file holds, by kind; and the Frobenius norm of what they miss.
+    """
+    alone = dataclasses.replace(config, share=None)
+    fitted = {name: fit_layer(module, tuned[name], alone, name) for name, module in modules.items()}
+    tensors = {name: tensors for name, (tensors, _) in fitted.items()}
+    if config.share is None:
+        return tensors, {name: residual for name, (_, residual) in fitted.items()}
+    norms = {name: float(cast(Tensor, module.weight).float().norm()) for name, module in modules.items()}
+    shared = share_deltas(tensors, norms, config.share_count)
+    residuals = {
+        name: _residual(module, tuned[name], alone, name, SharedAtoms.deltas(shared[name]))
+        for name, module in modules.items()
+    }
+    return shared, residuals
+
+
+def share_deltas(
+    layers: Mapping[str, Mapping[str, Tensor]], norms: Mapping[str, float], count: int
+) -> dict[str, dict[str, Tensor]]:
+    """The mixes a and directions E that minimize the sum over the layers of |norm * (dD - sum over k of a_k * E_k)|^2.
+
+    Args:
+        layers: module -> deltas (m, d) by kind, such as `atom_delta`.
+        norms: module -> its weight in the sum.
+        count: directions of each kind.
+    """
+    kinds: dict[tuple[str, torch.Size], list[str]] = {}
+    for module, deltas in layers.items():
+        for kind, delta in deltas.items():
+            kinds.setdefault((kind.removesuffix("_delta"), delta.shape), []).append(module)
+    shared: dict[str, dict[str, Tensor]] = {module: {} for module in layers}
+    for (name, shape), modules in kinds.items():
+        weights = torch.tensor([[norms[module]] for module in modules], dtype=torch.float64).clamp(min=1e-30)
+        rows = torch.stack([layers[module][f"{name}_delta"].flatten() for module in modules]).cpu().double()
+        left, values, right = torch.linalg.svd(weights * rows, full_matrices=False)
+        rank = min(count, len(values))
+        mixes, directions = torch.zeros(len(modules), count), torch.zeros(count, *shape)
+        sizes = rows.norm(dim=1).max().clamp(min=1e-30)  # so that mixes are about 1, as half precision likes them
+        mixes[:, :rank] = ((left * values / weights) / sizes)[:, :rank].float()
+        directions[:rank] = (sizes * right[:rank]).reshape(rank, *shape).float()
+        for module, mix in zip(modules, mixes, strict=True):
+            shared[module] |= {f"{name}_mix": mix, f"{name}_shared": directions}
+    return shared
 
 
 @torch.no_grad()
@@ -57,6 +121,15 @@ def fit_layer(module: nn.Module, tuned: Tensor, config: AtomConfig, name: str) -
             break
     names = [name for atoms in atom_sets for name in atoms.stored_shapes(config)]
     return {name: layer.tensors(name)[_NAME].detach().clone() for name in names}, residual
+
+
+def _residual(module: nn.Module, tuned: Tensor, config: AtomConfig, name: str, deltas: Mapping[str, Tensor]) -> float:
+    """The Frobenius norm of what deltas miss of a tuned weight."""
+    layer = AtomLayer(copy.deepcopy(module).to(torch.float32))
+    layer.update_layer(_NAME, config, name)
+    for kind, delta in deltas.items():
+        layer.tensors(kind)[_NAME].copy_(delta)
+    return float((tuned.to(layer.unmerged_weight()) - layer.adapted_weight([_NAME])).norm())
 
 
 def _best_delta(layer: AtomLayer, atoms: Atoms, target: Tensor) -> Tensor:

@@ -74,7 +74,7 @@ def save_atoms(
             metadata = {"training": json.dumps(training)} if training else {}
             peft_folder.write(path, adapters, _tokens(pipe, adapter_name), find_base(models).denoiser, metadata)
             return path
-        details = {"trigger_phrase": trigger_phrase, "training": training, "base_model": base_model}
+        details: dict[str, Any] = {"trigger_phrase": trigger_phrase, "training": training, "base_model": base_model}
         concept = build_concept(pipe, path.name.partition(".")[0], adapter_name, dtype=dtype, **details)
         write_concept_file(path, concept, dtype)
     return path

@@ -95,7 +95,8 @@ def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 def peft_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
     """The tensors of an adapter of any PEFT method, under the keys that PEFT saves them with."""
     state = peft_state_dict(model, name)
-    return {unwrapped_key(key): tensor.detach().cpu().contiguous() for key, tensor in state.items()}
+    layout = torch.contiguous_format  # copies, as files have no tensors that share memory
+    return {unwrapped_key(key): tensor.detach().cpu().clone(memory_format=layout) for key, tensor in state.items()}
 
 
 def peft_state_dict(model: nn.Module, name: str) -> dict[str, Tensor]:

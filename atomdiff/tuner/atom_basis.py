@@ -13,7 +13,7 @@ from atomdiff.atoms.sparse import sparse_atoms, sparse_coefficients
 
 if TYPE_CHECKING:
     from atomdiff.tuner.config import AtomConfig
-    from atomdiff.tuner.variants import Atoms
+    from atomdiff.tuner.variant import Atoms
 
 
 class SvdBasis:

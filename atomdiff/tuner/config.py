@@ -13,7 +13,8 @@ from peft.utils.other import get_pattern_key
 
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.peft_type import ATOMS
-from atomdiff.tuner.variants import VARIANTS, check_count
+from atomdiff.tuner.variant import check_count
+from atomdiff.tuner.variants import VARIANTS
 from atomdiff.utils.sizes import parse_bytes
 from atomdiff.utils.untrusted import check_patterns
 
@@ -76,6 +77,14 @@ class AtomConfig(PeftConfig):
             "beta x D1); None: all input channels share their atoms. Acts on kernels larger than 1x1."
         },
     )
+    share: Literal["kind"] | None = field(
+        default=None,
+        metadata={
+            "help": "'kind': all layers whose atoms have the same shape mix their deltas from one set of trained "
+            "directions, each with a few numbers of its own. Needs basis='dct', whose atoms mean the same in each."
+        },
+    )
+    share_count: int = field(default=4, metadata={"help": "Directions of each kind of layer with share='kind'."})
     basis: Literal["svd", "dct", "sparse"] = field(
         default="svd",
         metadata={

@@ -20,6 +20,7 @@ from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.coefficient_cache import CoefficientCache, Key
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.peft_type import PREFIX
+from atomdiff.tuner.variant import Atoms
 from atomdiff.tuner.variants import (
     BASIS_NAMES,
     PARAMETER_NAMES,
@@ -27,7 +28,6 @@ from atomdiff.tuner.variants import (
     SCORE_START,
     SCORE_THRESHOLD,
     TENSOR_NAMES,
-    Atoms,
     atoms_of,
 )
 
@@ -96,18 +96,33 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
         """The tensors of a kind, by adapter."""
         return self._modules[attribute(kind)]
 
-    def update_layer(self, adapter_name: str, config: AtomConfig, module_name: str) -> None:
+    def update_layer(
+        self,
+        adapter_name: str,
+        config: AtomConfig,
+        module_name: str,
+        shared: dict[tuple[Any, ...], nn.Parameter] | None = None,
+    ) -> None:
         """Add an adapter: deltas in float32, zero by default, and atoms fitted to the unmerged base weight.
+
+        Args:
+            adapter_name: its name.
+            config: its settings.
+            module_name: path of the layer in its model.
+            shared: parameters that layers of the model share, by name and shape; new ones are added.
 
         Raises:
             ValueError: `config.num_atoms` exceeds the numbers in a row, or the base weight is not finite.
         """
         weight = self.unmerged_weight().detach()
         atom_sets = atoms_of(config, module_name, weight.shape)
-        seed = config.seed << 32 | zlib.crc32(module_name.encode())
+        seed = zlib.crc32(module_name.encode(), config.seed)  # of 32 bits: generators pass over the rest
         for atoms in atom_sets:
             for kind, start in atoms.initial_tensors(config, seed).items():
-                self.tensors(kind)[adapter_name] = nn.Parameter(start.to(weight.device))
+                parameter = nn.Parameter(start.to(weight.device))
+                if shared is not None and kind in atoms.shared_names:
+                    parameter = shared.setdefault((kind, *start.shape), parameter)
+                self.tensors(kind)[adapter_name] = parameter
             basis = ATOM_BASES[config.basis].first_atoms(atoms, weight, config, seed, module_name)
             # Fitted atoms are saved with the deltas: their signs and order are not the same everywhere.
             self.tensors(f"{atoms.name}_basis").register_buffer(

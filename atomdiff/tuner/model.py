@@ -47,6 +47,7 @@ class AtomModel(BaseTuner):
 
     def _prepare_model(self, peft_config: Any, model: nn.Module) -> None:
         """Refuse what cannot work before a layer updates, and leave no name of it behind."""
+        self._shared: dict[tuple[Any, ...], nn.Parameter] = {}  # of the adapter that is being added
         try:
             self._targets = set(find_targets(model, peft_config))
         except (ValueError, TypeError):
@@ -73,10 +74,10 @@ class AtomModel(BaseTuner):
     ) -> None:
         layer = find_atom_layer(target)
         if layer is not None:
-            layer.update_layer(adapter_name, peft_config, current_key)
+            layer.update_layer(adapter_name, peft_config, current_key, self._shared)
             return
         layer = AtomLayer(target)
-        layer.update_layer(adapter_name, peft_config, current_key)
+        layer.update_layer(adapter_name, peft_config, current_key, self._shared)
         if adapter_name not in self.active_adapters:
             layer.requires_grad_(False)
         setattr(parent, target_name, layer)  # on its device already: PEFT would follow weights to the meta device

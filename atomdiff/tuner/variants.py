@@ -10,114 +10,18 @@ import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Any, ClassVar
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from atomdiff.atoms.layout import Block, View, fit_block
-from atomdiff.atoms.update import recursive_delta
+from atomdiff.atoms.update import recursive_delta, shared_delta
 from atomdiff.tuner.atom_basis import ATOM_BASES
+from atomdiff.tuner.variant import Atoms, check_count
 
 if TYPE_CHECKING:
     from atomdiff.tuner.config import AtomConfig
-
-_RANDOM_START = 0.5  # size of a random start: about that of the change of a weight, relative to the weight
-
-
-@dataclass(frozen=True)
-class Atoms:
-    """Atoms D (m, d) on one view of a layer's weight, whose delta dD (m, d) is trained.
-
-    The plain variant: atoms of kernels, and beside them those of channel blocks. Other variants of the atoms of kernels
-    override what differs.
-    """
-
-    name: str
-    """First part of the tensors' names: `atom`, or `channel` for those of channel blocks."""
-    view: View
-    """The rows that the atoms belong to."""
-    axes: tuple[int, ...]
-    """The axes of a row; their product is d."""
-    num_atoms: int
-    """m."""
-
-    parameter_names: ClassVar[tuple[str, ...]] = ("atom_delta", "channel_delta")
-    """All trained tensors there may be, as files name them."""
-    takes_blocks: ClassVar[bool] = False
-    """Whether a row is a whole block of channels with its kernels, so that there are no atoms of channels beside it."""
-
-    @classmethod
-    def is_chosen(cls, config: AtomConfig) -> bool:
-        """Whether a config means this variant."""
-        return True
-
-    @classmethod
-    def check(cls, config: AtomConfig) -> None:
-        """Check the variant's own fields, also where it is not chosen.
-
-        Raises:
-            ValueError: a field has a value it may not have, or contradicts another one.
-        """
-
-    @classmethod
-    def check_targets(cls, config: AtomConfig, layers: Mapping[str, Sequence[Atoms]]) -> None:
-        """Check, where the variant is chosen, that it has something to act on in the matching layers.
-
-        Raises:
-            ValueError: it has not.
-        """
-
-    @classmethod
-    def label(cls, config: AtomConfig) -> str:
-        """How reports and model cards describe it."""
-        return f"channel blocks of {config.channel_block}"
-
-    @classmethod
-    def why_not_fitted(cls, config: AtomConfig) -> str:
-        """Why least squares cannot fit its deltas to a tuned weight; empty: they can."""
-        return ""
-
-    @classmethod
-    def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
-        """The atoms of the kernels, or whole blocks, of a layer."""
-        return cls("atom", view, view.axes(weight_shape), num_atoms)
-
-    @property
-    def size(self) -> int:
-        """d, the length of a row."""
-        return math.prod(self.axes)
-
-    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of each trained tensor."""
-        return {f"{self.name}_delta": (self.num_atoms, self.size)}
-
-    def initial_tensors(self, config: AtomConfig, seed: int) -> dict[str, Tensor]:
-        """Name -> what each trained tensor starts from: zeros, or random values without `init_weights`."""
-        is_zero = config.init_weights or config.filled_by_loader
-        return {
-            name: torch.zeros(shape) if is_zero else _RANDOM_START * torch.randn(shape) / shape[-1] ** 0.5
-            for name, shape in self.parameter_shapes().items()
-        }
-
-    @property
-    def delta_name(self) -> str:
-        """Name of the trained tensor (..., d) that the delta is linear in."""
-        return f"{self.name}_delta"
-
-    def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
-        """Delta dD (m, d), or (in, m, d) where `view.by_input`; `tensor` gives trained tensors and atoms by name."""
-        return tensor(self.delta_name)
-
-    @classmethod
-    def deltas(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-        """`delta_name` -> delta of all atoms of a layer, from its tensors alone."""
-        return {name: tensor for name, tensor in tensors.items() if name.endswith("_delta")}
-
-    def stored_shapes(self, config: AtomConfig) -> dict[str, tuple[int, ...]]:
-        """Name -> shape of each tensor in a file."""
-        basis = {f"{self.name}_basis": (self.num_atoms, self.size)} if config.stores_basis else {}
-        return self.parameter_shapes() | basis
 
 
 @dataclass(frozen=True)
@@ -229,7 +133,82 @@ class RecursiveAtoms(Atoms):
         return deltas
 
 
-VARIANTS: tuple[type[Atoms], ...] = (JointAtoms, RecursiveAtoms, Atoms)
+@dataclass(frozen=True)
+class SharedAtoms(Atoms):
+    """Deltas of one set of directions E (n, m, d) for all layers of a kind: dD_l = sum over k of a_lk * E_k.
+
+    Chosen by `share`; the idea of FINE, arXiv 2409.19289, where the layers of a kind share their singular vectors.
+    """
+
+    share_count: int
+    """n."""
+
+    parameter_names = ("atom_mix", "atom_shared", "channel_mix", "channel_shared")
+    shared_names = ("atom_shared", "channel_shared")
+    only_kernels = False
+
+    @classmethod
+    def is_chosen(cls, config: AtomConfig) -> bool:
+        """See `Atoms`."""
+        return config.share is not None
+
+    @classmethod
+    def check(cls, config: AtomConfig) -> None:
+        """See `Atoms`."""
+        check_count("share_count", config.share_count)
+        if config.share not in (None, "kind"):
+            raise ValueError(f"share={config.share!r}: expected 'kind' or None")
+        if config.share is None:
+            return
+        if config.basis != "dct":
+            raise ValueError(
+                f"share={config.share!r} with basis={config.basis!r}: atoms that are fitted to each weight mean "
+                "something else in each layer; use basis='dct'"
+            )
+        for other in ("joint", "recursion", "pruned"):
+            if getattr(config, other):
+                raise ValueError(
+                    f"share={config.share!r} with {other}={getattr(config, other)!r}: choose one of the two"
+                )
+
+    @classmethod
+    def label(cls, config: AtomConfig) -> str:
+        """See `Atoms`."""
+        return f"{super().label(config)}, {config.share_count} directions for each kind of layer"
+
+    @classmethod
+    def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
+        """See `Atoms`."""
+        return cls("atom", view, view.axes(weight_shape), num_atoms, config.share_count)
+
+    @classmethod
+    def of_channels(cls, config: AtomConfig, view: View) -> Atoms:
+        """See `Atoms`."""
+        return cls("channel", view, view.block, math.prod(view.block), config.share_count)
+
+    def parameter_shapes(self) -> dict[str, tuple[int, ...]]:
+        """See `Atoms`."""
+        count = self.share_count
+        return {f"{self.name}_mix": (count,), f"{self.name}_shared": (count, self.num_atoms, self.size)}
+
+    def initial_tensors(self, config: AtomConfig, seed: int) -> dict[str, Tensor]:
+        """See `Atoms`; the mix is random in any case, and gives the directions a gradient while they are zero."""
+        generator = torch.Generator().manual_seed(seed)
+        mix = torch.randn(self.share_count, generator=generator) / self.share_count**0.5
+        return super().initial_tensors(config, seed) | {f"{self.name}_mix": mix}
+
+    def delta(self, tensor: Callable[[str], Tensor]) -> Tensor:
+        """See `Atoms`."""
+        return shared_delta(tensor(f"{self.name}_mix"), tensor(f"{self.name}_shared"))
+
+    @classmethod
+    def deltas(cls, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+        """See `Atoms`."""
+        names = [kind.removesuffix("_mix") for kind in tensors if kind.endswith("_mix")]
+        return {f"{name}_delta": shared_delta(tensors[f"{name}_mix"], tensors[f"{name}_shared"]) for name in names}
+
+
+VARIANTS: tuple[type[Atoms], ...] = (JointAtoms, RecursiveAtoms, SharedAtoms, Atoms)
 """All variants; a config means the first that it chooses."""
 
 PARAMETER_NAMES = tuple(dict.fromkeys(name for variant in reversed(VARIANTS) for name in variant.parameter_names))
@@ -257,7 +236,9 @@ def atoms_of(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) 
     """
     block = fit_block(weight_shape, config.block_of(module_name))
     has_kernel = math.prod(weight_shape[2:]) > 1
-    variant = variant_of(config) if has_kernel else Atoms
+    variant = variant_of(config)
+    if not has_kernel and variant.only_kernels:
+        variant = Atoms
     atom_sets = []
     if has_kernel or block == (1, 1):
         view = View(block if variant.takes_blocks else (1, 1))
@@ -265,7 +246,7 @@ def atoms_of(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) 
         atom_sets.append(variant.of_kernels(config, view, weight_shape, num_atoms))
     if block != (1, 1) and not variant.takes_blocks:
         view = View(block, spans_kernel=False)
-        atom_sets.append(Atoms("channel", view, view.axes(weight_shape), math.prod(block)))
+        atom_sets.append(variant.of_channels(config, view))
     if config.kept_atoms is None:
         return tuple(atom_sets)
     kept = config.kept_atoms[module_name]
@@ -289,13 +270,3 @@ def _num_atoms(config: AtomConfig, module_name: str, block: Block, axes: Sequenc
             f"use at most {size}, or None for all; more need basis='sparse'"
         )
     return num_atoms
-
-
-def check_count(name: str, count: Any) -> None:
-    """Check that a field is a whole number of at least 1.
-
-    Raises:
-        ValueError: it is not.
-    """
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise ValueError(f"{name}={count!r}: expected a whole number of at least 1")

@@ -18,8 +18,9 @@ from atomdiff.concepts.concept_file import write_concept_file
 from atomdiff.export import extract as extract_module
 from atomdiff.export.extract import ExtractConfig, extract, extract_concept
 from atomdiff.export.extraction import describe_extraction
-from atomdiff.export.least_squares import fit_layer
+from atomdiff.export.least_squares import fit_layer, share_deltas
 from atomdiff.tuner import AtomConfig
+from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
 
 CONFIGS = {
@@ -312,3 +313,39 @@ def test_rounding_to_half_precision_is_no_tuning(tiny_pipe):
         tuned.unet.conv_in.weight.mul_(1.1)
     tuned.text_encoder.half().float()
     assert extract(tiny_pipe, tuned, AtomConfig(target_modules=["conv_in"])).other_models == {}
+
+
+def test_shared_directions_are_found_again(tiny_pipe):
+    config = AtomConfig(share="kind", share_count=2, basis="dct", channel_block=1)
+    unet = copy.deepcopy(tiny_pipe.unet)
+    unet.add_adapter(config, "made")
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        for key, parameter in unet.named_parameters():
+            if "_shared.made" in key or "_mix.made" in key:
+                parameter.normal_(std=0.2, generator=generator)
+    tuned = merged(unet)
+    found = extract(tiny_pipe.unet, tuned, config)
+    assert found.explained > 0.9999
+    assert {tensors["atom_shared"].shape for tensors in found.concept.layers.values()} == {(2, 9, 9)}
+    assert len({id(tensors["atom_shared"]) for tensors in found.concept.layers.values()}) == 1
+    atomdiff.load_atoms(tiny_pipe, found.concept, "found")
+    with torch.no_grad():
+        for path, layer in atom_layers(tiny_pipe.unet).items():
+            torch.testing.assert_close(
+                layer.adapted_weight(["found"]), tuned.get_submodule(path).weight, atol=1e-4, rtol=0
+            )
+
+
+def test_fewer_shared_directions_are_the_nearest(tiny_pipe):
+    generator = torch.Generator().manual_seed(0)
+    layers = {f"layer{number}": {"atom_delta": torch.randn(3, 3, generator=generator)} for number in range(6)}
+    norms = {name: float(number + 1) for number, name in enumerate(layers)}
+    shared = share_deltas(layers, norms, 2)
+    rows = np.stack([norms[name] * deltas["atom_delta"].double().numpy().ravel() for name, deltas in layers.items()])
+    left, values, right = np.linalg.svd(rows, full_matrices=False)
+    nearest = (left[:, :2] * values[:2]) @ right[:2]
+    for number, name in enumerate(layers):
+        mix, directions = (shared[name][f"atom_{kind}"].double().numpy() for kind in ("mix", "shared"))
+        delta = sum(factor * direction for factor, direction in zip(mix, directions, strict=True))
+        np.testing.assert_allclose(norms[name] * delta.ravel(), nearest[number], atol=1e-5)

@@ -183,6 +183,8 @@ BAD_SETTINGS = {
     + [{f"x{i}": 2 for i in range(5000)}, {"a" * 10**6: 2}, {"(" * 5000 + ")" * 5000: 2}],
     "joint": [1, "yes", None, [], DEEP],
     "pruned": [1, "yes", None, [], DEEP],
+    "share": ["all", "kind", 1, True, [], DEEP],
+    "share_count": [0, -1, 1.5, "4", True, None, [4]],
     "recursion": [0, "2", 10**12, HUGE, 1.0, True, [1]],
     "basis": ["x", None, [], 5, {"a": 1}, "SVD", "x" * 10**6],
     "sparsity": [0, -1, NAN, INF, -INF, HUGE, True, "1", None, [], 1e300],

@@ -30,6 +30,7 @@ VARIANTS = {
     "recursive": AtomConfig(channel_block=1, recursion=2, target_modules=["conv1", "conv_out"]),
     "sparse": AtomConfig(channel_block=2, basis="sparse", num_atoms=12, target_modules=["conv_in", "conv_out"]),
     "dct": AtomConfig(channel_block=8, basis="dct", target_modules="attention"),
+    "shared": AtomConfig(channel_block=2, basis="dct", share="kind", target_modules=["conv1", "conv2", "to_v"]),
 }
 """One adapter of every variant of atoms, all of which the fixture `pipe` has, by these names."""
 

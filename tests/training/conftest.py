@@ -7,6 +7,7 @@ import pytest
 ATTENTION = ["to_q", "to_k", "to_v", "to_out.0"]
 METHODS = {
     "atoms": {"peft_type": "ATOMS", "channel_block": 2},
+    "shared": {"peft_type": "ATOMS", "channel_block": 2, "basis": "dct", "share": "kind", "share_count": 2},
     "lora": {"peft_type": "LORA", "r": 2, "lora_dropout": 0.2, "target_modules": ATTENTION},
     "oft": {"peft_type": "OFT", "oft_block_size": 8, "target_modules": ATTENTION},
     "full": {"peft_type": "FULL"},

@@ -22,7 +22,7 @@ from tests.helpers import concept_bytes, read_log
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("method", ["atoms", "lora"])
+@pytest.mark.parametrize("method", ["atoms", "shared", "lora"])
 def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(config, method, adapter_file, tmp_path, monkeypatch):
     config = dataclasses.replace(
         config, adapter=adapter_file(method), lr_scheduler="cosine", gradient_accumulation_steps=2

@@ -56,6 +56,7 @@ METHODS: dict[str, Callable[[], PeftConfig]] = {
         basis="sparse", channel_block=2, joint=True, num_atoms=5, target_modules=["plain", "transposed"]
     ),
     "sparse, recursion": lambda: AtomConfig(basis="sparse", recursion=2, target_modules=["line", "to_q"]),
+    "shared": lambda: AtomConfig(share="kind", share_count=2, basis="dct", target_modules="all"),
     "adaptive": lambda: AtomConfig(select="adaptive", target_modules="all"),
     "lora": lambda: LoraConfig(r=2, target_modules=["plain", "wide", "to_q"]),
     "oft": lambda: OFTConfig(r=2, oft_block_size=0, target_modules=["to_q"]),  # its merged convolutions differ
@@ -195,9 +196,9 @@ def test_every_delta_learns(base, x, method):
     model = get_peft_model(copy.deepcopy(base), METHODS[method]())
     model(x).square().sum().backward()
     gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
-    deltas = {key: gradient for key, gradient in gradients.items() if "_delta." in key}
+    deltas = {key: gradient for key, gradient in gradients.items() if "_delta." in key or "_shared." in key}
     assert deltas and all(gradient.abs().max() > 0 for gradient in deltas.values())
-    others = (".atom_recursion_mix.", ".atom_select_score.")
+    others = ("_mix.", ".atom_select_score.")
     assert all(any(name in key for name in others) for key in gradients.keys() - deltas.keys())
 
 

@@ -1,0 +1,124 @@
+"""Files with directions that layers share: once, small, read back, and refused where they are damaged."""
+
+import dataclasses
+import json
+
+import pytest
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+
+import atomdiff
+from atomdiff.cli.summary import describe
+from atomdiff.concepts.concept_file import (
+    concept_bytes,
+    read_concept_file,
+    read_header,
+    trained_tensors,
+    write_concept_file,
+)
+from atomdiff.concepts.library import ConceptLibrary
+from atomdiff.concepts.prune import PruneConfig, prune_file
+from atomdiff.evaluate.size import num_trainable_parameters
+from atomdiff.tuner import AtomConfig
+from atomdiff.utils.errors import UserError
+from tests.helpers import add_adapter, predict
+
+CONFIG = AtomConfig(share="kind", share_count=2, basis="dct", channel_block=2, target_modules=["conv1", "to_q", "fc1"])
+
+
+@pytest.fixture
+def saved(tiny_pipe, tmp_path):
+    """A concept of the denoiser and the text encoder, in full precision."""
+    add_adapter(tiny_pipe, "mug", CONFIG, ("unet", "text_encoder"))
+    return atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", "mug", dtype=torch.float32)
+
+
+def test_what_is_saved_is_loaded(saved, tiny_pipe, tmp_path):
+    acting = predict(tiny_pipe)
+    atomdiff.unload_atoms(tiny_pipe)
+    assert (predict(tiny_pipe) - acting).abs().max() > 1e-3
+    atomdiff.load_atoms(tiny_pipe, saved)
+    assert torch.equal(predict(tiny_pipe), acting)
+    again = atomdiff.save_atoms(tiny_pipe, tmp_path / "again", "mug", dtype=torch.float32)
+    one, two = read_concept_file(saved), read_concept_file(again)
+    assert concept_bytes(dataclasses.replace(two, modelspec=one.modelspec)) == concept_bytes(one)
+
+
+def test_directions_are_there_once(saved, tiny_pipe):
+    with safe_open(saved, "pt") as file:
+        shapes = {key: tuple(file.get_slice(key).get_shape()) for key in file.keys()}  # noqa: SIM118
+    metadata = read_header(saved)[0]
+    concept = read_concept_file(saved)
+    counts = {part: sum(m.startswith(part) for m in concept.layers) for part in ("unet", "text_encoder")}
+    kernels = sum("atom_mix" in tensors for tensors in concept.layers.values())
+    assert shapes == {
+        "unet.shared.atom_shared.9x9": (2, 9, 9),
+        "unet.shared.atom_mix.9x9": (kernels, 2),
+        "unet.shared.channel_shared.4x4": (2, 4, 4),
+        "unet.shared.channel_mix.4x4": (counts["unet"], 2),
+        "text_encoder.shared.channel_shared.4x4": (2, 4, 4),
+        "text_encoder.shared.channel_mix.4x4": (counts["text_encoder"], 2),
+    }
+    assert metadata["format_version"] == "2" and '"share":"kind"' in metadata["adapter_config"]
+    count = sum(torch.Size(shape).numel() for shape in shapes.values())
+    assert sum(tensor.numel() for tensor in trained_tensors(concept)) == num_trainable_parameters(saved) == count
+    described = describe(saved)
+    assert f"{count:,} trained" in described and "2 directions for each kind of layer" in described
+    assert f"{'unet atom_shared':<24}{'2 x 9 x 9':>18}{1:>8}{162:>14}" in described
+    plain = dataclasses.replace(CONFIG, share=None)
+    add_adapter(tiny_pipe, "plain", plain, ("unet", "text_encoder"))
+    without = atomdiff.save_atoms(tiny_pipe, saved.with_name("plain"), "plain", dtype=torch.float32)
+    assert saved.stat().st_size < 0.7 * without.stat().st_size
+
+
+def test_a_library_counts_directions_once(saved):
+    library = ConceptLibrary(saved.parent)
+    concept = library["mug"]
+    shared = {id(tensors["channel_shared"]) for tensors in concept.layers.values()}
+    assert len(shared) == 2 < len(concept.layers)
+    sizes = [library.memory_used]
+    own = {m: {kind: tensor.clone() for kind, tensor in t.items()} for m, t in concept.layers.items()}
+    write_concept_file(saved.parent / "own.atoms.safetensors", dataclasses.replace(concept, layers=own))
+    assert 0 < sizes[0] < sum(t.nbytes + 520 for tensors in own.values() for t in tensors.values()) + 40_000
+
+
+def test_layers_that_differ_cannot_be_saved(saved):
+    concept = read_concept_file(saved)
+    module = max(concept.layers)
+    layers = concept.layers | {module: {k: 2 * t for k, t in concept.layers[module].items()}}
+    with pytest.raises(UserError, match=f"{module} has other directions than the layers of its kind"):
+        write_concept_file(saved, dataclasses.replace(concept, layers=layers))
+
+
+def test_they_are_not_pruned(saved, tmp_path):
+    with pytest.raises(UserError, match="directions that layers share.*with keep in its adapter weight"):
+        prune_file(PruneConfig(file=str(saved), output=str(tmp_path / "small"), keep=0.5))
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda places: {},
+        lambda places: places | {"unet.atom.9x9": places["unet.atom.9x9"][1:]},
+        lambda places: places | {"unet.atom.9x9": [10**6, *places["unet.atom.9x9"][1:]]},
+        lambda places: places | {"unet.atom.9x9": [-1, *places["unet.atom.9x9"][1:]]},
+        lambda places: places | {"unet.atom.9x9": [True, *places["unet.atom.9x9"][1:]]},
+        lambda places: places | {"unet.atom.9x9": places["unet.atom.9x9"][:1] * len(places["unet.atom.9x9"])},
+        lambda places: places | {"unet.atom.9x9": [0, *places["unet.atom.9x9"][1:]]},  # of the text encoder
+        lambda places: places | {"unet.atom.9x9": None},
+        lambda places: places | {"unet.atom.9x9": "0"},
+        lambda places: places | {"unet.atom.8x8": []},
+        lambda places: places | {"": [0]},
+        lambda places: places | {"a.b.c.d.e": [0]},
+        lambda places: None,
+    ],
+)
+def test_damaged_places_are_refused(saved, change):
+    with safe_open(saved, "pt") as file:
+        tensors, metadata = {key: file.get_tensor(key) for key in file.keys()}, file.metadata()  # noqa: SIM118
+    changed = change(json.loads(metadata["shared_layers"]))
+    metadata = {**metadata, "shared_layers": json.dumps(changed)}
+    save_file(tensors, saved, metadata)
+    with pytest.raises(UserError, match="is damaged: .*shared_layers"):
+        read_concept_file(saved)
