@@ -27,8 +27,8 @@ class ConceptsConfig(ConfigGroup):
     """Concepts: concept or LoRA files, PEFT folders, or user/repo on the Hub."""
     weights: tuple[float | dict[Any, Any], ...] = ()
     """Adapter weight of each concept: a number, 1 is as trained; or JSON with factors by block and, for images, by
-    denoising progress: '{"weight": 0.8, "blocks": {"down": 0.5, "up.1": 0}, "steps": {"0": 1, "1": 0.2}}'. Default: 1
-    each."""
+    denoising progress, and the share of the concept that is kept: '{"weight": 0.8, "blocks": {"down": 0.5, "up.1": 0},
+    "steps": {"0": 1, "1": 0.2}, "keep": 0.5}'. Default: 1 each."""
     trigger_words: tuple[str, ...] = ()
     """New trigger word for each concept, where two have the same one. Default: their own."""
 

@@ -6,6 +6,8 @@ import torch
 import atomdiff
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.prune import PruneConfig, prune_file
+from atomdiff.pipelines.differences import merged_copy
+from atomdiff.pipelines.switch import set_weights
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
 from tests.helpers import predict
@@ -69,6 +71,14 @@ def test_each_sample_of_a_batch_keeps_its_own_share(pipe):
     with atomdiff.mixed_batch(pipe, samples):
         mixed = predict_many(pipe, len(samples))
     torch.testing.assert_close(mixed, torch.stack(expected), **TOLERANCE)
+
+
+def test_a_part_of_a_concept_is_exported(pipe):
+    set_weights(pipe, {"separable": {"keep": 0.3, "weight": 0.5}})
+    part = predict(pipe)
+    torch.testing.assert_close(predict(merged_copy(pipe)), part, **TOLERANCE)
+    set_weights(pipe, {"separable": 0.5})
+    assert (predict(merged_copy(pipe)) - part).abs().max() > 1e-3
 
 
 def test_what_is_kept_lasts_until_the_next_switch(pipe):
