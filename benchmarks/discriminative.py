@@ -16,7 +16,6 @@ parameters and statistics; the head, the same for all, is in neither.
 
 from __future__ import annotations
 
-import json
 import statistics
 import time
 from dataclasses import dataclass
@@ -25,6 +24,7 @@ from typing import Any, Literal
 
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.classifier_runs import train
 from benchmarks.experiments import EXPERIMENTS, own_rate, rates_around
 from benchmarks.result_file import command_line, write_result
 
@@ -64,18 +64,6 @@ class BenchmarkConfig:
     """The result file."""
 
 
-def train(folder: Path, **fields: Any) -> dict[str, Any]:
-    """Train a classifier into this folder, or read what an earlier call reported."""
-    from atomdiff.classify.config import ClassifyConfig
-    from atomdiff.classify.train import train_classifier
-
-    if (folder / "report.json").is_file():
-        report: dict[str, Any] = json.loads((folder / "report.json").read_text())
-        return report
-    common = {"random_flip": True, "random_resized_crop": 0.8, "output_dir": str(folder)}
-    return train_classifier(ClassifyConfig(**common, **fields))
-
-
 def prepare_base(config: BenchmarkConfig, work: Path) -> dict[str, Any]:
     """Draw both image folders and train the base on the first; give the base's report."""
     from transformers import ResNetConfig
@@ -88,6 +76,7 @@ def prepare_base(config: BenchmarkConfig, work: Path) -> dict[str, Any]:
     ResNetConfig(**RESNET).save_pretrained(work / "architecture")
     return train(
         work / "base",
+        random_flip=True,
         pretrained_model_name_or_path=str(work / "architecture"),
         train_data_dir=str(work / "source"),
         from_scratch=True,
@@ -117,6 +106,7 @@ def run(config: BenchmarkConfig, work: Path, method: str, rate: float, seed: int
         max_train_steps=config.max_train_steps,
         validation_steps=25,
         seed=seed,
+        random_flip=True,
         **fields,
     )
     print(method, f"{rate:.3g}", seed, report["accuracy"], report["train_seconds"], flush=True)

@@ -132,8 +132,7 @@ def set_active(model: Any, adapter_name: str | None) -> None:
         patches.loaded[patches.active] = Patch(now.head, statistics, left.method)
         _put(model, patches.base)
     patches.active, patches.base = None, None
-    if patches.loaded or adapter_configs(model):
-        activate(model, [] if adapter_name is None else [adapter_name])
+    activate(model, [] if adapter_name is None else [adapter_name])
     for layer in adapter_layers(model).values():
         layer._disable_adapters = adapter_name not in layer._all_available_adapter_names()
     if adapter_name is not None:
@@ -164,9 +163,8 @@ def unload_patch(model: Any, adapter_name: str | None = None) -> None:
 def list_patches(model: Any) -> list[LoadedPatch]:
     """List the patches of a model, in the order they came."""
     patches = find_patches(model)
-    heads = {name: head_of(model) if name == patches.active else patch.head for name, patch in patches.loaded.items()}
     return [
-        LoadedPatch(name, patch.method, heads[name].classes, name == patches.active)
+        LoadedPatch(name, patch.method, patch.head.classes, name == patches.active)
         for name, patch in patches.loaded.items()
     ]
 

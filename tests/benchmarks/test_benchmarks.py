@@ -1,13 +1,18 @@
 """The benchmarks in miniature: they run, and their result files say how to repeat them."""
 
+import dataclasses
 import json
 import re
 import shutil
 from pathlib import Path
 
+import numpy as np
 import pytest
+from PIL import Image
 
-from benchmarks import discriminative, keep, library, training_step
+from benchmarks import classify_methods, discriminative, keep, library, patching, training_step
+from benchmarks.classifier_runs import Comparison
+from benchmarks.classifier_worlds import WORLDS, DigitImages
 from benchmarks.experiments import rates_around
 from benchmarks.result_file import command_line
 from benchmarks.timing import take_turns
@@ -65,6 +70,94 @@ def test_discriminative_tuning(result, tmp_path):
         discriminative.BenchmarkConfig(("linear", "conv"), seeds=(0,), trials=1, **few, **steps, **folders)
     )
     assert result("discriminative.json")["conv:trained_numbers"] > 0
+
+
+@pytest.fixture
+def short(monkeypatch):
+    """Makes a world small and its base's training short."""
+
+    def shorten(name):
+        world = dataclasses.replace(WORLDS[name](), base_steps=2)
+        if name == "toybox":
+            world = dataclasses.replace(world, base_per_class=4)
+        monkeypatch.setitem(WORLDS, name, lambda: world)
+
+    return shorten
+
+
+@pytest.mark.slow
+def test_patching(result, short, tmp_path):
+    short("digits")
+    folders = {"work_dir": str(tmp_path / "work"), "output": str(tmp_path / "patching.json")}
+    few = {"seeds": (0,), "trials": 1, "max_train_steps": 2, "alphas": (0.0, 1.0)}
+    patching.main(patching.BenchmarkConfig("digits", **few, **folders))
+    figures = result("patching.json")
+    assert figures["patches_and_base_equal_to_the_bit"] is True and 0 < figures["switch_seconds"] < 1
+    assert figures["interpolation:0.0:base"] == figures["base:accuracy"] == figures["atoms:base_accuracy"]
+    assert figures["interpolation:1.0:new"] == figures["full:accuracy"] > 0
+    assert figures["interpolation:atoms:new"] == figures["atoms:accuracy"]
+    assert figures["atoms:bytes"] < figures["full:bytes"] and figures["unseen:base:ink"] > 0
+    written = (tmp_path / "patching.json").stat().st_mtime_ns
+    patching.main(patching.BenchmarkConfig("digits", **few, **folders))  # finished runs are read again
+    assert (tmp_path / "patching.json").stat().st_mtime_ns > written
+
+
+@pytest.mark.slow
+def test_methods_of_classifiers(result, short, tmp_path):
+    short("toybox")
+    methods, output = ("full", "linear", "conv"), tmp_path / "methods.json"
+    classify_methods.main(
+        classify_methods.BenchmarkConfig(
+            methods,
+            (0,),
+            1,
+            max_train_steps=2,
+            repeats=1,
+            large=False,
+            work_dir=str(tmp_path / "work"),
+            output=str(output),
+        )
+    )
+    figures = result("methods.json")
+    assert figures["full:parameters_share"] == 1 and 0 < figures["conv:parameters_share"] < 0.1
+    assert all(figures[f"{method}:step_seconds"] > 0 for method in methods)
+    assert figures["full:runs_at_target"] == 1 and figures["full:steps_to_target"] == 2
+
+
+@pytest.mark.slow
+def test_time_and_memory_at_real_size(short, tmp_path):
+    short("toybox")
+    comparison = Comparison("toybox", classify_methods.SIZES, tmp_path)
+    figures = classify_methods.measure_large(comparison, {"linear": 0.01}, repeats=1)
+    assert 0 < figures["linear:large_step_seconds"] < 60 and 1e7 < figures["linear:large_memory"] < 1e10
+
+
+def test_steps_to_an_accuracy():
+    report = {
+        "validations": [{"step": step, "accuracy": accuracy} for step, accuracy in ((5, 0.4), (10, 0.6), (15, 0.5))]
+    }
+    assert [classify_methods.steps_to(accuracy, report) for accuracy in (0.4, 0.5, 0.6, 0.7)] == [5, 10, 10, None]
+
+
+def test_no_handwritten_digit_is_in_both_halves():
+    halves = [DigitImages(half) for half in (0, 1)]
+    shown = [{half(name, None).tobytes() for name in "0123456789" for _ in range(87)} for half in halves]
+    assert len(shown[0]) > 850 and not shown[0] & shown[1]
+
+
+def test_styles_of_digits_show_the_same_ones(tmp_path):
+    world = WORLDS["digits"]()
+    folders = [
+        task.write(tmp_path / name, 4, seed=1) for name, task in [*world.unseen.items(), ("ink", world.tasks["ink"])]
+    ]
+    images = [
+        [np.asarray(Image.open(folder / "3" / f"000{n}.png").convert("L")) for n in range(4)] for folder in folders
+    ]
+    for number in range(4):
+        pencil, chalk, ink = (abs(of_style[number] - np.median(of_style[number])) > 60 for of_style in images)
+        for other in (pencil, chalk):
+            overlaps = [(other & (abs(each - np.median(each)) > 60)).sum() for each in images[2]]
+            assert overlaps[number] == max(overlaps)
 
 
 def test_the_command_names_what_is_not_the_default():

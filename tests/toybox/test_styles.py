@@ -1,8 +1,9 @@
 import numpy as np
+import pytest
 from PIL import Image
 
 from atomdiff.toybox.folders import PATTERN_NAMES, class_image, pattern_image, write_folder
-from atomdiff.toybox.styles import ink
+from atomdiff.toybox.styles import chalk, ink, pencil
 
 
 def drawn(seed, function=pattern_image, name="rings"):
@@ -16,6 +17,19 @@ def test_ink_keeps_edges_and_nothing_else():
     line, areas = sheet[:, 31], np.delete(sheet, 31, axis=1)
     assert line.max() < 130 < areas.min()
     assert abs(areas[:, :31].mean() - areas[:, 31:].mean()) < 2
+
+
+@pytest.mark.parametrize(("style", "line_is_darker", "gray"), [(pencil, True, True), (chalk, False, False)])
+def test_other_styles_differ_in_sheet_and_line(style, line_is_darker, gray):
+    halves = np.zeros((64, 64, 3), dtype=np.uint8)
+    halves[:, 32:] = (250, 40, 40)
+    drawings = [
+        np.asarray(style(Image.fromarray(halves), np.random.default_rng(seed))).astype(float) for seed in range(8)
+    ]
+    for sheet in (drawing.mean(axis=2) for drawing in drawings):
+        line, areas = sheet[:, 31], np.delete(sheet, 31, axis=1)
+        assert line.max() < 150 < areas.min() if line_is_darker else areas.max() < 110 < line.min()
+    assert (np.mean([np.ptp(drawing, axis=2).mean() for drawing in drawings]) < 4) == gray
 
 
 def test_ink_changes_the_statistics_of_images():
