@@ -8,6 +8,7 @@ from __future__ import annotations
 import copy
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from atomdiff.utils.errors import UserError
@@ -63,14 +64,19 @@ def try_out(method: str, pipe: Any) -> dict[str, bool | None]:
             return False
         return True
 
-    def add_to(model: Any, target: str) -> bool:
+    def add_to(model: Any, *targets: str) -> bool:
         elsewhere = copy.deepcopy(adapter)
-        elsewhere.target_modules = [target]
         if hasattr(elsewhere, "feedforward_modules"):
             elsewhere.feedforward_modules = []
-        return works(lambda: make_trainable(copy.deepcopy(model), elsewhere, seed=0))
 
-    able = {"convolutions": add_to(pipe.unet, "conv1"), "text encoder": add_to(pipe.text_encoder, "q_proj")}
+        def add(target: str) -> None:
+            elsewhere.target_modules = [target]
+            make_trainable(copy.deepcopy(model), elsewhere, seed=0)
+
+        return any(works(partial(add, target)) for target in targets)
+
+    text_encoder = add_to(pipe.text_encoder, "q_proj", "self_attn")
+    able = {"convolutions": add_to(pipe.unet, "conv1"), "text encoder": text_encoder}
     make_trainable(pipe.unet, adapter, seed=0)
     return able | {"merge": works(lambda: atomdiff.merge(pipe))}
 

@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from peft import PeftConfig
 from torch import Tensor, nn
 
+import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from then on
 from atomdiff.bases.architectures import open_architecture
 from atomdiff.tuner.adapter_state import peft_state_dict
 from atomdiff.tuner.config import AtomConfig

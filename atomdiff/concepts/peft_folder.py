@@ -13,6 +13,7 @@ from peft.utils import CONFIG_NAME, SAFETENSORS_WEIGHTS_NAME
 from safetensors.torch import save, save_file
 from torch import Tensor
 
+import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from then on
 from atomdiff.concepts.concept_file import check_words, read_tensors, sort_header, split_token_key, token_tensors
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.atomic import new_folder

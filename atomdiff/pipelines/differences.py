@@ -16,6 +16,7 @@ from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.tuner import checks, merging, weight_access
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.dry_run import copy_structure
+from atomdiff.tuner.slots import remove_empty_slots
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.functional_call import PLAIN_LAYERS
 
@@ -79,6 +80,7 @@ def merged_copy(pipe: Any) -> Any:
                 _, base = _merge(f"{component}.{path}", layer)
                 parent, _, child = path.rpartition(".")
                 setattr(made.get_submodule(parent), child, base)
+                remove_empty_slots(made.get_submodule(parent))
             for mark in _PEFT_MARKS:
                 vars(made).pop(mark, None)
             if "config" in vars(made):  # of transformers, which `save_portable` changes for a while

@@ -36,7 +36,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
     keeps them from it meanwhile.
 
     Args:
-        pipe: a pipeline with the concepts loaded, of any variant of atoms; merged or not.
+        pipe: a pipeline with the concepts loaded, of any variant of atoms or adapters of activations; merged or not.
         samples: for each prompt the name of its concept, a mapping name -> adapter weight as `set_active` takes it, or
             None for the bare base.
 
@@ -44,8 +44,8 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
         UserWarning: the models were called in other threads only.
 
     Raises:
-        UserError: there is no such concept, or it is none of atoms; or, in the pipeline's call, there is not one prompt
-            a sample.
+        UserError: there is no such concept, or its method cannot be mixed; or, in the pipeline's call, there is not one
+            prompt a sample.
     """
     if isinstance(samples, (str, Mapping)) or not samples:
         expected = "a list, for each prompt a concept's name, or None for the base"
@@ -64,7 +64,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
                 schedule.paused.value = True  # it would write weights that no sample has
                 undo.callback(setattr, schedule.paused, "value", None)
             for component, model in models.items():
-                layers, batch = adapter_state.atom_layers(model), BatchLayout(len(weights))
+                layers, batch = adapter_state.mixable_layers(model), BatchLayout(len(weights))
                 undo.callback(_end, layers)
                 mix = partial(_mix, component, layers, batch, weights, kept)
                 called = pipe.components[component]
@@ -81,7 +81,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
 
 def _check_models(models: Mapping[str, nn.Module], names: set[str]) -> None:
     """Check that these concepts can be mixed in the models."""
-    layers = [layer for model in models.values() for layer in adapter_state.atom_layers(model).values()]
+    layers = [layer for model in models.values() for layer in adapter_state.mixable_layers(model).values()]
     if any(layer.mixed_batch is not None for layer in layers):
         raise UserError("there is a mixed batch in this pipeline already: leave its `with` block first")
     for model in models.values():
@@ -163,10 +163,15 @@ def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def _refuse_others(model: nn.Module, names: set[str]) -> None:
     """Refuse adapters of other methods, which cannot act by sample."""
+    layers = [layer for layer in adapter_state.other_layers(model) if not hasattr(type(layer), "mix")]
+    unable = {name for layer in layers for name in layer._all_available_adapter_names()}
     for name, config in adapter_state.adapter_configs(model).items():
-        if name in names and not adapter_state.is_atoms(config):
-            raise UserError(f"{name!r} is a {config.peft_type.value} adapter: only concepts of atoms mix in one batch")
-    for layer in adapter_state.other_layers(model):
+        if name in names & unable:
+            raise UserError(
+                f"{name!r} is a {config.peft_type.value} adapter: only concepts of atoms, and adapters of activations, "
+                "mix in one batch"
+            )
+    for layer in layers:
         acting = layer.merged_adapters or ([] if layer.disable_adapters else layer.active_adapters)
         if set(acting) & set(layer._all_available_adapter_names()):
             raise UserError(

@@ -27,7 +27,8 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
     """Write exactly these concepts into the weights, always starting from the base: images cost what the base's cost.
 
     Weights change in place, so that compiled models and CUDA graphs stay valid. An empty mapping is the bare base;
-    `restore` ends it all and gives back the memory.
+    `restore` ends it all and gives back the memory. Adapters of activations (Mona and the like) have no weights to be
+    written into; they are made active, and act unmerged.
 
     Args:
         pipe: a pipeline with the concepts loaded.
@@ -190,7 +191,7 @@ def read_adapter_weights(pipe: Any, concepts: Concepts) -> dict[str, AdapterWeig
 def _modules_of(pipe: Any, name: str) -> list[str]:
     models = pipeline_models(pipe)
     layers = {
-        f"{part}.{path}": layer for part, m in models.items() for path, layer in adapter_state.atom_layers(m).items()
+        f"{part}.{path}": layer for part, m in models.items() for path, layer in adapter_state.mixable_layers(m).items()
     }
     return [path for path, layer in layers.items() if name in layer.scaling]
 

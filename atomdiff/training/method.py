@@ -7,6 +7,7 @@ from typing import Any
 import torch
 from peft import PeftConfig
 
+import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from then on
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.inject import inject
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter

@@ -47,6 +47,16 @@ def other_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in adapter_layers(model).values() if not isinstance(layer, AtomLayer)]
 
 
+def mixable_layers(model: nn.Module) -> dict[str, Any]:
+    """Path of the adapted module -> adapter layer, for those of methods that can give each sample its own adapters."""
+    return {module_path(path): layer for path, layer in adapter_layers(model).items() if hasattr(type(layer), "mix")}
+
+
+def changes_weights(layer: Any) -> bool:
+    """Whether adapters of a layer change its weight, and not what is computed with it: so that they can be merged."""
+    return not getattr(type(layer), "acts_on_activations", False)
+
+
 def module_path(path: str) -> str:
     """The path of an adapter layer, or of what it wraps, as that of the module without adapters."""
     return path.replace(".base_layer", "")

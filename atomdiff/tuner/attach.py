@@ -31,6 +31,7 @@ from atomdiff.tuner.inject import inject, set_adapter_configs, unwrap
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.model import find_atom_layer
 from atomdiff.tuner.shared_state import as_peft_model, shared_state
+from atomdiff.tuner.slots import remove_empty_slots
 from atomdiff.tuner.variants import kept_atoms
 
 
@@ -191,6 +192,7 @@ def remove_leftovers(model: Any) -> None:
             names.update(of_layer)
             if not of_layer:
                 unwrap(model, path, layer)
+        remove_empty_slots(layer)
     configs = adapter_configs(model)
     if not configs or not names.issuperset(configs):
         set_adapter_configs(model, {name: config for name, config in configs.items() if name in names})

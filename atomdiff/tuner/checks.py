@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterable, Mapping
 from torch import nn
 
 from atomdiff.tuner import weight_access
-from atomdiff.tuner.adapter_state import adapter_layers, atom_layers, module_path
+from atomdiff.tuner.adapter_state import adapter_layers, atom_layers, changes_weights, module_path
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.model import base_modules
 from atomdiff.tuner.variants import TENSOR_NAMES
@@ -31,7 +31,8 @@ def check_writable(model: nn.Module) -> None:
     Raises:
         UserError: one cannot.
     """
-    bases = {module_path(path): layer.get_base_layer() for path, layer in adapter_layers(model).items()}
+    layers = {path: layer for path, layer in adapter_layers(model).items() if changes_weights(layer)}
+    bases = {module_path(path): layer.get_base_layer() for path, layer in layers.items()}
     _check(model, bases, why_not_written, "change", "use concepts unmerged (pipe.set_adapters), or load")
 
 

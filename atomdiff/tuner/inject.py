@@ -18,6 +18,7 @@ from atomdiff.tuner.dry_run import copy_structure
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.model import refuse_fused
 from atomdiff.tuner.shared_state import is_shared, share_state
+from atomdiff.tuner.slots import remove_empty_slots
 
 
 def inject(model: Any, config: PeftConfig, name: str) -> None:
@@ -111,6 +112,7 @@ def unwrap(model: nn.Module, path: str, layer: Any) -> None:
     parent_path, _, name = path.rpartition(".")
     parent = model.get_submodule(parent_path)
     setattr(parent, name, layer.base_layer)
+    remove_empty_slots(parent)
     if not any(isinstance(child, AtomLayer) for child in parent.children()):
         for key in [key for key, hook in parent._forward_pre_hooks.items() if hook is refuse_fused]:
             del parent._forward_pre_hooks[key]

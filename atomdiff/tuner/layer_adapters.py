@@ -5,7 +5,6 @@ from __future__ import annotations
 import zlib
 from collections.abc import Callable, Mapping
 from functools import partial
-from types import SimpleNamespace
 from typing import Any, cast
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor, nn
 
 from atomdiff.atoms.update import WeightUpdate, update_matrix
 from atomdiff.tuner import weight_access
+from atomdiff.tuner.adapter_scales import AdapterScales
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.coefficient_cache import CoefficientCache, Key
@@ -42,7 +42,7 @@ def attribute(kind: str) -> str:
     return kind if kind.startswith(PREFIX) else PREFIX + kind
 
 
-class LayerAdapters(nn.Module, BaseTunerLayer):
+class LayerAdapters(nn.Module, AdapterScales, BaseTunerLayer):
     """The adapters of a module, by name: what `AtomLayer` computes with."""
 
     adapter_layer_names = tuple(map(attribute, (*PARAMETER_NAMES, SCORE_NAME)))
@@ -206,36 +206,6 @@ class LayerAdapters(nn.Module, BaseTunerLayer):
 
     def _sources(self, key: Key) -> tuple[Tensor, Tensor]:
         return self.tensors(f"{key[1]}_basis")[key[0]], cast(Tensor, self.get_base_layer().weight)
-
-    def set_scale(self, adapter: str, scale: float) -> None:
-        """Set an adapter's weight: 0 takes it away, 1 is as trained. A merged weight does not follow."""
-        if adapter in self.scaling:
-            self.scaling[adapter] = float(scale)
-
-    def scale_layer(self, scale: float) -> None:
-        """Multiply the weights of the active adapters."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] *= scale
-
-    def unscale_layer(self, scale: float | None = None) -> None:
-        """Divide the weights of the active adapters, or without `scale` set them to 1."""
-        for name in self.active_adapters:
-            if name in self.scaling:
-                self.scaling[name] = 1.0 if scale is None else self.scaling[name] / scale
-
-    @property
-    def r(self) -> dict[str, float]:
-        """The adapters of this layer; diffusers counts them by the size of `r`."""
-        return self.scaling
-
-    @property
-    def lora_A(self) -> dict[str, Any]:  # noqa: N802
-        """Adapter -> what moves its tensors by `.to(device)`; diffusers' `set_lora_device` asks LoRA layers for it."""
-        move = self._move_adapter_to_device_of_base_layer
-        return {name: SimpleNamespace(to=partial(move, name)) for name in self.scaling}
-
-    lora_B = lora_A  # noqa: N815
 
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         """Move an adapter to the base weight's device, or another, in float32 whatever the base's dtype."""

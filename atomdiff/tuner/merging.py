@@ -10,7 +10,13 @@ from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
 from atomdiff.tuner import weight_access
-from atomdiff.tuner.adapter_state import adapter_layers, atom_layers, other_layers, set_scale_of
+from atomdiff.tuner.adapter_state import (
+    adapter_layers,
+    atom_layers,
+    changes_weights,
+    other_layers,
+    set_scale_of,
+)
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.inject import set_adapter_configs, unwrap
 from atomdiff.tuner.layer import AtomLayer
@@ -63,7 +69,7 @@ def write(
 def merge_others(model: nn.Module, weights: Mapping[str, float]) -> None:
     """Make exactly these adapters of other methods active, and merge them; `restore_others` comes before.
 
-    Their weights are such as `can_be_weighted` allows.
+    Those that act on activations stay unmerged. Their weights are such as `can_be_weighted` allows.
     """
     for layer in _merge_order(model):
         if not isinstance(layer, AtomLayer):
@@ -71,7 +77,7 @@ def merge_others(model: nn.Module, weights: Mapping[str, float]) -> None:
             layer._active_adapter, layer._disable_adapters = names, False
             for name in names:
                 set_scale_of(layer, name, weights[name])
-            if names:
+            if names and changes_weights(layer):
                 _merge_kept(layer)
 
 
@@ -144,6 +150,9 @@ def _check_in_place(layer: Any) -> None:
 def _merge_kept(layer: Any, safe_merge: bool = False, adapter_names: list[str] | None = None) -> None:
     """As the layer's own `merge`; the base is kept, and its memory stays where it is."""
     if not check_adapters_to_merge(layer, adapter_names):
+        return
+    if not changes_weights(layer):
+        type(layer).merge(layer, safe_merge=safe_merge, adapter_names=adapter_names)  # which says why not
         return
     _check_in_place(layer)
     base = layer.get_base_layer()

@@ -51,11 +51,7 @@ class AtomModel(BaseTuner):
         try:
             self._targets = set(find_targets(model, peft_config))
         except (ValueError, TypeError):
-            configs: dict[str, Any] = getattr(model, "peft_config", {})
-            for name in [name for name, config in configs.items() if config is peft_config]:
-                del configs[name]
-            if not configs and hasattr(model, "_hf_peft_config_loaded"):
-                model._hf_peft_config_loaded = False  # type: ignore[assignment]
+            forget_config(model, peft_config)
             raise
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
@@ -83,6 +79,15 @@ class AtomModel(BaseTuner):
         setattr(parent, target_name, layer)  # on its device already: PEFT would follow weights to the meta device
         if hasattr(parent, "fused_projections") and refuse_fused not in parent._forward_pre_hooks.values():
             parent.register_forward_pre_hook(refuse_fused)
+
+
+def forget_config(model: Any, config: Any) -> None:
+    """Take the settings of an adapter that is refused out of a model's record, where diffusers has put them before."""
+    configs: dict[str, Any] = getattr(model, "peft_config", {})
+    for name in [name for name, other in configs.items() if other is config]:
+        del configs[name]
+    if not configs and hasattr(model, "_hf_peft_config_loaded"):
+        model._hf_peft_config_loaded = False
 
 
 def refuse_fused(attention: nn.Module, _: Any) -> None:

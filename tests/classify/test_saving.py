@@ -16,6 +16,8 @@ from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 from tests.helpers import change_tensors
 
+ACTIVATION_ADAPTERS = [f"configs/experiments/classify/{name}/adapter.json" for name in ("mona", "conv_adapter")]
+
 
 def first_weight(model):
     return model.resnet.embedder.embedder.convolution.weight
@@ -25,7 +27,7 @@ def classifier(config):
     return Path(config.output_dir) / "classifier"
 
 
-@pytest.mark.parametrize("method", ["linear", "full", "atoms", "lora"])
+@pytest.mark.parametrize("method", ["linear", "full", "atoms", "lora", *ACTIVATION_ADAPTERS])
 def test_what_was_saved_gives_the_logits_that_were_trained(config, method, with_method, trained, untrained, logits):
     config = with_method(config, method)
     train_classifier(config)

@@ -32,7 +32,9 @@ EXPERIMENTS = ROOT / "configs" / "experiments"
 ADAPTERS = sorted(EXPERIMENTS.rglob("adapter.json"))
 RUNS = sorted((ROOT / "configs").glob("*.yaml"))
 METHODS = all_methods()
-NOT_MERGED = {"beft/default": "Base layer has no bias"}
+NOT_MERGED = {"beft/default": "Base layer has no bias"} | {
+    method: "depends on its input" for method in METHODS if method.startswith(("mona", "conv_adapter", "coeff_tuning"))
+}
 RESUMED = ("boft/default", "psoft/default", "shira/default", "unilora/default", "vera/default")  # with tensors beside
 PROMPT = "a photo of sks mug"
 

@@ -275,7 +275,7 @@ def test_a_wrong_batch_of_the_model_is_refused(pipe):
         ([{"dct": {"blocks": {"down.0": 1}}}], "'dct' has no layer in 'down_blocks.0'"),
         ([3], "found the concepts 3: give their names"),
         ([["spatial"], [None]], r"found the concepts \[None\]"),
-        (["spatial", "lora"], "'lora' is a LORA adapter: only concepts of atoms mix in one batch"),
+        (["spatial", "lora"], "'lora' is a LORA adapter: only concepts of atoms, and adapters of activations"),
     ],
 )
 def test_bad_samples_are_refused_before_anything_changes(pipe, samples, message):

@@ -1,6 +1,7 @@
 """Sampling jobs with concepts: every image is as if it were generated alone."""
 
 import io
+import itertools
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -20,6 +21,7 @@ from atomdiff.sampling.sample import save_samples
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
 from atomdiff.utils.options import parse_config
+from tests.helpers import add_adapter
 from tests.sampling.helpers import (
     QUICK,
     concepts_in_images,
@@ -80,6 +82,19 @@ def test_concepts_of_a_method_without_weights_are_refused_in_words(config, tiny_
     save_samples(replace(config, concepts=(path,), seeds=(0,)))
     with pytest.raises(UserError, match=r"oft-1.*OFT adapter.*no weight such as 0.5"):
         save_samples(replace(config, concepts=(path,), weights=(0.5,)))
+
+
+def test_concepts_that_cannot_be_merged_are_generated_all_the_same(config, tiny_pipe, tmp_path):
+    from atomdiff.activation_adapters import MonaConfig
+
+    add_adapter(tiny_pipe, "mona", MonaConfig(hidden_size=4))
+    path = str(atomdiff.save_atoms(tiny_pipe, tmp_path / "mona"))
+    config = replace(config, concepts=(path,), prompts=("a red cat",), seeds=(0,))
+    images = []
+    for weight in (0.0, 0.5, 1.0):
+        save_samples(replace(config, weights=(weight,)))
+        images.append(image_of(config, "a red cat"))
+    assert min(abs(one - other).max() for one, other in itertools.combinations(images, 2)) > 2
 
 
 @pytest.mark.slow

@@ -1,0 +1,1 @@
+"""Mona: small convolutional adapters of several scales after the residuals of blocks."""

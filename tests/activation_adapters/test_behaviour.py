@@ -1,0 +1,160 @@
+"""One table of promises, over the methods and all kinds of blocks that they adapt."""
+
+import copy
+
+import pytest
+import torch
+from peft import PeftModel, get_peft_model
+
+from atomdiff.activation_adapters.layer import ActivationLayer
+from tests.activation_adapters.methods import CASES, METHODS, call, make_model, shake, trained
+from tests.helpers import assert_same_tensors
+
+SOME = [case for case in CASES if case[1] in ("unet", "resnet", "vit")]
+
+
+def names(case):
+    return case.replace(" ", "_") if isinstance(case, str) else None
+
+
+def layers_of(model):
+    return [module for module in model.modules() if isinstance(module, ActivationLayer)]
+
+
+def structure(model):
+    return [(path, type(module), set(vars(module))) for path, module in model.named_modules()]
+
+
+@pytest.mark.parametrize(("method", "name"), CASES, ids=names)
+def test_an_adapter_begins_as_the_base_changes_the_output_and_comes_off_exactly(method, name):
+    base = make_model(name)
+    expected, before, shape = call(base), copy.deepcopy(base.state_dict()), structure(base)
+    model = get_peft_model(base, METHODS[method]())
+    assert torch.equal(call(model), expected)
+    shake(model)
+    assert (call(model) - expected).abs().max() > 1e-4
+    with model.disable_adapter():
+        assert torch.equal(call(model), expected)
+    removed = model.unload()
+    assert torch.equal(call(removed), expected)
+    assert structure(removed) == shape
+    assert_same_tensors(removed.state_dict(), before)
+
+
+@pytest.mark.parametrize(("method", "name"), CASES, ids=names)
+def test_every_parameter_learns_and_nothing_else_does(method, name):
+    base = make_model(name)
+    before = copy.deepcopy(base.state_dict())
+    model = trained(method, base)
+    call(model, grad=True).square().sum().backward()
+    gradients = {key: p.grad for key, p in model.named_parameters() if p.requires_grad}
+    assert gradients and all("default" in key for key in gradients)
+    # The adapters in the last block of a ViT change tokens that its head does not read: it reads the class token.
+    read = [gradient for key, gradient in gradients.items() if name not in ("vit", "deit") or ".1.after_" not in key]
+    assert read and all(gradient is not None for gradient in read)
+    assert sum(bool(gradient.any()) for gradient in read) > 0.9 * len(read)  # behind a ReLU some have none
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    optimizer.step()
+    assert_same_tensors(model.unload().state_dict(), before)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize(("method", "name"), SOME, ids=names)
+def test_saved_is_reloaded(method, name, low_cpu_mem_usage, tmp_path):
+    model = trained(method, make_model(name))
+    model.save_pretrained(tmp_path)
+    options = {"adapter_name": "again", "low_cpu_mem_usage": low_cpu_mem_usage}
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path, **options)
+    torch.testing.assert_close(call(loaded), call(model), atol=1e-6, rtol=0)
+
+
+@pytest.mark.parametrize(("method", "name"), SOME, ids=names)
+def test_two_adapters_with_weights(method, name):
+    base = make_model(name)
+    alone = call(trained(method, copy.deepcopy(base)))
+    other = call(trained(method, copy.deepcopy(base), seed=3))
+    plain, model = call(base), trained(method, base)
+    with torch.random.fork_rng():
+        torch.manual_seed(3)
+        model.add_adapter("other", METHODS[method]())
+    shake(model, "other", seed=3)
+
+    def with_weights(**weights):
+        for layer in layers_of(model):
+            layer.set_adapter(list(weights))
+            for adapter, weight in weights.items():
+                layer.set_scale(adapter, weight)
+        return call(model)
+
+    assert torch.equal(with_weights(default=1), alone)
+    assert torch.equal(with_weights(other=1), other)
+    assert torch.equal(with_weights(other=0), plain)
+    half, both = with_weights(default=0.5), with_weights(default=1, other=1)
+    for one, another in ((half, alone), (half, plain), (both, alone), (both, other)):
+        assert (one - another).abs().max() > 1e-5
+    model.delete_adapter("other")
+    assert torch.equal(with_weights(default=1), alone)
+
+
+@pytest.mark.parametrize(("method", "name"), SOME, ids=names)
+def test_merging_is_refused_and_changes_nothing(method, name):
+    model = trained(method, make_model(name))
+    expected = call(model)
+    for merge in (model.merge_adapter, model.merge_and_unload):
+        with pytest.raises(ValueError, match="depends on its input"):
+            merge()
+    assert torch.equal(call(model), expected)
+
+
+@pytest.mark.parametrize(("method", "name"), SOME, ids=names)
+def test_half_precision_and_autocast_compute_in_their_dtype(method, name):
+    def inputs(dtype):
+        return lambda model: call(_InDtype(model, dtype))
+
+    model = trained(method, make_model(name))
+    expected = call(model)
+    with torch.autocast("cpu", torch.bfloat16):
+        mixed = call(model)
+    half = inputs(torch.bfloat16)(copy.deepcopy(model).bfloat16())
+    below = trained(method, make_model(name).bfloat16())
+    assert {p.dtype for p in below.parameters() if p.requires_grad} == {torch.float32}
+    for output in (mixed, half, inputs(torch.bfloat16)(below)):
+        torch.testing.assert_close(output.float(), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
+    assert half.dtype == torch.bfloat16
+
+
+class _InDtype:
+    """A model that is given floating-point inputs in a dtype."""
+
+    def __init__(self, model, dtype):
+        self.model, self.dtype, self.config = model, dtype, model.config
+
+    def __call__(self, *inputs):
+        cast = [x.to(self.dtype) if isinstance(x, torch.Tensor) and x.is_floating_point() else x for x in inputs]
+        return self.model(*cast)
+
+
+@pytest.mark.parametrize("method", METHODS)
+def test_gradient_checkpointing_gives_the_same_gradients(method):
+    def gradients(model):
+        model.train()
+        torch.manual_seed(5)  # of the dropout
+        call(model, grad=True).square().sum().backward()
+        return {key: p.grad for key, p in model.named_parameters() if p.grad is not None}
+
+    base = make_model("unet of SDXL")
+    plain = gradients(trained(method, copy.deepcopy(base)))
+    base.enable_gradient_checkpointing()
+    again = gradients(trained(method, base))
+    assert plain.keys() == again.keys()
+    for key, gradient in plain.items():
+        torch.testing.assert_close(again[key], gradient, msg=lambda text, key=key: f"{key}: {text}")
+
+
+@pytest.mark.parametrize(("method", "name"), SOME, ids=names)
+def test_a_copy_is_a_model_of_its_own(method, name):
+    model = trained(method, make_model(name))
+    expected = call(model)
+    copied = copy.deepcopy(model)
+    shake(copied, seed=4)
+    assert torch.equal(call(model), expected) and not torch.equal(call(copied), expected)
