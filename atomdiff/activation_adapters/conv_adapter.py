@@ -13,6 +13,7 @@ from torch.nn import functional
 from atomdiff.activation_adapters.config import ActivationConfig
 from atomdiff.activation_adapters.layer import ActivationLayer
 from atomdiff.activation_adapters.model import ActivationModel, device_of
+from atomdiff.tuner.adapter_scales import BaseAttributes
 from atomdiff.tuner.variants import check_count
 
 
@@ -81,7 +82,7 @@ class ConvBranch(nn.Module):
         return self.channel_scale[:, None, None] * self.pointwise(functional.relu(self.grouped(x)))
 
 
-class ConvAdapterLayer(ActivationLayer):
+class ConvAdapterLayer(BaseAttributes, ActivationLayer):
     """A convolution, possibly wrapped by layers of other PEFT methods, with branches beside it."""
 
     adapter_layer_names = ("conv_adapter_branch",)

@@ -88,12 +88,13 @@ class ActivationLayer(nn.Module, AdapterScales, BaseTunerLayer):
     def mixed_batch(self, mixed: Any) -> None:
         self._mixed.value = mixed
 
-    def mix(self, layout: BatchLayout, samples: Sequence[Mapping[str, float]]) -> None:
+    def mix(self, layout: BatchLayout, samples: Sequence[Mapping[str, float]], directions: Any = ()) -> None:
         """Let each sample of a batch have adapters of its own, until `mixed_batch` is None again.
 
         Args:
             layout: how the samples lie in a batch; it may change between calls.
             samples: adapter -> weight, for each sample.
+            directions: of atoms, which there are none of here.
         """
         names = [name for name in self.scaling if any(sample.get(name) for sample in samples)]
         self.mixed_batch = layout, {name: torch.tensor([sample.get(name, 0.0) for sample in samples]) for name in names}

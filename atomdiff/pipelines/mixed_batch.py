@@ -99,7 +99,7 @@ def _mix(
 ) -> None:
     """Let each sample have its adapter weights, and what is kept of its concepts, in the layers of a component."""
     for path, layer in layers.items():
-        module = f"{component}.{path}"
+        module = f"{component}.{adapter_state.module_path(path)}"
         of_layer = [{name: weight.at(module, progress) for name, weight in sample.items()} for sample in weights]
         layer.mix(batch, of_layer, [{name: of.get(module, {}) for name, of in sample.items()} for sample in kept])
 

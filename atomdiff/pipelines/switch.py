@@ -189,11 +189,12 @@ def read_adapter_weights(pipe: Any, concepts: Concepts) -> dict[str, AdapterWeig
 
 
 def _modules_of(pipe: Any, name: str) -> list[str]:
-    models = pipeline_models(pipe)
-    layers = {
-        f"{part}.{path}": layer for part, m in models.items() for path, layer in adapter_state.mixable_layers(m).items()
-    }
-    return [path for path, layer in layers.items() if name in layer.scaling]
+    return [
+        f"{component}.{adapter_state.module_path(path)}"
+        for component, model in pipeline_models(pipe).items()
+        for path, layer in adapter_state.mixable_layers(model).items()
+        if name in layer.scaling
+    ]
 
 
 def _weights_of_others(

@@ -1,4 +1,4 @@
-"""The weights of a layer's adapters, and the calls by which PEFT and diffusers set them."""
+"""What layers of several tuners have in common: weights of adapters, and the attributes of the base module."""
 
 from __future__ import annotations
 
@@ -43,3 +43,18 @@ class AdapterScales:
         return {name: SimpleNamespace(to=partial(move, name)) for name in self.scaling}
 
     lora_B = lora_A  # noqa: N815
+
+
+class BaseAttributes:
+    """Gives what a layer itself lacks from its base module: other layers and models ask for `groups`, `stride`.
+
+    It goes before `nn.Module`.
+    """
+
+    def __getattr__(self, name: str) -> Any:
+        try:
+            return super().__getattr__(name)  # type: ignore[misc]
+        except AttributeError:
+            if name == "base_layer" or name.startswith("_"):
+                raise
+            return getattr(self.base_layer, name)

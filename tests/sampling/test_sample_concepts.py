@@ -88,7 +88,7 @@ def test_concepts_that_cannot_be_merged_are_generated_all_the_same(config, tiny_
     from atomdiff.activation_adapters import MonaConfig
 
     add_adapter(tiny_pipe, "mona", MonaConfig(hidden_size=4))
-    path = str(atomdiff.save_atoms(tiny_pipe, tmp_path / "mona"))
+    path = str(atomdiff.save_atoms(tiny_pipe, tmp_path / "mona", "mona"))
     config = replace(config, concepts=(path,), prompts=("a red cat",), seeds=(0,))
     images = []
     for weight in (0.0, 0.5, 1.0):

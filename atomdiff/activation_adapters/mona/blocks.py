@@ -95,7 +95,9 @@ def _run_swin(block: Any, cls: Any, tokens: Tensor, input_dimensions: Any, *args
 
 def _run_vit(block: Any, cls: Any, tokens: Tensor, *args: Any, **kwargs: Any) -> Tensor:
     slots = _slot(block, AFTER_ATTENTION), _slot(block, AFTER_MLP)
-    layout: TokenLayout = next(cast(Any, slot).layout for slot in slots if isinstance(slot, ActivationLayer))
+    layout = next((cast(Any, slot).layout for slot in slots if _acts(slot)), None)
+    if layout is None:
+        return cls.forward(block, tokens, *args, **kwargs)
     call = partial(_call_branches, block, cls, slots[0], layout, "layernorm_after", "dropout")
     return layout.add(slots[1], call(tokens, *args, **kwargs))
 
