@@ -14,8 +14,7 @@ from torch.nn import functional as F
 from atomdiff.classify.head import head_of, like_base
 from atomdiff.classify.model import base_norms
 from atomdiff.classify.patches import Patches, check_known, find_patches, set_active
-from atomdiff.tuner.adapter_state import adapter_configs, adapter_layers
-from atomdiff.tuner.layer import AtomLayer
+from atomdiff.tuner.adapter_state import adapter_configs, adapter_layers, can_mix
 from atomdiff.tuner.mixed_batch import BatchLayout
 from atomdiff.utils.errors import UserError
 
@@ -51,7 +50,7 @@ def mixed_batch(model: Any, samples: Sequence[str | None]) -> Iterator[None]:
         for module, hook in (*_head_hooks(model, patches, samples), *_norm_hooks(model, patches, samples)):
             undo.callback(module.register_forward_hook(hook).remove)
         for layer in adapter_layers(model).values():
-            if isinstance(layer, AtomLayer):
+            if can_mix(layer):
                 undo.callback(setattr, layer, "mixed_batch", None)
                 weights = [{name: 1.0} if name is not None and name in layer.scaling else {} for name in samples]
                 layer.mix(BatchLayout(len(samples), images=None), weights)
@@ -79,7 +78,7 @@ def _check(model: Any, patches: Patches, samples: Sequence[str | None]) -> None:
 
 
 def _acts_by_sample(layer: Any, name: str) -> bool:
-    if isinstance(layer, AtomLayer):
+    if can_mix(layer):
         return True
     return hasattr(layer, "_mixed_batch_forward") and not getattr(layer, "use_dora", {}).get(name)
 

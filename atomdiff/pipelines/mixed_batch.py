@@ -56,6 +56,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
             weights = [{} if sample is None else read_adapter_weights(pipe, sample) for sample in samples]
             models = pipeline_models(pipe)
             _check_models(models, {name for sample in weights for name in sample})
+            _check_kept(models, weights)
             kept = [kept_directions(pipe, sample) for sample in weights]
             denoiser = find_base(pipe.components).denoiser
             if denoiser not in models:
@@ -87,6 +88,15 @@ def _check_models(models: Mapping[str, nn.Module], names: set[str]) -> None:
     for model in models.values():
         checks.check_in_memory(model)
         _refuse_others(model, names)
+
+
+def _check_kept(models: Mapping[str, nn.Module], samples: Sequence[Mapping[str, AdapterWeight]]) -> None:
+    """Check that only concepts of atoms are to be kept in part."""
+    partly = {name for sample in samples for name, weight in sample.items() if weight.keep != 1}
+    for model in models.values():
+        for name, config in adapter_state.adapter_configs(model).items():
+            if name in partly and not adapter_state.is_atoms(config):
+                raise UserError(f"{name!r} is not an atom concept: only those can be kept in part")
 
 
 def _mix(
@@ -163,7 +173,7 @@ def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
 
 def _refuse_others(model: nn.Module, names: set[str]) -> None:
     """Refuse adapters of other methods, which cannot act by sample."""
-    layers = [layer for layer in adapter_state.other_layers(model) if not hasattr(type(layer), "mix")]
+    layers = [layer for layer in adapter_state.other_layers(model) if not adapter_state.can_mix(layer)]
     unable = {name for layer in layers for name in layer._all_available_adapter_names()}
     for name, config in adapter_state.adapter_configs(model).items():
         if name in names & unable:

@@ -47,9 +47,14 @@ def other_layers(model: nn.Module) -> list[Any]:
     return [layer for layer in adapter_layers(model).values() if not isinstance(layer, AtomLayer)]
 
 
+def can_mix(layer: Any) -> bool:
+    """Whether a layer can give each sample of a batch its own adapters, by its `mix`."""
+    return hasattr(type(layer), "mix")
+
+
 def mixable_layers(model: nn.Module) -> dict[str, Any]:
-    """Path -> adapter layer, for those of methods that can give each sample of a batch its own adapters."""
-    return {path: layer for path, layer in adapter_layers(model).items() if hasattr(type(layer), "mix")}
+    """Path -> adapter layer, for those that `can_mix`."""
+    return {path: layer for path, layer in adapter_layers(model).items() if can_mix(layer)}
 
 
 def changes_weights(layer: Any) -> bool:

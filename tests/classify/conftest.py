@@ -113,6 +113,8 @@ METHODS = {
     "lora": LORA,
     "norms": {"peft_type": "LN_TUNING", "target_modules": ["normalization"]},
     "loha": {"peft_type": "LOHA", "target_modules": ["convolution"], "r": 2},
+    "mona": {"peft_type": "MONA", "hidden_size": 4},
+    "conv_adapter": {"peft_type": "CONV_ADAPTER"},
 }
 
 

@@ -58,6 +58,12 @@ def test_each_sample_has_its_own_patch(model, samples):
     assert_mixes(model, samples)
 
 
+def test_adapters_of_activations_mix_too(model, patches):
+    for name in ("mona", "conv_adapter"):
+        load_patch(model, patches[name])
+    assert_mixes(model, ["mona", "atoms", "conv_adapter", None, "mona"])
+
+
 def test_adapters_of_both_kinds_wrap_each_other_in_any_order(base, patches):
     model = open_base(str(base))
     for name in ("atoms", "lora", "frozen"):  # LoRA around atoms; above, atoms around LoRA

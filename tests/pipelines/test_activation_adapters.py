@@ -125,6 +125,12 @@ def test_a_batch_that_is_not_one_of_samples_is_refused(pipe):
         predict_batch(pipe, 4)
 
 
+def test_only_atoms_are_kept_in_part(pipe):
+    with pytest.raises(UserError, match="'mona' is not an atom concept: only those can be kept in part"):
+        with atomdiff.mixed_batch(pipe, [{"mona": {"keep": 0.5}}, None]):
+            pytest.fail("it was let in")
+
+
 def test_a_lora_gets_all_of_its_layers_within_blocks_that_have_adapters(pipe):
     lora = LoraConfig(target_modules=["to_q", "conv1"], init_lora_weights=False)
     pipe.unet.add_adapter(lora, "lora")
