@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 import torch
-from peft.tuners.tuners_utils import BaseTuner
+from peft.tuners.tuners_utils import BaseTuner, _ExcludedModule
 from peft.utils import NoMatchingPeftModuleError
 from torch import nn
 
@@ -59,7 +59,7 @@ class ActivationModel(BaseTuner):
         return targets
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
-        return key in self._targets
+        return _ExcludedModule() if peft_config.excludes(key) else key in self._targets
 
     def _create_and_replace(
         self,
