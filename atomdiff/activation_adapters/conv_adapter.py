@@ -14,7 +14,7 @@ from atomdiff.activation_adapters.config import ActivationConfig
 from atomdiff.activation_adapters.layer import ActivationLayer
 from atomdiff.activation_adapters.model import ActivationModel, device_of
 from atomdiff.tuner.adapter_scales import BaseAttributes
-from atomdiff.utils.sizes import check_count
+from atomdiff.tuner.variant import check_count
 
 
 @dataclass
