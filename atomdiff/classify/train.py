@@ -25,10 +25,11 @@ from atomdiff.classify.splits import LabeledFiles
 from atomdiff.training.ema import averaged
 from atomdiff.training.launch import check_packages, new_accelerator
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
+from atomdiff.training.method import ADAPTER_NAME
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.run_log import RunLog
 from atomdiff.tuner.read_config import describe_adapter
-from atomdiff.tuner.selection import selection_penalty
+from atomdiff.tuner.selection import layer_scores, selection_penalty
 from atomdiff.utils.atomic import write_json, write_result
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
@@ -157,7 +158,8 @@ def train_step(run: Run, step: int, pixels: Tensor, labels: Tensor) -> float:
     loss = F.cross_entropy(logits.float(), labels.to(accelerator.device))
     mean = mean_over_processes(accelerator, loss)
     _refuse_unless_finite(run, step, "loss", mean)
-    accelerator.backward(loss + selection_penalty(run.model, (step - 1) / run.config.max_train_steps))
+    done = (step - 1) / run.config.max_train_steps
+    accelerator.backward(loss + selection_penalty(layer_scores(run.model, ADAPTER_NAME), done))
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     norm = clip_gradients(accelerator, trainable, run.config.max_grad_norm)
     if accelerator.scaler is None:  # which would skip such a step

@@ -113,9 +113,9 @@ def build_concept(
         atomdiff_version=atomdiff_version(),
     )
     scores = {
-        f"{component}.{path}": score
+        f"{component}.{score.path}": float(score.parameter.detach())
         for component in configs
-        for path, score in layer_scores(models[component], adapter_name).items()
+        for score in layer_scores(models[component], adapter_name)
     }
     return choose_layers(concept, scores, concept.config.budget, dtype) if scores else concept
 

@@ -220,7 +220,7 @@ def batch_loss(run: Run, number: int) -> Tensor:
         kept = preservation_loss(prediction[total:], base, weights[:count])
         loss = loss + config.preservation_weight * kept
     done = number / (config.gradient_accumulation_steps * config.max_train_steps)
-    return loss + selection_penalty(run.model, done)
+    return loss + selection_penalty(run.model.layer_scores, done)
 
 
 def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:

@@ -9,7 +9,7 @@ from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.save import build_concept
 from atomdiff.training.method import ADAPTER_NAME
 from atomdiff.training.saving import complete_pipeline, concept_metadata
-from atomdiff.tuner.selection import has_budget, leave_out
+from atomdiff.tuner.selection import has_budget, layer_scores, leave_out
 
 if TYPE_CHECKING:
     from atomdiff.training.run import Run
@@ -23,17 +23,20 @@ def check_budget(run: Run) -> None:
     Raises:
         UserError: It is such a budget.
     """
-    if has_budget(run.model):
+    if has_budget(run.model.layer_scores):
         _fitting_layers(run)
 
 
 def keep_to_budget(run: Run, step: int) -> None:
     """After half of the steps, leave out the layers for which the file has no room; the others are trained on."""
-    if step != run.config.max_train_steps // 2 or not has_budget(run.model):
+    if step != run.config.max_train_steps // 2 or not has_budget(run.model.layer_scores):
         return
     kept = _fitting_layers(run)
     for component, model in pipeline_models(run.pipe).items():
-        leave_out(model, ADAPTER_NAME, {name.partition(".")[2] for name in kept if name.startswith(f"{component}.")})
+        leave_out(
+            layer_scores(model, ADAPTER_NAME),
+            {name.partition(".")[2] for name in kept if name.startswith(f"{component}.")},
+        )
 
 
 def _fitting_layers(run: Run) -> list[str]:

@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 
 import torch
@@ -23,9 +24,9 @@ from atomdiff.pipelines.token_names import placeholder_tokens
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.config.optimizer import ParameterGroup
 from atomdiff.training.memory import save_memory
-from atomdiff.training.method import make_trainable
+from atomdiff.training.method import ADAPTER_NAME, make_trainable
 from atomdiff.tuner.adapters_off import adapters_off
-from atomdiff.tuner.selection import frozen_scores
+from atomdiff.tuner.selection import LayerScore, frozen_scores, layer_scores
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_model, hash_values
 from atomdiff.utils.seeds import derive_seed
@@ -119,6 +120,11 @@ class TrainingModel(nn.Module):
         pooled = [each.pooled_prompt_embeds.to(device) for each in embeds if each.pooled_prompt_embeds is not None]
         return PromptEmbeds(states, torch.stack(pooled).float() if pooled else None)
 
+    @cached_property
+    def layer_scores(self) -> list[LayerScore]:
+        """The scores of all layers, where they are chosen by scores."""
+        return layer_scores(self, ADAPTER_NAME)
+
     def trained_parameters(self) -> dict[str, nn.Parameter]:
         """Return the parameters that are trained, by name."""
         return {name: parameter for name, parameter in self.named_parameters() if parameter.requires_grad}
@@ -168,7 +174,7 @@ class TrainingModel(nn.Module):
     def clear_frozen_gradients(self) -> None:
         """Remove the gradients of frozen token embeddings and scores: no optimizer moves a parameter without one."""
         embeddings = self.token_embeddings.values() if self.embeddings_frozen else ()
-        for parameter in (*embeddings, *frozen_scores(self)):
+        for parameter in (*embeddings, *frozen_scores(self.layer_scores)):
             parameter.grad = None
 
 

@@ -60,7 +60,8 @@ def test_after_half_of_the_steps_the_layers_do_not_change(adaptive, monkeypatch)
 
     def keep(run, step):
         usual(run, step)
-        scores[step] = layer_scores(run.model.denoiser, "default")
+        of_layers = layer_scores(run.model.denoiser, "default")
+        scores[step] = {score.path: float(score.parameter.detach()) for score in of_layers}
 
     monkeypatch.setattr(dreambooth, "keep_to_budget", keep)
     written = train(adaptive(select_penalty=0.0))

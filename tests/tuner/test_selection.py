@@ -78,26 +78,28 @@ def test_a_score_has_the_gradient_of_the_weight_of_its_layer():
 def test_the_penalty_is_the_mean_size_of_the_scores_after_a_warm_up():
     model, _ = make_model(select_penalty=0.5)
     set_scores(model, 0.3, -0.1, 0.2)
-    assert selection_penalty(model, 0.19) == 0.0
-    penalty = selection_penalty(model, 0.2)
+    scores = layer_scores(model, "default")
+    assert selection_penalty(scores, 0.19) == 0.0
+    penalty = selection_penalty(scores, 0.2)
     assert penalty.item() == pytest.approx(0.5 * np.mean(np.abs([0.3, -0.1, 0.2])))
     penalty.backward()
     grads = [float(layer.tensors(SCORE_NAME)["default"].grad) for layer in atom_layers(model).values()]
     assert grads == pytest.approx([0.5 / 3, -0.5 / 3, 0.5 / 3])
     others, _ = make_model(select="all")
-    assert selection_penalty(others, 0.9) == 0.0 and layer_scores(others, "default") == {}
+    assert layer_scores(others, "default") == [] and selection_penalty([], 0.9) == 0.0
 
 
 def test_layers_that_are_left_out_stay_out():
     model, _ = make_model(select_budget="8KB")
-    assert has_budget(model) and frozen_scores(model) == []
-    leave_out(model, "default", {"1"})
-    assert layer_scores(model, "default") == {"0": 0.0, "1": pytest.approx(0.15), "2": 0.0}
-    layers = atom_layers(model)
-    assert frozen_scores(model) == [layers[path].tensors(SCORE_NAME)["default"] for path in ("0", "2")]
-    without, _ = make_model()
-    leave_out(without, "default", {"1"})
+    scores = layer_scores(model, "default")
+    assert has_budget(scores) and frozen_scores(scores) == []
+    leave_out(scores, {"1"})
+    assert {score.path: float(score.parameter) for score in scores} == {"0": 0.0, "1": pytest.approx(0.15), "2": 0.0}
+    assert frozen_scores(scores) == [scores[0].parameter, scores[2].parameter]
+    without = layer_scores(make_model()[0], "default")
+    leave_out(without, {"1"})
     assert not has_budget(without) and frozen_scores(without) == []
+    assert not has_budget([]) and frozen_scores([]) == []
 
 
 @pytest.mark.parametrize(

@@ -20,7 +20,6 @@ from atomdiff.training.report.page import Table, to_html, to_markdown
 from atomdiff.training.report.verdict import judge
 from atomdiff.training.run import Run
 from atomdiff.training.run_log import LOG_FILE, read_log
-from atomdiff.tuner.selection import has_scores
 from atomdiff.utils.atomic import new_file, write_json, write_text
 from atomdiff.utils.progress import log
 from atomdiff.utils.versions import versions
@@ -105,7 +104,7 @@ def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str
 
 def _selected_layers(run: Run, path: Path) -> str | None:
     """Return which layers the concept has, if that was learned."""
-    if not has_scores(run.model):
+    if not run.model.layer_scores:
         return None
     concept = read_concept_file(path)
     return f"{concept.training['selected_layers']}: {count_by_block(concept.layers)}"
