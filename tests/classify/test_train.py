@@ -13,6 +13,7 @@ from transformers import ResNetForImageClassification, ViTConfig, ViTForImageCla
 from atomdiff.classify import train as training
 from atomdiff.classify.saving import load_classifier
 from atomdiff.classify.train import train_classifier
+from atomdiff.tuner.selection import layer_scores
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
 
@@ -53,6 +54,17 @@ def test_only_what_the_method_names_moves_and_it_is_counted(
 
 def names(tensors, pattern):
     return {name for name in tensors if re.search(pattern, name)}
+
+
+@pytest.mark.parametrize("penalty", [0.0, 1e4])
+def test_layers_are_chosen_by_their_scores(config, penalty, tmp_path):
+    adapter = {"peft_type": "ATOMS", "select": "adaptive", "select_penalty": penalty}
+    (tmp_path / "adapter.json").write_text(json.dumps(adapter))
+    config = dataclasses.replace(config, adapter=str(tmp_path / "adapter.json"), max_train_steps=40, learning_rate=0.02)
+    train_classifier(dataclasses.replace(config, validation_steps=40))
+    found = layer_scores(load_classifier(classifier(config)), "default")
+    scores = [float(score.parameter.detach()) for score in found]
+    assert max(scores) < 0.1 if penalty else max(scores) > 0.15
 
 
 @pytest.mark.parametrize("targets", ["all", "conv+proj"])
@@ -173,6 +185,7 @@ def test_mistakes_are_user_errors(config, fields, message):
         ({**LORA, "init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
         ({**LORA, "target_modules": ["nothing"]}, "the adapter does not fit the base"),
         ({"peft_type": "ATOMS", "target_modules": ["normalization"]}, "atoms adapt"),
+        ({"peft_type": "ATOMS", "select": "adaptive", "select_budget": "8KB"}, "classifiers have none: leave it out"),
     ],
 )
 def test_adapters_that_do_not_fit_are_user_errors(config, adapter, message, tmp_path):
