@@ -6,6 +6,10 @@ The files are real ones: atoms of all 52 spatial convolutions, fitted to untrain
 phrase and the embedding of a trigger word. They are written by another process, so that what this one takes is the
 library's. "Cold" is after the file contents were dropped from the page cache; names and sizes stay in the kernel's.
 "Processor" is the time that the process ran, which other programs on the machine change little.
+
+    python -m benchmarks.library --part similar --output benchmarks/results/library_similar.json
+
+measures what it takes to compare the concepts: the first time, when all files are read, and later.
 """
 
 from __future__ import annotations
@@ -22,7 +26,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
@@ -43,6 +47,8 @@ THINGS = ("mug", "teapot", "robot", "cat", "dog", "chair", "lamp", "boat", "hous
 class BenchmarkConfig:
     """What to measure."""
 
+    part: Literal["open", "similar"] = "open"
+    """Index and open concepts, or compare them."""
     concepts: int = 10_000
     """Files in the library."""
     opened: int = 1_000
@@ -205,6 +211,37 @@ def measure_changes(library: ConceptLibrary, template: ConceptFile, config: Benc
     }
 
 
+def measure_similar(folder: str, config: BenchmarkConfig) -> dict[str, float]:
+    """Compare concepts with all others, and all with each other."""
+    from atomdiff.concepts.concept_file import write_concept_file
+    from atomdiff.concepts.library import SIMILARITY_FILE, ConceptLibrary
+
+    library = ConceptLibrary(folder)
+    names = random.Random(0).sample(list(library), min(config.opened, len(library)))
+    used = time.process_time()
+    first = seconds(lambda: library.similar(names[0]))
+    figures = {
+        "concepts": len(library),
+        "first_seconds": round(first, 1),
+        "first_seconds_processor": round(time.process_time() - used, 1),
+        "similarity_file_mb": round((Path(folder) / SIMILARITY_FILE).stat().st_size / 2**20, 1),
+    }
+    opened = ConceptLibrary(folder)
+    concepts = [opened[name] for name in names]
+    before = resident_mb()
+    figures["first_seconds_of_a_later_process"] = round(seconds(lambda: opened.similar(concepts[0])), 3)
+    each = [seconds(lambda concept=concept: opened.similar(concept)) for concept in concepts]  # type: ignore[misc]
+    figures["similar_ms"] = round(1e3 * statistics.median(each), 1)
+    figures["similar_microseconds_per_concept"] = round(1e6 * statistics.median(each) / len(opened), 2)
+    figures["growth_mb"] = round(resident_mb() - before, 1)
+    write_concept_file(opened.folder / "new.atoms.safetensors", concepts[0])
+    opened.refresh()
+    figures["similar_seconds_one_new"] = round(seconds(lambda: opened.similar(concepts[0])), 3)
+    figures["duplicates_seconds"] = round(seconds(opened.duplicates), 1)
+    figures["duplicates_found"] = len(opened.duplicates(2))
+    return figures
+
+
 def main(config: BenchmarkConfig) -> None:
     """Measure and write the result file."""
     quiet_libraries()
@@ -215,7 +252,7 @@ def main(config: BenchmarkConfig) -> None:
         writer.join()
         if writer.exitcode:
             raise SystemExit(writer.exitcode)
-        figures = measure(folder, config)
+        figures = measure(folder, config) if config.part == "open" else measure_similar(folder, config)
     write_result(config.output, command_line("library", config), figures, load_average_before=load)
 
 

@@ -98,6 +98,15 @@ def prune(args: Sequence[str]) -> None:
     print(describe_pruned(prune_file(config)))
 
 
+def similar(args: Sequence[str]) -> None:
+    """Show the concepts of a library that are most like one, or its duplicates."""
+    from atomdiff.cli.similar import SimilarConfig, describe_similar
+
+    config = parse_config(SimilarConfig, args, prog="atomdiff similar", positional="file")
+    quiet_libraries()
+    print(describe_similar(config))
+
+
 def demo(args: Sequence[str]) -> None:
     """Train on a folder of images, generate and measure, all on the embedded model."""
     from atomdiff.cli.demo import DemoConfig, describe_report, run_demo
@@ -116,7 +125,8 @@ def doctor(args: Sequence[str]) -> None:
     print(examine())
 
 
-VERBS = {verb.__name__: verb for verb in (train, sample, evaluate, inspect, export, extract, prune, demo, doctor)}
+_VERBS = (train, sample, evaluate, inspect, similar, export, extract, prune, demo, doctor)
+VERBS = {verb.__name__: verb for verb in _VERBS}
 
 
 def main(args: Sequence[str] | None = None) -> int:

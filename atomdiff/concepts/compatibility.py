@@ -231,12 +231,20 @@ def base_distance(concept: ConceptFile, weights: Mapping[str, Tensor]) -> float:
 
     Mean over the layers of |s - s'| / max(|s|, |s'|), s and s' being the singular values in the file and of the base.
     """
+    here = {
+        module: fingerprint(weights[module], concept.config, module.partition(".")[2]) for module in concept.fingerprint
+    }
+    return fingerprint_distance(concept.fingerprint, here)
+
+
+def fingerprint_distance(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> float:
+    """As `base_distance`, of two fingerprints, over the layers that both have; infinite for rows of other lengths."""
     distances = []
-    for module, stored in concept.fingerprint.items():
-        made_on = torch.tensor(stored, dtype=torch.float64)
-        here = torch.tensor(fingerprint(weights[module], concept.config, module.partition(".")[2]), dtype=torch.float64)
-        size = max(float(made_on.norm()), float(here.norm()))
-        distances.append(float((made_on - here).norm()) / size if size > 0 else 0.0)
+    for module in one.keys() & other.keys():
+        if len(one[module]) != len(other[module]):
+            return math.inf
+        size = max(math.hypot(*one[module]), math.hypot(*other[module]))
+        distances.append(math.dist(one[module], other[module]) / size if size > 0 else 0.0)
     return math.fsum(distances) / len(distances) if distances else 0.0
 
 

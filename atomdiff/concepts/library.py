@@ -13,15 +13,21 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+import torch
 from cachetools import LRUCache
 from torch import Tensor
 
+from atomdiff.concepts.atom_changes import changes_of
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
 from atomdiff.concepts.library_index import ConceptInfo, LibraryIndex, normalize_name, scan
+from atomdiff.concepts.similarity import Duplicates, SimilarConcept, group_duplicates
+from atomdiff.concepts.similarity_index import SimilarityIndex
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import list_some
 
 _TENSOR_BYTES = 520  # overhead of torch and Python for a tensor, besides its values; measured
+SIMILARITY_FILE = ".similarity.safetensors"
+"""What a library keeps in its folder once concepts were compared; it may be removed."""
 
 
 class ConceptLibrary:
@@ -53,6 +59,9 @@ class ConceptLibrary:
         self._lock = threading.Lock()  # of all below, and of replacing the index; never held while a file is read
         self._cache: LRUCache[ConceptInfo, ConceptFile] = LRUCache(memory_budget, _memory)
         self._reading: dict[ConceptInfo, Future[ConceptFile]] = {}
+        self._comparing = threading.Lock()  # of the two below
+        self._compared: LibraryIndex | None = None  # what the next is up to date with
+        self._similarities: SimilarityIndex | None = None
         self.refresh()
 
     def __len__(self) -> int:
@@ -103,6 +112,62 @@ class ConceptLibrary:
             return names
         self.refresh()
         return self._index.find(phrase)
+
+    def similar(self, concept: str | ConceptFile, k: int = 10) -> list[SimilarConcept]:
+        """Return the concepts whose atoms change the base most like another concept's, the most similar first.
+
+        Only concepts of the same base can be compared, and only where they adapt at least one layer in common, with
+        atoms of the same shape; others are left out, as are LoRA files. The first call reads all files, and keeps
+        what it compares in `SIMILARITY_FILE` in the folder; later ones read only what is new.
+
+        Args:
+            concept: a name in the library, or any concept.
+            k: how many at most, without the concept itself if it is named.
+
+        Raises:
+            UserError: there is no such concept, or it cannot be compared with any; the message says why.
+        """
+        name = normalize_name(concept) if isinstance(concept, str) else ""
+        given = self[concept] if isinstance(concept, str) else concept
+        what = f"the concept {name!r}" if name else "the concept"
+        try:
+            changes = changes_of(given)
+        except UserError as error:
+            raise UserError(f"{what} cannot be compared: {error}") from error
+        if changes.norm == 0:
+            raise UserError(f"{what} cannot be compared: all its deltas are zero; expected a trained concept")
+        found = [*self._similarity_index().cosines(changes)]
+        names = [each for of_group, _ in found for each in of_group]
+        if not {*names} - {name}:
+            raise UserError(
+                f"none of the {len(self)} concepts in {self.folder} can be compared with {what}: expected some of the "
+                "same base that adapt layers in common, with atoms of the same shape and without recursion"
+            )
+        values, order = torch.cat([cosines for _, cosines in found]).clamp(-1, 1).sort(descending=True, stable=True)
+        ranked = zip((names[row] for row in order[: k + 1].tolist()), values[: k + 1].tolist(), strict=True)
+        return [SimilarConcept(each, value) for each, value in ranked if each != name][:k]
+
+    def duplicates(self, threshold: float = 0.999) -> list[Duplicates]:
+        """Return concepts that are nearly the same, the most alike first.
+
+        All pairs are compared, which takes time that grows with the square of their number. Concepts that cannot be
+        compared by their atoms are found if all their tensors are equal.
+
+        Args:
+            threshold: least cosine of a pair; above 1 only equal files are found.
+        """
+        index = self._similarity_index()
+        return group_duplicates(index.links(threshold), index.contents())
+
+    def _similarity_index(self) -> SimilarityIndex:
+        """The index of similarities of the last scan."""
+        with self._comparing:
+            if self._similarities is None:
+                self._similarities = SimilarityIndex(self.folder / SIMILARITY_FILE)
+            if self._compared is not (index := self._index):
+                self._similarities.update(index.concepts)
+                self._compared = index
+            return self._similarities
 
     @property
     def damaged(self) -> dict[Path, str]:

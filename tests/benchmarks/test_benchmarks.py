@@ -51,6 +51,13 @@ def test_a_library(tmp_path):
     assert (figures["concepts"], figures["concepts_kept"]) == (8, 4)
 
 
+def test_similar_concepts_of_a_library(tmp_path):
+    for number in range(3):
+        shutil.copy(CONCEPT, tmp_path / f"robot-{number}.atoms.safetensors")
+    figures = library.measure_similar(str(tmp_path), library.BenchmarkConfig(opened=2))
+    assert (figures["concepts"], figures["duplicates_found"]) == (3, 1) and figures["similar_ms"] > 0
+
+
 @pytest.mark.slow
 def test_concepts_kept_in_part(result, tmp_path):
     small = {"base": str(CONCEPT.parent / "tiny-sd"), "num_prompts": 1, "num_inference_steps": 1}

@@ -24,11 +24,11 @@ def test_without_a_verb_the_verbs_are_listed(capsys):
     assert "  train " in capsys.readouterr().err
     assert main(["--help"]) == 0
     shown = capsys.readouterr().out
-    assert all(f"  {verb} " in shown for verb in ("train", "sample", "inspect", "export", "extract", "demo"))
+    assert all(f"  {verb} " in shown for verb in ("train", "sample", "inspect", "similar", "export", "extract", "demo"))
     assert main(["paint"]) == 2
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "inspect", "export", "extract", "demo"])
+@pytest.mark.parametrize("verb", ["train", "sample", "inspect", "similar", "export", "extract", "demo"])
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])

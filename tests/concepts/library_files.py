@@ -10,6 +10,7 @@ import torch
 from atomdiff.concepts import library as library_module
 from atomdiff.concepts import library_index
 from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
+from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.tuner import AtomConfig
 
 SECONDS = 30  # no thread waits longer: a test that would hang fails instead
@@ -49,6 +50,37 @@ def rewrite_header(path, change):
 def rewrite_metadata(path, **values):
     """Change metadata of a file."""
     rewrite_header(path, lambda header: {**header, "__metadata__": {**header["__metadata__"], **values}})
+
+
+SHAPES = {"unet.conv_in": {"atom": 9, "channel": 4}, "unet.conv_out": {"atom": 9}}
+SVD = AtomConfig(channel_block=2)
+
+
+def orthonormal(size, generator):
+    return torch.linalg.qr(torch.randn(size, size, generator=generator))[0]
+
+
+def make(seed=0, like=None, share=0.0, config=SVD, shapes=SHAPES, base=1.0):
+    """A concept with random deltas, to a share those of another one, and atoms of its own."""
+    generator = torch.Generator().manual_seed(seed)
+    layers = {}
+    for module, sizes in shapes.items():
+        for name, size in sizes.items():
+            change = torch.randn(size, size, generator=generator)
+            if like is not None:
+                of = like.layers[module]
+                change = (1 - share) * change + share * of[f"{name}_basis"].T @ of[f"{name}_delta"]
+            atoms = orthonormal(size, generator)
+            layers.setdefault(module, {})[f"{name}_delta"] = atoms @ change
+            if config.stores_basis:
+                layers[module][f"{name}_basis"] = atoms
+    return ConceptFile(config, layers, {module: [3.0 * base, *[1.0] * 8] for module in shapes})
+
+
+def write(folder, **concepts):
+    for name, concept in concepts.items():
+        write_concept_file(folder / f"{name}.atoms.safetensors", concept, torch.float32)
+    return ConceptLibrary(folder)
 
 
 class Reads:

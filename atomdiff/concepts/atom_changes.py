@@ -1,0 +1,89 @@
+"""What the atoms of a concept change of a base, as vectors that can be compared and averaged.
+
+Chen, Miao, Qiu, "Inner Product-based Neural Network Similarity", NeurIPS 2023: networks that share their coefficients
+are as similar as their atoms. Concepts of one base share the coefficients of its weights.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from atomdiff.concepts.compatibility import SAME_BASE, fingerprint_distance
+from atomdiff.concepts.concept_file import ConceptFile
+from atomdiff.tuner.atom_basis import ATOM_BASES
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.hashing import quick_hash
+from atomdiff.utils.untrusted import list_some
+
+_COMPARED = {"atom_delta", "channel_delta", "atom_basis", "channel_basis"}
+
+Fingerprint = Mapping[str, Sequence[float]]
+"""Module -> singular values of the base weight's rows, as concept files have them."""
+
+
+@dataclass(frozen=True)
+class AtomChanges:
+    """The changes of all atoms of a concept, which do not depend on the signs and the order of stored atoms."""
+
+    spaces: dict[str, str]
+    """Delta -> what its elements mean: those of two concepts can be compared if it is the same for both."""
+    values: dict[str, Tensor]
+    """Delta, such as `unet.conv_in.atom_delta` -> its change as a vector, float32 (elements,)."""
+    fingerprint: Fingerprint
+    """The base."""
+
+    @property
+    def norm(self) -> float:
+        """The length of all values together."""
+        return math.sqrt(sum(float(values.double().square().sum()) for values in self.values.values()))
+
+
+def changes_of(concept: ConceptFile) -> AtomChanges:
+    """Return the changes of a concept's atoms.
+
+    With stored orthonormal atoms they are S = D.T @ dD (d, d), with those that are not stored, dD (m, d), since the
+    atoms are the same in all files. With coefficients, too, but only files with the same atoms can be compared then.
+
+    Raises:
+        UserError: the concept has no atoms, or others than deltas on atoms, as with `recursion`.
+    """
+    if not concept.layers:
+        raise UserError("it has no atoms, only trigger words: expected a concept with adapted layers")
+    spaces, values = {}, {}
+    for module, tensors in concept.layers.items():
+        if others := sorted(tensors.keys() - _COMPARED):
+            raise UserError(
+                f"its layers have {list_some(others)}: expected one delta for all input channels, as without recursion"
+            )
+        for delta in sorted(tensors.keys() & {"atom_delta", "channel_delta"}):
+            atoms = tensors.get(delta.replace("_delta", "_basis"))
+            key = f"{module}.{delta}"
+            spaces[key], changes = _change(concept.config.basis, tensors[delta], atoms)
+            values[key] = changes.flatten()
+    return AtomChanges(spaces, values, concept.fingerprint)
+
+
+def _change(basis: str, delta: Tensor, atoms: Tensor | None) -> tuple[str, Tensor]:
+    shape = "x".join(map(str, delta.shape))
+    if atoms is None:
+        return f"{basis} {shape}", delta
+    if ATOM_BASES[basis].has_coefficients:
+        return f"{basis} {shape} {quick_hash([atoms])}", delta
+    return f"{delta.shape[1]}x{delta.shape[1]}", atoms.T @ delta
+
+
+def can_compare(spaces: Mapping[str, str], fingerprint: Fingerprint, other: AtomChanges) -> bool:
+    """Whether changes are of the same base, of at least one layer in common, and mean the same in all of those."""
+    common = spaces.keys() & other.spaces.keys()
+    same = bool(common) and all(spaces[key] == other.spaces[key] for key in common)
+    return same and fingerprint_distance(fingerprint, other.fingerprint) <= SAME_BASE
+
+
+def concatenate(values: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
+    """Return values in an order of deltas with these numbers of elements; zeros where there are none: (elements,)."""
+    return torch.cat([values[key] if key in values else torch.zeros(size) for key, size in sizes.items()])
