@@ -107,6 +107,16 @@ def similar(args: Sequence[str]) -> None:
     print(describe_similar(config))
 
 
+def average(args: Sequence[str]) -> None:
+    """Write the average of concepts that were trained from one start."""
+    from atomdiff.concepts.average import AverageConfig, average_files
+
+    config = parse_config(AverageConfig, args, prog="atomdiff average", positional="files")
+    quiet_libraries()
+    average_files(config)
+    print(f"saved {config.output}: the average of {len(config.files)} concepts")
+
+
 def demo(args: Sequence[str]) -> None:
     """Train on a folder of images, generate and measure, all on the embedded model."""
     from atomdiff.cli.demo import DemoConfig, describe_report, run_demo
@@ -125,7 +135,7 @@ def doctor(args: Sequence[str]) -> None:
     print(examine())
 
 
-_VERBS = (train, sample, evaluate, inspect, similar, export, extract, prune, demo, doctor)
+_VERBS = (train, sample, evaluate, inspect, similar, export, extract, prune, average, demo, doctor)
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
 

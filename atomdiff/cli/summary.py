@@ -19,6 +19,7 @@ from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, train
 from atomdiff.concepts.layer_choice import count_by_block
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.parameter_count import group_table
+from atomdiff.concepts.sources import label_sources
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.variants import PARAMETER_NAMES, atoms_of, variant_of
@@ -56,6 +57,7 @@ def describe(path: str | os.PathLike[str], base: Any = None) -> str:
         "parameters": f"{_count(trained) + _count(vectors):,} trained ({_count(vectors):,} in trigger words)",
         "bytes": f"{Path(path).stat().st_size:,}",
         "training": _training(concept) or "-",
+        **label_sources(concept.training),
     }
     if selected := concept.training.get("selected_layers"):
         rows["selected layers"] = f"{selected}: {count_by_block(concept.layers)}"

@@ -20,6 +20,7 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import quick_hash
 from atomdiff.utils.untrusted import list_some
 
+_EQUAL_ATOMS = 1e-3  # largest difference of elements, and of a change from what atoms can make of it: float16 rounds
 _COMPARED = {"atom_delta", "channel_delta", "atom_basis", "channel_basis"}
 
 Fingerprint = Mapping[str, Sequence[float]]
@@ -87,3 +88,36 @@ def can_compare(spaces: Mapping[str, str], fingerprint: Fingerprint, other: Atom
 def concatenate(values: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
     """Return values in an order of deltas with these numbers of elements; zeros where there are none: (elements,)."""
     return torch.cat([values[key] if key in values else torch.zeros(size) for key, size in sizes.items()])
+
+
+def trained_on(atoms: Mapping[str, Tensor], tensors: Mapping[str, Tensor], basis: str) -> dict[str, Tensor]:
+    """Return the trained tensors of a layer such that they make the same change on other atoms.
+
+    Args:
+        atoms: a layer's tensors with the other atoms, by kind.
+        tensors: the layer's tensors, of which deltas (m, d) are solved for: D'.T @ dD' = D.T @ dD.
+        basis: of both, as `AtomConfig` names it.
+
+    Raises:
+        UserError: the other atoms cannot make the same change.
+    """
+    trained = {kind: tensor for kind, tensor in tensors.items() if not kind.endswith("_basis")}
+    for kind in tensors.keys() - trained.keys():
+        delta, own, other = kind.replace("_basis", "_delta"), tensors[kind], atoms[kind]
+        if own.shape == other.shape and torch.equal(own, other):
+            continue
+        if delta in trained and not ATOM_BASES[basis].has_coefficients:
+            trained[delta] = _solve(other, own, trained[delta])
+        elif own.shape != other.shape or not torch.allclose(own, other, rtol=0, atol=_EQUAL_ATOMS):
+            raise UserError("it has other atoms, on which the same change cannot be made; start both from one seed")
+    return trained
+
+
+def _solve(atoms: Tensor, own: Tensor, delta: Tensor) -> Tensor:
+    change = own.double().T @ delta.double()  # (d, d)
+    solved = torch.linalg.lstsq(atoms.double().T, change).solution  # (m, d)
+    if float((atoms.double().T @ solved - change).norm()) > _EQUAL_ATOMS * float(change.norm()):
+        raise UserError(
+            "it has other atoms, which make changes that these cannot make; with all atoms (num_atoms null) they could"
+        )
+    return solved.to(delta.dtype)

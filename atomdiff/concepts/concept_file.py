@@ -36,7 +36,7 @@ FORMAT_VERSION = "1"
 NEWER_VERSION = "2"  # of files with settings that version 1 lacks; all others stay of version 1
 CONCEPT_SUFFIX = ".atoms.safetensors"
 
-_DTYPES = ("F16", "BF16", "F32", "F64")
+_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 _PEFT_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)}
 _OF_TRAINING = {"init_weights", "modules_to_save", "select", "select_penalty", "select_budget"}
@@ -187,6 +187,15 @@ def read_header(path: str | os.PathLike[str]) -> tuple[dict[str, str], dict[str,
             f"{NEWER_VERSION!r}: update atomdiff"
         )
     return metadata, dtypes
+
+
+def stored_dtype(path: str | os.PathLike[str]) -> torch.dtype:
+    """The dtype of the tensors in a concept file.
+
+    Raises:
+        UserError: as for `read_header`.
+    """
+    return next((_DTYPES[dtype] for dtype in read_header(path)[1].values() if dtype in _DTYPES), torch.float16)
 
 
 def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:

@@ -14,6 +14,7 @@ from huggingface_hub import ModelCard, ModelCardData, constants
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file, trained_tensors
 from atomdiff.concepts.hub import adapter_files, files_in, names_repository
+from atomdiff.concepts.sources import label_sources
 from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.hashing import hash_file
 
@@ -191,6 +192,7 @@ def _training(training: Mapping[str, Any]) -> str:
     config = training.get("config")
     if isinstance(config, dict):
         plain |= {name: config[name] for name in _TRAINING_SETTINGS if config.get(name) is not None}
+    plain |= label_sources(training)
     return ", ".join(f"{key.replace('_', ' ')} {_number(value)}" for key, value in plain.items())
 
 

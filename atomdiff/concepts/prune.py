@@ -19,7 +19,7 @@ from atomdiff.concepts.concept_file import (
     ConceptFile,
     concept_bytes,
     read_concept_file,
-    read_header,
+    stored_dtype,
     write_concept_file,
 )
 from atomdiff.tuner.atom_basis import ATOM_BASES
@@ -27,8 +27,6 @@ from atomdiff.tuner.ranking import RankedDirections, rank_directions
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, check_writable, expand_paths, refuse_overlap
 from atomdiff.utils.sizes import parse_bytes
-
-_DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
 
 @dataclass(frozen=True)
@@ -88,7 +86,7 @@ def prune_file(config: PruneConfig) -> Pruned:
     check_writable(output.parent, f"output={config.output!r}", output.name)
     ranked = rank_directions(concept.config, concept.layers, concept.fingerprint)
     total, size = len(ranked.order), Path(config.file).stat().st_size
-    dtype = next((_DTYPES[dtype] for dtype in read_header(config.file)[1].values()), torch.float16)
+    dtype = stored_dtype(config.file)
     if config.bytes is None:
         count = math.ceil((config.keep or 0) * total)
         fits = config.keep == 1

@@ -28,7 +28,7 @@ def test_without_a_verb_the_verbs_are_listed(capsys):
     assert main(["paint"]) == 2
 
 
-@pytest.mark.parametrize("verb", ["train", "sample", "inspect", "similar", "export", "extract", "demo"])
+@pytest.mark.parametrize("verb", ["train", "sample", "inspect", "similar", "average", "export", "extract", "demo"])
 def test_every_verb_explains_itself(verb, capsys):
     with pytest.raises(SystemExit) as ended:
         main([verb, "--help"])

@@ -21,6 +21,8 @@ from PIL import Image
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.cli.demo import DemoConfig
 from atomdiff.cli.main import main
+from atomdiff.cli.similar import SimilarConfig
+from atomdiff.concepts.average import AverageConfig
 from atomdiff.concepts.prune import PruneConfig
 from atomdiff.evaluate.config import EvaluateConfig
 from atomdiff.evaluate.metrics import METRICS, score
@@ -49,6 +51,8 @@ VERBS = {
     "demo": lambda options: parse_config(DemoConfig, options),
     "export": lambda options: parse_config(ExportConfig, options),
     "extract": lambda options: parse_config(ExtractConfig, options),
+    "similar": lambda options: parse_config(SimilarConfig, options, positional="file"),
+    "average": lambda options: parse_config(AverageConfig, options, positional="files"),
     "prune": lambda options: parse_config(PruneConfig, options, positional="file"),
 }
 
