@@ -100,7 +100,7 @@ def build_concept(
     if not configs and not tokens:
         raise UserError(f"there is no concept {adapter_name!r} to save; there are: {name_concepts(pipe)}")
     _check_one_file(adapter_name, configs)
-    layers, fingerprints = _layers(adapter_name, models, configs)
+    layers, fingerprints = read_atoms(adapter_name, models, configs)
     concept = ConceptFile(
         config=next(iter(configs.values()), AtomConfig()),
         layers=layers,
@@ -154,7 +154,7 @@ def _check_one_file(adapter_name: str, configs: Mapping[str, AtomConfig]) -> Non
             )
 
 
-def _layers(
+def read_atoms(
     adapter_name: str, models: Mapping[str, nn.Module], configs: Mapping[str, AtomConfig]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
     """The tensors of an atom adapter by module path, and the fingerprints of their base weights."""

@@ -35,6 +35,7 @@ from atomdiff.training.saving import check_result_path, result_path, save_result
 from atomdiff.training.signals import StopSignals
 from atomdiff.training.summary import describe_training
 from atomdiff.training.validation import is_validation_step, validate
+from atomdiff.training.warm_start import check_start, warm_start
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.tuner.selection import selection_penalty
 from atomdiff.utils.atomic import remove_leftovers
@@ -87,6 +88,9 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     run = build_run(config, accelerator, adapter, text_adapter)
     if state:
         load_state(run, state)
+        check_start(run, state["checkpoint"])
+    elif config.init_from is not None:
+        warm_start(run, take_step)
     done = state["step"] if state else 0
     if accelerator.is_main_process:
         described = describe_training(config, run.model.parameter_groups(), accelerator.num_processes, done)
@@ -146,6 +150,24 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
 
 
 def train_step(run: Run, step: int) -> float:
+    """Train one step: freeze token embeddings if it is time, move the parameters once, follow with their average.
+
+    Returns:
+        The mean loss of the step's batches on all processes.
+
+    Raises:
+        UserError: As `take_step`.
+    """
+    if step > run.config.token_steps:
+        run.model.freeze_token_embeddings()
+    loss = take_step(run, step)
+    keep_to_budget(run, step)
+    if run.ema is not None:
+        run.ema.step(run.trainable.values())
+    return loss
+
+
+def take_step(run: Run, step: int) -> float:
     """Move the parameters once; return the mean loss of the step's batches on all processes.
 
     In fp16 a step whose gradients are too large is done again with a smaller scale, so that no batch is left out and
@@ -154,16 +176,11 @@ def train_step(run: Run, step: int) -> float:
     Raises:
         UserError: The loss or a gradient is not finite; the parameters have not moved.
     """
-    if step > run.config.token_steps:
-        run.model.freeze_token_embeddings()
     for _ in range(_FP16_TRIES):
         loss, norm = try_step(run, step)
         if math.isfinite(norm):
             break
     refuse_unless_finite(run, step, "gradient's norm", norm)
-    keep_to_budget(run, step)
-    if run.ema is not None:
-        run.ema.step(run.trainable.values())
     return loss
 
 

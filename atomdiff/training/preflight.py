@@ -14,6 +14,7 @@ from atomdiff.training.fingerprint import image_key
 from atomdiff.training.preservation import preservation_prompt
 from atomdiff.training.saving import result_path
 from atomdiff.training.training_images import check_prompts, choose_held_out
+from atomdiff.training.warm_start import check_init_from
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import check_writable, refuse_overlap
@@ -29,7 +30,11 @@ def check_runs(runs: Sequence[TrainConfig]) -> None:
         adapter = read_adapter(run.adapter)
         if adapts_nothing(adapter) and not (run.train_token or run.train_text_encoder):
             raise UserError(f"adapter={run.adapter!r}: trains nothing; expected train_token=True, or another adapter")
-        _check_folders(run, runs, result_path(adapter, Path(run.output_dir) / run.name))
+        result = result_path(adapter, Path(run.output_dir) / run.name)
+        check_init_from(run, adapter)
+        if run.init_from is not None:
+            refuse_overlap({"the result": result}, {"init_from": run.init_from}, inside=False)
+        _check_folders(run, runs, result)
         for encoder in run.evaluate_with:
             check_encoder(encoder)
     for run in runs:

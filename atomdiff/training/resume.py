@@ -59,7 +59,7 @@ def save_state(run: Run, step: int, average_loss: float, snapshot: dict[str, Any
     """
     config = run.config
     state = {"step": step, "average_loss": average_loss, **state_of(run)}
-    state |= {"config": config.snapshot(), "fingerprint": run.dataset.fingerprint}
+    state |= {"config": config.snapshot(), "fingerprint": run.dataset.fingerprint, "start": run.start}
     best = run.measurements.best
     state["best"] = None if best is None else vars(best)
     try:
@@ -94,11 +94,17 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
     if {name: tensor.shape for name, tensor in state["parameters"].items()} != shapes:
         written = f"{state['checkpoint']}: written by another version, with other parameters"
         raise UserError(f"{written}. Use that version, {_OR_START}")
+    put_back(run, state)
+    run.start.extend(state.get("start", []))
+    if (best := state.get("best")) and run.config.keep_best:
+        run.measurements.best = BestParameters(**best)
+
+
+def put_back(run: Run, state: dict[str, Any]) -> None:
+    """Give a run what `state_of` gave."""
     for name, parameter in run.trainable.items():
         parameter.data.copy_(state["parameters"][name])
     load_optimizer(run.optimizer, state["optimizer"])
-    if (best := state.get("best")) and run.config.keep_best:
-        run.measurements.best = BestParameters(**best)
     if run.ema is not None:
         run.ema.load_state_dict(state["ema"])
         run.ema.to(run.accelerator.device)

@@ -3,6 +3,7 @@
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import Any
 
 import torch
 from accelerate import Accelerator
@@ -47,6 +48,8 @@ class Run:
     """Moving average of the trainable parameters, if it is asked for."""
     measurements: Measurements = field(default_factory=Measurements)
     """What is measured on the way."""
+    start: list[dict[str, Any]] = field(default_factory=list)
+    """The concepts that the run started from, as `describe_source` has them; empty: a cold start."""
     started: float = field(default_factory=time.time)
     """Seconds since 1970."""
 

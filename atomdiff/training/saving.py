@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 from peft import PeftConfig
 
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
+from atomdiff.concepts.sources import INIT_FROM
 from atomdiff.pipelines.placeholder_tokens import set_token_embedding
 from atomdiff.pipelines.portable import save_portable
 from atomdiff.pipelines.save import save_atoms
@@ -97,6 +98,7 @@ def concept_metadata(run: Run, step: int, final_loss: float, trained_with: dict[
         "seed": run.config.seed,
         "image_count": run.dataset.num_instance_images,
         "final_loss": final_loss,
+        **({INIT_FROM: run.start} if run.start else {}),
     }
     base_model = run.config.pretrained_model_name_or_path
     return {"trigger_phrase": run.config.trigger_phrase, "training": training, "base_model": base_model}

@@ -17,6 +17,7 @@ from atomdiff.training.config.output import HubConfig, OutputConfig, check_repos
 from atomdiff.training.config.prompt import PromptConfig, check_prompt
 from atomdiff.training.config.run import RunConfig
 from atomdiff.training.config.subject import Subject
+from atomdiff.training.config.warm_start import WarmStartConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_with_overrides
 from atomdiff.utils.paths import PathText, path_fields
@@ -40,6 +41,7 @@ class TrainConfig(  # the fields of the last come first in --help
     PreservationConfig,
     DataConfig,
     PromptConfig,
+    WarmStartConfig,
     RunConfig,
     TrainingBaseConfig,
 ):
@@ -93,6 +95,8 @@ class TrainConfig(  # the fields of the last come first in --help
         """Return the fields that the trained parameters depend on, ready for JSON, without paths."""
         hidden = {field.name for group in (OutputConfig, HubConfig) for field in fields(group)}
         hidden.update(path_fields(type(self)))
+        if self.init_from is None:
+            hidden.update(field.name for field in fields(WarmStartConfig))
         rates = self.learning_rates
         resolved = {
             "learning_rate": rates["adapter"],
