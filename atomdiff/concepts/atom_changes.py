@@ -16,13 +16,12 @@ from torch import Tensor
 from atomdiff.concepts.compatibility import SAME_BASE, fingerprint_distance
 from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.tuner.atom_basis import ATOM_BASES
+from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import quick_hash
 from atomdiff.utils.untrusted import list_some
 
 _EQUAL_ATOMS = 1e-3  # largest difference of elements, and of a change from what atoms can make of it: float16 rounds
-_COMPARED = {"atom_delta", "channel_delta", "atom_basis", "channel_basis"}
-
 Fingerprint = Mapping[str, Sequence[float]]
 """Module -> singular values of the base weight's rows, as concept files have them."""
 
@@ -51,20 +50,20 @@ def changes_of(concept: ConceptFile) -> AtomChanges:
     atoms are the same in all files. With coefficients, too, but only files with the same atoms can be compared then.
 
     Raises:
-        UserError: the concept has no atoms, or others than deltas on atoms, as with `recursion`.
+        UserError: the concept has no atoms, or a layer has not one delta (m, d) for all input channels.
     """
     if not concept.layers:
         raise UserError("it has no atoms, only trigger words: expected a concept with adapted layers")
     spaces, values = {}, {}
     for module, tensors in concept.layers.items():
-        if others := sorted(tensors.keys() - _COMPARED):
-            raise UserError(
-                f"its layers have {list_some(others)}: expected one delta for all input channels, as without recursion"
-            )
-        for delta in sorted(tensors.keys() & {"atom_delta", "channel_delta"}):
-            atoms = tensors.get(delta.replace("_delta", "_basis"))
-            key = f"{module}.{delta}"
-            spaces[key], changes = _change(concept.config.basis, tensors[delta], atoms)
+        deltas = variant_of(concept.config).deltas(tensors)
+        if not deltas or any(delta.ndim != 2 for delta in deltas.values()):
+            found = list_some(sorted(kind for kind in tensors if not kind.endswith("_basis")))
+            raise UserError(f"{module} has {found}: expected one delta for all input channels, as without recursion")
+        for name, delta in sorted(deltas.items()):
+            atoms = tensors.get(name.replace("_delta", "_basis"))
+            key = f"{module}.{name}"
+            spaces[key], changes = _change(concept.config.basis, delta, atoms)
             values[key] = changes.flatten()
     return AtomChanges(spaces, values, concept.fingerprint)
 

@@ -132,7 +132,7 @@ def _why_not(first: ConceptFile, other: ConceptFile) -> str:
     for module, tensors in first.layers.items():
         if _shapes(tensors) != _shapes(other.layers[module]):
             return f"the tensors of {module} have other shapes; average runs of one adapter config"
-        fixed = [kind for kind in tensors if not kind.endswith(("_delta", "_basis"))]
+        fixed = [kind for kind in tensors if not kind.endswith(("_delta", "_shared", "_basis"))]
         if any(not torch.equal(tensors[kind], other.layers[module][kind]) for kind in fixed):
             return f"{module} has another {list_some(fixed)}, and a mean of products is no product of means"
     if first.tokens.keys() != other.tokens.keys():

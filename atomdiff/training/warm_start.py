@@ -118,11 +118,14 @@ def _choose(run: Run, folder: Path) -> list[_Source]:
         similar = library.similar(ConceptFile(adapter, layers, fingerprints), max(len(library), 1))
     except UserError as error:
         raise UserError(f"init_from={config.init_from!r}: {error}") from error
+    kinds = {kind for tensors in layers.values() for kind in tensors}
+    is_linear = all(kind.endswith(("_delta", "_basis")) for kind in kinds)  # a mean of products is no product of means
+    most = config.init_concepts if is_linear else 1
     found: list[tuple[str, Path, float]] = []
     reason = ""
     for name, similarity in similar:
         path = library.info(name).path
-        if similarity <= 0 or len(found) == config.init_concepts:
+        if similarity <= 0 or len(found) == most:
             break
         if path.resolve() == own:
             continue
@@ -227,7 +230,8 @@ def _write_start(run: Run, concepts: Sequence[tuple[ConceptFile, float]]) -> Non
     """Write the mean of concepts, whose weights make 1, into the trained parameters of a run."""
     means: dict[int, tuple[Tensor, Tensor]] = {}  # by parameter
     for concept, weight in concepts:
-        for own, tensor in [*_adapter_values(run, concept), *_embeddings(run, concept)]:
+        values = [*_adapter_values(run, concept), *_embeddings(run, concept)]
+        for own, tensor in {own.data_ptr(): (own, tensor) for own, tensor in values}.values():  # layers may share some
             if own.shape != tensor.shape:
                 found = f"found tensors of shape {tuple(tensor.shape)}, the run trains {tuple(own.shape)}"
                 raise UserError(f"init_from={run.config.init_from!r}: {found}; choose an adapter with its num_atoms")

@@ -10,7 +10,7 @@ import atomdiff
 from atomdiff.cli.main import main
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.average import AverageConfig, average_files
-from atomdiff.concepts.concept_file import read_concept_file, stored_dtype, write_concept_file
+from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, stored_dtype, write_concept_file
 from atomdiff.concepts.prune import PruneConfig, prune_file
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.errors import UserError
@@ -143,6 +143,19 @@ def test_recursion_is_averaged_where_the_mix_is_the_same(tmp_path):
     assert (mean.layers["unet.conv_in"]["recursion_delta"] == 1.5).all()
     with pytest.raises(UserError, match="another recursion_mix, and a mean of products is no product of means"):
         average(tmp_path, recursive(1.0), recursive(2.0, 3.0))
+
+
+def test_shared_directions_are_averaged_where_the_mixes_are_the_same(tmp_path):
+    def sharing(number, mix=1.0):
+        config = AtomConfig(channel_block=1, basis="dct", share="kind", share_count=2)
+        tensors = {"atom_mix": torch.full((2,), mix), "atom_shared": torch.full((2, 9, 9), number)}
+        fingerprint = make().fingerprint
+        return ConceptFile(config, {module: dict(tensors) for module in fingerprint}, fingerprint)
+
+    mean = average(tmp_path, sharing(1.0), sharing(2.0))
+    assert all((tensors["atom_shared"] == 1.5).all() for tensors in mean.layers.values())
+    with pytest.raises(UserError, match="another atom_mix, and a mean of products is no product of means"):
+        average(tmp_path, sharing(1.0), sharing(2.0, 3.0))
 
 
 def test_what_was_not_trained_from_one_start_is_refused(tmp_path):

@@ -96,6 +96,20 @@ def test_what_cannot_be_compared_is_left_out_or_refused(tmp_path):
             library.similar(name)
 
 
+def test_directions_that_layers_share_are_compared_by_the_deltas_that_they_make(tmp_path):
+    config = AtomConfig(basis="dct", channel_block=1, share="kind", share_count=2)
+    plain = AtomConfig(basis="dct", channel_block=1)
+    generator, shapes = torch.Generator().manual_seed(0), {"unet.conv_in": {"atom": 9}, "unet.conv_out": {"atom": 9}}
+    shared, mixes = torch.randn(2, 9, 9, generator=generator), torch.tensor([[1.0, 2.0], [3.0, -1.0]])
+    fingerprint = make(shapes=shapes).fingerprint
+    layers = {m: {"atom_mix": mix, "atom_shared": shared} for m, mix in zip(fingerprint, mixes, strict=True)}
+    deltas = {m: {"atom_delta": mix[0] * shared[0] + mix[1] * shared[1]} for m, mix in zip(layers, mixes, strict=True)}
+    library = write(
+        tmp_path, one=ConceptFile(config, layers, fingerprint), same=ConceptFile(plain, deltas, fingerprint)
+    )
+    assert library.similar("one") == [("same", pytest.approx(1))]
+
+
 def test_sparse_atoms_are_compared_where_they_are_the_same(tmp_path):
     config = AtomConfig(basis="sparse", channel_block=1)
     one = make(config=config, shapes={"unet.conv_in": {"atom": 9}})

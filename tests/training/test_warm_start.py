@@ -20,6 +20,7 @@ from atomdiff.training.run import build_run
 from atomdiff.training.warm_start import warm_start
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_tensors
+from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
 from tests.helpers import concept_bytes
@@ -112,6 +113,23 @@ def test_a_pruned_concept_is_a_start_like_others(concept, tmp_path):
     expected, found = changes_of(read_concept_file(small)).values, change_in(run)
     assert_close({key: found[key] for key in expected}, expected)
     assert not any(values.any() for key, values in found.items() if key not in expected)
+
+
+@pytest.mark.slow
+def test_directions_that_layers_share_start_from_the_nearest_concept_alone(config, adapter_file, tmp_path):
+    shared = Path(adapter_file("atoms")).with_name("shared.json")
+    shared.write_text(json.dumps({"peft_type": "ATOMS", "basis": "dct", "share": "kind"}))
+    config = dataclasses.replace(config, adapter=str(shared), learning_rate=0.05, token_learning_rate=0.05)
+    library = tmp_path / "library"
+    for seed in (0, 1):
+        train(dataclasses.replace(config, output_dir=str(library / str(seed)), seed=seed))
+    nearest = read_concept_file(library / "0" / "teapot.atoms.safetensors")
+    run = built(dataclasses.replace(config, init_from=str(library), init_probe_steps=3), read_adapter(str(shared)))
+    warm_start(run, take_step)
+    assert [(each["name"], each["weight"]) for each in run.start] == [("0/teapot", 1.0)]
+    for module, tensors in atom_tensors(run.model.denoiser, "default").items():
+        for kind, tensor in nearest.layers[f"unet.{module}"].items():
+            assert torch.equal(tensors[kind], tensor)
 
 
 @pytest.mark.slow
