@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import torch
@@ -14,7 +16,7 @@ from torch.overrides import TorchFunctionMode
 from atomdiff.activation_adapters.config import ActivationConfig
 from atomdiff.activation_adapters.layer import ActivationLayer
 from atomdiff.activation_adapters.model import ActivationModel, device_of
-from atomdiff.tuner.slots import add_slot
+from atomdiff.tuner.slots import add_slot, replace_children
 
 _SLOT = "attention_maps"
 _HEADS = {
@@ -113,7 +115,7 @@ def mixed_heads(alpha: Tensor, query: Tensor, key: Tensor, value: Tensor, *args:
 
 
 class _MixHeads(TorchFunctionMode):
-    """A `with` block in which attention maps are mixed, in this thread."""
+    """A `with` block in which the attention maps of an attention are mixed, in this thread."""
 
     def __init__(self, layer: CoeffTuningLayer) -> None:
         super().__init__()
@@ -128,20 +130,36 @@ class _MixHeads(TorchFunctionMode):
         alpha = self.layer.alpha(len(output))
         return output if alpha is None else output + mixed_heads(alpha, *args, **kwargs)
 
+    def mix_maps(self, get_maps: Callable[..., Tensor], *args: Any, **kwargs: Any) -> Tensor:
+        """Maps (batch * heads, queries, keys), as diffusers keeps them in its own attention, mixed."""
+        maps = get_maps(*args, **kwargs)
+        self.calls += 1
+        heads = next(iter(self.layer.adapters.values())).alpha.shape[0]
+        alpha = self.layer.alpha(len(maps) // heads)
+        if alpha is None or len(maps) % heads:  # slices of them are refused later
+            return maps
+        by_head = rearrange(maps, "(b i) n k -> b i n k", i=heads)
+        alpha = alpha.to(maps.dtype).expand(len(by_head), -1, -1)
+        return maps + rearrange(einsum(alpha, by_head, "b h i, b i n k -> b h n k"), "b h n k -> (b h) n k")
+
 
 def _run(attention: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an attention with its maps mixed."""
     layer = attention.attention_maps
     if not isinstance(layer, CoeffTuningLayer) or not layer.acts:
         return cls.forward(attention, *args, **kwargs)
+    copied = replace_children(attention, cls)
     with _MixHeads(layer) as mix:
-        output = cls.forward(attention, *args, **kwargs)
+        if hasattr(attention, "get_attention_scores"):
+            vars(copied)["get_attention_scores"] = partial(mix.mix_maps, attention.get_attention_scores)
+        output = cls.forward(copied, *args, **kwargs)
     if mix.calls != 1:
         processor = getattr(attention, "processor", None)
         how = f"the {type(processor).__name__} of this attention" if processor is not None else "this attention"
         raise ValueError(
-            f"Coeff-Tuning mixes attention maps in the one call of scaled_dot_product_attention, and {how} makes "
-            f"{mix.calls}: use diffusers' AttnProcessor2_0, or attn_implementation='sdpa' of transformers"
+            f"Coeff-Tuning mixes the maps of all heads where they are computed at once, and {how} computes them in "
+            f"{mix.calls or 'no'} known call(s): use diffusers' AttnProcessor2_0 or AttnProcessor, or "
+            "attn_implementation='sdpa' of transformers"
         )
     return output
 

@@ -91,7 +91,7 @@ class ConvAdapterLayer(BaseAttributes, ActivationLayer):
         """(batch, c, height, width) -> the convolution's output and what the branches add to it."""
         output: Tensor = self.base_layer(x, *args, **kwargs)
         added = self.residual(x)
-        return output if added is None else output + added
+        return output if added is None else output + added.to(output.dtype)  # which autocast may have changed
 
 
 class ConvAdapterModel(ActivationModel):

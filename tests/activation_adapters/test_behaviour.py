@@ -117,8 +117,10 @@ def test_half_precision_and_autocast_compute_in_their_dtype(method, name):
         mixed = call(model)
     half = inputs(torch.bfloat16)(copy.deepcopy(model).bfloat16())
     below = trained(method, make_model(name).bfloat16())
+    with torch.autocast("cpu", torch.bfloat16):
+        trainable = call(below)  # float32 comes in, as from a training step
     assert {p.dtype for p in below.parameters() if p.requires_grad} == {torch.float32}
-    for output in (mixed, half, inputs(torch.bfloat16)(below)):
+    for output in (mixed, trainable, half, inputs(torch.bfloat16)(below)):
         torch.testing.assert_close(output.float(), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
     assert half.dtype == torch.bfloat16
 

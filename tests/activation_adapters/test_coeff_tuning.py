@@ -3,7 +3,7 @@
 import numpy as np
 import pytest
 import torch
-from diffusers.models.attention_processor import Attention, AttnProcessor
+from diffusers.models.attention_processor import Attention, AttnProcessor, AttnProcessor2_0, SlicedAttnProcessor
 from peft import get_peft_model
 from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
@@ -65,19 +65,35 @@ def test_it_has_as_many_parameters_on_stable_diffusion_as_in_the_paper():
     assert count_parameters("sd-1.5", CoeffTuningConfig()).num_trainable_parameters == 2048
 
 
-def test_attentions_that_keep_no_such_call_are_refused():
+@torch.no_grad()
+@pytest.mark.parametrize("changes", [{}, {"upcast_attention": True}])
+def test_diffusers_own_attention_mixes_the_same(changes):
+    model = get_peft_model(make_unet(**changes).eval(), CoeffTuningConfig())
+    inputs = torch.randn(2, 4, 8, 8), 5, torch.randn(2, 7, 32)
+    outputs = []
+    for scale in (0, 1):
+        shake(model, scale=scale)
+        for processor in (AttnProcessor2_0(), AttnProcessor()):
+            model.base_model.model.set_attn_processor(processor)
+            outputs.append(model(*inputs).sample)
+    for one, other in ((0, 1), (2, 3)):
+        torch.testing.assert_close(outputs[one], outputs[other], atol=1e-5, rtol=0)
+    assert (outputs[2] - outputs[0]).abs().max() > 1e-3
+    with model.disable_adapter():
+        assert torch.equal(model(*inputs).sample, outputs[1])
+
+
+def test_attentions_that_do_not_compute_their_maps_at_once_are_refused():
     inputs = torch.randn(1, 4, 8, 8), 5, torch.randn(1, 7, 32)
     model = get_peft_model(make_unet(), CoeffTuningConfig())
-    model.base_model.model.set_attn_processor(AttnProcessor())
-    with pytest.raises(
-        ValueError, match=r"the AttnProcessor of this attention makes 0: use diffusers' AttnProcessor2_0"
-    ):
+    model.base_model.model.set_attn_processor(SlicedAttnProcessor(2))
+    with pytest.raises(ValueError, match=r"the SlicedAttnProcessor of this attention .* in 4 known call.*use"):
         model(*inputs)
     with model.disable_adapter():
         model(*inputs)
     config = ViTConfig(**SMALL, **PATCHES, attn_implementation="eager")
     vit = get_peft_model(ViTForImageClassification(config), CoeffTuningConfig())
-    with pytest.raises(ValueError, match="this attention makes 0: .*attn_implementation='sdpa'"):
+    with pytest.raises(ValueError, match="this attention computes them in no known .*attn_implementation='sdpa'"):
         vit(torch.randn(1, 3, 24, 32))
 
 
