@@ -110,7 +110,7 @@ def mixed_heads(alpha: Tensor, query: Tensor, key: Tensor, value: Tensor, *args:
     values = rearrange(value, "b j k e -> b 1 k (j e)").expand(-1, heads, -1, -1)
     outputs = scaled_dot_product_attention(query, key, values, *args, **kwargs)  # (batch, i, queries, (j e))
     outputs = rearrange(outputs, "b i n (j e) -> b i n j e", j=heads)
-    alpha = alpha.to(outputs.dtype).expand(len(outputs), -1, -1)
+    alpha = alpha.to(outputs).expand(len(outputs), -1, -1)
     return einsum(alpha, outputs, "b h i, b i n h e -> b h n e")
 
 
@@ -139,7 +139,7 @@ class _MixHeads(TorchFunctionMode):
         if alpha is None or len(maps) % heads:  # slices of them are refused later
             return maps
         by_head = rearrange(maps, "(b i) n k -> b i n k", i=heads)
-        alpha = alpha.to(maps.dtype).expand(len(by_head), -1, -1)
+        alpha = alpha.to(maps).expand(len(by_head), -1, -1)
         return maps + rearrange(einsum(alpha, by_head, "b h i, b i n k -> b h n k"), "b h n k -> (b h) n k")
 
 

@@ -229,6 +229,9 @@ def test_modules_that_are_no_blocks_are_refused():
         get_peft_model(unet, MonaConfig(target_modules=["conv1"]))
     with pytest.raises(ValueError, match=r"\['nothing'\] matches nothing .* could adapt: .*resnets.0"):
         get_peft_model(unet, MonaConfig(target_modules=["nothing"]))
+    layers = nn.Sequential(make_model("vit").vit.layers[0])
+    with pytest.raises(TypeError, match="its model has no config with image_size and patch_size"):
+        get_peft_model(layers, MonaConfig(target_modules=["0"]))
     unet.mid_block.resnets[0].forward = unet.mid_block.resnets[0].forward
     with pytest.raises(ValueError, match="another library has replaced the forward of this ResnetBlock2D"):
         get_peft_model(unet, MonaConfig(target_modules=["mid_block.resnets.0"]))

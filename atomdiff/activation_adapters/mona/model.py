@@ -24,6 +24,8 @@ class MonaModel(ActivationModel):
         block = find_block(module)
         if block is None:
             return f"it is a {type(module).__name__}, expected a block ({', '.join(KNOWN_BLOCKS)})"
+        if block.prefix is not None and not hasattr(getattr(model, "config", None), "patch_size"):
+            return "its model has no config with image_size and patch_size, by which tokens lie in an image"
         return block.why_not(module)
 
     def add_to(
