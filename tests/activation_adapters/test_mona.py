@@ -229,7 +229,7 @@ def test_modules_that_are_no_blocks_are_refused():
         get_peft_model(unet, MonaConfig(target_modules=["conv1"]))
     with pytest.raises(ValueError, match=r"\['nothing'\] matches nothing .* could adapt: .*resnets.0"):
         get_peft_model(unet, MonaConfig(target_modules=["nothing"]))
-    layers = nn.Sequential(make_model("vit").vit.layers[0])
+    layers = nn.Sequential(next(m for m in make_model("vit").modules() if type(m).__name__ == "ViTLayer"))
     with pytest.raises(TypeError, match="its model has no config with image_size and patch_size"):
         get_peft_model(layers, MonaConfig(target_modules=["0"]))
     unet.mid_block.resnets[0].forward = unet.mid_block.resnets[0].forward
