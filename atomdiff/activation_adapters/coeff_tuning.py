@@ -143,6 +143,7 @@ class _MixHeads(TorchFunctionMode):
         return maps + rearrange(einsum(alpha, by_head, "b h i, b i n k -> b h n k"), "b h n k -> (b h) n k")
 
 
+@torch.compiler.disable  # type: ignore[untyped-decorator]  # compiled calls would pass the mode by
 def _run(attention: Any, cls: Any, *args: Any, **kwargs: Any) -> Any:
     """The forward of an attention with its maps mixed."""
     layer = attention.attention_maps

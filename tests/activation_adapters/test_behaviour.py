@@ -153,6 +153,18 @@ def test_gradient_checkpointing_gives_the_same_gradients(method):
         torch.testing.assert_close(again[key], gradient, msg=lambda text, key=key: f"{key}: {text}")
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("method", METHODS)
+def test_compiled_models_compute_the_same(method):
+    model = trained(method, make_model("unet"))
+    expected = call(model)
+    compiled = torch.compile(model, backend="eager")
+    latents, text = torch.randn(2, 4, 8, 12), torch.randn(2, 7, 32)
+    with torch.no_grad():
+        torch.testing.assert_close(compiled(latents, 5, text).sample, model(latents, 5, text).sample)
+    assert torch.equal(call(model), expected)
+
+
 @pytest.mark.parametrize(("method", "name"), SOME, ids=names)
 def test_a_copy_is_a_model_of_its_own(method, name):
     model = trained(method, make_model(name))
