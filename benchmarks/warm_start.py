@@ -87,8 +87,8 @@ def arrival(losses: dict[int, float], goal: float, probe_steps: int = 0) -> floa
     return min((step + probe_steps for step, loss in losses.items() if loss <= goal), default=math.inf)
 
 
-def compare(config: BenchmarkConfig) -> dict[str, float]:
-    """Run all, and return medians over the subjects."""
+def compare(config: BenchmarkConfig) -> dict[str, float | None]:
+    """Run all, and return medians over the subjects; None where most runs do not arrive."""
     from atomdiff.concepts.concept_file import read_concept_file
 
     work = Path(config.work_dir).absolute()
@@ -123,8 +123,9 @@ def _lowest(losses: dict[int, float]) -> float:
     return min(losses.values())
 
 
-def _median(values: Sequence[float]) -> float:
-    return round(statistics.median(values), 4)
+def _median(values: Sequence[float]) -> float | None:
+    found = statistics.median(values)
+    return round(found, 4) if math.isfinite(found) else None
 
 
 def main(config: BenchmarkConfig) -> None:

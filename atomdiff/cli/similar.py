@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -42,11 +43,13 @@ def describe_similar(config: SimilarConfig) -> str:
     library = ConceptLibrary(config.library)
     if config.file is None:
         return _describe_duplicates(library, config.threshold)
-    named = config.file in library and not Path(config.file).is_file()
-    concept = config.file if named else read_concept_file(config.file)
-    found = library.similar(concept, max(len(library), 1))
+    path = Path(os.path.abspath(config.file))
+    name = next((each for each in library if library.info(each).path == path), None)
+    if name is None and config.file in library and not path.is_file():
+        name = config.file
+    found = library.similar(name or read_concept_file(path), max(len(library), 1))
     lines = [f"{similarity:7.4f}  {name}" for name, similarity in found[: config.k]]
-    others = len(library) - len(found) - named
+    others = len(library) - len(found) - (name is not None)
     if others:
         lines.append(f"not compared: {others} of another base, or with other kinds of atoms or layers")
     return "\n".join(lines)

@@ -52,7 +52,7 @@ def check_init_from(config: TrainConfig, adapter: PeftConfig | None) -> None:
     """Check before a run that it can start from `init_from`, as far as that can be told without the base.
 
     Raises:
-        UserError: it cannot.
+        UserError: It cannot.
     """
     if config.init_from is None:
         return
@@ -74,11 +74,11 @@ def warm_start(run: Run, take_step: Callable[[Run, int], float]) -> None:
     as in a cold start. The optimizer begins anew.
 
     Args:
-        run: the run.
-        take_step: trains one step, of this number.
+        run: The run.
+        take_step: Trains one step, of this number.
 
     Raises:
-        UserError: the concept, or none of those in the folder that are similar, fits the run.
+        UserError: The concept, or none of those in the folder that are similar, fits the run.
     """
     config = run.config
     path = Path(str(config.init_from))
@@ -148,7 +148,7 @@ def check_start(run: Run, checkpoint: str) -> None:
     """Check that a resumed run has the start that its checkpoint says; nothing is read from it any more.
 
     Raises:
-        UserError: it started from something else.
+        UserError: It started from something else.
     """
     path = None if run.config.init_from is None else Path(run.config.init_from)
     if path is not None and path.is_dir():
@@ -176,14 +176,14 @@ def _fit(
     """Return a concept with the trigger words of a run that starts from it.
 
     Args:
-        config: the run.
-        adapter: its atoms.
-        concept: where it starts from.
-        name: of the concept, for messages.
-        layers: those that the run adapts, if they are known.
+        config: The run.
+        adapter: Its atoms.
+        concept: Where it starts from.
+        name: Of the concept, for messages.
+        layers: Those that the run adapts, if they are known.
 
     Raises:
-        UserError: it has other atoms, layers or words than the run trains.
+        UserError: It has other atoms, layers or words than the run trains.
     """
     if not concept.layers:
         raise UserError(f"{name} has no atoms to start from, only trigger words")

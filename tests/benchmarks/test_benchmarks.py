@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import classify_methods, discriminative, keep, library, patching, training_step
+from benchmarks import classify_methods, discriminative, keep, library, patching, training_step, warm_start
 from benchmarks.classifier_runs import Comparison
 from benchmarks.classifier_worlds import WORLDS, DigitImages
 from benchmarks.experiments import rates_around
@@ -66,6 +66,26 @@ def test_concepts_kept_in_part(result, tmp_path):
     figures = result("keep.json")
     assert figures["0:file_bytes"] < figures["0.3:file_bytes"] < figures["1:file_bytes"] == CONCEPT.stat().st_size
     assert {"similarity", "drift"} <= {name.partition(":")[2] for name in figures}
+
+
+@pytest.mark.slow
+def test_warm_starts(result, tmp_path):
+    run = tmp_path / "run.yaml"
+    tiny = CONCEPT.parent / "tiny-sd"
+    run.write_text(f"pretrained_model_name_or_path: {tiny}\ntrain_batch_size: 1\nreport_to: none\n")
+    few = {"max_train_steps": 4, "validation_loss_steps": 1, "init_probe_steps": 2}
+    files = {"work_dir": str(tmp_path / "work"), "output": str(tmp_path / "warm_start.json")}
+    config = warm_start.BenchmarkConfig(("mug", "robot"), (1,), (0.5,), config=str(run), **few, **files)
+    warm_start.main(config)
+    figures = result("warm_start.json")
+    assert (
+        figures["cold:steps_0.5"] >= 0 and figures["1:first_loss_over_cold"] > 0 and -1 <= figures["1:similarity"] <= 1
+    )
+    before = {file: file.stat().st_mtime_ns for file in (tmp_path / "work").rglob("*.atoms.safetensors")}
+    warm_start.main(config)  # finished runs are not repeated
+    assert len(before) == 6 and all(file.stat().st_mtime_ns == time for file, time in before.items())
+    assert result("warm_start.json") == figures
+    assert warm_start.arrival({0: 2.0, 10: 1.0, 20: 1.5}, 1.2, probe_steps=5) == 15
 
 
 @pytest.mark.slow
