@@ -88,5 +88,6 @@ class ActivationModel(BaseTuner):
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """The device of a module's parameters."""
-    return next((parameter.device for parameter in module.parameters()), torch.device("cpu"))
+    """The device of a module's parameters; the CPU where they have no memory, as those that are offloaded."""
+    devices = (parameter.device for parameter in module.parameters() if not parameter.is_meta)
+    return next(devices, torch.device("cpu"))

@@ -8,6 +8,8 @@ from typing import ClassVar
 from atomdiff.activation_adapters.config import ActivationConfig
 from atomdiff.tuner.variant import check_count
 
+_MAX_SIZES = 8
+
 
 @dataclass
 class MonaConfig(ActivationConfig):
@@ -34,12 +36,9 @@ class MonaConfig(ActivationConfig):
         super().__post_init__()
         check_count("hidden_size", self.hidden_size)
         sizes = self.kernel_sizes
-        if (
-            not isinstance(sizes, (list, tuple))
-            or not sizes
-            or any(type(k) is not int or k < 1 or not k % 2 for k in sizes)
-        ):
-            raise ValueError(f"kernel_sizes={sizes!r}: expected a list of odd numbers, such as [3, 5, 7]")
+        are_odd = isinstance(sizes, (list, tuple)) and all(type(k) is int and k > 0 and k % 2 for k in sizes)
+        if not are_odd or not 0 < len(sizes) <= _MAX_SIZES:
+            raise ValueError(f"kernel_sizes={sizes!r:.100}: expected up to {_MAX_SIZES} odd numbers, such as [3, 5, 7]")
         self.kernel_sizes = list(sizes)
         if type(self.dropout) not in (int, float) or not 0 <= self.dropout < 1:
             raise ValueError(f"dropout={self.dropout!r}: expected a number from 0 to below 1")
