@@ -20,7 +20,7 @@ from torch import Tensor
 from atomdiff.concepts.atom_changes import changes_of
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
 from atomdiff.concepts.library_index import ConceptInfo, LibraryIndex, normalize_name, scan
-from atomdiff.concepts.similarity import Duplicates, SimilarConcept, group_duplicates
+from atomdiff.concepts.similarity import Duplicates, SimilarConcept
 from atomdiff.concepts.similarity_index import SimilarityIndex
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import list_some
@@ -156,8 +156,7 @@ class ConceptLibrary:
         Args:
             threshold: least cosine of a pair; above 1 only equal files are found.
         """
-        index = self._similarity_index()
-        return group_duplicates(index.links(threshold), index.contents())
+        return self._similarity_index().duplicates(threshold)
 
     def _similarity_index(self) -> SimilarityIndex:
         """The index of similarities of the last scan."""

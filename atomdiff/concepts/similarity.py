@@ -21,7 +21,7 @@ class Duplicates(NamedTuple):
     names: tuple[str, ...]
     """Their names in the library, sorted."""
     similarity: float
-    """The lowest cosine of the pairs that connect them."""
+    """The lowest cosine of those of their pairs that reach the threshold."""
     are_equal: bool
     """Whether all their tensors are equal, those of trigger words included."""
 
@@ -33,16 +33,16 @@ def group_duplicates(links: Iterable[tuple[str, str, float]], contents: Mapping[
         links: pairs with their cosine.
         contents: concept -> hash of its tensors.
     """
-    groups: dict[str, tuple[set[str], float]] = {}  # by each of the names
+    groups: dict[str, tuple[set[str], list[float]]] = {}  # by each of the names
     for one, other, cosine in links:
-        (names, least), (others, lower) = (groups.get(name, ({name}, 1.0)) for name in (one, other))
-        if names is others:
-            continue
-        joined = names | others, min(least, lower, cosine)
-        groups.update(dict.fromkeys(joined[0], joined))
-    distinct = {id(group): group for group in groups.values()}
+        group, joining = (groups.setdefault(name, ({name}, [])) for name in (one, other))
+        group[1].append(cosine)
+        if group is not joining:
+            group[0].update(joining[0])
+            group[1].extend(joining[1])
+            groups.update(dict.fromkeys(joining[0], group))
     found = [
-        Duplicates(tuple(sorted(names)), least, len({contents[name] for name in names}) == 1)
-        for names, least in distinct.values()
+        Duplicates(tuple(sorted(names)), min(cosines), len({contents[name] for name in names}) == 1)
+        for names, cosines in {id(group): group for group in groups.values()}.values()
     ]
     return sorted(found, key=lambda group: (not group.are_equal, -group.similarity, group.names))

@@ -17,6 +17,7 @@ from torch import Tensor
 from atomdiff.concepts.atom_changes import AtomChanges, Fingerprint, can_compare, changes_of, concatenate
 from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, token_tensors
 from atomdiff.concepts.library_index import ConceptInfo
+from atomdiff.concepts.similarity import Duplicates, group_duplicates
 from atomdiff.utils.atomic import WriteError, new_file
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_tensors
@@ -100,26 +101,11 @@ class SimilarityIndex:
                 vector = concatenate(changes.values, group.sizes) / changes.norm
                 yield [entry.name for entry in group.entries], group.vectors @ vector
 
-    def links(self, threshold: float) -> Iterator[tuple[str, str, float]]:
-        """Pairs of concepts with at least this cosine; of concepts with equal tensors one is compared with others."""
-        first: dict[str, str] = {}
-        for entry in [entry for group in self._groups for entry in group.entries if entry.content]:
-            if (equal := first.setdefault(entry.content, entry.name)) != entry.name:
-                yield equal, entry.name, 1.0
-        for group in self._groups if threshold <= 1 else ():
-            if not group.spaces:
-                continue
-            rows = [row for row, entry in enumerate(group.entries) if first[entry.content] == entry.name]
-            vectors = group.vectors if len(rows) == len(group.entries) else group.vectors[rows]
-            for start in range(0, len(rows), _ROWS_AT_ONCE):
-                cosines = vectors[start : start + _ROWS_AT_ONCE] @ vectors[start:].T
-                for one, other in (cosines.triu(1) >= threshold).nonzero().tolist():
-                    names = (group.entries[rows[start + number]].name for number in (one, other))
-                    yield *names, min(float(cosines[one, other]), 1.0)
-
-    def contents(self) -> dict[str, str]:
-        """Concept -> hash of its tensors."""
-        return {entry.name: entry.content for group in self._groups for entry in group.entries}
+    def duplicates(self, threshold: float) -> list[Duplicates]:
+        """Groups of concepts with equal tensors or at least this cosine; above 1 those with equal tensors alone."""
+        groups = self._groups
+        contents = {entry.name: entry.content for group in groups for entry in group.entries}
+        return group_duplicates(_links(groups, threshold), contents)
 
     def _save(self) -> None:
         """Write all groups, and map them into memory from there."""
@@ -140,6 +126,24 @@ def content_of(concept: ConceptFile) -> str:
     """Hash of a concept's tensors, those of its trigger words included (32 hexadecimal digits)."""
     tensors = {f"{module}.{kind}": tensor for module, of in concept.layers.items() for kind, tensor in of.items()}
     return hash_tensors(tensors | token_tensors(concept.tokens))[:32]
+
+
+def _links(groups: Sequence[Group], threshold: float) -> Iterator[tuple[str, str, float]]:
+    """Pairs of concepts and their cosines; of concepts with equal tensors one is compared with others."""
+    first: dict[str, str] = {}
+    for entry in [entry for group in groups for entry in group.entries if entry.content]:
+        if (equal := first.setdefault(entry.content, entry.name)) != entry.name:
+            yield equal, entry.name, 1.0
+    for group in groups if threshold <= 1 else ():
+        if not group.spaces:
+            continue
+        rows = [row for row, entry in enumerate(group.entries) if first[entry.content] == entry.name]
+        vectors = group.vectors if len(rows) == len(group.entries) else group.vectors[rows]
+        for start in range(0, len(rows), _ROWS_AT_ONCE):
+            cosines = vectors[start : start + _ROWS_AT_ONCE] @ vectors[start:].T
+            for one, other in (cosines >= threshold).triu(1).nonzero().tolist():
+                names = (group.entries[rows[start + number]].name for number in (one, other))
+                yield *names, min(float(cosines[one, other]), 1.0)
 
 
 def _read(infos: Sequence[ConceptInfo], groups: Sequence[Group]) -> list[Group]:

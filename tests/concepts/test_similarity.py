@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from itertools import combinations
 
 import numpy as np
 import pytest
@@ -182,6 +183,10 @@ def test_duplicates(tmp_path):
     ]
     assert ConceptLibrary(tmp_path).duplicates() == library.duplicates()  # from its file
     assert [group.names for group in library.duplicates(0.99999)] == [("same_word", "word"), ("copy", "mug", "tokens")]
+    (_, everything) = library.duplicates(-1)
+    assert everything.names == ("copy", "cup", "cups", "mug", "other", "tokens")
+    least = min(cosine_by_hand(*pair) for pair in combinations((mug, make(1), cup, cups), 2))
+    assert everything.similarity == pytest.approx(least, abs=1e-6)
     assert [group.names for group in library.duplicates(1.1)] == [("copy", "mug"), ("same_word", "word")]
 
 
@@ -197,7 +202,7 @@ def test_duplicates_are_found_beyond_the_rows_of_one_block(tmp_path, monkeypatch
 def test_pairs_make_groups():
     links = [("a", "b", 0.9), ("c", "d", 0.95), ("b", "c", 0.8), ("a", "d", 0.5), ("x", "y", 0.99)]
     contents = dict.fromkeys("abcdx", "one") | {"y": "other"}
-    assert group_duplicates(links, contents) == [(("a", "b", "c", "d"), 0.8, True), (("x", "y"), 0.99, False)]
+    assert group_duplicates(links, contents) == [(("a", "b", "c", "d"), 0.5, True), (("x", "y"), 0.99, False)]
 
 
 def test_the_command(tmp_path, tmp_path_factory, capsys):
