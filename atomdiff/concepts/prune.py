@@ -5,7 +5,6 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-import shutil
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +23,7 @@ from atomdiff.concepts.concept_file import (
 )
 from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.ranking import RankedDirections, rank_directions
+from atomdiff.utils.atomic import write_bytes
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, check_writable, expand_paths, refuse_overlap
 from atomdiff.utils.sizes import parse_bytes
@@ -41,6 +41,8 @@ class PruneConfig:
     """Share of the directions to keep, from 0 to 1: 1 copies the file."""
     bytes: str | None = None
     """Size that the file may have, such as 10KB or 8192; as many directions are kept as fit."""
+    whole_layers: bool = False
+    """Keep or leave out whole layers: less is kept in the same size, but every version of atomdiff reads the file."""
 
     def __post_init__(self) -> None:
         """Refuse what names neither or both."""
@@ -84,8 +86,8 @@ def prune_file(config: PruneConfig) -> Pruned:
             "in its adapter weight to show less of it"
         )
     check_writable(output.parent, f"output={config.output!r}", output.name)
-    ranked = rank_directions(concept.config, concept.layers, concept.fingerprint)
-    total, size = len(ranked.order), Path(config.file).stat().st_size
+    ranked = rank_directions(concept.config, concept.layers, concept.fingerprint, config.whole_layers)
+    total, size = len(ranked.groups), Path(config.file).stat().st_size
     dtype = stored_dtype(config.file)
     if config.bytes is None:
         count = math.ceil((config.keep or 0) * total)
@@ -95,12 +97,13 @@ def prune_file(config: PruneConfig) -> Pruned:
         fits = size <= limit
         count = total if fits else _largest_fitting(concept, ranked, limit, dtype)
     if fits:
-        shutil.copyfile(config.file, output)
+        write_bytes(output, Path(config.file).read_bytes())
         pruned = concept
     else:
         pruned = prune(concept, ranked, count)
         write_concept_file(output, pruned, dtype)
-    return Pruned(count, total, len(pruned.layers), len(concept.layers), output.stat().st_size, size)
+    directions, all_directions = map(ranked.num_directions, (count, total))
+    return Pruned(directions, all_directions, len(pruned.layers), len(concept.layers), output.stat().st_size, size)
 
 
 def describe_pruned(pruned: Pruned) -> str:
@@ -112,7 +115,7 @@ def describe_pruned(pruned: Pruned) -> str:
 
 
 def prune(concept: ConceptFile, ranked: RankedDirections, count: int) -> ConceptFile:
-    """A concept with the most important of its directions alone.
+    """A concept with the `count` most important groups of its directions alone.
 
     Raises:
         UserError: nothing is left.
@@ -125,21 +128,23 @@ def prune(concept: ConceptFile, ranked: RankedDirections, count: int) -> Concept
     shapes = {module: _shapes(tensors) for module, tensors in concept.layers.items()}
     differs = any(_shapes(tensors) != shapes[module] for module, tensors in layers.items())
     config = dataclasses.replace(concept.config, pruned=concept.config.pruned or differs)
-    training = {**concept.training, "kept_directions": f"{count} of {len(ranked.order)}"}
+    directions, all_directions = map(ranked.num_directions, (count, len(ranked.groups)))
+    training = {**concept.training, "kept_directions": f"{directions} of {all_directions}"}
     fingerprint = {module: concept.fingerprint[module] for module in layers}
     return dataclasses.replace(concept, config=config, layers=layers, fingerprint=fingerprint, training=training)
 
 
 def _largest_fitting(concept: ConceptFile, ranked: RankedDirections, limit: int, dtype: torch.dtype) -> int:
-    """The largest number of directions whose file fits."""
+    """The largest number of groups whose file fits."""
     least = 0 if concept.tokens else 1
 
     def size(count: int) -> int:
         return len(concept_bytes(prune(concept, ranked, count), dtype))
 
     if (smallest := size(least)) > limit:
-        raise UserError(f"bytes={limit:,}: with {least} directions the file has {smallest:,} bytes; allow as many")
-    counts: Any = range(least, len(ranked.order))
+        directions = ranked.num_directions(least)
+        raise UserError(f"bytes={limit:,}: with {directions} directions the file has {smallest:,} bytes; allow as many")
+    counts: Any = range(least, len(ranked.groups))
     count = least + bisect.bisect_right(counts, limit, key=size) - 1
     while size(count) > limit:  # a setting more makes the header of pruned files a little larger
         count -= 1

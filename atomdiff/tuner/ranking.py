@@ -6,6 +6,7 @@ import math
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 
 import torch
 from torch import Tensor
@@ -24,34 +25,44 @@ class RankedDirections:
 
     directions: Directions
     """Those of each delta."""
-    order: Sequence[tuple[str, str]]
-    """Module and delta of each direction, the most important of all first."""
+    groups: Sequence[Sequence[tuple[str, str]]]
+    """Module and delta of the directions that are kept together: single ones, or all of a layer; the most important
+    group first."""
 
     def kept(self, keep: float) -> Directions:
         """The directions that are kept of the deltas that do not keep all.
 
         Args:
-            keep: share of all directions that is kept, from 0 to 1; the number is rounded up.
+            keep: share of all groups that is kept, from 0 to 1; the number is rounded up.
         """
-        return self.first(math.ceil(keep * len(self.order)))
+        return self.first(math.ceil(keep * len(self.groups)))
 
     def first(self, count: int) -> Directions:
-        """Those of the `count` most important directions that are of deltas that do not keep all of theirs."""
-        counts = Counter(self.order[:count])
+        """Those of the `count` most important groups that are of deltas that do not keep all of theirs."""
+        counts = self._counts(count)
+        modules = {module for module, _ in counts}
         return {
             module: {
                 delta: vectors[:, : counts[module, delta]]
                 for delta, vectors in of_module.items()
-                if counts[module, delta] < vectors.shape[1] or not vectors.shape[1]
+                if counts[module, delta] < vectors.shape[1] or module not in modules
             }
             for module, of_module in self.directions.items()
         }
+
+    def num_directions(self, count: int) -> int:
+        """How many directions the `count` most important groups have."""
+        return self._counts(count).total()
+
+    def _counts(self, count: int) -> Counter[tuple[str, str]]:
+        return Counter(chain.from_iterable(self.groups[:count]))
 
 
 def rank_directions(
     config: AtomConfig,
     layers: Mapping[str, Mapping[str, Tensor]],
     singular_values: Mapping[str, Sequence[float]],
+    whole_layers: bool = False,
 ) -> RankedDirections:
     """Rank the directions of all layers by the relative change of the weight along each.
 
@@ -60,6 +71,7 @@ def rank_directions(
         layers: module -> tensors by kind.
         singular_values: module -> those of the base weight's rows, as `concepts.compatibility.fingerprint` gives them.
             They tell how much of the weight each atom of the basis `svd` makes up; elsewhere all atoms count alike.
+        whole_layers: keep all directions of a layer together, and rank layers by the change along all of them.
     """
     directions: dict[str, dict[str, Tensor]] = {}
     ranked: list[tuple[float, str, str]] = []
@@ -72,7 +84,13 @@ def rank_directions(
             directions.setdefault(module, {})[name] = vectors
             ranked += [(float(value), module, name) for value in importance]
     ranked.sort(key=lambda each: -each[0])
-    return RankedDirections(directions, [(module, name) for _, module, name in ranked])
+    if not whole_layers:
+        return RankedDirections(directions, [[(module, name)] for _, module, name in ranked])
+    of_layers: dict[str, list[tuple[float, str, str]]] = {}
+    for each in ranked:
+        of_layers.setdefault(each[1], []).append(each)
+    layers_first = sorted(of_layers.values(), key=lambda of_layer: -math.hypot(*(value for value, *_ in of_layer)))
+    return RankedDirections(directions, [[(module, name) for _, module, name in of_layer] for of_layer in layers_first])
 
 
 def _energies(config: AtomConfig, delta: Tensor, singular_values: Sequence[float]) -> Tensor:

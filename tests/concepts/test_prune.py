@@ -117,6 +117,22 @@ def test_where_whole_layers_go_older_readers_read_the_file(tiny_pipe, tmp_path):
     assert read_header(tmp_path / "small.safetensors")[0]["format_version"] == "1" and not small.config.pruned
 
 
+def test_whole_layers_are_kept_where_it_is_asked_for(tiny_pipe, tmp_path):
+    source = save(tiny_pipe, tmp_path / "mug.safetensors")
+    concept = read_concept_file(source)
+    change: dict[str, float] = {}
+    for importance, module, _, _ in ranked_by_hand(concept):
+        change[module] = math.hypot(change.get(module, 0.0), importance)
+    ordered = sorted(change, key=lambda module: -change[module])
+    pruned = prune(source, tmp_path / "small.safetensors", keep=0.4, whole_layers=True)
+    small, metadata = read_concept_file(tmp_path / "small.safetensors"), read_header(tmp_path / "small.safetensors")[0]
+    assert small.layers.keys() == set(ordered[: math.ceil(0.4 * len(ordered))])
+    assert all(torch.equal(t, concept.layers[m][kind]) for m, ts in small.layers.items() for kind, t in ts.items())
+    assert metadata["format_version"] == "1" and "pruned" not in metadata["adapter_config"]
+    fitting = prune(source, tmp_path / "fitting.safetensors", bytes="20KB", whole_layers=True)
+    assert 0 < fitting.layers < fitting.all_layers and fitting.bytes <= 20_000 and pruned.layers == len(small.layers)
+
+
 def test_a_pruned_file_is_pruned_again(tiny_pipe, tmp_path):
     source = save(tiny_pipe, tmp_path / "mug.safetensors")
     first = prune(source, tmp_path / "half.safetensors", keep=0.5)
