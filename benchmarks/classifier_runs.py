@@ -13,6 +13,7 @@ from benchmarks.classifier_worlds import WORLDS, World
 from benchmarks.experiments import EXPERIMENTS, own_rate, rates_around
 
 SEARCH_SEED = 100  # no other seed is as high
+_FACTOR = 3  # between learning rates
 _PROBE_RATE = 2.7e-2  # the best of benchmarks/discriminative.py
 
 
@@ -132,13 +133,19 @@ class Comparison:
             print(task, method, f"{rate:.3g}", seed, report["accuracy"], report["train_seconds"], flush=True)
         return report
 
-    def best_rate(self, tasks: Sequence[str], method: str, trials: int) -> float:
-        """Search a method's learning rate: the highest mean validation accuracy over tasks, on a seed of its own."""
+    def best_rate(self, tasks: Sequence[str], method: str, trials: int, *, further: bool = False) -> float:
+        """Search a method's learning rate: the highest mean validation accuracy over tasks, on a seed of its own.
+
+        With `further`, rates beyond the first `trials` are tried until the best one has one on either side.
+        """
         own = _PROBE_RATE if method == "linear" else own_rate(f"classify/{method}")
-        rates = rates_around(own, trials, 3)
-
-        def accuracy(rate: float) -> float:
-            reports = [self.run(task, method, rate, SEARCH_SEED) for task in tasks]
-            return statistics.mean(report["accuracy"]["validation"] for report in reports)
-
-        return max(rates, key=accuracy)
+        found: dict[float, float] = {}
+        rates = rates_around(own, trials, _FACTOR)
+        while rates:
+            for rate in rates:
+                reports = [self.run(task, method, rate, SEARCH_SEED) for task in tasks]
+                found[rate] = statistics.mean(report["accuracy"]["validation"] for report in reports)
+            best = max(found, key=lambda rate: found[rate])
+            ends = {min(found): best / _FACTOR, max(found): best * _FACTOR}
+            rates = [ends[best]] if further and best in ends else []
+        return best

@@ -159,6 +159,13 @@ def test_time_and_memory_at_real_size(short, tmp_path):
     assert 0 < figures["linear:large_step_seconds"] < 60 and 1e7 < figures["linear:large_memory"] < 1e10
 
 
+def test_a_search_goes_on_while_the_best_rate_is_at_the_end(tmp_path, monkeypatch):
+    comparison = Comparison("toybox", classify_methods.SIZES, tmp_path)
+    monkeypatch.setattr(comparison, "run", lambda _, __, rate, seed: {"accuracy": {"validation": -abs(rate - 0.8)}})
+    found = {further: comparison.best_rate(["patterns"], "conv", 3, further=further) for further in (False, True)}
+    assert found == {False: pytest.approx(0.27), True: pytest.approx(0.81)}
+
+
 def test_steps_to_an_accuracy():
     report = {
         "validations": [{"step": step, "accuracy": accuracy} for step, accuracy in ((5, 0.4), (10, 0.6), (15, 0.5))]
