@@ -109,7 +109,8 @@ def _cast_to_float32(pipe: Any, name: str) -> bool:
     """Cast an adapter's base layers to float32, as PEFT loads adapters in their dtype; tell whether any were cast."""
     models = pipeline_models(pipe).values()
     layers = [layer for model in models for layer in adapter_state.adapter_layers(model, name).values()]
-    half = [base for layer in layers if (base := layer.get_base_layer()).weight.dtype in _HALVES]
+    bases = [layer.get_base_layer() for layer in layers if adapter_state.changes_weights(layer)]
+    half = [base for base in bases if base.weight.dtype in _HALVES]
     for base in half:
         base.float()
     return bool(half)

@@ -10,6 +10,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file
 
 import atomdiff
+from atomdiff.activation_adapters import MonaConfig
 from atomdiff.export import export as export_module
 from atomdiff.export.diff import export_diff
 from atomdiff.export.export import ExportConfig, export_concepts
@@ -20,6 +21,7 @@ from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_tok
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from tests.export.helpers import add_random_adapter, copy_of, generate_latents
+from tests.helpers import add_adapter
 
 
 @pytest.fixture
@@ -169,6 +171,14 @@ def test_other_methods_are_weighted_as_far_as_they_can(tiny_pipe, make_config, t
     with pytest.raises(UserError, match=message):
         export_concepts(replace(config, weights=(weight,)))
     assert export_concepts(config).layers
+
+
+@pytest.mark.parametrize("to", ["pipeline", "diff", "lora"])
+def test_what_has_no_weight_to_be_merged_into_is_refused_in_words(tiny_pipe, make_config, tmp_path, to):
+    add_adapter(tiny_pipe, "mona", MonaConfig(hidden_size=4))
+    config = make_config([atomdiff.save_atoms(tiny_pipe, tmp_path / "mona", "mona")], to)
+    with pytest.raises(UserError, match="cannot be merged, and so not exported: what .* depends on its input"):
+        export_concepts(config)
 
 
 @pytest.mark.slow
