@@ -125,7 +125,14 @@ def folder(tmp_path_factory, tiny_pipe_folder):
         "report_to": None,
     }
     (folder / "run.yaml").write_text(json.dumps(run | EVERYTHING))
+    cold = dataclasses.replace(load_config(["--config", str(folder / "run.yaml")]), max_train_steps=1)
+    train(dataclasses.replace(cold, output_dir=str(folder / "library")).runs()[0])
     return folder
+
+
+def warm(folder):
+    """Fields of the runs that start from a library."""
+    return {"init_from": str(folder / "library"), "init_probe_steps": 1}
 
 
 @pytest.fixture(scope="module")
@@ -137,9 +144,10 @@ def launched(folder):
     run = ["--config", str(folder / "run.yaml")]
     plain = f"--concepts_list null --class_name mug --masked_loss false --output_dir {folder / 'failed'}".split()
     teapot = ["--instance_data_dir", str(folder / "teapot")]
+    start = [part for name, value in warm(folder).items() for part in (f"--{name}", str(value))]
     launches = {
-        "trained": (run, ""),
-        "resumed": ([*run, "--resume_from_checkpoint", "checkpoint-1"], ""),
+        "trained": ([*run, *start], ""),
+        "resumed": ([*run, *start, "--resume_from_checkpoint", "checkpoint-1"], ""),
         "images": ([*run, *plain, "--instance_data_dir", str(folder / "bad")], ""),
         "disk": ([*run, *plain, *teapot], "disk"),
         "late": ([*run, *plain, *teapot, "--gradient_accumulation_steps", "1"], "late"),
@@ -178,11 +186,13 @@ def measured(run):
 
 def test_two_processes_learn_what_one_does_in_as_many_batches(launched, folder):
     config = load_config(["--config", str(folder / "run.yaml")])
-    alone = dataclasses.replace(config, output_dir=str(folder / "one"), gradient_accumulation_steps=4)
+    alone = dataclasses.replace(config, output_dir=str(folder / "one"), gradient_accumulation_steps=4, **warm(folder))
     for run in alone.runs():
         one, two = Path(train(run)).parent, folder / "trained" / Path(run.output_dir).name
         alone_state, state = state_of(one), state_of(two)
         assert state["average_loss"] == pytest.approx(alone_state["average_loss"], rel=1e-5)
+        assert [each["name"] for each in alone_state["start"]] == [each["name"] for each in state["start"]]
+        assert state["start"] or two.name != "teapot"  # of the same images
         expected, tensors = tensors_in(alone_state), tensors_in(state)
         assert expected.keys() == tensors.keys()
         for name, tensor in expected.items():
