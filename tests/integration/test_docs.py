@@ -159,9 +159,9 @@ def test_links_and_files_are_there():
 
 
 def test_names_of_modules_and_options_are_there():
-    known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run"}
+    known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run", "part"}
     kinds = (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig)
-    for kind in (*kinds, PruneConfig):
+    for kind in (*kinds, PruneConfig, SimilarConfig, AverageConfig):
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():
         if page == "CHANGELOG.md":
