@@ -1,6 +1,7 @@
 """Warm starts: a run begins from a concept, or from the mean of the most similar concepts of a library.
 
-The idea of starting from the nearest of many models: Chen, Wei, et al., arXiv 2301.11560, carried over to atoms.
+Zhao et al., "Voting from Nearest Tasks: Meta-Vote Pruning of Pre-trained Models for Downstream Tasks", arXiv
+2301.11560, which starts a pruned model from those of the nearest tasks, carried over to atoms.
 """
 
 from __future__ import annotations
