@@ -10,6 +10,7 @@ from transformers import ResNetModel, SwinConfig, SwinForImageClassification
 from atomdiff.classify import list_patches, load_patch, mixed_batch, open_base, set_active, unload_patch
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.train import train_classifier
+from atomdiff.tuner.adapter_state import adapter_layers
 from atomdiff.utils.errors import UserError
 
 
@@ -110,6 +111,14 @@ def test_what_cannot_be_mixed_is_refused(model, patches):
         with mixed_batch(model, ["atoms"]):
             pass
     assert [patch.name for patch in list_patches(model) if patch.active] == ["linear"]
+
+
+def test_dora_is_refused(model, monkeypatch):
+    for layer in adapter_layers(model, "lora").values():
+        monkeypatch.setitem(layer.use_dora, "lora", True)
+    with pytest.raises(UserError, match="'lora' is a LORA adapter, which PEFT cannot give to some samples"):
+        with mixed_batch(model, ["lora", None]):
+            pass
 
 
 def test_a_base_without_a_head_has_no_classes_for_a_sample(base, patches, tmp_path):
