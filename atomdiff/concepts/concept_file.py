@@ -15,6 +15,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from atomdiff.concepts import shared_tensors
+from atomdiff.concepts.token_keys import check_words, split_token_key, token_tensors
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.variants import PARAMETER_NAMES, TENSOR_NAMES
 from atomdiff.utils.atomic import write_bytes
@@ -22,8 +23,6 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import (
     MAX_FILE_BYTES,
     MAX_SINGULAR_VALUE,
-    MAX_TRIGGER_WORD_LENGTH,
-    MAX_TRIGGER_WORDS,
     list_some,
     parse_json,
     printable,
@@ -214,35 +213,6 @@ def trained_tensors(concept: ConceptFile) -> list[Tensor]:
     return list({id(tensor): tensor for tensor in tensors}.values())
 
 
-def check_words(path: str | os.PathLike[str], words: Collection[str]) -> None:
-    """Check that the trigger words of a concept file are few and short: each costs memory and time in a tokenizer.
-
-    Raises:
-        UserError: they are not.
-    """
-    if len(words) > MAX_TRIGGER_WORDS or any(len(word) > MAX_TRIGGER_WORD_LENGTH for word in words):
-        raise UserError(
-            f"{path}: {len(words)} trigger words ({list_some(sorted(words))}); a concept has at most "
-            f"{MAX_TRIGGER_WORDS}, of at most {MAX_TRIGGER_WORD_LENGTH} characters"
-        )
-
-
-def token_tensors(tokens: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
-    """Embeddings by word and text encoder -> by key: `token.sks`, of a second encoder `token.sks.text_encoder_2`."""
-    return {
-        f"token.{word}" if encoder == "text_encoder" else f"token.{word}.{encoder}": vector
-        for word, vectors in tokens.items()
-        for encoder, vector in vectors.items()
-    }
-
-
-def split_token_key(key: str) -> tuple[str, str]:
-    """The word and the text encoder of a key of `token_tensors`."""
-    name = key.removeprefix("token.")
-    word, _, encoder = name.rpartition(".text_encoder_")
-    return (word, f"text_encoder_{encoder}") if word and encoder.isdigit() else (name, "text_encoder")
-
-
 def _by_key(layers: Mapping[str, Mapping[str, Tensor]]) -> dict[str, Tensor]:
     return {f"{module}.{kind}": tensor for module, kinds in layers.items() for kind, tensor in kinds.items()}
 
@@ -272,6 +242,12 @@ def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:
     if unknown or values.get("peft_type") != "ATOMS":
         found = list_some(unknown) or printable(f"peft_type {values.get('peft_type')!r}")
         raise UserError(f"{path} has settings that this atomdiff does not know ({found}): update atomdiff")
+    version = NEWER_VERSION if values.keys() - _VERSION_1_FIELDS else FORMAT_VERSION
+    if metadata["format_version"] != version:
+        raise UserError(
+            f"{path} is damaged: it has settings of format version {version!r} and says that its version is "
+            f"{metadata['format_version']!r}"
+        )
     try:
         return AtomConfig(**values)
     except (TypeError, ValueError, RecursionError) as error:

@@ -12,8 +12,9 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, check_words, read_header, split_token_key
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, read_header
 from atomdiff.concepts.lora_file import has_lora_keys
+from atomdiff.concepts.token_keys import check_words, split_token_key
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import read_safetensors_header
 

@@ -14,7 +14,8 @@ from safetensors.torch import save, save_file
 from torch import Tensor
 
 import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from then on
-from atomdiff.concepts.concept_file import check_words, read_tensors, sort_header, split_token_key, token_tensors
+from atomdiff.concepts.concept_file import read_tensors, sort_header
+from atomdiff.concepts.token_keys import check_words, split_token_key, token_tensors
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError

@@ -15,9 +15,10 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from atomdiff.concepts.atom_changes import AtomChanges, Fingerprint, can_compare, changes_of, concatenate
-from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, token_tensors
+from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
 from atomdiff.concepts.library_index import ConceptInfo
 from atomdiff.concepts.similarity import Duplicates, group_duplicates
+from atomdiff.concepts.token_keys import token_tensors
 from atomdiff.utils.atomic import WriteError, new_file
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_tensors

@@ -9,10 +9,11 @@ from pathlib import Path
 from typing import Any
 
 from atomdiff.concepts import hub
-from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file, split_token_key
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.concepts.lora_file import is_lora_file, trigger_phrase
 from atomdiff.concepts.peft_folder import LEARNED_EMBEDS_NAME
+from atomdiff.concepts.token_keys import split_token_key
 from atomdiff.pipelines.adapter_weight import AdapterWeight, command_line_weights
 from atomdiff.pipelines.prompt_syntax import replace_words
 from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule

@@ -125,6 +125,8 @@ def test_what_the_file_cannot_hold_is_not_written(tmp_path, value):
         ({"format": None}, "not an atomdiff file"),
         ({"format": "pt"}, "not an atomdiff file: its format is 'pt'"),
         ({"format_version": "3"}, "format version '3'; this atomdiff reads versions '1' and '2': update"),
+        ({"format_version": "2"}, "settings of format version '1' and says that its version is '2'"),
+        ({"adapter_config": '{"peft_type": "ATOMS", "pruned": true}'}, "of format version '2' and says .* is '1'"),
         ({"adapter_config": None}, "no valid adapter_config"),
         ({"adapter_config": "{"}, "no valid adapter_config"),
         ({"adapter_config": "[]"}, "not a JSON object"),

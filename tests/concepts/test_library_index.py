@@ -178,7 +178,7 @@ DAMAGES = {
     "no offsets": lambda path: rewrite_header(path, lambda header: {"x": {}}),
     "metadata of numbers": lambda path: rewrite_metadata(path, trigger_phrase=3),
     "another format": lambda path: rewrite_metadata(path, format="pt"),
-    "a later version": lambda path: rewrite_metadata(path, format_version="2"),
+    "a later version": lambda path: rewrite_metadata(path, format_version="3"),
     "bare tensors": lambda path: save_file({"x": torch.zeros(2)}, path),
     "a thousand words": lambda path: save_file(
         {f"token.{number}": torch.zeros(1) for number in range(1000)},

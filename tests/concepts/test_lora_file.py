@@ -114,7 +114,7 @@ def test_loras_are_used_beside_concepts(tiny_pipe, tiny_pipe_folder, tmp_path):
     atomdiff.set_active(tiny_pipe, {"cat": 1, "old_mug": 0.5})
     found = tiny_pipe.unet.get_submodule(module).get_base_layer().weight
     assert (found - base - 0.5 * (expected - base)).abs().max() < 2e-6
-    with pytest.raises(UserError, match="'old_mug' is a LORA adapter: only concepts of atoms mix"):
+    with pytest.raises(UserError, match="'old_mug' is a LORA adapter: only concepts of atoms, and adapters of"):
         with atomdiff.mixed_batch(tiny_pipe, ["cat", "old_mug"]):
             pass
     atomdiff.unload_atoms(tiny_pipe)
