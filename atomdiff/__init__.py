@@ -5,8 +5,9 @@ Chen, Miao, Qiu, "Large Convolutional Model Tuning via Filter Subspace", arXiv 2
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from atomdiff.utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from atomdiff.concepts.library import ConceptLibrary
@@ -51,14 +52,5 @@ __all__ = [
     "unload_atoms",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import torch and PEFT only when something is used."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'atomdiff' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return __all__
+# torch, PEFT and transformers are imported only when something is used.
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import importlib
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
+
+from atomdiff.utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
     from atomdiff.classify.mixing import mixed_batch
@@ -31,14 +32,5 @@ __all__ = [
     "unload_patch",
 ]
 
-
-def __getattr__(name: str) -> Any:
-    """Import torch and transformers only when something is used."""
-    if name not in _HOMES:
-        raise AttributeError(f"module 'atomdiff.classify' has no attribute {name!r}")
-    return getattr(importlib.import_module(_HOMES[name]), name)
-
-
-def __dir__() -> list[str]:
-    """The public names."""
-    return __all__
+# torch, PEFT and transformers are imported only when something is used.
+__getattr__, __dir__ = lazy_names(__name__, _HOMES)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from atomdiff.concepts.atom_changes import trained_on
 from atomdiff.concepts.compatibility import SAME_BASE, fingerprint_distance
-from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, stored_dtype, write_concept_file
+from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, shapes_of, stored_dtype, write_concept_file
 from atomdiff.concepts.sources import AVERAGE_OF, describe_source
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import ConfigGroup
@@ -130,7 +130,7 @@ def _why_not(first: ConceptFile, other: ConceptFile) -> str:
     if (distance := fingerprint_distance(first.fingerprint, other.fingerprint)) > SAME_BASE:
         return f"it was made on another base, at distance {distance:.3g} (0: the same); average runs of one base"
     for module, tensors in first.layers.items():
-        if _shapes(tensors) != _shapes(other.layers[module]):
+        if shapes_of(tensors) != shapes_of(other.layers[module]):
             return f"the tensors of {module} have other shapes; average runs of one adapter config"
         fixed = [kind for kind in tensors if not kind.endswith(("_delta", "_shared", "_basis"))]
         if any(not torch.equal(tensors[kind], other.layers[module][kind]) for kind in fixed):
@@ -138,14 +138,10 @@ def _why_not(first: ConceptFile, other: ConceptFile) -> str:
     if first.tokens.keys() != other.tokens.keys():
         words = ", not ".join(list_some(sorted(concept.tokens)) or "none" for concept in (other, first))
         return f"it has other trigger words ({words}); train all with one trigger_word and num_vectors"
-    if any(_shapes(vectors) != _shapes(other.tokens[word]) for word, vectors in first.tokens.items()):
+    if any(shapes_of(vectors) != shapes_of(other.tokens[word]) for word, vectors in first.tokens.items()):
         return "its trigger words have embeddings of other text encoders; average runs of one base"
     told = [_schedule(concept) for concept in (other, first)]
     return "" if told[0] == told[1] else f"it was trained to predict something else ({told[0]}, not {told[1]})"
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {kind: tensor.shape for kind, tensor in tensors.items()}
 
 
 def _config(concept: ConceptFile) -> dict[str, Any]:

@@ -207,6 +207,11 @@ def read_tensors(path: str | os.PathLike[str]) -> dict[str, Tensor]:
     return read_finite_tensors(path)
 
 
+def shapes_of(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
+    """Name -> shape."""
+    return {name: tensor.shape for name, tensor in tensors.items()}
+
+
 def trained_tensors(concept: ConceptFile) -> list[Tensor]:
     """The trained tensors of a concept's layers, those that layers share once, without trigger words."""
     tensors = (tensor for kinds in concept.layers.values() for kind, tensor in kinds.items() if kind in PARAMETER_NAMES)

@@ -18,6 +18,7 @@ from atomdiff.concepts.concept_file import (
     ConceptFile,
     concept_bytes,
     read_concept_file,
+    shapes_of,
     stored_dtype,
     write_concept_file,
 )
@@ -125,8 +126,8 @@ def prune(concept: ConceptFile, ranked: RankedDirections, count: int) -> Concept
     layers = {module: tensors for module, tensors in layers.items() if tensors}
     if not layers and not concept.tokens:
         raise UserError("nothing of the concept is left: keep more of it")
-    shapes = {module: _shapes(tensors) for module, tensors in concept.layers.items()}
-    differs = any(_shapes(tensors) != shapes[module] for module, tensors in layers.items())
+    shapes = {module: shapes_of(tensors) for module, tensors in concept.layers.items()}
+    differs = any(shapes_of(tensors) != shapes[module] for module, tensors in layers.items())
     config = dataclasses.replace(concept.config, pruned=concept.config.pruned or differs)
     directions, all_directions = map(ranked.num_directions, (count, len(ranked.groups)))
     training = {**concept.training, "kept_directions": f"{directions} of {all_directions}"}
@@ -172,7 +173,3 @@ def _prune_layer(
 def _kinds_with(delta: str) -> tuple[str, ...]:
     """The tensors of the atoms that a delta belongs to."""
     return ("channel_delta", "channel_basis") if delta == "channel_delta" else (delta, "recursion_mix", "atom_basis")
-
-
-def _shapes(tensors: Mapping[str, Tensor]) -> dict[str, torch.Size]:
-    return {kind: tensor.shape for kind, tensor in tensors.items()}

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import nn
@@ -12,33 +12,42 @@ from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.checks import check_readable
-from atomdiff.tuner.ranking import Directions, rank_directions
+from atomdiff.tuner.ranking import Directions, RankedDirections, rank_directions
 
 
-def kept_directions(pipe: Any, weights: Mapping[str, AdapterWeight]) -> dict[str, Directions]:
-    """Concept -> the directions along which it acts, for concepts that are kept in part.
+def kept_directions(pipe: Any, samples: Sequence[Mapping[str, AdapterWeight]]) -> list[dict[str, Directions]]:
+    """For each sample: concept -> the directions along which it acts, for concepts that are kept in part.
 
     Raises:
         UserError: the base weights are not in memory.
     """
     models = pipeline_models(pipe)
-    return {name: _directions(models, name, weight.keep) for name, weight in weights.items() if 0 < weight.keep < 1}
+    in_part = [
+        {name: weight.keep for name, weight in weights.items() if 0 < weight.keep < 1 and _is_atoms(models, name)}
+        for weights in samples
+    ]
+    ranked = {name: _rank(models, name) for name in dict.fromkeys(name for keeps in in_part for name in keeps)}
+    return [{name: ranked[name].kept(keep) for name, keep in keeps.items()} for keeps in in_part]
 
 
-def keep_directions(models: Mapping[str, nn.Module], kept: Mapping[str, Directions], names: Mapping[str, Any]) -> None:
-    """Let concepts act along these directions alone, and those that have none along all of theirs."""
+def keep_directions(models: Mapping[str, nn.Module], kept: Mapping[str, Directions]) -> None:
+    """Let concepts act along these directions alone, and all others along all of theirs."""
     for component, model in models.items():
         for path, layer in adapter_state.atom_layers(model).items():
-            for name in names:
-                layer.keep_directions(name, kept.get(name, {}).get(f"{component}.{path}", {}))
+            layer.keep_directions(
+                {name: of_concept.get(f"{component}.{path}", {}) for name, of_concept in kept.items()}
+            )
 
 
-def _directions(models: Mapping[str, nn.Module], name: str, keep: float) -> Directions:
+def _is_atoms(models: Mapping[str, nn.Module], name: str) -> bool:
+    configs = (adapter_state.adapter_configs(model) for model in models.values())
+    return any(name in of_model and adapter_state.is_atoms(of_model[name]) for of_model in configs)
+
+
+def _rank(models: Mapping[str, nn.Module], name: str) -> RankedDirections:
     layers, values = {}, {}
     adapted = {part: m for part, m in models.items() if name in adapter_state.adapter_configs(m)}
     configs = [adapter_state.adapter_configs(model)[name] for model in adapted.values()]
-    if not configs or not adapter_state.is_atoms(configs[0]):
-        return {}
     for component, model in adapted.items():
         of_model = adapter_state.atom_tensors(model, name)
         check_readable(model, list(of_model))
@@ -46,4 +55,4 @@ def _directions(models: Mapping[str, nn.Module], name: str, keep: float) -> Dire
         for path, tensors in of_model.items():
             layers[f"{component}.{path}"] = {kind: tensor.detach().cpu() for kind, tensor in tensors.items()}
             values[f"{component}.{path}"] = fingerprint(weights[path], configs[0], path)
-    return rank_directions(configs[0], layers, values).kept(keep)
+    return rank_directions(configs[0], layers, values)

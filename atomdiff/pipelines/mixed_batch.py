@@ -57,7 +57,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
             models = pipeline_models(pipe)
             _check_models(models, {name for sample in weights for name in sample})
             _check_kept(models, weights)
-            kept = [kept_directions(pipe, sample) for sample in weights]
+            kept = kept_directions(pipe, weights)
             denoiser = find_base(pipe.components).denoiser
             if denoiser not in models:
                 raise UserError(f"this {type(pipe).__name__} has no {denoiser}, whose batches could be mixed")

@@ -51,7 +51,7 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
         other_weights = _weights_of_others(models, weights)
         for model in models.values():
             checks.check_writable(model)
-        keep_directions(models, kept_directions(pipe, weights), weights)
+        keep_directions(models, *kept_directions(pipe, [weights]))
         writers = {}
         for component, model in models.items():
             layers = adapter_state.atom_layers(model)
@@ -83,9 +83,9 @@ def set_weights(pipe: Any, concepts: Concepts) -> None:
         weights = read_adapter_weights(pipe, concepts)
         models = pipeline_models(pipe)
         other_weights = _weights_of_others(models, weights)
-        kept = kept_directions(pipe, weights)
+        kept = kept_directions(pipe, [weights])
         restore(pipe)
-        keep_directions(models, kept, weights)
+        keep_directions(models, *kept)
         for component, model in models.items():
             adapter_state.activate(model, list(weights))
             for path, layer in adapter_state.atom_layers(model).items():

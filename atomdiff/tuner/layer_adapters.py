@@ -132,11 +132,9 @@ class LayerAdapters(BaseAttributes, nn.Module, AdapterScales, BaseTunerLayer):
         self._coefficients.drop(adapter_name)
         super().delete_adapter(adapter_name)
 
-    def keep_directions(self, name: str, directions: Mapping[str, Tensor]) -> None:
-        """Let an adapter act along some directions (d, k) alone, by delta; along all of a delta that is not given."""
-        self.kept.pop(name, None)
-        if name in self.scaling and directions:
-            self.kept[name] = projections(directions)
+    def keep_directions(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
+        """Let adapters act along some directions (d, k) alone, by delta; along all of a delta that is not given."""
+        self.kept = {name: projections(of) for name, of in kept.items() if name in self.scaling and of}
 
     def weight_updates(
         self, weights: Mapping[str, float | Tensor], kept: Mapping[str, Mapping[str, Tensor]] | None = None

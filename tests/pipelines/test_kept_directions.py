@@ -88,8 +88,13 @@ def test_what_is_kept_lasts_until_the_next_switch(pipe):
     torch.testing.assert_close(predict(pipe), part, **TOLERANCE)  # unmerged
     pipe.set_adapters(["separable"], [1.0])
     torch.testing.assert_close(predict(pipe), part, **TOLERANCE)
+    atomdiff.set_active(pipe, "recursive")
+    atomdiff.restore(pipe)
+    pipe.set_adapters(["separable"], [1.0])
+    whole = predict(pipe)
+    assert (whole - part).abs().max() > 1e-3
     atomdiff.set_active(pipe, "separable")
-    assert (predict(pipe) - part).abs().max() > 1e-3
+    torch.testing.assert_close(predict(pipe), whole, **TOLERANCE)
 
 
 def test_other_methods_and_wrong_shares_are_refused(tiny_pipe, concepts):
