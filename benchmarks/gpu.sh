@@ -1,10 +1,12 @@
 #!/usr/bin/env bash
-# Everything that wants a GPU, in two parts, each within minutes. Usage: bash benchmarks/gpu.sh pretrain|figures OUT [WHEELS]
+# Everything that wants a GPU, in parts, each within minutes. Usage: bash benchmarks/gpu.sh PART OUT [WHEELS]
 #   pretrain  the second edition of the toybox in SECONDS_ (540) seconds: weights, report and sheet into OUT
+#   begin     the same in the background, in the folder STATE (/tmp/pretrain); returns when the judge is done: log into OUT
+#   finish    ends it after SECONDS_ more seconds, and waits for that: weights, report and sheet into OUT
 #   figures   training_step.py and loading.py on the GPU, fp16 and 8-bit and xformers in short runs: results into OUT
 # WHEELS is a folder of packages to install first, for machines that reach no package index.
 set -u
-part=$1 out=$2 wheels=${3:-}
+part=$1 out=$2 wheels=${3:-} state=${STATE:-/tmp/pretrain}
 cd "$(dirname "$0")/.." || exit 1
 mkdir -p "$out"
 if [ -n "$wheels" ]; then
@@ -15,6 +17,31 @@ export HF_HUB_OFFLINE=1 TOKENIZERS_PARALLELISM=false PYTHONWARNINGS=ignore PYTHO
 case $part in
 pretrain)
   timeout $((${SECONDS_:-540} + 40)) python3 -m benchmarks.pretrain.train --out "$out" --seconds "${SECONDS_:-540}" ${OPTIONS:-} 2>&1 | grep --line-buffered -v -i warning | tee "$out/pretrain.log"
+  ;;
+begin)
+  mkdir -p "$state"
+  echo $(($(date +%s) + ${SECONDS_:-740})) >"$state/deadline"
+  # shellcheck disable=SC2086
+  setsid nohup python3 -m benchmarks.pretrain.train --out "$state" --seconds "${SECONDS_:-740}" ${OPTIONS:-} \
+    >"$state/log" 2>&1 </dev/null &
+  echo $! >"$state/pid"
+  for _ in $(seq "${WAIT:-215}"); do
+    sleep 1
+    kill -0 "$(cat "$state/pid")" 2>/dev/null || break
+    grep -q "^judge: .* steps in" "$state/log" && [ -f "$state/way-denoiser.json" ] && break
+  done
+  grep -v -i warn "$state/log" | cut -c1-600 | tail -n 70
+  cp "$state"/log "$state"/way-*.json "$out" || true
+  ;;
+finish)
+  echo $(($(date +%s) + ${SECONDS_:-60})) >"$state/deadline"
+  for _ in $(seq $((${SECONDS_:-60} + 15))); do
+    sleep 1
+    kill -0 "$(cat "$state/pid")" 2>/dev/null || break
+    [ -f "$state/sheet.png" ] && break
+  done
+  grep -v -i warn "$state/log" | cut -c1-600 | tail -n 70
+  cp "$state"/log "$state"/*.json "$state"/*.safetensors "$state"/sheet.png "$out"
   ;;
 figures)
   # Every piece has its own limit and writes what it has, so that a stop costs one piece. 200 s were too few for all nine
@@ -32,5 +59,5 @@ figures)
   piece python3 -m benchmarks.training_step --output_dir "$out" --parts sdxl_gpu --methods spatial lora_attn --repeats 5
   piece python3 -m benchmarks.loading --parts switch mixed --dtypes float16 --output "$out/loading_gpu.json"
   ;;
-*) echo "expected pretrain or figures, found $part"; exit 2 ;;
+*) echo "expected pretrain, begin, finish or figures, found $part"; exit 2 ;;
 esac

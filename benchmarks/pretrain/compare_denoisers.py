@@ -24,7 +24,7 @@ from torch import Tensor
 from atomdiff.utils.versions import versions
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.data import World, render_world, token_ids
-from benchmarks.pretrain.stage import Stage, run_stage
+from benchmarks.pretrain.stage import Phase, Stage, run_stage
 from benchmarks.pretrain.train import kept, load_what_fits
 from benchmarks.pretrain.train_autoencoder import encode
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss
@@ -67,12 +67,12 @@ def run_trial(
     batch, steps = (round(getattr(options, key) * change.get(key, 1.0)) for key in ("batch", "steps"))
     stage = Stage(name, 0.0, options.learning_rate * change.get("rate", 1.0), warmup=0.1, total_steps=steps)
     begin = time.perf_counter()
-    run_stage(stage, denoiser, make_loss(denoiser, **vars(seen), batch=batch))
+    run_stage(stage, denoiser, [Phase(make_loss(denoiser, **vars(seen), batch=batch))])
     seconds = round(time.perf_counter() - begin)
     loss_of = make_loss(denoiser, **vars(unseen), batch=_UNSEEN // 4)
     torch.manual_seed(12345)
     with torch.no_grad():
-        loss = sum(loss_of(1.0).item() for _ in range(16)) / 16
+        loss = sum(loss_of().item() for _ in range(16)) / 16
     return {"loss": round(loss, 4), "steps": steps, "batch": batch, "seconds": seconds, "losses": stage.losses}
 
 

@@ -40,13 +40,18 @@ class Muon(torch.optim.Optimizer):
 
     Args:
         params: the weights.
-        lr: root mean square of an update relative to 0.2 (arXiv 2502.16982, eq. 4), so that a rate for AdamW fits.
+        lr: root mean square of an update relative to 0.2 (arXiv 2502.16982, eq. 4), so that a rate for AdamW fits; a
+            number, or a tensor that a CUDA graph reads.
         momentum: of the gradients, Nesterov's.
         weight_decay: share of the weights that a step at rate 1 takes away.
     """
 
     def __init__(
-        self, params: Iterable[nn.Parameter], lr: float = 1e-3, momentum: float = 0.95, weight_decay: float = 0.0
+        self,
+        params: Iterable[nn.Parameter],
+        lr: float | Tensor = 1e-3,
+        momentum: float = 0.95,
+        weight_decay: float = 0.0,
     ) -> None:
         super().__init__(params, {"lr": lr, "momentum": momentum, "weight_decay": weight_decay})
 
@@ -61,27 +66,37 @@ class Muon(torch.optim.Optimizer):
                     self.state[p]["momentum"] = torch.zeros_like(p)
             kept = [self.state[p]["momentum"] for p in weights]
             torch._foreach_lerp_(kept, gradients, 1 - group["momentum"])
-            mixed = torch._foreach_lerp(gradients, kept, group["momentum"])
+            mixed = list(torch._foreach_lerp(gradients, kept, group["momentum"]))
             buckets = defaultdict(list)
-            for p, update in zip(weights, mixed, strict=True):
+            for index, update in enumerate(mixed):
                 matrix = update.flatten(1)
-                buckets[_bucket(*matrix.shape, padded=p.is_cuda)].append((p, matrix))
+                buckets[_bucket(*matrix.shape, padded=update.is_cuda)].append((index, matrix))
             for (low, high), members in buckets.items():
                 wide = [m if m.shape[0] <= m.shape[1] else m.mT for _, m in members]
                 padded = torch.stack([F.pad(m, (0, high - m.shape[1], 0, low - m.shape[0])) for m in wide])
-                for (p, matrix), solved in zip(members, orthogonalize(padded), strict=True):
+                for (index, matrix), solved in zip(members, orthogonalize(padded), strict=True):
                     rows, columns = matrix.shape
                     update = solved[:rows, :columns] if rows <= columns else solved[:columns, :rows].mT
-                    p.mul_(1 - group["lr"] * group["weight_decay"])
-                    p.add_(update.reshape(p.shape), alpha=-group["lr"] * 0.2 * max(rows, columns) ** 0.5)
+                    mixed[index] = update.reshape(weights[index].shape).to(weights[index].dtype)
+            sizes = [0.2 * max(len(p), p[0].numel()) ** 0.5 for p in weights]
+            torch._foreach_mul_(mixed, sizes)
+            torch._foreach_mul_(mixed, group["lr"])
+            torch._foreach_mul_(weights, 1 - group["lr"] * group["weight_decay"])
+            torch._foreach_sub_(weights, mixed)
 
 
 def make_optimizers(model: nn.Module, lr: float, weight_decay: float) -> list[torch.optim.Optimizer]:
-    """Muon for the matrices inside the model, AdamW for embeddings, first and last layers, norms and biases."""
+    """Muon for the matrices inside the model, AdamW for embeddings, first and last layers, norms and biases.
+
+    Their rates are tensors on the model's device, so that a CUDA graph of a step reads the rate of the moment.
+    """
     outer = ("conv_in", "conv_out", "embedding", "quant_conv", "head")
     inside, others = [], []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (inside if p.ndim > 1 and not any(part in name for part in outer) else others).append(p)
-    adamw = torch.optim.AdamW(others, lr, betas=(0.9, 0.99), weight_decay=weight_decay, fused=others[0].is_cuda)
-    return [Muon(inside, lr, weight_decay=weight_decay), adamw] if inside else [adamw]
+    rate, cuda = torch.tensor(lr, device=others[0].device), others[0].is_cuda
+    adamw = torch.optim.AdamW(
+        others, rate, betas=(0.9, 0.99), weight_decay=weight_decay, foreach=False, fused=cuda, capturable=cuda
+    )
+    return [Muon(inside, rate.clone(), weight_decay=weight_decay), adamw] if inside else [adamw]

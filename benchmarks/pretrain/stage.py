@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -13,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.utils.atomic import new_file
+from benchmarks.pretrain.fastest import captured
 from benchmarks.pretrain.muon import make_optimizers
 
 _REPORT_STEPS = 20
@@ -88,23 +90,75 @@ def rate_at(progress: float, warmup: float) -> float:
     return 0.02 + 0.98 * 0.5 * (1 + math.cos(math.pi * min((progress - warmup) / (1 - warmup), 1.0)))
 
 
+@dataclass(frozen=True)
+class Phase:
+    """What is minimized during a part of a stage.
+
+    Args:
+        loss_of: the loss of a fresh batch.
+        until: progress of the stage at which the next phase begins.
+        captured: whether its steps are replayed as one CUDA graph (see `fastest.captured`).
+    """
+
+    loss_of: Callable[[], Tensor]
+    until: float = 1.0
+    captured: bool = False
+
+
+class Average:
+    """Moving averages of a model's parameters, one a decay; early steps count less (as in EMA with warm-up)."""
+
+    def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
+        self.parameters = list(model.parameters())
+        self.decays = decays
+        self.copies = [[p.detach().clone() for p in self.parameters] for _ in decays]
+        self._now = [torch.zeros((), device=self.parameters[0].device) for _ in decays]
+
+    def state_dict(self) -> dict[str, Any]:
+        """The averages, by number."""
+        return {str(index): copy for index, copy in enumerate(self.copies)}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Take averages that were saved."""
+        for index, copy in enumerate(self.copies):
+            torch._foreach_copy_(copy, state[str(index)])
+
+    def at(self, step: int) -> None:
+        """Set how much the next update counts: that after `step` steps."""
+        for now, decay in zip(self._now, self.decays, strict=True):
+            now.fill_(min(decay, (1 + step) / (10 + step)))
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """Take the parameters in."""
+        for now, copy in zip(self._now, self.copies, strict=True):
+            torch._foreach_mul_(copy, now)
+            torch._foreach_add_(copy, torch._foreach_mul(self.parameters, 1 - now))
+
+    @torch.no_grad()
+    def write_to_model(self, index: int) -> None:
+        """Replace the model's parameters by the average of the decay at `index`."""
+        for parameter, copy in zip(self.parameters, self.copies[index], strict=True):
+            parameter.copy_(copy)
+
+
 def run_stage(
     stage: Stage,
     model: nn.Module,
-    loss_of: Callable[[float], Tensor],
-    after_step: Callable[[int], None] | None = None,
+    phases: Sequence[Phase],
+    average: Average | None = None,
+    after_step: Callable[[], None] | None = None,
     checkpoints: Checkpoints | None = None,
-    others: Mapping[str, Stateful] | None = None,
 ) -> None:
-    """Train `model` with Muon and AdamW on `loss_of(progress)` until the stage is over.
+    """Train `model` with Muon and AdamW until the stage is over.
 
     Args:
         stage: receives the losses, every 20 steps their mean, and the number of steps.
         model: what is trained: its parameters that require a gradient.
-        loss_of: the loss of a fresh batch; progress goes from 0 to 1.
-        after_step: called with the number of steps done.
+        phases: what is minimized, one after another.
+        average: takes the parameters in after every step.
+        after_step: called after every step.
         checkpoints: where the stage goes on if it was stopped, and keeps its state.
-        others: what the checkpoints keep beside model and optimizers, by name.
 
     Raises:
         FloatingPointError: a loss is not finite.
@@ -112,24 +166,42 @@ def run_stage(
     parameters = [p for p in model.parameters() if p.requires_grad]
     optimizers = make_optimizers(model, stage.learning_rate, stage.weight_decay)
     model.train()
-    parts: dict[str, Stateful] = {"model": model, **(others or {})}
+    parts: dict[str, Stateful] = {"model": model, **({} if average is None else {"average": average})}
     parts |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
     elapsed = kept = 0.0 if checkpoints is None else checkpoints.load(stage, parts)
     begin, progress = time.perf_counter() - elapsed, stage.progress(elapsed)
     total = torch.zeros((), device=parameters[0].device)
-    while progress < 1.0 or stage.steps < 2:
-        for group in (group for optimizer in optimizers for group in optimizer.param_groups):
-            group["lr"] = stage.learning_rate * max(rate_at(progress, stage.warmup), 1e-3)
-        loss = loss_of(progress)
+    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
+    for group in groups:
+        group["lr"] = group["lr"].to(total.device)  # after a checkpoint
+
+    def step(loss_of: Callable[[], Tensor]) -> None:
+        for optimizer in optimizers:
+            optimizer.zero_grad()
+        loss = loss_of()
         loss.backward()
         nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
         for optimizer in optimizers:
             optimizer.step()
-            optimizer.zero_grad()
-        total += loss.detach()
+        if average is not None:
+            average.update()
+        total.add_(loss.detach())
+
+    current, run = -1, partial(step, phases[0].loss_of)
+    while progress < 1.0 or stage.steps < 2:
+        for group in groups:
+            group["lr"].fill_(stage.learning_rate * max(rate_at(progress, stage.warmup), 1e-3))
+        if average is not None:
+            average.at(stage.steps + 1)
+        wanted = next((i for i, phase in enumerate(phases) if progress < phase.until), len(phases) - 1)
+        if wanted != current:
+            current, run = wanted, partial(step, phases[wanted].loss_of)
+            run = captured(run) if phases[wanted].captured else run
+            total.zero_()  # of the steps before the capture
+        run()
         stage.steps += 1
         if after_step is not None:
-            after_step(stage.steps)
+            after_step()
         if stage.steps % _REPORT_STEPS == 0:
             stage.losses.append(round(total.item() / _REPORT_STEPS, 5))
             total.zero_()
@@ -142,35 +214,7 @@ def run_stage(
         if checkpoints is not None and checkpoints.seconds and (elapsed - kept > checkpoints.seconds or progress >= 1):
             checkpoints.save(stage, parts, elapsed)
             kept = elapsed
+    for optimizer in optimizers:
+        optimizer.zero_grad()
     model.eval()
     print(f"{stage.name}: {stage.steps} steps in {time.perf_counter() - begin:.0f} s", flush=True)
-
-
-class Average:
-    """Moving averages of a model's parameters, one a decay; early steps count less (as in EMA with warm-up)."""
-
-    def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
-        self.parameters = list(model.parameters())
-        self.decays = decays
-        self.copies = [[p.detach().clone() for p in self.parameters] for _ in decays]
-
-    def state_dict(self) -> dict[str, Any]:
-        """The averages, by number."""
-        return {str(index): copy for index, copy in enumerate(self.copies)}
-
-    def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take averages that were saved."""
-        for index, copy in enumerate(self.copies):
-            torch._foreach_copy_(copy, state[str(index)])
-
-    @torch.no_grad()
-    def update(self, step: int) -> None:
-        """Take the parameters after `step` steps in."""
-        for decay, copy in zip(self.decays, self.copies, strict=True):
-            torch._foreach_lerp_(copy, self.parameters, 1 - min(decay, (1 + step) / (10 + step)))
-
-    @torch.no_grad()
-    def write_to_model(self, index: int) -> None:
-        """Replace the model's parameters by the average of the decay at `index`."""
-        for parameter, copy in zip(self.parameters, self.copies[index], strict=True):
-            parameter.copy_(copy)

@@ -6,10 +6,13 @@
 The world is rendered on the device and stays there. Then the judge learns, the autoencoder, and with the time that is
 left text encoder and UNet. The folder receives `weights-<i>.safetensors` (judge, autoencoder, text encoder and UNet in
 half precision, 15 MiB at most each), `report.json` and `sheet.png`; weights are written every few minutes, too, so that
-a run that is stopped leaves what it has. `--start_from FOLDER` goes on from such weights (those that a changed
-architecture still has), `--stages` chooses what is trained. With `--checkpoint_seconds` the same command resumes a
-run that was stopped, for long runs on a CPU; `--steps` ends a stage after so many steps, whatever they take.
-`--pipeline FOLDER` makes no training but a pipeline folder and a judge folder of the weights in `--out`.
+a run that is stopped leaves what it has. A file `deadline` in the folder with the Unix time at which all must be over
+replaces `--seconds`; it is read when a stage begins.
+
+`--start_from FOLDER` goes on from such weights (those that a changed architecture still has), `--stages` chooses what
+is trained. With `--checkpoint_seconds` the same command resumes a run that was stopped, for long runs on a CPU;
+`--steps` ends a stage after so many steps, whatever they take. `--pipeline FOLDER` makes no training but a pipeline
+folder and a judge folder of the weights in `--out`.
 """
 
 from __future__ import annotations
@@ -29,20 +32,22 @@ from typing import Any
 import torch
 
 from atomdiff.toybox.judge import save_judge
-from atomdiff.toybox.world import CLASSES, SCENES
+from atomdiff.toybox.world import CLASSES, IMAGE_SIZE, SCENES
 from atomdiff.toybox.world.judge import Judge
 from atomdiff.utils.atomic import new_file
 from benchmarks.base_quality import psnr, restore
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
 from benchmarks.pretrain.fastest import print_profile
-from benchmarks.pretrain.stage import Checkpoints, Stage
-from benchmarks.pretrain.train_autoencoder import center_latents, encode, fastest_loss, sizes, train_autoencoder
+from benchmarks.pretrain.stage import Checkpoints, Phase, Stage, run_stage
+from benchmarks.pretrain.train_autoencoder import center_latents, encode, sizes, train_autoencoder
+from benchmarks.pretrain.train_autoencoder import fastest_phase as fastest_autoencoder
 from benchmarks.pretrain.train_denoiser import Denoiser, layout, make_loss, train_denoiser
-from benchmarks.pretrain.train_judge import train_judge
+from benchmarks.pretrain.train_judge import fastest_phase as fastest_judge
 from benchmarks.pretrain.weights import load_scaling_factor, load_shards, make_pipeline, save_pipeline, save_shards
 
 STAGES = ("judge", "autoencoder", "denoiser")
+WARM = ("judge", "crops", "images", "denoiser")
 
 
 def parse() -> argparse.Namespace:
@@ -53,6 +58,8 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=0, help="end each stage after so many steps, whatever they take")
     parser.add_argument("--images", type=int, default=400_000, help="most captioned images")
     parser.add_argument("--families", type=int, default=8_000, help="most families of the judge, 12 images each")
+    parser.add_argument("--judge_share", type=float, default=0.13, help="share of the seconds for the judge")
+    parser.add_argument("--vae_share", type=float, default=0.25, help="share of the seconds for the autoencoder")
     parser.add_argument("--batch", type=int, default=512, help="images in a step of the UNet")
     parser.add_argument("--vae_batch", type=int, default=64, help="images in a step of the autoencoder")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest of the UNet")
@@ -66,7 +73,7 @@ def parse() -> argparse.Namespace:
     )
     parser.add_argument("--pipeline", type=Path, help="only make pipeline and judge folders of the weights in --out")
     parser.add_argument("--tiny", action="store_true", help="few images and small batches, to try it out")
-    parser.add_argument("--warm", action="store_true", help="only compile the UNet, to fill the compiler's cache")
+    parser.add_argument("--warm", choices=WARM, help="only find the fastest way of a part; fills the compiler's cache")
     parser.add_argument("--profile", action="store_true", help="print at the end what a step's time goes to")
     parser.add_argument("--seed", type=int, default=1)
     options = parser.parse_args()
@@ -98,13 +105,27 @@ def kept(path: Path | None, make: Callable[[], Any]) -> Any:
 
 
 def warm(options: argparse.Namespace, device: torch.device) -> None:
-    """Compile the losses of autoencoder and UNet once, to fill the compiler's cache."""
-    vae, judge = channels_last(build_vae(), device), channels_last(Judge(), device).requires_grad_(False).eval()
-    for side, count in sizes(options.vae_batch).items():
-        fastest_loss(vae, judge, channels_last(torch.randn(count, 3, side, side), device), options.out)
-    tokenizer, denoiser = build_denoiser(device)
-    latents = torch.randn(options.batch, 16, 16, 16).to(device, memory_format=layout(device))
-    denoiser.train().choose_way(latents, token_ids(tokenizer, ["a mug"] * (options.batch - 1), device), options.out)
+    """Find the fastest way of a part on random inputs; its choice and the compiler's cache serve the run itself."""
+    images = torch.randint(256, (256, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
+    judge = channels_last(Judge(), device)
+    if options.warm == "judge":
+        labels = {kind: torch.zeros(256, dtype=torch.long, device=device) for kind in judge.labels}
+        fastest_judge(judge, World(images, images, labels, []), images.view(16, 4, 4, *images.shape[1:]), options.out)
+    elif options.warm == "denoiser":
+        tokenizer, denoiser = build_denoiser(device)
+        latents = torch.randn(options.batch, 16, 16, 16).to(device, memory_format=layout(device))
+        denoiser.train().choose_way(latents, token_ids(tokenizer, ["a mug"] * (options.batch - 1), device), options.out)
+    else:
+        vae, judge = channels_last(build_vae(), device), judge.requires_grad_(False).eval()
+        side, count = list(sizes(options.vae_batch).items())[options.warm == "images"]
+        fastest_autoencoder(vae, judge, images, side, count, 1.0, options.out)
+
+
+def begin_to_warm(options: argparse.Namespace) -> dict[str, subprocess.Popen[bytes]]:
+    """A process for each part, all at once."""
+    command = [sys.executable, "-m", "benchmarks.pretrain.train", "--out", str(options.out)]
+    command += ["--batch", str(options.batch), "--vae_batch", str(options.vae_batch), "--warm"]
+    return {part: subprocess.Popen([*command, part]) for part in WARM}
 
 
 def load_what_fits(part: str, module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -128,6 +149,7 @@ class Run:
         self.vae = channels_last(build_vae(), device)
         self.judge = channels_last(Judge(), device)
         self.tokenizer, self.denoiser = build_denoiser(device)
+        self.warming = begin_to_warm(options) if device.type == "cuda" else {}
         self.stages: list[Stage] = []
         self.notes: dict[str, Any] = {}
         if options.start_from is not None:
@@ -143,7 +165,20 @@ class Run:
 
     def left(self) -> float:
         """Seconds until the end."""
+        deadline = self.options.out / "deadline"
+        if deadline.exists():
+            return float(deadline.read_text()) - time.time()
         return self.options.seconds - (time.perf_counter() - self.begin)
+
+    def wait_for(self, *parts: str) -> None:
+        """Wait until the fastest ways of parts are known."""
+        for part in parts:
+            if part in self.warming:
+                try:
+                    self.warming[part].wait(timeout=150)
+                except subprocess.TimeoutExpired:
+                    print(f"{part}: the search for its fastest way was stopped", flush=True)
+                    self.warming[part].kill()
 
     def stage(self, name: str, seconds: float, learning_rate: float, **others: float) -> Stage:
         """A new stage, which the report will list."""
@@ -173,12 +208,15 @@ class Run:
             count, seed, path = self.options.families, self.options.seed + 1, self.options.world
             render = partial(render_families, count, 0.03 * total, seed, self.device, batch=at_once)
             families = kept(path and path.with_suffix(".families.pt"), render)
-            stage = self.stage("judge", 0.06 * total if stages[1:] else self.left(), 2e-3)
-            train_judge(self.judge, world, families, stage, self.checkpoints)
-            del families
+            stage = self.stage("judge", self.options.judge_share * total if stages[1:] else self.left(), 2e-3)
+            self.wait_for("judge")
+            phase = fastest_judge(self.judge, world, families, self.options.out)
+            run_stage(stage, self.judge, [phase], checkpoints=self.checkpoints)
+            del families, phase
         self.judge.eval()
         if "autoencoder" in stages:
-            seconds = 0.36 * total if "denoiser" in stages else self.left() - 0.06 * total
+            self.wait_for("crops", "images")
+            seconds = self.options.vae_share * total if "denoiser" in stages else self.left() - 0.03 * total
             stage = self.stage("autoencoder", seconds, 1e-3)
             train_autoencoder(self.vae, self.judge, world.images, stage, self.options.vae_batch, self.checkpoints)
         self.notes["autoencoder"] = self.measure_autoencoder(world)
@@ -195,14 +233,15 @@ class Run:
         self.save()
         if "denoiser" not in stages:
             return
-        world.images = world.images[:0]
+        world.images = world.images[:0].clone()
         ids = token_ids(self.tokenizer, world.texts, self.device)
         batch = self.options.batch
         some = latents[:batch].float().contiguous(memory_format=layout(self.device))
-        self.denoiser.train().choose_way(some, ids[:batch], self.options.out)
-        stage = self.stage("denoiser", self.left() - 0.06 * total, self.options.learning_rate, warmup=0.03)
-        self.loss_of = make_loss(self.denoiser, latents, world.masks, ids, batch)
-        self.notes["average"] = train_denoiser(self.denoiser, self.loss_of, stage, self.save, self.checkpoints)
+        self.wait_for("denoiser")
+        is_captured = self.denoiser.train().choose_way(some, ids[:batch], self.options.out)
+        stage = self.stage("denoiser", self.left() - 0.03 * total, self.options.learning_rate, warmup=0.03)
+        self.phase = Phase(make_loss(self.denoiser, latents, world.masks, ids, batch), captured=is_captured)
+        self.notes["average"] = train_denoiser(self.denoiser, self.phase, stage, self.save, self.checkpoints)
         self.save()
 
     @torch.no_grad()
@@ -222,15 +261,15 @@ class Run:
         pipe = assemble(self.vae, self.tokenizer, self.denoiser.text_encoder.eval(), self.denoiser.unet.eval())
         pipe.set_progress_bar_config(disable=True)
         scenes = list(SCENES.values())
-        names = CLASSES[:2] if self.options.tiny else CLASSES
-        images = []
-        for row, name in enumerate(names):
-            looks = ("red striped ", "blue dotted ", "", "green ", "", "yellow checked ", "", "purple ")
-            prompts = [f"a photo of a {look}{name} {scene}" for look, scene in zip(looks, scenes, strict=False)]
-            prompts = prompts[:2] if self.options.tiny else prompts
-            generator = torch.Generator().manual_seed(row)
-            steps = 4 if self.options.tiny else 30
-            images += pipe(prompts, num_inference_steps=steps, guidance_scale=2.5, generator=generator).images
+        names, columns, steps = (CLASSES[:2], 2, 4) if self.options.tiny else (CLASSES, len(scenes), 30)
+        looks = ("red striped ", "blue dotted ", "", "green ", "", "yellow checked ", "", "purple ")
+        prompts = [
+            f"a photo of a {look}{name} {scene}"
+            for name in names
+            for look, scene in list(zip(looks, scenes, strict=True))[:columns]
+        ]
+        generator = torch.Generator().manual_seed(0)
+        images = pipe(prompts, num_inference_steps=steps, guidance_scale=2.5, generator=generator).images
         width = len(images) // len(names)
         from PIL import Image
 
@@ -259,23 +298,16 @@ def main() -> None:
     if options.warm:
         warm(options, device)
         return
-    warming = None
-    if device.type == "cuda":
-        command = [sys.executable, "-m", "benchmarks.pretrain.train", "--warm", "--out", str(options.out)]
-        command += ["--batch", str(options.batch), "--vae_batch", str(options.vae_batch)]
-        warming = subprocess.Popen(command)
     run = Run(options, device)
-    at_once = 8 if options.tiny else 2048 if device.type == "cuda" else 128
+    at_once = 8 if options.tiny else 1024 if device.type == "cuda" else 128
     render = partial(render_world, options.images, 0.10 * options.seconds, options.seed, device, at_once)
     world = World(**kept(options.world, lambda: vars(render())))
     run.learn(world, at_once)
     if "denoiser" not in options.stages:
         return
-    if warming is not None:
-        warming.wait(timeout=60)
     run.draw_sheet()
     if options.profile:
-        print_profile(partial(run.loss_of, 1.0), run.denoiser)
+        print_profile(run.phase.loss_of, run.denoiser)
 
 
 if __name__ == "__main__":

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from functools import partial
 from pathlib import Path
 
 import torch
@@ -17,8 +16,8 @@ from atomdiff.toybox.world.judge import Judge
 from atomdiff.utils.precision import autocast
 from benchmarks.pretrain.architecture import LATENT_CHANNELS
 from benchmarks.pretrain.data import as_signal
-from benchmarks.pretrain.fastest import fastest
-from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
+from benchmarks.pretrain.fastest import CAPTURED, fastest
+from benchmarks.pretrain.stage import Average, Checkpoints, Phase, Stage, run_stage
 
 
 def edge_error(restored: Tensor, x: Tensor) -> Tensor:
@@ -76,38 +75,46 @@ def train_autoencoder(
 
     The first three quarters go to crops of half the size, four times cheaper, 2 * `batch` a step.
     """
-    device = images.device
     judge.requires_grad_(False).eval()
-    average = Average(vae, (0.998,))
-
-    def draw(side: int, count: int) -> Tensor:
-        top, left = torch.randint(IMAGE_SIZE - side + 1, (2,)).tolist()
-        index = torch.randint(len(images), (count,), device=device)
-        return as_signal(images[index, :, top : top + side, left : left + side])
-
-    begin, losses = time.perf_counter(), {}
-    for side, count in sizes(batch).items():
-        losses[side] = fastest_loss(vae, judge, draw(side, count), checkpoints.folder)
-
-    def loss_of(progress: float) -> Tensor:
-        side = IMAGE_SIZE // 2 if progress < 0.75 else IMAGE_SIZE
-        return losses[side](draw(side, sizes(batch)[side]))
-
+    begin = time.perf_counter()
+    phases = [
+        fastest_phase(vae, judge, images, side, count, until, checkpoints.folder)
+        for (side, count), until in zip(sizes(batch).items(), (0.75, 1.0), strict=True)
+    ]
     stage.seconds -= time.perf_counter() - begin  # compiling counts
-    run_stage(stage, vae, loss_of, average.update, checkpoints, {"average": average})
+    average = Average(vae, (0.998,))
+    run_stage(stage, vae, phases, average, checkpoints=checkpoints)
     average.write_to_model(0)
     freeze_posterior(vae)
 
 
-def fastest_loss(vae: AutoencoderKL, judge: Judge, x: Tensor, folder: Path) -> Callable[[Tensor], Tensor]:
-    """The loss, compiled for the shape of `x` where that is faster and gives the same gradients (see `fastest`)."""
+def crops(images: Tensor, side: int, count: int) -> Tensor:
+    """Random crops of random images of bytes (n, 3, h, w), as floats (count, 3, side, side) in [-1, 1]."""
+    device = images.device
+    index = torch.randint(len(images), (count,), device=device)
+    top, left = torch.randint(images.shape[-1] - side + 1, (2, count), device=device)
+    along = torch.arange(side, device=device)
+    rows, columns = (start[:, None] + along for start in (top, left))
+    channels = torch.arange(images.shape[1], device=device)
+    return as_signal(
+        images[index[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None]]
+    )
+
+
+def fastest_phase(
+    vae: AutoencoderKL, judge: Judge, images: Tensor, side: int, count: int, until: float, folder: Path
+) -> Phase:
+    """The loss of crops, compiled and captured where that is faster and gives the same gradients (see `fastest`)."""
     plain = make_loss(vae, judge)
     ways = {"plain": plain}
-    if x.is_cuda:
-        ways["compiled"] = torch.compile(make_loss(vae, judge), dynamic=False)
-    return ways[
-        fastest(f"autoencoder at {x.shape[-1]}", folder, vae, {name: partial(way, x) for name, way in ways.items()})
-    ]
+    if images.is_cuda:
+        ways["compiled"] = ways["compiled" + CAPTURED] = torch.compile(make_loss(vae, judge), dynamic=False)
+    losses: dict[str, Callable[[], Tensor]] = {
+        name: lambda way=way: way(crops(images, side, count))  # type: ignore[misc]
+        for name, way in ways.items()
+    }
+    best = fastest(f"autoencoder at {side}", folder, vae, losses)
+    return Phase(losses[best], until, best.endswith(CAPTURED))
 
 
 @torch.no_grad()
@@ -119,22 +126,24 @@ def freeze_posterior(vae: AutoencoderKL) -> None:
 
 @torch.no_grad()
 def center_latents(vae: AutoencoderKL, latents: Tensor) -> Tensor:
-    """Move the mean of every channel into the network and note the scale; gives the scaled latents (n, c, h, w)."""
-    mean = latents.float().mean((0, 2, 3))  # (c,)
+    """Move the mean of every channel into the network and note the scale; scales latents (n, c, h, w) in place."""
+    some = latents[:16384].float()
+    mean = some.mean((0, 2, 3))  # (c,)
     vae.quant_conv.bias[:LATENT_CHANNELS] -= mean
     post = vae.post_quant_conv
     post.bias += post.weight.flatten(1) @ mean
-    centered = latents.float() - mean[None, :, None, None]
-    scale = round(1 / centered.std().item(), 4)
+    scale = round(1 / (some - mean[None, :, None, None]).std().item(), 4)
     vae.register_to_config(scaling_factor=scale)
-    return (centered * scale).to(latents.dtype)
+    for chunk in latents.split(16384):
+        chunk.copy_((chunk.float() - mean[None, :, None, None]) * scale)
+    return latents
 
 
 @torch.no_grad()
 def encode(vae: AutoencoderKL, images: Tensor, batch: int) -> Tensor:
     """Mean latents (n, 16, 16, 16), not yet scaled, in bfloat16 on the device of the images."""
-    means = []
-    for chunk in images.split(batch):
+    latents = torch.empty(len(images), LATENT_CHANNELS, 16, 16, dtype=torch.bfloat16, device=images.device)
+    for ours, chunk in zip(latents.split(batch), images.split(batch), strict=True):
         with autocast(images.device):
-            means.append(vae.encode(as_signal(chunk)).latent_dist.mean.to(torch.bfloat16))
-    return torch.cat(means)
+            ours.copy_(vae.encode(as_signal(chunk)).latent_dist.mean)
+    return latents

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -14,11 +15,11 @@ from transformers import CLIPTextModel
 
 from atomdiff.toybox.base import build_scheduler
 from atomdiff.utils.precision import autocast
-from benchmarks.pretrain.fastest import fastest
-from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
+from benchmarks.pretrain.fastest import CAPTURED, fastest
+from benchmarks.pretrain.stage import Average, Checkpoints, Phase, Stage, run_stage
 
 DECAYS = (0.999, 0.9996)
-KEEP_STEPS = 2000
+KEEP_SECONDS = 90
 
 
 def layout(device: torch.device) -> torch.memory_format:
@@ -51,22 +52,27 @@ class Denoiser(nn.Module):
         """The prediction (n, c, 16, 16) for noisy latents of that shape, timesteps (n,) and token ids (n, tokens)."""
         return self.way(noisy, timesteps, input_ids)
 
-    def choose_way(self, latents: Tensor, ids: Tensor, folder: Path) -> None:
-        """Choose the fastest way for batches like latents (n, c, 16, 16) and token ids (n, tokens)."""
+    def choose_way(self, latents: Tensor, ids: Tensor, folder: Path) -> bool:
+        """Choose the fastest way for batches like latents (n, c, 16, 16) and token ids (n, tokens).
+
+        Returns:
+            Whether steps are to be captured.
+        """
         ways: dict[str, Callable[..., Tensor]] = {"plain": self._predict}
         if latents.is_cuda:
-            ways["compiled"] = torch.compile(self._predict, dynamic=False)
-            ways["compiled, CUDA graphs"] = torch.compile(self._predict, dynamic=False, mode="reduce-overhead")
+            ways["compiled"] = ways["compiled" + CAPTURED] = torch.compile(self._predict, dynamic=False)
         timesteps = torch.arange(len(latents), device=latents.device) * 997 % 1000
 
         def loss_of(way: Callable[..., Tensor]) -> Tensor:
             with autocast(latents.device):
                 return (way(latents, timesteps, ids).float() - latents).square().mean()
 
-        self.way = ways[fastest("denoiser", folder, self, {name: partial(loss_of, way) for name, way in ways.items()})]
+        best = fastest("denoiser", folder, self, {name: partial(loss_of, way) for name, way in ways.items()})
+        self.way = ways[best]
+        return best.endswith(CAPTURED)
 
 
-def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, batch: int) -> Callable[[float], Tensor]:
+def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, batch: int) -> Callable[[], Tensor]:
     """The loss of a random batch: v-prediction, weighed by noise and by the object's mask.
 
     The error of the clean latents weighs min(SNR + 1, 10), which for v is min(SNR + 1, 10) / (SNR + 1): min-SNR (Hang
@@ -85,7 +91,7 @@ def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, b
     alphas = scheduler.alphas_cumprod.to(device)
     weights = (1 / (1 - alphas).clamp(min=1e-8)).clamp(max=10) * (1 - alphas)
 
-    def loss_of(progress: float) -> Tensor:
+    def loss_of() -> Tensor:
         index = torch.randint(len(latents), (batch,), device=device)
         empty = torch.rand(batch, device=device) < 0.1
         prompt = torch.where(empty, len(ids) - 1, index)
@@ -107,43 +113,43 @@ def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, b
 
 
 def train_denoiser(
-    denoiser: Denoiser,
-    loss_of: Callable[[float], Tensor],
-    stage: Stage,
-    keep: Callable[[], None],
-    checkpoints: Checkpoints,
+    denoiser: Denoiser, phase: Phase, stage: Stage, keep: Callable[[], None], checkpoints: Checkpoints
 ) -> int:
     """Train, and leave the moving average with the lower loss in the model.
 
     Args:
         denoiser: the network.
-        loss_of: see `make_loss`.
+        phase: its loss, see `make_loss`.
         stage: length and speed.
-        keep: called every `KEEP_STEPS` steps with the model holding the shorter average; the training goes on unharmed.
+        keep: called every `KEEP_SECONDS` with the model holding the shorter average; the training goes on unharmed.
         checkpoints: where its state is kept.
 
     Returns:
         The index of the average that was kept.
     """
     average = Average(denoiser, DECAYS)
+    last = time.perf_counter()
 
-    def after_step(step: int) -> None:
-        average.update(step)
-        if step % KEEP_STEPS == 0:
-            current = [p.detach().clone() for p in average.parameters]
-            average.write_to_model(0)
-            keep()
-            with torch.no_grad():
-                for parameter, value in zip(average.parameters, current, strict=True):
-                    parameter.copy_(value)
+    def after_step() -> None:
+        nonlocal last
+        if time.perf_counter() - last < KEEP_SECONDS:
+            return
+        current = [p.detach().clone() for p in average.parameters]
+        average.write_to_model(0)
+        keep()
+        with torch.no_grad():
+            for parameter, value in zip(average.parameters, current, strict=True):
+                parameter.copy_(value)
+        last = time.perf_counter()
 
-    run_stage(stage, denoiser, loss_of, after_step, checkpoints, {"average": average})
+    run_stage(stage, denoiser, [phase], average, after_step, checkpoints)
+    denoiser.train()  # and with gradients: what was compiled would be compiled again otherwise
     scores = []
     for index in range(len(DECAYS)):
         average.write_to_model(index)
         torch.manual_seed(12345)
-        with torch.no_grad():
-            scores.append(sum(loss_of(1.0).item() for _ in range(16)) / 16)
+        scores.append(sum(phase.loss_of().item() for _ in range(16)) / 16)
+    denoiser.eval()
     best = min(range(len(DECAYS)), key=scores.__getitem__)
     print(f"losses of the averages {dict(zip(DECAYS, scores, strict=True))}", flush=True)
     average.write_to_model(best)

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from pathlib import Path
+
 import torch
 from einops import rearrange
 from torch import Tensor
@@ -10,7 +13,8 @@ from torch.nn import functional as F
 from atomdiff.toybox.world.judge import Judge
 from atomdiff.utils.precision import autocast
 from benchmarks.pretrain.data import World, as_signal
-from benchmarks.pretrain.stage import Checkpoints, Stage, run_stage
+from benchmarks.pretrain.fastest import CAPTURED, fastest
+from benchmarks.pretrain.stage import Phase
 
 _CAPTIONED, _FAMILIES, _DEGRADED = 96, 24, 32
 
@@ -42,27 +46,25 @@ def soften(x: Tensor) -> Tensor:
     return x.lerp(blurred, 0.7 * mix) + 0.06 * noise * torch.randn_like(x)
 
 
-def train_judge(judge: Judge, world: World, families: Tensor, stage: Stage, checkpoints: Checkpoints) -> None:
-    """Train the judge's words on the world and its embedding on families of relatives.
+def make_loss(judge: Judge, world: World, families: Tensor) -> Callable[[], Tensor]:
+    """The loss of a random batch: words of captioned images, and individuals among their nearest relatives.
 
     Args:
         judge: the network, on the device of the images.
         world: captioned images; what a caption leaves open is not learned from its image.
         families: (k, 4, views, 3, 128, 128) bytes, see `render_families`.
-        stage: length and speed.
-        checkpoints: where its state is kept.
 
     Smeared images of an individual count as another one, so that similarity falls when the details are gone.
     """
     device = world.images.device
 
-    def loss_of(progress: float) -> Tensor:
+    def loss_of() -> Tensor:
         index = torch.randint(len(world.images), (_CAPTIONED,), device=device)
         rows = torch.randint(len(families), (_FAMILIES,), device=device)
         pair = torch.rand(families.shape[2], device=device).topk(2).indices
         kin = rearrange(families[rows][:, :, pair], "f r v c h w -> (f r v) c h w")
         ids = torch.arange(4 * _FAMILIES, device=device).repeat_interleave(2)
-        some = torch.randperm(len(kin), device=device)[:_DEGRADED]
+        some = torch.rand(len(kin), device=device).topk(_DEGRADED).indices
         sharp = as_signal(torch.cat([world.images[index], kin]))
         x = torch.cat([soften(sharp), smear(sharp[_CAPTIONED:][some])])
         x = x.contiguous(memory_format=torch.channels_last)
@@ -73,4 +75,11 @@ def train_judge(judge: Judge, world: World, families: Tensor, stage: Stage, chec
             loss = loss + F.cross_entropy(logits[kind][:_CAPTIONED].float(), known[index], ignore_index=-1)
         return loss
 
-    run_stage(stage, judge, loss_of, checkpoints=checkpoints)
+    return loss_of
+
+
+def fastest_phase(judge: Judge, world: World, families: Tensor, folder: Path) -> Phase:
+    """The loss, its steps captured where that is faster (see `fastest`)."""
+    loss_of = make_loss(judge, world, families)
+    ways = {"plain": loss_of} | ({"plain" + CAPTURED: loss_of} if world.images.is_cuda else {})
+    return Phase(loss_of, captured=fastest("judge", folder, judge.train(), ways).endswith(CAPTURED))

@@ -1,6 +1,7 @@
 """The parts of the pretraining that its short runs do not check: Muon, the choice of the fastest way, resuming."""
 
 import json
+from functools import partial
 
 import pytest
 import torch
@@ -10,11 +11,13 @@ from atomdiff.toybox.base import build_scheduler
 from atomdiff.toybox.world.judge import Judge
 from benchmarks.pretrain import evaluate, muon
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
+from benchmarks.pretrain.data import as_signal
 from benchmarks.pretrain.evaluate import area_under_curve
 from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
-from benchmarks.pretrain.stage import Average, Checkpoints, Stage, run_stage
+from benchmarks.pretrain.stage import Average, Checkpoints, Phase, Stage, run_stage
 from benchmarks.pretrain.train import load_what_fits
+from benchmarks.pretrain.train_autoencoder import center_latents, crops
 from benchmarks.pretrain.train_denoiser import make_loss
 from benchmarks.pretrain.weights import save_shards
 from tests.tiny_models import make_unet
@@ -95,13 +98,13 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
         average, stage = Average(model, (0.9,)), Stage("part", seconds, 1e-2)
         sampled.append([])
 
-        def loss_of(progress):
+        def loss_of():
             if stop is not None and stage.steps == stop:
                 raise Stopped
             sampled[-1].append(torch.rand(1).item())
             return (model(x) - 1).square().mean()
 
-        run_stage(stage, model, loss_of, average.update, Checkpoints(tmp_path, 1e-9), {"average": average})
+        run_stage(stage, model, [Phase(loss_of)], average, checkpoints=Checkpoints(tmp_path, 1e-9))
         return stage, average
 
     with pytest.raises(Stopped):
@@ -131,7 +134,7 @@ def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
 
 def test_without_an_interval_nothing_is_kept(tmp_path):
     stage, model = Stage("part", 0.0, 1e-3), make_model()
-    run_stage(stage, model, lambda progress: model(torch.ones(1, 6)).sum(), checkpoints=Checkpoints(tmp_path))
+    run_stage(stage, model, [Phase(lambda: model(torch.ones(1, 6)).sum())], checkpoints=Checkpoints(tmp_path))
     assert stage.steps == 2 and not list(tmp_path.iterdir())
 
 
@@ -188,16 +191,41 @@ def test_the_loss_of_clean_predictions_is_zero_and_of_others_is_not():
         return (signal * noisy - 1) / spread.clamp(min=1e-4)  # v = signal * noise - spread * clean
 
     ids = torch.zeros(5, 3, dtype=torch.long)
-    assert make_loss(knows_the_latents, latents, torch.ones(4, 1, 8, 8), ids, 64)(0.5) < 1e-3
-    assert make_loss(lambda noisy, *_: noisy * 0, latents, torch.ones(4, 1, 8, 8), ids, 64)(0.5) > 0.1
+    assert make_loss(knows_the_latents, latents, torch.ones(4, 1, 8, 8), ids, 64)() < 1e-3
+    assert make_loss(lambda noisy, *_: noisy * 0, latents, torch.ones(4, 1, 8, 8), ids, 64)() > 0.1
 
 
-def test_a_stage_may_end_after_its_steps_whatever_they_take():
+def test_a_stage_may_end_after_its_steps_and_has_phases():
     stage, model, seen = Stage("part", 0.0, 1e-3, total_steps=5), make_model(), []
 
-    def loss_of(progress):
-        seen.append(progress)
+    def loss_of(phase):
+        seen.append(phase)
         return model(torch.ones(1, 6)).sum()
 
-    run_stage(stage, model, loss_of)
-    assert stage.steps == 5 and seen == [0.0, 0.2, 0.4, 0.6, 0.8]
+    run_stage(stage, model, [Phase(partial(loss_of, "first"), 0.5), Phase(partial(loss_of, "second"))])
+    assert stage.steps == 5 and seen == ["first"] * 3 + ["second"] * 2
+
+
+def test_crops_are_parts_of_images():
+    images = torch.arange(2 * 3 * 8 * 8).remainder(256).to(torch.uint8).view(2, 3, 8, 8)
+    parts = {image[:, y : y + 4, x : x + 4].tobytes() for image in images.numpy() for y in range(5) for x in range(5)}
+    torch.manual_seed(0)
+    drawn = crops(images, 4, 60)
+    found = {((crop + 1) * 127.5).round().to(torch.uint8).contiguous().numpy().tobytes() for crop in drawn}
+    assert drawn.shape == (60, 3, 4, 4) and len(found) > 20 and found <= parts
+
+
+def test_centered_latents_decode_to_the_same_image_and_have_unit_scale():
+    torch.manual_seed(0)
+    vae, images = build_vae().eval(), torch.randint(256, (3, 3, 32, 32), dtype=torch.uint8)
+    with torch.no_grad():
+        signal = as_signal(images)
+        raw = vae.encode(signal).latent_dist.mean
+        before = vae.decode(raw).sample
+        scaled = center_latents(vae, raw.clone())
+        after = vae.decode(scaled / vae.config.scaling_factor).sample
+    assert scaled.std() == pytest.approx(1, abs=0.01) and scaled.mean((0, 2, 3)).abs().max() < 1e-4
+    torch.testing.assert_close(after, before, atol=1e-3, rtol=1e-3)
+    torch.testing.assert_close(
+        vae.encode(signal).latent_dist.mean * vae.config.scaling_factor, scaled, atol=1e-3, rtol=1e-3
+    )
