@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from atomdiff.utils.atomic import new_file
 
-_WARM, _TIMED = 3, 8
+_WARM, _TIMED, _COMPARED = 3, 8, 4
 CAPTURED = ", captured"  # ends the name of a way whose steps are replayed as one CUDA graph
 
 
@@ -36,19 +36,24 @@ def captured(step: Callable[[], None]) -> Callable[[], None]:
     return graph.replay
 
 
-def _norms(model: nn.Module) -> dict[str, float]:
-    """The norm of the gradient of every parameter that has one."""
-    grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
-    return {name: grad.float().norm().item() for name, grad in grads.items()}
+def _norms(model: nn.Module, step: Callable[[], None]) -> dict[str, float]:
+    """The norm of the gradient of every parameter that has one, its mean over some steps."""
+    sums: dict[str, Tensor] = {}
+    for _ in range(_COMPARED):
+        step()
+        for name, p in model.named_parameters():
+            if p.grad is not None:
+                sums[name] = sums.get(name, 0.0) + p.grad.float().norm()
+    return {name: total.item() / _COMPARED for name, total in sums.items()}
 
 
 def _differs(norms: dict[str, float], plain: dict[str, float]) -> str | None:
     """What is wrong with the norms of gradients, if anything is: noise, bf16 and another order of sums are not."""
     total, expected = (math.hypot(*some.values()) for some in (norms, plain))
-    if not abs(total / expected - 1) <= 0.15:
+    if not abs(total / expected - 1) <= 0.2:
         return f"{total:.3g} instead of {expected:.3g}"
     for name, norm in plain.items():
-        if norm > 1e-3 * expected and not 0.5 < norms.get(name, 0.0) / norm < 2:
+        if norm > 1e-2 * expected and not 0.4 < norms.get(name, 0.0) / norm < 2.5:
             return name
     return None
 
@@ -86,7 +91,7 @@ def fastest(task: str, folder: Path, model: nn.Module, ways: dict[str, Callable[
                     start = time.perf_counter()
                 run()
             _wait()
-            took, norms = (time.perf_counter() - start) / _TIMED, _norms(model)
+            took, norms = (time.perf_counter() - start) / _TIMED, _norms(model, run)
         except Exception as error:
             print(f"{task}, {name}: {type(error).__name__}: {str(error)[:400]}", flush=True)
             continue

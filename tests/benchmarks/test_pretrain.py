@@ -206,6 +206,29 @@ def test_a_stage_may_end_after_its_steps_and_has_phases():
     assert stage.steps == 5 and seen == ["first"] * 3 + ["second"] * 2
 
 
+def test_a_captured_step_reads_the_rate_and_the_average_of_the_moment(monkeypatch):
+    """On a CPU nothing is captured: what a graph would hold on to stays the same object from step to step."""
+    kept = []
+
+    def capture(step):
+        kept.append(step)
+        return step
+
+    monkeypatch.setattr("benchmarks.pretrain.stage.captured", capture)
+    results = []
+    for is_captured in (False, True):
+        model, stage = make_model(), Stage("part", 0.0, 1e-2, total_steps=6)
+        average = Average(model, (0.9,))
+
+        def loss_of(model=model):
+            return (model(torch.ones(1, 6)) - 1).square().sum()
+
+        run_stage(stage, model, [Phase(loss_of, 0.5, is_captured), Phase(loss_of, 1.0, is_captured)], average)
+        results.append([*model.parameters(), *average.copies[0]])
+    assert len(kept) == 2 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert not torch.equal(results[0][0], make_model()[0].weight)
+
+
 def test_crops_are_parts_of_images():
     images = torch.arange(2 * 3 * 8 * 8).remainder(256).to(torch.uint8).view(2, 3, 8, 8)
     parts = {image[:, y : y + 4, x : x + 4].tobytes() for image in images.numpy() for y in range(5) for x in range(5)}
