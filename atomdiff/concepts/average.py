@@ -17,6 +17,7 @@ import torch
 from torch import Tensor
 
 from atomdiff.concepts.atom_changes import trained_on
+from atomdiff.concepts.compact_metadata import SCHEDULE_SETTINGS
 from atomdiff.concepts.compatibility import SAME_BASE, fingerprint_distance
 from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, shapes_of, stored_dtype, write_concept_file
 from atomdiff.concepts.sources import AVERAGE_OF, describe_source
@@ -25,8 +26,6 @@ from atomdiff.utils.fields import ConfigGroup
 from atomdiff.utils.paths import PathText, check_writable, refuse_overlap
 from atomdiff.utils.untrusted import list_some, printable
 from atomdiff.utils.versions import atomdiff_version
-
-_SCHEDULE = ("prediction_type", "rescale_betas_zero_snr", "flow_shift")  # of a run's config; what a file predicts
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -151,7 +150,10 @@ def _config(concept: ConceptFile) -> dict[str, Any]:
 
 def _schedule(concept: ConceptFile) -> str:
     config = _config(concept)
-    return printable(", ".join(f"{key} {config[key]}" for key in _SCHEDULE if config.get(key) is not None)) or "unknown"
+    return (
+        printable(", ".join(f"{key} {config[key]}" for key in SCHEDULE_SETTINGS if config.get(key) is not None))
+        or "unknown"
+    )
 
 
 def _common_config(concepts: Sequence[ConceptFile]) -> dict[str, Any]:

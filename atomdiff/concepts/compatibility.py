@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.atoms.basis import singular_values
+from atomdiff.concepts.compact_layers import REDUCED_LENGTH, reduce_fingerprint
 from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.tuner.adapter_state import base_weights
 from atomdiff.tuner.atom_basis import ATOM_BASES
@@ -205,6 +206,8 @@ def _expected_shapes(
     config, path = concept.config, module.partition(".")[2]
     atom_sets = atoms_of(config, path, shape)
     fingerprint_size = atom_sets[0].size
+    if config.share and len(concept.fingerprint[module]) < fingerprint_size:
+        fingerprint_size = REDUCED_LENGTH
     if config.pruned:
         config = copy.copy(config)
         config.kept_atoms = {path: kept_atoms(concept.layers[module])}
@@ -238,13 +241,19 @@ def base_distance(concept: ConceptFile, weights: Mapping[str, Tensor]) -> float:
 
 
 def fingerprint_distance(one: Mapping[str, Sequence[float]], other: Mapping[str, Sequence[float]]) -> float:
-    """As `base_distance`, of two fingerprints, over the layers that both have; infinite for rows of other lengths."""
+    """As `base_distance`, of two fingerprints, over the layers that both have; infinite for rows of other lengths.
+
+    Where one of the two is reduced, so is the other before they are compared.
+    """
     distances = []
     for module in one.keys() & other.keys():
-        if len(one[module]) != len(other[module]):
+        values = one[module], other[module]
+        if REDUCED_LENGTH in map(len, values):
+            values = reduce_fingerprint(values[0]), reduce_fingerprint(values[1])
+        if len(values[0]) != len(values[1]):
             return math.inf
-        size = max(math.hypot(*one[module]), math.hypot(*other[module]))
-        distances.append(math.dist(one[module], other[module]) / size if size > 0 else 0.0)
+        size = max(math.hypot(*values[0]), math.hypot(*values[1]))
+        distances.append(math.dist(*values) / size if size > 0 else 0.0)
     return math.fsum(distances) / len(distances) if distances else 0.0
 
 

@@ -5,7 +5,8 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -14,7 +15,8 @@ from peft import PeftConfig
 from safetensors.torch import save
 from torch import Tensor
 
-from atomdiff.concepts import shared_tensors
+from atomdiff.concepts import compact_layers, shared_tensors
+from atomdiff.concepts.compact_metadata import compact_modelspec, compact_training
 from atomdiff.concepts.token_keys import check_words, split_token_key, token_tensors
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.variants import PARAMETER_NAMES, TENSOR_NAMES
@@ -96,29 +98,39 @@ def concept_bytes(concept: ConceptFile, dtype: torch.dtype = torch.float16) -> b
     Raises:
         UserError: a value is not finite, or too large for `dtype`.
     """
-    tensors, places = shared_tensors.pack(concept.layers) if concept.config.share else (_by_key(concept.layers), None)
-    tensors |= token_tensors(concept.tokens)
-    tensors = {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
-    broken = [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
-    if broken:
+    is_compact = concept.config.share is not None
+    table = b""
+    own = _by_key(concept.layers)
+    if is_compact:
+        table, values = compact_layers.pack(concept.layers, concept.fingerprint)
+        own = {compact_layers.VALUES: values}
+    tensors = _cast(own | token_tensors(concept.tokens), dtype)
+    if _not_finite(tensors):
+        broken = _not_finite(_cast(_by_key(concept.layers) | token_tensors(concept.tokens), dtype))
         raise UserError(
             f"cannot save {list_some(broken)} as {dtype}: values are not finite or too large for it; "
             "save with dtype=torch.float32, or go back to an earlier checkpoint if the training diverged"
         )
+    if is_compact:
+        tensors[compact_layers.TABLE] = torch.frombuffer(bytearray(table), dtype=torch.uint8)
     config = concept.config.to_dict()
     newer = {key: config[key] for key, default in _NEWER_DEFAULTS.items() if config[key] != default}
     settings = {key: config[key] for key in config.keys() & _VERSION_1_FIELDS} | newer
+    training, modelspec = concept.training, concept.modelspec
+    if is_compact:
+        defaults = AtomConfig().to_dict() | {"peft_type": None}
+        settings = {key: value for key, value in settings.items() if value != defaults[key]}
+        training, modelspec = compact_training(training), compact_modelspec(modelspec)
     metadata = {
         "format": FORMAT,
         "format_version": NEWER_VERSION if newer else FORMAT_VERSION,
         "adapter_config": _json(settings),
         "base_model": concept.base_model,
-        "base_fingerprint": _json(concept.fingerprint),
+        **({} if is_compact else {"base_fingerprint": _json(concept.fingerprint)}),
         "atomdiff_version": concept.atomdiff_version,
         "trigger_phrase": concept.trigger_phrase,
-        "training": _json(concept.training),
-        **({} if places is None else {"shared_layers": _json(places)}),
-        **{f"modelspec.{key}": value for key, value in concept.modelspec.items()},
+        "training": _json(training),
+        **{f"modelspec.{key}": value for key, value in modelspec.items()},
     }
     return sort_header(save(tensors, metadata))
 
@@ -137,14 +149,16 @@ def read_concept_file(path: str | os.PathLike[str]) -> ConceptFile:
     for key, dtype in dtypes.items():
         kind = key.rpartition(".")[2]
         is_known = key.startswith("token.") or kind in TENSOR_NAMES or shared_tensors.is_packed(key)
-        if dtype not in _DTYPES or not is_known:
+        is_table, is_values = key == compact_layers.TABLE, key == compact_layers.VALUES
+        if not (dtype == "U8" if is_table else dtype in _DTYPES and (is_known or is_values)):
             raise UserError(
                 f"{path} holds {list_some([key])!r} ({printable(dtype)}), which this atomdiff does not know: update it"
             )
     config = _read_config(path, metadata)
     check_words(path, {split_token_key(key)[0] for key in dtypes if key.startswith("token.")})
     modules = {key.rpartition(".")[0] for key in dtypes if not key.startswith("token.")}
-    fingerprint = _read_fingerprint(path, metadata, None if config.share else modules)
+    is_compact = config.share is not None and not dtypes.keys().isdisjoint(compact_layers.KEYS)
+    fingerprint = {} if is_compact else _read_fingerprint(path, metadata, None if config.share else modules)
     of_layers: dict[str, Tensor] = {}
     tokens: dict[str, dict[str, Tensor]] = {}
     for key, tensor in read_finite_tensors(path).items():
@@ -153,7 +167,12 @@ def read_concept_file(path: str | os.PathLike[str]) -> ConceptFile:
             tokens.setdefault(word, {})[encoder] = tensor
         else:
             of_layers[key] = tensor
-    layers = _unpack(path, metadata, of_layers, fingerprint) if config.share else _by_module(of_layers)
+    if is_compact:
+        layers, fingerprint = _unpack_compact(path, of_layers, config.share_count)
+    elif config.share:
+        layers = _unpack_first(path, metadata, of_layers, fingerprint)
+    else:
+        layers = _by_module(of_layers)
     return ConceptFile(
         config=config,
         layers=layers,
@@ -230,15 +249,39 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
     return layers
 
 
-def _unpack(
+def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
+    return {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
+
+
+def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    return [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
+
+
+def _unpack_compact(
+    path: Any, tensors: Mapping[str, Tensor], num_directions: int
+) -> tuple[dict[str, dict[str, Tensor]], dict[str, list[float]]]:
+    with _damaged(path, "its layers cannot be read"):
+        if unfit := compact_layers.KEYS ^ tensors.keys():
+            raise ValueError(f"{list_some(sorted(unfit))} is missing, or has no place beside a layer_table")
+        return compact_layers.unpack(tensors[compact_layers.TABLE], tensors[compact_layers.VALUES], num_directions)
+
+
+def _unpack_first(
     path: Any, metadata: Mapping[str, str], tensors: Mapping[str, Tensor], modules: Collection[str]
 ) -> dict[str, dict[str, Tensor]]:
-    try:
+    with _damaged(path, "its shared_layers do not fit"):
         return shared_tensors.unpack(tensors, _read_json(path, metadata, "shared_layers"), list(modules))
+
+
+@contextmanager
+def _damaged(path: Any, what: str) -> Iterator[None]:
+    """Turn a ValueError into a message of a damaged file."""
+    try:
+        yield
     except UserError:
         raise
     except ValueError as error:
-        raise UserError(f"{path} is damaged: its shared_layers do not fit: {printable(str(error))}") from error
+        raise UserError(f"{path} is damaged: {what}: {printable(str(error))}; copy or download it again") from error
 
 
 def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:

@@ -8,6 +8,7 @@ from safetensors import safe_open
 
 from atomdiff.bases.find import find_base
 from atomdiff.concepts import peft_folder
+from atomdiff.concepts.compact_layers import TABLE
 
 
 def stored_bytes(path: str | os.PathLike[str]) -> int:
@@ -22,8 +23,8 @@ def stored_bytes(path: str | os.PathLike[str]) -> int:
 def num_trainable_parameters(path: str | os.PathLike[str]) -> int:
     """Return the number of trained parameters of a stored concept, trigger words included.
 
-    What files carry beside them was not: atoms, random projections, indices. Of a fully tuned pipeline the denoiser
-    counts, and no trigger word.
+    What files carry beside them was not: atoms, tables of layers, random projections, indices. Of a fully tuned
+    pipeline the denoiser counts, and no trigger word.
 
     Args:
         path: a concept file, a folder written by PEFT, or a pipeline folder.
@@ -43,7 +44,8 @@ def num_trainable_parameters(path: str | os.PathLike[str]) -> int:
     for file in files:
         if file == path or file.suffix == ".safetensors":
             with safe_open(file, "pt") as tensors:
-                shapes = [tensors.get_slice(key).get_shape() for key in tensors.keys() if not key.endswith("_basis")]
+                keys = [key for key in tensors.keys() if not key.endswith("_basis") and key != TABLE]  # noqa: SIM118
+                shapes = [tensors.get_slice(key).get_shape() for key in keys]
                 count += sum(math.prod(shape) for shape in shapes)
     return count
 
