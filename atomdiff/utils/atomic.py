@@ -13,7 +13,7 @@ import socket
 import tempfile
 import zlib
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -24,14 +24,16 @@ from atomdiff.utils.errors import UserError
 
 # Names of what is being written, and of folders with what is being replaced: hidden, not taken for an image or a
 # checkpoint, and with the process that they belong to, so that what a killed process left can be told from what another
-# one is writing.
+# one is writing. In containers all processes may have the same number, so each has a mark of its own, too.
 _HOST = f"{zlib.crc32(socket.gethostname().encode()):08x}"
-_LEFT = re.compile(rf"\.atomdiff-{_HOST}-(\d+)-[0-9a-f]{{8}}\.(unfinished|replaced)")
+_MARK = secrets.token_hex(4)
+_LEFT = re.compile(r"\.atomdiff-([0-9a-f]{8})-(\d+)-([0-9a-f]{8})-[0-9a-f]{8}\.(unfinished|replaced)")
 
 _ADVICE = {
     **dict.fromkeys((errno.ENOSPC, errno.EDQUOT), "free some space, then run it again"),
     **dict.fromkeys((errno.EROFS, errno.EACCES, errno.EPERM), "make it writable, or name another folder"),
     errno.EFBIG: "allow larger files (ulimit -f)",
+    errno.EMFILE: "allow more open files (ulimit -n)",
 }
 
 
@@ -78,6 +80,7 @@ def new_file(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temporary
         _sync(temporary)
         os.replace(temporary, target)
+        _sync_folder(target.parent)
 
 
 @contextmanager
@@ -95,9 +98,8 @@ def new_folder(path: str | os.PathLike[str], own: Sequence[str] | None = None) -
     with _removed_on_error(path, temporary):
         temporary.mkdir(parents=True)
         yield temporary
-        for file in temporary.rglob("*"):
-            if file.is_file():
-                _sync(file)
+        for entry in (temporary, *temporary.rglob("*")):
+            _sync_folder(entry) if entry.is_dir() else _sync(entry)
         if own is None or not target.is_dir():
             _exchange(temporary, target)
         else:
@@ -156,32 +158,40 @@ def remove_folder(folder: Path) -> None:
         shutil.rmtree(left)
 
 
-def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes of this machine left half written in a folder; what they had replaced comes back."""
+def remove_leftovers(folder: Path, alone: bool = False) -> None:
+    """Remove what killed processes left half written in a folder; what they had replaced comes back.
+
+    Args:
+        folder: the folder.
+        alone: whether no other machine writes there; else what such a one left stays, as it cannot be asked.
+    """
     for entry in sorted(folder.iterdir()) if folder.is_dir() else ():
         found = _LEFT.fullmatch(entry.name)
-        if found is None or _is_alive(int(found[1])):
+        if found is None or not (_is_dead(int(found[2]), found[3]) if found[1] == _HOST else alone):
             continue
-        for replaced in entry.iterdir() if found[2] == "replaced" else ():
+        for replaced in entry.iterdir() if found[4] == "replaced" else ():
             if not os.path.lexists(folder / replaced.name):
                 replaced.rename(folder / replaced.name)
         _remove(entry)
 
 
-def _is_alive(process: int) -> bool:
+def _is_dead(process: int, mark: str) -> bool:
+    """Tell whether a process of this machine has ended."""
+    if process == os.getpid():
+        return mark != _MARK
     if os.name != "posix":  # elsewhere, asking would end it
-        return True
+        return False
     try:
         os.kill(process, 0)
     except ProcessLookupError:
-        return False
-    except OSError:  # somebody else's
         return True
-    return True
+    except OSError:  # somebody else's
+        return False
+    return False
 
 
 def _name(kind: str = "unfinished") -> str:
-    return f".atomdiff-{_HOST}-{os.getpid()}-{secrets.token_hex(4)}.{kind}"
+    return f".atomdiff-{_HOST}-{os.getpid()}-{_MARK}-{secrets.token_hex(4)}.{kind}"
 
 
 @contextmanager
@@ -224,10 +234,21 @@ def _sync(file: Path) -> None:
         os.fsync(opened.fileno())
 
 
+def _sync_folder(folder: Path) -> None:
+    """Wait until the names in a folder are on the disk, where that can be asked for."""
+    with suppress(OSError):
+        handle = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(handle)
+        finally:
+            os.close(handle)
+
+
 def _exchange(new: Path, target: Path) -> None:
     """Put a file or folder in the place of another one, which may be missing."""
     if not os.path.lexists(target):
         new.rename(target)
+        _sync_folder(target.parent)
         return
     aside = target.with_name(_name("replaced"))
     aside.mkdir()
@@ -240,6 +261,7 @@ def _exchange(new: Path, target: Path) -> None:
             old.rename(target)
         aside.rmdir()
         raise
+    _sync_folder(target.parent)
     _remove(aside)
 
 

@@ -34,8 +34,8 @@ def lock_folder(folder: Path) -> Iterator[None]:
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
-        handle = _take(folder)
-        remove_leftovers(folder)
+        handle, locked = _take(folder)
+        remove_leftovers(folder, alone=locked)
     try:
         yield
     finally:
@@ -63,13 +63,13 @@ def wait_for_folder(folder: Path) -> Iterator[None]:
         os.close(handle)
 
 
-def _take(folder: Path) -> int:
-    """Return the open, locked file."""
+def _take(folder: Path) -> tuple[int, bool]:
+    """Return the open file, and whether it is locked: some file systems have no locks."""
     file = folder / LOCK_FILE
     while True:
         handle = os.open(file, os.O_RDWR | os.O_CREAT, 0o666)
         try:
-            _lock(handle)
+            locked = _lock(handle)
         except BlockingIOError:
             holder = os.read(handle, 1000).decode(errors="replace") or "another process"
             os.close(handle)
@@ -86,14 +86,16 @@ def _take(folder: Path) -> int:
         file.unlink()
         os.close(handle)
         raise
-    return handle
+    return handle, locked
 
 
-def _lock(handle: int) -> None:
+def _lock(handle: int) -> bool:
     if fcntl is None:
-        return
+        return False
     try:
         fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except OSError as error:
-        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):  # some file systems have no locks
+        if error.errno not in (errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP):
             raise
+        return False
+    return True

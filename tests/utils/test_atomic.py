@@ -177,3 +177,40 @@ def test_what_a_killed_process_left_goes_and_what_it_had_replaced_comes_back(tmp
     assert len(list(tmp_path.iterdir())) == 3
     remove_leftovers(tmp_path)
     assert tree(tmp_path) == {"folder/file": kept, writing.name: b"half"}
+
+
+def test_leftovers_of_the_dead_in_containers_go_too(tmp_path):
+    """A process may have the number of the one that was killed before, or its machine another name."""
+    own = atomic._name()
+    same_number = own.replace(atomic._MARK, "00c0ffee")
+    elsewhere = ".atomdiff-00c0ffee-1-00c0ffee-01234567.replaced"
+    names = (own, same_number, elsewhere)
+    for name in names:
+        write_text(tmp_path / name / "checkpoint-2" / "file", "old")
+    remove_leftovers(tmp_path)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == sorted((own, elsewhere))
+    remove_leftovers(tmp_path, alone=True)
+    assert tree(tmp_path) == {f"{own}/checkpoint-2/file": b"old", "checkpoint-2/file": b"old"}
+
+
+def test_names_are_on_the_disk_before_the_next_change(tmp_path, monkeypatch):
+    """Else a power failure could keep the removal of an old checkpoint and lose the new one's name."""
+    events = []
+    fsync, rename, replace = os.fsync, Path.rename, os.replace
+
+    def note(name, call, shown=lambda *arguments: ""):
+        return lambda *arguments: (events.append((name, shown(*arguments))), call(*arguments))[1]
+
+    def inode(handle):
+        return os.fstat(handle).st_ino
+
+    monkeypatch.setattr(os, "fsync", note("sync", fsync, inode))
+    monkeypatch.setattr(Path, "rename", note("rename", rename))
+    monkeypatch.setattr(os, "replace", note("rename", replace))
+    write_text(tmp_path / "file", "text")
+    with new_folder(tmp_path / "folder") as folder:
+        (folder / "a").write_text("a")
+        unfinished = folder.stat().st_ino
+    synced = [(tmp_path / name).stat().st_ino for name in ("file", ".", "folder/a", ".")]
+    assert [what for name, what in events if name == "sync" and what != unfinished] == synced
+    assert ("sync", unfinished) in events and events[-1] == ("sync", synced[-1])
