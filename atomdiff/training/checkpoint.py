@@ -132,7 +132,9 @@ def save_checkpoint(
     with new_folder(folder) as unfinished:
         with open(unfinished / _STATE_FILE, "wb") as file:
             torch.save(state, file)
-        run = {"format": _FORMAT, "step": step, "saved": time.time(), "config": config}
+        # also where the clock has been set back, it is newer than the others
+        saved = max([time.time(), *(float(old.run["saved"]) + 1e-3 for old in _list_checkpoints(output_dir)[0])])
+        run = {"format": _FORMAT, "step": step, "saved": saved, "config": config}
         (unfinished / _RUN_FILE).write_text(json.dumps(run, indent=2) + "\n")
     for old in find_checkpoints(output_dir)[:-limit] if limit is not None else ():
         remove_folder(old.folder)

@@ -1,5 +1,6 @@
 import json
 import shutil
+import time
 
 import pytest
 import torch
@@ -44,6 +45,15 @@ def test_latest_is_the_one_written_last_not_the_one_with_most_steps(tmp_path):
     assert choose_checkpoint("latest", tmp_path).folder.name == "checkpoint-50"
     save(tmp_path, 1000)
     assert choose_checkpoint("latest", tmp_path).folder.name == "checkpoint-1000"
+
+
+def test_a_clock_that_was_set_back_costs_no_checkpoint(tmp_path, monkeypatch):
+    save(tmp_path, 2)
+    monkeypatch.setattr(time, "time", lambda: 1e9)
+    save(tmp_path, 4, limit=1)
+    assert names(tmp_path) == ["checkpoint-4"]
+    save(tmp_path, 6)
+    assert choose_checkpoint("latest", tmp_path).folder.name == "checkpoint-6"
 
 
 def test_a_checkpoint_that_was_not_finished_does_not_count(tmp_path, monkeypatch):
