@@ -38,6 +38,8 @@ class EncodedImages:
     """Indices of each image's prompts: its tags in several orders."""
     epoch: tuple[int, ...]
     """An epoch: the index of each image, as often as it is repeated."""
+    names: tuple[str, ...] = ()
+    """Folder and file name of each image."""
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,8 @@ class Batch:
     """Loss weights (batch, 1, h, w) where losses are masked."""
     preservation_prompts: list[int] = field(default_factory=list)
     """Index of the prompt whose prediction stays, for each instance image; empty without output preservation."""
+    images: list[str] = field(default_factory=list)
+    """Folder and file name of each sample's image."""
 
 
 @dataclass(frozen=True)
@@ -103,10 +107,12 @@ class DreamBoothDataset:
         parts: list[Latents] = []
         captions: list[int] = []
         prompts: list[int] = []
+        names: list[str] = []
         for name, images, earlier in sources:
             order = sample_order(len(images.epoch), earlier * batch_size, batch_size, derive_seed(seed, name))
             chosen = [images.epoch[index] for index in order]
             parts.append(images.latents.sample(chosen, generator))
+            names += [images.names[image] for image in chosen if images.names]
             sampled = self._sample_prompts([images.prompts[image] for image in chosen], generator)
             captions += sampled
             prompts += self._drop_captions(sampled, generator)
@@ -118,6 +124,7 @@ class DreamBoothDataset:
             torch.cat([part.time_ids for part in parts]),
             torch.cat(weights) if weights else None,
             [self.preservation_prompts[caption] for caption in captions[:batch_size] if self.preservation_prompts],
+            names,
         )
 
     def _sample_prompts(self, choices: Sequence[Sequence[int]], generator: torch.Generator) -> list[int]:
@@ -212,7 +219,7 @@ def encode_dataset(
         latents = encode_images(encoder, images, size, accelerator)
         indices = tuple(tuple(prompts[text] for text in image.prompts) for image in images)
         epoch = tuple(index for index, image in enumerate(images) for _ in range(image.repeats))
-        return EncodedImages(latents, indices, epoch)
+        return EncodedImages(latents, indices, epoch, tuple(image.name for image in images))
 
     def encode_by_size(images: Sequence[TrainingImage]) -> tuple[EncodedImages, ...]:
         by_size = {size: [image for image in images if image.bucket == size] for size in sizes}

@@ -15,7 +15,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor
 
-from atomdiff.training.checkpoint import find_checkpoints
+from atomdiff.training.anomalies import LossSpikes, detecting_anomalies, refuse_unless_finite, warn_of_spike
+from atomdiff.training.batches import batch_seed, batches_of, name_images, sample_batch
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.evaluation import evaluate_result
 from atomdiff.training.launch import start_accelerator, start_trackers
@@ -28,7 +29,7 @@ from atomdiff.training.optimizers import current_rate
 from atomdiff.training.preflight import check_runs
 from atomdiff.training.push import choose_repository, push_concept
 from atomdiff.training.report.write import report
-from atomdiff.training.resume import config_snapshot, load_state, read_state, save_state
+from atomdiff.training.resume import checkpoint_on_error, config_snapshot, load_state, read_state, save_state
 from atomdiff.training.run import Run, build_run
 from atomdiff.training.run_log import LOG_FILE, RunLog
 from atomdiff.training.saving import check_result_path, result_path, save_result
@@ -39,10 +40,8 @@ from atomdiff.training.warm_start import check_start, warm_start
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.tuner.selection import selection_penalty
 from atomdiff.utils.atomic import remove_leftovers
-from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
 from atomdiff.utils.progress import log
-from atomdiff.utils.seeds import derive_seed
 
 __all__ = ["TrainConfig", "load_config", "train"]
 
@@ -101,7 +100,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     final_loss = training_loop(run, snapshot, done, state["average_loss"] if state else math.nan)
     if accelerator.is_main_process:
         trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()
-        with saved_parameters(run) as step:
+        with checkpoint_on_error(run, final_loss, snapshot), saved_parameters(run) as step:
             save_result(run, adapter, path, step, final_loss, trained_with)
         if is_validation_step(config, config.max_train_steps, done):  # now that nothing can be lost any more
             validate(run, config.max_train_steps)
@@ -127,12 +126,16 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
         validate(run, done)
     log_file, samples = output_dir / LOG_FILE, run.samples_per_step
     run_log = RunLog(accelerator, log_file, done, config.max_train_steps, config.logging_steps, samples)
+    spikes = LossSpikes()
     with closing(run_log), StopSignals() as stop:
         for step in range(done + 1, config.max_train_steps + 1):
             started = time.perf_counter()
             set_learning_rates(run.optimizer, run.lr_factor(step - 1))
             loss = train_step(run, step)
             average_loss = update_average(average_loss, loss)
+            if (ratio := spikes.ratio(loss)) and accelerator.is_main_process:
+                warn_of_spike(step, loss, ratio, images := name_images(run, batches_of(run, step)))
+                run_log.note_spike({"step": step, "loss": loss, "images": images})
             run_log.step(step, loss, average_loss, current_rate(run.optimizer), time.perf_counter() - started)
             measure(run, step)
 
@@ -180,7 +183,7 @@ def take_step(run: Run, step: int) -> float:
         loss, norm = try_step(run, step)
         if math.isfinite(norm):
             break
-    refuse_unless_finite(run, step, "gradient's norm", norm)
+    refuse_unless_finite(run, step, "gradient's norm", norm, batches_of(run, step))
     return loss
 
 
@@ -192,18 +195,19 @@ def try_step(run: Run, step: int) -> tuple[float, float]:
     """
     config, accelerator = run.config, run.accelerator
     losses, norm = [], math.nan
-    for part in range(config.gradient_accumulation_steps):
-        number = (step - 1) * config.gradient_accumulation_steps + part
+    for number in batches_of(run, step):
         with accelerator.accumulate(run.wrapped):
-            loss = batch_loss(run, number)
-            losses.append(mean_over_processes(accelerator, loss))
-            refuse_unless_finite(run, step, "loss", losses[-1])
-            accelerator.backward(loss)
+            numbers = range(number, number + 1)
+            with detecting_anomalies(run, step, numbers):
+                loss = batch_loss(run, number)
+                losses.append(mean_over_processes(accelerator, loss))
+                refuse_unless_finite(run, step, "loss", losses[-1], numbers)
+                accelerator.backward(loss)
             if accelerator.sync_gradients:
                 run.model.clear_frozen_gradients()
                 norm = clip_gradients(accelerator, run.trainable.values(), config.max_grad_norm)
                 if accelerator.scaler is None:  # which would leave the parameters as they are
-                    refuse_unless_finite(run, step, "gradient's norm", norm)
+                    refuse_unless_finite(run, step, "gradient's norm", norm, batches_of(run, step))
             run.optimizer.step()
             run.optimizer.zero_grad()
     return sum(losses) / len(losses), norm
@@ -218,9 +222,7 @@ def batch_loss(run: Run, number: int) -> Tensor:
     """
     config, accelerator = run.config, run.accelerator
     position = number * accelerator.num_processes + accelerator.process_index
-    generator = torch.manual_seed(derive_seed(config.seed, "batch", position, 0))
-    batch = run.dataset.sample(position, config.train_batch_size, config.seed, generator)
-    noised = run.diffusion.sample(batch.latents, generator)
+    batch, noised = sample_batch(run, position, torch.manual_seed(batch_seed(run, position)))
     device, count, total = accelerator.device, batch.num_instance_images, len(batch.prompts)
     inputs = [each.to(device) for each in (noised.latents, noised.timesteps, batch.time_ids)]
     weights, target = noised.weights.to(device), noised.target.to(device)
@@ -238,22 +240,6 @@ def batch_loss(run: Run, number: int) -> Tensor:
         loss = loss + config.preservation_weight * kept
     done = number / (config.gradient_accumulation_steps * config.max_train_steps)
     return loss + selection_penalty(run.model.layer_scores, done)
-
-
-def refuse_unless_finite(run: Run, step: int, name: str, value: float) -> None:
-    """Raise a UserError that names the checkpoint to go back to, if `value` is not finite."""
-    if math.isfinite(value):
-        return
-    checkpoints = find_checkpoints(Path(run.config.output_dir))
-    if run.config.resume_from_checkpoint is None:  # others are of an earlier run
-        checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.run["saved"] >= run.started]
-    back = f"resume from {checkpoints[-1].folder} (--resume_from_checkpoint latest)" if checkpoints else "start again"
-    rates = run.config.learning_rates
-    raise UserError(
-        f"step {step}: the {name} is {value}; {back} with a learning_rate below {rates['adapter']}"
-        + (f" and a token_learning_rate below {rates['token']}" if run.config.train_token else "")
-        + (", or with mixed_precision bf16" if run.accelerator.scaler else "")
-    )
 
 
 def on_any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -38,6 +38,9 @@ def start_accelerator(config: TrainConfig) -> Accelerator:
         log_with=config.report_to,
         project_config=ProjectConfiguration(str(folder), logging_dir=str(folder / config.logging_dir)),
     )
+    if config.detect_anomaly and accelerator.mixed_precision == "fp16":
+        expected = "expected mixed_precision bf16 or no: in fp16, steps that overflow are done again"
+        raise UserError(f"detect_anomaly=True, mixed_precision='fp16': {expected}")
     if config.enable_xformers_memory_efficient_attention and accelerator.device.type != "cuda":
         expected = "use PyTorch's own attention (the default) or plain_attention"
         raise UserError(f"enable_xformers_memory_efficient_attention=True: needs a GPU; {expected}")

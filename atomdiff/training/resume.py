@@ -1,6 +1,8 @@
 """Going on where a run stopped: what a checkpoint holds of it, and whether it belongs to it."""
 
 import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -68,6 +70,29 @@ def save_state(run: Run, step: int, average_loss: float, snapshot: dict[str, Any
         if stopping:
             raise KeyboardInterrupt(f"stopped at step {step}, which is not saved: {error}") from error
         warnings.warn(f"step {step}: {error}. Training continues without this checkpoint", stacklevel=1)
+
+
+@contextmanager
+def checkpoint_on_error(run: Run, average_loss: float, snapshot: dict[str, Any]) -> Iterator[None]:
+    """Make a `with` block that saves what was trained; if it cannot, as without the base, a checkpoint of it is saved.
+
+    Unless it could only not be written: `write_result` looks for another place then.
+
+    Raises:
+        UserError: As the block; the message says how to go on.
+    """
+    try:
+        yield
+    except WriteError:
+        raise
+    except Exception as error:
+        step = run.config.max_train_steps
+        folder = Path(run.config.output_dir) / f"checkpoint-{step}"
+        save_state(run, step, average_loss, snapshot, stopping=False)
+        if not isinstance(error, UserError) or not folder.is_dir():
+            raise
+        advice = f"what was trained is in {folder}: then resume with --resume_from_checkpoint latest"
+        raise UserError(f"{error}; {advice}") from error
 
 
 def state_of(run: Run) -> dict[str, Any]:

@@ -31,11 +31,16 @@ class RunLog:
         self._accelerator, self._file = accelerator, file
         self._steps, self._every, self._samples = steps, every, samples
         self._losses: list[float] = []
+        self._spikes: list[dict[str, Any]] = []
         self._seconds = 0.0
         if accelerator.is_main_process:
             kept = [line for line in read_log(file) if line["step"] <= step] if step else []
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
         self._bar = ProgressBar(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
+
+    def note_spike(self, spike: dict[str, Any]) -> None:
+        """Note a loss spike for the next line."""
+        self._spikes.append(spike)
 
     def step(self, step: int, loss: float, average_loss: float, lr: float, seconds: float) -> None:
         """Note a finished step: its loss, what the bar shows, the adapter's learning rate, and the time it took."""
@@ -50,11 +55,12 @@ class RunLog:
             "lr": lr,
             "samples_per_second": self._samples * len(self._losses) / self._seconds,
         }
-        self._losses, self._seconds = [], 0.0
+        line = {"step": step, **values} | ({"loss_spikes": self._spikes} if self._spikes else {})
+        self._losses, self._spikes, self._seconds = [], [], 0.0
         if self._accelerator.is_main_process:
             try:
                 with writing(self._file):
-                    append_line(self._file, json.dumps({"step": step, **values}))
+                    append_line(self._file, json.dumps(line))
                     self._accelerator.log(values, step=step)
             except WriteError as error:
                 warnings.warn(f"{error}. Training continues; lines are missing there", stacklevel=1)

@@ -45,6 +45,8 @@ class TrainingImage:
     """What it is recognized by, see `fingerprint.py`."""
     captioned: bool = False
     """Whether it has a caption of its own."""
+    name: str = ""
+    """Its folder and file name."""
 
 
 def read_subject_images(
@@ -103,6 +105,7 @@ def read_instance_images(
                 repeats=subject.repeats,
                 fingerprint=(image.name, image_key(image.rgb), text_key(prompts), image_key(mask) if mask else ""),
                 captioned=image.caption is not None,
+                name=f"{Path(folder).name}/{image.name}",
             )
         )
     if tiny:
@@ -127,7 +130,9 @@ def read_class_images(
         prompts = prompt_variants(config, seed, subject.fill(image.caption or subject.class_prompt))
         crop = partial(make_crops, image.rgb, center_crop=True)
         fingerprint = (image.name, image_key(image.rgb), text_key(prompts), "")
-        training_images.append(TrainingImage(prompts, crop, fingerprint=fingerprint))
+        training_images.append(
+            TrainingImage(prompts, crop, fingerprint=fingerprint, name=f"{folder.name}/{image.name}")
+        )
     return training_images
 
 

@@ -225,3 +225,21 @@ def test_checkpoints_that_cannot_be_written_cost_only_themselves(config, small_f
         assert concept_bytes(train(config)) == expected
     assert {file: file.read_bytes() for file in Path(config.output_dir).glob("checkpoint-*/*")} == before
     assert not [file for file in Path(config.output_dir).iterdir() if "unfinished" in file.name]
+
+
+def test_what_cannot_be_saved_stays_in_a_checkpoint(config, tiny_pipe_folder, tmp_path, monkeypatch):
+    config = dataclasses.replace(config, checkpointing_steps=0)
+    expected = concept_bytes(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
+    base = tmp_path / "base"
+    shutil.copytree(tiny_pipe_folder, base)
+    usual = dreambooth.RunLog.step
+
+    def remove_base(self, step, *values):
+        usual(self, step, *values)
+        if step == 4:
+            shutil.rmtree(base)
+
+    monkeypatch.setattr(dreambooth.RunLog, "step", remove_base)
+    with pytest.raises(UserError, match="base.*; what was trained is in .*checkpoint-4: then resume with"):
+        train(dataclasses.replace(config, pretrained_model_name_or_path=str(base)))
+    assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == expected

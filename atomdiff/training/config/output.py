@@ -36,6 +36,9 @@ class OutputConfig(LoggingConfig):
     """Maximum number of checkpoints to keep; the oldest are deleted. Default: keep all."""
     resume_from_checkpoint: PathText | None = None
     """Checkpoint folder to resume from, or "latest" for the newest one in output_dir."""
+    detect_anomaly: bool = False
+    """Check the output of every module and every gradient, and stop at the first that is not finite with its name and
+    the images of the batch. Several times slower; not with fp16, where steps that overflow are done again."""
     report_to: str | None = "tensorboard"
     """Experiment tracker supported by accelerate (tensorboard, wandb, ...), or none."""
     logging_dir: PathText = "logs"
