@@ -93,6 +93,8 @@ class Survival:
 
     def __init__(self, work: Path, hub: FakeHub) -> None:
         self.work, self.hub = work, hub
+        self.redrawn = 0
+        """Moments that were after the end of a run."""
         processes = multiprocessing.get_context("forkserver")
         processes.set_forkserver_preload(["benchmarks.survival_run"])
         self.new = Case(work / "new", processes)
@@ -119,19 +121,29 @@ class Survival:
         return outcome
 
     def kill(self, number: int, phase: str, rng: random.Random) -> Result:
-        """Kill a run at a random moment of a phase, and let it go on."""
-        case = self.new.copy_to(self.work / f"kill-{number}")
-        delay = rng.choice((0.0, rng.uniform(0, LONGEST_DELAY)))
-        if phase == ANY:
-            at, place = rng.uniform(0.05, 0.9), ANY
-            moment, name = Moment(ANY, at * self.seconds, kill), f"at {at:.0%} of the time"
-        else:
-            place = rng.randrange(self.operations[phase])
-            moment = Moment(phase, place, kill, delay)
-            name = f"{phase}, {place + 1} of {self.operations[phase]}" + (f" + {delay * 1000:.1f} ms" if delay else "")
-        outcome = case.train(moment)
+        """Kill a run at a random moment of a phase, and let it go on; a moment after the run's end is drawn anew."""
+        while True:
+            folder = self.work / f"kill-{number}"
+            shutil.rmtree(folder, ignore_errors=True)
+            case = self.new.copy_to(folder)
+            name, moment = self.draw(phase, rng)
+            outcome = case.train(moment)
+            if outcome.status != "done":
+                break
+            self.redrawn += 1
+            self.hub.repositories.pop(case.repository, None)
         problem = "" if outcome.status == "killed" else f"was not killed: {outcome}"
         return self.go_on(case, f"kill: {name}", outcome, case.finished(), problem)
+
+    def draw(self, phase: str, rng: random.Random) -> tuple[str, Moment]:
+        """Return a random moment of a phase at which a run is killed, and its name."""
+        delay = rng.choice((0.0, rng.uniform(0, LONGEST_DELAY)))
+        if phase == ANY:
+            at = rng.uniform(0.05, 0.9)
+            return f"at {at:.0%} of the time", Moment(ANY, at * self.seconds, kill)
+        place = rng.randrange(self.operations[phase])
+        name = f"{phase}, {place + 1} of {self.operations[phase]}" + (f" + {delay * 1000:.1f} ms" if delay else "")
+        return name, Moment(phase, place, kill, delay)
 
     def inject(self, number: int, fault: Fault) -> Result | None:
         """Let a fault happen, mend it and go on; None where this machine cannot do it."""
@@ -214,6 +226,7 @@ def main(config: BenchmarkConfig) -> None:
         figures[f"{kind}_checkpoints_lost"] = sum(result.checkpoints_lost for result in results)
     figures["faults_recovered"] = sum(result.ended == "done" for result in faults)
     figures["faults_errors"] = sum(result.ended != "done" for result in faults)
+    figures["kills_drawn_anew"] = survival.redrawn
     figures["not_possible_here"] = len(injected) - len(faults)
     figures["seconds"] = round(time.perf_counter() - started)
     rows = {"kills": [asdict(each) for each in kills], "faults": [asdict(each) for each in faults]}

@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import classify_methods, discriminative, keep, library, patching, training_step, warm_start
+from benchmarks import classify_methods, discriminative, keep, library, patching, survival, training_step, warm_start
 from benchmarks.classifier_runs import Comparison
 from benchmarks.classifier_worlds import WORLDS, DigitImages
 from benchmarks.experiments import rates_around
@@ -86,6 +86,16 @@ def test_warm_starts(result, tmp_path):
     assert len(before) == 6 and all(file.stat().st_mtime_ns == time for file, time in before.items())
     assert result("warm_start.json") == figures
     assert warm_start.arrival({0: 2.0, 10: 1.0, 20: 1.5}, 1.2, probe_steps=5) == 15
+
+
+@pytest.mark.slow
+def test_what_a_run_survives(result, tmp_path, monkeypatch):
+    for name in ("SOURCE_DATE_EPOCH", "HF_TOKEN", "HF_ENDPOINT", "TMPDIR", "OMP_NUM_THREADS"):
+        monkeypatch.setenv(name, "1")  # to be as before afterwards
+    survival.main(survival.BenchmarkConfig(1, "^(checkpoint torn|photo replaced)$", output=str(tmp_path / "s.json")))
+    figures = result("s.json")
+    assert (figures["kills"], figures["kills_survived"], figures["faults"], figures["faults_survived"]) == (1, 1, 2, 2)
+    assert (figures["faults_recovered"], figures["faults_errors"]) == (1, 1)
 
 
 @pytest.mark.slow
