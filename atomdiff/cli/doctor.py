@@ -4,7 +4,6 @@ Every line is found by itself, so that a broken package spoils only its own.
 """
 
 import importlib
-import os
 import platform
 import re
 import shutil
@@ -18,6 +17,7 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.training.config.optimizer import OPTIMIZERS
 from atomdiff.utils.assets import ASSETS
 from atomdiff.utils.fields import NeedsPackage, marked_fields
+from atomdiff.utils.machine import describe_device, describe_processor
 
 _PARTS = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "huggingface-hub")
 _OPTIONAL = {
@@ -40,8 +40,8 @@ def examine() -> str:
         "python": lambda: f"{platform.python_version()} ({sys.executable})",
         "system": lambda: f"{platform.platform()}, {platform.machine()}",
         **{name: lambda name=name: _package(name) for name in _PARTS},  # type: ignore[misc]
-        "processor": _processor,
-        "device": _device,
+        "processor": describe_processor,
+        "device": describe_device,
         "precision": _precision,
         **{name: lambda name=name, extra=extra: _optional(name, extra) for name, extra in _OPTIONAL.items()},  # type: ignore[misc]
         "memory": _memory,
@@ -86,33 +86,6 @@ def _package(name: str) -> str:
 def _optional(name: str, extra: str) -> str:
     found = _package(name)
     return found if not found.startswith("missing") else f'missing; pip install "atomdiff[{extra}]"'
-
-
-def _processor() -> str:
-    import torch
-
-    from atomdiff.utils.precision import cpu_capabilities
-
-    names = [name for name, has in sorted(cpu_capabilities().items()) if has]
-    cpuinfo, model = Path("/proc/cpuinfo"), platform.processor()
-    if cpuinfo.is_file() and (found := re.search(r"model name\s*:\s*(.+)", cpuinfo.read_text(errors="replace"))):
-        model = found[1]
-    kernels = torch.backends.cpu.get_cpu_capability()
-    half = f", half precision: {', '.join(names)}" if names else ", no half precision"
-    return f"{model or 'unknown'}, {os.cpu_count()} cores, {torch.get_num_threads()} threads, {kernels}{half}"
-
-
-def _device() -> str:
-    import torch
-
-    if not torch.accelerator.is_available():
-        return "cpu"
-    kind = torch.accelerator.current_accelerator()
-    if kind is None or kind.type != "cuda":
-        return str(kind)
-    each = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
-    gpus = ", ".join(f"{gpu.name} with {gpu.total_memory / _GB:.0f} GB" for gpu in each)
-    return f"cuda: {gpus}; CUDA {torch.version.cuda}"
 
 
 def _precision() -> str:

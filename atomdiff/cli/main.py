@@ -32,6 +32,20 @@ def train(args: Sequence[str]) -> None:
     PartialState().destroy_process_group()
 
 
+def rerun(args: Sequence[str]) -> None:
+    """Repeat a training run by its record, and compare the results."""
+    from atomdiff.training.config.rerun import RerunConfig
+
+    config = parse_config(RerunConfig, args, prog="atomdiff rerun", positional="folder")
+    quiet_libraries()
+    from accelerate import PartialState
+
+    from atomdiff.training.rerun import repeat_run
+
+    PartialState().print(repeat_run(config).describe())
+    PartialState().destroy_process_group()
+
+
 def sample(args: Sequence[str]) -> None:
     """Generate images from prompts, with any number of concepts."""
     from atomdiff.sampling.config import SampleConfig
@@ -135,7 +149,7 @@ def doctor(args: Sequence[str]) -> None:
     print(examine())
 
 
-_VERBS = (train, sample, evaluate, inspect, similar, export, extract, prune, average, demo, doctor)
+_VERBS = (train, rerun, sample, evaluate, inspect, similar, export, extract, prune, average, demo, doctor)
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
 

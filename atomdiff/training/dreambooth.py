@@ -32,6 +32,7 @@ from atomdiff.training.report.write import report
 from atomdiff.training.resume import checkpoint_on_error, config_snapshot, load_state, read_state, save_state
 from atomdiff.training.run import Run, build_run
 from atomdiff.training.run_log import LOG_FILE, RunLog
+from atomdiff.training.run_record import RunRecord, finish_record, start_record
 from atomdiff.training.saving import check_result_path, result_path, save_result
 from atomdiff.training.signals import StopSignals
 from atomdiff.training.summary import describe_training
@@ -48,12 +49,16 @@ __all__ = ["TrainConfig", "load_config", "train"]
 _FP16_TRIES = 20  # of a step, at half the scale each time: from 2**16 to below one
 
 
-def train(config: TrainConfig) -> Path:
+def train(config: TrainConfig, repeated: tuple[Path, RunRecord] | None = None) -> Path:
     """Train a concept and write it to `config.output_dir`, with checkpoints, logs and a contact sheet.
 
     A config with several subjects stands for several runs, `config.runs()`, unless they make up one file.
 
     On a CPU the same config gives the same bytes, even if the run is stopped and resumed on the way.
+
+    Args:
+        config: The run.
+        repeated: Folder and record of an earlier run, whose images and base must be those of this one.
 
     Returns:
         The concept's file; for other methods than atoms the folder of a PEFT adapter or, for full tuning, a pipeline.
@@ -68,14 +73,14 @@ def train(config: TrainConfig) -> Path:
     with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         for folder in (config.cache_folder, Path(config.output_dir) / "validation"):
             remove_leftovers(folder)
-        path = run_training(config, accelerator)
+        path = run_training(config, accelerator, repeated)
         if config.evaluate_with:
             accelerator.free_memory()  # of the run, which would lie beside the models that follow
             evaluate_result(config, path, accelerator)
         return path
 
 
-def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
+def run_training(config: TrainConfig, accelerator: Accelerator, repeated: tuple[Path, RunRecord] | None = None) -> Path:
     """Do what `train` says in a folder that is this run's alone."""
     adapter = read_adapter(config.adapter)
     path = result_path(adapter, Path(config.output_dir) / config.name)
@@ -85,6 +90,9 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     snapshot = config_snapshot(config, accelerator, adapter, text_adapter)
     state = read_state(config, snapshot)
     run = build_run(config, accelerator, adapter, text_adapter)
+    if repeated:
+        folder, earlier = repeated
+        earlier.check_data(folder, dict(run.dataset.fingerprint))
     if state:
         load_state(run, state)
         check_start(run, state["checkpoint"])
@@ -94,6 +102,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
     if accelerator.is_main_process:
         described = describe_training(config, run.model.parameter_groups(), accelerator.num_processes, done)
         log(f"{run.dataset.description}\n{described}")
+        record = start_record(run, snapshot)
 
     check_budget(run)
     start_trackers(config, accelerator)
@@ -102,6 +111,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator) -> Path:
         trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()
         with checkpoint_on_error(run, final_loss, snapshot), saved_parameters(run) as step:
             save_result(run, adapter, path, step, final_loss, trained_with)
+        finish_record(run, record, path, step, final_loss)
         if is_validation_step(config, config.max_train_steps, done):  # now that nothing can be lost any more
             validate(run, config.max_train_steps)
         report(run, path, step, final_loss)

@@ -49,11 +49,11 @@ def test_broken_and_missing_packages_spoil_only_their_own_lines(monkeypatch, cap
     assert found["schedulefree"][0].isdigit()
 
 
-@pytest.mark.parametrize("line", ["_memory", "_device", "_hub_cache", "_precision"])
+@pytest.mark.parametrize("line", ["_memory", "describe_device", "_hub_cache", "_precision"])
 def test_what_cannot_be_found_out_is_told(line, monkeypatch, capsys):
     def broken():
         raise RuntimeError("driver  too\nold")
 
     monkeypatch.setattr(doctor, line, broken)
-    name = {"_hub_cache": "Hub cache"}.get(line, line[1:])
+    name = {"_hub_cache": "Hub cache", "describe_device": "device"}.get(line, line[1:])
     assert report(capsys)[name] == "unknown (RuntimeError: driver too old)"

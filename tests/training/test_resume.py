@@ -71,7 +71,7 @@ def test_a_killed_run_ends_with_the_same_bytes(config, half_precision, tmp_path)
     environment = {**os.environ, "PYTHONPATH": str(root), "OMP_NUM_THREADS": threads}
     killed = subprocess.run([sys.executable, "-c", KILLED, str(tmp_path / "run.yaml")], env=environment)
     assert killed.returncode == -signal.SIGKILL
-    left = (".lock", "training_log.jsonl")
+    left = (".lock", "run_record.json", "training_log.jsonl")
     assert sorted(file.name for file in Path(config.output_dir).iterdir() if file.name not in left) == [
         "cache",
         "checkpoint-2",
