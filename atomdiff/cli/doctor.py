@@ -13,8 +13,8 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
-from atomdiff.training.config import TrainConfig
 from atomdiff.training.config.optimizer import OPTIMIZERS
+from atomdiff.training.config.tune import TuneConfig
 from atomdiff.utils.assets import ASSETS
 from atomdiff.utils.fields import NeedsPackage, marked_fields
 from atomdiff.utils.machine import describe_device, describe_processor
@@ -22,7 +22,7 @@ from atomdiff.utils.machine import describe_device, describe_processor
 _PARTS = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "huggingface-hub")
 _OPTIONAL = {
     needed.package: needed.extra
-    for needed in (*marked_fields(TrainConfig, NeedsPackage).values(), *(spec.needs for spec in OPTIMIZERS.values()))
+    for needed in (*marked_fields(TuneConfig, NeedsPackage).values(), *(spec.needs for spec in OPTIMIZERS.values()))
     if needed
 }
 _GB = 1e9

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from atomdiff.cli.run_program import run_program
-from atomdiff.utils.options import parse_config
+from atomdiff.utils.options import parse_config, parse_with_overrides
 from atomdiff.utils.progress import log
 from atomdiff.utils.quiet import quiet_libraries
 
@@ -44,6 +44,20 @@ def rerun(args: Sequence[str]) -> None:
 
     PartialState().print(repeat_run(config).describe())
     PartialState().destroy_process_group()
+
+
+def tune(args: Sequence[str]) -> None:
+    """Search the settings of a training run by its validation loss."""
+    from atomdiff.training.config.tune import TuneConfig
+
+    config = parse_with_overrides(TuneConfig, args, prog="atomdiff tune")
+    quiet_libraries()
+    from atomdiff.training.launch import check_packages
+
+    check_packages(config)
+    from atomdiff.training.tuning.search import tune as search
+
+    print(search(config).describe())
 
 
 def sample(args: Sequence[str]) -> None:
@@ -149,7 +163,7 @@ def doctor(args: Sequence[str]) -> None:
     print(examine())
 
 
-_VERBS = (train, rerun, sample, evaluate, inspect, similar, export, extract, prune, average, demo, doctor)
+_VERBS = (train, rerun, tune, sample, evaluate, inspect, similar, export, extract, prune, average, demo, doctor)
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
 

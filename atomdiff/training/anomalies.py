@@ -21,6 +21,10 @@ _SPIKE = 3.0  # times the highest loss of the steps before
 _STEPS, _FEWEST = 100, 20  # of those steps
 
 
+class DivergedError(UserError):
+    """The loss, a gradient or an output is not finite any more."""
+
+
 class LossSpikes:
     """Watches the losses of a run's steps.
 
@@ -49,20 +53,20 @@ def refuse_unless_finite(run: Run, step: int, name: str, value: float, numbers: 
     """Check a number of the batches of these numbers.
 
     Raises:
-        UserError: It is not finite; the message names the checkpoint to go back to, and the images.
+        DivergedError: It is not finite; the message names the checkpoint to go back to, and the images.
     """
     if not math.isfinite(value):
         raise not_finite(run, step, f"the {name} is {value}", numbers)
 
 
-def not_finite(run: Run, step: int, found: str, numbers: range) -> UserError:
+def not_finite(run: Run, step: int, found: str, numbers: range) -> DivergedError:
     """Return the error of a step whose batches, of these numbers, gave what is not finite."""
     checkpoints = find_checkpoints(Path(run.config.output_dir))
     if run.config.resume_from_checkpoint is None:  # others are of an earlier run
         checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.run["saved"] >= run.started]
     back = f"resume from {checkpoints[-1].folder} (--resume_from_checkpoint latest)" if checkpoints else "start again"
     rates = run.config.learning_rates
-    return UserError(
+    return DivergedError(
         f"step {step}: {found}; {back} with a learning_rate below {rates['adapter']}"
         + (f" and a token_learning_rate below {rates['token']}" if run.config.train_token else "")
         + (", or with mixed_precision bf16" if run.accelerator.scaler else "")
@@ -76,7 +80,7 @@ def detecting_anomalies(run: Run, step: int, numbers: range) -> Iterator[None]:
     """Make a `with` block for the forward and backward pass of batches; with `detect_anomaly` all of it is checked.
 
     Raises:
-        UserError: The output of a module, or the gradient of an operation, is not finite; the message says of which.
+        DivergedError: The output of a module, or the gradient of an operation, is not finite; the message names it.
     """
     if not run.config.detect_anomaly:
         yield

@@ -1,5 +1,6 @@
 """The base of a training run: load it, reload parts that were freed, and generate images with it."""
 
+import copy
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path
@@ -51,6 +52,25 @@ def load_base(config: TrainingBaseConfig, **parts: Any) -> BasePipeline:
     if takes != makes:
         raise _wrong_base(name, f"a UNet of {takes} channels, as for inpainting, with a VAE of {makes}")
     return pipe
+
+
+def copy_base(pipe: BasePipeline, *, share_weights: bool) -> BasePipeline:
+    """Return a copy of a base that was loaded, for a run that changes its base.
+
+    Args:
+        pipe: Stays as it is.
+        share_weights: Let denoiser and VAE have the weights of the original, in its memory; for runs that train neither
+            whole.
+    """
+    base = find_base(pipe.components)
+    parts = {}
+    for name, part in pipe.components.items():
+        known: dict[int, Any] = {}
+        if share_weights and name in (base.denoiser, "vae"):  # own parameters, as runs change their type and device
+            known = {id(weight): nn.Parameter(weight.data, weight.requires_grad) for weight in part.parameters()}
+        parts[name] = copy.deepcopy(part, known)
+    copied: BasePipeline = type(pipe)(**{**base.pipeline_options, **parts})
+    return copied
 
 
 def _wrong_base(name: str, found: str) -> UserError:

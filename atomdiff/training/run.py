@@ -12,7 +12,7 @@ from peft import PeftConfig
 from torch import nn
 
 from atomdiff.bases.find import denoiser_of
-from atomdiff.training.base_model import BasePipeline, load_base
+from atomdiff.training.base_model import BasePipeline, copy_base, load_base
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dataset import DreamBoothDataset, build_dataset
 from atomdiff.training.fingerprint import base_keys
@@ -61,12 +61,19 @@ class Run:
 
 
 def build_run(
-    config: TrainConfig, accelerator: Accelerator, adapter: PeftConfig | None, text_adapter: PeftConfig | None
+    config: TrainConfig,
+    accelerator: Accelerator,
+    adapter: PeftConfig | None,
+    text_adapter: PeftConfig | None,
+    loaded: BasePipeline | None = None,
 ) -> Run:
-    """Load the base, build the dataset, and add what is trained to the base."""
-    if accelerator.is_main_process:
-        log(f"loading the base {config.pretrained_model_name_or_path}")
-    pipe = load_base(config)  # in float32; the VAE of SDXL overflows in float16
+    """Load the base, build the dataset, and add what is trained to the base; or to a copy of one that is loaded."""
+    if loaded is not None:
+        pipe = copy_base(loaded, share_weights=adapter is not None)
+    else:
+        if accelerator.is_main_process:
+            log(f"loading the base {config.pretrained_model_name_or_path}")
+        pipe = load_base(config)  # in float32; the VAE of SDXL overflows in float16
     set_training_scheduler(config, pipe)
     base = base_keys(pipe)
     if adapter is not None:

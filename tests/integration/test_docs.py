@@ -33,6 +33,7 @@ from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.config.optimizer import OPTIMIZERS
 from atomdiff.training.config.rerun import RerunConfig
+from atomdiff.training.config.tune import TuneConfig
 from atomdiff.training.optimizers import build_optimizer
 from atomdiff.tuner import AtomConfig
 from atomdiff.utils.options import parse_config, parse_with_overrides
@@ -46,6 +47,7 @@ CONCEPTS = ("out/demo/mug.atoms.safetensors", "out/robot/robot.atoms.safetensors
 VERBS = {
     "train": load_config,
     "train_dreambooth": load_config,
+    "tune": lambda options: parse_with_overrides(TuneConfig, options),
     "rerun": lambda options: parse_config(RerunConfig, options, positional="folder"),
     "train_classifier": lambda options: parse_with_overrides(ClassifyConfig, options),
     "sample": lambda options: parse_config(SampleConfig, options),
@@ -163,7 +165,7 @@ def test_links_and_files_are_there():
 def test_names_of_modules_and_options_are_there():
     known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run", "part"}
     kinds = (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig)
-    for kind in (*kinds, PruneConfig, SimilarConfig, AverageConfig, RerunConfig):
+    for kind in (*kinds, PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig):
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():
         if page == "CHANGELOG.md":

@@ -98,6 +98,7 @@ def test_an_image_half_written_never_has_its_final_name(config, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.filterwarnings("ignore:dtype='bfloat16'")  # where the processor emulates it
 @pytest.mark.parametrize(
     "change",
     [

@@ -7,9 +7,9 @@ import shutil
 import pytest
 import torch
 
-from atomdiff.training.base_model import all_parts_loaded, generate_images, load_base, training_resolution
+from atomdiff.training.base_model import all_parts_loaded, copy_base, generate_images, load_base, training_resolution
 from atomdiff.utils.errors import UserError
-from tests.helpers import assert_same_models, based_on, models
+from tests.helpers import assert_same_models, assert_unchanged, based_on, models, snapshot
 
 KINDS = ["tiny_pipe", "tiny_sd2_pipe", "tiny_xl_pipe"]
 
@@ -93,3 +93,16 @@ def test_images_are_decoded_in_float32_under_autocast(config, kind, request, mon
     assert [image.size for image in images] == [(32, 32)] * 2
     assert {output.dtype for output in decoded} == {torch.float32}
     assert "decode" not in vars(pipe.vae)
+
+
+def test_copies_of_a_base_share_weights_only_if_asked(tiny_pipe):
+    before = snapshot(tiny_pipe)
+    shared, own = (copy_base(tiny_pipe, share_weights=share) for share in (True, False))
+    weight = tiny_pipe.unet.conv_in.weight
+    assert shared.unet.conv_in.weight.data_ptr() == weight.data_ptr() != own.unet.conv_in.weight.data_ptr()
+    assert shared.text_encoder.get_input_embeddings().weight.data_ptr() not in {
+        parameter.data_ptr() for parameter in tiny_pipe.text_encoder.parameters()
+    }
+    shared.unet.to(torch.bfloat16).requires_grad_(False)
+    assert weight.dtype == torch.float32 and weight.requires_grad
+    assert_unchanged(tiny_pipe, before)

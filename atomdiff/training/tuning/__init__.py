@@ -1,0 +1,1 @@
+"""A search of settings by the validation loss: search space, trials that share a base, study and results."""
