@@ -98,20 +98,16 @@ def concept_bytes(concept: ConceptFile, dtype: torch.dtype = torch.float16) -> b
     Raises:
         UserError: a value is not finite, or too large for `dtype`.
     """
-    is_compact = concept.config.share is not None
-    table = b""
-    own = _by_key(concept.layers)
-    if is_compact:
-        table, values = compact_layers.pack(concept.layers, concept.fingerprint)
-        own = {compact_layers.VALUES: values}
-    tensors = _cast(own | token_tensors(concept.tokens), dtype)
-    if _not_finite(tensors):
-        broken = _not_finite(_cast(_by_key(concept.layers) | token_tensors(concept.tokens), dtype))
+    tensors = _cast(_by_key(concept.layers) | token_tensors(concept.tokens), dtype)
+    if broken := [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]:
         raise UserError(
             f"cannot save {list_some(broken)} as {dtype}: values are not finite or too large for it; "
             "save with dtype=torch.float32, or go back to an earlier checkpoint if the training diverged"
         )
+    is_compact = concept.config.share is not None
     if is_compact:
+        table, values = compact_layers.pack(concept.layers, concept.fingerprint)
+        tensors = _cast({compact_layers.VALUES: values} | token_tensors(concept.tokens), dtype)
         tensors[compact_layers.TABLE] = torch.frombuffer(bytearray(table), dtype=torch.uint8)
     config = concept.config.to_dict()
     newer = {key: config[key] for key, default in _NEWER_DEFAULTS.items() if config[key] != default}
@@ -251,10 +247,6 @@ def _by_module(tensors: Mapping[str, Tensor]) -> dict[str, dict[str, Tensor]]:
 
 def _cast(tensors: Mapping[str, Tensor], dtype: torch.dtype) -> dict[str, Tensor]:
     return {key: tensor.detach().to("cpu", dtype, copy=True).contiguous() for key, tensor in tensors.items()}
-
-
-def _not_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    return [key for key, tensor in tensors.items() if not torch.isfinite(tensor).all()]
 
 
 def _unpack_compact(

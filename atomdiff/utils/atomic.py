@@ -99,7 +99,8 @@ def new_folder(path: str | os.PathLike[str], own: Sequence[str] | None = None) -
         temporary.mkdir(parents=True)
         yield temporary
         for entry in (temporary, *temporary.rglob("*")):
-            _sync_folder(entry) if entry.is_dir() else _sync(entry)
+            sync = _sync_folder if entry.is_dir() else _sync
+            sync(entry)
         if own is None or not target.is_dir():
             _exchange(temporary, target)
         else:

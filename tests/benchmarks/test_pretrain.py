@@ -89,6 +89,10 @@ class Stopped(Exception):
     pass
 
 
+def _groups(optimizers):
+    return [group for optimizer in optimizers for group in optimizer.param_groups]
+
+
 def test_a_stage_that_was_stopped_goes_on_as_if_it_had_not_been(tmp_path):
     """Steps, weights, momentum, averages, the clock: the second half is that of the run that kept the state."""
     x = torch.randn(16, 6, generator=torch.Generator().manual_seed(1))
@@ -206,14 +210,26 @@ def test_a_stage_may_end_after_its_steps_and_has_phases():
     assert stage.steps == 5 and seen == ["first"] * 3 + ["second"] * 2
 
 
-def test_a_captured_step_reads_the_rate_and_the_average_of_the_moment(monkeypatch):
-    """On a CPU nothing is captured: what a graph would hold on to stays the same object from step to step."""
-    kept = []
+def test_what_a_graph_would_read_stays_where_it_is_and_moves_with_the_run(monkeypatch):
+    """On a CPU nothing is captured: here a step is kept with the rates and shares that it found at its first call."""
+    made, read, kept = [], [], []
+
+    def keep_optimizers(*args):
+        made.append(make_optimizers(*args))
+        return made[-1]
 
     def capture(step):
+        rates = [group["lr"] for group in _groups(made[-1])]
         kept.append(step)
-        return step
 
+        def replay():
+            assert all(rate is group["lr"] for rate, group in zip(rates, _groups(made[-1]), strict=True))
+            read.append(rates[0].item())
+            step()
+
+        return replay
+
+    monkeypatch.setattr("benchmarks.pretrain.stage.make_optimizers", keep_optimizers)
     monkeypatch.setattr("benchmarks.pretrain.stage.captured", capture)
     results = []
     for is_captured in (False, True):
@@ -226,6 +242,7 @@ def test_a_captured_step_reads_the_rate_and_the_average_of_the_moment(monkeypatc
         run_stage(stage, model, [Phase(loss_of, 0.5, is_captured), Phase(loss_of, 1.0, is_captured)], average)
         results.append([*model.parameters(), *average.copies[0]])
     assert len(kept) == 2 and all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+    assert len(read) == 6 and len(set(read)) == 6
     assert not torch.equal(results[0][0], make_model()[0].weight)
 
 

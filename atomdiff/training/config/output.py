@@ -38,7 +38,7 @@ class OutputConfig(LoggingConfig):
     """Checkpoint folder to resume from, or "latest" for the newest one in output_dir."""
     detect_anomaly: bool = False
     """Check the output of every module and every gradient, and stop at the first that is not finite with its name and
-    the images of the batch. Several times slower; not with fp16, where steps that overflow are done again."""
+    the images of the batch. Slower; not with fp16, where steps that overflow are done again."""
     report_to: str | None = "tensorboard"
     """Experiment tracker supported by accelerate (tensorboard, wandb, ...), or none."""
     logging_dir: PathText = "logs"

@@ -126,11 +126,10 @@ def _markdown(trials: Sequence[FrozenTrial], names: Sequence[str], max_base_drif
         return row["state"] != "complete", too_far, float("inf") if loss is None else loss
 
     rows = sorted((_row(trial, names) for trial in trials), key=rank)
-    limit = (
-        "" if max_base_drift is None else f" Trials with a base drift above {max_base_drift:g} come after the others."
-    )
-    order = f"Complete trials come first, the lowest validation loss at the top{limit}. The loss of a pruned trial is"
-    lines = [f"{order} that of its last measurement.", ""]
+    head = "Complete trials come first, the lowest validation loss at the top."
+    if max_base_drift is not None:
+        head += f" Those with a base drift above {max_base_drift:g} come after the others."
+    lines = [f"{head} The loss of a pruned trial is that of its last measurement.", ""]
     lines += [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
     lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in rows]
     return "\n".join(lines) + "\n"

@@ -129,19 +129,22 @@ def _saved_measurement(run: Run) -> Mapping[str, Any]:
     if not values or values[-1]["step"] != config.max_train_steps:
         found = f"no validation loss of step {config.max_train_steps}"
         raise UserError(f"{config.output_dir}: found {found}; free memory, or lower train_batch_size")
-    trained = [line for line in values if line["step"]]
-    return min(trained, key=lambda line: float(line["validation_loss"])) if config.keep_best else values[-1]
+    return _best_or_last(run)
+
+
+def _best_or_last(run: Run) -> Mapping[str, Any]:
+    """Return the best measurement with `keep_best`, else the last one; empty before the first after training began."""
+    trained = [line for line in run.measurements.values if line["step"]]
+    if run.config.keep_best:
+        return min(trained, key=lambda line: float(line["validation_loss"]), default={})
+    return trained[-1] if trained else {}
 
 
 def _note(trial: optuna.Trial, run: Run, max_base_drift: float | None, seconds: float) -> None:
     """Note how long a trial took, and the base drift of what it would save, or of its last measurement."""
     trial.set_user_attr(SECONDS, round(seconds, 2))
-    trained = [line for line in run.measurements.values if line["step"]]
-    if not trained:
-        return
-    last = min(trained, key=lambda line: float(line["validation_loss"])) if run.config.keep_best else trained[-1]
-    trial.set_user_attr(STEP, last["step"])
-    if DRIFT in last:
-        trial.set_user_attr(DRIFT, last[DRIFT])
-        if max_base_drift is not None:
-            trial.set_constraint(DRIFT, last[DRIFT] - max_base_drift)
+    measured = _best_or_last(run)
+    for name in measured.keys() & {STEP, DRIFT}:
+        trial.set_user_attr(name, measured[name])
+    if DRIFT in measured and max_base_drift is not None:
+        trial.set_constraint(DRIFT, measured[DRIFT] - max_base_drift)
