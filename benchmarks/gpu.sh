@@ -1,9 +1,11 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in parts, each within minutes. Usage: bash benchmarks/gpu.sh PART OUT [WHEELS]
 #   pretrain  the second edition of the toybox in SECONDS_ (540) seconds: weights, report and sheet into OUT
-#   begin     the same in the background, in the folder STATE (/tmp/pretrain); returns when the judge is done: log into OUT
-#   finish    ends it after SECONDS_ more seconds, and waits for that: weights, report and sheet into OUT
+#   begin     the same in the background, in the folder STATE (/tmp/pretrain); returns when the UNet's training begins, or
+#             after WAIT (215) seconds: log into OUT
+#   finish    ends it after SECONDS_ more seconds, and waits for that: the parts trained, report, sheet and log into OUT
 #   figures   training_step.py and loading.py on the GPU, fp16 and 8-bit and xformers in short runs: results into OUT
+# Weights come in files of at most 15 MiB, and `finish` writes seven files at most: more are not copied from some machines.
 # WHEELS is a folder of packages to install first, for machines that reach no package index.
 set -u
 part=$1 out=$2 wheels=${3:-} state=${STATE:-/tmp/pretrain}
@@ -28,10 +30,10 @@ begin)
   for _ in $(seq "${WAIT:-215}"); do
     sleep 1
     kill -0 "$(cat "$state/pid")" 2>/dev/null || break
-    grep -q "^judge: .* steps in" "$state/log" && [ -f "$state/way-denoiser.json" ] && break
+    grep -q "^denoiser: .* step " "$state/log" && break
   done
   grep -v -i warn "$state/log" | cut -c1-600 | tail -n 70
-  cp "$state"/log "$state"/way-*.json "$out" || true
+  cp "$state/log" "$out"
   ;;
 finish)
   echo $(($(date +%s) + ${SECONDS_:-60})) >"$state/deadline"
@@ -41,7 +43,7 @@ finish)
     [ -f "$state/sheet.png" ] && break
   done
   grep -v -i warn "$state/log" | cut -c1-600 | tail -n 70
-  cp "$state"/log "$state"/*.json "$state"/*.safetensors "$state"/sheet.png "$out"
+  cp "$state"/log "$state"/report.json "$state"/weights-*.safetensors "$state"/sheet.png "$out"
   ;;
 figures)
   # Every piece has its own limit and writes what it has, so that a stop costs one piece. 200 s were too few for all nine

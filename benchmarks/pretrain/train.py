@@ -47,7 +47,8 @@ from benchmarks.pretrain.train_judge import fastest_phase as fastest_judge
 from benchmarks.pretrain.weights import load_scaling_factor, load_shards, make_pipeline, save_pipeline, save_shards
 
 STAGES = ("judge", "autoencoder", "denoiser")
-WARM = ("judge", "crops", "images", "denoiser")
+WARM = {"judge": "judge", "crops": "autoencoder", "images": "autoencoder", "denoiser": "denoiser"}
+"""What has a fastest way to be found, and the stage that it is for."""
 
 
 def parse() -> argparse.Namespace:
@@ -122,10 +123,10 @@ def warm(options: argparse.Namespace, device: torch.device) -> None:
 
 
 def begin_to_warm(options: argparse.Namespace) -> dict[str, subprocess.Popen[bytes]]:
-    """A process for each part, all at once."""
+    """A process for each part of the chosen stages, all at once."""
     command = [sys.executable, "-m", "benchmarks.pretrain.train", "--out", str(options.out)]
     command += ["--batch", str(options.batch), "--vae_batch", str(options.vae_batch), "--warm"]
-    return {part: subprocess.Popen([*command, part]) for part in WARM}
+    return {part: subprocess.Popen([*command, part]) for part, stage in WARM.items() if stage in options.stages}
 
 
 def load_what_fits(part: str, module: torch.nn.Module, state: dict[str, torch.Tensor]) -> None:
@@ -154,8 +155,8 @@ class Run:
         self.notes: dict[str, Any] = {}
         if options.start_from is not None:
             states = load_shards(options.start_from.glob("weights-*.safetensors"))
-            for part, module in self.parts().items():
-                load_what_fits(part, module, states[part])
+            for part, state in states.items():
+                load_what_fits(part, self.parts()[part], state)
             self.vae.register_to_config(scaling_factor=load_scaling_factor(options.start_from))
 
     def parts(self) -> dict[str, torch.nn.Module]:
