@@ -109,9 +109,10 @@ def warm(options: argparse.Namespace, device: torch.device) -> None:
     """Find the fastest way of a part on random inputs; its choice and the compiler's cache serve the run itself."""
     images = torch.randint(256, (256, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
     judge = channels_last(Judge(), device)
+    labels = {kind: torch.zeros(256, dtype=torch.long, device=device) for kind in judge.labels}
+    world = World(images, torch.ones(256, 1, 16, 16, dtype=torch.half, device=device), labels, [])
     if options.warm == "judge":
-        labels = {kind: torch.zeros(256, dtype=torch.long, device=device) for kind in judge.labels}
-        fastest_judge(judge, World(images, images, labels, []), images.view(16, 4, 4, *images.shape[1:]), options.out)
+        fastest_judge(judge, world, images.view(16, 4, 4, *images.shape[1:]), options.out)
     elif options.warm == "denoiser":
         tokenizer, denoiser = build_denoiser(device)
         latents = torch.randn(options.batch, 16, 16, 16).to(device, memory_format=layout(device))
@@ -119,7 +120,7 @@ def warm(options: argparse.Namespace, device: torch.device) -> None:
     else:
         vae, judge = channels_last(build_vae(), device), judge.requires_grad_(False).eval()
         side, count = list(sizes(options.vae_batch).items())[options.warm == "images"]
-        fastest_autoencoder(vae, judge, images, side, count, 1.0, options.out)
+        fastest_autoencoder(vae, judge, world, side, count, 1.0, options.out)
 
 
 def begin_to_warm(options: argparse.Namespace) -> dict[str, subprocess.Popen[bytes]]:
@@ -219,7 +220,7 @@ class Run:
             self.wait_for("crops", "images")
             seconds = self.options.vae_share * total if "denoiser" in stages else self.left() - 0.03 * total
             stage = self.stage("autoencoder", seconds, 1e-3)
-            train_autoencoder(self.vae, self.judge, world.images, stage, self.options.vae_batch, self.checkpoints)
+            train_autoencoder(self.vae, self.judge, world, stage, self.options.vae_batch, self.checkpoints)
         self.notes["autoencoder"] = self.measure_autoencoder(world)
         if stages == ["judge"]:
             self.save()

@@ -1,4 +1,4 @@
-"""How the autoencoder learns: absolute error, edges, features of the judge; latents survive scaling and noise."""
+"""How the autoencoder learns: error (of objects first), edges, features of the judge; latents bear scale and noise."""
 
 from __future__ import annotations
 
@@ -15,9 +15,12 @@ from atomdiff.toybox.world import IMAGE_SIZE
 from atomdiff.toybox.world.judge import Judge
 from atomdiff.utils.precision import autocast
 from benchmarks.pretrain.architecture import LATENT_CHANNELS
-from benchmarks.pretrain.data import as_signal
+from benchmarks.pretrain.data import World, as_signal
 from benchmarks.pretrain.fastest import CAPTURED, fastest
 from benchmarks.pretrain.stage import Average, Checkpoints, Phase, Stage, run_stage
+
+_OBJECT_WEIGHT = 3.0
+"""What a pixel of the object counts beside one of the scene: patterns and thin parts are few pixels."""
 
 
 def edge_error(restored: Tensor, x: Tensor) -> Tensor:
@@ -34,8 +37,8 @@ def feature_error(judge: Judge, restored: Tensor, x: Tensor) -> Tensor:
     return total / 3
 
 
-def make_loss(vae: AutoencoderKL, judge: Judge) -> Callable[[Tensor], Tensor]:
-    """The loss of images (n, 3, h, w) in [-1, 1], as a function that can be compiled.
+def make_loss(vae: AutoencoderKL, judge: Judge) -> Callable[[Tensor, Tensor], Tensor]:
+    """The loss of images (n, 3, h, w) in [-1, 1] and object masks (n, 1, h, w), as a function that can be compiled.
 
     A quarter of the batch is restored at half its size from latents scaled down (EQ-VAE, arXiv 2502.09509), which makes
     the latents smooth in space and easier to denoise; a little noise on the other latents keeps the decoder from
@@ -43,20 +46,22 @@ def make_loss(vae: AutoencoderKL, judge: Judge) -> Callable[[Tensor], Tensor]:
     """
     half = autocast(vae.device)  # looks the processor up, which cannot be compiled
 
-    def compare(latents: Tensor, x: Tensor) -> Tensor:
+    def compare(latents: Tensor, x: Tensor, mask: Tensor) -> Tensor:
         restored = vae.decoder(vae.post_quant_conv(latents)).float()
-        error = (restored - x).abs().mean() + 2 * (restored - x).square().mean() + edge_error(restored, x)
+        weight = 1 + (_OBJECT_WEIGHT - 1) * mask
+        distance = (restored - x).abs() + 2 * (restored - x).square()
+        error = (weight * distance).mean() / weight.mean() + edge_error(restored, x)
         return error + 0.1 * feature_error(judge, restored, x)
 
-    def loss_of(x: Tensor) -> Tensor:
+    def loss_of(x: Tensor, mask: Tensor) -> Tensor:
         with half:
             mean, spread = vae.quant_conv(vae.encoder(x)).float().chunk(2, dim=1)
             spread = spread.clamp(-30, 20)
             width = 0.1 * mean.detach().std() * torch.rand(len(mean), 1, 1, 1, device=x.device)
             latents = mean + ((0.5 * spread).exp() + width) * torch.randn_like(mean)
             few = len(x) // 4
-            small = compare(F.avg_pool2d(mean[:few], 2), F.avg_pool2d(x[:few], 2))
-            error = 0.75 * compare(latents[few:], x[few:]) + 0.25 * small
+            small = compare(*(F.avg_pool2d(each[:few], 2) for each in (mean, x, mask)))
+            error = 0.75 * compare(latents[few:], x[few:], mask[few:]) + 0.25 * small
         divergence = 0.5 * (mean.square() + spread.exp() - 1 - spread).sum((1, 2, 3)).mean()
         return error + 1e-6 * divergence / (x.shape[-1] / IMAGE_SIZE) ** 2
 
@@ -69,16 +74,16 @@ def sizes(batch: int) -> dict[int, int]:
 
 
 def train_autoencoder(
-    vae: AutoencoderKL, judge: Judge, images: Tensor, stage: Stage, batch: int, checkpoints: Checkpoints
+    vae: AutoencoderKL, judge: Judge, world: World, stage: Stage, batch: int, checkpoints: Checkpoints
 ) -> None:
-    """Train on images (n, 3, 128, 128) of bytes and leave the moving average of the weights in `vae`.
+    """Train on the world's images and leave the moving average of the weights in `vae`.
 
     The first three quarters go to crops of half the size, four times cheaper, 2 * `batch` a step.
     """
     judge.requires_grad_(False).eval()
     begin = time.perf_counter()
     phases = [
-        fastest_phase(vae, judge, images, side, count, until, checkpoints.folder)
+        fastest_phase(vae, judge, world, side, count, until, checkpoints.folder)
         for (side, count), until in zip(sizes(batch).items(), (0.75, 1.0), strict=True)
     ]
     stage.seconds -= time.perf_counter() - begin  # compiling counts
@@ -88,29 +93,29 @@ def train_autoencoder(
     freeze_posterior(vae)
 
 
-def crops(images: Tensor, side: int, count: int) -> Tensor:
-    """Random crops of random images of bytes (n, 3, h, w), as floats (count, 3, side, side) in [-1, 1]."""
-    device = images.device
-    index = torch.randint(len(images), (count,), device=device)
-    top, left = torch.randint(images.shape[-1] - side + 1, (2, count), device=device)
+def crops(world: World, side: int, count: int) -> tuple[Tensor, Tensor]:
+    """Random crops of random images, floats (count, 3, side, side) in [-1, 1], and of their masks (count, 1, ...)."""
+    images, masks, device = world.images, world.masks, world.images.device
+    index = torch.randint(len(images), (count,), device=device)[:, None, None, None]
+    top, left = torch.randint(images.shape[-1] - side + 1, (2, count, 1), device=device)
     along = torch.arange(side, device=device)
-    rows, columns = (start[:, None] + along for start in (top, left))
-    channels = torch.arange(images.shape[1], device=device)
-    return as_signal(
-        images[index[:, None, None, None], channels[:, None, None], rows[:, None, :, None], columns[:, None, None]]
-    )
+    rows, columns = (top + along)[:, None, :, None], (left + along)[:, None, None, :]
+    channels = torch.arange(images.shape[1], device=device)[:, None, None]
+    coarse = images.shape[-1] // masks.shape[-1]
+    mask = masks[index, 0, rows // coarse, columns // coarse].float()
+    return as_signal(images[index, channels, rows, columns]), mask
 
 
 def fastest_phase(
-    vae: AutoencoderKL, judge: Judge, images: Tensor, side: int, count: int, until: float, folder: Path
+    vae: AutoencoderKL, judge: Judge, world: World, side: int, count: int, until: float, folder: Path
 ) -> Phase:
     """The loss of crops, compiled and captured where that is faster and gives the same gradients (see `fastest`)."""
     plain = make_loss(vae, judge)
     ways = {"plain": plain}
-    if images.is_cuda:
+    if world.images.is_cuda:
         ways["compiled"] = ways["compiled" + CAPTURED] = torch.compile(make_loss(vae, judge), dynamic=False)
     losses: dict[str, Callable[[], Tensor]] = {
-        name: lambda way=way: way(crops(images, side, count))  # type: ignore[misc]
+        name: lambda way=way: way(*crops(world, side, count))  # type: ignore[misc]
         for name, way in ways.items()
     }
     best = fastest(f"autoencoder at {side}", folder, vae, losses)

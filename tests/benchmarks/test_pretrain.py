@@ -11,7 +11,7 @@ from atomdiff.toybox.base import build_scheduler
 from atomdiff.toybox.world.judge import Judge
 from benchmarks.pretrain import evaluate, muon
 from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
-from benchmarks.pretrain.data import as_signal
+from benchmarks.pretrain.data import World, as_signal
 from benchmarks.pretrain.evaluate import area_under_curve
 from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
@@ -246,13 +246,22 @@ def test_what_a_graph_would_read_stays_where_it_is_and_moves_with_the_run(monkey
     assert not torch.equal(results[0][0], make_model()[0].weight)
 
 
-def test_crops_are_parts_of_images():
+def test_crops_are_parts_of_images_with_their_masks():
     images = torch.arange(2 * 3 * 8 * 8).remainder(256).to(torch.uint8).view(2, 3, 8, 8)
-    parts = {image[:, y : y + 4, x : x + 4].tobytes() for image in images.numpy() for y in range(5) for x in range(5)}
+    masks = torch.rand(2, 1, 4, 4).half()
+    fine = masks.float().repeat_interleave(2, dim=2).repeat_interleave(2, dim=3)
+    parts = {
+        image[:, y : y + 4, x : x + 4].tobytes(): mask[:, y : y + 4, x : x + 4]
+        for image, mask in zip(images.numpy(), fine, strict=True)
+        for y in range(5)
+        for x in range(5)
+    }
     torch.manual_seed(0)
-    drawn = crops(images, 4, 60)
-    found = {((crop + 1) * 127.5).round().to(torch.uint8).contiguous().numpy().tobytes() for crop in drawn}
-    assert drawn.shape == (60, 3, 4, 4) and len(found) > 20 and found <= parts
+    drawn, drawn_masks = crops(World(images, masks, {}, []), 4, 60)
+    found = [((crop + 1) * 127.5).round().to(torch.uint8).contiguous().numpy().tobytes() for crop in drawn]
+    assert drawn.shape == (60, 3, 4, 4) and len(set(found)) > 20
+    for crop, mask in zip(found, drawn_masks, strict=True):
+        assert torch.equal(mask, parts[crop])
 
 
 def test_centered_latents_decode_to_the_same_image_and_have_unit_scale():
