@@ -13,8 +13,8 @@ from torch.nn import functional
 from atomdiff.activation_adapters.config import ActivationConfig
 from atomdiff.activation_adapters.layer import ActivationLayer
 from atomdiff.activation_adapters.model import ActivationModel, device_of
+from atomdiff.atoms.variant import check_count
 from atomdiff.tuner.adapter_scales import BaseAttributes
-from atomdiff.tuner.variant import check_count
 
 
 @dataclass

@@ -12,7 +12,9 @@ from typing import Any, cast
 
 from torch import Tensor
 
+from atomdiff.atoms.atom_basis import ATOM_BASES
 from atomdiff.atoms.sparse import sparse_quality
+from atomdiff.atoms.variants import PARAMETER_NAMES, atoms_of, variant_of
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.compatibility import compare_base, weights_below
 from atomdiff.concepts.concept_file import ConceptFile, read_concept_file, trained_tensors
@@ -21,8 +23,6 @@ from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.parameter_count import group_table
 from atomdiff.concepts.sources import label_sources
 from atomdiff.pipelines.models import pipeline_models
-from atomdiff.tuner.atom_basis import ATOM_BASES
-from atomdiff.tuner.variants import PARAMETER_NAMES, atoms_of, variant_of
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import printable, read_safetensors_header
 

@@ -13,10 +13,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from atomdiff.atoms.atom_basis import ATOM_BASES
+from atomdiff.atoms.variants import variant_of
 from atomdiff.concepts.compatibility import SAME_BASE, fingerprint_distance
 from atomdiff.concepts.concept_file import ConceptFile
-from atomdiff.tuner.atom_basis import ATOM_BASES
-from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import quick_hash
 from atomdiff.utils.untrusted import list_some

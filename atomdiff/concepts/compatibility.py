@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import dataclasses
 import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
@@ -11,15 +10,13 @@ from contextlib import suppress
 import torch
 from torch import Tensor, nn
 
+from atomdiff.atoms.atom_basis import ATOM_BASES
 from atomdiff.atoms.basis import singular_values
+from atomdiff.atoms.settings import AtomSettings
+from atomdiff.atoms.variant import Atoms
+from atomdiff.atoms.variants import atoms_of, stored_atoms
 from atomdiff.concepts.compact_layers import REDUCED_LENGTH, reduce_fingerprint
 from atomdiff.concepts.concept_file import ConceptFile
-from atomdiff.tuner.adapter_state import base_weights
-from atomdiff.tuner.atom_basis import ATOM_BASES
-from atomdiff.tuner.checks import check_readable
-from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.variant import Atoms
-from atomdiff.tuner.variants import atoms_of, kept_atoms
 from atomdiff.utils.errors import UserError, warn
 from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 
@@ -59,7 +56,15 @@ def check_base(
     Raises:
         UserError: shapes differ, or the distance is that of wholly different weights.
     """
-    concept, left_out, distance = compare_base(concept, models, allow_mismatch)
+    return check_weights(concept, weights_below(concept, models), models.keys(), allow_mismatch)
+
+
+def check_weights(
+    concept: ConceptFile, weights: Mapping[str, Tensor], components: Collection[str], allow_mismatch: bool = False
+) -> tuple[ConceptFile, list[str]]:
+    """As `check_base`, with the base weights of all layers that could be adapted, by module, in place of models."""
+    concept, left_out = fitting_part(concept, weights, components, allow_mismatch)
+    distance = base_distance(concept, weights)
     base = f" {printable(repr(concept.base_model))}" if concept.base_model else ""
     found = f"this base is at distance {distance:.3g} from the one that the concept was made on{base}"
     if distance > DERIVED_BASE and not allow_mismatch:
@@ -83,6 +88,9 @@ def compare_base(
 
 def weights_below(concept: ConceptFile, models: Mapping[str, nn.Module]) -> dict[str, Tensor]:
     """Module -> base weight of every layer that could be adapted, in the components that a concept adapts."""
+    from atomdiff.tuner.adapter_state import base_weights  # with PEFT, which the rest of this module does without
+    from atomdiff.tuner.checks import check_readable
+
     components = {module.partition(".")[0] for module in concept.layers} & models.keys()
     for part in components:
         modules = [module.removeprefix(f"{part}.") for module in concept.layers if module.startswith(f"{part}.")]
@@ -208,10 +216,7 @@ def _expected_shapes(
     fingerprint_size = atom_sets[0].size
     if config.share and len(concept.fingerprint[module]) < fingerprint_size:
         fingerprint_size = REDUCED_LENGTH
-    if config.pruned:
-        config = copy.copy(config)
-        config.kept_atoms = {path: kept_atoms(concept.layers[module])}
-        atom_sets = atoms_of(config, path, shape)
+    atom_sets = stored_atoms(config, path, concept.layers[module], shape)
     expected = {name: size for atoms in atom_sets for name, size in atoms.stored_shapes(config).items()}
     return atom_sets, {**expected, "fingerprint": (fingerprint_size,)}
 
@@ -257,7 +262,7 @@ def fingerprint_distance(one: Mapping[str, Sequence[float]], other: Mapping[str,
     return math.fsum(distances) / len(distances) if distances else 0.0
 
 
-def fingerprint(weight: Tensor, config: AtomConfig, module: str) -> list[float]:
+def fingerprint(weight: Tensor, config: AtomSettings, module: str) -> list[float]:
     """Singular values, to 6 digits, of a base weight's rows: those of the first atoms (kernels where there are any).
 
     Args:

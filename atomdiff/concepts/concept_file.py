@@ -2,24 +2,22 @@
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass, field, fields
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from peft import PeftConfig
 from safetensors.torch import save
 from torch import Tensor
 
+from atomdiff.atoms.settings import SETTINGS, AtomSettings
+from atomdiff.atoms.variants import PARAMETER_NAMES, TENSOR_NAMES
 from atomdiff.concepts import compact_layers, shared_tensors
 from atomdiff.concepts.compact_metadata import compact_modelspec, compact_training
 from atomdiff.concepts.token_keys import check_words, split_token_key, token_tensors
-from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.variants import PARAMETER_NAMES, TENSOR_NAMES
 from atomdiff.utils.atomic import write_bytes
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import (
@@ -32,6 +30,9 @@ from atomdiff.utils.untrusted import (
     read_safetensors_header,
 )
 
+if TYPE_CHECKING:
+    from atomdiff.tuner.config import AtomConfig
+
 FORMAT = "atomdiff"
 FORMAT_VERSION = "1"
 NEWER_VERSION = "2"  # of files with settings that version 1 lacks; all others stay of version 1
@@ -39,17 +40,12 @@ CONCEPT_SUFFIX = ".atoms.safetensors"
 
 _DTYPES = {"F16": torch.float16, "BF16": torch.bfloat16, "F32": torch.float32, "F64": torch.float64}
 
-_PEFT_FIELDS = {f.name for f in dataclasses.fields(PeftConfig)}
-_OF_TRAINING = {"init_weights", "modules_to_save", "select", "select_penalty", "select_budget"}
-_NOT_STORED = _PEFT_FIELDS - {"peft_type"} | _OF_TRAINING
-_CONFIG_FIELDS = {f.name for f in dataclasses.fields(AtomConfig)} - _NOT_STORED
 _VERSION_1_FIELDS = frozenset(
     "peft_type num_atoms channel_block channel_block_pattern joint recursion basis sparsity seed "
     "target_modules exclude_modules layers_to_transform layers_pattern".split()
 )
-_NEWER_DEFAULTS = {
-    f.name: f.default for f in dataclasses.fields(AtomConfig) if f.name in _CONFIG_FIELDS - _VERSION_1_FIELDS
-}
+_CONFIG_FIELDS = _VERSION_1_FIELDS | SETTINGS
+_NEWER_DEFAULTS = {f.name: f.default for f in fields(AtomSettings) if f.name not in _VERSION_1_FIELDS}
 
 
 @dataclass(frozen=True)
@@ -114,7 +110,7 @@ def concept_bytes(concept: ConceptFile, dtype: torch.dtype = torch.float16) -> b
     settings = {key: config[key] for key in config.keys() & _VERSION_1_FIELDS} | newer
     training, modelspec = concept.training, concept.modelspec
     if is_compact:
-        defaults = AtomConfig().to_dict() | {"peft_type": None}
+        defaults = type(concept.config)().to_dict() | {"peft_type": None}
         settings = {key: value for key, value in settings.items() if value != defaults[key]}
         training, modelspec = compact_training(training), compact_modelspec(modelspec)
     metadata = {
@@ -131,10 +127,15 @@ def concept_bytes(concept: ConceptFile, dtype: torch.dtype = torch.float16) -> b
     return sort_header(save(tensors, metadata))
 
 
-def read_concept_file(path: str | os.PathLike[str]) -> ConceptFile:
+def read_concept_file(path: str | os.PathLike[str], settings_only: bool = False) -> ConceptFile:
     """Read a concept and check all that can be checked without a base; tensors come as float32.
 
     The header is checked before any tensor is read. Names and paths in it are only texts, never opened.
+
+    Args:
+        path: the file.
+        settings_only: make `config` an `AtomSettings`, all that computing the weights takes; without PEFT, which an
+            `AtomConfig` needs.
 
     Raises:
         UserError: the file is damaged, of another format or version, or holds values that are not finite.
@@ -150,7 +151,7 @@ def read_concept_file(path: str | os.PathLike[str]) -> ConceptFile:
             raise UserError(
                 f"{path} holds {list_some([key])!r} ({printable(dtype)}), which this atomdiff does not know: update it"
             )
-    config = _read_config(path, metadata)
+    config = _read_config(path, metadata, settings_only)
     check_words(path, {split_token_key(key)[0] for key in dtypes if key.startswith("token.")})
     modules = {key.rpartition(".")[0] for key in dtypes if not key.startswith("token.")}
     is_compact = config.share is not None and not dtypes.keys().isdisjoint(compact_layers.KEYS)
@@ -276,7 +277,7 @@ def _damaged(path: Any, what: str) -> Iterator[None]:
         raise UserError(f"{path} is damaged: {what}: {printable(str(error))}; copy or download it again") from error
 
 
-def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:
+def _read_config(path: Any, metadata: Mapping[str, str], settings_only: bool) -> AtomConfig:
     values = _read_json(path, metadata, "adapter_config")
     unknown = sorted(values.keys() - _CONFIG_FIELDS)
     if unknown or values.get("peft_type") != "ATOMS":
@@ -289,6 +290,11 @@ def _read_config(path: Any, metadata: Mapping[str, str]) -> AtomConfig:
             f"{metadata['format_version']!r}"
         )
     try:
+        if settings_only:
+            settings = {name: value for name, value in values.items() if name in SETTINGS}
+            return cast("AtomConfig", AtomSettings(**settings))
+        from atomdiff.tuner.config import AtomConfig
+
         return AtomConfig(**values)
     except (TypeError, ValueError, RecursionError) as error:
         raise UserError(f"{path} is damaged: its settings are not valid: {printable(str(error))}") from error

@@ -8,8 +8,8 @@ from collections.abc import Iterable, Mapping
 
 import torch
 
+from atomdiff.atoms.variants import SCORE_THRESHOLD
 from atomdiff.concepts.concept_file import ConceptFile, concept_bytes
-from atomdiff.tuner.variants import SCORE_THRESHOLD
 from atomdiff.utils.errors import UserError, warn
 
 

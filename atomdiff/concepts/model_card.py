@@ -11,11 +11,11 @@ from typing import Any
 
 from huggingface_hub import ModelCard, ModelCardData, constants
 
+from atomdiff.atoms.variants import variant_of
 from atomdiff.concepts import peft_folder
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file, trained_tensors
 from atomdiff.concepts.hub import adapter_files, files_in, names_repository
 from atomdiff.concepts.sources import label_sources
-from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.hashing import hash_file
 
 _TRAINING_SETTINGS = ("learning_rate", "token_learning_rate", "lr_scheduler", "train_batch_size")

@@ -11,11 +11,11 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from then on
+from atomdiff.atoms.variants import SCORE_NAME
 from atomdiff.bases.architectures import open_architecture
 from atomdiff.tuner.adapter_state import peft_state_dict
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.inject import inject
-from atomdiff.tuner.variants import SCORE_NAME
 from atomdiff.utils.errors import UserError
 
 _HALF = 2  # bytes of a float16 in a file

@@ -13,6 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atomdiff.atoms.atom_basis import ATOM_BASES
 from atomdiff.atoms.directions import truncate
 from atomdiff.concepts.concept_file import (
     ConceptFile,
@@ -22,7 +23,6 @@ from atomdiff.concepts.concept_file import (
     stored_dtype,
     write_concept_file,
 )
-from atomdiff.tuner.atom_basis import ATOM_BASES
 from atomdiff.tuner.ranking import RankedDirections, rank_directions
 from atomdiff.utils.atomic import write_bytes
 from atomdiff.utils.errors import UserError

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+from atomdiff.atoms.variants import variant_of
 from atomdiff.bases.find import BASES, find_base
 from atomdiff.concepts.compatibility import fingerprint
 from atomdiff.concepts.concept_file import ConceptFile, write_concept_file
@@ -25,7 +26,6 @@ from atomdiff.tuner import adapter_state
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.model import find_targets
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter
-from atomdiff.tuner.variants import variant_of
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, check_writable, refuse_overlap
 from atomdiff.utils.text_files import read_yaml

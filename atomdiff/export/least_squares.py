@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from atomdiff.atoms.layout import as_kernels
+from atomdiff.atoms.variant import Atoms
+from atomdiff.atoms.variants import SharedAtoms
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import AtomLayer
-from atomdiff.tuner.variant import Atoms
-from atomdiff.tuner.variants import SharedAtoms
 
 _NAME = "fitted"
 _RANK_TOLERANCE = 1e-12  # of squared singular values: what is below comes from rounding in float32

@@ -14,6 +14,7 @@ from peft.tuners.ln_tuning.layer import LNTuningLayer
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from atomdiff.atoms.variants import TENSOR_NAMES
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.config import AtomConfig
@@ -21,7 +22,6 @@ from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.layer_adapters import attribute
 from atomdiff.tuner.model import supported_modules
 from atomdiff.tuner.shared_state import as_peft_model
-from atomdiff.tuner.variants import TENSOR_NAMES
 
 _TUNER_PREFIX = "base_model."  # before what layers share
 PEFT_PREFIX = f"{_TUNER_PREFIX}model."

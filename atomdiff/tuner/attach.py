@@ -15,6 +15,7 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
+from atomdiff.atoms.variants import kept_atoms
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.adapter_state import (
     PEFT_PREFIX,
@@ -32,7 +33,6 @@ from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.model import find_atom_layer
 from atomdiff.tuner.shared_state import as_peft_model, shared_state
 from atomdiff.tuner.slots import remove_empty_slots
-from atomdiff.tuner.variants import kept_atoms
 
 
 @contextmanager

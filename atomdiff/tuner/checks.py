@@ -6,11 +6,11 @@ from collections.abc import Callable, Iterable, Mapping
 
 from torch import nn
 
+from atomdiff.atoms.variants import TENSOR_NAMES
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.adapter_state import adapter_layers, atom_layers, changes_weights, module_path
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.model import base_modules
-from atomdiff.tuner.variants import TENSOR_NAMES
 from atomdiff.tuner.weight_access import group_on_disk, walk, why_not_read, why_not_written
 from atomdiff.utils.errors import UserError
 

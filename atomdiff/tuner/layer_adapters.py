@@ -12,16 +12,10 @@ from peft.tuners._buffer_dict import BufferDict
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import Tensor, nn
 
+from atomdiff.atoms.atom_basis import ATOM_BASES
 from atomdiff.atoms.update import WeightUpdate, update_matrix
-from atomdiff.tuner import weight_access
-from atomdiff.tuner.adapter_scales import AdapterScales, BaseAttributes
-from atomdiff.tuner.atom_basis import ATOM_BASES
-from atomdiff.tuner.base_weight import BaseWeight
-from atomdiff.tuner.coefficient_cache import CoefficientCache, Key
-from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.peft_type import PREFIX
-from atomdiff.tuner.variant import Atoms
-from atomdiff.tuner.variants import (
+from atomdiff.atoms.variant import Atoms
+from atomdiff.atoms.variants import (
     BASIS_NAMES,
     PARAMETER_NAMES,
     SCORE_NAME,
@@ -30,6 +24,12 @@ from atomdiff.tuner.variants import (
     TENSOR_NAMES,
     atoms_of,
 )
+from atomdiff.tuner import weight_access
+from atomdiff.tuner.adapter_scales import AdapterScales, BaseAttributes
+from atomdiff.tuner.base_weight import BaseWeight
+from atomdiff.tuner.coefficient_cache import CoefficientCache, Key
+from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.peft_type import PREFIX
 
 
 def projections(directions: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -20,11 +20,11 @@ from peft.utils import AuxiliaryTrainingWrapper, NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
 from torch import nn
 
+from atomdiff.atoms.variants import atoms_of, variant_of
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.peft_type import PREFIX
-from atomdiff.tuner.variants import atoms_of, variant_of
 from atomdiff.utils.functional_call import PLAIN_LAYERS
 
 ATTENTION_PROJECTIONS = re.compile(

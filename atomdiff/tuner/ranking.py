@@ -12,8 +12,8 @@ import torch
 from torch import Tensor
 
 from atomdiff.atoms.directions import principal_directions
+from atomdiff.atoms.variants import variant_of
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.variants import variant_of
 
 Directions = Mapping[str, Mapping[str, Tensor]]
 """Module -> delta, as `Atoms.delta_name` names it -> directions (d, k), the most important first."""

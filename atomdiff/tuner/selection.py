@@ -13,9 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
+from atomdiff.atoms.variants import SCORE_NAME
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.variants import SCORE_NAME
 
 _WARM_UP = 0.2  # share of a run's steps without the penalty: at first no layer has changed anything yet
 

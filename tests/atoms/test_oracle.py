@@ -10,8 +10,8 @@ from torch.func import functional_call
 
 from atomdiff.atoms.sparse import sparse_coefficients
 from atomdiff.atoms.update import updated_weight
+from atomdiff.atoms.variants import TENSOR_NAMES
 from atomdiff.tuner import AtomConfig, AtomLayer
-from atomdiff.tuner.variants import TENSOR_NAMES
 
 LAYERS = {
     "3x3": lambda: nn.Conv2d(4, 6, 3),

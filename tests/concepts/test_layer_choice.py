@@ -6,12 +6,12 @@ import pytest
 import torch
 
 import atomdiff
+from atomdiff.atoms.variants import SCORE_NAME
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.concept_file import concept_bytes, read_concept_file, read_header
 from atomdiff.concepts.layer_choice import choose_layers, count_by_block
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
-from atomdiff.tuner.variants import SCORE_NAME
 from atomdiff.utils.errors import UserError
 from tests.concepts.test_concept_file import make_concept
 from tests.helpers import add_adapter, predict

@@ -11,6 +11,7 @@ import torch
 from peft import PeftModel
 
 import atomdiff
+from atomdiff.atoms.variants import SCORE_NAME
 from atomdiff.concepts.parameter_count import count_parameters
 from atomdiff.evaluate.size import num_trainable_parameters
 from atomdiff.evaluate.suite import open_adapted
@@ -22,7 +23,6 @@ from atomdiff.training.dreambooth import load_config, train
 from atomdiff.training.method import make_trainable
 from atomdiff.training.report import write
 from atomdiff.tuner.read_config import read_adapter
-from atomdiff.tuner.variants import SCORE_NAME
 from atomdiff.utils.errors import UserError
 from benchmarks.experiments import all_methods, own_rate, rate_option
 from tests.helpers import assert_same_tensors, assert_unchanged, concept_bytes, predict, read_log, snapshot

@@ -233,9 +233,9 @@ def test_the_variant_of_its_page_takes_the_places_that_it_says(tmp_path):
     for file, marker, code in (
         ("variants.py", "VARIANTS: tuple", blocks(page, "python")[0].partition("Atoms\n")[2] + "\n\n"),
         ("variants.py", "(JointAtoms,", "(ScaledAtoms, "),
-        ("config.py", "    recursion: int | None = field(", f"    {blocks(page, 'py')[0]}"),
+        ("settings.py", "    recursion: int | None = field(", f"    {blocks(page, 'py')[0]}"),
     ):
-        path = tmp_path / "atomdiff" / "tuner" / file
+        path = tmp_path / "atomdiff" / "atoms" / file
         before, found_marker, after = path.read_text().partition(marker)
         assert found_marker
         path.write_text(before + code + marker.removeprefix("(" if code[0] == "(" else "") + after)

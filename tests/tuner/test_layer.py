@@ -164,7 +164,7 @@ def test_sparse_coefficients_made_for_inference_serve_training_and_merging_and_m
         layer(x)
     layer(x).sum().backward()
     assert layer.tensors("atom_delta")["a"].grad.abs().max() > 0
-    monkeypatch.setattr("atomdiff.tuner.atom_basis.sparse_coefficients", lambda *_: pytest.fail("worked out again"))
+    monkeypatch.setattr("atomdiff.atoms.atom_basis.sparse_coefficients", lambda *_: pytest.fail("worked out again"))
     layer.merge()
     layer.unmerge()
     expected = layer(x).double()

@@ -5,9 +5,9 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch import nn
 
+from atomdiff.atoms.variants import atoms_of
 from atomdiff.tuner import AtomConfig, AtomLayer
 from atomdiff.tuner.model import preset_targets, supported_modules
-from atomdiff.tuner.variants import atoms_of
 
 
 class Attention(nn.Module):

@@ -7,11 +7,11 @@ import pytest
 import torch
 from torch import nn
 
+from atomdiff.atoms.variants import SCORE_NAME
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.tuner.inject import inject
 from atomdiff.tuner.selection import frozen_scores, has_budget, layer_scores, leave_out, selection_penalty
-from atomdiff.tuner.variants import SCORE_NAME
 
 
 def make_model(**settings):

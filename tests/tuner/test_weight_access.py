@@ -188,7 +188,7 @@ def test_coefficients_of_offloaded_weights_are_worked_out_once(pipe, files, monk
     atomdiff.load_atoms(pipe, files["sparse"])
     expected = predict(pipe)
     by_group(pipe.unet, None, "leaf_level")
-    monkeypatch.setattr("atomdiff.tuner.atom_basis.sparse_coefficients", lambda *_: pytest.fail("worked out again"))
+    monkeypatch.setattr("atomdiff.atoms.atom_basis.sparse_coefficients", lambda *_: pytest.fail("worked out again"))
     torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
 
 

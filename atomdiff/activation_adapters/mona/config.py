@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import ClassVar
 
 from atomdiff.activation_adapters.config import ActivationConfig
-from atomdiff.tuner.variant import check_count
+from atomdiff.atoms.variant import check_count
 
 _MAX_SIZES = 8
 

@@ -1,4 +1,4 @@
-"""The bases that atoms come from, chosen by `AtomConfig.basis`, and the coefficients of weights in them."""
+"""The bases that atoms come from, chosen by `AtomSettings.basis`, and the coefficients of weights in them."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from atomdiff.atoms.basis import dct_atoms, svd_atoms
 from atomdiff.atoms.sparse import sparse_atoms, sparse_coefficients
 
 if TYPE_CHECKING:
-    from atomdiff.tuner.config import AtomConfig
-    from atomdiff.tuner.variant import Atoms
+    from atomdiff.atoms.settings import AtomSettings
+    from atomdiff.atoms.variant import Atoms
 
 
 class SvdBasis:
@@ -26,7 +26,7 @@ class SvdBasis:
     has_coefficients = False
     """Whether coefficients are tensors; else the atoms are orthonormal, and none are needed."""
 
-    def first_atoms(self, atoms: Atoms, weight: Tensor, config: AtomConfig, seed: int, module_name: str) -> Tensor:
+    def first_atoms(self, atoms: Atoms, weight: Tensor, config: AtomSettings, seed: int, module_name: str) -> Tensor:
         """Atoms (m, d) that a layer starts with; zeros where a loader fills them in.
 
         Raises:
@@ -41,11 +41,11 @@ class SvdBasis:
             )
         return self.fit(atoms.view.rows(weight), atoms.num_atoms, config, seed, module_name)
 
-    def fit(self, rows: Tensor, num_atoms: int, config: AtomConfig, seed: int, module_name: str) -> Tensor:
+    def fit(self, rows: Tensor, num_atoms: int, config: AtomSettings, seed: int, module_name: str) -> Tensor:
         """Atoms (num_atoms, d) of rows (blocks, d)."""
         return svd_atoms(rows, num_atoms)
 
-    def coefficients(self, rows: Tensor, atoms: Tensor, config: AtomConfig) -> Tensor:
+    def coefficients(self, rows: Tensor, atoms: Tensor, config: AtomSettings) -> Tensor:
         """Coefficients (blocks, m) of rows (blocks, d)."""
         return rows @ atoms.to(rows).T
 
@@ -59,7 +59,7 @@ class DctBasis(SvdBasis):
 
     is_stored = False
 
-    def first_atoms(self, atoms: Atoms, weight: Tensor, config: AtomConfig, seed: int, module_name: str) -> Tensor:
+    def first_atoms(self, atoms: Atoms, weight: Tensor, config: AtomSettings, seed: int, module_name: str) -> Tensor:
         """See `SvdBasis`."""
         return dct_atoms(atoms.axes, atoms.num_atoms)
 
@@ -71,7 +71,7 @@ class SparseBasis(SvdBasis):
     has_coefficients = True
     _least, _longest = 2**-20, 2.0  # of entries that are not zero, and of norms: as stored, with some room
 
-    def fit(self, rows: Tensor, num_atoms: int, config: AtomConfig, seed: int, module_name: str) -> Tensor:
+    def fit(self, rows: Tensor, num_atoms: int, config: AtomSettings, seed: int, module_name: str) -> Tensor:
         """See `SvdBasis`.
 
         Warns:
@@ -85,7 +85,7 @@ class SparseBasis(SvdBasis):
             )
         return sparse_atoms(rows, num_atoms, config.sparsity, seed)
 
-    def coefficients(self, rows: Tensor, atoms: Tensor, config: AtomConfig) -> Tensor:
+    def coefficients(self, rows: Tensor, atoms: Tensor, config: AtomSettings) -> Tensor:
         """See `SvdBasis`."""
         return sparse_coefficients(rows, atoms.to(rows.device), config.sparsity)
 
@@ -97,4 +97,4 @@ class SparseBasis(SvdBasis):
 
 
 ATOM_BASES = {"svd": SvdBasis(), "dct": DctBasis(), "sparse": SparseBasis()}
-"""`AtomConfig.basis` -> basis."""
+"""`AtomSettings.basis` -> basis."""

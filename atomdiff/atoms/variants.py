@@ -1,11 +1,12 @@
 """The variants of the method: what is trained of a layer's atoms, one class each.
 
-A variant is chosen by its fields of `AtomConfig`. To add one, write a subclass of `Atoms`, name it in `VARIANTS`, and
-give `AtomConfig` its field; layers, files, reports and commands ask the class.
+A variant is chosen by its fields of `AtomSettings`. To add one, write a subclass of `Atoms`, name it in `VARIANTS`, and
+give `AtomSettings` its field; layers, files, reports and commands ask the class.
 """
 
 from __future__ import annotations
 
+import copy
 import math
 import sys
 from collections.abc import Callable, Mapping, Sequence
@@ -15,12 +16,13 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from atomdiff.atoms.atom_basis import ATOM_BASES
 from atomdiff.atoms.layout import Block, View, fit_block
 from atomdiff.atoms.update import recursive_delta, shared_delta
-from atomdiff.tuner.atom_basis import ATOM_BASES
-from atomdiff.tuner.variant import Atoms, check_count
+from atomdiff.atoms.variant import Atoms, check_count
 
 if TYPE_CHECKING:
+    from atomdiff.atoms.settings import AtomSettings
     from atomdiff.tuner.config import AtomConfig
 
 
@@ -31,12 +33,12 @@ class JointAtoms(Atoms):
     takes_blocks = True
 
     @classmethod
-    def is_chosen(cls, config: AtomConfig) -> bool:
+    def is_chosen(cls, config: AtomSettings) -> bool:
         """See `Atoms`."""
         return config.joint
 
     @classmethod
-    def check(cls, config: AtomConfig) -> None:
+    def check(cls, config: AtomSettings) -> None:
         """See `Atoms`."""
         if not isinstance(config.joint, bool):
             raise ValueError(f"joint={config.joint!r}: expected true or false")
@@ -44,7 +46,7 @@ class JointAtoms(Atoms):
             raise ValueError("joint=True with channel_block=1: there are no blocks to take whole; use 2 or more")
 
     @classmethod
-    def label(cls, config: AtomConfig) -> str:
+    def label(cls, config: AtomSettings) -> str:
         """See `Atoms`."""
         return f"{super().label(config)} taken whole"
 
@@ -61,12 +63,12 @@ class RecursiveAtoms(Atoms):
     parameter_names = ("recursion_delta", "recursion_mix")
 
     @classmethod
-    def is_chosen(cls, config: AtomConfig) -> bool:
+    def is_chosen(cls, config: AtomSettings) -> bool:
         """See `Atoms`."""
         return config.recursion is not None
 
     @classmethod
-    def check(cls, config: AtomConfig) -> None:
+    def check(cls, config: AtomSettings) -> None:
         """See `Atoms`."""
         if config.recursion is not None:
             check_count("recursion", config.recursion)
@@ -77,7 +79,7 @@ class RecursiveAtoms(Atoms):
                 )
 
     @classmethod
-    def check_targets(cls, config: AtomConfig, layers: Mapping[str, Sequence[Atoms]]) -> None:
+    def check_targets(cls, config: AtomSettings, layers: Mapping[str, Sequence[Atoms]]) -> None:
         """See `Atoms`."""
         if not any(isinstance(atoms, cls) for of_layer in layers.values() for atoms in of_layer):
             raise ValueError(
@@ -86,17 +88,17 @@ class RecursiveAtoms(Atoms):
             )
 
     @classmethod
-    def label(cls, config: AtomConfig) -> str:
+    def label(cls, config: AtomSettings) -> str:
         """See `Atoms`."""
         return f"{super().label(config)}, recursion {config.recursion}"
 
     @classmethod
-    def why_not_fitted(cls, config: AtomConfig) -> str:
+    def why_not_fitted(cls, config: AtomSettings) -> str:
         """See `Atoms`."""
         return f"recursion={config.recursion}: its atoms cannot be fitted by least squares; extract without recursion"
 
     @classmethod
-    def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
+    def of_kernels(cls, config: AtomSettings, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
         """See `Atoms`."""
         assert config.recursion is not None
         view = replace(view, by_input=True)
@@ -148,12 +150,12 @@ class SharedAtoms(Atoms):
     only_kernels = False
 
     @classmethod
-    def is_chosen(cls, config: AtomConfig) -> bool:
+    def is_chosen(cls, config: AtomSettings) -> bool:
         """See `Atoms`."""
         return config.share is not None
 
     @classmethod
-    def check(cls, config: AtomConfig) -> None:
+    def check(cls, config: AtomSettings) -> None:
         """See `Atoms`."""
         check_count("share_count", config.share_count)
         if config.share not in (None, "kind"):
@@ -172,17 +174,17 @@ class SharedAtoms(Atoms):
                 )
 
     @classmethod
-    def label(cls, config: AtomConfig) -> str:
+    def label(cls, config: AtomSettings) -> str:
         """See `Atoms`."""
         return f"{super().label(config)}, {config.share_count} directions for each kind of layer"
 
     @classmethod
-    def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
+    def of_kernels(cls, config: AtomSettings, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
         """See `Atoms`."""
         return cls("atom", view, view.axes(weight_shape), num_atoms, config.share_count)
 
     @classmethod
-    def of_channels(cls, config: AtomConfig, view: View) -> Atoms:
+    def of_channels(cls, config: AtomSettings, view: View) -> Atoms:
         """See `Atoms`."""
         return cls("channel", view, view.block, math.prod(view.block), config.share_count)
 
@@ -221,12 +223,12 @@ SCORE_START, SCORE_THRESHOLD = 0.15, 0.1
 """A layer acts while its score is at least the threshold."""
 
 
-def variant_of(config: AtomConfig) -> type[Atoms]:
+def variant_of(config: AtomSettings) -> type[Atoms]:
     """The variant that a config chooses."""
     return next(variant for variant in VARIANTS if variant.is_chosen(config))
 
 
-def atoms_of(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) -> tuple[Atoms, ...]:
+def atoms_of(config: AtomSettings, module_name: str, weight_shape: Sequence[int]) -> tuple[Atoms, ...]:
     """The atoms of one layer: of its kernels (or whole blocks), and of its channel blocks.
 
     A layer without a kernel has only the latter; if it has no blocks either, one number that scales its weight.
@@ -253,6 +255,16 @@ def atoms_of(config: AtomConfig, module_name: str, weight_shape: Sequence[int]) 
     return tuple(replace(a, num_atoms=min(kept[a.name], a.num_atoms)) for a in atom_sets if a.name in kept)
 
 
+def stored_atoms(
+    config: AtomSettings, module_name: str, tensors: Mapping[str, Tensor], weight_shape: Sequence[int]
+) -> tuple[Atoms, ...]:
+    """As `atoms_of`, of a layer in a file: pruned ones have as many atoms as their tensors."""
+    if config.pruned:
+        config = copy.copy(config)
+        config.kept_atoms = {module_name: kept_atoms(tensors)}
+    return atoms_of(config, module_name, weight_shape)
+
+
 def kept_atoms(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     """Name of atoms -> how many of them a layer has, by its tensors; as many as it can have where they do not say."""
     counts = {"channel" if kind.startswith("channel") else "atom": sys.maxsize for kind in tensors}
@@ -260,7 +272,7 @@ def kept_atoms(tensors: Mapping[str, Tensor]) -> dict[str, int]:
     return counts | {name: (*basis.shape, 0)[0] for name, basis in bases.items()}
 
 
-def _num_atoms(config: AtomConfig, module_name: str, block: Block, axes: Sequence[int]) -> int:
+def _num_atoms(config: AtomSettings, module_name: str, block: Block, axes: Sequence[int]) -> int:
     size = math.prod(axes)
     num_atoms = config.num_atoms or size
     if num_atoms > size and not ATOM_BASES[config.basis].is_overcomplete:

@@ -13,6 +13,7 @@ from torch import Tensor
 from atomdiff.atoms.layout import View
 
 if TYPE_CHECKING:
+    from atomdiff.atoms.settings import AtomSettings
     from atomdiff.tuner.config import AtomConfig
 
 _RANDOM_START = 0.5  # size of a random start: about that of the change of a weight, relative to the weight
@@ -45,12 +46,12 @@ class Atoms:
     """Whether a row is a whole block of channels with its kernels, so that there are no atoms of channels beside it."""
 
     @classmethod
-    def is_chosen(cls, config: AtomConfig) -> bool:
+    def is_chosen(cls, config: AtomSettings) -> bool:
         """Whether a config means this variant."""
         return True
 
     @classmethod
-    def check(cls, config: AtomConfig) -> None:
+    def check(cls, config: AtomSettings) -> None:
         """Check the variant's own fields, also where it is not chosen.
 
         Raises:
@@ -58,7 +59,7 @@ class Atoms:
         """
 
     @classmethod
-    def check_targets(cls, config: AtomConfig, layers: Mapping[str, Sequence[Atoms]]) -> None:
+    def check_targets(cls, config: AtomSettings, layers: Mapping[str, Sequence[Atoms]]) -> None:
         """Check, where the variant is chosen, that it has something to act on in the matching layers.
 
         Raises:
@@ -66,22 +67,22 @@ class Atoms:
         """
 
     @classmethod
-    def label(cls, config: AtomConfig) -> str:
+    def label(cls, config: AtomSettings) -> str:
         """How reports and model cards describe it."""
         return f"channel blocks of {config.channel_block}"
 
     @classmethod
-    def why_not_fitted(cls, config: AtomConfig) -> str:
+    def why_not_fitted(cls, config: AtomSettings) -> str:
         """Why least squares cannot fit its deltas to a tuned weight; empty: they can."""
         return ""
 
     @classmethod
-    def of_kernels(cls, config: AtomConfig, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
+    def of_kernels(cls, config: AtomSettings, view: View, weight_shape: Sequence[int], num_atoms: int) -> Atoms:
         """The atoms of the kernels, or whole blocks, of a layer."""
         return cls("atom", view, view.axes(weight_shape), num_atoms)
 
     @classmethod
-    def of_channels(cls, config: AtomConfig, view: View) -> Atoms:
+    def of_channels(cls, config: AtomSettings, view: View) -> Atoms:
         """The atoms of the channel blocks of a layer."""
         return Atoms("channel", view, view.block, math.prod(view.block))
 
@@ -116,7 +117,7 @@ class Atoms:
         """`delta_name` -> delta of all atoms of a layer, from its tensors alone."""
         return {name: tensor for name, tensor in tensors.items() if name.endswith("_delta")}
 
-    def stored_shapes(self, config: AtomConfig) -> dict[str, tuple[int, ...]]:
+    def stored_shapes(self, config: AtomSettings) -> dict[str, tuple[int, ...]]:
         """Name -> shape of each tensor in a file."""
         basis = {f"{self.name}_basis": (self.num_atoms, self.size)} if config.stores_basis else {}
         return self.parameter_shapes() | basis
