@@ -23,7 +23,7 @@ def extend_contact_sheet(output_dir: Path, step: int, images: Sequence[Image.Ima
     folder.mkdir(parents=True, exist_ok=True)
     drop_rows(output_dir, step)
     rows: dict[int, list[Image.Image | None]] = {}
-    for number, file in _row_files(output_dir):
+    for number, file in list_row_files(output_dir):
         rows.setdefault(number, []).append(_read_image(file))
     rows[step] = list(images)
     unknown = [""] * (max(map(len, rows.values())) - len(prompts))
@@ -35,12 +35,12 @@ def extend_contact_sheet(output_dir: Path, step: int, images: Sequence[Image.Ima
 
 def drop_rows(output_dir: Path, step: int) -> None:
     """Remove the images of the rows of a step and of later ones."""
-    for number, file in _row_files(output_dir):
+    for number, file in list_row_files(output_dir):
         if number >= step:
             file.unlink()
 
 
-def _row_files(output_dir: Path) -> list[tuple[int, Path]]:
+def list_row_files(output_dir: Path) -> list[tuple[int, Path]]:
     """List the images of the contact sheet with their steps, in order."""
     files = [(_ROW_FILE.fullmatch(file.name), file) for file in sorted((output_dir / "validation").glob("step-*.png"))]
     return [(int(match[1]), file) for match, file in files if match and file.is_file()]
