@@ -3,7 +3,7 @@ PYTHON ?= $(shell command -v python3.11 || command -v python3)
 BIN := .venv/bin
 READY := .venv/ready
 
-.PHONY: help setup demo test test-fast check docs
+.PHONY: help setup demo ui test test-fast check docs
 
 help:  ## Show this list.
 	@sed -n 's/^\([a-z-]*\):.*## \(.*\)/  make \1\t\2/p' Makefile | expand -t 20
@@ -17,6 +17,9 @@ $(READY): pyproject.toml constraints.txt
 
 demo: $(READY)  ## Train on samples/subjects/mug, generate images and measure; a few minutes.
 	$(BIN)/atomdiff demo
+
+ui: $(READY)  ## Open a page in the browser to train, try and keep concepts of the embedded model.
+	$(BIN)/atomdiff ui --pretrained_model_name_or_path samples/toybox-sd --train_config configs/demo.yaml
 
 test: $(READY)  ## Run all tests.
 	$(BIN)/python -m pytest --numprocesses auto --maxprocesses 4 --dist worksteal

@@ -155,6 +155,16 @@ def demo(args: Sequence[str]) -> None:
     print(describe_report(run_demo(config)))
 
 
+def ui(args: Sequence[str]) -> None:
+    """Open a page in the browser to train, try and keep concepts without code."""
+    from atomdiff.ui.config import UiConfig
+    from atomdiff.ui.page import serve_page
+
+    config = parse_config(UiConfig, args, prog="atomdiff ui")
+    quiet_libraries()
+    serve_page(config)
+
+
 def doctor(args: Sequence[str]) -> None:
     """Show what a bug report needs: versions, device, precision, optional packages, memory, disk, caches."""
     from atomdiff.cli.doctor import DoctorConfig, examine
@@ -163,7 +173,7 @@ def doctor(args: Sequence[str]) -> None:
     print(examine())
 
 
-_VERBS = (train, rerun, tune, sample, evaluate, inspect, similar, export, extract, prune, average, demo, doctor)
+_VERBS = (train, rerun, tune, sample, evaluate, inspect, similar, export, extract, prune, average, demo, ui, doctor)
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
 

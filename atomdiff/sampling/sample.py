@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -128,7 +128,7 @@ def _save_share(
     if state.is_main_process:
         warn_about_prompts(pipe, requests)
         print_schedulers(pipe.scheduler, schedulers)
-    images = _generate(config, pipe, share, schedulers)
+    images = generate_samples(config, AdapterCache(pipe), share, schedulers)
     blacked_out = []
     for file, image in ProgressBar(images, "generating", len(share), unit="images", disable=not state.is_main_process):
         if image is None:
@@ -138,11 +138,21 @@ def _save_share(
     return blacked_out
 
 
-def _generate(
-    config: SampleConfig, pipe: Any, samples: Sequence[Sample], schedulers: dict[PromptRequest, Any]
+def generate_samples(
+    config: SampleConfig, cache: AdapterCache, samples: Sequence[Sample], schedulers: Mapping[PromptRequest, Any]
 ) -> Iterator[tuple[SampleFile, Image.Image | None]]:
-    """Yield the images batch by batch; the images of a batch have one scheduler."""
-    cache, negative = AdapterCache(pipe), config.negative_prompt
+    """Yield the images batch by batch; None for one that the safety checker blacked out.
+
+    Args:
+        config: how they are generated; not which ones.
+        cache: the pipeline with concepts that are loaded already; its scheduler is set to that of the last images.
+        samples: the images.
+        schedulers: request -> scheduler; the images of a batch have one.
+
+    Raises:
+        UserError: a concept cannot be loaded, or an image is black or not finite.
+    """
+    pipe, negative = cache.pipe, config.negative_prompt
     by_scheduler: dict[Any, list[Sample]] = {}
     for sample in samples:
         by_scheduler.setdefault(schedulers[sample.request], []).append(sample)

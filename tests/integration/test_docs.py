@@ -36,6 +36,7 @@ from atomdiff.training.config.rerun import RerunConfig
 from atomdiff.training.config.tune import TuneConfig
 from atomdiff.training.optimizers import build_optimizer
 from atomdiff.tuner import AtomConfig
+from atomdiff.ui.config import UiConfig
 from atomdiff.utils.options import parse_config, parse_with_overrides
 from benchmarks import methods as methods_benchmark
 
@@ -57,6 +58,7 @@ VERBS = {
     "extract": lambda options: parse_config(ExtractConfig, options),
     "similar": lambda options: parse_config(SimilarConfig, options, positional="file"),
     "average": lambda options: parse_config(AverageConfig, options, positional="files"),
+    "ui": lambda options: parse_config(UiConfig, options),
     "prune": lambda options: parse_config(PruneConfig, options, positional="file"),
 }
 
@@ -165,7 +167,7 @@ def test_links_and_files_are_there():
 def test_names_of_modules_and_options_are_there():
     known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run", "part"}
     kinds = (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig)
-    for kind in (*kinds, PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig):
+    for kind in (*kinds, PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig, UiConfig):
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():
         if page == "CHANGELOG.md":

@@ -28,10 +28,12 @@ _LINES = {
 }
 
 
-def draw_curves(log: Sequence[Mapping[str, Any]], measurements: Sequence[Mapping[str, Any]], saved_step: int) -> Figure:
+def draw_curves(
+    log: Sequence[Mapping[str, Any]], measurements: Sequence[Mapping[str, Any]], saved_step: int | None
+) -> Figure:
     """Draw the loss of a training log, and below it the measurements of a validation log, if there are any.
 
-    A line marks the step whose parameters were saved.
+    A line marks the step whose parameters were saved; None: the run goes on.
     """
     rows = 1 + 2 * bool(measurements)
     heights = [3, 4, 2][:rows]
@@ -46,10 +48,12 @@ def draw_curves(log: Sequence[Mapping[str, Any]], measurements: Sequence[Mapping
                 label, color = _LINES[name]
                 if points:
                     axis.plot(*zip(*points, strict=True), color=color, marker="o", markersize=3, label=label)
-            axis.axvline(saved_step, color=_INK, linewidth=1, linestyle=":")
+            if saved_step is not None:
+                axis.axvline(saved_step, color=_INK, linewidth=1, linestyle=":")
             axis.legend(loc="best", fontsize=9)
         if measurements:
-            axes[1].set_title(f"loss at fixed noise (dotted: step {saved_step}, saved)", loc="left", fontsize=10)
+            marked = "" if saved_step is None else f" (dotted: step {saved_step}, saved)"
+            axes[1].set_title(f"loss at fixed noise{marked}", loc="left", fontsize=10)
             axes[2].set_ylim(bottom=0)
         axes[-1].set_xlabel("step")
         for axis in axes:

@@ -1,0 +1,209 @@
+"""The tab *Train*: photos in, a training job out, and what it does."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import gradio as gr
+
+from atomdiff.ui import render
+from atomdiff.ui.components import heading, showing_errors
+from atomdiff.ui.jobs import Job
+from atomdiff.ui.photos import Photo, look_at_photo
+from atomdiff.ui.progress import read_progress
+from atomdiff.ui.recipes import (
+    PRESET_HELP,
+    check_config,
+    combine_options,
+    command_line,
+    concept_name,
+    native_side,
+    starting_options,
+)
+from atomdiff.ui.workspace import Workspace
+from atomdiff.utils.errors import UserError
+
+_REFRESH = 2.0  # seconds between looks at a run
+_NO_JOB = '<div class="card empty">No training yet. Drop a few photos and press Start.</div>'
+
+
+def train_tab(workspace: Workspace, page: gr.Blocks) -> None:
+    """Build the tab."""
+    advanced_text = starting_options(workspace.config)
+    photos = gr.State([])
+    with gr.Row(equal_height=False):
+        with gr.Column(scale=5, min_width=320):
+            heading("1. Photos", "Three to ten of one subject, from different sides, in different places.")
+            dropped = gr.File(
+                file_count="multiple",
+                file_types=["image"],
+                label="Drop photos here",
+                height=140,
+                interactive=True,
+                elem_id="photos",
+            )
+            cards = gr.Column()
+            heading("2. Words", "What it is, and a rare word that will stand for yours.")
+            with gr.Row():
+                class_name = gr.Textbox(
+                    "", label="Class", placeholder="mug, dog, robot ...", interactive=True, elem_id="class-name"
+                )
+                trigger_word = gr.Textbox("sks", label="Trigger word", interactive=True, elem_id="trigger-word")
+            heading("3. Size", "How much is trained.")
+            preset = gr.Radio(
+                [(f"{name}: {text}", name) for name, text in PRESET_HELP.items()],
+                value="default",
+                show_label=False,
+                interactive=True,
+                elem_id="preset",
+            )
+            with gr.Accordion("Advanced: all options as YAML", open=False):
+                advanced = gr.Code(
+                    advanced_text, language="yaml", show_label=False, interactive=True, max_lines=24, elem_id="advanced"
+                )
+            start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+        with gr.Column(scale=6, min_width=320):
+            chosen = gr.Dropdown([], label="Training", interactive=True, elem_id="jobs")
+            status = gr.HTML(_NO_JOB, elem_id="status")
+            with gr.Row():
+                stop = gr.Button("Stop", interactive=False, elem_id="stop")
+                resume = gr.Button("Resume", interactive=False, elem_id="resume")
+            images = gr.Gallery(
+                show_label=False,
+                columns=4,
+                height="auto",
+                object_fit="contain",
+                format="png",
+                interactive=False,
+                visible=False,
+                buttons=["download", "fullscreen"],
+                elem_id="run-images",
+            )
+            curve = gr.HTML()
+            report = gr.HTML(elem_id="report")
+            with gr.Accordion("The same on the command line", open=False, visible=False) as command_box:
+                command = gr.Code(language="shell", show_label=False, interactive=False, buttons=["copy"])
+
+    seen = gr.State()
+    view = [seen, chosen, status, stop, resume, images, curve, report, command_box, command]
+
+    def look(name: str | None, last: Any) -> list[Any]:
+        return _view(workspace, name, last)
+
+    @showing_errors
+    def add_photos(files: Sequence[str] | None, known: list[Photo]) -> tuple[list[Photo], None]:
+        side = native_side(workspace.config.pretrained_model_name_or_path)
+        names = {photo.file for photo in known}
+        return known + [look_at_photo(Path(file), side) for file in files or () if Path(file) not in names], None
+
+    dropped.upload(add_photos, [dropped, photos], [photos, dropped])
+
+    with cards:
+
+        @gr.render(inputs=[photos])
+        def show_photos(known: list[Photo]) -> None:
+            captions = []
+            for photo in known:
+                with gr.Row(equal_height=False, elem_classes="photo"):
+                    if photo.thumbnail is not None:
+                        gr.Image(
+                            photo.thumbnail,
+                            show_label=False,
+                            interactive=False,
+                            buttons=[],
+                            height=72,
+                            scale=1,
+                            min_width=72,
+                        )
+                    with gr.Column(scale=4, min_width=160):
+                        caption = gr.Textbox(
+                            "",
+                            label="Caption (optional)",
+                            info=photo.note or None,
+                            lines=1,
+                            interactive=True,
+                            visible=photo.can_be_used,
+                            key=f"caption-{photo.file}",
+                        )
+                        if photo.can_be_used:
+                            captions.append(caption)
+                        else:
+                            gr.Markdown(f"**{photo.file.name}** {photo.note}", elem_classes="note")
+                    remove = gr.Button("Remove", size="sm", scale=0, min_width=80)
+                    remove.click(lambda now, file=photo.file: [p for p in now if p.file != file], [photos], [photos])
+            usable = [photo.file for photo in known if photo.can_be_used]
+
+            @showing_errors
+            def start_training(class_name: str, trigger_word: str, preset: str, advanced: str, *texts: str) -> Any:
+                job = _add_job(
+                    workspace, list(zip(usable, texts, strict=True)), class_name, trigger_word, preset, advanced
+                )
+                return look(job.name, None)
+
+            start.click(start_training, [class_name, trigger_word, preset, advanced, *captions], view)
+
+    @showing_errors
+    def stop_job(name: str) -> list[Any]:
+        workspace.jobs.stop(workspace.jobs.job(name))
+        return look(name, None)
+
+    @showing_errors
+    def resume_job(name: str) -> list[Any]:
+        workspace.jobs.resume(workspace.jobs.job(name))
+        return look(name, None)
+
+    stop.click(stop_job, [chosen], view)
+    resume.click(resume_job, [chosen], view)
+    chosen.input(lambda name: look(name, None), [chosen], view, show_progress="hidden")
+    page.load(lambda: look(None, None), None, view, show_progress="hidden")
+    gr.Timer(_REFRESH).tick(look, [chosen, seen], view, show_progress="hidden")
+
+
+def _add_job(
+    workspace: Workspace,
+    images: Sequence[tuple[Path, str]],
+    class_name: str,
+    trigger_word: str,
+    preset: str,
+    advanced: str,
+) -> Job:
+    if not images:
+        raise UserError("found no photo; drop at least one of the subject, better three to ten")
+    folder = workspace.jobs.folder
+    options = combine_options(class_name, trigger_word, preset, advanced, len(images), folder)
+    return workspace.jobs.add(concept_name(class_name, trigger_word), images, options, check_config)
+
+
+def _view(workspace: Workspace, name: str | None, last: Any) -> list[Any]:
+    """Return what the right side shows of a job, by default the newest; nothing where all is as it was."""
+    jobs = workspace.jobs.jobs()
+    job = next((job for job in jobs if job.name == name), jobs[0] if jobs else None)
+    if job is None:
+        return [None, gr.update(choices=[], value=None), _NO_JOB, *[gr.skip()] * 7]
+    progress, statuses = read_progress(job.run_folder), {each: each.status for each in jobs}
+    status = statuses[job]
+    now = [job.name, [*statuses.values()], progress.step, len(progress.measurements), len(progress.images)]
+    now += [progress.report is not None, job.last_line]
+    if now == last:
+        return [gr.skip()] * 10
+    choices = [(f"{each.name} · {statuses[each]} · {_date(each)}", each.name) for each in jobs]
+    shown = [(str(file), f"step {step}") for step, file in progress.images]
+    return [
+        now,
+        gr.update(choices=choices, value=job.name),
+        render.status_card(job, progress),
+        gr.update(interactive=status in ("queued", "running")),
+        gr.update(interactive=status in ("stopped", "failed")),
+        gr.update(value=shown, visible=bool(shown)),
+        render.curves(progress),
+        render.findings(progress) if status == "finished" else "",
+        gr.update(visible=True),
+        command_line(job.config_file),
+    ]
+
+
+def _date(job: Job) -> str:
+    return time.strftime("%b %d, %H:%M", time.localtime(job.created))

@@ -1,0 +1,45 @@
+"""What the page says of photos before a run."""
+
+import pytest
+from PIL import Image
+
+from atomdiff.ui.photos import look_at_photo
+
+
+@pytest.fixture
+def photo(tmp_path):
+    """Writes an image of a size, turned by EXIF where asked, and looks at it."""
+
+    def look(size, resolution=64, orientation=1):
+        file, exif = tmp_path / "photo.jpg", Image.Exif()
+        exif[0x0112] = orientation
+        Image.new("RGB", size, (10, 20, 30)).save(file, exif=exif)
+        return look_at_photo(file, resolution)
+
+    return look
+
+
+def test_nothing_is_said_of_a_square_photo(photo):
+    assert photo((64, 64)).note == ""
+    assert photo((64, 66)).can_be_used
+
+
+def test_turned_and_cropped_photos_are_named(photo):
+    turned = photo((120, 64), orientation=6)
+    assert turned.thumbnail.size == (64, 120)
+    assert turned.note == "turned upright, as the camera noted; not square (64x120): trained in square crops"
+
+
+def test_small_photos_are_enlarged_or_refused_as_training_does(photo):
+    assert photo((40, 40)).note == "small: enlarged to 64 pixels"
+    refused = photo((31, 90))
+    assert not refused.can_be_used
+    assert "31 pixels on its shorter side; expected at least 32" in refused.note
+    assert photo((31, 31), resolution=None).note == ""
+
+
+def test_files_that_are_no_images_are_refused(tmp_path):
+    (tmp_path / "photo.png").write_text("hello")
+    photo = look_at_photo(tmp_path / "photo.png", 64)
+    assert not photo.can_be_used
+    assert photo.note.startswith("cannot be used: no png")

@@ -1,0 +1,69 @@
+"""The options that the page makes of its fields."""
+
+import pytest
+import yaml
+
+from atomdiff.ui import recipes
+from atomdiff.utils.errors import UserError
+
+
+def combine(tmp_path, advanced="", class_name="mug", preset="tiny", num_images=3):
+    return recipes.combine_options(class_name, "sks", preset, advanced, num_images, tmp_path)
+
+
+def test_fields_and_advanced_become_one_config(ui_config, tmp_path, teapot_images):
+    text = recipes.starting_options(ui_config)
+    options = combine(tmp_path, text, num_images=5)
+    assert options["class_name"] == "mug" and options["validation_split"] == 0.2
+    file = tmp_path / "train.yaml"
+    file.write_text(yaml.safe_dump({**options, "instance_data_dir": str(teapot_images), "output_dir": str(tmp_path)}))
+    config = recipes.check_config(file)
+    assert config.max_train_steps == 2
+    assert config.pretrained_model_name_or_path == ui_config.pretrained_model_name_or_path
+    assert config.learning_rate == 1.4e-3  # from the overrides of the preset
+    assert not list(tmp_path.glob(".advanced*"))
+
+
+def test_advanced_wins(tmp_path):
+    assert combine(tmp_path, "trigger_word: zwx\nvalidation_split: 0")["trigger_word"] == "zwx"
+    assert "validation_split" not in combine(tmp_path, num_images=4)
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"class_name": " "}, "no class name"),
+        ({"preset": "huge"}, "expected one of tiny, default, faithful"),
+        ({"advanced": "seed: ["}, "Advanced: cannot be read as YAML"),
+        ({"advanced": "- seed"}, "one option per line"),
+    ],
+)
+def test_mistakes_are_named(tmp_path, fields, message):
+    with pytest.raises(UserError, match=message):
+        combine(tmp_path, **fields)
+
+
+def test_unknown_options_are_refused_in_one_line(tmp_path):
+    file = tmp_path / "train.yaml"
+    file.write_text("pretrained_model_name_or_path: x\nsteps: 3\n")
+    with pytest.raises(UserError, match="there is no option 'steps'$"):
+        recipes.check_config(file)
+
+
+def test_the_page_begins_with_a_config_that_fits_the_base(ui_config, tiny_xl_pipe_folder):
+    from dataclasses import replace
+
+    real = yaml.safe_load(recipes.starting_options(replace(ui_config, train_config=None)))
+    assert real["resolution"] == 512 and real["validation_steps"] == 100
+    xl = replace(ui_config, train_config=None, pretrained_model_name_or_path=str(tiny_xl_pipe_folder))
+    assert yaml.safe_load(recipes.starting_options(xl))["resolution"] == 1024
+
+
+def test_sizes_names_and_commands(tiny_pipe_folder, tmp_path):
+    assert recipes.native_side(str(tiny_pipe_folder)) == 32
+    assert recipes.native_side("somebody/base") is None
+    assert recipes.concept_name("Big mug", "sks") == "sks-big-mug"
+    with pytest.raises(UserError, match="no letter"):
+        recipes.concept_name("/", "..")
+    assert recipes.command_line(tmp_path / "my file.yaml").endswith("my file.yaml'")
+    assert recipes.samples_per_step({"train_batch_size": 3, "with_prior_preservation": True}) == 6
