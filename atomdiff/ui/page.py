@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from atomdiff.ui.config import UiConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
+from atomdiff.utils.progress import log
 
 if TYPE_CHECKING:
     import gradio as gr
@@ -35,7 +36,9 @@ def serve_page(config: UiConfig) -> None:
     with lock_folder(workspace.jobs.folder):
         workspace.jobs.start()
         try:
-            launch(build_page(workspace), workspace)
+            page = build_page(workspace)
+            log(f"the page is at {launch(page, workspace)}; Ctrl-C ends its server, not the training")
+            page.block_thread()
         finally:
             workspace.jobs.close()
 
@@ -67,8 +70,8 @@ def build_page(workspace: Workspace) -> gr.Blocks:
     return page
 
 
-def launch(page: gr.Blocks, workspace: Workspace, block: bool = True) -> str:
-    """Start the server of a page, and return its address; with `block` only when it ends.
+def launch(page: gr.Blocks, workspace: Workspace) -> str:
+    """Start the server of a page in a thread, and return its address.
 
     Raises:
         UserError: the port is taken.
@@ -100,7 +103,7 @@ def launch(page: gr.Blocks, workspace: Workspace, block: bool = True) -> str:
             server_port=config.port,
             share=False,
             inbrowser=False,
-            prevent_thread_lock=not block,
+            prevent_thread_lock=True,
             quiet=True,
             footer_links=[],
             allowed_paths=[str(Path(folder).resolve()) for folder in (config.output_dir, config.library)],

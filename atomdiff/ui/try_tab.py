@@ -94,10 +94,11 @@ def try_tab(workspace: Workspace, page: gr.Blocks) -> None:
 
     with sliders:
 
-        @gr.render(inputs=[concepts])
-        def show_sliders(names: list[str]) -> None:
+        @gr.render(inputs=[concepts, weights], triggers=[concepts.change])
+        def show_sliders(names: list[str], weights_now: dict[str, float]) -> None:
             for name in names:
-                slider = gr.Slider(0, 1.5, value=1, step=0.05, label=name, key=f"weight-{name}", interactive=True)
+                value = weights_now.get(name, 1.0)
+                slider = gr.Slider(0, 1.5, value, step=0.05, label=name, key=f"weight-{name}", interactive=True)
                 slider.change(partial(_set_weight, name), [slider, weights], [weights], show_progress="hidden")
 
     @showing_errors

@@ -16,7 +16,7 @@ pytestmark = [
     pytest.mark.slow,
     pytest.mark.skipif(CHROMIUM is None, reason="chromium is missing; tests/install_chromium.sh installs it"),
 ]
-TIMEOUT = 120_000  # milliseconds; a training process begins within seconds on a machine that is not busy
+TIMEOUT = 90_000  # milliseconds; what takes long is the start of the training process
 
 
 def free_port():
@@ -35,7 +35,7 @@ def workspace(ui_config, monkeypatch):
     workspace = open_workspace(replace(ui_config, port=free_port()))
     workspace.jobs.start()
     page = build_page(workspace)
-    launch(page, workspace, block=False)
+    launch(page, workspace)
     yield workspace
     page.close()
     workspace.jobs.close()
@@ -102,7 +102,7 @@ def test_train_try_and_export(browser, workspace, address, tmp_path):
     page.locator("#gallery button:has(img)").first.click()
     page.locator("#details", has_text="filter atoms").wait_for()
     page.locator("#export").click()
-    page.locator("#exported", has_text="sks-mug-lora.safetensors").wait_for()
+    page.locator("#exported", has_text="sks-mug-lora").wait_for()
     assert Path(workspace.config.output_dir, "exports", "sks-mug-lora.safetensors").is_file()
     page.locator("#delete").click()
     page.get_by_text("The library is empty").wait_for()
