@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 from atomdiff.pipelines.config import BaseModelConfig
 from atomdiff.utils.fields import ExistingPath, Range
@@ -30,6 +30,11 @@ class UiConfig(BaseModelConfig):
     and delete."""
     port: Annotated[int, Range(1, 65535)] = 7860
     """Port to listen on."""
+
+    @property
+    def base_options(self) -> dict[str, Any]:
+        """The options that name the base, for other commands."""
+        return {field.name: getattr(self, field.name) for field in fields(BaseModelConfig)}
 
     @property
     def jobs_folder(self) -> Path:

@@ -107,10 +107,7 @@ def library_tab(workspace: Workspace, page: gr.Blocks, tab: gr.Tab) -> None:
         output.parent.mkdir(parents=True, exist_ok=True)
         done = export_concepts(
             ExportConfig(
-                pretrained_model_name_or_path=workspace.config.pretrained_model_name_or_path,
-                revision=workspace.config.revision,
-                variant=workspace.config.variant,
-                single_file_config=workspace.config.single_file_config,
+                **workspace.config.base_options,
                 concepts=(str(info.path),),
                 to=form,  # type: ignore[arg-type]  # as in the table
                 output=str(output),

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
 
 _CSS_FILE = Path(__file__).with_name("page.css")
 _MAX_UPLOAD = "64mb"  # a photo
+_CACHE = (3600, 86400)  # seconds between looks at copies of photos and images, and that they are kept
 
 
 def serve_page(config: UiConfig) -> None:
@@ -55,7 +56,7 @@ def build_page(workspace: Workspace) -> gr.Blocks:
     from atomdiff.ui.train_tab import train_tab
     from atomdiff.ui.try_tab import try_tab
 
-    with gr.Blocks(title="atomdiff", analytics_enabled=False, fill_width=True) as page:
+    with gr.Blocks(title="atomdiff", analytics_enabled=False, fill_width=True, delete_cache=_CACHE) as page:
         base = Path(workspace.config.pretrained_model_name_or_path).name
         gr.HTML(
             f'<div class="title"><h1>atomdiff</h1><p>Teach {base} your subject, in a file of a few kilobytes.</p></div>'

@@ -74,6 +74,7 @@ def train_tab(workspace: Workspace, page: gr.Blocks) -> None:
             images = gr.Gallery(
                 show_label=False,
                 columns=4,
+                fit_columns=False,
                 height="auto",
                 object_fit="contain",
                 format="png",

@@ -37,7 +37,7 @@ def try_tab(workspace: Workspace, page: gr.Blocks) -> None:
                 [], multiselect=True, show_label=False, container=False, interactive=True, elem_id="concepts"
             )
             sliders = gr.Column()
-            heading("Prompt", "Press a trigger phrase to add it. Concepts act where their phrase stands.")
+            heading("Prompt", "Press a trigger phrase to add it; a concept shows where its phrase stands.")
             chips = gr.Row(elem_classes="chips")
             prompt = gr.Textbox(
                 "",
@@ -116,10 +116,7 @@ def try_tab(workspace: Workspace, page: gr.Blocks) -> None:
         chosen = {name: weights.get(name, 1.0) for name in names}
         requests = plan(prompt, chosen, mode, range(int(seed), int(seed) + int(count)))
         config = SampleConfig(
-            pretrained_model_name_or_path=workspace.config.pretrained_model_name_or_path,
-            revision=workspace.config.revision,
-            variant=workspace.config.variant,
-            single_file_config=workspace.config.single_file_config,
+            **workspace.config.base_options,
             dtype=workspace.config.dtype,
             output_dir=str(workspace.config.images_folder / time.strftime("%Y-%m-%d_%H%M%S")),
             negative_prompt=negative.strip() or None,

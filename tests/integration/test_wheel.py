@@ -39,6 +39,7 @@ def test_all_modules_and_assets_are_in_it(site):
     assert modules == {path.relative_to(site) for path in (site / "atomdiff").rglob("*.py")}
     assert (site / "atomdiff" / "py.typed").is_file() == (ROOT / "atomdiff" / "py.typed").is_file()
     assert not {path.name for path in site.iterdir()} - {"atomdiff"} - {path.name for path in site.glob("*.dist-info")}
+    assert (site / "atomdiff" / "ui" / "page.css").is_file()
     assert (site / "atomdiff" / "_assets" / "samples" / "toybox-sd" / "model_index.json").is_file()
 
 

@@ -1,5 +1,7 @@
 """The options that the page makes of its fields."""
 
+from dataclasses import replace
+
 import pytest
 import yaml
 
@@ -51,8 +53,6 @@ def test_unknown_options_are_refused_in_one_line(tmp_path):
 
 
 def test_the_page_begins_with_a_config_that_fits_the_base(ui_config, tiny_xl_pipe_folder):
-    from dataclasses import replace
-
     real = yaml.safe_load(recipes.starting_options(replace(ui_config, train_config=None)))
     assert real["resolution"] == 512 and real["validation_steps"] == 100
     xl = replace(ui_config, train_config=None, pretrained_model_name_or_path=str(tiny_xl_pipe_folder))
