@@ -150,14 +150,13 @@ def try_tab(workspace: Workspace, page: gr.Blocks) -> None:
                 {str(key): value for key, value in image.info.items() if isinstance(value, str) and value}
             )
 
-    def refresh(chosen: list[str] | None) -> Any:
+    def refresh() -> Any:  # of the choices alone: what is chosen may change meanwhile
         workspace.library.refresh()
-        names = list(workspace.library)
-        return gr.update(choices=names, value=[name for name in chosen or () if name in names])
+        return gr.update(choices=list(workspace.library))
 
     images.select(describe, [files], [metadata])
-    concepts.focus(refresh, [concepts], [concepts], show_progress="hidden")
-    page.load(refresh, [concepts], [concepts], show_progress="hidden")
+    concepts.focus(refresh, None, [concepts], show_progress="hidden")
+    page.load(refresh, None, [concepts], show_progress="hidden")
 
 
 def plan(prompt: str, weights: Mapping[str, float], mode: str, seeds: Sequence[int]) -> dict[str, ImageRequest]:
