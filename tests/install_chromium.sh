@@ -4,7 +4,7 @@
 command -v chromium > /dev/null && exit 0
 sudo=""
 [ "$(id -u)" = 0 ] || sudo="sudo -n"
-if command -v apt-get > /dev/null && $sudo apt-get update -qq && $sudo apt-get install -y -qq chromium > /dev/null; then
+if command -v apt-get > /dev/null && timeout 60 $sudo apt-get update -qq && timeout 240 $sudo apt-get install -y -qq chromium > /dev/null; then
     chromium --version
 else
     echo "chromium cannot be installed here; the tests in the browser will be skipped" >&2
