@@ -22,7 +22,19 @@ _STEPS, _FEWEST = 100, 20  # of those steps
 
 
 class DivergedError(UserError):
-    """The loss, a gradient or an output is not finite any more."""
+    """The loss, a gradient or an output is not finite any more.
+
+    Args:
+        step: The step that found it.
+        found: What is not finite.
+        advice: What to do next.
+        images: Those of the batches.
+        more: What else could be done.
+    """
+
+    def __init__(self, step: int, found: str, advice: str, images: list[str], more: str = "") -> None:
+        super().__init__(f"step {step}: {found}; {advice}. Its images: {list_some(images)}{more}")
+        self.step, self.found, self.advice, self.images = step, found, advice, images
 
 
 class LossSpikes:
@@ -66,13 +78,11 @@ def not_finite(run: Run, step: int, found: str, numbers: range) -> DivergedError
         checkpoints = [checkpoint for checkpoint in checkpoints if checkpoint.run["saved"] >= run.started]
     back = f"resume from {checkpoints[-1].folder} (--resume_from_checkpoint latest)" if checkpoints else "start again"
     rates = run.config.learning_rates
-    return DivergedError(
-        f"step {step}: {found}; {back} with a learning_rate below {rates['adapter']}"
-        + (f" and a token_learning_rate below {rates['token']}" if run.config.train_token else "")
-        + (", or with mixed_precision bf16" if run.accelerator.scaler else "")
-        + f". Its images: {list_some(name_images(run, numbers))}"
-        + ("" if run.config.detect_anomaly else "; --detect_anomaly tells where it begins")
-    )
+    advice = f"{back} with a learning_rate below {rates['adapter']}"
+    advice += f" and a token_learning_rate below {rates['token']}" if run.config.train_token else ""
+    advice += ", or with mixed_precision bf16" if run.accelerator.scaler else ""
+    more = "" if run.config.detect_anomaly else "; --detect_anomaly tells where it begins"
+    return DivergedError(step, found, advice, name_images(run, numbers), more)
 
 
 @contextmanager

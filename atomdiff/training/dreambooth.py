@@ -28,12 +28,20 @@ from atomdiff.training.objective import preservation_loss, prior_preservation_lo
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.preflight import check_runs
 from atomdiff.training.push import choose_repository, push_concept
-from atomdiff.training.report.write import report
-from atomdiff.training.resume import checkpoint_on_error, config_snapshot, load_state, read_state, save_state
+from atomdiff.training.report.write import report, reporting_divergence
+from atomdiff.training.resume import (
+    checkpoint_on_error,
+    config_snapshot,
+    how_to_go_on,
+    load_state,
+    read_state,
+    save_state,
+)
 from atomdiff.training.run import Run, build_run
 from atomdiff.training.run_log import LOG_FILE, RunLog
 from atomdiff.training.run_record import RunRecord, finish_record, start_record
 from atomdiff.training.saving import check_result_path, result_path, save_result
+from atomdiff.training.sharding import check_sharding, gather_weights
 from atomdiff.training.signals import StopSignals
 from atomdiff.training.summary import describe_training
 from atomdiff.training.validation import is_validation_step, validate
@@ -87,6 +95,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator, repeated: tuple[
     check_result_path(path, adapter, (config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path))
     repo_id = choose_repository(config, adapter) if config.push_to_hub and accelerator.is_main_process else None
     text_adapter = read_text_adapter(config.text_encoder_adapter, adapter) if config.train_text_encoder else None
+    check_sharding(config, accelerator, adapter)
     snapshot = config_snapshot(config, accelerator, adapter, text_adapter)
     state = read_state(config, snapshot)
     run = build_run(config, accelerator, adapter, text_adapter)
@@ -106,7 +115,10 @@ def run_training(config: TrainConfig, accelerator: Accelerator, repeated: tuple[
 
     check_budget(run)
     start_trackers(config, accelerator)
-    final_loss = training_loop(run, snapshot, done, state["average_loss"] if state else math.nan)
+    with reporting_divergence(run):
+        final_loss = training_loop(run, snapshot, done, state["average_loss"] if state else math.nan)
+    if accelerator.is_fsdp2:
+        gather_weights(run.model)
     if accelerator.is_main_process:
         trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()
         with checkpoint_on_error(run, final_loss, snapshot), saved_parameters(run) as step:
@@ -145,18 +157,17 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
             average_loss = update_average(average_loss, loss)
             if (ratio := spikes.ratio(loss)) and accelerator.is_main_process:
                 warn_of_spike(step, loss, ratio, images := name_images(run, batches_of(run, step)))
-                run_log.note_spike({"step": step, "loss": loss, "images": images})
+                run.loss_spikes.append({"step": step, "loss": loss, "images": images})
+                run_log.note_spike(run.loss_spikes[-1])
             run_log.step(step, loss, average_loss, current_rate(run.optimizer), time.perf_counter() - started)
             measure(run, step)
 
             stopping = on_any_process(accelerator, stop.requested) and step < config.max_train_steps
             if stopping or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
-                if accelerator.is_main_process:
-                    save_state(run, step, average_loss, snapshot, stopping)
+                save_state(run, step, average_loss, snapshot, stopping)
             if stopping:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
-                how = "resume with the same command and --resume_from_checkpoint latest"
-                raise KeyboardInterrupt(f"stopped; {output_dir / f'checkpoint-{step}'} is saved: {how}")
+                raise KeyboardInterrupt(how_to_go_on(run, step))
             if step < config.max_train_steps and is_validation_step(config, step, done):
                 validate(run, step)
     return average_loss

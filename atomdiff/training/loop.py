@@ -7,6 +7,8 @@ import torch
 from accelerate import Accelerator
 from torch import Tensor, nn
 
+from atomdiff.training.sharding import whole
+
 _LOSS_SHARE = 0.02  # of a step's loss in the average loss after it
 
 
@@ -23,7 +25,7 @@ def mean_over_processes(accelerator: Accelerator, loss: Tensor) -> float:
 
 def clip_gradients(accelerator: Accelerator, parameters: Iterable[nn.Parameter], max_grad_norm: float) -> float:
     """Scale the gradients down to a norm of at most `max_grad_norm`, unless it is 0; return the norm that they had."""
-    return float(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf))
+    return float(whole(accelerator.clip_grad_norm_(parameters, max_grad_norm or math.inf)))
 
 
 def update_average(average: float, loss: float) -> float:

@@ -10,6 +10,7 @@ from diffusers.optimization import get_scheduler
 from torch import nn
 
 from atomdiff.training.config.optimizer import OptimizerConfig, ParameterGroup
+from atomdiff.training.sharding import split_like
 
 
 def build_optimizer(
@@ -63,4 +64,11 @@ def load_optimizer(optimizer: torch.optim.Optimizer, saved: dict[str, Any]) -> N
         {**then, "lr": now["lr"], "initial_lr": now["initial_lr"]}
         for then, now in zip(saved["param_groups"], optimizer.param_groups, strict=True)
     ]
-    optimizer.load_state_dict({**saved, "param_groups": groups})
+    numbers = [number for group in saved["param_groups"] for number in group["params"]]
+    parameters = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    state = {
+        number: {name: split_like(parameter, value) for name, value in saved["state"][number].items()}
+        for number, parameter in zip(numbers, parameters, strict=True)
+        if number in saved["state"]
+    }
+    optimizer.load_state_dict({**saved, "state": state, "param_groups": groups})

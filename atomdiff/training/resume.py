@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from accelerate import Accelerator
+from accelerate.utils import DistributedType
 from peft import PeftConfig
 
 from atomdiff.training.checkpoint import choose_checkpoint, save_checkpoint
@@ -15,6 +16,7 @@ from atomdiff.training.fingerprint import differences
 from atomdiff.training.measurements import BestParameters
 from atomdiff.training.optimizers import load_optimizer
 from atomdiff.training.run import Run
+from atomdiff.training.sharding import split_like, whole
 from atomdiff.tuner.read_config import describe_adapter
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
@@ -54,13 +56,22 @@ def read_state(config: TrainConfig, snapshot: dict[str, Any]) -> dict[str, Any] 
 
 
 def save_state(run: Run, step: int, average_loss: float, snapshot: dict[str, Any], stopping: bool) -> None:
-    """Save a checkpoint. One that cannot be written is only warned of, unless the run stops there.
+    """Save a checkpoint on the main process. One that cannot be written is only warned of, unless the run stops there.
+
+    To be called on all processes. With DeepSpeed nothing is saved.
 
     Raises:
         KeyboardInterrupt: The run stops, and its checkpoint cannot be written.
     """
     config = run.config
+    accelerator = run.accelerator
+    if accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return
+    if not accelerator.is_main_process and not accelerator.is_fsdp2:
+        return
     state = {"step": step, "average_loss": average_loss, **state_of(run)}
+    if not accelerator.is_main_process:
+        return
     state |= {"config": config.snapshot(), "fingerprint": run.dataset.fingerprint, "start": run.start}
     best = run.measurements.best
     state["best"] = None if best is None else vars(best)
@@ -70,6 +81,14 @@ def save_state(run: Run, step: int, average_loss: float, snapshot: dict[str, Any
         if stopping:
             raise KeyboardInterrupt(f"stopped at step {step}, which is not saved: {error}") from error
         warnings.warn(f"step {step}: {error}. Training continues without this checkpoint", stacklevel=1)
+
+
+def how_to_go_on(run: Run, step: int) -> str:
+    """Say what is left of a run that was stopped after a step."""
+    if run.accelerator.distributed_type == DistributedType.DEEPSPEED:
+        return "stopped; with DeepSpeed nothing is saved: start again"
+    saved = Path(run.config.output_dir) / f"checkpoint-{step}"
+    return f"stopped; {saved} is saved: resume with the same command and --resume_from_checkpoint latest"
 
 
 @contextmanager
@@ -86,6 +105,8 @@ def checkpoint_on_error(run: Run, average_loss: float, snapshot: dict[str, Any])
     except WriteError:
         raise
     except Exception as error:
+        if run.accelerator.is_fsdp2:  # the other processes are waiting
+            raise
         step = run.config.max_train_steps
         folder = Path(run.config.output_dir) / f"checkpoint-{step}"
         save_state(run, step, average_loss, snapshot, stopping=False)
@@ -96,11 +117,14 @@ def checkpoint_on_error(run: Run, average_loss: float, snapshot: dict[str, Any])
 
 
 def state_of(run: Run) -> dict[str, Any]:
-    """Return the tensors that a later process needs to go on; all randomness follows from seed and step."""
+    """Return the tensors that a later process needs to go on; all randomness follows from seed and step.
+
+    To be called on all processes if weights are split among them.
+    """
     scaler = run.accelerator.scaler
     return {
-        "parameters": {name: parameter.detach().cpu() for name, parameter in run.trainable.items()},
-        "optimizer": run.optimizer.state_dict(),
+        "parameters": {name: whole(parameter.detach()).cpu() for name, parameter in run.trainable.items()},
+        "optimizer": whole(run.optimizer.state_dict()),
         "ema": run.ema.state_dict() if run.ema else None,
         "scaler": scaler.state_dict() if scaler else None,
     }
@@ -128,7 +152,7 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
 def put_back(run: Run, state: dict[str, Any]) -> None:
     """Give a run what `state_of` gave."""
     for name, parameter in run.trainable.items():
-        parameter.data.copy_(state["parameters"][name])
+        parameter.data.copy_(split_like(parameter, state["parameters"][name]))
     load_optimizer(run.optimizer, state["optimizer"])
     if run.ema is not None:
         run.ema.load_state_dict(state["ema"])

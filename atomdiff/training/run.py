@@ -21,6 +21,7 @@ from atomdiff.training.measurements import Measurements
 from atomdiff.training.model import TrainingModel, build_training_model
 from atomdiff.training.noise import ForwardDiffusion, forward_diffusion, set_training_scheduler
 from atomdiff.training.optimizers import build_optimizer
+from atomdiff.training.sharding import configure_deepspeed
 from atomdiff.training.validation_loss import fix_samples
 from atomdiff.utils.progress import log
 from atomdiff.utils.tensor_cache import DiskCache
@@ -50,6 +51,8 @@ class Run:
     """What is measured on the way."""
     start: list[dict[str, Any]] = field(default_factory=list)
     """The concepts that the run started from, as `describe_source` has them; empty: a cold start."""
+    loss_spikes: list[dict[str, Any]] = field(default_factory=list)
+    """The steps of this process whose loss was a spike: step, loss and images."""
     started: float = field(default_factory=time.time)
     """Seconds since 1970."""
 
@@ -86,6 +89,7 @@ def build_run(
     model = build_training_model(config, pipe, adapter, dataset.prompts, text_adapter, cache, kept)
     scale = config.learning_rate_scale(accelerator.num_processes)
     optimizer, lr_factor = build_optimizer(config, model.parameter_groups(), scale)
+    configure_deepspeed(config, accelerator)
     wrapped, optimizer = accelerator.prepare(model, optimizer)
     trainable = model.trained_parameters()
     ema = EMAModel(trainable.values(), decay=config.ema_decay) if config.use_ema else None

@@ -44,6 +44,7 @@ def test_there_are_configs_to_load():
     known = {*ADAPTERS, *RUNS, *(path.with_name("overrides.yaml") for path in ADAPTERS)}
     known |= {*(ROOT / "configs" / "protocols").glob("*.yaml")}  # tests/evaluate/test_protocol.py reads them
     known |= {*(ROOT / "configs" / "search").glob("*.yaml")}  # tests/training/tuning/test_space.py reads them
+    known |= {*(ROOT / "configs" / "accelerate").glob("*.yaml")}  # test_accelerate_configs.py reads them
     assert known == {path for path in (ROOT / "configs").rglob("*") if path.is_file()}
 
 

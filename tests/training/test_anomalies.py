@@ -3,6 +3,7 @@
 import dataclasses
 import json
 import re
+from pathlib import Path
 
 import pytest
 import torch
@@ -53,6 +54,9 @@ def test_a_spike_is_warned_of_and_noted_with_its_images(config, monkeypatch):
     (spike,) = lines[1]["loss_spikes"]
     assert spike["step"] == 3 and spike["loss"] > 1
     assert [image.split(" at ")[0] for image in spike["images"]] == seen[2].images
+    section = (Path(config.output_dir) / "report.md").read_text().partition("## Numbers that went wrong")[2]
+    row = next(line for line in section.splitlines() if line.startswith("| 3 |"))
+    assert f"| loss {spike['loss']:.4g} | {', '.join(spike['images'])} |" in row
 
 
 def test_what_is_not_finite_is_told_with_all_images_of_the_step(config, monkeypatch):
@@ -61,6 +65,10 @@ def test_what_is_not_finite_is_told_with_all_images_of_the_step(config, monkeypa
     config = dataclasses.replace(config, gradient_accumulation_steps=2)
     with pytest.raises(UserError, match=rf"step 1: the loss is inf; .*{IMAGES}; --detect_anomaly tells where"):
         train(config)
+    report = (Path(config.output_dir) / "report.md").read_text()
+    assert "**diverged.** Step 1: the loss is inf.\n\nNext: Start again with a learning_rate below 0.005" in report
+    assert re.search(r"\| 1 \| the loss is inf \| (teapot/\d\.png at timestep \d+(, )?){2} \|", report)
+    assert "the loss is inf" in (Path(config.output_dir) / "report.html").read_text()
 
 
 @pytest.fixture

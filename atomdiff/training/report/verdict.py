@@ -27,7 +27,7 @@ _HOLD_OUT = "hold some photos out with --validation_split 0.2, or name more of t
 class Finding:
     """A part of the verdict."""
 
-    verdict: Literal["underfit", "good", "overfit", "forgets the base", "unknown"]
+    verdict: Literal["underfit", "good", "overfit", "forgets the base", "unknown", "diverged"]
     evidence: str
     """Figures that it rests on."""
     advice: str

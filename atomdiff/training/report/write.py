@@ -14,10 +14,11 @@ from typing import Any
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.layer_choice import count_by_block
 from atomdiff.evaluate.size import stored_bytes
+from atomdiff.training.anomalies import DivergedError
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.contact_sheet import row_files
 from atomdiff.training.report.page import Table, to_html, to_markdown
-from atomdiff.training.report.verdict import judge
+from atomdiff.training.report.verdict import Finding, judge
 from atomdiff.training.run import Run
 from atomdiff.training.run_log import LOG_FILE, read_log
 from atomdiff.utils.atomic import new_file, write_json, write_text
@@ -29,6 +30,7 @@ RECORD_FILE = "training_report.json"
 PAGES = ("report.md", "report.html")
 CURVE_FILE = "training_curve.png"
 
+_WRONG = ("Numbers that went wrong", ("step", "found", "images"))
 _ROWS = 12  # of measurements that the page shows
 _MEASURED = {
     "step": "step",
@@ -45,13 +47,53 @@ def report(run: Run, path: Path, step: int, final_loss: float) -> None:
     """
     folder = Path(run.config.output_dir)
     with _warning_of_errors(f"{path} is saved, but its report cannot be written"):
-        for name in (RECORD_FILE, CURVE_FILE, *PAGES):  # of an earlier run
-            (folder / name).unlink(missing_ok=True)
+        _remove_report(folder)
         record = describe_run(run, path, step, final_loss)
         write_json(folder / RECORD_FILE, record, indent=2)
         write_pages(folder)
         verdict = ", ".join(finding["verdict"] for finding in record["findings"])
         log(f"report: {folder / 'report.html'} ({verdict})")
+
+
+@contextmanager
+def reporting_divergence(run: Run) -> Iterator[None]:
+    """Make a `with` block that leaves a report if numbers in it are not finite any more: why the run has ended.
+
+    Raises:
+        DivergedError: As the block.
+    """
+    try:
+        yield
+    except DivergedError as error:
+        if run.accelerator.is_main_process:
+            folder = Path(run.config.output_dir)
+            with _warning_of_errors("the report cannot be written"):
+                _remove_report(folder)
+                advice = f"{error.advice[0].upper()}{error.advice[1:]}."
+                finding = asdict(Finding("diverged", f"Step {error.step}: {error.found}.", advice))
+                last = [error.step, error.found, ", ".join(error.images)]
+                table = Table(*_WRONG, [*_spike_rows(_loss_spikes(run)), last])
+                title = f"Training of {run.config.trigger_phrase}"
+                write_text(folder / PAGES[0], to_markdown(title, [finding], {}, [table]))
+                write_text(folder / PAGES[1], to_html(title, [finding], "", {}, [table]))
+        raise
+
+
+def _remove_report(folder: Path) -> None:
+    """Remove the report of an earlier run."""
+    for name in (RECORD_FILE, CURVE_FILE, *PAGES):
+        (folder / name).unlink(missing_ok=True)
+
+
+def _loss_spikes(run: Run) -> list[dict[str, Any]]:
+    """Return the loss spikes of a run: those in its log, of earlier processes too, and those not yet noted there."""
+    logged = read_log(Path(run.config.output_dir) / LOG_FILE)
+    spikes = [*(spike for line in logged for spike in line.get("loss_spikes", [])), *run.loss_spikes]
+    return list({spike["step"]: spike for spike in spikes}.values())
+
+
+def _spike_rows(spikes: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
+    return [[spike["step"], f"loss {spike['loss']:.4g}", ", ".join(spike["images"])] for spike in spikes]
 
 
 def extend_report(folder: Path, metrics: Mapping[str, Any], images: Mapping[str, Path]) -> None:
@@ -93,6 +135,7 @@ def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str
         "image_count": run.dataset.num_instance_images,
         "held_out_images": held_out,
         "measurements": values,
+        "loss_spikes": _loss_spikes(run),
         "contact_sheet": sheet,
         "selected_layers": _selected_layers(run, path),
         "base_model": config.pretrained_model_name_or_path,
@@ -156,6 +199,7 @@ def _tables(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Table
         "final loss": record["final_loss"],
     }
     tables = [
+        Table(*_WRONG, _spike_rows(record["loss_spikes"])),
         Table("Loss at fixed noise", [*_MEASURED.values()], measured),
         Table("Run", ("", ""), [row for row in run.items() if row[1] is not None]),
         Table("Metrics", ("", ""), _flat(metrics)),
