@@ -1,0 +1,40 @@
+"""How far two environments are apart is measured by losses, parameters, files and images."""
+
+import json
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+from PIL import Image
+
+from atomdiff.utils.errors import UserError
+from benchmarks import reproducibility
+
+CONCEPT = Path(__file__).parents[1] / "fixtures" / "robot.atoms.safetensors"
+
+
+def write(folder, losses, parameter, color):
+    (folder / "images").mkdir(parents=True)
+    lines = [json.dumps({"step": step, "loss": loss}) for step, loss in enumerate(losses, 1)]
+    (folder / "training_log.jsonl").write_text("\n".join(lines))
+    (folder / "checkpoint-2").mkdir()
+    torch.save({"parameters": {"S": torch.tensor(parameter)}}, folder / "checkpoint-2" / "state.pt")
+    shutil.copy(CONCEPT, folder / "robot.atoms.safetensors")
+    Image.new("RGB", (2, 2), (color, 0, 0)).save(folder / "images" / "a.png")
+    manifest = {"images": [{"file": "a.png", "prompt": "a robot", "seed": 0}]}
+    (folder / "images" / "manifest.json").write_text(json.dumps(manifest))
+
+
+def test_environments_are_compared(tmp_path):
+    config = reproducibility.BenchmarkConfig(steps=2)
+    write(tmp_path / "one", [1.0, 2.0], [3.0, -4.0], 10)
+    write(tmp_path / "two", [1.0, 2.5], [3.0, -4.2], 13)
+    same = reproducibility.compare(config, tmp_path / "one", tmp_path / "one")
+    assert same["first_step_apart"] is None and same["parameters_equal"] and same["images_equal"]
+    found = reproducibility.compare(config, tmp_path / "one", tmp_path / "two")
+    assert found["first_step_apart"] == 2 and found["loss_last_step"] == pytest.approx(0.25)
+    assert found["parameters_relative"] == pytest.approx(0.05) and 0 < found["one_minus_cosine"] < 1e-3
+    assert found["images_mean_apart"] == 1 and found["images_largest_apart"] == 3 and found["concept_file_equal"]
+    with pytest.raises(UserError, match="found 2 and 2 steps; expected 3 in both"):
+        reproducibility.compare(reproducibility.BenchmarkConfig(steps=3), tmp_path / "one", tmp_path / "two")
