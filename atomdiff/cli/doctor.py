@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from atomdiff.training.config.fleet import FleetConfig
 from atomdiff.training.config.optimizer import OPTIMIZERS
 from atomdiff.training.config.tune import TuneConfig
 from atomdiff.utils.assets import ASSETS
@@ -22,7 +23,11 @@ from atomdiff.utils.machine import describe_device, describe_processor
 _PARTS = ("torch", "diffusers", "transformers", "accelerate", "peft", "safetensors", "tokenizers", "huggingface-hub")
 _OPTIONAL = {
     needed.package: needed.extra
-    for needed in (*marked_fields(TuneConfig, NeedsPackage).values(), *(spec.needs for spec in OPTIMIZERS.values()))
+    for needed in (
+        *marked_fields(TuneConfig, NeedsPackage).values(),
+        *marked_fields(FleetConfig, NeedsPackage).values(),
+        *(spec.needs for spec in OPTIMIZERS.values()),
+    )
     if needed
 }
 _GB = 1e9

@@ -7,7 +7,8 @@ from collections.abc import Sequence
 from importlib.metadata import version
 
 from atomdiff.cli.run_program import run_program
-from atomdiff.utils.options import parse_config, parse_with_overrides
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.options import parse_config, parse_values_with_overrides, parse_with_overrides
 from atomdiff.utils.progress import log
 from atomdiff.utils.quiet import quiet_libraries
 
@@ -58,6 +59,24 @@ def tune(args: Sequence[str]) -> None:
     from atomdiff.training.tuning.search import tune as search
 
     print(search(config).describe())
+
+
+def fleet(args: Sequence[str]) -> None:
+    """Train many subjects of a table on several workers."""
+    from dataclasses import fields
+
+    from atomdiff.training.config import TrainConfig
+    from atomdiff.training.config.fleet import FleetConfig, FleetOptions
+
+    values = parse_values_with_overrides(FleetOptions, args, prog="atomdiff fleet")
+    config = FleetConfig(**{field.name: values[field.name] for field in fields(FleetConfig)})
+    quiet_libraries()
+    from atomdiff.training.fleet.fleet import train_fleet
+
+    report = train_fleet(config, {field.name: values[field.name] for field in fields(TrainConfig)})
+    print(report.describe())
+    if failed := report.count("failed"):
+        raise UserError(f"failed subjects: {failed}; the report has the errors, the same command tries them again")
 
 
 def sample(args: Sequence[str]) -> None:
@@ -173,7 +192,8 @@ def doctor(args: Sequence[str]) -> None:
     print(examine())
 
 
-_VERBS = (train, rerun, tune, sample, evaluate, inspect, similar, export, extract, prune, average, demo, ui, doctor)
+_TRAINING = (train, rerun, tune, fleet)
+_VERBS = (*_TRAINING, sample, evaluate, inspect, similar, export, extract, prune, average, demo, ui, doctor)
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
 

@@ -16,6 +16,7 @@ from accelerate import Accelerator
 from torch import Tensor
 
 from atomdiff.training.anomalies import LossSpikes, detecting_anomalies, refuse_unless_finite, warn_of_spike
+from atomdiff.training.base_model import BasePipeline
 from atomdiff.training.batches import batch_seed, batches_of, name_images, sample_batch
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.evaluation import evaluate_result
@@ -57,7 +58,9 @@ __all__ = ["TrainConfig", "load_config", "train"]
 _FP16_TRIES = 20  # of a step, at half the scale each time: from 2**16 to below one
 
 
-def train(config: TrainConfig, repeated: tuple[Path, RunRecord] | None = None) -> Path:
+def train(
+    config: TrainConfig, repeated: tuple[Path, RunRecord] | None = None, base: BasePipeline | None = None
+) -> Path:
     """Train a concept and write it to `config.output_dir`, with checkpoints, logs and a contact sheet.
 
     A config with several subjects stands for several runs, `config.runs()`, unless they make up one file.
@@ -67,6 +70,7 @@ def train(config: TrainConfig, repeated: tuple[Path, RunRecord] | None = None) -
     Args:
         config: The run.
         repeated: Folder and record of an earlier run, whose images and base must be those of this one.
+        base: What `load_base` gives for the run, which stays as it is; by default it is loaded.
 
     Returns:
         The concept's file; for other methods than atoms the folder of a PEFT adapter or, for full tuning, a pipeline.
@@ -81,14 +85,19 @@ def train(config: TrainConfig, repeated: tuple[Path, RunRecord] | None = None) -
     with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         for folder in (config.cache_folder, Path(config.output_dir) / "validation"):
             remove_leftovers(folder)
-        path = run_training(config, accelerator, repeated)
+        path = run_training(config, accelerator, repeated, base)
         if config.evaluate_with:
             accelerator.free_memory()  # of the run, which would lie beside the models that follow
             evaluate_result(config, path, accelerator)
         return path
 
 
-def run_training(config: TrainConfig, accelerator: Accelerator, repeated: tuple[Path, RunRecord] | None = None) -> Path:
+def run_training(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    repeated: tuple[Path, RunRecord] | None = None,
+    base: BasePipeline | None = None,
+) -> Path:
     """Do what `train` says in a folder that is this run's alone."""
     adapter = read_adapter(config.adapter)
     path = result_path(adapter, Path(config.output_dir) / config.name)
@@ -98,7 +107,7 @@ def run_training(config: TrainConfig, accelerator: Accelerator, repeated: tuple[
     check_sharding(config, accelerator, adapter)
     snapshot = config_snapshot(config, accelerator, adapter, text_adapter)
     state = read_state(config, snapshot)
-    run = build_run(config, accelerator, adapter, text_adapter)
+    run = build_run(config, accelerator, adapter, text_adapter, base)
     if repeated:
         folder, earlier = repeated
         earlier.check_data(folder, dict(run.dataset.fingerprint))

@@ -73,9 +73,17 @@ def check_packages(config: OptimizerConfig) -> None:
     if config.optimizer_spec.needs:
         needed["optimizer"] = config.optimizer_spec.needs
     for field, package in needed.items():
-        if find_spec(package.package) is None:
-            value = f"{field}={getattr(config, field)!r}"
-            raise UserError(f'{value}: {package.package} is missing; pip install "atomdiff[{package.extra}]"')
+        check_package(f"{field}={getattr(config, field)!r}", package)
+
+
+def check_package(asked: str, package: NeedsPackage) -> None:
+    """Check that an optional package is installed.
+
+    Raises:
+        UserError: It is not; the message names what was asked for and how to install the package.
+    """
+    if find_spec(package.package) is None:
+        raise UserError(f'{asked}: {package.package} is missing; pip install "atomdiff[{package.extra}]"')
 
 
 def frozen_dtype(accelerator: Accelerator) -> torch.dtype:

@@ -6,7 +6,7 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, Literal, NoReturn, TypeVar, cast, get_args, get_origin, get_type_hints
+from typing import Any, Literal, NoReturn, TypeVar, get_args, get_origin, get_type_hints
 
 import yaml
 from docstring_parser import parse_from_object
@@ -44,11 +44,22 @@ def parse_config(
         UserError: from the config's own checks, or a file of `--config` cannot be read.
         SystemExit: with that line.
     """
+    return config_class(**parse_values(config_class, args, prog=prog, positional=positional))
+
+
+def parse_values(
+    config_class: type[Any],
+    args: Sequence[str] | None = None,
+    *,
+    prog: str | None = None,
+    positional: str | None = None,
+) -> dict[str, Any]:
+    """Return the values that `parse_config` builds a config from, which its own checks have not seen."""
     hints = get_type_hints(config_class)
     parser = _parser(config_class, prog, positional)
     values = vars(parser.parse_args(_normalize_arguments(sys.argv[1:] if args is None else args, hints)))
-    fields = {field.name: values[field.name] for field in dataclasses.fields(config_class)}  # type: ignore[arg-type]
-    return config_class(**{k: tuple(v) if get_origin(hints[k]) is tuple else v for k, v in fields.items()})
+    fields = {field.name: values[field.name] for field in dataclasses.fields(config_class)}
+    return {k: tuple(v) if get_origin(hints[k]) is tuple else v for k, v in fields.items()}
 
 
 def parse_with_overrides(
@@ -68,13 +79,35 @@ def parse_with_overrides(
         UserError: from the config's own checks, or a file of `--config` cannot be read.
         SystemExit: as for `parse_config`.
     """
+    return config_class(**parse_values_with_overrides(config_class, args, prog=prog))
+
+
+def parse_values_with_overrides(
+    config_class: type[Any], args: Sequence[str] | None = None, *, prog: str | None = None
+) -> dict[str, Any]:
+    """Return the values that `parse_with_overrides` builds a config from, which its own checks have not seen."""
     args = sys.argv[1:] if args is None else list(args)
-    config: Any = parse_config(config_class, args, prog=prog)
-    adapter = Path(find_asset(config.adapter))
+    values = parse_values(config_class, args, prog=prog)
+    adapter = Path(find_asset(expand_path(values["adapter"], "adapter")))
     overrides = adapter.with_name("overrides.yaml")
     if adapter.is_file() and overrides.is_file():
-        config = parse_config(config_class, ["--config", str(overrides), *args], prog=prog)
-    return cast(Config, config)
+        return parse_values(config_class, ["--config", str(overrides), *args], prog=prog)
+    return values
+
+
+def read_cell(text: str, hint: Any) -> Any:
+    """Return the value that a text stands for in a field of a type; a text that stands for none stays as it is.
+
+    Args:
+        text: as it would stand on a command line, such as `1e-3`, `yes` or `none`.
+        hint: the type, without `Annotated`.
+    """
+    value = _normalize(text, hint)
+    for number in (int, float):
+        if number in (hint, *get_args(hint)):
+            with contextlib.suppress(TypeError, ValueError):
+                return number(value)
+    return (value,) if get_origin(hint) is tuple else value
 
 
 def _normalize_arguments(args: Sequence[str], hints: dict[str, Any]) -> list[str]:

@@ -2,8 +2,6 @@
 
 from __future__ import annotations
 
-import csv
-import io
 import warnings
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields
@@ -23,6 +21,7 @@ from atomdiff.training.tuning.space import SearchSpace, apply_values, describe_v
 from atomdiff.training.tuning.study import finished_trials
 from atomdiff.training.tuning.trial import DRIFT, SECONDS, STEP
 from atomdiff.utils.atomic import new_file, write_text
+from atomdiff.utils.tables import to_csv, to_markdown
 
 BEST_FILE, TABLE_FILE, CSV_FILE = "best.yaml", "trials.md", "trials.csv"
 PLOTS = ("history.png", "parallel_coordinates.png")
@@ -66,7 +65,7 @@ def write_results(study: optuna.Study, folder: Path, config: TuneConfig, space: 
     trials = finished_trials(study)
     names = [parameter.name for parameter in space.parameters]
     if trials:
-        write_text(folder / CSV_FILE, _csv(trials, names))
+        write_text(folder / CSV_FILE, to_csv([_row(trial, names) for trial in trials]))
         write_text(folder / TABLE_FILE, _markdown(trials, names, config.max_base_drift))
     if sum(trial.state == TrialState.COMPLETE for trial in trials) > 1:
         _draw(study, folder, trials, names)
@@ -108,15 +107,6 @@ def _row(trial: FrozenTrial, names: Sequence[str]) -> dict[str, Any]:
     }
 
 
-def _csv(trials: Sequence[FrozenTrial], names: Sequence[str]) -> str:
-    text = io.StringIO()
-    rows = [_row(trial, names) for trial in trials]
-    writer = csv.DictWriter(text, rows[0].keys(), lineterminator="\n")
-    writer.writeheader()
-    writer.writerows(rows)
-    return text.getvalue()
-
-
 def _markdown(trials: Sequence[FrozenTrial], names: Sequence[str], max_base_drift: float | None) -> str:
     """Return the table of all trials: complete ones first, then those within the limit of drift, then by the loss."""
 
@@ -129,15 +119,7 @@ def _markdown(trials: Sequence[FrozenTrial], names: Sequence[str], max_base_drif
     head = "Complete trials come first, the lowest validation loss at the top."
     if max_base_drift is not None:
         head += f" Those with a base drift above {max_base_drift:g} come after the others."
-    lines = [f"{head} The loss of a pruned trial is that of its last measurement.", ""]
-    lines += [f"| {' | '.join(rows[0])} |", f"|{'---|' * len(rows[0])}"]
-    lines += [f"| {' | '.join(map(_cell, row.values()))} |" for row in rows]
-    return "\n".join(lines) + "\n"
-
-
-def _cell(value: Any) -> str:
-    text = "" if value is None else f"{value:.5g}" if isinstance(value, float) else str(value)
-    return text.replace("|", "\\|")
+    return f"{head} The loss of a pruned trial is that of its last measurement.\n\n{to_markdown(rows)}"
 
 
 def _draw(study: optuna.Study, folder: Path, trials: Sequence[FrozenTrial], names: Sequence[str]) -> None:

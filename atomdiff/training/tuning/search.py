@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 import gc
-import multiprocessing
 import os
 import sys
 import time
 import warnings
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 import optuna
 import torch
@@ -20,6 +18,7 @@ from atomdiff.training.anomalies import DivergedError
 from atomdiff.training.base_model import load_base
 from atomdiff.training.config.tune import TuneConfig
 from atomdiff.training.preflight import check_runs
+from atomdiff.training.processes import choose_num_workers, start_worker
 from atomdiff.training.signals import StopSignals
 from atomdiff.training.tuning.results import Results, write_results
 from atomdiff.training.tuning.space import SearchSpace, apply_values, describe_values, read_space
@@ -39,7 +38,6 @@ from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
 from atomdiff.utils.progress import log
-from atomdiff.utils.quiet import quiet_libraries
 
 _MEASUREMENTS = 8  # in the longest trial, unless the run says otherwise
 
@@ -132,31 +130,13 @@ def _begin(search: Search, study: optuna.Study) -> None:
 
 def _run_workers(search: Search) -> None:
     """Run trials in this process, or in several at once."""
-    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
-    count = search.config.num_workers or max(gpus, 1)
+    count = choose_num_workers(search.config.num_workers)
     if count == 1:
         work(search, 0)
         return
     log(f"trials run in {count} processes")
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    devices = visible.split(",") if visible else [str(index) for index in range(gpus)]
-    processes: list[Any] = []
     with StopSignals() as stop:
-        try:
-            for worker in range(count):
-                if devices:
-                    os.environ["CUDA_VISIBLE_DEVICES"] = devices[worker % len(devices)]  # processes start with it
-                threads = max(1, torch.get_num_threads() // count)
-                process = multiprocessing.get_context("spawn").Process(
-                    target=_work_alone, args=(search, worker, threads)
-                )
-                process.start()
-                processes.append(process)
-        finally:
-            if visible is None:
-                os.environ.pop("CUDA_VISIBLE_DEVICES", None)
-            else:
-                os.environ["CUDA_VISIBLE_DEVICES"] = visible
+        processes = [start_worker(_work_alone, (search, worker), worker, count) for worker in range(count)]
         asked = False
         while any(process.is_alive() for process in processes):
             for process in processes:
@@ -173,10 +153,8 @@ def _run_workers(search: Search) -> None:
         warnings.warn(f"{len(failed)} of {count} processes ended with an error, see above", stacklevel=1)
 
 
-def _work_alone(search: Search, worker: int, threads: int) -> None:
+def _work_alone(search: Search, worker: int) -> None:
     """Be a process that runs trials."""
-    quiet_libraries()
-    torch.set_num_threads(threads)
     try:
         work(search, worker)
     except KeyboardInterrupt:
