@@ -31,13 +31,14 @@ from atomdiff.export.export import ExportConfig
 from atomdiff.export.extract import ExtractConfig
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.config import TrainConfig, load_config
+from atomdiff.training.config.fleet import FleetOptions
 from atomdiff.training.config.optimizer import OPTIMIZERS
 from atomdiff.training.config.rerun import RerunConfig
 from atomdiff.training.config.tune import TuneConfig
 from atomdiff.training.optimizers import build_optimizer
 from atomdiff.tuner import AtomConfig
 from atomdiff.ui.config import UiConfig
-from atomdiff.utils.options import parse_config, parse_with_overrides
+from atomdiff.utils.options import parse_config, parse_values_with_overrides, parse_with_overrides
 from benchmarks import methods as methods_benchmark
 
 ROOT = Path(__file__).parents[2]
@@ -49,6 +50,7 @@ VERBS = {
     "train": load_config,
     "train_dreambooth": load_config,
     "tune": lambda options: parse_with_overrides(TuneConfig, options),
+    "fleet": lambda options: parse_values_with_overrides(FleetOptions, options),
     "rerun": lambda options: parse_config(RerunConfig, options, positional="folder"),
     "train_classifier": lambda options: parse_with_overrides(ClassifyConfig, options),
     "sample": lambda options: parse_config(SampleConfig, options),

@@ -79,6 +79,8 @@ def _train(
         with closing(pool), Progress(len(states), len(states) - len(runs), num_workers) as progress:
             queue = Queue([*runs], pool, num_workers, config.max_tries, Ledger(states, progress))
             queue.run(lambda: stop.requested)
+    for name in queue.running:
+        states[name].status = "waiting"
     return num_workers, stop.requested
 
 

@@ -76,6 +76,11 @@ class Queue:
         self._alive: set[int] = set()
         self._failed_starts = dict.fromkeys(range(min(num_workers, len(names))), 0)
 
+    @property
+    def running(self) -> list[str]:
+        """The subjects that workers train now, or did when it was stopped."""
+        return [*self._running.values()]
+
     def run(self, stopping: Callable[[], bool] = lambda: False) -> None:
         """Train until all subjects are done or given up, or until `stopping`.
 
@@ -85,10 +90,10 @@ class Queue:
         for worker in self._failed_starts:
             self._start(worker)
         while (self._waiting or self._running) and not stopping():
-            for event in self.pool.wait(_POLL_SECONDS):
-                self._take(event)
             for worker in list(self._idle):
                 self._assign(worker)
+            for event in self.pool.wait(_POLL_SECONDS):
+                self._take(event)
 
     def _start(self, worker: int) -> None:
         self._alive.add(worker)

@@ -101,8 +101,6 @@ def test_one_worker_that_cannot_start_leaves_all_to_the_others():
 
 
 def test_it_stops_between_two_events():
-    ends = []
-    pool = Pool()
     listener = Listener()
-    Queue(list("abc"), pool, 1, 2, listener).run(lambda: len(listener.ends) == 1)
+    Queue(list("abc"), Pool(), 1, 2, listener).run(lambda: len(listener.ends) == 1)
     assert len(listener.ends) == 1

@@ -55,7 +55,11 @@ def test_subjects_share_class_images_that_are_generated_alike(table, fleet_confi
         (",max_train_steps", ["a,0"], r"row 1 \(a\), column max_train_steps: max_train_steps=0: expected a number of"),
         (",class_name", ["a,none"], r"row 1 \(a\), column class_name: class_name=None: expected what the images show"),
         (",seed", ["a,1,2"], r"row 1: found 4 cells for 3 columns \(name, instance_data_dir, seed\)"),
-        (",validation_data_dir", ["a,/no/where"], r"row 1 \(a\), column validation_data_dir: found no folder /no/where"),
+        (
+            ",validation_data_dir",
+            ["a,/no/where"],
+            r"row 1 \(a\), column validation_data_dir: found no folder /no/where",
+        ),
         (",class_name", ['a,"x'], r"cannot be read as CSV"),
         ("", [], r"found no subjects; expected a row for each"),
     ],
