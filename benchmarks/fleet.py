@@ -25,12 +25,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
 
-from atomdiff.training.config import load_config
+from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.fleet.queue import Event, Queue
 from atomdiff.training.fleet.state import SubjectState
 from atomdiff.training.fleet.workers import ProcessPool
@@ -47,7 +47,7 @@ class BenchmarkConfig:
 
     parts: tuple[str, ...] = ("cost", "queue")
     """Parts to run; queue takes what cost has recorded from the result file, if cost is not run."""
-    subjects: tuple[str, ...] = ("mug", "robot", "cat")
+    subjects: tuple[str, ...] = ("mug", "robot")
     """Subjects of the toybox."""
     steps: int = 10
     """Training steps of each."""
@@ -113,7 +113,7 @@ def measure_cost(config: BenchmarkConfig, folder: Path) -> tuple[dict[str, Any],
             processor[way].append(sum(each for _, each in seconds) / len(config.subjects))
             if way == "fleet_1":
                 for name, told in json.loads((output / "report.json").read_text())["subjects"].items():
-                    lines, size = read_log(output / "subjects" / name / LOG_FILE), _batch_size()
+                    lines, size = read_log(output / "subjects" / name / LOG_FILE), _demo_run().train_batch_size
                     steps.append([size / line["samples_per_second"] for line in lines])
                     outside.append(told["seconds"] - sum(steps[-1]))
     figures: dict[str, Any] = {}
@@ -140,16 +140,13 @@ def _run(command: Sequence[str], threads: int) -> tuple[float, float]:
     return time.perf_counter() - started, usage.ru_utime + usage.ru_stime
 
 
-def _batch_size() -> int:
-    return load_config(
-        ["--config", "configs/demo.yaml", "--instance_data_dir", "x", "--class_name", "x"]
-    ).train_batch_size
+def _demo_run() -> TrainConfig:
+    return load_config(["--config", "configs/demo.yaml", "--instance_data_dir", "x", "--class_name", "x"])
 
 
 def _start_seconds(folder: Path) -> float:
     """Return how long it takes until a worker process is ready."""
-    run = load_config(["--config", "configs/demo.yaml", "--instance_data_dir", "x", "--class_name", "x"])
-    pool = ProcessPool({"x": run}, 1, folder / "logs")
+    pool = ProcessPool({"x": _demo_run()}, 1, folder / "logs")
     started = time.perf_counter()
     pool.start(0)
     while not pool.wait(1.0):
@@ -248,13 +245,10 @@ def simulate(config: BenchmarkConfig, recorded: Mapping[str, Any]) -> dict[str, 
 
 def driver_time(folder: Path, subjects: int = 200) -> float:
     """Return the milliseconds that the driver's notes of a subject take on disk, its start and its end."""
-    run = load_config(["--config", "configs/demo.yaml", "--instance_data_dir", "x", "--class_name", "x"])
-    settings = run.snapshot()
-    states = []
+    run, states = _demo_run(), []
     for number in range(subjects):
-        values = {**vars(run), "output_dir": str(folder / "notes" / str(number))}
-        values.pop("subjects", None)
-        states.append(SubjectState(type(run)(**values), settings))
+        own = replace(run, output_dir=str(folder / "notes" / str(number)))
+        states.append(SubjectState(own, run.snapshot()))
         states[-1].folder.mkdir(parents=True)
     started = time.perf_counter()
     for state in states:
