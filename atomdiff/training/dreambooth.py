@@ -8,16 +8,18 @@ Inversion", arXiv 2208.01618.
 import math
 import time
 from contextlib import closing, nullcontext
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import Accelerator
-from torch import Tensor
+from peft import PeftConfig
 
 from atomdiff.training.anomalies import LossSpikes, detecting_anomalies, refuse_unless_finite, warn_of_spike
 from atomdiff.training.base_model import BasePipeline
-from atomdiff.training.batches import batch_seed, batches_of, name_images, sample_batch
+from atomdiff.training.batch_loss import batch_loss
+from atomdiff.training.batches import batches_of, name_images
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.evaluation import evaluate_result
 from atomdiff.training.launch import start_accelerator, start_trackers
@@ -25,7 +27,6 @@ from atomdiff.training.layer_budget import check_budget, keep_to_budget
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
 from atomdiff.training.measurements import measure, saved_parameters, start_measuring
 from atomdiff.training.method import read_text_adapter
-from atomdiff.training.objective import preservation_loss, prior_preservation_loss, sample_losses
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.preflight import check_runs
 from atomdiff.training.push import choose_repository, push_concept
@@ -48,7 +49,6 @@ from atomdiff.training.summary import describe_training
 from atomdiff.training.validation import is_validation_step, validate
 from atomdiff.training.warm_start import check_start, warm_start
 from atomdiff.tuner.read_config import read_adapter
-from atomdiff.tuner.selection import selection_penalty
 from atomdiff.utils.atomic import remove_leftovers
 from atomdiff.utils.folder_lock import lock_folder
 from atomdiff.utils.progress import log
@@ -92,6 +92,29 @@ def train(
         return path
 
 
+@dataclass(frozen=True)
+class StartedRun:
+    """A run that is about to train, and what its end needs."""
+
+    run: Run
+    adapter: PeftConfig | None
+    """The method, None for training the whole denoiser."""
+    path: Path
+    """Where the result is written."""
+    snapshot: dict[str, Any]
+    """What checkpoints are written with."""
+    record: RunRecord | None
+    """The run's record; None on other processes than the main one."""
+    repo_id: str | None
+    """Repository to push to."""
+    done: int
+    """Steps that were done before."""
+    average_loss: float
+    """The average loss after them; NaN without any."""
+    trained_with: dict[str, Any]
+    """Config snapshot of what was trained."""
+
+
 def run_training(
     config: TrainConfig,
     accelerator: Accelerator,
@@ -99,6 +122,19 @@ def run_training(
     base: BasePipeline | None = None,
 ) -> Path:
     """Do what `train` says in a folder that is this run's alone."""
+    started = start_run(config, accelerator, repeated, base)
+    with reporting_divergence(started.run):
+        final_loss = training_loop(started.run, started.snapshot, started.done, started.average_loss)
+    return finish_run(started, final_loss)
+
+
+def start_run(
+    config: TrainConfig,
+    accelerator: Accelerator,
+    repeated: tuple[Path, RunRecord] | None = None,
+    base: BasePipeline | None = None,
+) -> StartedRun:
+    """Do all that comes before the first step; arguments are those of `train`."""
     adapter = read_adapter(config.adapter)
     path = result_path(adapter, Path(config.output_dir) / config.name)
     check_result_path(path, adapter, (config.pretrained_model_name_or_path, config.pretrained_vae_model_name_or_path))
@@ -116,7 +152,7 @@ def run_training(
         check_start(run, state["checkpoint"])
     elif config.init_from is not None:
         warm_start(run, take_step)
-    done = state["step"] if state else 0
+    done, record = state["step"] if state else 0, None
     if accelerator.is_main_process:
         described = describe_training(config, run.model.parameter_groups(), accelerator.num_processes, done)
         log(f"{run.dataset.description}\n{described}")
@@ -124,23 +160,29 @@ def run_training(
 
     check_budget(run)
     start_trackers(config, accelerator)
-    with reporting_divergence(run):
-        final_loss = training_loop(run, snapshot, done, state["average_loss"] if state else math.nan)
+    average_loss = state["average_loss"] if state else math.nan
+    trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()
+    return StartedRun(run, adapter, path, snapshot, record, repo_id, done, average_loss, trained_with)
+
+
+def finish_run(started: StartedRun, final_loss: float) -> Path:
+    """Save what was trained, with its report, and push it if that is asked for; return where it is."""
+    run, path, step = started.run, started.path, 0
+    config, accelerator = run.config, run.accelerator
     if accelerator.is_fsdp2:
         gather_weights(run.model)
-    if accelerator.is_main_process:
-        trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()
-        with checkpoint_on_error(run, final_loss, snapshot), saved_parameters(run) as step:
-            save_result(run, adapter, path, step, final_loss, trained_with)
-        finish_record(run, record, path, step, final_loss)
-        if is_validation_step(config, config.max_train_steps, done):  # now that nothing can be lost any more
+    if started.record is not None:
+        with checkpoint_on_error(run, final_loss, started.snapshot), saved_parameters(run) as step:
+            save_result(run, started.adapter, path, step, final_loss, started.trained_with)
+        finish_record(run, started.record, path, step, final_loss)
+        if is_validation_step(config, config.max_train_steps, started.done):  # now that nothing can be lost any more
             validate(run, config.max_train_steps)
         report(run, path, step, final_loss)
     accelerator.wait_for_everyone()
     for tracker in accelerator.trackers:  # end_training() would also part the processes, which may have more runs to do
         tracker.finish()
-    if repo_id is not None:
-        accelerator.print(f"pushed to {push_concept(config, path, step, repo_id)}")
+    if started.repo_id is not None:
+        accelerator.print(f"pushed to {push_concept(config, path, step, started.repo_id)}")
     return path
 
 
@@ -155,31 +197,60 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
     start_measuring(run, done)
     if done < config.max_train_steps and is_validation_step(config, done, done):
         validate(run, done)
-    log_file, samples = output_dir / LOG_FILE, run.samples_per_step
-    run_log = RunLog(accelerator, log_file, done, config.max_train_steps, config.logging_steps, samples)
-    spikes = LossSpikes()
-    with closing(run_log), StopSignals() as stop:
+    steps_log = StepsLog(run, done, average_loss)
+    with closing(steps_log), StopSignals() as stop:
         for step in range(done + 1, config.max_train_steps + 1):
             started = time.perf_counter()
             set_learning_rates(run.optimizer, run.lr_factor(step - 1))
             loss = train_step(run, step)
-            average_loss = update_average(average_loss, loss)
-            if (ratio := spikes.ratio(loss)) and accelerator.is_main_process:
-                warn_of_spike(step, loss, ratio, images := name_images(run, batches_of(run, step)))
-                run.loss_spikes.append({"step": step, "loss": loss, "images": images})
-                run_log.note_spike(run.loss_spikes[-1])
-            run_log.step(step, loss, average_loss, current_rate(run.optimizer), time.perf_counter() - started)
+            steps_log.note(step, loss, time.perf_counter() - started)
             measure(run, step)
 
             stopping = on_any_process(accelerator, stop.requested) and step < config.max_train_steps
-            if stopping or (config.checkpointing_steps and step % config.checkpointing_steps == 0):
-                save_state(run, step, average_loss, snapshot, stopping)
+            if stopping or is_checkpoint_step(config, step):
+                save_state(run, step, steps_log.average_loss, snapshot, stopping)
             if stopping:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
                 raise KeyboardInterrupt(how_to_go_on(run, step))
             if step < config.max_train_steps and is_validation_step(config, step, done):
                 validate(run, step)
-    return average_loss
+    return steps_log.average_loss
+
+
+class StepsLog:
+    """What a run notes of its steps: its log, loss spikes and the average loss.
+
+    Args:
+        run: The run.
+        done: Steps done already.
+        average_loss: The average loss after them; NaN without any.
+        show: Show a progress bar.
+    """
+
+    def __init__(self, run: Run, done: int, average_loss: float, *, show: bool = True) -> None:
+        config, file = run.config, Path(run.config.output_dir) / LOG_FILE
+        self.run, self.average_loss, self._spikes = run, average_loss, LossSpikes()
+        steps = done, config.max_train_steps, config.logging_steps
+        self._log = RunLog(run.accelerator, file, *steps, run.samples_per_step, show=show)
+
+    def note(self, step: int, loss: float, seconds: float) -> None:
+        """Note a step's loss and the time that it took; warn of a loss spike."""
+        run = self.run
+        self.average_loss = update_average(self.average_loss, loss)
+        if (ratio := self._spikes.ratio(loss)) and run.accelerator.is_main_process:
+            warn_of_spike(step, loss, ratio, images := name_images(run, batches_of(run, step)))
+            run.loss_spikes.append({"step": step, "loss": loss, "images": images})
+            self._log.note_spike(run.loss_spikes[-1])
+        self._log.step(step, loss, self.average_loss, current_rate(run.optimizer), seconds)
+
+    def close(self) -> None:
+        """Leave the progress bar as it stands."""
+        self._log.close()
+
+
+def is_checkpoint_step(config: TrainConfig, step: int) -> bool:
+    """Tell whether a checkpoint is saved after this step."""
+    return config.checkpointing_steps > 0 and step % config.checkpointing_steps == 0
 
 
 def train_step(run: Run, step: int) -> float:
@@ -241,35 +312,6 @@ def try_step(run: Run, step: int) -> tuple[float, float]:
             run.optimizer.step()
             run.optimizer.zero_grad()
     return sum(losses) / len(losses), norm
-
-
-def batch_loss(run: Run, number: int) -> Tensor:
-    """Return the DreamBooth loss of the batch of this number, a scalar with a gradient.
-
-    All that is sampled is a function of the seed and of the batch's position among those of all processes, so that two
-    processes learn what one does that accumulates two batches; the network's own random numbers (dropout) follow too,
-    as the seed is set for all.
-    """
-    config, accelerator = run.config, run.accelerator
-    position = number * accelerator.num_processes + accelerator.process_index
-    batch, noised = sample_batch(run, position, torch.manual_seed(batch_seed(run, position)))
-    device, count, total = accelerator.device, batch.num_instance_images, len(batch.prompts)
-    inputs = [each.to(device) for each in (noised.latents, noised.timesteps, batch.time_ids)]
-    weights, target = noised.weights.to(device), noised.target.to(device)
-    prompts = batch.prompts + batch.preservation_prompts
-    # The instance images come once more, with the prompts whose predictions stay.
-    latents, timesteps, time_ids = (torch.cat([each, each[: len(prompts) - total]]) for each in inputs)
-    prediction = run.wrapped(latents, timesteps, prompts, time_ids)
-    mask = None if batch.weights is None else batch.weights.to(device)
-    losses = sample_losses(prediction[:total], target, mask) * weights
-    loss = prior_preservation_loss(losses, count, config.prior_loss_weight)
-    if batch.preservation_prompts:
-        with accelerator.autocast():
-            base = run.model.predict_base(latents[total:], timesteps[total:], prompts[total:], time_ids[total:])
-        kept = preservation_loss(prediction[total:], base, weights[:count])
-        loss = loss + config.preservation_weight * kept
-    done = number / (config.gradient_accumulation_steps * config.max_train_steps)
-    return loss + selection_penalty(run.model.layer_scores, done)
 
 
 def on_any_process(accelerator: Accelerator, flag: bool) -> bool:

@@ -92,7 +92,17 @@ class TrainingModel(nn.Module):
         self, latents: Tensor, timesteps: Tensor, prompts: Sequence[int], time_ids: Tensor | None = None
     ) -> Tensor:
         """Return what the base predicts, without anything that is trained; arguments and result are those of a call."""
-        embeds = self._stack([self.base_prompt_embeds[prompt] for prompt in prompts])
+        return self.denoise_with_base(latents, timesteps, self.encode_base_prompts(prompts), time_ids)
+
+    def encode_base_prompts(self, prompts: Sequence[int]) -> PromptEmbeds:
+        """Return the base's own conditioning on the prompts of these numbers, of those that it predicts for."""
+        return self._stack([self.base_prompt_embeds[prompt] for prompt in prompts])
+
+    @torch.no_grad()
+    def denoise_with_base(
+        self, latents: Tensor, timesteps: Tensor, embeds: PromptEmbeds, time_ids: Tensor | None = None
+    ) -> Tensor:
+        """Return what the base's denoiser predicts for any conditioning; else as `predict_base`."""
         if self.base_denoiser is not None:
             return self.base.denoise(self.base_denoiser, latents, timesteps, embeds, time_ids)
         with adapters_off(self.denoiser):

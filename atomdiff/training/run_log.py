@@ -25,9 +25,20 @@ class RunLog:
         steps: Steps in all.
         every: Steps between lines; the last step gets one in any case.
         samples: Samples in a step, on all processes.
+        show: Show the bar.
     """
 
-    def __init__(self, accelerator: Accelerator, file: Path, step: int, steps: int, every: int, samples: int) -> None:
+    def __init__(
+        self,
+        accelerator: Accelerator,
+        file: Path,
+        step: int,
+        steps: int,
+        every: int,
+        samples: int,
+        *,
+        show: bool = True,
+    ) -> None:
         self._accelerator, self._file = accelerator, file
         self._steps, self._every, self._samples = steps, every, samples
         self._losses: list[float] = []
@@ -36,7 +47,8 @@ class RunLog:
         if accelerator.is_main_process:
             kept = [line for line in read_log(file) if line["step"] <= step] if step else []
             write_text(file, "".join(f"{json.dumps(line)}\n" for line in kept))
-        self._bar = ProgressBar(total=steps, initial=step, desc="training", disable=not accelerator.is_main_process)
+        show = show and accelerator.is_main_process
+        self._bar = ProgressBar(total=steps, initial=step, desc="training", disable=not show)
 
     def note_spike(self, spike: dict[str, Any]) -> None:
         """Note a loss spike for the next line."""
