@@ -19,6 +19,11 @@ def train(args: Sequence[str]) -> None:
 
     config = load_config(args, prog="atomdiff train")
     quiet_libraries()
+    if config.subjects_per_batch > 1:
+        from atomdiff.training.together import describe_results, train_subjects
+
+        print(describe_results(train_subjects(config)))
+        return
     from accelerate import PartialState
 
     from atomdiff.training import dreambooth

@@ -106,6 +106,23 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord(**content)
 
 
+def finished_result(folder: Path, settings: dict[str, Any]) -> Path | None:
+    """Return what a run with these settings has saved in its folder; None: it has not ended, or the file has changed.
+
+    Args:
+        folder: The run's `output_dir`.
+        settings: As `RunRecord.settings`.
+    """
+    try:
+        record = read_record(folder)
+    except UserError:
+        return None
+    if record.result is None or record.settings != json.loads(json.dumps(settings)):
+        return None
+    path = folder / str(record.result["name"])
+    return path if path.exists() and hash_file(path) == record.result["sha256"] else None
+
+
 def recorded_config(record: RunRecord, folder: Path) -> TrainConfig:
     """Return the config of a recorded run.
 

@@ -17,6 +17,7 @@ from atomdiff.training.config.output import HubConfig, OutputConfig, check_repos
 from atomdiff.training.config.prompt import PromptConfig, check_prompt
 from atomdiff.training.config.run import RunConfig
 from atomdiff.training.config.subject import Subject
+from atomdiff.training.config.together import TogetherConfig
 from atomdiff.training.config.warm_start import WarmStartConfig
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_with_overrides
@@ -40,6 +41,7 @@ class TrainConfig(  # the fields of the last come first in --help
     OptimizationConfig,
     PreservationConfig,
     DataConfig,
+    TogetherConfig,
     PromptConfig,
     WarmStartConfig,
     RunConfig,
@@ -84,7 +86,10 @@ class TrainConfig(  # the fields of the last come first in --help
         """Return the runs that this config stands for: itself, or one for each subject."""
         if self.concepts_list is None or self.one_file:
             return (self,)
-        return tuple(replace(self, concepts_list=None, **self._of_subject(subject)) for subject in self.subjects)
+        return tuple(
+            replace(self, concepts_list=None, subjects_per_batch=1, **self._of_subject(subject))
+            for subject in self.subjects
+        )
 
     def _of_subject(self, subject: Subject) -> dict[str, Any]:
         """Return the fields of a subject's run that differ; it must not overwrite what another one writes."""
@@ -93,7 +98,7 @@ class TrainConfig(  # the fields of the last come first in --help
 
     def snapshot(self) -> dict[str, Any]:
         """Return the fields that the trained parameters depend on, ready for JSON, without paths."""
-        hidden = {field.name for group in (OutputConfig, HubConfig) for field in fields(group)}
+        hidden = {field.name for group in (OutputConfig, HubConfig, TogetherConfig) for field in fields(group)}
         hidden.update(path_fields(type(self)))
         if self.init_from is None:
             hidden.update(field.name for field in fields(WarmStartConfig))
@@ -120,6 +125,9 @@ class TrainConfig(  # the fields of the last come first in --help
             if self.validation_split and subject.validation_data_dir:
                 found = f"validation_split={self.validation_split}, validation_data_dir={subject.validation_data_dir!r}"
                 raise UserError(f"{found}: expected one of them")
+        if self.subjects_per_batch > 1 and (self.concepts_list is None or self.one_file):
+            expected = "expected several subjects in a concepts_list, without one_file"
+            raise UserError(f"subjects_per_batch={self.subjects_per_batch}: {expected}")
         held_out = self.validation_split or any(subject.validation_data_dir for subject in self.subjects)
         if held_out and self.validation_loss_steps == 0:
             raise UserError("validation_loss_steps=0: expected more than 0 where images are held out for it")
