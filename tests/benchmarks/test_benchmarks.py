@@ -10,7 +10,17 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from benchmarks import classify_methods, discriminative, keep, library, patching, survival, training_step, warm_start
+from benchmarks import (
+    classify_methods,
+    discriminative,
+    keep,
+    library,
+    patching,
+    subjects_per_batch,
+    survival,
+    training_step,
+    warm_start,
+)
 from benchmarks.classifier_runs import Comparison
 from benchmarks.classifier_worlds import WORLDS, DigitImages
 from benchmarks.experiments import rates_around
@@ -66,6 +76,19 @@ def test_concepts_kept_in_part(result, tmp_path):
     figures = result("keep.json")
     assert figures["0:file_bytes"] < figures["0.3:file_bytes"] < figures["1:file_bytes"] == CONCEPT.stat().st_size
     assert {"similarity", "drift"} <= {name.partition(":")[2] for name in figures}
+
+
+@pytest.mark.slow
+def test_subjects_in_one_batch(result, tmp_path):
+    run = tmp_path / "run.yaml"
+    run.write_text(f"pretrained_model_name_or_path: {CONCEPT.parent / 'tiny-sd'}\n")
+    few = {"repeats": 1, "steps": 2, "run_steps": 4}
+    subjects_per_batch.main(
+        subjects_per_batch.BenchmarkConfig((2,), (1,), config=str(run), output=str(tmp_path / "batch.json"), **few)
+    )
+    figures = result("batch.json")
+    assert figures["over_alone_2_1"] > 0 and figures["memory_2_1"] > figures["memory_alone_1"] > 0
+    assert 0 < figures["difference_1"] < 1e-2
 
 
 @pytest.mark.slow
