@@ -193,7 +193,7 @@ def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: f
         UserError: As `train_step`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
-    config, accelerator, output_dir = run.config, run.accelerator, Path(run.config.output_dir)
+    config, accelerator = run.config, run.accelerator
     start_measuring(run, done)
     if done < config.max_train_steps and is_validation_step(config, done, done):
         validate(run, done)
