@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 import sys
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from numbers import Real
 from typing import Any
 
@@ -77,6 +77,12 @@ class AdapterWeight:
         """Whether it is a number."""
         return not (self.blocks or self.steps) and self.keep == 1
 
+    def at_step(self, progress: float) -> AdapterWeight:
+        """The weight that counts, by block alone, when this share of the denoising steps is done."""
+        if not self.steps:
+            return self
+        return replace(self, weight=self.weight * self._step_factor(progress), steps={})
+
     def at(self, module: str, progress: float | None) -> float:
         """The weight of one layer.
 
@@ -90,9 +96,12 @@ class AdapterWeight:
         furthest = max(reach, key=reach.__getitem__, default="")
         factor = self.blocks[furthest] if reach.get(furthest) else 1.0
         if self.steps and progress is not None:
-            shares = sorted(self.steps)
-            factor *= float(np.interp(progress, shares, [self.steps[share] for share in shares]))
+            factor *= self._step_factor(progress)
         return self.weight * factor
+
+    def _step_factor(self, progress: float) -> float:
+        shares = sorted(self.steps)
+        return float(np.interp(progress, shares, [self.steps[share] for share in shares]))
 
     def check(self, name: str, modules: Iterable[str]) -> None:
         """Check that every block has a layer of the concept.

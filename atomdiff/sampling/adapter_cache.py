@@ -44,10 +44,12 @@ class AdapterCache:
 
     Args:
         pipe: a pipeline without concepts.
+        max_loaded: concepts that stay loaded, unless one batch needs more; None: `MAX_LOADED`.
     """
 
-    def __init__(self, pipe: Any) -> None:
+    def __init__(self, pipe: Any, max_loaded: int | None = None) -> None:
         self.pipe = pipe
+        self.max_loaded = MAX_LOADED if max_loaded is None else max_loaded
         self._loaded: OrderedDict[ConceptSource, _LoadedSource] = OrderedDict()  # least recently used first
         self._encoders: dict[str, frozenset[str]] = {}  # placeholder token -> text encoders in which it has a vector
         self._unused: list[str] = []  # placeholder tokens without a concept
@@ -55,8 +57,16 @@ class AdapterCache:
         self._active: Mapping[str, AdapterWeight] | None = None  # what is merged into the weights
 
     @contextmanager
-    def use(self, requests: Sequence[PromptRequest]) -> Iterator[None]:
+    def use(
+        self, requests: Sequence[PromptRequest], *, progress: Sequence[float] | None = None, merge: bool = True
+    ) -> Iterator[None]:
         """Make a `with` block in which the pipeline takes one prompt per request and applies its concepts.
+
+        Args:
+            requests: one a sample of the batch.
+            progress: share of its denoising steps that each sample has done, where these differ; None: weights by step
+                follow the pipeline's scheduler.
+            merge: write the concepts into the weights where all requests have the same.
 
         Raises:
             UserError: a concept cannot be loaded, or not with its weight.
@@ -66,14 +76,24 @@ class AdapterCache:
             {name: weight for concept, weight in request.concepts if (name := self._loaded[concept].adapter_name)}
             for request in requests
         ]
-        if any(sample != samples[0] for sample in samples):
+        if progress is not None:
+            samples = [
+                {name: weight.at_step(share) for name, weight in sample.items()}
+                for sample, share in zip(samples, progress, strict=True)
+            ]
+        if not merge or any(sample != samples[0] for sample in samples):
+            if self._active != {} and not all(concept.is_atoms for concept in self._loaded):
+                self._set_active({})  # other adapters would act on all samples
             with mixed_batch(self.pipe, samples):
                 yield
             return
         if samples[0] != self._active:
-            set_active(self.pipe, samples[0])
-            self._active = samples[0]
+            self._set_active(samples[0])
         yield
+
+    def _set_active(self, weights: Mapping[str, AdapterWeight]) -> None:
+        set_active(self.pipe, weights)
+        self._active = weights
 
     def replace_trigger_words(self, request: PromptRequest, text: str) -> str:
         """Return a text of a request that is in use, with placeholder tokens for its trigger words."""
@@ -86,7 +106,7 @@ class AdapterCache:
                 self._loaded.move_to_end(concept)
         for concept in concepts:
             if concept not in self._loaded:
-                while len(self._loaded) >= max(MAX_LOADED, len(concepts)):
+                while len(self._loaded) >= max(self.max_loaded, len(concepts)):
                     self._unload_oldest()
                 try:
                     self._loaded[concept] = self._load(concept)

@@ -1,0 +1,146 @@
+"""The concepts of a server: those of its library, kept as they were for requests that use them."""
+
+from __future__ import annotations
+
+import os
+import re
+import shutil
+import tempfile
+import threading
+import weakref
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
+from atomdiff.concepts.library import ConceptLibrary
+from atomdiff.concepts.library_index import ConceptInfo, normalize_name
+from atomdiff.pipelines.adapter_weight import AdapterWeight
+from atomdiff.sampling.concept_source import ConceptSource, library_source
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.untrusted import printable, read_safetensors_header
+
+_NAME = re.compile(r"\w[\w.-]{0,99}")
+_MAX_THUMBNAIL = 1 << 20  # characters of a data URL
+_TAGS_NAMES = "letters, digits, '_', '-' and '.', at most 100, a letter, digit or '_' first"
+
+
+class ServedConcepts:
+    """Finds the concepts of requests in a library; a request keeps them, also where files change or go.
+
+    Methods may be called in any thread.
+
+    Args:
+        library: the concepts, in a folder that others may change, too.
+    """
+
+    def __init__(self, library: ConceptLibrary) -> None:
+        self.library = library
+        self._sources: weakref.WeakValueDictionary[ConceptInfo, ConceptSource] = weakref.WeakValueDictionary()
+        self._lock = threading.Lock()
+
+    def find(self, weights: Mapping[str, Any]) -> list[tuple[ConceptSource, AdapterWeight]]:
+        """Return the concepts of a request with their weights, their contents in memory.
+
+        Args:
+            weights: name -> adapter weight as `AdapterWeight.read` takes it.
+
+        Raises:
+            UserError: there is no such concept, its file is damaged, or its weight cannot be used.
+        """
+        read = {name: AdapterWeight.read(value) for name, value in weights.items()}
+        return [(self._source(name), weight) for name, weight in read.items()]
+
+    def info(self, name: str) -> ConceptInfo:
+        """Return what the header of a concept says, as it is now.
+
+        Raises:
+            UserError: there is no such concept.
+        """
+        info = self.library.info(name)
+        try:
+            status = info.path.stat()
+            is_same = (status.st_size, status.st_mtime_ns, status.st_ino) == (info.size, info.mtime_ns, info.inode)
+        except OSError:
+            is_same = False
+        if not is_same:
+            self.library.refresh()
+            info = self.library.info(name)
+        return info
+
+    def add(self, name: str, data: bytes, check: Callable[[ConceptFile], object], *, overwrite: bool = False) -> None:
+        """Put a concept file into the library, once all of it has been checked.
+
+        Args:
+            name: its name; no folder.
+            data: its contents.
+            check: raises `UserError` for concepts that are not to be taken.
+            overwrite: replace a concept of this name; requests that use it keep the old one.
+
+        Raises:
+            UserError: the name cannot be one, or the file is no concept file, or damaged.
+            FileExistsError: there is a concept of this name.
+        """
+        name = normalize_name(name.removesuffix(CONCEPT_SUFFIX))
+        if not _NAME.fullmatch(name):
+            raise UserError(f"found the name {printable(name)!r} for a concept; expected {_TAGS_NAMES}")
+        target = self.library.folder / f"{name}{CONCEPT_SUFFIX}"
+        exists = f"there is a concept {name!r} already: choose another name, or set overwrite"
+        if not overwrite and name in self.library:
+            raise FileExistsError(exists)
+        handle, temporary = tempfile.mkstemp(prefix=".upload-", dir=self.library.folder)
+        try:
+            with os.fdopen(handle, "wb") as file:
+                file.write(data)
+            try:
+                check(read_concept_file(temporary))
+            except UserError as error:
+                raise UserError(str(error).replace(temporary, f"the concept {name!r}")) from error
+            os.chmod(temporary, 0o644)
+            if overwrite:
+                os.replace(temporary, target)
+            else:
+                try:
+                    os.link(temporary, target)  # fails where it exists
+                except FileExistsError as error:
+                    raise FileExistsError(exists) from error
+        finally:
+            Path(temporary).unlink(missing_ok=True)
+        self.library.refresh()
+
+    def delete(self, name: str) -> None:
+        """Delete the file of a concept; requests that use it are finished with it.
+
+        Raises:
+            UserError: there is no such concept.
+        """
+        self.info(name).path.unlink(missing_ok=True)
+        self.library.refresh()
+
+    def _source(self, name: str) -> ConceptSource:
+        with self._lock:
+            info = self.info(name)
+            source = self._sources.get(info)
+            if source is None:
+                source = self._sources[info] = _keep(library_source(self.library, name))
+            return source
+
+
+def thumbnail(info: ConceptInfo) -> str | None:
+    """Return the thumbnail in a concept's file, a data URL with an image; None: it has none."""
+    found = read_safetensors_header(info.path)[0].get("modelspec.thumbnail", "")
+    return found if found.startswith("data:image/") and len(found) <= _MAX_THUMBNAIL else None
+
+
+def _keep(source: ConceptSource) -> ConceptSource:
+    """Return a source that no longer needs its file; of LoRA files a copy is kept as long as the source."""
+    if source.read is None:
+        folder = Path(tempfile.mkdtemp(prefix="atomdiff-lora-"))
+        kept = replace(source, path=Path(shutil.copy(source.path, folder)))
+        weakref.finalize(kept, shutil.rmtree, folder, ignore_errors=True)
+    else:
+        contents = source.read()
+        kept = replace(source, read=lambda: contents)
+    _ = kept.schedule  # read now, and kept
+    return kept
