@@ -100,6 +100,17 @@ def sample(args: Sequence[str]) -> None:
     PartialState().print(f"the images, grid.png and manifest.json are in {folder}")
 
 
+def serve(args: Sequence[str]) -> None:
+    """Serve images over HTTP, with the concepts of a library."""
+    from atomdiff.serving.config import ServeConfig
+
+    config = parse_config(ServeConfig, args, prog="atomdiff serve")
+    quiet_libraries()
+    from atomdiff.serving import server
+
+    server.serve(config)
+
+
 def inspect(args: Sequence[str]) -> None:
     """Show the contents of a concept file, or count the parameters of an adapter on a base model."""
     from atomdiff.cli.inspect import InspectConfig, inspect_concept
@@ -198,7 +209,8 @@ def doctor(args: Sequence[str]) -> None:
 
 
 _TRAINING = (train, rerun, tune, fleet)
-_VERBS = (*_TRAINING, sample, evaluate, inspect, similar, export, extract, prune, average, demo, ui, doctor)
+_FILES = (inspect, similar, export, extract, prune, average)
+_VERBS = (*_TRAINING, sample, serve, evaluate, *_FILES, demo, ui, doctor)
 VERBS = {verb.__name__: verb for verb in _VERBS}
 
 

@@ -104,20 +104,31 @@ class Denoising:
         self._index += 1
 
 
-def encode(pipe: Any, prompt: str, negative_prompt: str | None, guided: bool) -> PromptEmbeds:
-    """Return the conditioning on a prompt as its pipeline makes it; with guidance, the negative one first."""
+def encode(
+    pipe: Any, prompts: Sequence[str], negative_prompts: Sequence[str | None], guided: bool
+) -> list[PromptEmbeds]:
+    """Return the conditioning on each prompt as its pipeline makes it; with guidance, the negative one first.
+
+    Args:
+        pipe: a pipeline of Stable Diffusion.
+        prompts: one an image.
+        negative_prompts: one an image; all or none of them None.
+        guided: whether there is classifier-free guidance.
+    """
     found = pipe.encode_prompt(
-        prompt=[prompt],
+        prompt=list(prompts),
         device=denoiser_of(pipe).device,
         num_images_per_prompt=1,
         do_classifier_free_guidance=guided,
-        negative_prompt=None if negative_prompt is None else [negative_prompt],
+        negative_prompt=None if negative_prompts[0] is None else list(negative_prompts),
     )
     positive, negative, pooled, negative_pooled = [*found, None, None][:4]
-    if not guided:
-        return PromptEmbeds(positive, pooled)
-    both = None if pooled is None else torch.cat([negative_pooled, pooled])
-    return PromptEmbeds(torch.cat([negative, positive]), both)
+    if guided:
+        positive = torch.stack([negative, positive], 1)  # (prompts, 2, tokens, hidden)
+        pooled = None if pooled is None else torch.stack([negative_pooled, pooled], 1)
+    else:
+        positive, pooled = positive[:, None], None if pooled is None else pooled[:, None]
+    return [PromptEmbeds(each, None if pooled is None else pooled[row]) for row, each in enumerate(positive)]
 
 
 def predict(pipe: Any, rows: Sequence[Denoising]) -> list[Tensor]:

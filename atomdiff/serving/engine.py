@@ -15,6 +15,9 @@ import torch
 from torch import Tensor
 
 from atomdiff.bases.find import denoiser_of, find_base
+from atomdiff.concepts.compatibility import check_base
+from atomdiff.concepts.concept_file import ConceptFile
+from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.prompt_syntax import split_tags
 from atomdiff.pipelines.scheduler import ScheduleConfig, common_scheduler
 from atomdiff.sampling.adapter_cache import AdapterCache
@@ -148,6 +151,15 @@ class Engine:
             self._changed.notify_all()
         return jobs
 
+    def check_concept(self, concept: ConceptFile) -> None:
+        """Check that a concept fits the base.
+
+        Raises:
+            UserError: it does not.
+        """
+        with locked(self.pipe):
+            check_base(concept, pipeline_models(self.pipe))
+
     @property
     def num_waiting(self) -> int:
         """Jobs that have not begun."""
@@ -235,7 +247,10 @@ class Engine:
             if not jobs:
                 break
             started, batch = time.perf_counter(), choose_batch(jobs, self.max_batch * math.prod(self.native_size))
-            batch = [job for job in batch if self._has_begun(job)]
+            new = [job for job in batch if job.denoising is None]
+            for has_negative in (False, True):
+                self._begin([job for job in new if (job.request.negative_prompt is not None) == has_negative])
+            batch = [job for job in batch if job.denoising is not None]
             if batch:
                 self._step(batch)
                 self._note(batch, time.perf_counter() - started)
@@ -262,29 +277,41 @@ class Engine:
             measured = seconds / work
             self._seconds_per_work += (measured - self._seconds_per_work) * (0.1 if self._seconds_per_work else 1)
 
-    def _has_begun(self, job: Job) -> bool:
-        """Let a job begin that has not, and return whether that worked."""
-        if job.denoising is not None:
-            return True
-        request = job.request
+    def _begin(self, jobs: Sequence[Job]) -> None:
+        """Encode the prompts of jobs together, so that they can take steps; one that cannot begin fails alone."""
+        if not jobs:
+            return
         try:
-            self._apply([job], encoding=True)
-            texts = [job.prompt.text, request.negative_prompt]
-            prompt, negative = (text and self._cache.replace_trigger_words(job.prompt, text) for text in texts)
-            embeds = encode(self.pipe, prompt or "", negative, job.geometry.guided)
-            job.denoising = Denoising(
-                self.pipe,
-                job.scheduler,
-                embeds,
-                request.seed,
-                request.num_inference_steps,
-                request.guidance_scale,
-                job.geometry,
-            )
-        except Exception as error:  # of this request alone
-            self._give_up(job, error)
-            return False
-        return True
+            self._apply(jobs, encoding=True)
+            prompts = [self._cache.replace_trigger_words(job.prompt, job.prompt.text) for job in jobs]
+            negatives = [job.request.negative_prompt for job in jobs]
+            replaced = [
+                text and self._cache.replace_trigger_words(job.prompt, text)
+                for job, text in zip(jobs, negatives, strict=True)
+            ]
+            embeds = encode(self.pipe, prompts, replaced, jobs[0].geometry.guided)
+            begun = [
+                Denoising(
+                    self.pipe,
+                    job.scheduler,
+                    each,
+                    job.request.seed,
+                    job.request.num_inference_steps,
+                    job.request.guidance_scale,
+                    job.geometry,
+                )
+                for job, each in zip(jobs, embeds, strict=True)
+            ]
+        except Exception as error:
+            self._leave()
+            if len(jobs) == 1:
+                self._give_up(jobs[0], error)
+            else:
+                for job in jobs:
+                    self._begin([job])
+            return
+        for job, denoising in zip(jobs, begun, strict=True):
+            job.denoising = denoising
 
     def _step(self, batch: Sequence[Job]) -> None:
         """Take a step of each job; one that cannot be taken fails alone."""

@@ -30,6 +30,7 @@ from atomdiff.evaluate.suite import Evaluation, GeneratedImages, PromptSuite
 from atomdiff.export.export import ExportConfig
 from atomdiff.export.extract import ExtractConfig
 from atomdiff.sampling.config import SampleConfig
+from atomdiff.serving.config import ServeConfig
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.config.fleet import FleetOptions
 from atomdiff.training.config.optimizer import OPTIMIZERS
@@ -54,6 +55,7 @@ VERBS = {
     "rerun": lambda options: parse_config(RerunConfig, options, positional="folder"),
     "train_classifier": lambda options: parse_with_overrides(ClassifyConfig, options),
     "sample": lambda options: parse_config(SampleConfig, options),
+    "serve": lambda options: parse_config(ServeConfig, options),
     "evaluate": lambda options: parse_config(EvaluateConfig, options),
     "demo": lambda options: parse_config(DemoConfig, options),
     "export": lambda options: parse_config(ExportConfig, options),
@@ -169,7 +171,8 @@ def test_links_and_files_are_there():
 def test_names_of_modules_and_options_are_there():
     known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run", "part"}
     kinds = (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig)
-    for kind in (*kinds, PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig, UiConfig):
+    kinds += (PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig, UiConfig, ServeConfig)
+    for kind in kinds:
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():
         if page == "CHANGELOG.md":

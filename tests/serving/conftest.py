@@ -1,9 +1,17 @@
 """Engines on the tiny pipeline, with a library of concepts that are all called "sks mug"."""
 
+import threading
+import time
+from contextlib import ExitStack
+
+import httpx
 import pytest
+import uvicorn
 
 from atomdiff.concepts.library import ConceptLibrary
+from atomdiff.serving.app import make_app
 from atomdiff.serving.concepts import ServedConcepts
+from atomdiff.serving.config import ServeConfig
 from atomdiff.serving.engine import Engine
 from tests.sampling.helpers import write_concept
 from tests.tiny_models import fresh_copy
@@ -40,3 +48,26 @@ def make_engine(tiny_pipe, library):
     yield make
     for engine in engines:
         engine.close(timeout=0)
+
+
+@pytest.fixture
+def serve(make_engine, tiny_pipe_folder, library):
+    """Starts a server; gives a client of it."""
+    with ExitStack() as undo:
+
+        def start(engine=None, headers=None, **options):
+            config = ServeConfig(pretrained_model_name_or_path=str(tiny_pipe_folder), library=str(library), **options)
+            engine = engine or make_engine(max_queue=config.max_queue, timeout=config.request_timeout)
+            server = uvicorn.Server(uvicorn.Config(make_app(engine, config), port=0, log_level="critical"))
+            thread = threading.Thread(target=server.run)
+            thread.start()
+            undo.callback(thread.join)
+            undo.callback(setattr, server, "should_exit", True)
+            while not server.started:
+                time.sleep(0.01)
+            port = server.servers[0].sockets[0].getsockname()[1]
+            client = httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60, headers=headers)
+            client.server, client.engine = server, engine
+            return undo.enter_context(client)
+
+        yield start

@@ -79,8 +79,8 @@ def test_images_are_those_of_lone_requests(make_engine, alone, calls):
 def test_every_named_scheduler_may_be_at_different_steps(make_engine, alone, calls, name):
     calls.gate.clear()
     requests = [
-        ask(f"sks mug <atoms:{concept}>", steps, seed=steps, scheduler=name)
-        for concept, steps in (("ant", 6), ("bee", 4), ("cat", 9))
+        ask(prompt, steps, seed=steps, scheduler=name)
+        for prompt, steps in (("sks mug <atoms:ant>", 5), ("a cat", 3), ("a red mug", 6))
     ]
     engine = make_engine()
     jobs = engine.submit(requests[:1])
@@ -107,7 +107,7 @@ def test_sdxl(tiny_xl_pipe, xl_pipe_template):
 
 def test_short_jobs_overtake_long_ones_and_pause_them(make_engine, alone, calls):
     engine = make_engine(max_batch=2)
-    long = [ask("sks mug <atoms:ant>", 60, seed=seed) for seed in range(2)]
+    long = [ask("sks mug <atoms:ant>", 30, seed=seed) for seed in range(2)]
     jobs = engine.submit(long)
     wait_for(lambda: len(calls) > 2)
     (short,) = engine.submit([ask("sks mug <atoms:bee>", 3)])
@@ -257,3 +257,31 @@ def test_nothing_stays_behind(make_engine, tiny_pipe):
     assert engine._jobs == []
     assert not any(layer.mixed_batch for layer in tiny_pipe.unet.modules() if hasattr(layer, "mixed_batch"))
     assert torch.get_num_threads() == 1
+
+
+def test_lora_files_take_calls_of_their_own(make_engine, alone, library, tiny_pipe, calls):
+    from diffusers import StableDiffusionPipeline
+    from peft import LoraConfig
+    from peft.utils import get_peft_model_state_dict
+
+    tiny_pipe.unet.add_adapter(LoraConfig(r=4, target_modules=["to_q"], init_lora_weights=False))
+    StableDiffusionPipeline.save_lora_weights(
+        library, unet_lora_layers=get_peft_model_state_dict(tiny_pipe.unet), weight_name="style.safetensors"
+    )
+    tiny_pipe.unet.delete_adapters("default")
+    requests = [
+        ask("a cat <lora:style>", 3),
+        ask("sks mug <atoms:ant>", 3),
+        ask("a cat <lora:style:0.5>", 4),
+        ask("a cat", 4),
+        ask("sks mug <atoms:bee>", 2),
+    ]
+    expected = [alone(request) for request in requests]
+    calls.gate.clear()
+    engine = make_engine()
+    jobs = engine.submit(requests)
+    (library / "style.safetensors").unlink()  # it is kept for those that came before
+    calls.gate.set()
+    assert max(difference(job.future.result(60), each) for job, each in zip(jobs, expected, strict=True)) < TOLERANCE
+    assert difference(expected[0], expected[3]) > 100 * TOLERANCE
+    assert {1, 3} <= set(calls)

@@ -1,0 +1,112 @@
+"""The HTTP application around an engine."""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from typing import Any
+
+from fastapi import FastAPI, Request
+from fastapi.exceptions import RequestValidationError
+from fastapi_offline import FastAPIOffline
+from starlette.concurrency import run_in_threadpool
+from starlette.exceptions import HTTPException
+from starlette.responses import JSONResponse, Response
+
+from atomdiff.serving import concepts_api, openai_api, webui_api
+from atomdiff.serving.config import ServeConfig
+from atomdiff.serving.engine import Engine, EngineClosedError, QueueFullError, RequestTimeoutError
+from atomdiff.serving.errors import NotFoundError, error_body
+from atomdiff.serving.generation import ClientLeftError
+from atomdiff.serving.metrics import Metrics
+from atomdiff.serving.protection import BodyTooLargeError, Protection
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.versions import atomdiff_version
+
+_FORM_BYTES = 64 << 10  # of a body, beside a file
+
+_STATUS: dict[type[Exception], int] = {
+    UserError: 400,
+    NotFoundError: 404,
+    FileExistsError: 409,
+    BodyTooLargeError: 413,
+    QueueFullError: 429,
+    ClientLeftError: 499,  # nobody reads it; as nginx logs it
+    EngineClosedError: 503,
+    RequestTimeoutError: 504,
+}
+
+
+def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
+    """Make the application; its documentation at /docs needs no network. It closes the engine when it ends."""
+
+    @asynccontextmanager
+    async def closing(_: FastAPI) -> AsyncIterator[None]:
+        yield
+        await run_in_threadpool(engine.close, config.shutdown_timeout)
+
+    app = FastAPIOffline(
+        title="atomdiff",
+        version=atomdiff_version(),
+        description="Images with concepts: many requests share the denoising steps.",
+        redoc_url=None,
+        lifespan=closing,
+    )
+    app.state.engine, app.state.metrics = engine, Metrics(engine)
+    app.state.model_name = config.pretrained_model_name_or_path.rstrip("/").rpartition("/")[2]
+    for router in (openai_api.router, concepts_api.router, webui_api.router):
+        app.include_router(router)
+    app.add_api_route("/health", _health, methods=["GET"], tags=["server"])
+    app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=Response)
+    for kind in (*_STATUS, RequestValidationError, HTTPException, Exception):
+        app.add_exception_handler(kind, _answer_error)
+    max_bytes = int(config.max_upload_mb * 1e6) + _FORM_BYTES
+    app.add_middleware(Protection, host=config.host, api_key=config.api_key, max_bytes=max_bytes)  # type: ignore[arg-type]
+    return app
+
+
+def _health(http: Request) -> JSONResponse:
+    """Tell whether requests are taken, and how many there are."""
+    engine: Engine = http.app.state.engine
+    state = {
+        "status": "ok" if engine.is_running else "stopping",
+        "model": http.app.state.model_name,
+        "running": engine.num_running,
+        "waiting": engine.num_waiting,
+        "concepts": 0 if engine.concepts is None else len(engine.concepts.library),
+    }
+    return JSONResponse(state, 200 if engine.is_running else 503)
+
+
+def _metrics(http: Request) -> Response:
+    """Give the figures that Prometheus collects."""
+    return Response(http.app.state.metrics.text(), media_type="text/plain; version=0.0.4; charset=utf-8")
+
+
+async def _answer_error(http: Request, error: Exception) -> Response:
+    status, message = _describe(error)
+    if (concepts := http.app.state.engine.concepts) is not None:
+        message = message.replace(str(concepts.library.folder), "the library")
+    http.app.state.metrics.answers.labels(str(status)).inc()
+    answer = JSONResponse(error_body(status, message), status)
+    if isinstance(error, QueueFullError):
+        answer.headers["Retry-After"] = str(error.retry_after)
+    return answer
+
+
+def _describe(error: Exception) -> tuple[int, str]:
+    """Return the status and the message of an error."""
+    if isinstance(error, RequestValidationError):
+        return 400, "; ".join(map(_describe_field, error.errors()))
+    if isinstance(error, HTTPException):
+        return error.status_code, f"{error.detail}; /docs lists what this server answers"
+    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
+    if status == 500:
+        return 500, f"the image could not be made: {type(error).__name__}; the server's log says more"
+    return status, str(error)
+
+
+def _describe_field(found: dict[str, Any]) -> str:
+    place = ".".join(str(part) for part in found["loc"] if part != "body") or "the body"
+    value = repr(found.get("input"))[:100]
+    return f"{place}={value}: {found['msg']}"

@@ -1,0 +1,69 @@
+"""From requests over HTTP to PNG images: wait for the engine, and give up where the client has left."""
+
+from __future__ import annotations
+
+import asyncio
+import io
+import time
+from collections.abc import Sequence
+
+import torch
+from fastapi import Request
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from starlette.concurrency import run_in_threadpool
+from torch import Tensor
+
+from atomdiff.serving.image_request import ImageRequest
+from atomdiff.serving.metrics import Metrics
+
+_LOOK_SECONDS = 0.2  # between looks whether the client is still there
+
+
+class ClientLeftError(Exception):
+    """The client has closed the connection; nobody reads the answer."""
+
+
+async def generate_png(http: Request, requests: Sequence[ImageRequest]) -> list[bytes]:
+    """Generate the images of one HTTP request, and return them as PNG files.
+
+    Raises:
+        UserError: a request cannot be fulfilled.
+        ClientLeftError: the client has left; the images are withdrawn.
+    """
+    engine, metrics = http.app.state.engine, http.app.state.metrics
+    started = time.monotonic()
+    jobs = await run_in_threadpool(engine.submit, requests)
+    waiting = [asyncio.wrap_future(job.future) for job in jobs]
+    try:
+        while not all(future.done() for future in waiting):
+            done, _ = await asyncio.wait(waiting, timeout=_LOOK_SECONDS, return_when=asyncio.FIRST_EXCEPTION)
+            if any(future.exception() for future in done if not future.cancelled()):
+                break
+            if await http.is_disconnected():
+                raise ClientLeftError("the client has left")
+        if any(future.cancelled() for future in waiting):
+            raise ClientLeftError("the images were withdrawn before they were done")
+        images = [await future for future in waiting]
+    finally:
+        for future in waiting:  # those that are done stay as they are
+            future.cancel()
+    _observe(metrics, requests, time.monotonic() - started)
+    return [await run_in_threadpool(_png, image, each) for image, each in zip(images, requests, strict=True)]
+
+
+def _observe(metrics: Metrics, requests: Sequence[ImageRequest], seconds: float) -> None:
+    metrics.latency.observe(seconds)
+    metrics.images.inc(len(requests))
+
+
+def _png(image: Tensor, request: ImageRequest) -> bytes:
+    """Return an image (3, h, w) from 0 to 1 as a PNG file that says how it was made."""
+    pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
+    text = PngInfo()
+    for name in ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"):
+        value = getattr(request, name)
+        text.add_itxt(name, "" if value is None else str(value))
+    file = io.BytesIO()
+    Image.fromarray(pixels).save(file, "PNG", pnginfo=text)
+    return file.getvalue()

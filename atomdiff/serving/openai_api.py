@@ -1,0 +1,89 @@
+"""`POST /v1/images/generations`, in the shape of OpenAI's image API."""
+
+from __future__ import annotations
+
+import base64
+import random
+import re
+import time
+from typing import Annotated, Any, Literal
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from atomdiff.serving.generation import generate_png
+from atomdiff.serving.image_request import ImageRequest
+from atomdiff.utils.errors import UserError
+
+router = APIRouter(tags=["images"])
+MAX_SEED = 2**32 - 1  # of seeds that are drawn: every client can read it as a number
+
+
+class ImageGeneration(BaseModel):
+    """A request for images; fields of OpenAI's that have no meaning here are passed over."""
+
+    model_config = ConfigDict(extra="ignore", protected_namespaces=())
+
+    prompt: str = Field(description="Prompt; `<atoms:NAME:0.8>` applies a concept with weight 0.8")
+    n: Annotated[int, Field(ge=1, le=10, description="Images; their seeds count up")] = 1
+    size: Annotated[str, Field(description='"512x512", width first; "auto": the base\'s own')] = "auto"
+    response_format: Annotated[str, Field(description='"b64_json" only')] = "b64_json"
+    output_format: Literal["png"] = "png"
+    seed: Annotated[int | None, Field(ge=0, description="Default: a random one")] = None
+    negative_prompt: str | None = None
+    steps: Annotated[int, Field(description="Denoising steps")] = 30
+    guidance_scale: Annotated[float, Field(description="1 turns guidance off")] = 7.5
+    concepts: Annotated[dict[str, Any], Field(description="Name -> weight, beside the tags of the prompt")] = {}
+    scheduler: str | None = None
+
+
+class GeneratedImage(BaseModel):
+    """An image."""
+
+    b64_json: str
+    seed: int
+
+
+class GeneratedImages(BaseModel):
+    """The images of a request."""
+
+    created: int
+    data: list[GeneratedImage]
+
+
+@router.post("/v1/images/generations")
+async def generate_images(body: ImageGeneration, http: Request) -> GeneratedImages:
+    """Generate images from a prompt, with any number of concepts."""
+    if body.response_format != "b64_json":
+        raise UserError(f"response_format={body.response_format!r}: expected b64_json; no image is kept for a URL")
+    width, height = read_size(body.size)
+    first = random.SystemRandom().randint(0, MAX_SEED - body.n) if body.seed is None else body.seed
+    requests = [
+        ImageRequest(
+            body.prompt,
+            negative_prompt=body.negative_prompt,
+            seed=first + number,
+            num_inference_steps=body.steps,
+            guidance_scale=body.guidance_scale,
+            height=height,
+            width=width,
+            concepts=body.concepts,
+            scheduler=body.scheduler,
+        )
+        for number in range(body.n)
+    ]
+    files = await generate_png(http, requests)
+    images = [
+        GeneratedImage(b64_json=base64.b64encode(file).decode(), seed=request.seed)
+        for file, request in zip(files, requests, strict=True)
+    ]
+    return GeneratedImages(created=int(time.time()), data=images)
+
+
+def read_size(size: str) -> tuple[int | None, int | None]:
+    """Return width and height of "WIDTHxHEIGHT"; None for both of "auto"."""
+    if size == "auto":
+        return None, None
+    if match := re.fullmatch(r"(\d{1,5})x(\d{1,5})", size):
+        return int(match[1]), int(match[2])
+    raise UserError(f"size={size!r}: expected WIDTHxHEIGHT in pixels, such as 512x512, or auto")

@@ -1,0 +1,97 @@
+"""What a request must be like before it is read: its key, its origin and its size."""
+
+from __future__ import annotations
+
+import base64
+import hmac
+from binascii import Error as Base64Error
+from collections.abc import Awaitable, Callable, MutableMapping
+from typing import Any
+from urllib.parse import urlsplit
+
+from starlette.datastructures import Headers
+from starlette.responses import JSONResponse
+
+from atomdiff.serving.errors import error_body
+
+Message = MutableMapping[str, Any]
+_LOOPBACK = ("localhost", "127.0.0.1", "::1")
+_OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
+
+
+class Protection:
+    """Middleware that refuses requests without the key, of other web sites, and with large bodies.
+
+    Without a key a server on this machine answers to names of this machine only, and never to a page of another site:
+    a browser sends what any page asks it to.
+
+    Args:
+        app: the application.
+        host: the address that the server listens on.
+        api_key: the key; None: none is asked for.
+        max_bytes: of a body.
+    """
+
+    def __init__(self, app: Any, host: str, api_key: str | None, max_bytes: int) -> None:
+        self.app, self.host, self.api_key, self.max_bytes = app, host, api_key, max_bytes
+
+    async def __call__(
+        self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
+    ) -> None:
+        """Answer, or let the application answer."""
+        if scope["type"] != "http":
+            await self.app(scope, receive, send)
+            return
+        headers = Headers(scope=scope)  # type: ignore[arg-type]
+        if refusal := self._refuse(scope["path"], headers):
+            await refusal(scope, receive, send)
+            return
+        received = 0
+
+        async def receive_limited() -> Message:
+            nonlocal received
+            message = await receive()
+            received += len(message.get("body", b""))
+            if received > self.max_bytes:
+                raise BodyTooLargeError(self.max_bytes)
+            return message
+
+        await self.app(scope, receive_limited, send)
+
+    def _refuse(self, path: str, headers: Headers) -> JSONResponse | None:
+        host, origin = headers.get("host", ""), headers.get("origin")
+        if origin is not None and urlsplit(origin).netloc != host:
+            return _answer(403, f"found a request from the web site {origin!r}; expected none of another site's pages")
+        if self.api_key is None and self.host in _LOOPBACK and urlsplit(f"//{host}").hostname not in _LOOPBACK:
+            return _answer(403, f"found the host {host!r}; expected localhost: to serve others, set --api_key")
+        length = headers.get("content-length", "0")
+        if not length.isdecimal() or int(length) > self.max_bytes:
+            return _answer(413, f"found a body of {length} bytes; expected at most {self.max_bytes}")
+        if self.api_key is not None and not path.startswith(_OPEN_PATHS):
+            if not hmac.compare_digest(_sent_key(headers).encode(), self.api_key.encode()):
+                answer = _answer(401, "found no valid key; send the header 'Authorization: Bearer KEY'")
+                answer.headers["WWW-Authenticate"] = "Bearer"
+                return answer
+        return None
+
+
+class BodyTooLargeError(Exception):
+    """A body is larger than it may be."""
+
+    def __init__(self, max_bytes: int) -> None:
+        super().__init__(f"found a body of more than {max_bytes} bytes, the most that is taken; send less")
+
+
+def _answer(status: int, message: str) -> JSONResponse:
+    return JSONResponse(error_body(status, message), status)
+
+
+def _sent_key(headers: Headers) -> str:
+    """The key of a request: a bearer token, or the password of a client that knows users."""
+    kind, _, value = headers.get("authorization", "").partition(" ")
+    if kind.lower() == "basic":
+        try:
+            return base64.b64decode(value, validate=True).decode().partition(":")[2]
+        except (Base64Error, UnicodeDecodeError):
+            return ""
+    return value.strip() if kind.lower() == "bearer" else ""

@@ -1,0 +1,297 @@
+"""The HTTP server: its answers, what it refuses, and what happens under load."""
+
+import base64
+import io
+import json
+import os
+import random
+import threading
+import time
+from concurrent.futures import ThreadPoolExecutor
+
+import httpx
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from safetensors.torch import load_file, save_file
+
+from atomdiff.cli.main import main
+from atomdiff.concepts.concept_file import read_header
+from atomdiff.pipelines.loaded_concepts import list_atoms
+from tests.serving.helpers import Alone, ask
+from tests.tiny_models import fresh_copy
+
+QUICK = {"steps": 2, "guidance_scale": 3.0}
+GENERATE = "/v1/images/generations"
+REQUESTS = int(os.environ.get("ATOMDIFF_LOAD_TEST_REQUESTS", "30"))
+
+
+@pytest.fixture
+def alone(pipe_template, library):
+    return Alone(fresh_copy(pipe_template, requires_safety_checker=False), library)
+
+
+def pixels_of(text):
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))).astype(int)
+
+
+def pixels(image):
+    return (image.permute(1, 2, 0) * 255).round().numpy().astype(int)
+
+
+def message_of(answer, status):
+    assert answer.status_code == status, answer.text
+    return answer.json()["error"]["message"]
+
+
+def test_images_in_the_shape_of_openai(serve, alone):
+    client = serve()
+    body = {"prompt": "a sks mug <atoms:ant:0.5>", "n": 2, "size": "40x32", "seed": 7, "quality": "hd", **QUICK}
+    answer = client.post(GENERATE, json=body | {"negative_prompt": "a cat", "concepts": {"ant": 9}})
+    assert answer.status_code == 200, answer.text
+    images = answer.json()["data"]
+    assert [image["seed"] for image in images] == [7, 8]
+    for image in images:
+        expected = alone(
+            ask("a sks mug <atoms:ant:0.5>", 2, seed=image["seed"], negative_prompt="a cat", width=40, height=32)
+        )
+        assert abs(pixels_of(image["b64_json"]) - pixels(expected)).max() <= 1
+    text = Image.open(io.BytesIO(base64.b64decode(images[0]["b64_json"]))).text
+    assert text["prompt"] == body["prompt"] and text["seed"] == "7"
+
+
+def test_images_in_the_shape_of_the_webui(serve, alone):
+    client = serve()
+    body = {"prompt": "sks mug <lora:bee:1>", "steps": 2, "cfg_scale": 3.0, "seed": 5, "sampler_name": "Euler"}
+    answer = client.post("/sdapi/v1/txt2img", json=body | {"width": 32, "height": 32, "n_iter": 2})
+    assert answer.status_code == 200, answer.text
+    expected = alone(ask("sks mug <atoms:bee>", 2, seed=5, scheduler="euler"))
+    assert abs(pixels_of(answer.json()["images"][0]) - pixels(expected)).max() <= 1
+    assert json.loads(answer.json()["info"])["all_seeds"] == [5, 6]
+    assert {each["name"] for each in client.get("/sdapi/v1/loras").json()} == {"ant", "bee", "cat"}
+    assert "Euler a" in {each["name"] for each in client.get("/sdapi/v1/samplers").json()}
+    assert client.get("/sdapi/v1/sd-models").json()[0]["model_name"] == "tiny-sd"
+    assert "enable_hr=True" in message_of(client.post("/sdapi/v1/txt2img", json={"enable_hr": True}), 400)
+    assert "sampler_name='LMS'" in message_of(client.post("/sdapi/v1/txt2img", json={"sampler_name": "LMS"}), 400)
+
+
+def test_concepts_are_uploaded_listed_and_deleted(serve, library, tmp_path, tiny_pipe):
+    client = serve()
+    file = library / "ant.atoms.safetensors"
+    metadata = read_header(file)[0] | {"modelspec.thumbnail": "data:image/png;base64,AAAA"}
+    save_file(load_file(file), tmp_path / "x", metadata)
+    data = (tmp_path / "x").read_bytes()
+    answer = client.post("/v1/concepts", files={"file": ("new-1.atoms.safetensors", data)})
+    assert answer.status_code == 201, answer.text
+    listed = client.get("/v1/concepts", params={"search": "new"}).json()
+    (concept,) = listed["data"]
+    assert listed["total"] == 1 and concept["thumbnail"] == "data:image/png;base64,AAAA"
+    assert (concept["trigger_phrase"], concept["trigger_words"]) == ("sks mug", ["sks"])
+    assert client.get("/v1/concepts").json()["total"] == 4
+    assert client.post(GENERATE, json={"prompt": "sks <atoms:new-1>", **QUICK}).status_code == 200
+    again = client.post("/v1/concepts", files={"file": ("new-1", data)})
+    assert "'new-1' already" in message_of(again, 409)
+    again = client.post("/v1/concepts", files={"file": ("x", data)}, data={"name": "new-1", "overwrite": "true"})
+    assert again.status_code == 201
+    assert client.delete("/v1/concepts/new-1").status_code == 204
+    assert "no concept 'new-1'" in message_of(client.delete("/v1/concepts/new-1"), 404)
+    assert "no concept 'new-1'" in message_of(client.post(GENERATE, json={"prompt": "<atoms:new-1>"}), 400)
+    assert sorted(path.name for path in library.iterdir() if not path.name.startswith(".similar")) == [
+        f"{name}.atoms.safetensors" for name in ("ant", "bee", "cat")
+    ]
+
+
+def test_uploads_that_are_no_concepts_are_refused(serve, library, tmp_path):
+    client = serve(max_upload_mb=0.3)
+    before = {path.name: path.read_bytes() for path in library.iterdir()}
+    good = before["ant.atoms.safetensors"]
+    foreign = {
+        key: tensor.repeat(2, 2)
+        for key, tensor in load_file(library / "ant.atoms.safetensors").items()
+        if not key.startswith("token")
+    }
+    save_file(foreign, tmp_path / "foreign", read_header(library / "ant.atoms.safetensors")[0])
+    refused = [
+        ("dog", b"\x80\x04cposix\nsystem\n"),
+        ("dog", good[:-9]),
+        ("dog", b""),
+        ("dog", (tmp_path / "foreign").read_bytes()),
+        ("../dog", good),
+        ("/etc/dog", good),
+        (".dog", good),
+        ("a<b>", good),
+        ("d" * 300, good),
+    ]
+    for name, data in refused:
+        answer = client.post("/v1/concepts", files={"file": ("ignored", data)}, data={"name": name})
+        assert str(library) not in message_of(answer, 400)
+    assert "bytes" in message_of(client.post("/v1/concepts", files={"file": ("dog", good * 50)}), 413)
+    assert client.delete("/v1/concepts/../../etc/passwd").status_code in (404, 405)
+    assert client.delete("/v1/concepts/%2Fetc%2Fpasswd").status_code == 404
+    assert {path.name: path.read_bytes() for path in library.iterdir()} == before
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"prompt": 3}, "prompt=3"),
+        ({"n": 0}, "n=0"),
+        ({"n": 11}, "n=11"),
+        ({"size": "big"}, "expected WIDTHxHEIGHT"),
+        ({"size": "32x33"}, "height=33"),
+        ({"size": "4096x4096"}, "at most 1024"),
+        ({"steps": 0}, "num_inference_steps=0"),
+        ({"steps": 10**9}, "at most 500"),
+        ({"guidance_scale": -1}, "guidance_scale=-1"),
+        ({"response_format": "url"}, "expected b64_json"),
+        ({"seed": 2**70}, "seed="),
+        ({"scheduler": "lms"}, "expected one of ddim"),
+        ({"concepts": {"dog": 1}}, "there is no concept 'dog'"),
+        ({"concepts": {"ant": {"weight": []}}}, "adapter weight"),
+        ({"prompt": "<atoms:ant:x>"}, "the tag '<atoms:ant:x>'"),
+    ],
+)
+def test_bad_requests_say_what_to_change(served, fields, message):
+    assert message in message_of(served.post(GENERATE, json={"prompt": "a cat", **QUICK, **fields}), 400)
+
+
+@pytest.fixture
+def served(serve):
+    return serve()
+
+
+def test_what_is_no_request_is_refused(served):
+    assert message_of(served.post(GENERATE, content=b"{", headers={"Content-Type": "application/json"}), 400)
+    assert "/docs" in message_of(served.get("/nothing"), 404)
+    assert message_of(served.get(GENERATE), 405)
+    chunks = (b"x" * 10**6 for _ in range(30))
+    assert served.post(GENERATE, content=chunks).status_code in (400, 413)
+
+
+def test_pages_of_other_sites_and_other_hosts_are_refused(served):
+    assert message_of(served.get("/health", headers={"Origin": "http://evil.example"}), 403)
+    assert message_of(served.get("/health", headers={"Host": "evil.example"}), 403)
+    origin = str(served.base_url).rstrip("/")
+    assert served.get("/health", headers={"Origin": origin}).status_code == 200
+
+
+def test_key(serve):
+    client = serve(api_key="secret")
+    assert "Authorization: Bearer KEY" in message_of(client.get("/v1/concepts"), 401)
+    for wrong in ("Bearer secre", "Bearer", "Basic !!", "secret"):
+        assert message_of(client.get("/v1/concepts", headers={"Authorization": wrong}), 401)
+    assert client.get("/v1/concepts", headers={"Authorization": "Bearer secret"}).status_code == 200
+    assert client.get("/sdapi/v1/loras", auth=("any", "secret")).status_code == 200
+    assert client.get("/health").status_code == 200
+
+
+def test_documentation_needs_no_network(served):
+    page = served.get("/docs").text
+    assert "http://" not in page and "https://" not in page
+    assert served.get("/static-offline-docs/swagger-ui-bundle.js").status_code == 200
+    paths = served.get("/openapi.json").json()["paths"]
+    assert {GENERATE, "/v1/concepts", "/sdapi/v1/txt2img", "/metrics"} <= paths.keys()
+
+
+def test_a_full_queue_says_when_to_come_back(serve):
+    client = serve(max_queue=1)
+    body = {"prompt": "a cat", "steps": 400, "n": 9}
+    with ThreadPoolExecutor(1) as pool:
+        first = pool.submit(client.post, GENERATE, json=body)
+        wait_until(lambda: client.get("/health").json()["running"])
+        answer = client.post(GENERATE, json=body)
+        assert "9 images are running or waiting, of 9" in message_of(answer, 429)
+        assert int(answer.headers["Retry-After"]) >= 1
+        for job in list(client.engine._jobs):
+            job.future.cancel()
+        assert first.result().status_code == 499
+
+
+def test_requests_that_take_too_long_are_given_up(serve):
+    client = serve(request_timeout=0.3)
+    assert "not done in time" in message_of(client.post(GENERATE, json={"prompt": "a cat", "steps": 500}), 504)
+    wait_until(lambda: client.engine.stats.timed_out == 1)
+    wait_until(lambda: client.get("/health").json()["running"] == 0)
+
+
+def test_clients_that_leave_withdraw_their_images(serve):
+    client = serve()
+    with pytest.raises(httpx.ReadTimeout):
+        client.post(GENERATE, json={"prompt": "a cat", "steps": 500, "n": 4}, timeout=0.3)
+    wait_until(lambda: client.engine.stats.cancelled == 4)
+    assert client.post(GENERATE, json={"prompt": "a cat", **QUICK}).status_code == 200
+
+
+def test_stopping_finishes_what_runs(serve):
+    client = serve()
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.post, GENERATE, json={"prompt": "sks mug <atoms:ant>", "steps": 20})
+        wait_until(lambda: client.engine.num_running)
+        client.server.should_exit = True
+        assert running.result().status_code == 200
+    wait_until(lambda: not client.engine._thread.is_alive())
+    with pytest.raises(httpx.ConnectError):
+        httpx.get(client.base_url.join("/health"))
+
+
+def test_metrics(served):
+    served.post(GENERATE, json={"prompt": "a cat", **QUICK})
+    served.post(GENERATE, json={"prompt": "a cat", "steps": 0})
+    lines = dict(line.rsplit(" ", 1) for line in served.get("/metrics").text.splitlines() if not line.startswith("#"))
+    assert lines["atomdiff_images_total"] == lines['atomdiff_errors_total{status="400"}'] == "1.0"
+    assert lines["atomdiff_denoising_steps_total"] == "2.0"
+    assert lines['atomdiff_jobs_total{end="finished"}'] == lines["atomdiff_request_seconds_count"] == "1.0"
+
+
+def wait_until(condition):
+    deadline = time.monotonic() + 30
+    while not condition():
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_many_mixed_requests_with_bad_ones_among_them(serve, alone, library, tiny_pipe):
+    """Every image is that of its own request, and nothing of them stays behind."""
+    client = serve(max_queue=1000)
+    random_ = random.Random(0)
+    prompts = ["a red cat", "sks mug <atoms:ant>", "sks mug <atoms:bee:0.8>", "a sks mug <atoms:cat>"]
+    kinds = [(prompt, steps, seed) for prompt in prompts for steps in (1, 3) for seed in (4,)]
+    expected = {kind: pixels(alone(ask(kind[0], kind[1], seed=kind[2]))) for kind in kinds}
+    extra = (library / "ant.atoms.safetensors").read_bytes()
+
+    def send(number):
+        kind = random_.choice(kinds)
+        body = {"prompt": kind[0], "steps": kind[1], "seed": kind[2], "guidance_scale": 3.0}
+        match number % 10:
+            case 7:
+                return message_of(client.post(GENERATE, json=body | {"steps": -1}), 400)
+            case 8:
+                with pytest.raises(httpx.ReadTimeout):
+                    client.post(GENERATE, json=body | {"steps": 300}, timeout=0.05)
+                return None
+            case 9:
+                client.post("/v1/concepts", files={"file": ("extra", extra)}, data={"overwrite": "true"})
+                answer = client.post(GENERATE, json=body | {"prompt": "sks <atoms:extra>"})
+                client.delete("/v1/concepts/extra")
+                return answer.status_code in (200, 400) or pytest.fail(answer.text)
+        answer = client.post(GENERATE, json=body)
+        assert answer.status_code == 200, answer.text
+        return abs(pixels_of(answer.json()["data"][0]["b64_json"]) - expected[kind]).max() <= 1
+
+    with ThreadPoolExecutor(16) as pool:
+        results = list(pool.map(send, range(REQUESTS)))
+    assert all(result is None or result for result in results)
+    wait_until(lambda: not client.engine._jobs)
+    assert threading.active_count() < 80
+    assert len(list_atoms(tiny_pipe)) <= 65
+    assert client.engine.is_running
+    assert torch.isfinite(next(tiny_pipe.unet.parameters())).all()
+
+
+def test_the_command_says_which_extra_is_missing(monkeypatch, capsys, tiny_pipe_folder):
+    from atomdiff.serving import server
+
+    monkeypatch.setattr(server, "find_spec", lambda name: None if name == "uvicorn" else name)
+    assert main(["serve", "--pretrained_model_name_or_path", str(tiny_pipe_folder)]) == 2
+    assert 'uvicorn is missing; pip install "atomdiff[serve]"' in capsys.readouterr().err
