@@ -85,7 +85,7 @@ class Engine:
         max_side: largest height and width, in pixels.
 
     Raises:
-        UserError: the base is not of Stable Diffusion, or its images cannot be at different steps.
+        UserError: the base is not of Stable Diffusion, or distilled to take guidance as an input.
     """
 
     def __init__(
@@ -102,9 +102,7 @@ class Engine:
         if base.denoiser != "unet":
             raise UserError(f"found a {type(pipe).__name__}; expected a pipeline of Stable Diffusion 1.x, 2.x or XL")
         if denoiser_of(pipe).config.time_cond_proj_dim is not None:
-            raise UserError(
-                "this base is distilled to take guidance as an input: it cannot be served, use its original"
-            )
+            raise UserError("this base is distilled to take guidance as an input: serve its original")
         self.pipe, self.concepts = pipe, concepts
         self.max_batch, self.max_queue, self.timeout, self.max_side = max_batch, max_queue, timeout, max_side
         self.native_size = base.native_size(pipe) or (512, 512)
@@ -117,7 +115,7 @@ class Engine:
         self._work_done = 0.0
         self._seconds_per_work = 0.0
         self._closing = False
-        self._changed = threading.Condition()  # of the five above
+        self._changed = threading.Condition()  # of the four above
         self._thread = threading.Thread(target=self._run, name="atomdiff-engine", daemon=True)
         self._thread.start()
 
@@ -129,7 +127,8 @@ class Engine:
             timeout: seconds that they may take, at most those of the engine.
 
         Raises:
-            UserError: a request cannot be fulfilled: concepts, sizes or the scheduler do not fit.
+            UserError: a request cannot be fulfilled: concepts or size do not fit, or rows of the scheduler cannot be at
+            different steps.
             QueueFullError: there are too many requests.
             EngineClosedError: the engine is being stopped.
         """
@@ -361,7 +360,7 @@ class Engine:
         """
         progress = [0.0 if encoding or job.denoising is None else job.denoising.progress for job in batch]
         wanted = [
-            [(concept, weight.at_step(share)) for concept, weight in job.prompt.concepts]
+            [(concept, weight if encoding else weight.at_step(share)) for concept, weight in job.prompt.concepts]
             for job, share in zip(batch, progress, strict=True)
         ]
         are_equal = all(each == wanted[0] for each in wanted)

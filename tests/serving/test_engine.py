@@ -72,6 +72,8 @@ def test_images_are_those_of_lone_requests(make_engine, alone, calls):
     expected = [alone(request) for request in MIXED]
     assert max(map(difference, images, expected)) < TOLERANCE
     assert min(difference(images[0], other) for other in expected[1:4]) > 100 * TOLERANCE
+    by_steps = engine.submit([MIXED[4]])[0].future.result(60)
+    assert difference(by_steps, expected[4]) < TOLERANCE
     assert max(calls) >= 5 and engine.stats.steps / engine.stats.calls > 2
 
 
