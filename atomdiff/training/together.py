@@ -31,6 +31,7 @@ from atomdiff.training.layer_budget import keep_to_budget
 from atomdiff.training.loop import clip_gradients, set_learning_rates
 from atomdiff.training.measurements import measure, start_measuring
 from atomdiff.training.preflight import check_runs
+from atomdiff.training.report.write import reporting_divergence
 from atomdiff.training.resume import config_snapshot, save_state
 from atomdiff.training.run import Run
 from atomdiff.training.run_record import finished_result
@@ -201,7 +202,8 @@ def train_together(configs: Sequence[TrainConfig], base: BasePipeline) -> dict[s
         for member in members:
             with _noting_errors(results, member.run.config.name):
                 if member.error is not None:
-                    raise member.error
+                    with reporting_divergence(member.run):
+                        raise member.error
                 results[member.run.config.name] = _finish(member)
     return results
 

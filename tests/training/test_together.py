@@ -131,6 +131,7 @@ def test_a_subject_that_goes_wrong_harms_no_other(config, trained, tmp_path, mon
     error = results["cat"]
     assert isinstance(error, DivergedError) and "step 2: the loss is nan" in str(error) and "cat/0.png" in str(error)
     assert not (folder / "cat" / "cat.atoms.safetensors").exists()
+    assert "diverged" in (folder / "cat" / "report.md").read_text()
     for name in ("teapot", "mug"):
         assert results[name] == folder / name / f"{name}.atoms.safetensors" and results[name].is_file()
     teapot = run.runs()[0]
