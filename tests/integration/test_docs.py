@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate.commands.launch import launch_command_parser
 from peft import PeftConfig
 from PIL import Image
 
@@ -41,6 +42,7 @@ from atomdiff.tuner import AtomConfig
 from atomdiff.ui.config import UiConfig
 from atomdiff.utils.options import parse_config, parse_values_with_overrides, parse_with_overrides
 from benchmarks import methods as methods_benchmark
+from benchmarks import reproducibility, serving
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -120,8 +122,10 @@ def test_every_command_is_accepted(clone, capsys):
     seen = set()
     for command in commands():
         if command[0] == "accelerate":
-            assert (ROOT / command[2]).is_file()
-            verb, options = Path(command[2]).stem, command[3:]
+            launch = launch_command_parser().parse_args(command[2:])
+            for file in filter(None, (launch.config_file, launch.training_script)):
+                assert (ROOT / file).is_file()
+            verb, options = Path(launch.training_script).stem, launch.training_script_args
         elif command[0] == "atomdiff":
             verb, options = command[1], command[2:]
         else:
@@ -169,9 +173,11 @@ def test_links_and_files_are_there():
 
 
 def test_names_of_modules_and_options_are_there():
-    known = {"help", "version", "config", "file", "base", "multi_gpu", "num_processes", "nproc-per-node", "run", "part"}
+    known = {"help", "version", "config", "file", "base", "nproc-per-node", "no-deps", "run", "part"}
+    known |= {option[2:] for action in launch_command_parser()._actions for option in action.option_strings}
     kinds = (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig)
-    kinds += (PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig, UiConfig, ServeConfig)
+    kinds += (PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig, FleetOptions, UiConfig, ServeConfig)
+    kinds += (reproducibility.BenchmarkConfig, serving.BenchmarkConfig)
     for kind in kinds:
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():

@@ -243,7 +243,7 @@ def test_a_trial_that_diverges_counts_as_a_bad_one(tune_config, monkeypatch, cap
     def diverge(run, step):
         calls.append(step)
         if len(calls) == 4:
-            raise DivergedError("the loss is nan")
+            raise DivergedError(step, "the loss is nan", "lower the learning rate", ["a.png"])
         return usual(run, step)
 
     monkeypatch.setattr(trial, "train_step", diverge)
