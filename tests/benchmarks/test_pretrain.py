@@ -18,7 +18,8 @@ from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
 from benchmarks.pretrain.stage import Average, Checkpoints, Phase, Stage, run_stage
 from benchmarks.pretrain.train import load_what_fits
 from benchmarks.pretrain.train_autoencoder import center_latents, crops
-from benchmarks.pretrain.train_denoiser import make_loss
+from benchmarks.pretrain.train_denoiser import Denoiser, make_loss
+from benchmarks.pretrain.train_inner import InnerDenoiser
 from benchmarks.pretrain.weights import save_shards
 from tests.tiny_models import make_unet
 
@@ -197,6 +198,28 @@ def test_the_loss_of_clean_predictions_is_zero_and_of_others_is_not():
     ids = torch.zeros(5, 3, dtype=torch.long)
     assert make_loss(knows_the_latents, latents, torch.ones(4, 1, 8, 8), ids, 64)() < 1e-3
     assert make_loss(lambda noisy, *_: noisy * 0, latents, torch.ones(4, 1, 8, 8), ids, 64)() > 0.1
+
+
+def test_the_inner_part_computes_what_the_whole_unet_does_and_trains_nothing_else():
+    torch.manual_seed(0)
+    denoiser = Denoiser(build_text_encoder(build_tokenizer()), build_unet()).eval()
+    inner = InnerDenoiser(denoiser).eval()
+    inputs = torch.randn(2, 16, 16, 16), torch.tensor([3, 700]), torch.randint(0, 90, (2, 24))
+    seen = []
+    last = denoiser.unet.up_blocks[1]
+    for module in (last.attentions[-1], inner.patch_head):
+        module.register_forward_hook(lambda _, before, after: seen.append((before[0], after)))
+    denoiser(*inputs)
+    prediction = inner(*inputs)
+    whole = seen[0][1][0]  # what goes into the upsampler
+    torch.testing.assert_close(seen[2][0], whole, rtol=0, atol=0)
+    assert prediction.shape == inputs[0].shape and last.upsamplers is not None
+
+    prediction.square().sum().backward()
+    trained = {name for name, p in denoiser.unet.named_parameters() if p.grad is not None}
+    outer = ("conv_in", "time_embedding", "down_blocks.0", "up_blocks.2", "up_blocks.1.upsamplers", "conv_")
+    assert trained == {n for n, _ in denoiser.unet.named_parameters() if not n.startswith(outer)}
+    assert all(p.grad is None for p in denoiser.text_encoder.parameters())
 
 
 def test_a_stage_may_end_after_its_steps_and_has_phases():
