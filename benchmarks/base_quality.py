@@ -11,14 +11,12 @@ from PIL import Image
 from torch import Tensor
 
 from atomdiff.evaluate.label_accuracy import hits
-from atomdiff.toybox.judge import ImageJudge
+from atomdiff.toybox.judge import Judge
 
 _TOP, _BOTTOM, _LEFT, _RIGHT = 0.4, 0.8, 0.3, 0.7  # of the image: the middle of an object in every view
 
 
-def accuracies(
-    judge: ImageJudge, images: list[Image.Image], words: Mapping[str, Sequence[str | None]]
-) -> dict[str, float]:
+def accuracies(judge: Judge, images: list[Image.Image], words: Mapping[str, Sequence[str | None]]) -> dict[str, float]:
     """Share of images in which the judge sees the caption's word, by kind of label."""
     return {kind: float(hits(seen, words[kind]).mean()) for kind, seen in judge.classify(images).items()}
 

@@ -13,10 +13,9 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from atomdiff.toybox.folders import class_image, pattern_image, write_folder
-from atomdiff.toybox.scenes import CLASSES, COLORS, SCENES, Caption, base_individual, draw
-from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
+from atomdiff.toybox.folders import PATTERN_NAMES, captioned_image, class_image, pattern_image, write_folder
 from atomdiff.toybox.styles import chalk, ink, pencil
+from atomdiff.toybox.world import CLASSES, COLORS, SCENES
 
 Draw = Callable[[str, np.random.Generator], Image.Image]
 _DIGIT_SIDE = 32
@@ -58,20 +57,13 @@ def _unseen(names: tuple[str, ...], new_draw: Callable[[], Draw]) -> dict[str, T
     return {style.__name__: Task(names, styled(new_draw(), style)) for style in (pencil, chalk)}
 
 
-def _colored(color: str | None, scene: str | None, rng: np.random.Generator) -> Image.Image:
-    words = (str(rng.choice(list(choices))) for choices in (CLASSES, SCENES, COLORS, PATTERNS))
-    class_name, any_scene, any_color, pattern = words
-    place = scene or any_scene
-    return draw(base_individual(Caption(class_name, place, color or any_color, pattern), rng), place, rng)
-
-
 def toybox_world() -> World:
-    """Drawn things: their class; patterns in ink, classes in ink, places and colors."""
+    """Drawn things: their class; patterns in ink, classes in ink, scenes and colors."""
     tasks = {
-        "patterns": Task(tuple(SUBJECT_PATTERNS), pattern_image),
+        "patterns": Task(PATTERN_NAMES, pattern_image),
         "ink": Task(CLASSES, styled(class_image, ink)),
-        "scenes": Task(SCENES, lambda name, rng: _colored(None, name, rng)),
-        "colors": Task(tuple(COLORS), lambda name, rng: _colored(name, None, rng)),
+        "scenes": Task(tuple(SCENES), lambda name, rng: captioned_image(rng, scene=name)),
+        "colors": Task(tuple(COLORS), lambda name, rng: captioned_image(rng, color=name)),
     }
     return World(Task(CLASSES, class_image), 200, 500, tasks, _unseen(CLASSES, lambda: class_image), 64)
 

@@ -2,7 +2,7 @@
 
     python -m benchmarks.discriminative
 
-The base learns to name the class of things as the toybox draws them (12 classes, many images). The target is another
+The base learns to name the class of things as the toybox draws them (16 classes, many images). The target is another
 style and another task with few images a class: which of eight patterns, that the base has never seen, a thing has
 in an ink drawing (`atomdiff/toybox/styles.py`). Every method goes through the same training run, on all seeds at its
 own rate times 1/3, 1 and 3; the best rate has the highest mean validation accuracy over the seeds (on one seed, or on

@@ -114,7 +114,7 @@ def training_config(config: DemoConfig) -> Any:
 
 def warn_of_class(class_name: str) -> None:
     """Warn if the toybox's base has no word for a class: its letters mean nothing to it."""
-    from atomdiff.toybox.scenes import CLASSES
+    from atomdiff.toybox.world import CLASSES
 
     if class_name not in CLASSES:
         known = f"{', '.join(CLASSES[:-1])} and {CLASSES[-1]}"
@@ -136,15 +136,15 @@ def evaluate_concept(
 
     from atomdiff.evaluate.suite import Evaluation, generate_images, make_suite, open_adapted, unseen_scenes
     from atomdiff.toybox.judge import load_judge
-    from atomdiff.toybox.places import PLACES
+    from atomdiff.toybox.world import SCENES
     from atomdiff.training.noise import set_training_scheduler
     from atomdiff.utils.precision import autocast, compute_device
 
-    judge, scenes = load_judge(), {name: phrase for name, (phrase, _) in PLACES.items()}
+    judge = load_judge()
     suite = make_suite(
         run.class_name,
-        unseen_scenes(judge, images, scenes),
-        scenes,
+        unseen_scenes(judge, images, SCENES),
+        SCENES,
         num_inference_steps=run.num_inference_steps,
         guidance_scale=run.guidance_scale,
     )

@@ -1,35 +1,66 @@
-"""Image folders to classify: things by their class as the renderer draws them, and things by their pattern in ink."""
+"""Image folders to classify: things by their class as the world shows them, and things by their pattern in ink."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
 import numpy as np
+import torch
 from PIL import Image
 
-from atomdiff.toybox.scenes import CLASSES, COLORS, SCENES, Caption, base_individual, draw
-from atomdiff.toybox.shapes import PATTERNS, SUBJECT_PATTERNS
 from atomdiff.toybox.styles import ink
-from atomdiff.toybox.subjects import random_individual
+from atomdiff.toybox.world import (
+    CLASSES,
+    COLORS,
+    FAMILY_NAMES,
+    PATTERNS,
+    SCENES,
+    Individuals,
+    draw_individuals,
+    individuals_of,
+    make_captions,
+    render,
+    sample_views,
+    to_images,
+)
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
 
-PATTERN_NAMES = tuple(SUBJECT_PATTERNS)
+PATTERN_NAMES = ("bands", "rings", "halves", "triangles", "diamonds", "crosses", "scales", "stars")  # without a word
+
+
+def _generator(rng: np.random.Generator) -> torch.Generator:
+    return torch.Generator().manual_seed(int(rng.integers(2**62)))
+
+
+def _show(individual: Individuals, scene: int | None, generator: torch.Generator) -> Image.Image:
+    views = sample_views(1, generator, scene_index=scene)
+    return to_images(render(individual, views, supersampling=1).images)[0]
+
+
+def captioned_image(
+    rng: np.random.Generator, class_name: str | None = None, scene: str | None = None, color: str | None = None
+) -> Image.Image:
+    """An image of a thing in a scene, whose pattern and color have words; what is not given is random."""
+    given = ((CLASSES, class_name), (tuple(SCENES), scene), (tuple(COLORS), color), (PATTERNS, None))
+    words = [int(rng.integers(len(names))) if name is None else names.index(name) for names, name in given]
+    generator = _generator(rng)
+    individual = individuals_of(make_captions(*torch.tensor(words)[:, None]), generator)
+    return _show(individual, words[1], generator)
 
 
 def class_image(class_name: str, rng: np.random.Generator) -> Image.Image:
-    """A thing of this class in a random place, in colors and a pattern of the base world."""
-    scene, color, pattern = (str(rng.choice(list(words))) for words in (SCENES, COLORS, PATTERNS))
-    return draw(base_individual(Caption(class_name, scene, color, pattern), rng), scene, rng)
+    """A thing of this class in a random scene, in a color and a pattern that have words."""
+    return captioned_image(rng, class_name)
 
 
 def pattern_image(pattern: str, rng: np.random.Generator) -> Image.Image:
-    """An ink drawing of a thing of any class in any place that has this pattern."""
-    thing = replace(random_individual(rng), pattern=pattern, phase=(0.0, 0.0))
-    return ink(draw(thing, str(rng.choice(SCENES)), rng), rng)
+    """An ink drawing of a thing of any class in any scene that has a pattern of this family."""
+    generator = _generator(rng)
+    individual = draw_individuals(1, generator, family=FAMILY_NAMES.index(pattern))
+    return ink(_show(individual, None, generator), rng)
 
 
 def write_folder(

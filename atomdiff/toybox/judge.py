@@ -1,11 +1,10 @@
-"""The judge: a small network of the toybox's world that names what an image shows and tells individuals apart."""
+"""The judge: a small network that names what an image of the toybox shows and embeds individuals."""
 
 from __future__ import annotations
 
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -15,16 +14,15 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from atomdiff.toybox.scenes import CLASSES, COLORS, IMAGE_SIZE, SCENES
-from atomdiff.toybox.shapes import PATTERNS
+from atomdiff.toybox.world import CLASSES, COLORS, IMAGE_SIZE, PATTERNS, SCENES
 from atomdiff.utils.assets import ASSETS
 from atomdiff.utils.atomic import new_folder
 
 LABELS: dict[str, tuple[str, ...]] = {
     "class": CLASSES,
-    "scene": SCENES,
-    "colour": tuple(COLORS),  # so spelled in the embedded weights
-    "pattern": tuple(PATTERNS),
+    "scene": tuple(SCENES),
+    "color": tuple(COLORS),
+    "pattern": PATTERNS,
 }
 JUDGE_FOLDER = ASSETS / "samples" / "toybox-judge"
 _WEIGHTS, _LABELS = "judge.safetensors", "labels.json"
@@ -48,35 +46,48 @@ class Residual(nn.Module):
         return F.relu(x + self.body(x))
 
 
-class ImageJudge(nn.Module):
-    """A classifier for each kind of label, and an embedding of individuals, on one trunk that subclasses add.
+class Judge(nn.Module):
+    """A classifier for each kind of label, and an embedding in which images of the same individual are near each other.
 
-    A subclass names its labels and the side of its images, and has a method `pooled`: images -> features (n, f).
+    Args:
+        widths: channels at 64, 32, 16, 8 and 4 pixels a side.
+        embedding: length of the embedding.
     """
 
-    labels: ClassVar[dict[str, tuple[str, ...]]]
-    image_size: ClassVar[int]
-    pooled: Any
+    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160, 224), embedding: int = 96) -> None:
+        super().__init__()
+        levels: list[nn.Module] = []
+        for before, after in zip((3, *widths), widths, strict=False):
+            down = nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False)
+            levels.append(nn.Sequential(down, nn.BatchNorm2d(after), nn.ReLU(), Residual(after)))
+        self.levels = nn.ModuleList(levels)
+        features = 2 * (widths[-1] + widths[-2])
+        self.heads = nn.ModuleDict({kind: nn.Linear(features, len(words)) for kind, words in LABELS.items()})
+        self.embedding = nn.Sequential(nn.Linear(features, 384), nn.ReLU(), nn.Linear(384, embedding))
 
-    def add_heads(self, features: int, hidden: int, embedding: int) -> None:
-        """Add the layers above the trunk, whose features are `features` numbers an image."""
-        self.heads = nn.ModuleDict({kind: nn.Linear(features, len(words)) for kind, words in self.labels.items()})
-        self.embedding = nn.Sequential(nn.Linear(features, hidden), nn.ReLU(), nn.Linear(hidden, embedding))
+    def features(self, images: Tensor) -> list[Tensor]:
+        """Maps of every level, (n, c, side, side) at 64 to 4 pixels a side, of images (n, 3, 128, 128) in [-1, 1]."""
+        maps = []
+        for level in self.levels:
+            images = level(images)
+            maps.append(images)
+        return maps
 
     def forward(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
-        """Return logits by kind of label (n, words) and unit embeddings (n, e) of images (n, 3, h, w) in [-1, 1]."""
-        features = self.pooled(images)
+        """Return logits by kind (n, words) and unit embeddings (n, e) of images (n, 3, 128, 128) in [-1, 1]."""
+        pools = [pool for maps in self.features(images)[-2:] for pool in (maps.mean((2, 3)), maps.amax((2, 3)))]
+        features = torch.cat(pools, dim=1)  # (n, f), of the last two levels
         logits = {kind: head(features) for kind, head in self.heads.items()}
         return logits, F.normalize(self.embedding(features).float(), dim=1)
 
     @torch.no_grad()
     def _look(self, images: list[Image.Image]) -> tuple[dict[str, Tensor], Tensor]:
-        size = (self.image_size, self.image_size)
+        size = (IMAGE_SIZE, IMAGE_SIZE)
         scaled = [image.convert("RGB").resize(size, Image.Resampling.LANCZOS) for image in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in scaled]))
         signal = rearrange(pixels, "n h w c -> n c h w").float() / 127.5 - 1
         logits, embeddings = zip(*(self(chunk) for chunk in signal.split(64)), strict=True)
-        return {kind: torch.cat([chunk[kind] for chunk in logits]) for kind in self.labels}, torch.cat(embeddings)
+        return {kind: torch.cat([chunk[kind] for chunk in logits]) for kind in LABELS}, torch.cat(embeddings)
 
     def embed(self, images: list[Image.Image]) -> Tensor:
         """Return unit embeddings (n, e): the closer two of them, the more alike the individuals in the images."""
@@ -85,58 +96,32 @@ class ImageJudge(nn.Module):
     def classify(self, images: list[Image.Image]) -> dict[str, list[str]]:
         """Return the most likely word of each kind of label for every image."""
         logits = self._look(images)[0]
-        return {kind: [words[i] for i in logits[kind].argmax(1).tolist()] for kind, words in self.labels.items()}
+        return {kind: [words[i] for i in logits[kind].argmax(1).tolist()] for kind, words in LABELS.items()}
 
     def recognize(self, images: list[Image.Image], labels: Sequence[str]) -> list[str]:
         """Return the most likely word for every image, of the kind that has all the labels."""
-        kind = next(kind for kind, words in self.labels.items() if set(labels) <= set(words))
+        kind = next(kind for kind, words in LABELS.items() if set(labels) <= set(words))
         return self.classify(images)[kind]
 
 
-class Judge(ImageJudge):
-    """The judge of 64x64 images.
-
-    Args:
-        widths: channels at 32, 16, 8 and 4 pixels a side.
-        embedding: length of the embedding.
-    """
-
-    labels = LABELS
-    image_size = IMAGE_SIZE
-
-    def __init__(self, widths: tuple[int, ...] = (24, 48, 96, 160), embedding: int = 64) -> None:
-        super().__init__()
-        layers: list[nn.Module] = []
-        for before, after in zip((3, *widths), widths, strict=False):
-            layers += [nn.Conv2d(before, after, 3, stride=2, padding=1, bias=False), nn.BatchNorm2d(after), nn.ReLU()]
-            layers += [Residual(after)]
-        self.trunk = nn.Sequential(*layers)
-        self.add_heads(widths[-1] * 2, 256, embedding)
-
-    def pooled(self, images: Tensor) -> Tensor:
-        """(n, 3, 64, 64) -> features (n, f)."""
-        maps = self.trunk(images)  # (n, c, 4, 4)
-        return torch.cat([maps.mean((2, 3)), maps.amax((2, 3))], dim=1)
-
-
-def save_judge(judge: ImageJudge, folder: Path) -> None:
+def save_judge(judge: Judge, folder: Path) -> None:
     """Write the weights (fp16) and the words they were trained on."""
     state = {key: (t.half() if t.is_floating_point() else t).contiguous() for key, t in judge.state_dict().items()}
     with new_folder(folder, own=(_WEIGHTS, _LABELS)) as unfinished:
         save_file(state, unfinished / _WEIGHTS)
-        (unfinished / _LABELS).write_text(json.dumps(judge.labels, indent=1) + "\n")
+        (unfinished / _LABELS).write_text(json.dumps(LABELS, indent=1) + "\n")
 
 
-def load_judge(folder: str | Path = JUDGE_FOLDER, kind: type[ImageJudge] = Judge) -> ImageJudge:
+def load_judge(folder: str | Path = JUDGE_FOLDER) -> Judge:
     """Load a judge, ready to score; by default the embedded one.
 
     Raises:
-        FileNotFoundError: the folder holds no `judge.safetensors`.
-        ValueError: the judge was trained on other words than its world has.
+        FileNotFoundError: the folder has no `labels.json` or no `judge.safetensors`.
+        ValueError: the judge was trained on other words than the world has.
     """
     folder = Path(folder)
-    if json.loads((folder / _LABELS).read_text()) != {name: list(words) for name, words in kind.labels.items()}:
-        raise ValueError(f"{folder}: other words than the world; train one with benchmarks/toybox/pretrain.py")
-    judge = kind()
+    if json.loads((folder / _LABELS).read_text()) != {kind: list(words) for kind, words in LABELS.items()}:
+        raise ValueError(f"{folder}: a judge of other words than the world has; train one with benchmarks/pretrain")
+    judge = Judge()
     judge.load_state_dict(load_file(folder / _WEIGHTS))  # copied into float32
     return judge.eval()

@@ -1,8 +1,8 @@
-"""Measure a pretrained second edition: judge, autoencoder, and how well and how good-looking it paints captions.
+"""Measure the toybox's base and judge: autoencoder, individuals, and how well and how sharply captions are painted.
 
-    python -m benchmarks.pretrain.evaluate --weights out/pretrain --output out/pretrain/evaluation.json
+    python -m benchmarks.pretrain.evaluate
 
-The goals are those of `README.md`.
+`README.md` has the goals.
 """
 
 from __future__ import annotations
@@ -17,14 +17,14 @@ from torch import Tensor
 
 from atomdiff.evaluate.similarity import mean_pairwise_similarity
 from atomdiff.sampling.generate import generate
+from atomdiff.toybox.base import load_toybox
+from atomdiff.toybox.judge import LABELS, Judge, load_judge
 from atomdiff.toybox.world import SUBJECTS, subject_images, to_images
-from atomdiff.toybox.world.judge import LABELS, Judge
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.base_quality import accuracies, psnr, relative_frechet_distance, restore, sharpness
 from benchmarks.pretrain.data import as_signal, render_families, render_world
-from benchmarks.pretrain.weights import load_scaling_factor, load_shards, make_pipeline
 from benchmarks.result_file import command_line, write_result
 
 _SEED = 1_000_003
@@ -35,8 +35,10 @@ _CPU = torch.device("cpu")
 class EvaluateConfig:
     """What to measure."""
 
-    weights: str = "out/pretrain"
-    """Folder of the pretraining."""
+    pretrained_model_name_or_path: str = "samples/toybox-sd"
+    """The base."""
+    judge: str = "samples/toybox-judge"
+    """Folder of the judge."""
     count: int = 2000
     """Number of captions, of combinations that pretraining never saw; 0: judge and autoencoder alone."""
     families: int = 128
@@ -108,14 +110,7 @@ def measure_autoencoder(vae: AutoencoderKL, judge: Judge, unseen: Tensor) -> dic
 def main(config: EvaluateConfig) -> None:
     """Measure, print, store."""
     quiet_libraries()
-    weights = Path(config.weights)
-    states = load_shards(weights.glob("weights-*.safetensors"))
-    judge = Judge()
-    judge.load_state_dict(states["judge"])
-    pipe = make_pipeline(states, load_scaling_factor(weights))
-    pipe.vae.eval()
-    judge.eval()
-
+    judge, pipe = load_judge(config.judge), load_toybox(config.pretrained_model_name_or_path)
     figures = measure_judge(judge, render_families(config.families, 1e9, _SEED, _CPU, batch=32))
     real = render_world(max(2 * config.count, config.restored), 1e9, _SEED, _CPU, batch=128, held_out=True)
     figures |= measure_autoencoder(pipe.vae, judge, real.images[: config.restored] / 255)

@@ -1,4 +1,4 @@
-"""Pretrain the second edition of the toybox within a given number of seconds, on a GPU where there is one.
+"""Pretrain the toybox within a given number of seconds, on a GPU where there is one.
 
     python -m benchmarks.pretrain.train --out out/pretrain --seconds 540
     python -m benchmarks.pretrain.train --out out/pretrain --seconds 60 --tiny   # every line of it, in miniature
@@ -12,8 +12,8 @@ replaces `--seconds`; it is read when a stage begins.
 `--start_from FOLDER` goes on from such weights (those that a changed architecture still has), `--stages` chooses what
 is trained: `inner` is the UNet below its highest resolution, twice as fast on a CPU. `--only` names the weights that
 the denoiser's stage changes. With `--checkpoint_seconds` the same command resumes a run that was stopped, for long
-runs on a CPU; `--steps` ends a stage after so many steps, whatever they take. `--pipeline FOLDER` makes no training
-but a pipeline folder and a judge folder of the weights in `--out`.
+runs on a CPU; `--steps` ends a stage after so many steps, whatever they take. `--pipeline FOLDER` trains nothing, but
+makes a pipeline folder of the weights in `--out`, and beside it the judge's folder `toybox-judge`.
 """
 
 from __future__ import annotations
@@ -32,12 +32,11 @@ from typing import Any
 
 import torch
 
-from atomdiff.toybox.judge import save_judge
+from atomdiff.toybox.judge import JUDGE_FOLDER, Judge, save_judge
 from atomdiff.toybox.world import CLASSES, IMAGE_SIZE, SCENES
-from atomdiff.toybox.world.judge import Judge
 from atomdiff.utils.atomic import new_file
 from benchmarks.base_quality import psnr, restore
-from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
+from benchmarks.pretrain.architecture import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
 from benchmarks.pretrain.fastest import print_profile
 from benchmarks.pretrain.stage import Checkpoints, Phase, Stage, run_stage
@@ -277,8 +276,6 @@ class Run:
 
     def draw_sheet(self) -> None:
         """Write an image of some classes in some scenes."""
-        from atomdiff.toybox.base import assemble
-
         pipe = assemble(self.vae, self.tokenizer, self.denoiser.text_encoder.eval(), self.denoiser.unet.eval())
         pipe.set_progress_bar_config(disable=True)
         scenes = list(SCENES.values())
@@ -307,7 +304,7 @@ def main() -> None:
         states = load_shards(options.out.glob("weights-*.safetensors"))
         judge = Judge()
         judge.load_state_dict(states["judge"])
-        save_judge(judge, options.pipeline.with_name(f"{options.pipeline.name}-judge"))
+        save_judge(judge, options.pipeline.with_name(JUDGE_FOLDER.name))
         save_pipeline(make_pipeline(states, load_scaling_factor(options.out)), options.pipeline)
         return
     if options.tiny:

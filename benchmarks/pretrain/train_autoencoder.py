@@ -11,8 +11,8 @@ from diffusers import AutoencoderKL
 from torch import Tensor
 from torch.nn import functional as F
 
+from atomdiff.toybox.judge import Judge
 from atomdiff.toybox.world import IMAGE_SIZE
-from atomdiff.toybox.world.judge import Judge
 from atomdiff.utils.precision import autocast
 from benchmarks.pretrain.architecture import LATENT_CHANNELS
 from benchmarks.pretrain.data import World, as_signal

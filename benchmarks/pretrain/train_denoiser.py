@@ -13,8 +13,8 @@ from diffusers.models.attention_processor import AttnProcessor
 from torch import Tensor, nn
 from transformers import CLIPTextModel
 
-from atomdiff.toybox.base import build_scheduler
 from atomdiff.utils.precision import autocast
+from benchmarks.pretrain.architecture import build_scheduler
 from benchmarks.pretrain.fastest import CAPTURED, fastest
 from benchmarks.pretrain.stage import Average, Checkpoints, Phase, Stage, run_stage
 

@@ -10,7 +10,7 @@ from einops import rearrange
 from torch import Tensor
 from torch.nn import functional as F
 
-from atomdiff.toybox.world.judge import Judge
+from atomdiff.toybox.judge import Judge
 from atomdiff.utils.precision import autocast
 from benchmarks.pretrain.data import World, as_signal
 from benchmarks.pretrain.fastest import CAPTURED, fastest
@@ -34,7 +34,8 @@ def smear(x: Tensor) -> Tensor:
     coarse = torch.randn(n, 2, 12, 12, device=x.device) * 0.05
     flow = F.interpolate(coarse, (height, width), mode="bicubic", align_corners=False)
     straight = F.affine_grid(torch.eye(2, 3, device=x.device).expand(n, 2, 3), [n, 3, height, width], False)
-    warped = F.grid_sample(x, straight + rearrange(flow, "n c h w -> n h w c"), padding_mode="reflection")
+    grid = straight + rearrange(flow, "n c h w -> n h w c")
+    warped = F.grid_sample(x, grid, padding_mode="reflection", align_corners=False)
     small = F.interpolate(warped, scale_factor=0.25, mode="area")
     return F.interpolate(small, (height, width), mode="bicubic", align_corners=False).clamp(-1, 1)
 

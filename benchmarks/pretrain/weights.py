@@ -11,8 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from atomdiff.toybox.base import assemble
-from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
+from benchmarks.pretrain.architecture import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
 
 SHARD_BYTES = 15 * 1024**2
 

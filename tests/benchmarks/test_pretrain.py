@@ -7,10 +7,16 @@ import pytest
 import torch
 from torch import nn
 
-from atomdiff.toybox.base import build_scheduler
-from atomdiff.toybox.world.judge import Judge
+from atomdiff.toybox.judge import Judge, save_judge
 from benchmarks.pretrain import evaluate, muon
-from benchmarks.pretrain.architecture import build_text_encoder, build_tokenizer, build_unet, build_vae
+from benchmarks.pretrain.architecture import (
+    assemble,
+    build_scheduler,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+)
 from benchmarks.pretrain.data import World, as_signal
 from benchmarks.pretrain.evaluate import area_under_curve
 from benchmarks.pretrain.fastest import fastest
@@ -20,7 +26,7 @@ from benchmarks.pretrain.train import load_what_fits
 from benchmarks.pretrain.train_autoencoder import center_latents, crops
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss
 from benchmarks.pretrain.train_inner import InnerDenoiser
-from benchmarks.pretrain.weights import save_shards
+from benchmarks.pretrain.weights import save_pipeline, save_shards
 from tests.tiny_models import make_unet
 
 
@@ -152,12 +158,13 @@ def test_the_area_under_the_curve_counts_pairs():
 @pytest.mark.slow
 def test_a_base_without_training_is_measured(tmp_path, monkeypatch):
     monkeypatch.setattr(evaluate, "SUBJECTS", dict(list(evaluate.SUBJECTS.items())[:2]))
-    parts = {"judge": Judge(), "vae": build_vae(), "text_encoder": build_text_encoder(build_tokenizer())}
-    save_shards({**parts, "unet": build_unet()}, tmp_path)
-    (tmp_path / "report.json").write_text('{"scaling_factor": 1.0}')
-    config = evaluate.EvaluateConfig(
-        str(tmp_path), count=3, families=2, restored=2, num_inference_steps=2, output=str(tmp_path / "result.json")
-    )
+    tokenizer = build_tokenizer()
+    pipe = assemble(build_vae(), tokenizer, build_text_encoder(tokenizer), build_unet())
+    save_pipeline(pipe, tmp_path / "base")
+    save_judge(Judge(), tmp_path / "judge")
+    folders = {"pretrained_model_name_or_path": str(tmp_path / "base"), "judge": str(tmp_path / "judge")}
+    few = {"count": 3, "families": 2, "restored": 2, "num_inference_steps": 2}
+    config = evaluate.EvaluateConfig(**folders, **few, output=str(tmp_path / "result.json"))
     evaluate.main(config)
     figures = json.loads((tmp_path / "result.json").read_text())["figures"]
     assert 0 < figures["psnr_unseen"] < 20 and figures["similarity_kept_least"] <= figures["similarity_kept_median"]

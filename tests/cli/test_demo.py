@@ -57,7 +57,7 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     first, second = (line.strip() for line in printed.splitlines()[-2:])
     assert f'atomdiff.load_atoms(pipe, "{concept}")' in second
     exec(f"{first}\n{second.replace('guidance_scale=4', 'num_inference_steps=2')}", {})
-    assert Image.open(output / "image.png").size == (64, 64)
+    assert Image.open(output / "image.png").size == (128, 128)
     page = (output / "report.html").read_text()
     assert "Before and after" in page and "similarity, concept" in page
     assert json.loads((output / "training_report.json").read_text())["held_out_images"][:2] == ["01.png", "02.png"]
@@ -108,7 +108,7 @@ def test_one_large_image_of_a_class_without_a_word(quick, tmp_path, capsys):
 def test_the_sheet_names_an_umbrella(monkeypatch):
     labels = []
     monkeypatch.setattr(image_grid, "make_image_grid", lambda rows, beside, above: labels.extend(beside))
-    images = [Image.new("RGB", (64, 64))] * 2
+    images = [Image.new("RGB", (128, 128))] * 2
     suite = make_suite("umbrella", {"snow": SCENES["snow"]}, images_per_prompt=2)
     generated = GeneratedImages(images, [])
     make_sheet(Evaluation(suite, None, images, generated, generated), "sks", images)

@@ -15,17 +15,23 @@ from atomdiff.evaluate.suite import (
     read_subject,
     unseen_scenes,
 )
+from atomdiff.toybox import world as toybox
 from atomdiff.toybox.judge import load_judge
-from atomdiff.toybox.places import PLACES
-from atomdiff.toybox.scenes import Individual
-from atomdiff.toybox.shapes import SUBJECT_COLORS
-from atomdiff.toybox.subjects import SUBJECTS, views
 
 SUBJECT_FOLDERS = sorted((Path(__file__).parents[2] / "samples" / "subjects").iterdir())
-TOYBOX_SCENES = {label: phrase for label, (phrase, _) in PLACES.items()}
 SUITE = make_suite(
-    "mug", {label: TOYBOX_SCENES[label] for label in ("snow", "city")}, TOYBOX_SCENES, images_per_prompt=2
+    "mug", {label: toybox.SCENES[label] for label in ("snow", "city")}, toybox.SCENES, images_per_prompt=2
 )
+
+MUG, CAT = toybox.SUBJECTS["zigzag mug"], toybox.SUBJECTS["banded cat"]
+TUNING_MUG = toybox.TUNING_SUBJECTS["starry mug"]
+
+
+def views(individual, count, seed, scenes=tuple(toybox.SCENES)):
+    """Images of one individual in the given scenes in turn."""
+    index = torch.tensor([list(toybox.SCENES).index(scenes[i % len(scenes)]) for i in range(count)])
+    seen = toybox.sample_views(count, torch.Generator().manual_seed(seed), scene_index=index)
+    return toybox.to_images(toybox.render(individual.repeat(count), seen).images)
 
 
 @pytest.fixture(scope="module")
@@ -34,23 +40,23 @@ def judge():
 
 
 @pytest.mark.parametrize("folder", SUBJECT_FOLDERS, ids=lambda folder: folder.name)
-def test_every_shipped_subject_has_photos_in_few_scenes_and_unseen_ones_in_the_others(folder, judge):
+def test_every_shipped_subject_has_photos_in_five_scenes_and_unseen_ones(folder, judge):
     images, references, unseen = read_subject(folder)
-    assert 4 <= len(images) <= 6 and len(references) >= 5 and unseen
-    assert tuple(unseen_scenes(judge, images, TOYBOX_SCENES)) == ("desert", "snow", "city", "space", "sea")
-    assert set(judge.classify(references)["class"]) == {SUBJECTS[folder.name].class_name}
+    assert len(images) == 5 and len(references) == 16 and unseen
+    assert len(unseen_scenes(judge, images, toybox.SCENES)) == 3
+    assert set(judge.classify(images + references)["class"]) == {folder.name}
 
 
 def test_without_unseen_images_the_training_images_are_compared_with(tmp_path):
-    for number, image in enumerate(views(SUBJECTS["cat"], 3, seed=1)):
+    for number, image in enumerate(views(CAT, 3, seed=1)):
         image.save(tmp_path / f"{number}.png")
     images, references, unseen = read_subject(tmp_path)
     assert len(images) == 3 and references == images and not unseen
 
 
 def test_images_of_every_scene_leave_all_scenes_to_ask_for(judge):
-    images = views(SUBJECTS["cat"], len(PLACES), seed=1)
-    assert unseen_scenes(judge, images, TOYBOX_SCENES) == TOYBOX_SCENES
+    images = views(CAT, len(toybox.SCENES), seed=1)
+    assert unseen_scenes(judge, images, toybox.SCENES) == toybox.SCENES
 
 
 def test_prompts_name_subject_and_scene():
@@ -65,7 +71,7 @@ def test_prompts_name_subject_and_scene():
     assert of_class == ["a photo of a mug in the snow"] * 2 + ["a photo of a mug in the city"] * 2
     assert requests["unrelated"] == [(prompt, 50_000 + i) for i, prompt in enumerate(SUITE.unrelated_prompts)]
     assert SUITE.labels == ({"scene": "snow"}, {"scene": "city"})
-    assert len(SUITE.unrelated_prompts) == 2 * len(PLACES)
+    assert len(SUITE.unrelated_prompts) == 2 * len(toybox.SCENES)
     assert not any("sks" in prompt for prompt in SUITE.unrelated_prompts)
     assert "a photo of a mug on the beach" in SUITE.unrelated_prompts
 
@@ -84,10 +90,8 @@ def scores(judge, references, base, concept):
 
 
 def test_a_perfect_concept_goes_all_the_way_and_the_base_none(judge):
-    subject = SUBJECTS["mug"]
-    plain = Individual("mug", "striped", SUBJECT_COLORS["lime"], SUBJECT_COLORS["maroon"])
-    base, perfect = generated(plain), generated(subject)
-    references = views(subject, 6, seed=9)
+    base, perfect = generated(TUNING_MUG), generated(MUG)
+    references = views(MUG, 6, seed=9)
     none = scores(judge, references, base, base)
     assert none["similarity"]["normalized_gain"] == 0 and none["drift"] == 0
     assert none["diversity"]["base"] == none["diversity"]["concept"] > 0
@@ -97,14 +101,13 @@ def test_a_perfect_concept_goes_all_the_way_and_the_base_none(judge):
 
 
 def test_forgotten_scenes_are_seen(judge):
-    subject = SUBJECTS["mug"]
-    base, forgetful = generated(subject), generated(subject, scenes=("snow",))
-    assert scores(judge, views(subject, 4, seed=2), base, forgetful)["scene_accuracy"]["concept"] == 0.5
+    base, forgetful = generated(MUG), generated(MUG, scenes=("snow",))
+    assert scores(judge, views(MUG, 4, seed=2), base, forgetful)["scene_accuracy"]["concept"] == 0.5
 
 
 def test_a_single_reference_leaves_open_how_alike_images_are(judge):
-    base, perfect = generated(SUBJECTS["cat"]), generated(SUBJECTS["mug"])
-    similarity = scores(judge, views(SUBJECTS["mug"], 1, seed=9), base, perfect)["similarity"]
+    base, perfect = generated(CAT), generated(MUG)
+    similarity = scores(judge, views(MUG, 1, seed=9), base, perfect)["similarity"]
     assert similarity["base"] < similarity["concept"] and similarity["real"] is similarity["normalized_gain"] is None
 
 

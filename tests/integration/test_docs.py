@@ -147,7 +147,7 @@ def test_the_python_of_a_page_runs(clone, page):
     for code in blocks(page, "python"):
         exec(code.replace(").images", ", num_inference_steps=1).images"), names)
     if "images" in names:
-        assert names["images"][0].size == (64, 64)
+        assert names["images"][0].size == (128, 128)
     if "unload_atoms(pipe)  #" in code:
         assert not names["atomdiff"].list_atoms(names["pipe"])
 

@@ -1,6 +1,6 @@
 import pytest
 
-from atomdiff.toybox.scenes import CLASSES
+from atomdiff.toybox.world import CLASSES
 from atomdiff.training.config import Subject
 from atomdiff.utils.articles import fit_article, with_article
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -10,10 +11,13 @@ from einops import rearrange
 from PIL import Image
 from torch import Tensor
 
+from atomdiff.toybox.world.individuals import Individuals
 from atomdiff.toybox.world.renderer import IMAGE_SIZE, Rendering, render
 from atomdiff.toybox.world.subjects import SUBJECTS, TUNING_SUBJECTS
+from atomdiff.toybox.world.things import CLASSES
 from atomdiff.toybox.world.views import sample_views
 from atomdiff.toybox.world.words import SCENES
+from atomdiff.utils.atomic import new_folder
 
 NUM_TRAINING_IMAGES = 5
 NUM_UNSEEN_IMAGES = 2 * len(SCENES)
@@ -49,12 +53,17 @@ def subject_images(name: str, unseen: bool = False, size: int = IMAGE_SIZE) -> t
     return render(subject.repeat(len(scenes)), views, size), scenes
 
 
-def write_subject_images(folder: Path, names: tuple[str, ...] = tuple(SUBJECTS)) -> None:
-    """Write `folder/<subject>/training/0.png` and so on, and `folder/<subject>/unseen/00.png` and so on."""
-    for name in names:
-        for kind in ("training", "unseen"):
-            target = folder / name.replace(" ", "-") / kind
-            target.mkdir(parents=True, exist_ok=True)
-            images = to_images(subject_images(name, kind == "unseen")[0].images)
-            for index, image in enumerate(images):
-                image.save(target / f"{index:02d}.png")
+def write_subject_images(folder: Path, subjects: Mapping[str, Individuals]) -> None:
+    """Write the images of each subject to a folder named like its class: `<class>/01.png` and `<class>/unseen/01.png`.
+
+    Args:
+        folder: where the folders go; those of the same names are replaced.
+        subjects: evaluation or tuning subjects, no two of one class.
+    """
+    for name, subject in subjects.items():
+        with new_folder(folder / CLASSES[int(subject.class_index)]) as target:
+            for unseen in (False, True):
+                kind = target / "unseen" if unseen else target
+                kind.mkdir(exist_ok=True)
+                for number, image in enumerate(to_images(subject_images(name, unseen)[0].images), start=1):
+                    image.save(kind / f"{number:02d}.png", optimize=True)

@@ -1,3 +1,6 @@
+from pathlib import Path
+
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -26,6 +29,7 @@ from atomdiff.toybox.world import (
     sample_individuals,
     sample_views,
     subject_images,
+    to_images,
     write_subject_images,
 )
 from atomdiff.toybox.world.held_out import color_is_held_out
@@ -184,7 +188,7 @@ def test_batches_are_indexed_joined_and_repeated():
         render(individuals, views[:2])
 
 
-def test_images_of_a_subject_are_always_the_same_and_the_unseen_ones_are_others(tmp_path):
+def test_images_of_a_subject_are_always_the_same_and_the_unseen_ones_are_others():
     name = next(iter(TUNING_SUBJECTS))
     images, scenes = subject_images(name, size=32)
     again, _ = subject_images(name, size=32)
@@ -192,10 +196,36 @@ def test_images_of_a_subject_are_always_the_same_and_the_unseen_ones_are_others(
     assert len(scenes.unique()) == len(images.images) == 5 and len(unseen_scenes.unique()) == len(SCENES)
     assert torch.equal(images.images, again.images)
     assert min((a - b).abs().mean() for a in images.images for b in unseen.images) > 0.01
-    write_subject_images(tmp_path, (name,))
-    folder = tmp_path / name.replace(" ", "-")
-    assert len(list((folder / "training").iterdir())) == 5 and len(list((folder / "unseen").iterdir())) == 16
-    assert Image.open(folder / "training" / "00.png").size == (128, 128)
+
+
+def test_folders_of_subjects_are_named_like_their_classes(tmp_path):
+    for subjects in (SUBJECTS, TUNING_SUBJECTS):
+        classes = [CLASSES[int(subject.class_index)] for subject in subjects.values()]
+        assert len(set(classes)) == len(classes)
+    (tmp_path / "mug").mkdir()
+    (tmp_path / "mug" / "09.png").touch()  # of another world
+    write_subject_images(tmp_path, {name: SUBJECTS[name] for name in ("zigzag mug", "scaled vase")})
+    assert sorted(folder.name for folder in tmp_path.iterdir()) == ["mug", "vase"]
+    photos = sorted((tmp_path / "mug").glob("*.png"))
+    assert [file.name for file in photos] == ["01.png", "02.png", "03.png", "04.png", "05.png"]
+    assert len(list((tmp_path / "mug" / "unseen").glob("*.png"))) == 16
+    written = np.asarray(Image.open(photos[1])) / 255
+    expected = subject_images("zigzag mug")[0].images[1].permute(1, 2, 0).numpy()
+    assert written.shape == (128, 128, 3) and abs(written - expected).max() < 0.51 / 255
+
+
+@pytest.mark.parametrize(("folder", "subjects"), [("subjects", SUBJECTS), ("tuning_subjects", TUNING_SUBJECTS)])
+def test_the_shipped_images_are_those_that_are_rendered(folder, subjects):
+    shipped = Path(__file__).parents[3] / "samples" / folder
+    classes = {CLASSES[int(subject.class_index)]: name for name, subject in subjects.items()}
+    assert {path.name for path in shipped.iterdir()} == set(classes)
+    for class_name, name in classes.items():
+        for unseen, place in ((False, shipped / class_name), (True, shipped / class_name / "unseen")):
+            images = to_images(subject_images(name, unseen)[0].images)
+            files = sorted(place.glob("*.png"))
+            assert len(files) == len(images)
+            for file, image in zip(files[:1], images, strict=False):  # another processor may round otherwise
+                assert np.abs(np.asarray(Image.open(file), int) - np.asarray(image, int)).max() <= 2
 
 
 def test_no_thing_is_cut_off_by_the_image():
