@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
 # Everything that wants a GPU, in parts, each within minutes. Usage: bash benchmarks/gpu.sh PART OUT [WHEELS]
-#   pretrain  the second edition of the toybox in SECONDS_ (540) seconds: weights, report and sheet into OUT
+#   pretrain  the toybox's base and judge in SECONDS_ (540) seconds: weights, report and sheet into OUT
 #   begin     the same in the background, in the folder STATE (/tmp/pretrain); returns when the UNet's training begins, or
 #             after WAIT (215) seconds: log into OUT
 #   finish    ends it after SECONDS_ more seconds, and waits for that: the parts trained, report, sheet and log into OUT

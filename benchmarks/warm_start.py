@@ -36,7 +36,7 @@ ROOT = Path(__file__).parents[1]
 class BenchmarkConfig:
     """What to compare."""
 
-    subjects: tuple[str, ...] = ("mug", "robot", "cat", "car", "teapot", "bird", "mushroom", "boat")
+    subjects: tuple[str, ...] = ("mug", "robot", "cat", "car", "teapot", "bird", "mushroom", "house")
     """Folders under samples/subjects."""
     concepts: tuple[int, ...] = (1, 3)
     """How many of the nearest concepts a run starts from, one run for each."""

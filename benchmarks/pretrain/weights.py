@@ -51,7 +51,7 @@ def load_scaling_factor(folder: Path) -> float:
 
 
 def make_pipeline(states: dict[str, dict[str, Tensor]], scaling_factor: float) -> StableDiffusionPipeline:
-    """The pipeline of the second edition with these weights."""
+    """The pipeline with these weights."""
     tokenizer = build_tokenizer()
     parts = {"vae": build_vae(), "text_encoder": build_text_encoder(tokenizer), "unet": build_unet()}
     for name, module in parts.items():

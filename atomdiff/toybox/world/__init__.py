@@ -1,4 +1,4 @@
-"""The toybox's world, second edition: a renderer of things in scenes, batched, on CPU and CUDA."""
+"""The toybox's world: a renderer of things in scenes, batched, on CPU and CUDA."""
 
 from atomdiff.toybox.world.canvas import PART_KINDS
 from atomdiff.toybox.world.captions import (
