@@ -53,7 +53,7 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     """Train, generate, measure; leave everything in `config.output_dir`.
 
     Returns:
-        The report, as written to `report.json`, and the paths `concept` and `base`.
+        The report, as written to `report.json`, the paths `concept` and `base`, and `guidance_scale`.
     """
     from atomdiff.evaluate.metrics import score
     from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
@@ -90,7 +90,8 @@ def run_demo(config: DemoConfig) -> dict[str, Any]:
     }
     write_json(output / "report.json", report, indent=2)
     extend_report(output, scores, {"Before and after": output / "before_after.png"})
-    return report | {"concept": str(concept_path), "base": find_asset(run.pretrained_model_name_or_path)}
+    used = {"base": find_asset(run.pretrained_model_name_or_path), "guidance_scale": run.guidance_scale}
+    return report | {"concept": str(concept_path), **used}
 
 
 def training_config(config: DemoConfig) -> Any:
@@ -193,17 +194,24 @@ def describe_report(report: dict[str, Any]) -> str:
         *(str(path) for path in (concept, *(concept.parent / name for name in FILES))),
     ]
     if concept.is_file():
-        lines += ["", "In Python:", "", *(f"    {line}" for line in python_lines(concept, report["base"]))]
+        lines += [
+            "",
+            "In Python:",
+            "",
+            *(f"    {line}" for line in python_lines(concept, report["base"], report["guidance_scale"])),
+        ]
     return "\n".join(lines)
 
 
-def python_lines(concept: Path, base: str) -> list[str]:
+def python_lines(concept: Path, base: str, guidance_scale: float) -> list[str]:
     """Return two lines of Python that generate an image with a concept file and save it beside that."""
     from atomdiff.concepts.concept_file import read_concept_file
 
     phrase, image = read_concept_file(concept).trigger_phrase, concept.parent / "image.png"
     opened = f"diffusers.StableDiffusionPipeline.from_pretrained({base!r})"
-    generated = f'pipe("a photo of {phrase} in space", guidance_scale=4).images[0].save({str(image)!r})'
+    generated = (
+        f'pipe("a photo of {phrase} in space", guidance_scale={guidance_scale:g}).images[0].save({str(image)!r})'
+    )
     return [
         f"import atomdiff, diffusers; pipe = {opened}",
         f'atomdiff.load_atoms(pipe, "{concept}"); {generated}',

@@ -15,6 +15,7 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
 
+from atomdiff.cli.demo import fast_scheduler
 from atomdiff.evaluate.similarity import mean_pairwise_similarity
 from atomdiff.sampling.generate import generate
 from atomdiff.toybox.base import load_toybox
@@ -24,6 +25,7 @@ from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.base_quality import accuracies, psnr, relative_frechet_distance, restore, sharpness
+from benchmarks.pretrain.architecture import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 from benchmarks.pretrain.data import as_signal, render_families, render_world
 from benchmarks.result_file import command_line, write_result
 
@@ -45,9 +47,9 @@ class EvaluateConfig:
     """Individuals, each with three relatives, that the judge has to tell apart."""
     restored: int = 256
     """Images that the autoencoder restores."""
-    num_inference_steps: int = 20
-    """Denoising steps."""
-    guidance_scale: float = 3.0
+    num_inference_steps: int = NUM_INFERENCE_STEPS
+    """Denoising steps of DPM-Solver++."""
+    guidance_scale: float = GUIDANCE_SCALE
     """Classifier-free guidance."""
     batch_size: int = 32
     """Images generated at once."""
@@ -111,6 +113,7 @@ def main(config: EvaluateConfig) -> None:
     """Measure, print, store."""
     quiet_libraries()
     judge, pipe = load_judge(config.judge), load_toybox(config.pretrained_model_name_or_path)
+    pipe.scheduler = fast_scheduler(pipe.scheduler)
     figures = measure_judge(judge, render_families(config.families, 1e9, _SEED, _CPU, batch=32))
     real = render_world(max(2 * config.count, config.restored), 1e9, _SEED, _CPU, batch=128, held_out=True)
     figures |= measure_autoencoder(pipe.vae, judge, real.images[: config.restored] / 255)

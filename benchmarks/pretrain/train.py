@@ -32,11 +32,20 @@ from typing import Any
 
 import torch
 
+from atomdiff.cli.demo import fast_scheduler
 from atomdiff.toybox.judge import JUDGE_FOLDER, Judge, save_judge
 from atomdiff.toybox.world import CLASSES, IMAGE_SIZE, SCENES
 from atomdiff.utils.atomic import new_file
 from benchmarks.base_quality import psnr, restore
-from benchmarks.pretrain.architecture import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
+from benchmarks.pretrain.architecture import (
+    GUIDANCE_SCALE,
+    NUM_INFERENCE_STEPS,
+    assemble,
+    build_text_encoder,
+    build_tokenizer,
+    build_unet,
+    build_vae,
+)
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
 from benchmarks.pretrain.fastest import print_profile
 from benchmarks.pretrain.stage import Checkpoints, Phase, Stage, run_stage
@@ -277,9 +286,10 @@ class Run:
     def draw_sheet(self) -> None:
         """Write an image of some classes in some scenes."""
         pipe = assemble(self.vae, self.tokenizer, self.denoiser.text_encoder.eval(), self.denoiser.unet.eval())
+        pipe.scheduler = fast_scheduler(pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
         scenes = list(SCENES.values())
-        names, columns, steps = (CLASSES[:2], 2, 4) if self.options.tiny else (CLASSES, len(scenes), 30)
+        names, columns, steps = (CLASSES[:2], 2, 4) if self.options.tiny else (CLASSES, len(scenes), NUM_INFERENCE_STEPS)
         looks = ("red striped ", "blue dotted ", "", "green ", "", "yellow checked ", "", "purple ")
         prompts = [
             f"a photo of a {look}{name} {scene}"
@@ -287,7 +297,7 @@ class Run:
             for look, scene in list(zip(looks, scenes, strict=True))[:columns]
         ]
         generator = torch.Generator().manual_seed(0)
-        images = pipe(prompts, num_inference_steps=steps, guidance_scale=2.5, generator=generator).images
+        images = pipe(prompts, num_inference_steps=steps, guidance_scale=GUIDANCE_SCALE, generator=generator).images
         width = len(images) // len(names)
         from PIL import Image
 

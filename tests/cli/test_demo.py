@@ -11,6 +11,7 @@ from atomdiff.cli.main import main
 from atomdiff.evaluate.suite import SCENES, Evaluation, GeneratedImages, make_suite
 from atomdiff.utils import image_grid
 from atomdiff.utils.errors import UserError
+from benchmarks.pretrain.architecture import GUIDANCE_SCALE, NUM_INFERENCE_STEPS
 
 ROOT = Path(__file__).parents[2]
 
@@ -56,7 +57,9 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     assert re.search(r"time +\d+ s, \d+ s of them training\nin +float32 ", printed)
     first, second = (line.strip() for line in printed.splitlines()[-2:])
     assert f'atomdiff.load_atoms(pipe, "{concept}")' in second
-    exec(f"{first}\n{second.replace('guidance_scale=4', 'num_inference_steps=2')}", {})
+    shorter = re.sub(r"guidance_scale=[\d.]+", "num_inference_steps=2", second)
+    assert shorter != second
+    exec(f"{first}\n{shorter}", {})
     assert Image.open(output / "image.png").size == (128, 128)
     page = (output / "report.html").read_text()
     assert "Before and after" in page and "similarity, concept" in page
@@ -119,6 +122,16 @@ def test_learning_rates_of_the_demo_are_those_of_its_run():
     assert training_config(DemoConfig()).token_learning_rate == 0.02
     run = training_config(DemoConfig(learning_rate=0.5, token_learning_rate=0.25))
     assert (run.learning_rate, run.token_learning_rate) == (0.5, 0.25)
+
+
+def test_the_base_is_sampled_alike_everywhere():
+    run = training_config(DemoConfig())
+    assert (NUM_INFERENCE_STEPS, GUIDANCE_SCALE) == (run.num_inference_steps, run.guidance_scale)
+    notebook = (ROOT / "examples" / "toybox.ipynb").read_text()
+    settings = {"num_inference_steps": run.num_inference_steps, "guidance_scale": run.guidance_scale}
+    assert json.dumps(settings)[1:-1].replace('"', '\\"') in notebook
+    for file in ROOT.glob("benchmarks/**/toybox.yaml"):
+        assert settings.items() <= yaml.safe_load(file.read_text()).items()
 
 
 def test_a_missing_folder_is_one_clear_line(capsys):

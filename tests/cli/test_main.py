@@ -111,7 +111,7 @@ def test_demo_says_where_things_are_and_how_to_use_them(tiny_pipe, monkeypatch, 
             "total_seconds": 99,
             "train_seconds": 70.4,
         },
-        **{"precision": "float32", "concept": str(path), "base": "samples/toybox-sd"},
+        **{"precision": "float32", "concept": str(path), "base": "samples/toybox-sd", "guidance_scale": 2.5},
     }
     monkeypatch.setattr("atomdiff.cli.demo.run_demo", lambda config: report)
     assert main(["demo", "--instance_data_dir", str(tmp_path), "--class_name", "mug"]) == 0
@@ -126,7 +126,7 @@ def test_demo_says_where_things_are_and_how_to_use_them(tiny_pipe, monkeypatch, 
     assert str(path) in shown and str(tmp_path / "before_after.png") in shown
     code = [line.strip() for line in shown.splitlines() if line.startswith("    ") and "pipe" in line]
     assert len(code) == 2 and "from_pretrained('samples/toybox-sd')" in code[0]
-    exec(code[1].replace("guidance_scale=4", "num_inference_steps=1"), {"atomdiff": atomdiff, "pipe": tiny_pipe})
+    exec(code[1].replace("guidance_scale=2.5", "num_inference_steps=1"), {"atomdiff": atomdiff, "pipe": tiny_pipe})
     assert (tmp_path / "image.png").is_file()
 
 
