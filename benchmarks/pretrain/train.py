@@ -289,7 +289,9 @@ class Run:
         pipe.scheduler = fast_scheduler(pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
         scenes = list(SCENES.values())
-        names, columns, steps = (CLASSES[:2], 2, 4) if self.options.tiny else (CLASSES, len(scenes), NUM_INFERENCE_STEPS)
+        names, columns, steps = (
+            (CLASSES[:2], 2, 4) if self.options.tiny else (CLASSES, len(scenes), NUM_INFERENCE_STEPS)
+        )
         looks = ("red striped ", "blue dotted ", "", "green ", "", "yellow checked ", "", "purple ")
         prompts = [
             f"a photo of a {look}{name} {scene}"

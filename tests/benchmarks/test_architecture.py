@@ -19,7 +19,6 @@ from benchmarks.pretrain.architecture import (
     build_unet,
     build_vae,
 )
-from benchmarks.pretrain.train_autoencoder import center_latents, encode, freeze_posterior
 from benchmarks.pretrain.weights import save_shards
 
 
@@ -64,21 +63,3 @@ def test_the_scheduler_starts_from_pure_noise():
     built = parts()
     pipe = assemble(built["vae"], build_tokenizer(), built["text_encoder"], built["unet"])
     assert pipe.scheduler.alphas_cumprod[-1] == 0 and pipe.scheduler.config.prediction_type == "v_prediction"
-
-
-def test_centered_latents_restore_the_same_images():
-    torch.manual_seed(0)
-    vae = build_vae().eval()
-    freeze_posterior(vae)
-    images = torch.randint(0, 256, (4, 3, 128, 128), dtype=torch.uint8)
-    signal = images.float() / 127.5 - 1
-    with torch.no_grad():
-        before = vae.decode(vae.encode(signal).latent_dist.mean).sample
-        scaled = center_latents(vae, encode(vae, images, 2))
-        posterior = vae.encode(signal).latent_dist
-        after = vae.decode(posterior.mean).sample
-    assert scaled.shape == (4, 16, 16, 16) and posterior.std.max() < 1e-3
-    assert scaled.float().std() == pytest.approx(1, abs=0.02)
-    assert scaled.float().mean((0, 2, 3)).abs().max() < 0.02
-    torch.testing.assert_close(posterior.mean * vae.config.scaling_factor, scaled.float(), atol=0.05, rtol=0)
-    torch.testing.assert_close(after, before, atol=1e-3, rtol=0)
