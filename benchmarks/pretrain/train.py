@@ -33,7 +33,7 @@ from typing import Any
 import torch
 
 from atomdiff.cli.demo import fast_scheduler
-from atomdiff.toybox.judge import JUDGE_FOLDER, Judge, save_judge
+from atomdiff.toybox.judge import JUDGE_FOLDER, LABELS, Judge, save_judge
 from atomdiff.toybox.world import CLASSES, IMAGE_SIZE, SCENES
 from atomdiff.utils.atomic import new_file
 from benchmarks.base_quality import psnr, restore
@@ -125,7 +125,7 @@ def warm(options: argparse.Namespace, device: torch.device) -> None:
     """Find the fastest way of a part on random inputs; its choice and the compiler's cache serve the run itself."""
     images = torch.randint(256, (256, 3, IMAGE_SIZE, IMAGE_SIZE), dtype=torch.uint8, device=device)
     judge = channels_last(Judge(), device)
-    labels = {kind: torch.zeros(256, dtype=torch.long, device=device) for kind in judge.labels}
+    labels = {kind: torch.zeros(256, dtype=torch.long, device=device) for kind in LABELS}
     world = World(images, torch.ones(256, 1, 16, 16, dtype=torch.half, device=device), labels, [])
     if options.warm == "judge":
         fastest_judge(judge, world, images.view(16, 4, 4, *images.shape[1:]), options.out)
