@@ -59,8 +59,8 @@ class Protocol:
     """Prompts for drift, without `{subject}`; empty: it is not measured."""
     prior_prompts: tuple[str, ...] = ()
     """Prompts for other individuals of the class, with `{subject}`; empty: prior similarity is not measured."""
-    subjects: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
-    """Class name and kind by subject; empty: any subject can be evaluated."""
+    subjects: Mapping[str, Mapping[str, Any]] = field(default_factory=dict)
+    """Class name, kind and labels of the training images (`seen`) by subject; empty: any subject can be evaluated."""
     images_per_prompt: int = 4
     """Images, each from a seed of its own, for a prompt of the subject or the class."""
     layout: str = "folders"
@@ -88,8 +88,9 @@ class Protocol:
         class_name = known.get("class_name") or class_name
         if class_name is None:
             raise UserError(f"the concept {name!r}: its class is not known; give --class_name, such as dog")
-        kind = known.get("prompts") or next(iter(self.prompts))
-        return ProtocolSubject(name, class_name, self.prompts[kind], _references(name, data_dir, alone), kind)
+        kind, seen = known.get("prompts") or next(iter(self.prompts)), set(known.get("seen", ()))
+        prompts = tuple(prompt for prompt in self.prompts[kind] if seen.isdisjoint(prompt.labels.values()))
+        return ProtocolSubject(name, class_name, prompts, _references(name, data_dir, alone), kind)
 
 
 def load_protocol(name: str) -> Protocol:
@@ -125,18 +126,26 @@ def _parse_protocol(file: Path, content: Mapping[str, Any]) -> Protocol:
     count = content.get("images_per_prompt", 4)
     if not isinstance(count, int) or isinstance(count, bool) or not 1 <= count <= 1000:
         raise UserError(f"{file}: images_per_prompt={count!r}: expected a whole number from 1 to 1000")
-    subjects = _subjects(file, content.get("subjects", {}), [*by_kind])
+    subjects = _subjects(file, content.get("subjects", {}), by_kind)
     return Protocol(file.stem, by_kind, unrelated, prior, subjects, count, layout)
 
 
-def _subjects(file: Path, found: Any, kinds: Sequence[str]) -> dict[str, dict[str, str]]:
+def _subjects(file: Path, found: Any, prompts: Mapping[str, Sequence[Prompt]]) -> dict[str, dict[str, Any]]:
     if not isinstance(found, dict):
         raise UserError(f"{file}: subjects: expected a mapping, such as dog2: {{class_name: dog}}")
     for name, subject in found.items():
-        entries = subject if isinstance(subject, dict) and subject.keys() <= {"class_name", "prompts"} else {}
-        if not isinstance(entries.get("class_name"), str) or entries.get("prompts", kinds[0]) not in kinds:
-            expected = f"expected its class_name and which prompts it gets: {', '.join(kinds)}"
+        entries = subject if isinstance(subject, dict) and subject.keys() <= {"class_name", "prompts", "seen"} else {}
+        kind = entries.get("prompts", next(iter(prompts), None))
+        if not isinstance(entries.get("class_name"), str) or kind not in prompts:
+            expected = f"expected its class_name and which prompts it gets: {', '.join(prompts)}"
             raise UserError(f"{file}: the subject {name!r}: found {subject!r}; {expected}")
+        labels = {label for prompt in prompts[kind] for label in prompt.labels.values()}
+        seen = entries.get("seen", [])
+        if not isinstance(seen, list) or not all(isinstance(each, str) for each in seen) or set(seen) - labels:
+            expected = f"expected a list of labels of its prompts: {', '.join(sorted(labels)) or 'they have none'}"
+            raise UserError(f"{file}: the subject {name!r}: found seen: {seen!r}; {expected}")
+        if all(set(seen) & set(prompt.labels.values()) for prompt in prompts[kind]):
+            raise UserError(f"{file}: the subject {name!r}: seen leaves no prompt; expected fewer labels in it")
     return {str(name): dict(subject) for name, subject in found.items()}
 
 

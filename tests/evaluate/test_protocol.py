@@ -5,6 +5,17 @@ from PIL import Image
 
 from atomdiff.evaluate import dreambench_plus
 from atomdiff.evaluate.protocol import PROTOCOLS, Prompt, load_protocol
+from atomdiff.toybox.world import (
+    CLASSES,
+    COLORS,
+    FAMILY_NAMES,
+    HELD_OUT_FAMILIES,
+    PATTERNS,
+    SCENES,
+    SUBJECTS,
+    TUNING_SUBJECTS,
+    subject_images,
+)
 from atomdiff.utils.errors import UserError
 
 SHIPPED = sorted(file.stem for file in PROTOCOLS.glob("*.yaml"))
@@ -80,6 +91,7 @@ def test_every_protocol_that_comes_with_the_project_can_be_read(name):
 
 
 GOOD = "prompts: ['a {subject}']\nunrelated_prompts: [a cat]\n"
+SNOW = GOOD.replace("['a {subject}']", "[{prompt: 'a {subject} in the snow', scene: snow}]")
 
 
 @pytest.mark.parametrize(
@@ -101,6 +113,9 @@ GOOD = "prompts: ['a {subject}']\nunrelated_prompts: [a cat]\n"
         (GOOD + "subjects: [mug]", "subjects: expected a mapping"),
         (GOOD + "subjects: {mug: mug}", "the subject 'mug': found 'mug'; expected its class_name"),
         (GOOD + "subjects: {mug: {class_name: mug, prompts: live}}", "which prompts it gets: any"),
+        (GOOD + "subjects: {mug: {class_name: mug, seen: [sea]}}", "found seen: ['sea']; expected a list of labels"),
+        (SNOW + "subjects: {mug: {class_name: mug, seen: sea}}", "found seen: 'sea'; expected a list of labels of its"),
+        (SNOW + "subjects: {mug: {class_name: mug, seen: [snow]}}", "seen leaves no prompt"),
     ],
 )
 def test_what_is_wrong_in_a_protocol_is_named(text, message, tmp_path):
@@ -130,3 +145,49 @@ def test_what_a_protocol_leaves_out_is_not_measured(tmp_path):
 def test_a_protocol_that_is_not_there_is_one_clear_line():
     with pytest.raises(UserError, match="protocol='drembench': expected a YAML file, or one of dreambench, "):
         load_protocol("drembench")
+
+
+def test_prompts_that_show_what_the_training_images_show_are_left_out(tmp_path):
+    prompts = ["{prompt: 'a {subject} in the snow', scene: snow}", "{prompt: 'a {subject} in space', scene: space}"]
+    subjects = "subjects: {mug: {class_name: mug, seen: [snow]}, cat: {class_name: cat}}"
+    (tmp_path / "mine.yaml").write_text(f"prompts: [{', '.join(prompts)}, 'a {{subject}}']\n{subjects}")
+    protocol = load_protocol(str(tmp_path / "mine.yaml"))
+    for name in ("mug", "cat"):
+        write_image(tmp_path / name / "01.png")
+    found = {name: protocol.subject(name, None, tmp_path, alone=False).prompts for name in ("mug", "cat")}
+    assert [prompt.text for prompt in found["mug"]] == ["a {subject} in space", "a {subject}"]
+    assert len(found["cat"]) == 3
+
+
+@pytest.mark.parametrize(("name", "subjects"), [("toybox", SUBJECTS), ("toybox_tuning", TUNING_SUBJECTS)])
+def test_the_protocols_of_the_toybox_know_its_subjects_and_what_their_photos_show(name, subjects):
+    protocol = load_protocol(name)
+    expected = {}
+    for subject, individual in subjects.items():
+        scenes = subject_images(subject, size=8)[1].tolist()
+        held_out = FAMILY_NAMES[int(individual.family)] in HELD_OUT_FAMILIES
+        class_name = CLASSES[int(individual.class_index)]
+        expected[class_name] = {
+            "class_name": class_name,
+            "prompts": "hard" if held_out else "in span",
+            "seen": [scene for index, scene in enumerate(SCENES) if index in scenes],
+        }
+    assert protocol.subjects == expected and protocol.prompts["hard"] == protocol.prompts["in span"]
+    assert {prompt.text: prompt.labels["scene"] for prompt in protocol.prompts["hard"]} == {
+        f"a photo of {{subject}} {phrase}": scene for scene, phrase in SCENES.items()
+    }
+    for words in (CLASSES, [*SCENES.values()]):
+        named = [word for prompt in protocol.unrelated_prompts for word in words if prompt.count(f" {word}")]
+        assert {*named} == {*words} and len(named) == 16
+
+
+def test_the_protocol_of_edits_asks_for_what_the_judge_knows():
+    protocol = load_protocol("toybox_edits")
+    assert protocol.subjects.keys() == load_protocol("toybox").subjects.keys() and not protocol.unrelated_prompts
+    words = {"scene": SCENES, "color": COLORS, "pattern": PATTERNS}
+    for prompt in protocol.prompts["hard"]:
+        assert all(label in words[kind] for kind, label in prompt.labels.items()) and prompt.labels
+        shown = [SCENES.get(label, label) for label in prompt.labels.values()]
+        assert all(word in prompt.text for word in shown)
+    kinds = [kind for prompt in protocol.prompts["hard"] for kind in prompt.labels]
+    assert {kind: kinds.count(kind) for kind in words} == {"scene": 2, "color": 6, "pattern": 5}
