@@ -2,18 +2,53 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiments"
+MOST_TELLING = (
+    "atoms/default",
+    "lora/attention_r16",
+    "atoms/tiny",
+    "atoms/faithful",
+    "lora/default",
+    "token/default",
+    "lora/attention_r1",
+    "lora/conv_r4",
+    "full/default",
+    "oft/default",
+    "lora/attention_r64",
+    "dora/default",
+    "lokr/default",
+    "loha/default",
+    "atoms/spatial",
+    "atoms/attention",
+    "atoms/conv",
+    "vera/default",
+    "ia3/default",
+    "fourierft/default",
+)
+"""The methods that tell most about atoms, the first ones first."""
 
 
 def all_methods() -> list[str]:
     """Return the methods: the folders of configs/experiments, but for those of classifiers."""
     folders = (str(file.parent.relative_to(EXPERIMENTS)) for file in EXPERIMENTS.rglob("adapter.json"))
     return sorted(folder for folder in folders if not folder.startswith("classify"))
+
+
+def ordered_methods() -> list[str]:
+    """Return all methods, the most telling ones first."""
+    return [*MOST_TELLING, *(method for method in all_methods() if method not in MOST_TELLING)]
+
+
+def read_adapter_fields(method: str) -> dict[str, Any]:
+    """Return what the adapter.json of a method says."""
+    fields: dict[str, Any] = json.loads((EXPERIMENTS / method / "adapter.json").read_text())
+    return fields
 
 
 def rate_option(method: str) -> str:

@@ -1,0 +1,209 @@
+"""All methods of configs/experiments on the subjects of the toybox, each at a learning rate of its own.
+
+    python -m benchmarks.compare_methods
+    python -m benchmarks.compare_methods --quick true     # within half an hour of two CPU cores
+
+Every method goes through the same training run with the same token and the same preservation. Its learning rate is
+chosen on the tuning subjects: its own from overrides.yaml, a third and three times that; the best is the one with the
+highest gain among those that keep within one allowance of drift and 90 % of the base's scenes. At that rate it learns
+the evaluation subjects, with every seed. The most telling methods come first, and each has a result file as soon as it
+is done, from which `methods_report.py` makes the table and the plots. A stopped comparison goes on where it was.
+"""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from atomdiff.evaluate.protocol import load_protocol
+from atomdiff.utils.assets import find_asset
+from atomdiff.utils.hashing import hash_values
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.quiet import quiet_libraries
+from atomdiff.utils.text_files import read_text
+from benchmarks.experiments import ordered_methods, own_rate, rate_option, rates_around, read_adapter_fields
+from benchmarks.result_file import command_line, write_result
+from benchmarks.trial_figures import Result, choose_rate, subject_of, summarize_kinds, trial_figures
+from benchmarks.trial_runner import Runner
+from benchmarks.trials import Trial
+
+FACTOR = 3  # between learning rates
+COSTS = ("parameters", "bytes", "train_seconds", "peak_memory_bytes")
+UNNAMED = ("work_dir", "output_dir", "processes", "retry_failed")  # options that say only where and how fast
+_QUICK_METHODS = 3
+
+
+@dataclass(frozen=True)
+class CompareConfig:
+    """Compare methods: parameters, bytes, time, memory, similarity, scenes, drift, diversity and prompt match."""
+
+    methods: tuple[str, ...] = ()
+    """Folders under configs/experiments. Default: all that train a diffusion model, the most telling ones first."""
+    subjects: tuple[str, ...] = ()
+    """Subjects of the evaluation. Default: all of the first of `protocols`."""
+    tuning_subjects: tuple[str, ...] = ()
+    """Subjects on which the learning rate is chosen. Default: all of `tuning_protocol`."""
+    seeds: tuple[int, ...] = (0, 1)
+    """Seeds of the training runs on each evaluation subject."""
+    trials: int = 3
+    """Learning rates a method, 1 to 3; 1 is its own one, without a search."""
+    max_drift: float = 0.1
+    """Highest mean drift on the tuning subjects at which a learning rate can be the best."""
+    quick: bool = False
+    """Three methods at their own learning rates, one subject of each kind and one seed; result files in `work_dir`."""
+    processes: int = 1
+    """Training runs at a time. Their seconds are comparable with those of the same number only."""
+    retry_failed: bool = False
+    """Run again what has failed."""
+    run: str = "configs/demo.yaml"
+    """Settings of the training runs and of sampling."""
+    subjects_dir: str = "samples/subjects"
+    """A folder of photos for each evaluation subject."""
+    tuning_dir: str = "samples/tuning_subjects"
+    """A folder of photos for each tuning subject."""
+    protocols: tuple[str, ...] = ("toybox", "toybox_edits")
+    """Protocols of the evaluation: of similarity and drift, and of prompt match."""
+    tuning_protocol: str = "toybox_tuning"
+    """Protocol of the search."""
+    work_dir: str = "out/compare_methods"
+    """Folder of the runs; finished ones are not repeated."""
+    output_dir: str = "benchmarks/results/methods"
+    """Folder of the result files, one a method."""
+
+
+def quick_config(config: CompareConfig) -> CompareConfig:
+    """Return what a comparison is with `quick`."""
+    of_kind: dict[str, str] = {}
+    for name, subject in load_protocol(config.protocols[0]).subjects.items():
+        of_kind.setdefault(subject.get("prompts", ""), name)
+    return replace(
+        config,
+        methods=config.methods or tuple(ordered_methods()[:_QUICK_METHODS]),
+        subjects=config.subjects or tuple(of_kind.values()),
+        seeds=config.seeds[:1],
+        trials=1,
+        output_dir=str(Path(config.work_dir) / "quick"),
+    )
+
+
+def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any]:
+    """Return what there is to know of a method, as its result file has it.
+
+    Returns:
+        `status`: done, or failed if no run has succeeded; `figures`: learning rate and costs; `summary`: the other
+        figures, of all subjects and of each kind; `runs`; `search`; `failed`: what failed; `conditions`: what has to be
+        equal in two files that are compared.
+    """
+    rates, found = rates_around(own_rate(method), config.trials, FACTOR), {"search": {}}
+    rate: float | None = rates[0]
+    if len(rates) > 1:
+        rate, found["search"] = search_rate(config, method, rates, runner)
+    if rate is None:
+        failures = [failure for each in found["search"].values() for failure in each["failed"]]
+        return found | {"status": "failed", "figures": {}, "failed": failures}
+    subjects = config.subjects or tuple(load_protocol(config.protocols[0]).subjects)
+    trials = [
+        make_trial(config, method, rate, Path(config.subjects_dir) / subject, config.protocols, seed)
+        for seed in config.seeds
+        for subject in subjects
+    ]
+    results = runner.run(trials)
+    found["conditions"] = {
+        "subjects": sorted(subjects),
+        "seeds": sorted(config.seeds),
+        "run": hash_values(read_text(find_asset(config.run)))[:16],
+        **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols")},
+    }
+    edges = {"at_end_of_search": rate in (rates[0], rates[-1])} if len(rates) > 2 else {}
+    return found | describe_runs(results, {"learning_rate": float(f"{rate:.3g}"), **edges})
+
+
+def make_trial(
+    config: CompareConfig, method: str, rate: float, photos: Path, protocols: tuple[str, ...], seed: int
+) -> Trial:
+    """Return a run of a method at a learning rate on a subject."""
+    name = f"{photos.parent.name}-{photos.name}-seed{seed}"
+    return Trial(
+        str(Path(config.work_dir) / method / f"{rate:.3g}" / name),
+        str(photos),
+        read_adapter_fields(method),
+        {rate_option(method): rate, "seed": seed},
+        protocols,
+        config.run,
+        str(Path(config.work_dir) / "shared"),
+    )
+
+
+def search_rate(
+    config: CompareConfig, method: str, rates: Sequence[float], runner: Runner
+) -> tuple[float | None, dict[str, Any]]:
+    """Choose the learning rate of a method on the tuning subjects.
+
+    Returns:
+        The rate, None if trials failed at all of them; and what was found at each.
+    """
+    subjects = config.tuning_subjects or tuple(load_protocol(config.tuning_protocol).subjects)
+    photos = [Path(config.tuning_dir) / subject for subject in subjects]
+    trials = [
+        make_trial(config, method, rate, each, (config.tuning_protocol,), config.seeds[0])
+        for rate in rates
+        for each in photos
+    ]
+    results = runner.run(trials)
+    found: dict[float, Any] = {}
+    search: dict[str, Any] = {}
+    for index, rate in enumerate(rates):
+        of_rate = results[index * len(photos) : (index + 1) * len(photos)]
+        failures = failures_of(of_rate)
+        found[rate] = None if failures else summarize_kinds(of_rate)["all"]
+        search[f"{rate:.3g}"] = {"failed": failures, **(found[rate] or {})}
+    return choose_rate(found, config.max_drift), search
+
+
+def describe_runs(results: Sequence[Result], figures: dict[str, Any]) -> dict[str, Any]:
+    """Return status, figures, summary, runs and failures of the runs of a method."""
+    failures, done = failures_of(results), [result for result in results if result["status"] == "done"]
+    if not done:
+        return {"status": "failed", "figures": figures, "failed": failures}
+    return {
+        "status": "done",
+        "figures": figures | {name: statistics.median_low(result[name] for result in done) for name in COSTS},
+        "summary": summarize_kinds(results),
+        "runs": [
+            {"subject": subject_of(each), "kind": each["kind"], "seed": each["trial"]["options"]["seed"]}
+            | {name: each[name] for name in COSTS}
+            | trial_figures(each)
+            for each in done
+        ],
+        "failed": failures,
+        "machine": " / ".join(dict.fromkeys(f"{each['versions']['machine']}, {each['precision']}" for each in done)),
+    }
+
+
+def failures_of(results: Sequence[Result]) -> list[dict[str, Any]]:
+    """Return subject, learning options and message of the trials that failed."""
+    return [
+        {"subject": subject_of(each), **each["trial"]["options"], "message": each["message"]}
+        for each in results
+        if each["status"] == "failed"
+    ]
+
+
+def main(config: CompareConfig) -> None:
+    """Run what is not done yet, method by method, and write the result file of each."""
+    quiet_libraries()
+    asked, config = config, quick_config(config) if config.quick else config
+    runner = Runner(config.processes, config.retry_failed)
+    for method in config.methods or ordered_methods():
+        found = compare(config, method, runner)
+        command = command_line("compare_methods", replace(asked, methods=(method,)), UNNAMED)
+        file = Path(config.output_dir) / f"{method.replace('/', '-')}.json"
+        file.parent.mkdir(parents=True, exist_ok=True)
+        write_result(file, command, found.pop("figures"), found.pop("machine", None), method=method, **found)
+
+
+if __name__ == "__main__":
+    main(parse_config(CompareConfig, prog="python -m benchmarks.compare_methods"))

@@ -1,0 +1,127 @@
+"""What trials found, as figures: of one trial, of the trials of a method, and the learning rate that they speak for."""
+
+from __future__ import annotations
+
+import statistics
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from atomdiff.evaluate.estimate import estimate
+
+Result = Mapping[str, Any]
+"""What `result.json` of a trial holds."""
+
+_DIGITS = 4
+_ACCURACIES = ("scene_accuracy", "color_accuracy", "pattern_accuracy")
+
+
+def trial_figures(result: Result) -> dict[str, float]:
+    """Return the figures of a trial that has not failed.
+
+    The first protocol tells similarity, scenes, drift and diversity; the second, if there is one, prompt match: the
+    mean of the shares of images in which the judge finds the color, the pattern and the scene that were asked for.
+    """
+    first, *others = result["metrics"].values()
+    similarity = first["similarity"]
+    figures = {
+        "similarity": similarity["concept"]["mean"],
+        "similarity_base": similarity["base"]["mean"],
+        "similarity_real": similarity["real"],
+        "gain": similarity["normalized_gain"]["mean"],
+        "drift": first["drift"]["mean"],
+        "embedding_drift": first["embedding_drift"]["mean"],
+        "top_1": result["top_1"],
+    }
+    for name, metric in (("scenes", "scene_accuracy"), ("diversity", "diversity"), ("prior", "prior_similarity")):
+        if first[metric] is not None:
+            figures[name] = first[metric]["concept"]["mean"]
+            figures[f"{name}_base"] = first[metric]["base"]["mean"]
+    for edits in others:
+        known = [edits[name] for name in _ACCURACIES if edits[name] is not None]
+        figures["prompt_match"] = statistics.mean(each["concept"]["mean"] for each in known)
+        figures["prompt_match_base"] = statistics.mean(each["base"]["mean"] for each in known)
+    return figures
+
+
+def summarize(by_subject: Mapping[str, Sequence[Mapping[str, float]]]) -> dict[str, dict[str, Any]]:
+    """Return mean, standard error and median of every figure.
+
+    Runs of one subject are more alike than those of different subjects, so subjects are what is counted: the error is
+    that of the mean over the subjects' means, and the median that of those.
+
+    Args:
+        by_subject: the figures of each run of each subject; of every subject as many.
+    """
+    names = dict.fromkeys(name for runs in by_subject.values() for run in runs for name in run)
+    found = {}
+    for name in names:
+        values = torch.tensor([[run[name] for run in runs] for runs in by_subject.values()], dtype=torch.float64)
+        error = estimate(values)
+        found[name] = {
+            **{key: _rounded(value) for key, value in asdict(error).items()},
+            "median": _rounded(statistics.median(values.mean(1).tolist())),
+        }
+    return found
+
+
+def summarize_kinds(results: Sequence[Result]) -> dict[str, dict[str, dict[str, Any]]]:
+    """Return `summarize` of all results and of each kind of subject: {"all": ..., "in span": ..., "hard": ...}.
+
+    Subjects of which a run has failed are left out.
+    """
+    failed = {subject_of(result) for result in results if result["status"] == "failed"}
+    kept = [result for result in results if subject_of(result) not in failed]
+    kinds = dict.fromkeys(result["kind"] for result in kept)
+    groups = {"all": kept} | {kind: [each for each in kept if each["kind"] == kind] for kind in kinds}
+    return {kind: summarize(_by_subject(each)) for kind, each in groups.items() if each}
+
+
+def subject_of(result: Result) -> str:
+    """Return the subject of a trial."""
+    return Path(result["trial"]["photos"]).name
+
+
+def _by_subject(results: Sequence[Result]) -> dict[str, list[dict[str, float]]]:
+    found: dict[str, list[dict[str, float]]] = {}
+    for result in results:
+        found.setdefault(subject_of(result), []).append(trial_figures(result))
+    return found
+
+
+def choose_rate(
+    by_rate: Mapping[float, Mapping[str, Mapping[str, Any]] | None], max_drift: float, scenes_kept: float = 0.9
+) -> float | None:
+    """Return the learning rate with the highest mean gain among those that are allowed.
+
+    Similarity can be bought with drift and with forgotten scenes, so every method gets the same allowance. Where no
+    rate keeps within it, the one of the least drift is taken.
+
+    Args:
+        by_rate: `summarize` of the trials at each rate; None: one of them failed.
+        max_drift: highest mean drift that is allowed.
+        scenes_kept: lowest scene accuracy that is allowed, over that of the base.
+
+    Returns:
+        The rate; None, if the trials failed at all of them.
+    """
+    known = {rate: found for rate, found in by_rate.items() if found is not None}
+
+    def mean(rate: float, name: str) -> float:
+        return float(known[rate][name]["mean"])
+
+    allowed = [
+        rate
+        for rate in known
+        if mean(rate, "drift") <= max_drift and mean(rate, "scenes") >= scenes_kept * mean(rate, "scenes_base")
+    ]
+    if allowed:
+        return max(allowed, key=lambda rate: mean(rate, "gain"))
+    return min(known, key=lambda rate: mean(rate, "drift"), default=None)
+
+
+def _rounded(value: Any) -> Any:
+    return round(value, _DIGITS) if isinstance(value, float) else value

@@ -1,0 +1,262 @@
+"""A trial: one training run with its evaluation, in a process of its own, and one JSON file that says how it ended.
+
+    python -m benchmarks.trials FOLDER
+
+does the trial that `trial.json` in the folder describes (`trial_runner.py` writes it), and leaves `result.json` there.
+One that was stopped goes on where it was: from the last checkpoint of its training, and with the images that it has.
+"""
+
+from __future__ import annotations
+
+import json
+import resource
+import shutil
+import sys
+from collections.abc import Mapping
+from dataclasses import dataclass, fields, replace
+from datetime import date
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from PIL import Image
+
+from atomdiff.utils.assets import find_asset
+from atomdiff.utils.atomic import new_folder, write_json
+from atomdiff.utils.hashing import hash_file, hash_values
+from atomdiff.utils.versions import versions
+
+TRIAL_FILE, RESULT_FILE = "trial.json", "result.json"
+_TRAINED_FILE = "trained.json"
+_RUN_FOLDER = "run"
+
+
+@dataclass(frozen=True)
+class Trial:
+    """What is trained on which photos, and how it is evaluated."""
+
+    folder: str
+    """Folder of all that the trial writes."""
+    photos: str
+    """Folder of the subject's photos, named like its class, beside those of the other subjects."""
+    adapter: Mapping[str, Any]
+    """Config of the method, as in an adapter.json."""
+    options: Mapping[str, Any]
+    """Options of the training run besides those of `run`, such as learning_rate and seed."""
+    protocols: tuple[str, ...]
+    """Protocols of the evaluation."""
+    run: str = "configs/demo.yaml"
+    """Training config, a YAML file; its sampling settings are those of the evaluation."""
+    shared: str = "out/trials"
+    """Folder of what trials share: images of the base, cached latents."""
+
+    @property
+    def subject(self) -> str:
+        """Name of the subject, which is its class."""
+        return Path(self.photos).name
+
+    def config(self) -> Any:
+        """Return the config of the training run."""
+        from atomdiff.training.config import load_config
+
+        folder = Path(self.folder)
+        options: dict[str, Any] = {
+            "config": self.run,
+            "report_to": "none",
+            "validation_loss_steps": 0,
+            **self.options,
+            "instance_data_dir": self.photos,
+            "class_name": self.subject,
+            "adapter": folder / "adapter.json",
+            "output_dir": folder / _RUN_FOLDER,
+            "cache_dir": Path(self.shared) / "cache",
+        }
+        return load_config([f"--{name}={value}" for name, value in options.items()], prog="trial")
+
+
+def fingerprint(trial: Trial) -> dict[str, str]:
+    """Return keys of all that a trial's result depends on, by what it is.
+
+    Options of the run that have their default value do not count, so that options that are added later change nothing.
+    """
+    from atomdiff.evaluate.protocol import PROTOCOLS
+    from atomdiff.toybox.judge import JUDGE_FOLDER
+
+    config = trial.config()
+    defaults = {entry.name: entry.default for entry in fields(config)}
+    run = {name: value for name, value in config.snapshot().items() if value != defaults.get(name)}
+    files = [PROTOCOLS / f"{name}.yaml" for name in trial.protocols]
+    files = [file if file.is_file() else Path(name) for file, name in zip(files, trial.protocols, strict=True)]
+    return {
+        "base": _content_key(Path(find_asset(config.pretrained_model_name_or_path))),
+        "judge": _content_key(Path(JUDGE_FOLDER)),
+        "adapter": hash_values(json.dumps(trial.adapter, sort_keys=True)),
+        "run settings": hash_values(json.dumps(run, sort_keys=True, default=str)),
+        "photos": _content_key(Path(trial.photos)),
+        "protocols": hash_values(*(hash_file(file) for file in files)),
+    }
+
+
+@cache
+def _content_key(path: Path) -> str:
+    """Return a key of a file, or of the files in a folder but for its documentation."""
+    files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md") or [path]
+    return hash_values(*(value for file in files for value in (str(file.relative_to(path)), hash_file(file))))
+
+
+def read_trial(folder: Path) -> Trial:
+    """Read the trial of a folder."""
+    found = json.loads((folder / TRIAL_FILE).read_text())["trial"]
+    return Trial(**{**found, "protocols": tuple(found["protocols"])})
+
+
+def run_trial(folder: Path) -> dict[str, Any]:
+    """Do the trial of a folder, and write what it gave, or the message of what failed, to its `result.json`.
+
+    Raises:
+        KeyboardInterrupt: it was stopped; nothing is written.
+    """
+    content = json.loads((folder / TRIAL_FILE).read_text())
+    try:
+        found = {"status": "done", **train_and_evaluate(read_trial(folder))}
+    except (Exception, SystemExit) as error:  # kept: a method that fails stays in the comparison as failed
+        message = " ".join(str(error).split()) or type(error).__name__
+        found = {"status": "failed", "message": message[:500]}
+    result = {**found, "versions": versions(), "date": date.today().isoformat(), **content}
+    write_json(folder / RESULT_FILE, result)
+    return result
+
+
+def train_and_evaluate(trial: Trial) -> dict[str, Any]:
+    """Train, then evaluate by all protocols; what an earlier process did is not done again.
+
+    Returns:
+        Parameters, bytes, seconds and memory of the training, and `metrics` by protocol.
+    """
+    config, trained_file = trial.config(), Path(trial.folder) / _TRAINED_FILE
+    if not trained_file.is_file():
+        write_json(trained_file, _train(config))
+    trained: dict[str, Any] = json.loads(trained_file.read_text())
+    concept = Path(config.output_dir) / trained.pop("concept")
+    metrics, kind = {}, ""
+    for protocol in trial.protocols:
+        found = _evaluate(trial, config, concept, protocol)
+        metrics[Path(protocol).stem], kind = found["metrics"]["toybox"], found["kind"]
+    top_1 = _top_1(trial, config.trigger_phrase)
+    for leftover in Path(config.output_dir).glob("checkpoint-*"):
+        shutil.rmtree(leftover)
+    return {"kind": kind, **trained, "metrics": metrics, "top_1": top_1}
+
+
+def _train(config: Any) -> dict[str, Any]:
+    from atomdiff.training.checkpoint import find_checkpoints
+    from atomdiff.training.dreambooth import train
+    from atomdiff.training.report.write import RECORD_FILE
+
+    if find_checkpoints(Path(config.output_dir)):
+        config = replace(config, resume_from_checkpoint="latest")
+    concept = train(config)
+    report = json.loads((Path(config.output_dir) / RECORD_FILE).read_text())
+    if (concept / "model_index.json").is_file():
+        _set_fast_scheduler(concept)
+    return {
+        "concept": concept.name,
+        "parameters": report["num_trainable_parameters"],
+        "bytes": report["file_bytes"],
+        "train_seconds": report["train_seconds"],
+        "peak_memory_bytes": peak_memory(),
+        "final_loss": report["final_loss"],
+        "precision": report["precision"],
+    }
+
+
+def peak_memory() -> int:
+    """Return the most bytes that this process has held: of the GPU, if one was used, else of the process."""
+    import torch
+
+    if torch.cuda.is_available():
+        return int(torch.cuda.max_memory_allocated())
+    unit = 1 if sys.platform == "darwin" else 1024
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
+
+
+def sampling_base(trial: Trial, base: str) -> Path:
+    """Return a copy of the base that samples as the demo does, in half the steps; trials share it."""
+    source = Path(find_asset(base))
+    folder = Path(trial.shared) / f"base-{_content_key(source)[:12]}"
+    if not folder.is_dir():
+        with new_folder(folder) as unfinished:
+            shutil.copytree(source, unfinished, dirs_exist_ok=True)
+            _set_fast_scheduler(unfinished)
+    return folder
+
+
+def _set_fast_scheduler(pipeline: Path) -> None:
+    """Give a pipeline folder the scheduler that the demo samples with."""
+    import diffusers
+
+    from atomdiff.cli.demo import fast_scheduler
+
+    index = json.loads((pipeline / "model_index.json").read_text())
+    kind = getattr(diffusers, index["scheduler"][1])
+    scheduler = fast_scheduler(kind.from_pretrained(pipeline, subfolder="scheduler"))
+    scheduler.save_pretrained(pipeline / "scheduler")
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    write_json(pipeline / "model_index.json", index, indent=2)
+
+
+def _evaluate(trial: Trial, config: Any, concept: Path, protocol: str) -> dict[str, Any]:
+    """Evaluate a concept by a protocol; return what results.json says of its subject."""
+    from atomdiff.cli.evaluate import evaluate_concepts
+    from atomdiff.evaluate.config import EvaluateConfig
+
+    base = sampling_base(trial, config.pretrained_model_name_or_path)
+    folder = Path(trial.folder) / Path(protocol).stem
+    link = folder / "images" / "base"
+    if not link.is_symlink():
+        images = Path(f"{base.resolve()}-images")  # those of the base, which all trials need
+        images.mkdir(exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.symlink_to(images)
+    evaluate_concepts(
+        EvaluateConfig(
+            pretrained_model_name_or_path=str(base),
+            concepts=(str(concept),),
+            trigger_phrases=(config.trigger_phrase,),
+            reference_data_dir=str(Path(trial.photos).parent),
+            class_name=trial.subject,
+            protocol=protocol,
+            encoders=("toybox",),
+            output_dir=str(folder),
+            num_inference_steps=config.num_inference_steps,
+            guidance_scale=config.guidance_scale,
+            sample_batch_size=config.sample_batch_size,
+        )
+    )
+    results = json.loads((folder / "results.json").read_text())
+    found: dict[str, Any] = results["subjects"][trial.subject]
+    return found
+
+
+def _top_1(trial: Trial, trigger_phrase: str) -> float:
+    """Return the share of the first protocol's images of the subject that are recognized among all subjects."""
+    from atomdiff.data.images import read_image
+    from atomdiff.toybox.judge import load_judge
+    from benchmarks.recognition import Gallery
+
+    folder = Path(trial.folder) / Path(trial.protocols[0]).stem / "images" / "concepts" / trial.subject
+    images = []
+    for file in sorted(folder.glob("*.png")):
+        with Image.open(file) as image:
+            named = trigger_phrase in image.info["prompt"]
+        images += [read_image(file)] if named else []
+    gallery = Gallery.read(load_judge(), Path(trial.photos).parent)
+    return gallery.top_1(images, [trial.subject] * len(images))
+
+
+if __name__ == "__main__":
+    try:
+        run_trial(Path(sys.argv[1]))
+    except KeyboardInterrupt as stop:
+        print(stop, file=sys.stderr)
+        raise SystemExit(130) from None
