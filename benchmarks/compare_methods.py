@@ -12,6 +12,7 @@ is done, from which `methods_report.py` makes the table and the plots. A stopped
 
 from __future__ import annotations
 
+import json
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -99,8 +100,9 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
     """
     rates, found = rates_around(own_rate(method), config.trials, FACTOR), {"search": {}}
     rate: float | None = rates[0]
+    search: dict[str, Any] = {}
     if len(rates) > 1:
-        rate, found["search"] = search_rate(config, method, rates, runner)
+        rate, search, found["search"] = search_rate(config, method, rates, runner)
     if rate is None:
         failures = [failure for each in found["search"].values() for failure in each["failed"]]
         return found | {"status": "failed", "figures": {}, "failed": failures}
@@ -117,8 +119,22 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         "run": hash_values(read_text(find_asset(config.run)))[:16],
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols")},
     }
-    edges = {"at_end_of_search": rate in (rates[0], rates[-1])} if len(rates) > 2 else {}
-    return found | describe_runs(results, {"learning_rate": float(f"{rate:.3g}"), **edges})
+    found |= describe_runs(results, {"learning_rate": float(f"{rate:.3g}"), **search})
+    if found["status"] == "done":
+        found["figures"]["tensor_bytes"] = tensor_bytes(trials[0])
+    return found
+
+
+def tensor_bytes(trial: Trial) -> int:
+    """Return the bytes of the tensors that a method stores, the token embedding included, with numbers in float16."""
+    from atomdiff.concepts.parameter_count import count_parameters
+    from atomdiff.tuner.read_config import read_adapter
+
+    config = trial.config()
+    base = find_asset(config.pretrained_model_name_or_path)
+    counted = count_parameters(base, read_adapter(config.adapter))
+    encoders = [json.loads(file.read_text()) for file in Path(base).glob("text_encoder*/config.json")]
+    return counted.file_bytes + config.train_token * sum(2 * encoder["hidden_size"] for encoder in encoders)
 
 
 def make_trial(
@@ -139,11 +155,11 @@ def make_trial(
 
 def search_rate(
     config: CompareConfig, method: str, rates: Sequence[float], runner: Runner
-) -> tuple[float | None, dict[str, Any]]:
+) -> tuple[float | None, dict[str, Any], dict[str, Any]]:
     """Choose the learning rate of a method on the tuning subjects.
 
     Returns:
-        The rate, None if trials failed at all of them; and what was found at each.
+        The rate, None if trials failed at all of them; what its figures say of the search; and the means at each rate.
     """
     subjects = config.tuning_subjects or tuple(load_protocol(config.tuning_protocol).subjects)
     photos = [Path(config.tuning_dir) / subject for subject in subjects]
@@ -159,8 +175,11 @@ def search_rate(
         of_rate = results[index * len(photos) : (index + 1) * len(photos)]
         failures = failures_of(of_rate)
         found[rate] = None if failures else summarize_kinds(of_rate)["all"]
-        search[f"{rate:.3g}"] = {"failed": failures, **(found[rate] or {})}
-    return choose_rate(found, config.max_drift), search
+        means = {name: each["mean"] for name, each in (found[rate] or {}).items()}
+        search[f"{rate:.3g}"] = {**means, "failed": failures}
+    best, allowed = choose_rate(found, config.max_drift)
+    at_end = len(rates) > 2 and best in (rates[0], rates[-1])
+    return best, {"within_allowance": allowed, "at_end_of_search": at_end}, search
 
 
 def describe_runs(results: Sequence[Result], figures: dict[str, Any]) -> dict[str, Any]:

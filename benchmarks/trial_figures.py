@@ -94,7 +94,7 @@ def _by_subject(results: Sequence[Result]) -> dict[str, list[dict[str, float]]]:
 
 def choose_rate(
     by_rate: Mapping[float, Mapping[str, Mapping[str, Any]] | None], max_drift: float, scenes_kept: float = 0.9
-) -> float | None:
+) -> tuple[float | None, bool]:
     """Return the learning rate with the highest mean gain among those that are allowed.
 
     Similarity can be bought with drift and with forgotten scenes, so every method gets the same allowance. Where no
@@ -106,7 +106,7 @@ def choose_rate(
         scenes_kept: lowest scene accuracy that is allowed, over that of the base.
 
     Returns:
-        The rate; None, if the trials failed at all of them.
+        The rate, None if the trials failed at all of them; and whether it keeps within the allowance.
     """
     known = {rate: found for rate, found in by_rate.items() if found is not None}
 
@@ -119,8 +119,8 @@ def choose_rate(
         if mean(rate, "drift") <= max_drift and mean(rate, "scenes") >= scenes_kept * mean(rate, "scenes_base")
     ]
     if allowed:
-        return max(allowed, key=lambda rate: mean(rate, "gain"))
-    return min(known, key=lambda rate: mean(rate, "drift"), default=None)
+        return max(allowed, key=lambda rate: mean(rate, "gain")), True
+    return min(known, key=lambda rate: mean(rate, "drift"), default=None), False
 
 
 def _rounded(value: Any) -> Any:

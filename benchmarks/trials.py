@@ -24,6 +24,7 @@ from PIL import Image
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.atomic import new_folder, write_json
 from atomdiff.utils.hashing import hash_file, hash_values
+from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.versions import versions
 
 TRIAL_FILE, RESULT_FILE = "trial.json", "result.json"
@@ -255,6 +256,7 @@ def _top_1(trial: Trial, trigger_phrase: str) -> float:
 
 
 if __name__ == "__main__":
+    quiet_libraries()
     try:
         run_trial(Path(sys.argv[1]))
     except KeyboardInterrupt as stop:

@@ -1,0 +1,146 @@
+"""Plots of methods, for light and dark pages and for print: gray ink, no background, a marker for each family."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+
+INK = "#7a7a7b"  # readable on light and on dark
+_STYLE: dict[Any, Any] = {
+    name: INK
+    for name in ("axes.edgecolor", "axes.labelcolor", "xtick.color", "ytick.color", "legend.labelcolor", "text.color")
+} | {"legend.frameon": False, "font.size": 9}
+_FAMILIES = {  # colors that the color-blind can tell apart; markers for print
+    "atoms": ("atoms", "#2f7ed8", "o"),
+    "lora": ("LoRA", "#D55E00", "s"),
+    "dora": ("LoRA", "#D55E00", "s"),
+    "full": ("full tuning", "#CC79A7", "*"),
+    "token": ("token alone", "#009E73", "^"),
+}
+_OTHERS = ("other methods", "#8c8c8c", "D")
+_NAMED = 14  # methods whose names stand in the plots, besides those on the frontier
+_LABEL_PLACES = ((6, 4), (6, -10), (-6, 4), (-6, -10), (0, 9), (0, -15), (14, 12), (-14, -18))
+
+
+@dataclass(frozen=True)
+class Point:
+    """A method in the plots."""
+
+    method: str
+    """Its folder under configs/experiments."""
+    bytes: float
+    """Bytes of its tensors."""
+    values: Mapping[str, tuple[float, float]]
+    """Mean and standard error by name."""
+
+
+def frontier(points: Sequence[Point]) -> list[Point]:
+    """Return the methods of which no other one is as similar with as few bytes, from the smallest to the largest."""
+    best: list[Point] = []
+    for point in sorted(points, key=lambda each: (each.bytes, -each.values["similarity"][0])):
+        if not best or point.values["similarity"][0] > best[-1].values["similarity"][0]:
+            best.append(point)
+    return best
+
+
+def draw_frontier(points: Sequence[Point]) -> Figure:
+    """Draw similarity against bytes, with standard errors, and the frontier."""
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(7.2, 4.6), layout="constrained")
+        axes = figure.subplots()
+        best = frontier(points)
+        line = [(point.bytes, point.values["similarity"][0]) for point in best]
+        end = max(point.bytes for point in points)
+        line.append((end, line[-1][1]))
+        axes.step(*zip(*line, strict=True), where="post", color=INK, linewidth=1, linestyle="--", label="frontier")
+        axes.set_xscale("log")
+        _scatter(axes, points, lambda point: (point.bytes, 0.0), best)
+        axes.set_xlabel("bytes of the tensors, in float16")
+        axes.set_ylabel("similarity to unseen photos")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+        return figure
+
+
+def draw_tradeoffs(points: Sequence[Point]) -> Figure:
+    """Draw prompt match, drift and diversity against similarity, with standard errors, as far as they were measured.
+
+    A line marks the base's prompt match and diversity.
+    """
+    names = [name for name in ("prompt_match", "drift", "diversity") if name in points[0].values]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(4.4 * len(names), 4.2), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            _scatter(axes, points, lambda point, name=name: point.values[name], frontier(points))
+            if (of_base := points[0].values.get(f"{name}_base")) is not None:
+                axes.axvline(of_base[0], color=INK, linewidth=1, linestyle=":", label="the base")
+            axes.set_xlabel(name.replace("_", " ") + (" (less is better)" if name == "drift" else ""))
+            axes.set_ylabel("similarity to unseen photos")
+        figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+        return figure
+
+
+def _scatter(axes: Axes, points: Sequence[Point], x_of: Any, best: Sequence[Point]) -> None:
+    """Draw the methods with the standard errors of both values, and the names of some."""
+    seen = set()
+    for point in points:
+        label, color, marker = _FAMILIES.get(point.method.partition("/")[0], _OTHERS)
+        (x, x_error), (y, y_error) = x_of(point), point.values["similarity"]
+        axes.errorbar(
+            x,
+            y,
+            y_error,
+            x_error or None,
+            color=color,
+            marker=marker,
+            markersize=9 if marker == "*" else 6,
+            markerfacecolor="none" if label == _OTHERS[0] else color,
+            elinewidth=0.8,
+            alpha=0.9,
+            label=None if label in seen else label,
+        )
+        seen.add(label)
+    axes.grid(alpha=0.25)
+    axes.patch.set_alpha(0)
+    axes.figure.draw_without_rendering()  # places of the points, as the labels need them
+    named = dict.fromkeys(point.method for point in [*best, *points[:_NAMED]])
+    _label(axes, [(point.method, *x_of(point)[:1], point.values["similarity"][0]) for point in points], named)
+
+
+def _label(axes: Axes, points: Sequence[tuple[str, float, float]], named: Any) -> None:
+    """Write names beside points, each at the place around its point that overlaps least with what is there."""
+    scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
+    pixels = {name: axes.transData.transform((x, y)) for name, x, y in points}
+    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in pixels.values()]
+    for name, x, y in points:
+        if name not in named:
+            continue
+        text = name.removesuffix("/default").replace("attention_", "")
+        size = (4.2 * len(text) * scale, 8 * scale)
+        boxes = {place: _box(pixels[name], place, size, scale) for place in _LABEL_PLACES}
+        costs = {place: sum(_overlap(box, other) for other in taken) for place, box in boxes.items()}
+        costs |= {place: 1e6 for place, box in boxes.items() if box[0] < axes.bbox.x0 or box[2] > axes.bbox.x1}
+        place = min(_LABEL_PLACES, key=lambda each: costs[each])
+        taken.append(boxes[place])
+        axes.annotate(text, (x, y), place, textcoords="offset points", ha=_side(place), fontsize=7, color=INK)
+
+
+def _side(place: tuple[float, float]) -> str:
+    return "right" if place[0] < 0 else "left" if place[0] else "center"
+
+
+def _box(at: Any, place: tuple[float, float], size: tuple[float, float], scale: float) -> tuple[float, ...]:
+    """Return left, bottom, right and top of a label in pixels."""
+    shift = {"right": 1.0, "left": 0.0, "center": 0.5}[_side(place)]
+    left, bottom = at[0] + place[0] * scale - shift * size[0], at[1] + place[1] * scale
+    return left, bottom, left + size[0], bottom + size[1]
+
+
+def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
+    width = min(one[2], other[2]) - max(one[0], other[0])
+    height = min(one[3], other[3]) - max(one[1], other[1])
+    return max(width, 0) * max(height, 0)

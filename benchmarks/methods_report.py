@@ -1,0 +1,206 @@
+"""The table and the plots of a comparison of methods, from its result files.
+
+    python -m benchmarks.methods_report
+
+writes the table between the two marks of docs/benchmarks.md, and the plots to samples/results. Methods that have no
+result file are listed as not run.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atomdiff.utils.atomic import new_file, write_text
+from atomdiff.utils.errors import UserError
+from atomdiff.utils.options import parse_config
+from benchmarks.experiments import ordered_methods
+from benchmarks.methods_plots import Point, draw_frontier, draw_tradeoffs, frontier
+
+KINDS = ("in span", "hard")
+START, END = "<!-- methods: made by benchmarks/methods_report.py -->", "<!-- methods: end -->"
+COLUMNS = (
+    "method",
+    "parameters",
+    "tensors",
+    "similarity: in span",
+    "hard",
+    "gain: in span",
+    "hard",
+    "scenes",
+    "drift",
+    "diversity",
+    "prompt match",
+    "top-1",
+    "training",
+    "memory",
+)
+MARKS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
+    "*": (
+        lambda figures: bool(figures.get("at_end_of_search")),
+        "the best learning rate is at an end of the search: another may be better",
+    ),
+    "+": (
+        lambda figures: figures.get("within_allowance") is False,
+        "no learning rate keeps within the allowance of drift and scenes: this is the one of least drift",
+    ),
+}
+"""What marks a method in the table: whether it is so, by its figures, and what that means."""
+Methods = dict[str, dict[str, Any]]
+"""Method -> its result file."""
+
+
+@dataclass(frozen=True)
+class ReportConfig:
+    """Make the table and the plots of a comparison."""
+
+    results: str = "benchmarks/results/methods"
+    """Folder of the result files."""
+    page: str | None = "docs/benchmarks.md"
+    """Page that the table is written into, between its marks; none: the table is printed."""
+    images: str = "samples/results"
+    """Folder of the plots."""
+
+
+def read_methods(folder: Path) -> Methods:
+    """Read the result files of a comparison, in the order of the methods.
+
+    Raises:
+        UserError: there are none, or two were measured under other conditions.
+    """
+    found = {content["method"]: content for content in (json.loads(f.read_text()) for f in folder.glob("*.json"))}
+    if not found:
+        raise UserError(f"{folder}: found no result file; run python -m benchmarks.compare_methods first")
+    first: tuple[str, Mapping[str, Any]] | None = None
+    for method, content in found.items():
+        if (conditions := content.get("conditions")) is None:  # it failed before
+            continue
+        first = first or (method, conditions)
+        if others := [name for name, value in conditions.items() if value != first[1].get(name)]:
+            message = f"{folder}: {first[0]} and {method} were measured with other {', '.join(others)}"
+            raise UserError(f"{message}; expected files of one comparison: run it again for one of them")
+    order = [*ordered_methods(), *sorted(found)]
+    return {method: found[method] for method in dict.fromkeys(order) if method in found}
+
+
+def points_of(methods: Methods) -> list[Point]:
+    """Return the methods that have succeeded, as the plots show them."""
+    points = []
+    for method, content in methods.items():
+        if content["status"] == "done":
+            found = content["summary"]["all"]
+            values = {name: (each["mean"], each["standard_error"] or 0.0) for name, each in found.items()}
+            points.append(Point(method, content["figures"]["tensor_bytes"], values))
+    return points
+
+
+def make_table(methods: Methods) -> str:
+    """Return the table in Markdown, with what there is to know beside it."""
+    done = {method: content for method, content in methods.items() if content["status"] == "done"}
+    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    if done:
+        lines += _reference_lines(next(iter(done.values()))["summary"])
+    lines += [_line(_cells(method, content)) for method, content in done.items()]
+    notes = []
+    if best := frontier(points_of(methods)):
+        names = ", ".join(f"`{point.method}`" for point in best)
+        notes.append(f"On the frontier of similarity and bytes: {names}.")
+    marked = "".join(_marks(content["figures"]) for content in done.values())
+    notes += [f"{mark} {text}." for mark, (_, text) in MARKS.items() if mark in marked]
+    notes += [f"`{method}` failed: {_message(each)}." for method, each in methods.items() if method not in done]
+    notes += [
+        f"`{method}` failed in {len(each['failed'])} runs ({_message(each)}); the subjects of these are left out."
+        for method, each in done.items()
+        if each["failed"]
+    ]
+    if missing := [f"`{method}`" for method in ordered_methods() if method not in methods]:
+        notes.append(f"Not run: {', '.join(missing)}.")
+    machines = dict.fromkeys(content["machine"] for content in done.values())
+    notes.append(f"Times and memory: {'; '.join(machines)}." if machines else "No method has succeeded.")
+    return "\n".join([*lines, "", "\n".join(f"- {note}" for note in notes)])
+
+
+def _message(content: Mapping[str, Any]) -> str:
+    return str(content["failed"][0]["message"]).rstrip(".")
+
+
+def _marks(figures: Mapping[str, Any]) -> str:
+    return "".join(mark for mark, (applies, _) in MARKS.items() if applies(figures))
+
+
+def _reference_lines(summary: Mapping[str, Any]) -> list[str]:
+    """Return the rows of the base and of unseen photos, which all methods share."""
+
+    def cell(kind: str, name: str) -> str:
+        return _number(summary[kind][name]["mean"]) if kind in summary and name in summary[kind] else ""
+
+    base, photos = ([cell(kind, f"similarity_{name}") for kind in KINDS] for name in ("base", "real"))
+    rest = [cell("all", f"{name}_base") for name in ("scenes", "drift", "diversity", "prompt_match")]
+    return [
+        _line(["the base", "", "", *base, "", "", *rest, "", "", ""]),
+        _line(["photos", "", "", *photos, *[""] * 9]),
+    ]
+
+
+def _cells(method: str, content: Mapping[str, Any]) -> list[str]:
+    figures, summary = content["figures"], content["summary"]
+
+    def cell(kind: str, name: str) -> str:
+        return _estimate(summary[kind][name]) if kind in summary and name in summary[kind] else ""
+
+    cells = [f"`{method}`{_marks(figures)}", f"{figures['parameters']:,}", _size(figures["tensor_bytes"])]
+    cells += [cell(kind, name) for name in ("similarity", "gain") for kind in KINDS]
+    cells += [cell("all", name) for name in ("scenes", "drift", "diversity", "prompt_match", "top_1")]
+    return [*cells, f"{figures['train_seconds']:.0f} s", _size(figures["peak_memory_bytes"])]
+
+
+def _estimate(found: Mapping[str, Any]) -> str:
+    error = "" if found["standard_error"] is None else f" ± {_number(found['standard_error'])}"
+    return _number(found["mean"]) + error
+
+
+def _number(value: float) -> str:
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+
+
+def _size(count: float) -> str:
+    unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if count >= each[0]), (1e3, "KB"))
+    return f"{count / unit:.1f} {name}"
+
+
+def _line(cells: Iterable[str]) -> str:
+    return f"| {' | '.join(cells)} |"
+
+
+def write_page(page: Path, table: str) -> None:
+    """Write the table between the marks of a page.
+
+    Raises:
+        UserError: it has no marks.
+    """
+    before, found, rest = page.read_text("utf-8").partition(START)
+    _, end, after = rest.partition(END)
+    if not found or not end:
+        raise UserError(f"{page}: found no lines {START!r} and {END!r}; add them where the table shall be")
+    write_text(page, f"{before}{START}\n\n{table}\n\n{END}{after}")
+
+
+def main(config: ReportConfig) -> None:
+    """Make the table and the plots."""
+    methods = read_methods(Path(config.results))
+    table, points = make_table(methods), points_of(methods)
+    if points:
+        for name, draw in (("methods_bytes", draw_frontier), ("methods_tradeoffs", draw_tradeoffs)):
+            with new_file(Path(config.images) / f"{name}.png") as file:
+                draw(points).savefig(file, dpi=160, format="png", transparent=True)
+    if config.page is None:
+        print(table)
+    else:
+        write_page(Path(config.page), table)
+
+
+if __name__ == "__main__":
+    main(parse_config(ReportConfig, prog="python -m benchmarks.methods_report"))
