@@ -39,11 +39,11 @@ COLUMNS = (
     "memory",
 )
 MARKS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
-    "*": (
+    "†": (
         lambda figures: bool(figures.get("at_end_of_search")),
         "the best learning rate is at an end of the search: another may be better",
     ),
-    "+": (
+    "‡": (
         lambda figures: figures.get("within_allowance") is False,
         "no learning rate keeps within the allowance of drift and scenes: this is the one of least drift",
     ),

@@ -23,7 +23,7 @@ from PIL import Image
 
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.atomic import new_folder, write_json
-from atomdiff.utils.hashing import hash_file, hash_values
+from atomdiff.utils.hashing import hash_file, hash_listing, hash_values
 from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.versions import versions
 
@@ -58,21 +58,25 @@ class Trial:
 
     def config(self) -> Any:
         """Return the config of the training run."""
-        from atomdiff.training.config import load_config
-
-        folder = Path(self.folder)
+        folder, file = Path(self.folder), Path(find_asset(self.run))
         options: dict[str, Any] = {
-            "config": self.run,
-            "report_to": "none",
+            "report_to": None,
             "validation_loss_steps": 0,
             **self.options,
             "instance_data_dir": self.photos,
             "class_name": self.subject,
-            "adapter": folder / "adapter.json",
-            "output_dir": folder / _RUN_FOLDER,
-            "cache_dir": Path(self.shared) / "cache",
+            "adapter": str(folder / "adapter.json"),
+            "output_dir": str(folder / _RUN_FOLDER),
+            "cache_dir": str(Path(self.shared) / "cache"),
         }
-        return load_config([f"--{name}={value}" for name, value in options.items()], prog="trial")
+        return replace(_run_config(file, hash_listing(file)), **options)
+
+
+@cache
+def _run_config(file: Path, listing: str) -> Any:
+    from atomdiff.training.config import load_config
+
+    return load_config(["--config", str(file), "--instance_data_dir", "photos", "--class_name", "subject"])
 
 
 def fingerprint(trial: Trial) -> dict[str, str]:
@@ -98,11 +102,21 @@ def fingerprint(trial: Trial) -> dict[str, str]:
     }
 
 
-@cache
 def _content_key(path: Path) -> str:
     """Return a key of a file, or of the files in a folder but for its documentation."""
+    return _key_of_listed(path, hash_listing(path))
+
+
+@cache
+def _key_of_listed(path: Path, listing: str) -> str:
     files = sorted(file for file in path.rglob("*") if file.is_file() and file.suffix != ".md") or [path]
     return hash_values(*(value for file in files for value in (str(file.relative_to(path)), hash_file(file))))
+
+
+def concept_path(trial: Trial) -> Path:
+    """Return where the concept of a trial is that has been done."""
+    trained = json.loads((Path(trial.folder) / _TRAINED_FILE).read_text())
+    return Path(trial.folder) / _RUN_FOLDER / trained["concept"]
 
 
 def read_trial(folder: Path) -> Trial:
@@ -139,10 +153,9 @@ def train_and_evaluate(trial: Trial) -> dict[str, Any]:
         write_json(trained_file, _train(config))
     trained: dict[str, Any] = json.loads(trained_file.read_text())
     concept = Path(config.output_dir) / trained.pop("concept")
-    metrics, kind = {}, ""
-    for protocol in trial.protocols:
-        found = _evaluate(trial, config, concept, protocol)
-        metrics[Path(protocol).stem], kind = found["metrics"]["toybox"], found["kind"]
+    found = {Path(protocol).stem: _evaluate(trial, config, concept, protocol) for protocol in trial.protocols}
+    metrics = {protocol: each["metrics"]["toybox"] for protocol, each in found.items()}
+    kind = next(iter(found.values()))["kind"]
     top_1 = _top_1(trial, config.trigger_phrase)
     for leftover in Path(config.output_dir).glob("checkpoint-*"):
         shutil.rmtree(leftover)

@@ -1,0 +1,146 @@
+"""The changes that `screening.py` tries, one at a time, each with what was predicted before the first run.
+
+The predictions reason from the toybox's first edition: its learning rates, steps and preservation, on one to eight
+subjects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+
+@dataclass(frozen=True)
+class Change:
+    """What differs from the baseline, and what that was predicted to do."""
+
+    why: str
+    """The reason of the prediction."""
+    gain: float
+    """Predicted difference of the normalized gain from the baseline's."""
+    drift: float
+    """Predicted difference of the drift."""
+    options: Mapping[str, Any] = field(default_factory=dict)
+    """Options of the training run."""
+    adapter: Mapping[str, Any] = field(default_factory=dict)
+    """Fields of the adapter."""
+    rate: float = 1.0
+    """Learning rate over that of the baseline."""
+
+
+RECIPE = {
+    "uniform timesteps": Change(
+        "outlines and patterns are decided in the middle, which uniform sampling sees less often",
+        -0.04,
+        0.0,
+        {"timestep_sampling": "uniform"},
+    ),
+    "noisier timesteps": Change(
+        "palette and layout are decided there, and the token has the palette already",
+        -0.02,
+        0.01,
+        {"logit_mean": 0.5},
+    ),
+    "less noisy timesteps": Change(
+        "texture is decided there, but fewer steps see what it must fit to", -0.01, -0.01, {"logit_mean": -0.5}
+    ),
+    "timesteps below 700": Change(
+        "as T-LoRA says (arXiv 2507.05964), the noisiest timesteps overfit most; a first look at capacity by timestep",
+        -0.01,
+        -0.02,
+        {"max_timestep": 700},
+    ),
+    "timesteps below 500": Change(
+        "the same, farther: what is left cannot change outlines", -0.10, -0.04, {"max_timestep": 500}
+    ),
+    "min-SNR 5": Change(
+        "with v-prediction its weights fall only where there is little noise, where texture is", -0.02, 0.0,
+        {"snr_gamma": 5.0},
+    ),
+    "EMA": Change(
+        "the cosine schedule averages already; early parameters pull back", -0.02, -0.005, {"use_ema": True}
+    ),
+    "preservation class, weight 0.3": Change(
+        "a third of the pull of weight 1", -0.05, -0.02, {"preservation": "class", "preservation_weight": 0.3}
+    ),
+    "preservation class, weight 1": Change(
+        "drift fell by a third for a sixth of the gain, on two subjects of the first edition",
+        -0.15,
+        -0.05,
+        {"preservation": "class"},
+    ),
+    "preservation blank, weight 0.3": Change(
+        "the empty prompt tells little of what prompts show", -0.01, -0.005,
+        {"preservation": "blank", "preservation_weight": 0.3},
+    ),
+    "preservation blank, weight 1": Change(
+        "the same, and it lowered drift by a tenth at most on two subjects", -0.04, -0.01, {"preservation": "blank"}
+    ),
+    "half the learning rate": Change("-.14 and -.02 on the first edition", -0.10, -0.02, rate=0.5),
+    "twice the learning rate": Change("+.05 and +.02 on the first edition", 0.04, 0.02, rate=2.0),
+    "half the token learning rate": Change(
+        "the palette needs the token to move far", -0.03, 0.0, {"token_learning_rate": 1e-2}
+    ),
+    "twice the token learning rate": Change("it arrives anyway", 0.0, 0.0, {"token_learning_rate": 4e-2}),
+    "150 steps": Change("half the way, less what the schedule saves", -0.08, -0.015, {"max_train_steps": 150}),
+    "600 steps": Change("the last hundred steps of 300 gain little", 0.03, 0.015, {"max_train_steps": 600}),
+    "batches of 4": Change("steps are noisier, and there are as many", -0.03, 0.0, {"train_batch_size": 4}),
+    "batches of 4, 600 steps": Change(
+        "the same images in twice the steps", 0.01, 0.015, {"train_batch_size": 4, "max_train_steps": 600}
+    ),
+    "constant learning rate": Change(
+        "more movement, and no quiet end", 0.0, 0.015, {"lr_scheduler": "constant"}
+    ),
+    "all convolutions": Change(
+        "layers far from the output change layouts more than looks", 0.0, 0.02,
+        adapter={"target_modules": "conv", "channel_block_pattern": {}}, rate=1.5,
+    ),
+    "all layers": Change(
+        "attention adds where patterns go, and drift", 0.03, 0.03, adapter={"target_modules": "all"}
+    ),
+    "convolutions of the last blocks": Change(
+        "without the feed-forward layers and the channel blocks of 8", -0.05, -0.01,
+        adapter={"target_modules": "up_blocks\\.[12]\\..*conv\\w*|conv_out", "channel_block_pattern": {}},
+    ),
+    "convolutions of the first blocks": Change(
+        "they see the noisy image, and change what all later layers get", -0.15, 0.02,
+        adapter={"target_modules": "down_blocks\\..*conv\\w*|conv_in", "channel_block_pattern": {}},
+    ),
+}  # fmt: skip
+"""Changes of the recipe, from configs/demo.yaml with atoms/default."""
+
+ADAPTER = {
+    "basis dct": Change("with all 9 atoms the basis is a rotation; only AdamW's steps differ", 0.0, 0.0,
+                        adapter={"basis": "dct"}),
+    "basis sparse": Change("coefficients of a learned dictionary, as in the paper: steps are not relative", -0.02, 0.0,
+                           adapter={"basis": "sparse"}),
+    "3 atoms": Change("most of a kernel's energy, but few directions to move in", -0.04, -0.01,
+                      adapter={"num_atoms": 3}),
+    "6 atoms": Change("the last three atoms carry little", -0.01, 0.0, adapter={"num_atoms": 6}),
+    "18 sparse atoms": Change("an overcomplete dictionary moves in no more directions than 9", -0.02, 0.0,
+                              adapter={"basis": "sparse", "num_atoms": 18}),
+    "channel blocks of 1": Change("kernels alone cannot make a color", -0.20, -0.03,
+                                  adapter={"channel_block": 1}, rate=4.0),
+    "channel blocks of 2": Change("a quarter of the parameters in channels", -0.08, -0.01,
+                                  adapter={"channel_block": 2}, rate=1.4),
+    "channel blocks of 8": Change("four times the parameters in channels", 0.05, 0.02,
+                                  adapter={"channel_block": 8}, rate=0.6),
+    "channel blocks of 16": Change("sixteen times; more of them move unrelated images", 0.07, 0.04,
+                                   adapter={"channel_block": 16}, rate=0.35),
+    "joint blocks of 2": Change("kernels and channels as one: more freedom than separate ones of 2", 0.0, 0.0,
+                                adapter={"channel_block": 2, "joint": True}),
+    "recursion of 2": Change("a mix for each input channel, but no channel blocks", -0.10, 0.0,
+                             adapter={"channel_block": 1, "recursion": 2}, rate=0.6),
+    "recursion of 2, channel blocks of 4": Change("adds the mixes to the baseline", 0.01, 0.01,
+                                                  adapter={"recursion": 2}, rate=0.6),
+    "shared by kind": Change("four directions for all layers of a kind", -0.12, -0.02,
+                             adapter={"basis": "dct", "share": "kind", "share_count": 4}, rate=4.0),
+    "conv+proj": Change("projections around attention mix channels", 0.02, 0.01,
+                        adapter={"target_modules": "conv+proj"}),
+    "attention": Change("no kernels: layout and words, less texture", -0.10, -0.01,
+                        adapter={"target_modules": "attention"}),
+    "cross-attention": Change("only how words act", -0.20, -0.02, adapter={"target_modules": "cross_attention"}),
+    "all layers": Change("convolutions and attention add up", 0.05, 0.03, adapter={"target_modules": "all"}),
+}  # fmt: skip
+"""Changes of the adapter, from atoms/conv."""
