@@ -2,13 +2,14 @@
 
     python -m benchmarks.methods_report
 
-writes the table between the two marks of docs/benchmarks.md, and the plots to samples/results. Methods that have no
-result file are listed as not run.
+writes the plots to docs/images, and them and the table between the two marks of docs/benchmarks.md. Methods that have
+no result file are listed as not run.
 """
 
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -49,6 +50,11 @@ MARKS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
     ),
 }
 """What marks a method in the table: whether it is so, by its figures, and what that means."""
+PLOTS = {
+    "methods_bytes": ("Similarity against the bytes of the tensors, with the frontier", draw_frontier),
+    "methods_tradeoffs": ("Similarity against prompt match, drift and diversity", draw_tradeoffs),
+}
+"""File -> title, and what draws it."""
 Methods = dict[str, dict[str, Any]]
 """Method -> its result file."""
 
@@ -60,8 +66,8 @@ class ReportConfig:
     results: str = "benchmarks/results/methods"
     """Folder of the result files."""
     page: str | None = "docs/benchmarks.md"
-    """Page that the table is written into, between its marks; none: the table is printed."""
-    images: str = "samples/results"
+    """Page that plots and table are written into, between its marks; none: the table is printed."""
+    images: str = "docs/images"
     """Folder of the plots."""
 
 
@@ -175,8 +181,8 @@ def _line(cells: Iterable[str]) -> str:
     return f"| {' | '.join(cells)} |"
 
 
-def write_page(page: Path, table: str) -> None:
-    """Write the table between the marks of a page.
+def write_page(page: Path, content: str) -> None:
+    """Write the content between the marks of a page.
 
     Raises:
         UserError: it has no marks.
@@ -185,21 +191,27 @@ def write_page(page: Path, table: str) -> None:
     _, end, after = rest.partition(END)
     if not found or not end:
         raise UserError(f"{page}: found no lines {START!r} and {END!r}; add them where the table shall be")
-    write_text(page, f"{before}{START}\n\n{table}\n\n{END}{after}")
+    write_text(page, f"{before}{START}\n\n{content}\n\n{END}{after}")
+
+
+def plots(page: Path, images: Path) -> str:
+    """Return the plots as a page links to them."""
+    folder = os.path.relpath(images, page.parent)
+    return "\n\n".join(f"![{title}]({folder}/{name}.png)" for name, (title, _) in PLOTS.items())
 
 
 def main(config: ReportConfig) -> None:
     """Make the table and the plots."""
-    methods = read_methods(Path(config.results))
+    methods, images = read_methods(Path(config.results)), Path(config.images)
     table, points = make_table(methods), points_of(methods)
-    if points:
-        for name, draw in (("methods_bytes", draw_frontier), ("methods_tradeoffs", draw_tradeoffs)):
-            with new_file(Path(config.images) / f"{name}.png") as file:
-                draw(points).savefig(file, dpi=160, format="png", transparent=True)
+    for name, (_, draw) in PLOTS.items() if points else ():
+        with new_file(images / f"{name}.png") as file:
+            draw(points).savefig(file, dpi=160, format="png", transparent=True)
     if config.page is None:
         print(table)
     else:
-        write_page(Path(config.page), table)
+        page = Path(config.page)
+        write_page(page, f"{plots(page, images)}\n\n{table}" if points else table)
 
 
 if __name__ == "__main__":

@@ -259,6 +259,7 @@ def test_methods_are_compared_and_reported(world, capsys):
     text = page.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `")]
     assert [row.split("`")[1] for row in rows] == ["atoms/tiny", "lora/attention_r1"] and "old" not in text
+    assert "](images/methods_bytes.png)" in text
     assert {row.count("|") for row in text.splitlines() if row.startswith("|")} == {len(methods_report.COLUMNS) + 1}
     assert "Not run: `atoms/default`" in text and text.endswith("\n\nMore.\n")
     for name in ("methods_bytes", "methods_tradeoffs"):

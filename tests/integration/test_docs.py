@@ -42,7 +42,9 @@ from atomdiff.tuner import AtomConfig
 from atomdiff.ui.config import UiConfig
 from atomdiff.utils.options import parse_config, parse_values_with_overrides, parse_with_overrides
 from benchmarks import methods as methods_benchmark
-from benchmarks import reproducibility, serving, tuning_rate
+from benchmarks import methods_report, reproducibility, serving, tuning_rate
+from benchmarks.compare_methods import CompareConfig
+from benchmarks.screening import ScreeningConfig
 
 ROOT = Path(__file__).parents[2]
 PAGES = {
@@ -178,6 +180,7 @@ def test_names_of_modules_and_options_are_there():
     kinds = (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig)
     kinds += (PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig, FleetOptions, UiConfig, ServeConfig)
     kinds += (reproducibility.BenchmarkConfig, serving.BenchmarkConfig, tuning_rate.BenchmarkConfig)
+    kinds += (CompareConfig, ScreeningConfig)
     for kind in kinds:
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():
@@ -263,8 +266,10 @@ def test_figures_stand_in_the_result_files():
     checked = 0
     for page in ("README.md", "docs/benchmarks.md", "docs/method.md", "benchmarks/peft_image_gen/README.md"):
         measured = set()
-        for above, line in pairwise((ROOT / page).read_text("utf-8").splitlines()):
-            if files := re.findall(r"benchmarks/results/\w+\.json", line):
+        text = (ROOT / page).read_text("utf-8")
+        text = text.partition(methods_report.START)[0] + text.partition(methods_report.END)[2]  # has a test of its own
+        for above, line in pairwise(text.splitlines()):
+            if files := re.findall(r"benchmarks/results/(?:[\w/-]+\.json|\w+/)", line):
                 measured = set().union(*map(read_numbers, files))
             if not line.startswith("|") or not above.startswith("|"):
                 continue
@@ -301,6 +306,17 @@ def test_the_table_of_methods_is_that_of_its_result_file():
         assert {f"{method}:{name}": value for name, value in counted.items()}.items() <= measured.items()
 
 
+def test_the_comparison_of_methods_is_that_of_its_result_files():
+    page, results = ROOT / "docs" / "benchmarks.md", ROOT / "benchmarks" / "results" / "methods"
+    block = PAGES["docs/benchmarks.md"].partition(methods_report.START)[2].partition(methods_report.END)[0].strip()
+    if results.is_dir():
+        methods = methods_report.read_methods(results)
+        plots = methods_report.plots(page, page.parent / "images")
+        assert block == f"{plots}\n\n{methods_report.make_table(methods)}"
+    else:
+        assert block.startswith("Not measured yet")
+
+
 def check_figures(text, measured):
     """Check that each figure of a text is among the measured numbers, to its decimals; return how many there are."""
     checked = list(figures(text))
@@ -311,7 +327,8 @@ def check_figures(text, measured):
 
 
 def read_numbers(path):
-    return set(numbers_in(json.loads((ROOT / path).read_text())))
+    files = [*(ROOT / path).glob("*.json")] or [ROOT / path]
+    return {number for file in files for number in numbers_in(json.loads(file.read_text()))}
 
 
 def numbers_in(value):
