@@ -198,7 +198,7 @@ def describe_runs(results: Sequence[Result], figures: dict[str, Any]) -> dict[st
             for each in done
         ],
         "failed": failures,
-        "machine": " / ".join(dict.fromkeys(f"{each['versions']['machine']}, {each['precision']}" for each in done)),
+        "machine": " / ".join(dict.fromkeys(f"{each['device']}, {each['precision']}" for each in done)),
     }
 
 

@@ -180,8 +180,16 @@ def _train(config: Any) -> dict[str, Any]:
         "train_seconds": report["train_seconds"],
         "peak_memory_bytes": peak_memory(),
         "final_loss": report["final_loss"],
-        "precision": report["precision"],
+        "device": _device(),
+        "precision": report["precision"].replace("no on", "float32 on"),
     }
+
+
+def _device() -> str:
+    """Return the name of the GPU, if one was used, else the kind of processor with its threads."""
+    import torch
+
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else versions()["machine"]
 
 
 def peak_memory() -> int:

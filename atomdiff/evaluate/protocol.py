@@ -135,7 +135,7 @@ def _subjects(file: Path, found: Any, prompts: Mapping[str, Sequence[Prompt]]) -
         raise UserError(f"{file}: subjects: expected a mapping, such as dog2: {{class_name: dog}}")
     for name, subject in found.items():
         entries = subject if isinstance(subject, dict) and subject.keys() <= {"class_name", "prompts", "seen"} else {}
-        kind = entries.get("prompts", next(iter(prompts), None))
+        kind: Any = entries.get("prompts", next(iter(prompts), None))
         if not isinstance(entries.get("class_name"), str) or kind not in prompts:
             expected = f"expected its class_name and which prompts it gets: {', '.join(prompts)}"
             raise UserError(f"{file}: the subject {name!r}: found {subject!r}; {expected}")

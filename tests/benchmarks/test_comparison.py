@@ -115,7 +115,7 @@ def test_texts_beside_weights_and_options_with_their_defaults_are_no_change(tria
 @pytest.mark.slow
 def test_a_trial_is_done_once_and_again_when_something_has_changed(trial, world, capsys):
     (first,) = Runner().run([trial])
-    assert first["status"] == "done" and first["kind"] == "in span" and first["precision"] == "no on cpu"
+    assert first["status"] == "done" and first["kind"] == "in span" and first["precision"] == "float32 on cpu"
     assert first["parameters"] > 0 and first["bytes"] > first["parameters"] and first["peak_memory_bytes"] > 1e7
     assert 0 <= first["top_1"] <= 1 and [*first["metrics"]] == ["places", "edits"]
     assert first["metrics"]["edits"]["color_accuracy"]["concept"]["count"] == 1
