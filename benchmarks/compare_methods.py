@@ -25,7 +25,7 @@ from atomdiff.utils.hashing import hash_values
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_text
-from benchmarks.experiments import ordered_methods, own_rate, rate_option, rates_around, read_adapter_fields
+from benchmarks.experiments import ordered_methods, own_rate, rate_option, rates_to_try, read_adapter_fields
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import Result, choose_rate, subject_of, summarize_kinds, trial_figures
 from benchmarks.trial_runner import Runner
@@ -98,7 +98,7 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         figures, of all subjects and of each kind; `runs`; `search`; `failed`: what failed; `conditions`: what has to be
         equal in two files that are compared.
     """
-    rates, found = rates_around(own_rate(method), config.trials, FACTOR), {"search": {}}
+    rates, found = rates_to_try(own_rate(method), config.trials, FACTOR), {"search": {}}
     rate: float | None = rates[0]
     search: dict[str, Any] = {}
     if len(rates) > 1:
@@ -119,7 +119,7 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         "run": hash_values(read_text(find_asset(config.run)))[:16],
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols")},
     }
-    found |= describe_runs(results, {"learning_rate": float(f"{rate:.3g}"), **search})
+    found |= describe_runs(results, {"learning_rate": rate, **search})
     if found["status"] == "done":
         found["figures"]["tensor_bytes"] = tensor_bytes(trials[0])
     return found
@@ -143,7 +143,7 @@ def make_trial(
     """Return a run of a method at a learning rate on a subject."""
     name = f"{photos.parent.name}-{photos.name}-seed{seed}"
     return Trial(
-        str(Path(config.work_dir) / method / f"{rate:.3g}" / name),
+        str(Path(config.work_dir) / method / f"{rate:g}" / name),
         str(photos),
         read_adapter_fields(method),
         {rate_option(method): rate, "seed": seed},
@@ -176,7 +176,7 @@ def search_rate(
         failures = failures_of(of_rate)
         found[rate] = None if failures else summarize_kinds(of_rate)["all"]
         means = {name: each["mean"] for name, each in (found[rate] or {}).items()}
-        search[f"{rate:.3g}"] = {**means, "failed": failures}
+        search[f"{rate:g}"] = {**means, "failed": failures}
     best, allowed = choose_rate(found, config.max_drift)
     at_end = len(rates) > 2 and best in (rates[0], rates[-1])
     return best, {"within_allowance": allowed, "at_end_of_search": at_end}, search

@@ -27,6 +27,7 @@ COLUMNS = (
     "method",
     "parameters",
     "tensors",
+    "file",
     "similarity: in span",
     "hard",
     "gain: in span",
@@ -146,8 +147,8 @@ def _reference_lines(summary: Mapping[str, Any]) -> list[str]:
     base, photos = ([cell(kind, f"similarity_{name}") for kind in KINDS] for name in ("base", "real"))
     rest = [cell("all", f"{name}_base") for name in ("scenes", "drift", "diversity", "prompt_match")]
     return [
-        _line(["the base", "", "", *base, "", "", *rest, "", "", ""]),
-        _line(["photos", "", "", *photos, *[""] * 9]),
+        _line(["the base", "", "", "", *base, "", "", *rest, "", "", ""]),
+        _line(["photos", "", "", "", *photos, *[""] * 9]),
     ]
 
 
@@ -157,7 +158,8 @@ def _cells(method: str, content: Mapping[str, Any]) -> list[str]:
     def cell(kind: str, name: str) -> str:
         return _estimate(summary[kind][name]) if kind in summary and name in summary[kind] else ""
 
-    cells = [f"`{method}`{_marks(figures)}", f"{figures['parameters']:,}", _size(figures["tensor_bytes"])]
+    cells = [f"`{method}`{_marks(figures)}", f"{figures['parameters']:,}"]
+    cells += [_size(figures[name]) for name in ("tensor_bytes", "bytes")]
     cells += [cell(kind, name) for name in ("similarity", "gain") for kind in KINDS]
     cells += [cell("all", name) for name in ("scenes", "drift", "diversity", "prompt_match", "top_1")]
     return [*cells, f"{figures['train_seconds']:.0f} s", _size(figures["peak_memory_bytes"])]

@@ -22,7 +22,7 @@ from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.experiments import own_rate, rates_around, read_adapter_fields
+from benchmarks.experiments import own_rate, rates_to_try, read_adapter_fields
 from benchmarks.result_file import command_line, write_result
 from benchmarks.screening_changes import ADAPTER, RECIPE, Change
 from benchmarks.trial_figures import Result, choose_rate, subject_of, summarize_kinds, trial_figures
@@ -76,10 +76,10 @@ def run_change(config: ScreeningConfig, name: str, change: Change, runner: Runne
     method, _ = TABLES[config.table]
     folder = Path(config.work_dir) / config.table / name.replace(" ", "-")
     results: dict[float, Sequence[Result]] = {}
-    for rate in rates_around(own_rate(method) * change.rate, config.trials, FACTOR):
+    for rate in rates_to_try(own_rate(method) * change.rate, config.trials, FACTOR):
         trials = [
             Trial(
-                str(folder / f"{rate:.3g}" / f"{subject}-seed{seed}"),
+                str(folder / f"{rate:g}" / f"{subject}-seed{seed}"),
                 str(Path(config.tuning_dir) / subject),
                 {**read_adapter_fields(method), **change.adapter},
                 {"learning_rate": rate, "seed": seed, **change.options},
@@ -106,7 +106,7 @@ def describe_change(change: Change | None, rate: float, results: Sequence[Result
         results: its trials.
         baseline: those of the baseline, in the same order.
     """
-    described: dict[str, Any] = {"learning_rate": float(f"{rate:.3g}")}
+    described: dict[str, Any] = {"learning_rate": rate}
     if change is not None:
         predicted = {"gain": change.gain, "drift": change.drift, "why": change.why}
         described |= {"predicted": predicted, "options": dict(change.options), "adapter": dict(change.adapter)}

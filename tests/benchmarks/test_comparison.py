@@ -18,6 +18,7 @@ import torch
 import yaml
 from PIL import Image
 
+from atomdiff.training import dreambooth
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from benchmarks import compare_methods, methods_report, screening, sheets, trial_runner, trials
@@ -160,6 +161,22 @@ def test_what_was_trained_is_not_trained_again_when_only_the_evaluation_was_stop
 
 
 @pytest.mark.slow
+def test_a_stopped_training_goes_on_from_its_checkpoint(trial, world, monkeypatch, capsys):
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    trial = dataclasses.replace(trial, options={**trial.options, "checkpointing_steps": 1})
+    with monkeypatch.context() as stopped:
+        stopped.setattr(dreambooth, "save_result", stop)
+        with pytest.raises(KeyboardInterrupt):
+            Runner().run([trial])
+    assert [*Path(trial.folder).rglob("checkpoint-2")]
+    (result,) = Runner().run([trial])
+    assert result["status"] == "done" and "2 (2 of them done)" in capsys.readouterr().err
+    assert not [*Path(trial.folder).rglob("checkpoint-*")]
+
+
+@pytest.mark.slow
 def test_a_failed_trial_stays_failed_with_its_message_until_it_is_to_be_retried(trial, world, capsys):
     broken = dataclasses.replace(trial, adapter={"peft_type": "LORA", "target_modules": ["nowhere"]})
     (result,) = Runner().run([broken])
@@ -231,7 +248,7 @@ def compare_config(world, **changes):
 
 @pytest.mark.slow
 def test_methods_are_compared_and_reported(world, capsys):
-    config = compare_config(world, methods=("atoms/tiny", "lora/attention_r1"), trials=2, max_drift=1.0)
+    config = compare_config(world, methods=("atoms/tiny", "full/default"), trials=2, max_drift=1.0)
     compare_methods.main(config)
     assert len(world.started) == 2 * (2 + 2)
     result = json.loads((world.path / "results" / "atoms-tiny.json").read_text())
@@ -250,6 +267,9 @@ def test_methods_are_compared_and_reported(world, capsys):
     assert result["summary"]["all"]["prompt_match"]["count"] == 2
 
     compare_methods.main(config)
+    options = {"run": config.run, "subjects_dir": config.subjects_dir, "protocols": config.protocols}
+    shown = sheets.SheetsConfig(**options, results=config.output_dir, work_dir=config.work_dir)
+    assert sheets.run_concepts(shown, "atoms/tiny", ("mug", "robot")).keys() == {"mug", "robot"}
     assert len(world.started) == 8
 
     page = world.path / "page.md"
@@ -258,7 +278,7 @@ def test_methods_are_compared_and_reported(world, capsys):
     methods_report.main(report)
     text = page.read_text()
     rows = [line for line in text.splitlines() if line.startswith("| `")]
-    assert [row.split("`")[1] for row in rows] == ["atoms/tiny", "lora/attention_r1"] and "old" not in text
+    assert [row.split("`")[1] for row in rows] == ["atoms/tiny", "full/default"] and "old" not in text
     assert "](images/methods_bytes.png)" in text
     assert {row.count("|") for row in text.splitlines() if row.startswith("|")} == {len(methods_report.COLUMNS) + 1}
     assert "Not run: `atoms/default`" in text and text.endswith("\n\nMore.\n")
