@@ -24,7 +24,7 @@ from atomdiff.utils.assets import find_asset
 from atomdiff.utils.hashing import hash_values
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from atomdiff.utils.text_files import read_text
+from atomdiff.utils.text_files import read_yaml
 from benchmarks.experiments import ordered_methods, own_rate, rate_option, rates_to_try, read_adapter_fields
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import Result, choose_rate, subject_of, summarize_kinds, trial_figures
@@ -116,7 +116,7 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
     found["conditions"] = {
         "subjects": sorted(subjects),
         "seeds": sorted(config.seeds),
-        "run": hash_values(read_text(find_asset(config.run)))[:16],
+        "run": hash_values(json.dumps(read_yaml(find_asset(config.run))))[:16],
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols")},
     }
     found |= describe_runs(results, {"learning_rate": rate, **search})

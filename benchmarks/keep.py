@@ -1,6 +1,6 @@
 """Likeness, prompts and drift of concepts of which only the most important directions are kept.
 
-    python -m benchmarks.keep --concepts out/compare_methods/atoms/default/*/*-seed0/run/*.atoms.safetensors
+    python -m benchmarks.keep --concepts out/compare_methods/atoms/default/0.0014/subjects-*-seed0/run/*.safetensors
 
 Every concept, named like its subject, is evaluated at each share by `atomdiff evaluate`, with the judge of the toybox;
 beside that stands the size of the pruned file. Figures are means over the concepts.

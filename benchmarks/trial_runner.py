@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from atomdiff.utils.atomic import write_json
-from benchmarks.trials import RESULT_FILE, TRIAL_FILE, Trial, fingerprint
+from benchmarks.trials import OF_EVALUATION, RESULT_FILE, RUN_FOLDER, TRIAL_FILE, Trial, fingerprint
 
 _STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)
 
@@ -48,7 +48,7 @@ class Runner:
             except BaseException:
                 self._stopping.set()
                 pool.shutdown(wait=False, cancel_futures=True)
-                for process in self._running:
+                for process in [*self._running]:
                     process.terminate()  # training saves a checkpoint then
                 raise
 
@@ -108,13 +108,21 @@ def describe(result: dict[str, Any]) -> str:
 
 
 def _prepare(trial: Trial, keys: dict[str, str], again: bool) -> None:
-    """Write what the process reads; what an earlier trial with something else has left is removed."""
+    """Write what the process reads; what an earlier trial with something else has left is removed.
+
+    With another judge or other protocols, what was trained stays.
+    """
     folder = Path(trial.folder)
     file = folder / TRIAL_FILE
     earlier = json.loads(file.read_text())["fingerprint"] if file.is_file() else keys
     if changed := [name for name, key in keys.items() if earlier.get(name) != key]:
         print(f"{folder}: run again, with other {', '.join(changed)}", flush=True)
-    if changed or again:
+    if changed and set(changed) <= {*OF_EVALUATION}:
+        (folder / RESULT_FILE).unlink(missing_ok=True)
+        for images in folder.iterdir() if "protocols" in changed else ():
+            if images.is_dir() and images.name != RUN_FOLDER:
+                shutil.rmtree(images)
+    elif changed or again:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter.json", trial.adapter)

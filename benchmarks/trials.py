@@ -25,11 +25,14 @@ from atomdiff.utils.assets import find_asset
 from atomdiff.utils.atomic import new_folder, write_json
 from atomdiff.utils.hashing import hash_file, hash_listing, hash_values
 from atomdiff.utils.quiet import quiet_libraries
+from atomdiff.utils.text_files import read_yaml
 from atomdiff.utils.versions import versions
 
+OF_EVALUATION = ("judge", "protocols")
+"""Keys of a fingerprint that training does not depend on."""
 TRIAL_FILE, RESULT_FILE = "trial.json", "result.json"
 _TRAINED_FILE = "trained.json"
-_RUN_FOLDER = "run"
+RUN_FOLDER = "run"
 
 
 @dataclass(frozen=True)
@@ -66,7 +69,7 @@ class Trial:
             "instance_data_dir": self.photos,
             "class_name": self.subject,
             "adapter": str(folder / "adapter.json"),
-            "output_dir": str(folder / _RUN_FOLDER),
+            "output_dir": str(folder / RUN_FOLDER),
             "cache_dir": str(Path(self.shared) / "cache"),
         }
         return replace(_run_config(file, hash_listing(file)), **options)
@@ -98,7 +101,7 @@ def fingerprint(trial: Trial) -> dict[str, str]:
         "adapter": hash_values(json.dumps(trial.adapter, sort_keys=True)),
         "run settings": hash_values(json.dumps(run, sort_keys=True, default=str)),
         "photos": _content_key(Path(trial.photos)),
-        "protocols": hash_values(*(hash_file(file) for file in files)),
+        "protocols": hash_values(*(json.dumps(read_yaml(file)) for file in files)),
     }
 
 
@@ -116,7 +119,7 @@ def _key_of_listed(path: Path, listing: str) -> str:
 def concept_path(trial: Trial) -> Path:
     """Return where the concept of a trial is that has been done."""
     trained = json.loads((Path(trial.folder) / _TRAINED_FILE).read_text())
-    return Path(trial.folder) / _RUN_FOLDER / trained["concept"]
+    return Path(trial.folder) / RUN_FOLDER / trained["concept"]
 
 
 def read_trial(folder: Path) -> Trial:

@@ -157,7 +157,14 @@ def test_what_was_trained_is_not_trained_again_when_only_the_evaluation_was_stop
             Runner().run([trial])
     assert not (Path(trial.folder) / "result.json").exists()
     monkeypatch.setattr(trials, "_train", stop)
-    assert Runner().run([trial])[0]["status"] == "done"
+    (first,) = Runner().run([trial])
+    assert first["status"] == "done" and [*first["metrics"]["edits"]["color_accuracy"]["concept"].values()][-1] == 1
+
+    (again,) = Runner().run([changed(trial, "protocols", world)])  # a change of the evaluation alone
+    assert again["metrics"]["edits"]["color_accuracy"]["concept"]["count"] == 2
+    assert again["metrics"]["places"] == first["metrics"]["places"]
+    with pytest.raises(KeyboardInterrupt):
+        Runner().run([changed(trial, "photos", world)])
 
 
 @pytest.mark.slow
