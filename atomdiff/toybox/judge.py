@@ -81,21 +81,26 @@ class Judge(nn.Module):
         return logits, F.normalize(self.embedding(features).float(), dim=1)
 
     @torch.no_grad()
-    def _look(self, images: list[Image.Image]) -> tuple[dict[str, Tensor], Tensor]:
+    def look(self, images: Tensor) -> tuple[dict[str, Tensor], Tensor]:
+        """Return what `forward` does, of images and their mirror images together: things are seen from both sides."""
+        (logits, one), (mirrored, other) = self(images), self(images.flip(-1))
+        return {kind: logits[kind] + mirrored[kind] for kind in LABELS}, F.normalize(one + other, dim=1)
+
+    def _look_at(self, images: list[Image.Image]) -> tuple[dict[str, Tensor], Tensor]:
         size = (IMAGE_SIZE, IMAGE_SIZE)
         scaled = [image.convert("RGB").resize(size, Image.Resampling.LANCZOS) for image in images]
         pixels = torch.from_numpy(np.stack([np.asarray(image) for image in scaled]))
         signal = rearrange(pixels, "n h w c -> n c h w").float() / 127.5 - 1
-        logits, embeddings = zip(*(self(chunk) for chunk in signal.split(64)), strict=True)
+        logits, embeddings = zip(*(self.look(chunk) for chunk in signal.split(64)), strict=True)
         return {kind: torch.cat([chunk[kind] for chunk in logits]) for kind in LABELS}, torch.cat(embeddings)
 
     def embed(self, images: list[Image.Image]) -> Tensor:
         """Return unit embeddings (n, e): the closer two of them, the more alike the individuals in the images."""
-        return self._look(images)[1]
+        return self._look_at(images)[1]
 
     def classify(self, images: list[Image.Image]) -> dict[str, list[str]]:
         """Return the most likely word of each kind of label for every image."""
-        logits = self._look(images)[0]
+        logits = self._look_at(images)[0]
         return {kind: [words[i] for i in logits[kind].argmax(1).tolist()] for kind, words in LABELS.items()}
 
     def recognize(self, images: list[Image.Image], labels: Sequence[str]) -> list[str]:

@@ -74,7 +74,7 @@ def measure_judge(judge: Judge, families: Tensor) -> dict[str, float]:
     """
     views = families.shape[2]
     flat = rearrange(families, "k r v c h w -> (k r v) c h w")
-    vectors = torch.cat([judge(as_signal(chunk))[1] for chunk in flat.split(64)])
+    vectors = torch.cat([judge.look(as_signal(chunk))[1] for chunk in flat.split(64)])
     vectors = rearrange(vectors, "(k r v) e -> k r v e", r=4, v=views)
     above = torch.triu_indices(views, views, 1)
     within = torch.einsum("krve,krwe->krvw", vectors, vectors)[..., above[0], above[1]]  # (k, 4, pairs)
