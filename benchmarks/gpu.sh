@@ -4,6 +4,9 @@
 #   begin     the same in the background, in the folder STATE (/tmp/pretrain); returns when the UNet's training begins, or
 #             after WAIT (215) seconds: log into OUT
 #   finish    ends it after SECONDS_ more seconds, and waits for that: the parts trained, report, sheet and log into OUT
+#   compare   benchmarks.compare_methods in SECONDS_ (480) seconds, PROCESSES (one a core) runs at a time, with OPTIONS; then
+#             benchmarks.sheets in SHEETS (0) seconds. At most seven files into OUT: what is done, in compare.tar.xz.*, and
+#             the log. Those files in the folder FROM (out/compare), from an earlier call, are gone on from.
 #   figures   training_step.py and loading.py on the GPU, fp16 and 8-bit and xformers in short runs: results into OUT
 # Weights come in files of at most 15 MiB, and `finish` writes seven files at most: more are not copied from some machines.
 # WHEELS is a folder of packages to install first, for machines that reach no package index.
@@ -45,6 +48,25 @@ finish)
   grep -v -i warn "$state/log" | cut -c1-600 | tail -n 70
   cp "$state"/log "$state"/report.json "$state"/weights-*.safetensors "$state"/sheet.png "$out"
   ;;
+compare)
+  # Packed: the result files, and how each run ended, so that it is not run again; of the first seed small concepts, too.
+  work=${STATE:-out/compare}
+  compgen -G "${FROM:-out/compare}/compare.tar.xz.*" >/dev/null && cat "${FROM:-out/compare}"/compare.tar.xz.* | tar xJ
+  folders=(--work_dir "$work/runs" --output_dir "$work/methods")
+  # shellcheck disable=SC2086
+  timeout -k 30 "${SECONDS_:-480}" python3 -m benchmarks.compare_methods --processes "${PROCESSES:-$(nproc)}" \
+    "${folders[@]}" ${OPTIONS:-} 2>&1 | tee "$out/compare.log" | grep -E '^[0-9]+/[0-9]+ .*: ' | cut -c1-200
+  if [ "${SHEETS:-0}" -gt 0 ]; then
+    timeout -k 30 "$SHEETS" python3 -m benchmarks.sheets --work_dir "$work/runs" --results "$work/methods" \
+      --images "$out" --output "$out/sheets.json" >>"$out/compare.log" 2>&1
+  fi
+  find "$work/runs" -name result.json -printf '%h\n' | while read -r run; do
+    ls "$run"/{trial,adapter,result}.json
+    case $run in *-seed0) find "$run/run" -name '*.atoms.safetensors' -size -128k -printf "%p\n$run/trained.json\n" ;; esac
+  done >"$work/files"
+  find "$work/methods" -name '*.json' >>"$work/files"
+  tar cJ -T "$work/files" | split -b 15M -d - "$out/compare.tar.xz."
+  ;;
 figures)
   # Every piece has its own limit and writes what it has, so that a stop costs one piece. 200 s were too few for all nine
   # methods of a part: a few methods each.
@@ -61,5 +83,5 @@ figures)
   piece python3 -m benchmarks.training_step --output_dir "$out" --parts sdxl_gpu --methods spatial lora_attn --repeats 5
   piece python3 -m benchmarks.loading --parts switch mixed --dtypes float16 --output "$out/loading_gpu.json"
   ;;
-*) echo "expected pretrain, begin, finish or figures, found $part"; exit 2 ;;
+*) echo "expected pretrain, begin, finish, compare or figures, found $part"; exit 2 ;;
 esac

@@ -11,6 +11,7 @@ file has the share that is most like those of its own subject, and as which one 
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,8 +30,8 @@ from benchmarks.compare_methods import CompareConfig, make_trial
 from benchmarks.experiments import own_rate
 from benchmarks.recognition import Gallery
 from benchmarks.result_file import command_line, write_result
-from benchmarks.trial_runner import Runner
-from benchmarks.trials import Trial, concept_path, sampling_base
+from benchmarks.trial_runner import Runner, read_result
+from benchmarks.trials import Trial, concept_path, has_concept, sampling_base
 
 PLACES = 3
 
@@ -93,6 +94,10 @@ def run_concepts(config: SheetsConfig, method: str, subjects: Sequence[str]) -> 
         make_trial(comparison, method, rate, Path(config.subjects_dir) / subject, protocols, comparison.seeds[0])
         for subject in subjects
     ]
+    for trial in trials:
+        result = read_result(Path(trial.folder))
+        if result is not None and result["status"] == "done" and not has_concept(trial):  # only its result was kept
+            shutil.rmtree(trial.folder)
     for trial, result in zip(trials, Runner().run(trials), strict=True):
         if result["status"] == "failed":
             raise UserError(f"{method} failed on {trial.subject}: {result['message']}; leave it out, or mend it")

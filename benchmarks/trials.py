@@ -23,6 +23,7 @@ from PIL import Image
 
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.atomic import new_folder, write_json
+from atomdiff.utils.folder_lock import wait_for_folder
 from atomdiff.utils.hashing import hash_file, hash_listing, hash_values
 from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_yaml
@@ -122,6 +123,11 @@ def concept_path(trial: Trial) -> Path:
     return Path(trial.folder) / RUN_FOLDER / trained["concept"]
 
 
+def has_concept(trial: Trial) -> bool:
+    """Tell whether what a trial has trained is there: results may be kept without it."""
+    return (Path(trial.folder) / _TRAINED_FILE).is_file() and concept_path(trial).exists()
+
+
 def read_trial(folder: Path) -> Trial:
     """Read the trial of a folder."""
     found = json.loads((folder / TRIAL_FILE).read_text())["trial"]
@@ -207,12 +213,14 @@ def peak_memory() -> int:
 
 def sampling_base(trial: Trial, base: str) -> Path:
     """Return a copy of the base that samples as the demo does, in half the steps; trials share it."""
-    source = Path(find_asset(base))
-    folder = Path(trial.shared) / f"base-{_content_key(source)[:12]}"
-    if not folder.is_dir():
-        with new_folder(folder) as unfinished:
-            shutil.copytree(source, unfinished, dirs_exist_ok=True)
-            _set_fast_scheduler(unfinished)
+    source, shared = Path(find_asset(base)), Path(trial.shared)
+    folder = shared / f"base-{_content_key(source)[:12]}"
+    shared.mkdir(parents=True, exist_ok=True)
+    with wait_for_folder(shared):  # one process makes it, and none reads half of it
+        if not folder.is_dir():
+            with new_folder(folder) as unfinished:
+                shutil.copytree(source, unfinished, dirs_exist_ok=True)
+                _set_fast_scheduler(unfinished)
     return folder
 
 

@@ -515,3 +515,8 @@ def test_the_sheets_show_what_the_judge_is_asked_about(world):
     assert result["figures"]["top_1"] == share and "token/default:top_1_recolored" in result["figures"]
     first, second = (Image.open(path / "images" / f"{name}.png") for name in ("subjects", "methods"))
     assert first.height > 5 * 32 and second.height > 4 * 32
+
+    before, (concept,) = len(world.started), (path / "work" / "atoms").rglob("*mug-seed0/run/mug.atoms.safetensors")
+    concept.unlink()  # as where results alone were kept
+    sheets.run_concepts(config, "atoms/tiny", ("mug", "robot"))
+    assert len(world.started) == before + 1 and concept.is_file()
