@@ -52,7 +52,7 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     concept = output / "mug.atoms.safetensors"
     for path in (concept, output / "before_after.png", output / "training_curve.png", output / "report.json"):
         assert str(path) in printed and path.is_file()
-    assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +0\.\d{3}\nscenes right .*\ndrift +0\.\d{3}\n", printed)
+    assert re.search(r"similarity +-?0\.\d{3} +-?0\.\d{3} +0\.\d{3}\nscenes right .*\ndrift +0\.\d{3}\n", printed)
     assert re.search(r"size +[\d,]+ bytes, [\d,]+ parameters\n", printed)
     assert re.search(r"time +\d+ s, \d+ s of them training\nin +float32 ", printed)
     first, second = (line.strip() for line in printed.splitlines()[-2:])
@@ -71,7 +71,7 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     assert report["similarity"]["base"] < 0.6 < report["similarity"]["real"]
     assert report["scene_accuracy"].keys() == {"base", "concept"}
     assert 0 < report["num_trainable_parameters"] < 40_000 and report["total_seconds"] > report["train_seconds"] > 0
-    assert Image.open(output / "before_after.png").width > 800
+    assert Image.open(output / "before_after.png").width > 3 * 192  # three scenes that no photo shows
 
 
 @pytest.mark.slow
@@ -101,7 +101,7 @@ def test_one_large_image_of_a_class_without_a_word(quick, tmp_path, capsys):
     options = ["--instance_data_dir", str(images), "--class_name", "ogre", "--output_dir", str(tmp_path / "out")]
     assert main(["demo", "--run", str(quick), *options]) == 0
     printed, errors = capsys.readouterr()
-    assert re.search(r"similarity +0\.\d{3} +0\.\d{3} +-\n", printed)
+    assert re.search(r"similarity +-?0\.\d{3} +-?0\.\d{3} +-\n", printed)
     assert "warning: the base has no word 'ogre'; set --class_name to the closest of mug, " in errors
     report = json.loads((tmp_path / "out" / "report.json").read_text())
     assert report["similarity"]["real"] is None and report["similarity"]["normalized_gain"] is None
