@@ -26,7 +26,7 @@ from benchmarks.pretrain.train import load_what_fits
 from benchmarks.pretrain.train_autoencoder import center_latents, crops
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss
 from benchmarks.pretrain.train_inner import InnerDenoiser
-from benchmarks.pretrain.weights import save_pipeline, save_shards
+from benchmarks.pretrain.weights import save_pipeline
 from tests.tiny_models import make_unet
 
 
