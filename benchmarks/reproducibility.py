@@ -143,6 +143,7 @@ def compare(config: BenchmarkConfig, one: Path, two: Path) -> dict[str, Any]:
         "loss_last_step": apart[-1],
         "parameters_equal": bool(torch.equal(flat, other)),
         "parameters_relative": float(max(relative)),
+        "norm_apart": float((other - flat).norm() / flat.norm()),  # what `atomdiff rerun --tolerance` looks at
         "one_minus_cosine": 1 - float(flat @ other / (flat.norm() * other.norm())),
         "concept_file_equal": compare_tensors(*(concept_file(config, folder) for folder in (one, two))).equal,
         "images_equal": bool((images == generated).all()),

@@ -34,7 +34,8 @@ def test_environments_are_compared(tmp_path):
     assert same["first_step_apart"] is None and same["parameters_equal"] and same["images_equal"]
     found = reproducibility.compare(config, tmp_path / "one", tmp_path / "two")
     assert found["first_step_apart"] == 2 and found["loss_last_step"] == pytest.approx(0.25)
-    assert found["parameters_relative"] == pytest.approx(0.05) and 0 < found["one_minus_cosine"] < 1e-3
+    assert found["parameters_relative"] == pytest.approx(0.05) and found["norm_apart"] == pytest.approx(0.04)
+    assert 0 < found["one_minus_cosine"] < 1e-3
     assert found["images_mean_apart"] == 1 and found["images_largest_apart"] == 3 and found["concept_file_equal"]
     with pytest.raises(UserError, match="found 2 and 2 steps; expected 3 in both"):
         reproducibility.compare(reproducibility.BenchmarkConfig(steps=3), tmp_path / "one", tmp_path / "two")
