@@ -14,7 +14,7 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from atomdiff.serving import concepts_api, openai_api, webui_api
-from atomdiff.serving.config import ServeConfig
+from atomdiff.serving.config import EngineConfig
 from atomdiff.serving.engine import Engine, EngineClosedError, QueueFullError, RequestTimeoutError
 from atomdiff.serving.errors import NotFoundError, error_body
 from atomdiff.serving.generation import ClientLeftError
@@ -37,8 +37,14 @@ _STATUS: dict[type[Exception], int] = {
 }
 
 
-def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
-    """Make the application; its documentation at /docs needs no network. It closes the engine when it ends."""
+def make_app(engine: Engine, config: EngineConfig, host: str = "127.0.0.1") -> FastAPI:
+    """Make the application; its documentation at /docs needs no network. It closes the engine when it ends.
+
+    Args:
+        engine: what generates the images.
+        config: what is served.
+        host: the address that is listened on.
+    """
 
     @asynccontextmanager
     async def closing(_: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +67,7 @@ def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
     for kind in (*_STATUS, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     max_bytes = int(config.max_upload_mb * 1e6) + _FORM_BYTES
-    app.add_middleware(Protection, host=config.host, api_key=config.api_key, max_bytes=max_bytes)  # type: ignore[arg-type]
+    app.add_middleware(Protection, host=host, api_key=config.api_key, max_bytes=max_bytes)  # type: ignore[arg-type]
     return app
 
 

@@ -1,6 +1,7 @@
 """The HTTP server: its answers, what it refuses, and what happens under load."""
 
 import base64
+import errno
 import io
 import json
 import os
@@ -10,7 +11,6 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 
 import httpx
-import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -18,31 +18,18 @@ from safetensors.torch import load_file, save_file
 
 from atomdiff.cli.main import main
 from atomdiff.concepts.concept_file import read_header
+from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.loaded_concepts import list_atoms
-from tests.serving.helpers import Alone, ask
+from tests.serving.helpers import GENERATE, Alone, ask, message_of, pixels, pixels_of
 from tests.tiny_models import fresh_copy
 
 QUICK = {"steps": 2, "guidance_scale": 3.0}
-GENERATE = "/v1/images/generations"
 REQUESTS = int(os.environ.get("ATOMDIFF_LOAD_TEST_REQUESTS", "30"))
 
 
 @pytest.fixture
 def alone(pipe_template, library):
     return Alone(fresh_copy(pipe_template, requires_safety_checker=False), library)
-
-
-def pixels_of(text):
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))).astype(int)
-
-
-def pixels(image):
-    return (image.permute(1, 2, 0) * 255).round().numpy().astype(int)
-
-
-def message_of(answer, status):
-    assert answer.status_code == status, answer.text
-    return answer.json()["error"]["message"]
 
 
 def test_images_in_the_shape_of_openai(serve, alone):
@@ -100,6 +87,23 @@ def test_concepts_are_uploaded_listed_and_deleted(serve, library, tmp_path, tiny
     assert sorted(path.name for path in library.iterdir() if not path.name.startswith(".similar")) == [
         f"{name}.atoms.safetensors" for name in ("ant", "bee", "cat")
     ]
+
+
+def test_uploads_need_no_hard_links(serve, library, monkeypatch):
+    def link(source, target):
+        raise PermissionError(errno.EPERM, "Operation not permitted")
+
+    monkeypatch.setattr(os, "link", link)
+    client, file = serve(), (library / "ant.atoms.safetensors").read_bytes()
+    assert client.post("/v1/concepts", files={"file": ("dog", file)}).status_code == 201
+    assert "'dog' already" in message_of(client.post("/v1/concepts", files={"file": ("dog", b"")}), 409)
+    assert (library / "dog.atoms.safetensors").read_bytes() == file
+    (library / "eel.atoms.safetensors").write_bytes(file)  # by another server, in this moment
+    monkeypatch.setattr(ConceptLibrary, "__contains__", lambda *_: False)
+    assert "'eel' already" in message_of(client.post("/v1/concepts", files={"file": ("eel", file)}), 409)
+    assert {path.name for path in library.iterdir()} == {
+        f"{name}.atoms.safetensors" for name in ("ant", "bee", "cat", "dog", "eel")
+    }
 
 
 def test_uploads_that_are_no_concepts_are_refused(serve, library, tmp_path):
@@ -233,6 +237,15 @@ def test_stopping_finishes_what_runs(serve):
     wait_until(lambda: not client.engine._thread.is_alive())
     with pytest.raises(httpx.ConnectError):
         httpx.get(client.base_url.join("/health"))
+
+
+def test_stopping_gives_up_what_takes_longer_than_it_may(serve):
+    client = serve(shutdown_timeout=0.2)
+    with ThreadPoolExecutor(1) as pool:
+        running = pool.submit(client.post, GENERATE, json={"prompt": "a cat", "steps": 500, "n": 4})
+        wait_until(lambda: client.engine.num_running)
+        client.server.should_exit = True
+        assert "stopped before the image was done" in message_of(running.result(), 503)
 
 
 def test_metrics(served):
