@@ -103,6 +103,8 @@ async def _answer_error(http: Request, error: Exception) -> Response:
 def _describe(error: Exception) -> tuple[int, str]:
     """Return the status and the message of an error."""
     if isinstance(error, RequestValidationError):
+        if isinstance(error.body, bytes):
+            return 400, "found a body that is not said to be JSON; send the header 'Content-Type: application/json'"
         return 400, "; ".join(map(_describe_field, error.errors()))
     if isinstance(error, HTTPException):
         return error.status_code, f"{error.detail}; /docs lists what this server answers"

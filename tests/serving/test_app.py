@@ -167,6 +167,9 @@ def served(serve):
 
 def test_what_is_no_request_is_refused(served):
     assert message_of(served.post(GENERATE, content=b"{", headers={"Content-Type": "application/json"}), 400)
+    for header in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # the latter as curl's --data has it
+        answer = served.post(GENERATE, content=b'{"prompt": "a cat"}', headers=header)
+        assert "send the header 'Content-Type: application/json'" in message_of(answer, 400)
     assert "/docs" in message_of(served.get("/nothing"), 404)
     assert message_of(served.get(GENERATE), 405)
     chunks = (b"x" * 10**6 for _ in range(30))
