@@ -2,12 +2,11 @@
 
 from __future__ import annotations
 
-import asyncio
 import socket
+import threading
 
 import uvicorn
 from fastapi import FastAPI
-from starlette.concurrency import run_in_threadpool
 
 from atomdiff.serving.config import ServeConfig
 from atomdiff.utils.errors import UserError
@@ -39,9 +38,8 @@ class HttpServer(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Stop the engine while the connections come to their end."""
-        closing = asyncio.create_task(run_in_threadpool(self._engine.close, self._shutdown_timeout))
-        await super().shutdown(sockets)
-        await closing
+        threading.Thread(target=self._engine.close, args=(self._shutdown_timeout,), daemon=True).start()
+        await super().shutdown(sockets)  # ends the application, which waits for the engine, unless Ctrl-C comes again
 
 
 def check_address(host: str, port: int) -> None:
