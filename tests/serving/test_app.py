@@ -230,18 +230,6 @@ def test_clients_that_leave_withdraw_their_images(serve):
     assert client.post(GENERATE, json={"prompt": "a cat", **QUICK}).status_code == 200
 
 
-def test_stopping_finishes_what_runs(serve):
-    client = serve()
-    with ThreadPoolExecutor(1) as pool:
-        running = pool.submit(client.post, GENERATE, json={"prompt": "sks mug <atoms:ant>", "steps": 20})
-        wait_until(lambda: client.engine.num_running)
-        client.server.should_exit = True
-        assert running.result().status_code == 200
-    wait_until(lambda: not client.engine._thread.is_alive())
-    with pytest.raises(httpx.ConnectError):
-        httpx.get(client.base_url.join("/health"))
-
-
 def test_stopping_gives_up_what_takes_longer_than_it_may(serve):
     client = serve(shutdown_timeout=0.2)
     with ThreadPoolExecutor(1) as pool:

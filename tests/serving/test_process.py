@@ -53,7 +53,7 @@ def test_a_server_from_its_start_to_sigterm(tiny_pipe_folder, library, tmp_path)
             assert client.delete("/v1/concepts/dog").status_code == 204
             assert ask(client, "sks mug <atoms:dog>", 2).status_code == 400
 
-            running = pool.submit(ask, client, "sks mug <atoms:ant>", 300)
+            running = pool.submit(ask, client, "sks mug <atoms:ant>", 150)
             wait_until(lambda: client.get("/health").json()["running"], process)
             process.send_signal(signal.SIGTERM)
             wait_until(lambda: not answers(client), process)

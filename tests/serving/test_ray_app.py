@@ -17,11 +17,14 @@ from atomdiff.utils.errors import UserError
 from tests.serving.helpers import GENERATE, Alone, ask, message_of, pixels, pixels_of
 from tests.tiny_models import fresh_copy
 
-serve = pytest.importorskip("ray.serve", reason="needs the extra serve-ray", exc_type=ImportError)
+
+@pytest.fixture
+def ray_serve():
+    return pytest.importorskip("ray.serve", reason="needs the extra serve-ray", exc_type=ImportError)
 
 
 @pytest.fixture
-def client(monkeypatch):
+def client(ray_serve, monkeypatch):
     """A Ray cluster of two CPUs; gives a client of what Ray Serve runs there."""
     import ray
 
@@ -30,20 +33,20 @@ def client(monkeypatch):
         port = free.getsockname()[1]
     ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False, object_store_memory=100 << 20)
     try:
-        serve.start(http_options={"host": "127.0.0.1", "port": port})
+        ray_serve.start(http_options={"host": "127.0.0.1", "port": port})
         with httpx.Client(base_url=f"http://127.0.0.1:{port}", timeout=60) as client:
             yield client
     finally:
-        serve.shutdown()
+        ray_serve.shutdown()
         ray.shutdown()
 
 
 @pytest.mark.slow
-def test_two_replicas_share_a_library(client, tiny_pipe_folder, library, pipe_template):
+def test_two_replicas_share_a_library(ray_serve, client, tiny_pipe_folder, library, pipe_template):
     alone = Alone(fresh_copy(pipe_template, requires_safety_checker=False), library)
     expected = {name: pixels(alone(ask(f"sks mug <atoms:{name}>", 2, seed=5))) for name in ("ant", "bee")}
     options = {"library": library, "max_batch": 2, "min_replicas": 2, "max_replicas": 2}
-    serve.run(app({"pretrained_model_name_or_path": tiny_pipe_folder, **options}))
+    ray_serve.run(app({"pretrained_model_name_or_path": tiny_pipe_folder, **options}))
 
     def send(name, like):
         body = {"prompt": f"sks mug <atoms:{name}>", "steps": 2, "seed": 5, "guidance_scale": 3.0}
@@ -73,12 +76,12 @@ def test_two_replicas_share_a_library(client, tiny_pipe_folder, library, pipe_te
     assert {client.get("/v1/concepts").json()["total"] for _ in range(6)} == {3}
 
 
-def test_a_server_gets_full_batches_and_the_queue_calls_for_more(tiny_pipe_folder):
+def test_a_server_gets_full_batches_and_the_queue_calls_for_more(ray_serve, tiny_pipe_folder):
     config = ReplicasConfig(
         pretrained_model_name_or_path=str(tiny_pipe_folder), max_batch=4, max_queue=20, num_gpus=0.5
     )
     options = deployment_options(config)
-    assert serve.deployment(**options)(type("Replica", (), {})).max_ongoing_requests == 8
+    assert ray_serve.deployment(**options)(type("Replica", (), {})).max_ongoing_requests == 8
     assert options["autoscaling_config"] == {"min_replicas": 1, "max_replicas": 4, "target_ongoing_requests": 4}
     assert options["ray_actor_options"] == {"num_cpus": 1.0, "num_gpus": 0.5} and options["max_queued_requests"] == 20
 
@@ -92,7 +95,7 @@ def test_a_server_gets_full_batches_and_the_queue_calls_for_more(tiny_pipe_folde
         ({"library": "no/folder"}, "library='no/folder': found nothing there"),
     ],
 )
-def test_wrong_options_are_told(tiny_pipe_folder, args, message):
+def test_wrong_options_are_told(ray_serve, tiny_pipe_folder, args, message):
     with pytest.raises(UserError, match=message):
         app({"pretrained_model_name_or_path": tiny_pipe_folder, **args})
 
@@ -103,7 +106,7 @@ def test_a_missing_ray_is_told(tiny_pipe_folder, monkeypatch):
         app({"pretrained_model_name_or_path": tiny_pipe_folder})
 
 
-def test_the_arguments_of_the_page_are_accepted(tiny_pipe_folder, library):
+def test_the_arguments_of_the_page_are_accepted(ray_serve, tiny_pipe_folder, library):
     page = (Path(__file__).parents[2] / "docs" / "serving.md").read_text()
     words = shlex.split(re.search(r"^serve run (.*)$", page, re.MULTILINE)[1])
     (application,) = yaml.safe_load(re.search(r"```yaml\n(.*?)```", page, re.DOTALL)[1])["applications"]
