@@ -13,7 +13,7 @@ from atomdiff.utils.fields import BatchSize, ExistingPath, NonNegativeFloat, Pos
 
 @dataclass(frozen=True, kw_only=True)
 class EngineConfig(BaseModelConfig):
-    """What a server does, wherever it runs."""
+    """Server."""
 
     library: ExistingPath | None = None
     """Folder of concept files that requests may name. Default: no concepts."""

@@ -116,7 +116,7 @@ def test_a_missing_library_is_told(refusal, tiny_pipe_folder, tmp_path):
 
 def test_a_missing_base_is_told(refusal, tmp_path):
     message = refusal(pretrained_model_name_or_path=tmp_path / "none", port=0)
-    assert f"{tmp_path}/none" in message
+    assert f"{tmp_path}/none' is not a folder or file here" in message
 
 
 def test_a_library_that_is_a_file_is_told(refusal, tiny_pipe_folder, tmp_path):
