@@ -124,6 +124,18 @@ def test_negative_prompts_and_embeddings(pipe):
     torch.testing.assert_close(again, mixed, atol=1e-6, rtol=0)
 
 
+def test_models_that_are_not_named_are_left_alone(pipe):
+    samples, latents = ["spatial", {"joint": 0.5}], noise(2)
+    expected = alone(pipe, samples, latents)
+    with atomdiff.mixed_batch(pipe, samples, components=["text_encoder"]):
+        prompt, without, *_ = pipe.encode_prompt(prompts_for(samples), "cpu", 1, True)
+    embeds = {"prompt_embeds": prompt, "negative_prompt_embeds": without}
+    with atomdiff.mixed_batch(pipe, samples, components=["unet"]):
+        pipe.encode_prompt(PROMPTS[:3], "cpu", 1, True)  # more prompts than samples
+        mixed = generate(pipe, None, latents, **embeds)
+    torch.testing.assert_close(mixed, expected, atol=1e-5, rtol=0)
+
+
 STEPS = {"weight": 1.5, "steps": {0: 1, 1: 0.2}}
 SCHEDULED = [{"separable": STEPS, "spatial": 0.5}, "separable", None, {"joint": {**STEPS, "blocks": {"down": 0.3}}}]
 
