@@ -15,8 +15,8 @@ from starlette.responses import JSONResponse, Response
 
 from atomdiff.serving import concepts_api, openai_api, webui_api
 from atomdiff.serving.config import EngineConfig
-from atomdiff.serving.engine import Engine, EngineClosedError, QueueFullError, RequestTimeoutError
-from atomdiff.serving.errors import NotFoundError, error_body
+from atomdiff.serving.engine import Engine
+from atomdiff.serving.errors import EngineClosedError, NotFoundError, QueueFullError, RequestTimeoutError, error_body
 from atomdiff.serving.generation import ClientLeftError
 from atomdiff.serving.metrics import Metrics
 from atomdiff.serving.protection import BodyTooLargeError, Protection

@@ -210,7 +210,7 @@ def test_a_full_queue_says_when_to_come_back(serve):
         answer = client.post(GENERATE, json=body)
         assert "9 images are running or waiting, of 9" in message_of(answer, 429)
         assert int(answer.headers["Retry-After"]) >= 1
-        for job in list(client.engine._jobs):
+        for job in list(client.engine._queue._jobs):
             job.future.cancel()
         assert first.result().status_code == 499
 
@@ -286,7 +286,7 @@ def test_many_mixed_requests_with_bad_ones_among_them(serve, alone, library, tin
     with ThreadPoolExecutor(16) as pool:
         results = list(pool.map(send, range(REQUESTS)))
     assert all(result is None or result for result in results)
-    wait_until(lambda: not client.engine._jobs)
+    wait_until(lambda: not client.engine._queue._jobs)
     assert threading.active_count() < 80
     assert len(list_atoms(tiny_pipe)) <= 65
     assert client.engine.is_running
