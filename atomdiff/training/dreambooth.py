@@ -23,6 +23,14 @@ from atomdiff.training.batch_loss import batch_loss
 from atomdiff.training.batches import batches_of
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.evaluation import evaluate_result
+from atomdiff.training.intermediate import (
+    GENERATE_FILE,
+    SAVE_FILE,
+    drop_saved_steps,
+    is_save_step,
+    save_step,
+    take_requests,
+)
 from atomdiff.training.launch import start_accelerator, start_trackers
 from atomdiff.training.layer_budget import check_budget, keep_to_budget
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates
@@ -126,7 +134,7 @@ def run_training(
     """Do what `train` says in a folder that is this run's alone."""
     started = start_run(config, accelerator, base, check_data)
     with reporting_divergence(started.run):
-        final_loss = training_loop(started.run, started.snapshot, started.done, started.average_loss)
+        final_loss = training_loop(started)
     return finish_run(started, final_loss)
 
 
@@ -187,33 +195,40 @@ def finish_run(started: StartedRun, final_loss: float) -> Path:
     return path
 
 
-def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: float) -> float:
+def training_loop(started: StartedRun) -> float:
     """Train from the first step that is not done to the last, and return the average loss.
 
     Raises:
         UserError: As `train_step`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
+    run, done = started.run, started.done
     config, accelerator = run.config, run.accelerator
     start_measuring(run, done)
+    drop_saved_steps(run, done)
     if done < config.max_train_steps and is_validation_step(config, done, done):
         validate(run, done)
-    steps_log = StepsLog(run, done, average_loss)
+    steps_log = StepsLog(run, done, started.average_loss)
     with closing(steps_log), StopSignals() as stop:
         for step in range(done + 1, config.max_train_steps + 1):
-            started = time.perf_counter()
+            began = time.perf_counter()
             set_learning_rates(run.optimizer, run.lr_factor(step - 1))
             loss = train_step(run, step)
-            steps_log.note(step, loss, time.perf_counter() - started)
+            steps_log.note(step, loss, time.perf_counter() - began)
             measure(run, step)
 
-            stopping = on_any_process(accelerator, stop.requested) and step < config.max_train_steps
-            if stopping or is_checkpoint_step(config, step):
-                save_state(run, step, steps_log.average_loss, snapshot, stopping)
+            asked = take_requests(run)
+            flags = stop.requested, SAVE_FILE in asked, GENERATE_FILE in asked
+            stopping, save, generate = on_any_process(accelerator, *flags)
+            stopping &= step < config.max_train_steps
+            if stopping or save or is_checkpoint_step(config, step):
+                save_state(run, step, steps_log.average_loss, started.snapshot, stopping)
+            if save or is_save_step(config, step):
+                save_step(run, started.adapter, step, steps_log.average_loss)
             if stopping:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
                 raise KeyboardInterrupt(how_to_go_on(run, step))
-            if step < config.max_train_steps and is_validation_step(config, step, done):
+            if step < config.max_train_steps and (generate or is_validation_step(config, step, done)):
                 validate(run, step)
     return steps_log.average_loss
 
@@ -284,6 +299,7 @@ def try_step(run: Run, step: int) -> tuple[float, float]:
     return sum(losses) / len(losses), norm
 
 
-def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Tell whether the flag is set on any process."""
-    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+def on_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Tell of each flag whether it is set on any process."""
+    gathered = accelerator.gather(torch.tensor([flags], device=accelerator.device))  # (processes, flags)
+    return [bool(flag) for flag in gathered.any(0)]

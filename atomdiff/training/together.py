@@ -16,6 +16,14 @@ from atomdiff.training.base_model import BasePipeline, load_base
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import finish_run, is_checkpoint_step, start_run
 from atomdiff.training.evaluation import evaluate_result
+from atomdiff.training.intermediate import (
+    GENERATE_FILE,
+    SAVE_FILE,
+    drop_saved_steps,
+    is_save_step,
+    save_step,
+    take_requests,
+)
 from atomdiff.training.joint_denoiser import JointDenoiser
 from atomdiff.training.joint_step import Member, train_step
 from atomdiff.training.launch import start_accelerator
@@ -143,6 +151,7 @@ def training_loop(members: Sequence[Member], denoiser: JointDenoiser) -> None:
     for member in members:
         run, done = member.run, member.started.done
         start_measuring(run, done)
+        drop_saved_steps(run, done)
         if done < steps and is_validation_step(run.config, done, done):
             validate(run, done)
     first = min(member.started.done for member in members)
@@ -159,23 +168,29 @@ def training_loop(members: Sequence[Member], denoiser: JointDenoiser) -> None:
                     member.log.note(step, losses[member.number], (time.perf_counter() - started) / len(active))
                     measure(member.run, step)
             stopping = stop.requested and step < steps
-            _save_states(active, step, stopping)
+            asked = {member.number: take_requests(member.run) for member in active}
+            _save_states(active, step, stopping, asked)
             bar.update()
             for member in active if step < steps else ():
-                if member.error is None and is_validation_step(member.run.config, step, member.started.done):
+                is_due = is_validation_step(member.run.config, step, member.started.done)
+                if member.error is None and (is_due or GENERATE_FILE in asked[member.number]):
                     validate(member.run, step)
 
 
-def _save_states(members: Sequence[Member], step: int, stopping: bool) -> None:
-    """Save the checkpoints of a step, if it is time.
+def _save_states(members: Sequence[Member], step: int, stopping: bool, asked: Mapping[int, set[str]]) -> None:
+    """Save the checkpoints and concepts of a step, of the members for which it is time or that were asked for it.
 
     Raises:
         KeyboardInterrupt: The training stops, with checkpoints of all that could be written.
     """
     unsaved = []
     for member in members:
-        run = member.run
-        if member.error is None and (stopping or is_checkpoint_step(run.config, step)):
+        run, save = member.run, SAVE_FILE in asked[member.number]
+        if member.error is not None:
+            continue
+        if save or is_save_step(run.config, step):
+            save_step(run, member.started.adapter, step, member.log.average_loss)
+        if stopping or save or is_checkpoint_step(run.config, step):
             try:
                 save_state(run, step, member.log.average_loss, member.started.snapshot, stopping)
             except KeyboardInterrupt as error:

@@ -13,6 +13,7 @@ from atomdiff.training import dreambooth, joint_step, together
 from atomdiff.training.anomalies import DivergedError
 from atomdiff.training.checkpoint import find_checkpoints
 from atomdiff.training.dreambooth import train
+from atomdiff.training.intermediate import GENERATE_FILE, SAVE_FILE, list_saved_steps
 from atomdiff.training.run_record import RECORD_FILE
 from atomdiff.training.signals import StopSignals
 from atomdiff.training.together import train_subjects
@@ -247,3 +248,17 @@ def test_a_folder_in_use_stops_its_own_subject_alone(config, tmp_path, capsys):
     assert main(["train", *options]) == 0
     saved = capsys.readouterr().out.splitlines()
     assert saved == [f"saved {tmp_path}/out/{name}/{name}.atoms.safetensors" for name in ("teapot", "mug")]
+
+
+@pytest.mark.slow
+def test_each_subject_saves_its_steps_and_what_it_is_asked_for(config):
+    everything = config(names=("teapot", "mug"), save_steps=2)
+    teapot, mug = (Path(run.output_dir) for run in everything.runs())
+    mug.mkdir(parents=True)
+    for name in (GENERATE_FILE, SAVE_FILE):
+        (mug / name).touch()
+    train_subjects(everything)
+    assert [step for step, _ in list_saved_steps(teapot)] == [2]
+    assert [step for step, _ in list_saved_steps(mug)] == [1, 2]
+    assert [file.name for file in (mug / "validation").iterdir()] == ["step-000001-00.png"]
+    assert (mug / "checkpoint-1").is_dir() and not (teapot / "validation").exists()

@@ -55,6 +55,7 @@ def trial_config(run: TrainConfig, folder: Path, own_folder: Path, interval: int
         validation_loss_steps=interval,
         validation_steps=0,
         checkpointing_steps=0,
+        save_steps=0,
         evaluate_with=(),
         report_to=None,
         push_to_hub=False,
