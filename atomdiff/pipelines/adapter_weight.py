@@ -117,7 +117,7 @@ class AdapterWeight:
 
 
 def block_path(key: str) -> str:
-    """Return a block's path as modules have it: of `up.block_1` and `unet.up.1`, `up_blocks.1` and `unet.up_blocks.1`."""
+    """Return a block's path as modules have it: `up_blocks.1` of `up.block_1`, `unet.up_blocks.1` of `unet.up.1`."""
     names = [re.sub(r"^block_(\d+)$", r"\1", name) for name in key.split(".")]
     parts = {short: path for base in BASES for short, path in base.block_names.items()}
     first = 1 if len(names) > 1 and names[1] in parts else 0

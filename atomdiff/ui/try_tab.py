@@ -242,8 +242,8 @@ def _make_images(workspace: Workspace, form: _Form, results: _Results) -> None:
         variants = chosen_prompts(workspace, prompt, training, steps) if mode == CHECKPOINTS else None
         planned = plan(request, mode, range(int(seed), int(seed) + int(count)), variants)
         _remind_of_phrases(workspace, prompt)
-        waiting = "waiting for others" if workspace.images.is_open else "opening the base"
-        yield [_progress(0.0, waiting), gr.skip(), gr.skip(), _NOT_CHOSEN, None, gr.skip()]
+        phase = "starting" if workspace.images.is_open else "opening the base"
+        yield [_progress(0.0, phase), gr.skip(), gr.skip(), _NOT_CHOSEN, None, gr.skip()]
         run = workspace.images.start(list(planned.requests.values()))
         labels, shown = list(planned.requests), -1
         for _ in run.watch():

@@ -128,7 +128,7 @@ def test_a_stopped_job_is_resumed_from_its_checkpoint(open_queue):
 
 def test_a_hand_over_that_fails_is_tried_again_later_each_time_and_no_other_waits(open_queue, monkeypatch):
     tries, finished, is_full = [], [], True
-    monkeypatch.setattr(jobs, "_RETRY", (0.4, 300.0))
+    monkeypatch.setattr(jobs, "_RETRY", (0.3, 300.0))
 
     def take(job):
         if job.name == "mug" and is_full:
@@ -142,7 +142,7 @@ def test_a_hand_over_that_fails_is_tried_again_later_each_time_and_no_other_wait
     assert "No space left" in queue.hand_over_error(first) and not queue.hand_over_error(second)
     card = render.status_card(first, read_progress(first.run_folder), queue.hand_over_error(first))
     assert "is not in the library yet, and is tried again: [Errno 28] No space left" in card
-    assert tries[2] - tries[1] >= 0.8 > 0.4
+    assert tries[2] - tries[1] >= 0.6
     is_full = False
     wait_for(lambda: finished == [second, first])
     wait_for(lambda: not queue.hand_over_error(first))
