@@ -179,7 +179,7 @@ def _show_sliders(workspace: Workspace, form: _Form) -> None:
         def change(value: float, prompt: str) -> str:
             return move(prompt, name, slider, value)
 
-        added = gr.Slider(0, 1.5, position(weight, slider), step=0.05, label=label, interactive=True)
+        added = gr.Slider(0, 1.5, position(weight, slider), step=0.05, label=label, min_width=210, interactive=True)
         added.input(change, [added, form.prompt], [form.prompt], show_progress="hidden", trigger_mode="always_last")
 
     with form.sliders:
