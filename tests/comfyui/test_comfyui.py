@@ -469,7 +469,7 @@ class TestComfyUIItself:
     @pytest.mark.parametrize("kind", ["channel blocks", "attention", "all layers"])
     def test_exports_are_read(self, pipe, pack, tmp_path, kind, file_format):
         """By ComfyUI's own *Load LoRA*: each layer, with the difference that the file holds."""
-        import comfy.sd
+        from comfy.sd import load_lora_for_models
         from comfyui_atoms import base
 
         model, clip = comfy.make_model(pipe), comfy.make_clip(pipe)
@@ -482,7 +482,7 @@ class TestComfyUIItself:
         report = export_diff(pipe, path) if file_format == "diff" else export_lora(pipe, path, rank=4)
         state = load_file(path)
         before = weights_of(model) | weights_of(clip.patcher)
-        read, read_clip = comfy.sd.load_lora_for_models(model, clip, dict(state), 1.0, 1.0)
+        read, read_clip = load_lora_for_models(model, clip, dict(state), 1.0, 1.0)
         after = patched(read)[0] | patched(read_clip.patcher)[0]
         assert len(report.layers) > 5
         for layer in report.layers:
