@@ -179,7 +179,7 @@ def test_the_page_makes_the_same_prompts(server):
         options = ["--no-sandbox", "--disable-gpu"]
         page = started.chromium.launch(executable_path=CHROMIUM, args=options).new_page()
         page.goto(server.address)
-        page.wait_for_function("window.app?.graph && window.app.extensionManager", timeout=120_000)
+        page.wait_for_function("window.LiteGraph?.registered_node_types?.LoadAtoms", timeout=120_000)
         for workflow in WORKFLOWS.values():
             expected = to_prompt(workflow, nodes)
             assert _in_page(page, workflow) == expected
