@@ -9,12 +9,9 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import wait
 from pathlib import Path
 
-import torch
-from PIL import Image
-from torch import Tensor
-
 from atomdiff.pipelines.open import open_base
 from atomdiff.sampling.config import SampleConfig
+from atomdiff.sampling.generate import to_pil
 from atomdiff.sampling.output_files import SampleFile
 from atomdiff.sampling.sample import image_settings
 from atomdiff.serving.concepts import ServedConcepts
@@ -78,7 +75,7 @@ class ImageRun:
         for number, (job, file) in enumerate(zip(self._jobs, self._files, strict=True)):
             future = job.future
             if number not in self.saved and future.done() and not future.cancelled() and future.exception() is None:
-                file.save(_to_image(future.result()))
+                file.save(to_pil(future.result()))
                 self.saved[number] = file.path
 
 
@@ -149,8 +146,3 @@ class EngineImages:
             num_inference_steps=request.num_inference_steps,
             guidance_scale=request.guidance_scale,
         )
-
-
-def _to_image(image: Tensor) -> Image.Image:
-    """Return an image (3, h, w) from 0 to 1 as Pillow has it."""
-    return Image.fromarray((image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy())

@@ -215,6 +215,20 @@ def test_the_best_trial_is_within_the_limit_of_drift(tune_config, monkeypatch):
     assert [row.split(" | ")[0] for row in rows] == ["| 2", "| 0", "| 1"]
 
 
+def test_a_trial_is_not_pruned_for_its_loss_before_the_trusted_steps(tmp_path):
+    study = open_study(tmp_path, trusted_steps=5)
+    for _ in range(4):
+        good = study.ask()
+        for step in (2, 6):
+            good.report(0.1, step)
+        study.tell(good, 0.1)
+    slow, pruned = study.ask(), []
+    for step in (2, 6):
+        slow.report(0.9, step)
+        pruned.append(slow.should_prune())
+    assert pruned == [False, True]
+
+
 def test_a_trial_beyond_the_limit_of_drift_ends_early(tune_config, monkeypatch):
     lines = iter([(0.5, 0.2), (0.6, 0.05), (0.4, 0.09)])
 
