@@ -2,13 +2,15 @@
 
     python -m benchmarks.reproducibility
     python -m benchmarks.reproducibility --work_dir out/elsewhere --compare out/reproducibility
+    python -m benchmarks.reproducibility --work_dir out/older --processor oldest --compare out/reproducibility
 
 The first steps of the demo's run are trained with each of several environments, and images are generated with each
 result. Instruction sets that are older than those of this processor stand for other processors: ATen's own kernels
 (`ATEN_CPU_CAPABILITY`), those of oneDNN (`ONEDNN_MAX_CPU_ISA`) and of MKL (`MKL_CBWR`). All pairs are compared: the
 losses of the steps, the trained parameters in float32, the concept files, and the images. With `--compare` the same
 environments are also compared with those in the work folder of another machine (about a megabyte, without caches:
-`machine.json` and, of each environment, the logs, the last checkpoint, the concept and the images).
+`machine.json` and, of each environment, the logs, the last checkpoint, the concept and the images). `--processor` gives
+all environments the instruction sets of an older processor, to make such a folder without a second machine.
 """
 
 from __future__ import annotations
@@ -19,9 +21,10 @@ import os
 import shutil
 import subprocess
 import sys
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -40,6 +43,7 @@ ONE_THREAD = {"OMP_NUM_THREADS": "1", "MKL_NUM_THREADS": "1"}
 TWO_THREADS = {"OMP_NUM_THREADS": "2", "MKL_NUM_THREADS": "2"}
 OLDEST = {"ATEN_CPU_CAPABILITY": "default", "ONEDNN_MAX_CPU_ISA": "SSE41", "MKL_CBWR": "COMPATIBLE"}
 AVX2 = {"ATEN_CPU_CAPABILITY": "avx2", "ONEDNN_MAX_CPU_ISA": "AVX2", "MKL_CBWR": "AVX2"}
+PROCESSORS = {"avx2": AVX2, "oldest": OLDEST}
 SETTINGS = sorted({*OLDEST, *TWO_THREADS})
 MACHINE_FILE = "machine.json"
 
@@ -66,6 +70,8 @@ class BenchmarkConfig:
     """Folder of what was trained and generated; it is emptied."""
     compare: str | None = None
     """The work folder of another machine, to compare with."""
+    processor: Literal["avx2", "oldest"] | None = None
+    """Processor whose instruction sets all environments have. Default: this one."""
     note: str = ""
     """What else is to be known."""
     output: str = "benchmarks/results/reproducibility.json"
@@ -137,6 +143,7 @@ def compare(config: BenchmarkConfig, one: Path, two: Path) -> dict[str, Any]:
         "loss_last_step": apart[-1],
         "parameters_equal": bool(torch.equal(flat, other)),
         "parameters_relative": float(max(relative)),
+        "norm_apart": float((other - flat).norm() / flat.norm()),  # what `atomdiff rerun --tolerance` looks at
         "one_minus_cosine": 1 - float(flat @ other / (flat.norm() * other.norm())),
         "concept_file_equal": compare_tensors(*(concept_file(config, folder) for folder in (one, two))).equal,
         "images_equal": bool((images == generated).all()),
@@ -150,32 +157,49 @@ def rounded(found: dict[str, Any]) -> dict[str, Any]:
     return {name: float(f"{value:.3g}") if isinstance(value, float) else value for name, value in found.items()}
 
 
+def place_in(folder: str, environment: str) -> Path:
+    """Return where an environment's files are in a work folder."""
+    return Path(folder) / environment.replace(", ", "-").replace(" ", "-")
+
+
+def find_elsewhere(config: BenchmarkConfig, environments: Sequence[str]) -> dict[str, Path]:
+    """Return the folders of those environments that the work folder of another machine has.
+
+    Raises:
+        UserError: It has none, or is no such folder.
+    """
+    if config.compare is None:
+        return {}
+    places = {name: place_in(config.compare, name) for name in environments}
+    found = {name: place for name, place in places.items() if place.is_dir()}
+    if not found or not (Path(config.compare) / MACHINE_FILE).is_file():
+        expected = f"expected {MACHINE_FILE} and a folder of one of {', '.join(environments)}"
+        raise UserError(f"compare={config.compare!r}: {expected}; copy the work_dir of another machine")
+    return found
+
+
 def main(config: BenchmarkConfig) -> None:
     """Train in all environments, compare, and write the result file."""
-    known, folder = known_environments(), Path(config.work_dir)
+    known = known_environments()
     chosen = config.environments or tuple(known)
     if unknown := [name for name in chosen if name not in known]:
         raise UserError(f"environments={unknown}: expected some of {', '.join(known)}")
-    shutil.rmtree(folder, ignore_errors=True)
-    folders = {name: folder / name.replace(", ", "-").replace(" ", "-") for name in chosen}
-    for name, place in folders.items():
+    variables = {name: known[name] | PROCESSORS.get(config.processor or "", {}) for name in chosen}
+    elsewhere = find_elsewhere(config, chosen)
+    shutil.rmtree(config.work_dir, ignore_errors=True)
+    folders = {name: place_in(config.work_dir, name) for name in chosen}
+    for name, folder in folders.items():
         print(name, flush=True)
-        run(config, place, known[name])
-    write_json(folder / MACHINE_FILE, {"processor": describe_processor(), **versions()})
-    figures = {
-        f"{one} / {two}": rounded(compare(config, folders[one], folders[two]))
-        for one, two in itertools.combinations(chosen, 2)
-    }
-    more: dict[str, Any] = {"environments": {name: known[name] for name in chosen}, "note": config.note}
+        run(config, folder, variables[name])
+    write_json(
+        Path(config.work_dir) / MACHINE_FILE, {"processor": config.processor or describe_processor(), **versions()}
+    )
+    pairs = {f"{one} / {two}": (folders[one], folders[two]) for one, two in itertools.combinations(chosen, 2)}
+    pairs |= {f"{name} / {name}, elsewhere": (folders[name], place) for name, place in elsewhere.items()}
+    figures = {name: rounded(compare(config, *pair)) for name, pair in pairs.items()}
+    more: dict[str, Any] = {"environments": variables, "note": config.note}
     if config.compare is not None:
-        elsewhere = Path(config.compare)
-        more["elsewhere"] = json.loads((elsewhere / MACHINE_FILE).read_text())
-        places = {name: elsewhere / place.name for name, place in folders.items()}
-        figures |= {
-            f"{name} / {name}, elsewhere": rounded(compare(config, folders[name], places[name]))
-            for name in chosen
-            if places[name].is_dir()
-        }
+        more["elsewhere"] = json.loads((Path(config.compare) / MACHINE_FILE).read_text())
     command = command_line("reproducibility", config, ignore=("output", "work_dir", "note", "compare"))
     write_result(config.output, command, figures, machine=describe_processor(), **more)
 

@@ -36,12 +36,13 @@ import torch
 
 from atomdiff.training.base_model import load_base
 from atomdiff.training.config import TrainConfig, load_config
-from atomdiff.training.dreambooth import StartedRun, StepsLog, finish_run, start_run, train_step
+from atomdiff.training.dreambooth import StartedRun, finish_run, start_run, train_step
 from atomdiff.training.joint_denoiser import JointDenoiser
+from atomdiff.training.joint_step import Member
+from atomdiff.training.joint_step import train_step as train_step_together
 from atomdiff.training.launch import start_accelerator
 from atomdiff.training.loop import set_learning_rates
-from atomdiff.training.together import Member
-from atomdiff.training.together import train_step as train_step_together
+from atomdiff.training.steps_log import StepsLog
 from atomdiff.utils.machine import describe_device, describe_processor
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries

@@ -40,7 +40,7 @@ def im2col_is_cheaper(module: nn.Module, updates: Sequence[WeightUpdate], positi
 
 
 def mixed(patches: Tensor, matrix: Tensor) -> Tensor:
-    """(I + S) @ patches for S (..., n, n) and patches (..., n, positions); half precision rounds S, but not I + S."""
+    """(I + S) @ patches for S (..., n, n) and patches (..., n, width); half precision rounds S, but not I + S."""
     matrix = matrix.to(patches.dtype).expand(*patches.shape[:-2], -1, -1)
     every = patches.flatten(0, -3)
     return torch.baddbmm(every, matrix.flatten(0, -3), every).view(patches.shape)
@@ -60,19 +60,20 @@ def convolve(module: nn.Conv2d, weight: Tensor, updates: Sequence[WeightUpdate],
     """
     kernels, channels = separate(updates) or (None, None)
     side = 1 if channels is None else channels.view.block[1]
-    unfolded = windows(module, x)
-    images, height, width = len(x[0]), *unfolded.shape[-2:]
-    patches = rearrange(unfolded, "s g (i q) k l h w -> s q i (k l) (g h w)", q=side)
+    channels_last = rearrange(x, "s g (i q) h w -> (s g) h w (q i)", q=side)  # so that what is unfolded is contiguous
+    unfolded = windows(module, channels_last.permute(0, 3, 1, 2))
+    sizes = {"g": x.shape[1], "h": unfolded.shape[-2]}
+    patches = rearrange(unfolded, "(s g) (q i) k l h w -> s q (g h w) (k l) i", g=sizes["g"], q=side)
     with without_autocast(x):
         if kernels is not None:
             patches = mixed(patches, kernels.matrix[:, None, None])  # matrices (samples, 1, 1, n, n)
+    rows = patches.flatten(3)  # (samples, q, g * h * w, n * in / q)
     if channels is None:
-        columns = rearrange(patches, "s 1 i n (gh w) -> s (i n) gh w", w=width)
-        y = functional.conv2d(columns, weight.reshape(len(weight), -1, 1, 1), module.bias)
-        return rearrange(y, "s o (g h) w -> s g o h w", g=images)
-    y = multiply_per_sample(weight, channels, patches.flatten(2, 3))  # (samples, out, g * h * w)
-    y = rearrange(y, "s o (g h w) -> s g o h w", g=images, h=height)
-    return y if module.bias is None else y + module.bias.to(y.dtype)[:, None, None]
+        y = functional.linear(rows[:, 0], rearrange(weight, "o i k l -> o (k l i)"), module.bias)
+    else:
+        y = multiply_per_sample(weight, channels, rows)
+        y = y if module.bias is None else y + module.bias.to(y.dtype)
+    return rearrange(y, "s (g h w) o -> s g o h w", **sizes)
 
 
 def output_size(module: nn.Conv2d, x: Tensor) -> tuple[int, int]:

@@ -16,7 +16,7 @@ from torch import Tensor
 from atomdiff.atoms.layout import KERNELS, View, as_kernels
 from atomdiff.atoms.update import WeightUpdate
 
-_HALF = (torch.float16, torch.bfloat16)
+HALF = (torch.float16, torch.bfloat16)
 _CPU_PART = 1 << 20  # elements, so that a part of a weight stays in the cache
 _GPU_PART = 1 << 22  # so that what is there in float32 beside a weight stays small
 _WIDEST_BLOCK = 256  # elements of a row up to which one product of whole blocks is cheaper than two of their sides
@@ -63,10 +63,10 @@ def write_adapted(out: Tensor, weight: Tensor, updates: Sequence[WeightUpdate]) 
         for part in parts_of(weight, sums):
             out[part] = adapt_weight_as(weight[part].to(out.dtype), updates_of_part(sums, part), out.dtype)
     elif len(sums) == 1 and _is_spatial(sums[0]) and weight.is_contiguous() and out.is_contiguous():
-        _multiply_rows(kernels, sums[0].matrix, goal)
+        multiply_rows(kernels, row_factor(sums[0].matrix, kernels), goal)
     elif len(sums) == 1 and _is_spatial(sums[0]) and kernels.mT.is_contiguous() and goal.mT.is_contiguous():
         _multiply_columns(kernels.mT, sums[0].matrix.mT, goal.mT)
-    elif weight.dtype in _HALF and (one := as_one_update(sums, kernels.shape[2])) is not None:
+    elif weight.dtype in HALF and (one := as_one_update(sums, kernels.shape[2])) is not None:
         factor = one.matrix.to(weight.dtype)
         for part in parts_of(weight, sums):
             rows = one.view.rows(weight[part])
@@ -102,7 +102,7 @@ def _update_rows(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
     for update in sum_by_view(updates):
         view, source = update.view, update.coefficients
         if changed is weight and _is_spatial(update) and weight.is_contiguous():
-            changed = _multiply_rows(weight, update.matrix)
+            changed = multiply_rows(weight, row_factor(update.matrix, weight))
             continue
         columns = view.columns(changed)
         if source is None:
@@ -114,6 +114,7 @@ def _update_rows(weight: Tensor, updates: Sequence[WeightUpdate]) -> Tensor:
 
 
 def _is_spatial(update: WeightUpdate) -> bool:
+    """Whether it updates kernels one by one, by a matrix of their positions alone."""
     return update.view == KERNELS and update.coefficients is None
 
 
@@ -144,28 +145,33 @@ def as_one_update(updates: Sequence[WeightUpdate], positions: int) -> WeightUpda
     return WeightUpdate(View(channels.view.block), matrix - identity(size, matrix))
 
 
-def _multiply_rows(kernels: Tensor, matrix: Tensor, out: Tensor | None = None) -> Tensor:
-    """X + X @ matrix for contiguous kernels X (out, in/groups, n).
+def row_factor(matrix: Tensor, kernels: Tensor) -> Tensor:
+    """What `multiply_rows` multiplies kernels with to add X @ S, for S (..., n, n): I + S, in half precision S.
 
-    Products of so few columns are slow, so that several kernels make one row: as many as was fastest on a CPU, and on a
-    GPU eight, which aligns rows.
+    Products of n columns are slow, so that several kernels make one row: as many as was fastest on a CPU, and on a GPU
+    eight, which aligns rows.
     """
     at_once = (2 if kernels.dtype == torch.float32 else 1) if kernels.is_cpu else 8
-    fold = math.gcd(at_once, kernels.numel() // len(matrix))
+    fold = math.gcd(at_once, kernels.numel() // matrix.shape[-1])
     factor = torch.kron(identity(fold, matrix), matrix).to(kernels.dtype)
+    return factor if kernels.dtype in HALF else identity(factor.shape[-1], factor) + factor
+
+
+def multiply_rows(kernels: Tensor, factor: Tensor, out: Tensor | None = None) -> Tensor:
+    """X + X @ S for contiguous kernels X (out, in/groups, n) and the `row_factor` of S."""
     rows = kernels.view(-1, len(factor))
     goal = None if out is None else out.view(rows.shape)
-    if kernels.dtype in _HALF:
+    if kernels.dtype in HALF:
         mixed = torch.addmm(rows, rows, factor, out=goal)
     else:
-        mixed = torch.mm(rows, identity(len(factor), factor) + factor, out=goal)
+        mixed = torch.mm(rows, factor, out=goal)
     return mixed.view(kernels.shape)
 
 
 def _multiply_columns(columns: Tensor, matrix: Tensor, out: Tensor) -> None:
     """Write X + matrix @ X for kernels that are columns X (out, n, in/groups)."""
     factor = matrix.to(columns.dtype).expand(len(columns), -1, -1)
-    if columns.dtype in _HALF:
+    if columns.dtype in HALF:
         torch.baddbmm(columns, factor, columns, out=out)
     else:
         torch.bmm(identity(len(matrix), factor) + factor, columns, out=out)

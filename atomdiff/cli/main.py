@@ -3,7 +3,7 @@
 import io
 import sys
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from importlib.metadata import version
 
 from atomdiff.cli.run_program import run_program
@@ -11,6 +11,8 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config, parse_values_with_overrides, parse_with_overrides
 from atomdiff.utils.progress import log
 from atomdiff.utils.quiet import quiet_libraries
+
+_DIFFERENT = 3  # exit status of a repetition with another result
 
 
 def train(args: Sequence[str]) -> None:
@@ -38,7 +40,7 @@ def train(args: Sequence[str]) -> None:
     PartialState().destroy_process_group()
 
 
-def rerun(args: Sequence[str]) -> None:
+def rerun(args: Sequence[str]) -> int:
     """Repeat a training run by its record, and compare the results."""
     from atomdiff.training.config.rerun import RerunConfig
 
@@ -48,8 +50,10 @@ def rerun(args: Sequence[str]) -> None:
 
     from atomdiff.training.rerun import repeat_run
 
-    PartialState().print(repeat_run(config).describe())
+    compared = repeat_run(config)
+    PartialState().print(compared.describe())
     PartialState().destroy_process_group()
+    return 0 if compared.agrees(config.tolerance) else _DIFFERENT
 
 
 def tune(args: Sequence[str]) -> None:
@@ -211,7 +215,7 @@ def doctor(args: Sequence[str]) -> None:
 _TRAINING = (train, rerun, tune, fleet)
 _FILES = (inspect, similar, export, extract, prune, average)
 _VERBS = (*_TRAINING, sample, serve, evaluate, *_FILES, demo, ui, doctor)
-VERBS = {verb.__name__: verb for verb in _VERBS}
+VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {verb.__name__: verb for verb in _VERBS}
 
 
 def main(args: Sequence[str] | None = None) -> int:
@@ -221,8 +225,8 @@ def main(args: Sequence[str] | None = None) -> int:
         args: the command line without the program's name; by default that of this process.
 
     Returns:
-        The exit status: 0; 1 for a bug and 2 for wrong input, each reported in one line; 130 if stopped;
-        141 if the output is no longer read.
+        The exit status: 0; 1 for a bug and 2 for wrong input, each reported in one line; 3 if `rerun` gives another
+        result; 130 if stopped; 141 if the output is no longer read.
     """
     args = sys.argv[1:] if args is None else list(args)
     for stream in (sys.stdout, sys.stderr):  # file names and prompts may hold what the terminal's encoding lacks

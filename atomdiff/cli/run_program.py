@@ -15,8 +15,8 @@ from atomdiff.utils.errors import UserError
 _GRACE_SECONDS = 20.0  # in which a launcher ends the other processes, once one has ended
 
 
-def run_program(name: str, work: Callable[[], None]) -> int:
-    """Do the work of a program called `name`; return its exit status, as `main` says.
+def run_program(name: str, work: Callable[[], int | None]) -> int:
+    """Do the work of a program called `name`; return its exit status, as `main` says: what `work` returns, if it ends.
 
     What goes wrong in one of several processes goes wrong in the others too, or cuts them off; so only one tells of it:
     the first of them if it meets a mistake or is stopped. All else waits, and the launcher ends the processes that wait
@@ -32,7 +32,7 @@ def run_program(name: str, work: Callable[[], None]) -> int:
 
     try:
         try:
-            work()
+            status = work()
         finally:
             sys.stdout.flush()
     except BrokenPipeError:  # whoever reads the output has gone, as head does
@@ -56,7 +56,7 @@ def run_program(name: str, work: Callable[[], None]) -> int:
             time.sleep(_GRACE_SECONDS)
         report(f"{name}: {_describe_bug(error)}")
         return 1
-    return 0
+    return status or 0
 
 
 def _describe_bug(error: Exception) -> str:

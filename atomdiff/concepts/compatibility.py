@@ -146,8 +146,9 @@ def _misfit(concept: ConceptFile, unfit: Mapping[str, str], weights: Mapping[str
     fits = len(concept.layers) - len(unfit)
     way_out = f"; allow_base_mismatch=True loads the {fits} of {len(concept.layers)} layers that fit" if fits else ""
     if missing := [module for module in unfit if module not in weights]:
+        made_for = f", that of {printable(repr(concept.base_model))}" if concept.base_model else ""
         return UserError(
-            f"this base has no {list_some(missing)}: the concept was made for another architecture{way_out}"
+            f"this base has no {list_some(missing)}: the concept was made for another architecture{made_for}{way_out}"
         )
     return UserError(f"the concept does not fit this base: {list_some(list(unfit.values()))}{way_out}")
 

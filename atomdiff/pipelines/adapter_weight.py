@@ -47,7 +47,7 @@ class AdapterWeight:
             raise UserError(f"keep={self.keep!r}: expected a share of the concept, from 0 to 1")
         object.__setattr__(self, "keep", float(self.keep))
         object.__setattr__(self, "weight", float(self.weight))
-        object.__setattr__(self, "blocks", {_path(key): float(value) for key, value in self.blocks.items()})
+        object.__setattr__(self, "blocks", {block_path(key): float(value) for key, value in self.blocks.items()})
 
     @classmethod
     def read(cls, value: Any) -> AdapterWeight:
@@ -116,6 +116,14 @@ class AdapterWeight:
                 raise UserError(f"{name!r} has no layer in {part!r}; it has layers in: {', '.join(blocks) or 'none'}")
 
 
+def block_path(key: str) -> str:
+    """Return a block's path as modules have it: `up_blocks.1` of `up.block_1`, `unet.up_blocks.1` of `unet.up.1`."""
+    names = [re.sub(r"^block_(\d+)$", r"\1", name) for name in key.split(".")]
+    parts = {short: path for base in BASES for short, path in base.block_names.items()}
+    first = 1 if len(names) > 1 and names[1] in parts else 0
+    return ".".join([*names[:first], parts.get(names[first], names[first]), *names[first + 1 :]])
+
+
 def command_line_weights(
     concepts: Sequence[str], weights: Sequence[Any] = (), trigger_words: Sequence[str] = ()
 ) -> list[AdapterWeight]:
@@ -140,14 +148,6 @@ def _reach(module: str, part: str) -> int:
         if f"{module[start:]}.".startswith(f"{part}."):
             return start + len(part)
     return 0
-
-
-def _path(key: str) -> str:
-    """A part's path as modules have it: `up.block_1` and `unet.up.1` are `up_blocks.1` and `unet.up_blocks.1`."""
-    names = [re.sub(r"^block_(\d+)$", r"\1", name) for name in key.split(".")]
-    parts = {short: path for base in BASES for short, path in base.block_names.items()}
-    first = 1 if len(names) > 1 and names[1] in parts else 0
-    return ".".join([*names[:first], parts.get(names[first], names[first]), *names[first + 1 :]])
 
 
 def _flat(blocks: Any, prefix: str = "") -> Iterable[tuple[str, float]]:

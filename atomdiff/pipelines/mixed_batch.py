@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from typing import Any
@@ -27,7 +27,7 @@ Sample = str | Mapping[str, Any] | None
 
 
 @contextmanager
-def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
+def mixed_batch(pipe: Any, samples: Sequence[Sample], *, components: Collection[str] | None = None) -> Iterator[None]:
     """Generate one batch in which every prompt has its own concepts; weights stay as they are.
 
     Call the pipeline with one prompt a sample. Guidance and `num_images_per_prompt` work as ever. Trigger words are the
@@ -39,6 +39,7 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
         pipe: a pipeline with the concepts loaded, of any variant of atoms or adapters of activations; merged or not.
         samples: for each prompt the name of its concept, a mapping name -> adapter weight as `set_active` takes it, or
             None for the bare base.
+        components: names of the models to mix in, such as "unet", where no others are called meanwhile; None: all.
 
     Warns:
         UserWarning: the models were called in other threads only.
@@ -54,21 +55,24 @@ def mixed_batch(pipe: Any, samples: Sequence[Sample]) -> Iterator[None]:
         calls = _Calls()
         with locked(pipe):
             weights = [{} if sample is None else read_adapter_weights(pipe, sample) for sample in samples]
+            parts = pipe.components
             models = pipeline_models(pipe)
+            if components is not None:
+                models = {name: model for name, model in models.items() if name in components}
             _check_models(models, {name for sample in weights for name in sample})
             _check_kept(models, weights)
             kept = kept_directions(pipe, weights)
-            denoiser = find_base(pipe.components).denoiser
-            if denoiser not in models:
+            denoiser = find_base(parts).denoiser
+            if parts.get(denoiser) is None:
                 raise UserError(f"this {type(pipe).__name__} has no {denoiser}, whose batches could be mixed")
-            if (schedule := schedule_of(models[denoiser])) is not None:
+            if denoiser in models and (schedule := schedule_of(models[denoiser])) is not None:
                 schedule.paused.value = True  # it would write weights that no sample has
                 undo.callback(setattr, schedule.paused, "value", None)
             for component, model in models.items():
                 layers, batch = adapter_state.mixable_layers(model), BatchLayout(len(weights))
                 undo.callback(_end, layers)
                 mix = partial(_mix, component, layers, batch, weights, kept)
-                called = pipe.components[component]
+                called = parts[component]
                 mix(0.0 if component == denoiser else None)
                 if component == denoiser:
                     undo.callback(before_calls(called, calls.here(partial(_count_images, batch))))

@@ -49,6 +49,23 @@ def split_tags(prompt: str) -> tuple[str, dict[str, AdapterWeight]]:
     return (" ".join(text.split()) if weights else prompt), weights
 
 
+def set_tag(prompt: str, name: str, value: float | Mapping[str, Any] | None) -> str:
+    """Return a prompt with another weight in the tag of a concept, which is added at the end if there is none.
+
+    Args:
+        prompt: with any number of tags.
+        name: of the concept.
+        value: its adapter weight as JSON has it; None: the tag is removed.
+    """
+    weight = f"{value:g}" if isinstance(value, (int, float)) else json.dumps(value, ensure_ascii=False)
+    tag = f"<atoms:{name}:{weight}>"
+    for found in _TAG.finditer(prompt):
+        if found[1].strip() == name:
+            before, after = prompt[: found.start()], prompt[found.end() :]
+            return f"{before.rstrip()} {after.lstrip()}".strip() if value is None else before + tag + after
+    return prompt if value is None else f"{prompt.rstrip()} {tag}".lstrip()
+
+
 def weight_as_json(weight: AdapterWeight) -> float | dict[str, Any]:
     """Return an adapter weight as JSON has it: a number where that says all, always the same for equal weights."""
     factors: dict[str, Any] = {

@@ -102,15 +102,17 @@ VOCABULARY_OF: WeakKeyDictionary[Any, Vocabulary] = WeakKeyDictionary()
 
 def vocabularies(pipe: Any) -> list[Vocabulary]:
     """What the text encoders and tokenizers of a pipeline know; one vocabulary, unless they came from several."""
-    known = [vars(encoder)[TABLE].vocabulary for _, encoder, _ in text_encoders(pipe) if TABLE in vars(encoder)]
-    known += [VOCABULARY_OF[tokenizer] for _, _, tokenizer in text_encoders(pipe) if tokenizer in VOCABULARY_OF]
+    encoders = list(text_encoders(pipe))
+    known = [vars(encoder)[TABLE].vocabulary for _, encoder, _ in encoders if TABLE in vars(encoder)]
+    known += [VOCABULARY_OF[tokenizer] for _, _, tokenizer in encoders if tokenizer in VOCABULARY_OF]
     return [vocabulary for vocabulary in dict.fromkeys(known) if vocabulary.tokens]
 
 
 def text_encoders(pipe: Any) -> Iterator[tuple[str, Any, Any]]:
     """Name, text encoder and tokenizer, of every text encoder that has a tokenizer."""
-    for name, encoder in pipe.components.items():
-        tokenizer = pipe.components.get(name.replace("text_encoder", "tokenizer"))
+    components = pipe.components  # diffusers looks at a signature each time
+    for name, encoder in components.items():
+        tokenizer = components.get(name.replace("text_encoder", "tokenizer"))
         if name.startswith("text_encoder") and encoder is not None and tokenizer is not None:
             yield name, getattr(encoder, "_orig_mod", encoder), tokenizer
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import re
 from collections import OrderedDict
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from typing import Any
@@ -58,7 +58,12 @@ class AdapterCache:
 
     @contextmanager
     def use(
-        self, requests: Sequence[PromptRequest], *, progress: Sequence[float] | None = None, merge: bool = True
+        self,
+        requests: Sequence[PromptRequest],
+        *,
+        progress: Sequence[float] | None = None,
+        merge: bool = True,
+        components: Collection[str] | None = None,
     ) -> Iterator[None]:
         """Make a `with` block in which the pipeline takes one prompt per request and applies its concepts.
 
@@ -67,6 +72,7 @@ class AdapterCache:
             progress: share of its denoising steps that each sample has done, where these differ; None: weights by step
                 follow the pipeline's scheduler.
             merge: write the concepts into the weights where all requests have the same.
+            components: the models that are called meanwhile, such as "unet"; None: all.
 
         Raises:
             UserError: a concept cannot be loaded, or not with its weight.
@@ -84,7 +90,7 @@ class AdapterCache:
         if not merge or any(sample != samples[0] for sample in samples):
             if self._active != {} and not all(concept.is_atoms for concept in self._loaded):
                 self._set_active({})  # other adapters would act on all samples
-            with mixed_batch(self.pipe, samples):
+            with mixed_batch(self.pipe, samples, components=components):
                 yield
             return
         if samples[0] != self._active:

@@ -151,9 +151,14 @@ def _generate_batch(
     for image, latent, prompt, seed, is_flagged in zip(images, latents, original_prompts, seeds, flagged, strict=True):
         if not is_flagged and not (image.isfinite().all() and image.any()):
             raise UserError(_cause(pipe, f"the image of {prompt!r} with seed {seed}", image, latent))
-        (made,) = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image[None]))
-        checked.append(None if is_flagged else made)
+        checked.append(None if is_flagged else to_pil(image))
     return checked
+
+
+def to_pil(image: Tensor) -> Image.Image:
+    """Return an image (3, h, w) from 0 to 1 as Pillow has it."""
+    made: Image.Image = VaeImageProcessor.numpy_to_pil(VaeImageProcessor.pt_to_numpy(image[None]))[0]
+    return made
 
 
 def _cause(pipe: Any, what: str, image: Tensor, latent: Tensor) -> str:

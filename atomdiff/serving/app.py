@@ -14,9 +14,9 @@ from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
 from atomdiff.serving import concepts_api, openai_api, webui_api
-from atomdiff.serving.config import ServeConfig
-from atomdiff.serving.engine import Engine, EngineClosedError, QueueFullError, RequestTimeoutError
-from atomdiff.serving.errors import NotFoundError, error_body
+from atomdiff.serving.config import EngineConfig
+from atomdiff.serving.engine import Engine
+from atomdiff.serving.errors import EngineClosedError, NotFoundError, QueueFullError, RequestTimeoutError, error_body
 from atomdiff.serving.generation import ClientLeftError
 from atomdiff.serving.metrics import Metrics
 from atomdiff.serving.protection import BodyTooLargeError, Protection
@@ -37,8 +37,14 @@ _STATUS: dict[type[Exception], int] = {
 }
 
 
-def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
-    """Make the application; its documentation at /docs needs no network. It closes the engine when it ends."""
+def make_app(engine: Engine, config: EngineConfig, host: str = "127.0.0.1") -> FastAPI:
+    """Make the application; its documentation at /docs needs no network. It closes the engine when it ends.
+
+    Args:
+        engine: what generates the images.
+        config: what is served.
+        host: the address that is listened on.
+    """
 
     @asynccontextmanager
     async def closing(_: FastAPI) -> AsyncIterator[None]:
@@ -61,7 +67,7 @@ def make_app(engine: Engine, config: ServeConfig) -> FastAPI:
     for kind in (*_STATUS, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     max_bytes = int(config.max_upload_mb * 1e6) + _FORM_BYTES
-    app.add_middleware(Protection, host=config.host, api_key=config.api_key, max_bytes=max_bytes)  # type: ignore[arg-type]
+    app.add_middleware(Protection, host=host, api_key=config.api_key, max_bytes=max_bytes)  # type: ignore[arg-type]
     return app
 
 
@@ -97,6 +103,8 @@ async def _answer_error(http: Request, error: Exception) -> Response:
 def _describe(error: Exception) -> tuple[int, str]:
     """Return the status and the message of an error."""
     if isinstance(error, RequestValidationError):
+        if isinstance(error.body, bytes):
+            return 400, "found a body that is not said to be JSON; send the header 'Content-Type: application/json'"
         return 400, "; ".join(map(_describe_field, error.errors()))
     if isinstance(error, HTTPException):
         return error.status_code, f"{error.detail}; /docs lists what this server answers"

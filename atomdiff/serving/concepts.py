@@ -102,7 +102,7 @@ class ServedConcepts:
                 os.replace(temporary, target)
             else:
                 try:
-                    os.link(temporary, target)  # fails where it exists
+                    _name_new(temporary, target)
                 except FileExistsError as error:
                     raise FileExistsError(exists) from error
         finally:
@@ -125,6 +125,21 @@ class ServedConcepts:
             if source is None:
                 source = self._sources[info] = _keep(library_source(self.library, name))
             return source
+
+
+def _name_new(file: str, target: Path) -> None:
+    """Give a file a name that no file has yet.
+
+    Raises:
+        FileExistsError: there is a file of this name.
+    """
+    try:
+        os.link(file, target)
+    except FileExistsError:
+        raise
+    except OSError:  # as on shared file systems without hard links
+        open(target, "xb").close()
+        os.replace(file, target)
 
 
 def thumbnail(info: ConceptInfo) -> str | None:

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atomdiff.bases.base import PromptEmbeds
 from atomdiff.bases.find import denoiser_of, find_base
+from atomdiff.serving.image_request import ImageRequest
 from atomdiff.serving.schedulers import own_scheduler
 
 
@@ -35,28 +36,19 @@ class Denoising:
         pipe: a pipeline of Stable Diffusion.
         scheduler: whose settings its own scheduler has.
         embeds: conditioning on its prompt; with guidance, on the negative prompt and the prompt.
-        seed: of its noise, drawn on the CPU.
-        num_inference_steps: denoising steps.
-        guidance_scale: scale of classifier-free guidance.
+        request: gives seed, steps and guidance; its noise is drawn on the CPU.
         geometry: its size.
     """
 
     def __init__(
-        self,
-        pipe: Any,
-        scheduler: Any,
-        embeds: PromptEmbeds,
-        seed: int,
-        num_inference_steps: int,
-        guidance_scale: float,
-        geometry: Geometry,
+        self, pipe: Any, scheduler: Any, embeds: PromptEmbeds, request: ImageRequest, geometry: Geometry
     ) -> None:
         denoiser = denoiser_of(pipe)
-        self.embeds, self.guidance_scale, self.geometry = embeds, guidance_scale, geometry
+        self.embeds, self.guidance_scale, self.geometry = embeds, request.guidance_scale, geometry
         self._scheduler = own_scheduler(scheduler)
-        self._scheduler.set_timesteps(num_inference_steps, device=denoiser.device)
+        self._scheduler.set_timesteps(request.num_inference_steps, device=denoiser.device)
         self._index = 0
-        generator = torch.Generator().manual_seed(seed)
+        generator = torch.Generator().manual_seed(request.seed)
         takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters
         self._step_options = {"generator": generator} if takes_generator else {}
         sides = (side // pipe.vae_scale_factor for side in (geometry.height, geometry.width))
@@ -152,11 +144,11 @@ def predict(pipe: Any, rows: Sequence[Denoising]) -> list[Tensor]:
     return list(prediction.split(copies))
 
 
-def decode(pipe: Any, latents: Tensor) -> tuple[Tensor, bool]:
-    """Decode the latents of a finished image (1, c, h, w).
+def decode(pipe: Any, latents: Tensor) -> list[tuple[Tensor, bool]]:
+    """Decode the latents of finished images (images, c, h, w).
 
     Returns:
-        The image (3, h, w) from 0 to 1 in float32, and whether the base's safety checker blacked it out.
+        For each the image (3, h, w) from 0 to 1 in float32, and whether the base's safety checker blacked it out.
     """
     vae = pipe.vae
     if vae.dtype == torch.float16 and vae.config.force_upcast:
@@ -166,10 +158,11 @@ def decode(pipe: Any, latents: Tensor) -> tuple[Tensor, bool]:
     if mean is not None and std is not None:
         shape = (1, -1, 1, 1)
         latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
-    image = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
-    flagged = [False]
+    images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
+    flagged = [False] * len(images)
     if getattr(pipe, "safety_checker", None) is not None:
-        image, flagged = pipe.run_safety_checker(image, image.device, image.dtype)
+        images, flagged = pipe.run_safety_checker(images, images.device, images.dtype)
     if getattr(pipe, "watermark", None) is not None:
-        image = pipe.watermark.apply_watermark(image)
-    return pipe.image_processor.postprocess(image, output_type="pt")[0].float().cpu(), bool(flagged[0])
+        images = pipe.watermark.apply_watermark(images)
+    images = pipe.image_processor.postprocess(images, output_type="pt").float().cpu()
+    return [(image, bool(is_flagged)) for image, is_flagged in zip(images, flagged, strict=True)]

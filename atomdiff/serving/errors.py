@@ -1,4 +1,4 @@
-"""Errors as answers of the server: a status, and JSON that says what was found, what was expected and what to do."""
+"""What can go wrong with a request beside its contents, and errors as answers of the server."""
 
 from __future__ import annotations
 
@@ -7,6 +7,22 @@ from typing import Any
 
 class NotFoundError(Exception):
     """There is nothing of the name that was asked for."""
+
+
+class QueueFullError(Exception):
+    """There are as many requests as the engine takes; `retry_after` seconds later there should be room."""
+
+    def __init__(self, message: str, retry_after: int) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class EngineClosedError(Exception):
+    """The engine takes no more requests, as it is being stopped."""
+
+
+class RequestTimeoutError(Exception):
+    """A request was not done in time."""
 
 
 KINDS = {
@@ -23,6 +39,6 @@ KINDS = {
 
 
 def error_body(status: int, message: str) -> dict[str, Any]:
-    """Return an error in the shape of OpenAI's API."""
+    """Return an error, with a message that says what to do, in the shape of OpenAI's API."""
     kind = KINDS.get(status, "invalid_request_error" if status < 500 else "server_error")
     return {"error": {"message": message, "type": kind, "param": None, "code": status}}

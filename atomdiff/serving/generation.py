@@ -7,13 +7,12 @@ import io
 import time
 from collections.abc import Sequence
 
-import torch
 from fastapi import Request
-from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from starlette.concurrency import run_in_threadpool
 from torch import Tensor
 
+from atomdiff.sampling.generate import to_pil
 from atomdiff.serving.image_request import ImageRequest
 from atomdiff.serving.metrics import Metrics
 
@@ -59,11 +58,10 @@ def _observe(metrics: Metrics, requests: Sequence[ImageRequest], seconds: float)
 
 def _png(image: Tensor, request: ImageRequest) -> bytes:
     """Return an image (3, h, w) from 0 to 1 as a PNG file that says how it was made."""
-    pixels = (image.permute(1, 2, 0) * 255).round().to(torch.uint8).numpy()
     text = PngInfo()
     for name in ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"):
         value = getattr(request, name)
         text.add_itxt(name, "" if value is None else str(value))
     file = io.BytesIO()
-    Image.fromarray(pixels).save(file, "PNG", pnginfo=text)
+    to_pil(image).save(file, "PNG", pnginfo=text)
     return file.getvalue()

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from concurrent.futures import Future
+from concurrent.futures import Future, InvalidStateError
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -47,6 +48,13 @@ class Job:
         if self.denoising is None:
             return 0.0
         return 1.0 if self.denoising.is_finished else self.denoising.progress
+
+    def fail(self, error: Exception) -> bool:
+        """Give an error in place of an image, and return whether the job was not done or withdrawn before."""
+        with suppress(InvalidStateError):
+            self.future.set_exception(error)
+            return True
+        return False
 
     @property
     def company(self) -> tuple[Any, ...]:

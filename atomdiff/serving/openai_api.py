@@ -1,4 +1,4 @@
-"""`POST /v1/images/generations`, in the shape of OpenAI's image API."""
+"""`POST /v1/images/generations` and `GET /v1/models`, in the shape of OpenAI's API."""
 
 from __future__ import annotations
 
@@ -9,27 +9,28 @@ import time
 from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
+from atomdiff.serving.errors import NotFoundError
 from atomdiff.serving.generation import generate_png
 from atomdiff.serving.image_request import ImageRequest
+from atomdiff.serving.request_body import RequestBody
 from atomdiff.utils.errors import UserError
 
 router = APIRouter(tags=["images"])
 MAX_SEED = 2**32 - 1  # of seeds that are drawn: every client can read it as a number
 
 
-class ImageGeneration(BaseModel):
+class ImageGeneration(RequestBody):
     """A request for images; fields of OpenAI's that have no meaning here are passed over."""
-
-    model_config = ConfigDict(extra="ignore", protected_namespaces=())
 
     prompt: str = Field(description="Prompt; `<atoms:NAME:0.8>` applies a concept with weight 0.8")
     n: Annotated[int, Field(ge=1, le=10, description="Images; their seeds count up")] = 1
     size: Annotated[str, Field(description='"512x512", width first; "auto": the base\'s own')] = "auto"
     response_format: Annotated[str, Field(description='"b64_json" only')] = "b64_json"
     output_format: Literal["png"] = "png"
-    seed: Annotated[int | None, Field(ge=0, description="Default: a random one")] = None
+    stream: Annotated[bool, Field(description="false only")] = False
+    seed: Annotated[int, Field(ge=-1, description="-1: a random one")] = -1
     negative_prompt: str | None = None
     steps: Annotated[int, Field(description="Denoising steps")] = 30
     guidance_scale: Annotated[float, Field(description="1 turns guidance off")] = 7.5
@@ -56,8 +57,10 @@ async def generate_images(body: ImageGeneration, http: Request) -> GeneratedImag
     """Generate images from a prompt, with any number of concepts."""
     if body.response_format != "b64_json":
         raise UserError(f"response_format={body.response_format!r}: expected b64_json; no image is kept for a URL")
+    if body.stream:
+        raise UserError("stream=true: expected false; images are sent when they are done")
     width, height = read_size(body.size)
-    first = random.SystemRandom().randint(0, MAX_SEED - body.n) if body.seed is None else body.seed
+    first = first_seed(body.seed, body.n)
     requests = [
         ImageRequest(
             body.prompt,
@@ -78,6 +81,30 @@ async def generate_images(body: ImageGeneration, http: Request) -> GeneratedImag
         for file, request in zip(files, requests, strict=True)
     ]
     return GeneratedImages(created=int(time.time()), data=images)
+
+
+@router.get("/v1/models")
+def list_models(http: Request) -> dict[str, Any]:
+    """List the base model, the only one; requests need not name it."""
+    return {"object": "list", "data": [_describe_model(http)]}
+
+
+@router.get("/v1/models/{name}")
+def show_model(http: Request, name: str) -> dict[str, Any]:
+    """Describe the base model."""
+    model = _describe_model(http)
+    if name != model["id"]:
+        raise NotFoundError(f"there is no model {name!r}; this server has {model['id']!r}")
+    return model
+
+
+def _describe_model(http: Request) -> dict[str, Any]:
+    return {"id": http.app.state.model_name, "object": "model", "created": 0, "owned_by": "atomdiff"}
+
+
+def first_seed(seed: int, count: int) -> int:
+    """Return the seed of the first of some images: the one that was asked for, or for -1 a random one."""
+    return random.SystemRandom().randint(0, MAX_SEED - count) if seed < 0 else seed
 
 
 def read_size(size: str) -> tuple[int | None, int | None]:

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import signal
+from contextlib import suppress
 from importlib.util import find_spec
 
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.open import open_base
-from atomdiff.serving.config import ServeConfig
+from atomdiff.serving.config import EngineConfig, ServeConfig
 from atomdiff.serving.engine import Engine
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.precision import choose_precision, compute_device, log_precision
@@ -25,7 +27,7 @@ def check_packages() -> None:
             raise UserError(f'atomdiff serve: {package} is missing; pip install "atomdiff[serve]"')
 
 
-def open_engine(config: ServeConfig) -> Engine:
+def open_engine(config: EngineConfig) -> Engine:
     """Open the base and start an engine on it, without HTTP.
 
     Raises:
@@ -51,17 +53,17 @@ def serve(config: ServeConfig) -> None:
     """Serve until SIGINT or SIGTERM; requests that are running then are finished, within `shutdown_timeout`.
 
     Raises:
-        UserError: a package, the base or the library cannot be used.
+        UserError: a package, the address, the base or the library cannot be used.
     """
     check_packages()
-    import uvicorn
-
     from atomdiff.serving.app import make_app
+    from atomdiff.serving.http_server import HttpServer, check_address
 
-    uvicorn.run(
-        make_app(open_engine(config), config),
-        host=config.host,
-        port=config.port,
-        timeout_graceful_shutdown=max(int(config.shutdown_timeout), 1),
-        server_header=False,
-    )
+    check_address(config.host, config.port)  # before the base is opened, which takes longer
+    server = HttpServer(make_app(open_engine(config), config, config.host), config)
+    usual = signal.signal(signal.SIGTERM, signal.default_int_handler)  # uvicorn raises signals again, once it has ended
+    try:
+        with suppress(KeyboardInterrupt):
+            server.run()
+    finally:
+        signal.signal(signal.SIGTERM, usual)

@@ -4,15 +4,16 @@ from __future__ import annotations
 
 import base64
 import json
-import random
+from collections.abc import Mapping
 from typing import Annotated, Any
 
 from fastapi import APIRouter, Request
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, Field
 
 from atomdiff.serving.generation import generate_png
 from atomdiff.serving.image_request import ImageRequest
-from atomdiff.serving.openai_api import MAX_SEED
+from atomdiff.serving.openai_api import first_seed
+from atomdiff.serving.request_body import RequestBody
 from atomdiff.serving.schedulers import SCHEDULERS
 from atomdiff.utils.errors import UserError
 
@@ -20,12 +21,11 @@ router = APIRouter(prefix="/sdapi/v1", tags=["WebUI"])
 _MAX_IMAGES = 10
 _BY_WEBUI_NAME = {spec.webui_name.lower(): name for name, spec in SCHEDULERS.items()} | {n: n for n in SCHEDULERS}
 _AUTOMATIC = ("", "automatic")
+_SETTINGS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")  # those that would change images; others are ignored
 
 
-class TextToImage(BaseModel):
+class TextToImage(RequestBody):
     """A request of a client of the WebUI; fields that would change the image in ways unknown here are refused."""
-
-    model_config = ConfigDict(extra="ignore")
 
     prompt: str = ""
     negative_prompt: str = ""
@@ -36,11 +36,14 @@ class TextToImage(BaseModel):
     height: int | None = None
     batch_size: Annotated[int, Field(ge=1, le=_MAX_IMAGES)] = 1
     n_iter: Annotated[int, Field(ge=1, le=_MAX_IMAGES)] = 1
-    sampler_name: str | None = None
-    sampler_index: str | None = None
+    sampler_name: str = ""
+    sampler_index: str = ""
+    scheduler: Annotated[str, Field(description='"Karras" for some samplers')] = ""
+    override_settings: dict[str, Any] = {}
+    send_images: bool = True
     enable_hr: bool = False
     alwayson_scripts: dict[str, Any] = {}
-    script_name: str | None = None
+    script_name: str = ""
 
 
 class TextToImageAnswer(BaseModel):
@@ -57,11 +60,20 @@ async def txt2img(body: TextToImage, http: Request) -> TextToImageAnswer:
     for name in ("enable_hr", "alwayson_scripts", "script_name"):
         if getattr(body, name):
             raise UserError(f"{name}={getattr(body, name)!r}: this server has no such step; leave it out")
+    _check_settings(body.override_settings, http.app.state.model_name)
+    requests = _image_requests(body)
+    files = await generate_png(http, requests)
+    images = [base64.b64encode(file).decode() for file in files] if body.send_images else []
+    info = _describe_images(body, [request.seed for request in requests], http)
+    return TextToImageAnswer(images=images, parameters=body.model_dump(), info=json.dumps(info))
+
+
+def _image_requests(body: TextToImage) -> list[ImageRequest]:
     count = body.batch_size * body.n_iter
     if count > _MAX_IMAGES:
         raise UserError(f"batch_size times n_iter is {count}; expected at most {_MAX_IMAGES}")
-    first = random.SystemRandom().randint(0, MAX_SEED - count) if body.seed < 0 else body.seed
-    requests = [
+    first = first_seed(body.seed, count)
+    return [
         ImageRequest(
             body.prompt,
             negative_prompt=body.negative_prompt or None,
@@ -70,24 +82,42 @@ async def txt2img(body: TextToImage, http: Request) -> TextToImageAnswer:
             guidance_scale=body.cfg_scale,
             height=body.height,
             width=body.width,
-            scheduler=_scheduler(body.sampler_name or body.sampler_index or ""),
+            scheduler=_scheduler(body.sampler_name or body.sampler_index, body.scheduler),
         )
         for number in range(count)
     ]
-    files = await generate_png(http, requests)
-    seeds = [request.seed for request in requests]
-    info = {
+
+
+def _describe_images(body: TextToImage, seeds: list[int], http: Request) -> dict[str, Any]:
+    """Describe images by the names and in the words of the WebUI."""
+    model, (height, width) = http.app.state.model_name, http.app.state.engine.native_size
+    height, width = body.height or height, body.width or width
+    sampler = body.sampler_name or body.sampler_index
+    settings = {
+        "Steps": body.steps,
+        "Sampler": sampler or None,
+        "CFG scale": f"{body.cfg_scale:g}",
+        "Size": f"{width}x{height}",
+        "Model": model,
+    }
+    text = ", ".join(f"{name}: {value}" for name, value in settings.items() if value is not None)
+    negative = f"Negative prompt: {body.negative_prompt}\n" if body.negative_prompt else ""
+    return {
         "prompt": body.prompt,
+        "all_prompts": [body.prompt] * len(seeds),
         "negative_prompt": body.negative_prompt,
-        "seed": first,
+        "all_negative_prompts": [body.negative_prompt] * len(seeds),
+        "seed": seeds[0],
         "all_seeds": seeds,
-        "all_prompts": [body.prompt] * count,
         "steps": body.steps,
         "cfg_scale": body.cfg_scale,
-        "sampler_name": body.sampler_name or body.sampler_index or "",
+        "width": width,
+        "height": height,
+        "batch_size": body.batch_size,
+        "sampler_name": sampler,
+        "sd_model_name": model,
+        "infotexts": [f"{body.prompt}\n{negative}{text}, Seed: {seed}" for seed in seeds],
     }
-    images = [base64.b64encode(file).decode() for file in files]
-    return TextToImageAnswer(images=images, parameters=body.model_dump(), info=json.dumps(info))
 
 
 @router.get("/loras")
@@ -96,6 +126,7 @@ def loras(http: Request) -> list[dict[str, Any]]:
     concepts = http.app.state.engine.concepts
     if concepts is None:
         return []
+    concepts.library.refresh()
     infos = [concepts.library.info(name) for name in concepts.library]
     return [
         {"name": info.name, "alias": info.trigger_phrase or info.name, "path": info.path.name, "metadata": {}}
@@ -110,16 +141,60 @@ def sd_models(http: Request) -> list[dict[str, Any]]:
     return [{"title": name, "model_name": name, "hash": None, "sha256": None, "filename": name, "config": None}]
 
 
+@router.get("/options")
+def options(http: Request) -> dict[str, Any]:
+    """Show the settings that mean something here."""
+    return dict(zip(_SETTINGS, (http.app.state.model_name, 1), strict=True))
+
+
+@router.post("/options")
+def set_options(settings: dict[str, Any], http: Request) -> dict[str, Any]:
+    """Take settings that are as they are; those that mean nothing here are passed over."""
+    _check_settings(settings, http.app.state.model_name)
+    return {}
+
+
+@router.post("/refresh-loras")
+def refresh_loras() -> dict[str, Any]:
+    """Do nothing: new files of the library are found without."""
+    return {}
+
+
 @router.get("/samplers")
 def samplers() -> list[dict[str, Any]]:
     """List the schedulers by the names that the WebUI has for them."""
     return [{"name": spec.webui_name, "aliases": [name], "options": {}} for name, spec in SCHEDULERS.items()]
 
 
-def _scheduler(name: str) -> str | None:
-    if name.lower() in _AUTOMATIC:
+@router.get("/schedulers")
+def noise_schedules() -> list[dict[str, Any]]:
+    """List what the WebUI calls schedulers: the spacing of the noise levels."""
+    return [{"name": name.lower(), "label": name, "aliases": []} for name in ("Automatic", "Karras")]
+
+
+@router.get("/upscalers")
+@router.get("/sd-vae")
+def nothing() -> list[dict[str, Any]]:
+    """List what there is none of here; clients ask for it when they connect."""
+    return []
+
+
+def _check_settings(settings: Mapping[str, Any], model: str) -> None:
+    """Check that settings of the WebUI ask for nothing that is not so."""
+    for name, expected in zip(_SETTINGS, (model, 1), strict=True):
+        if settings.get(name) not in (None, "", expected):
+            raise UserError(f"{name}={settings[name]!r}: this server has {expected!r} only; leave it out")
+
+
+def _scheduler(sampler: str, schedule: str) -> str | None:
+    """Find a scheduler by the WebUI's names: "DPM++ 2M" with "Karras", or "DPM++ 2M Karras" as until version 1.8."""
+    wanted = "" if sampler.lower() in _AUTOMATIC else sampler.lower()
+    if schedule.lower() not in _AUTOMATIC and not wanted.endswith(schedule.lower()):
+        wanted = f"{wanted} {schedule.lower()}"
+    if not wanted:
         return None
-    if (found := _BY_WEBUI_NAME.get(name.lower())) is None:
+    if (found := _BY_WEBUI_NAME.get(wanted)) is None:
         known = ", ".join(spec.webui_name for spec in SCHEDULERS.values())
-        raise UserError(f"sampler_name={name!r}: expected one of {known}, or none for the base's own")
+        asked = f"sampler_name={sampler!r}" + (f", scheduler={schedule!r}" if schedule else "")
+        raise UserError(f"{asked}: expected one of {known}, or none for the base's own")
     return found

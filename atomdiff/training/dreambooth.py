@@ -7,6 +7,7 @@ Inversion", arXiv 2208.01618.
 
 import math
 import time
+from collections.abc import Callable
 from contextlib import closing, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,18 +17,25 @@ import torch
 from accelerate import Accelerator
 from peft import PeftConfig
 
-from atomdiff.training.anomalies import LossSpikes, detecting_anomalies, refuse_unless_finite, warn_of_spike
+from atomdiff.training.anomalies import detecting_anomalies, refuse_unless_finite
 from atomdiff.training.base_model import BasePipeline
 from atomdiff.training.batch_loss import batch_loss
-from atomdiff.training.batches import batches_of, name_images
+from atomdiff.training.batches import batches_of
 from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.training.evaluation import evaluate_result
+from atomdiff.training.intermediate import (
+    GENERATE_FILE,
+    SAVE_FILE,
+    drop_saved_steps,
+    is_save_step,
+    save_step,
+    take_requests,
+)
 from atomdiff.training.launch import start_accelerator, start_trackers
 from atomdiff.training.layer_budget import check_budget, keep_to_budget
-from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
+from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates
 from atomdiff.training.measurements import measure, saved_parameters, start_measuring
 from atomdiff.training.method import read_text_adapter
-from atomdiff.training.optimizers import current_rate
 from atomdiff.training.preflight import check_runs
 from atomdiff.training.push import choose_repository, push_concept
 from atomdiff.training.report.write import report, reporting_divergence
@@ -40,11 +48,11 @@ from atomdiff.training.resume import (
     save_state,
 )
 from atomdiff.training.run import Run, build_run
-from atomdiff.training.run_log import LOG_FILE, RunLog
 from atomdiff.training.run_record import RunRecord, finish_record, start_record
 from atomdiff.training.saving import check_result_path, result_path, save_result
 from atomdiff.training.sharding import check_sharding, gather_weights
 from atomdiff.training.signals import StopSignals
+from atomdiff.training.steps_log import StepsLog
 from atomdiff.training.summary import describe_training
 from atomdiff.training.validation import is_validation_step, validate
 from atomdiff.training.warm_start import check_start, warm_start
@@ -58,9 +66,11 @@ __all__ = ["TrainConfig", "load_config", "train"]
 _FP16_TRIES = 20  # of a step, at half the scale each time: from 2**16 to below one
 
 
-def train(
-    config: TrainConfig, repeated: tuple[Path, RunRecord] | None = None, base: BasePipeline | None = None
-) -> Path:
+DataCheck = Callable[[dict[str, Any]], None]
+"""Takes the keys of what a run learns from (see `fingerprint.py`), and raises a UserError if it should not."""
+
+
+def train(config: TrainConfig, *, base: BasePipeline | None = None, check_data: DataCheck | None = None) -> Path:
     """Train a concept and write it to `config.output_dir`, with checkpoints, logs and a contact sheet.
 
     A config with several subjects stands for several runs, `config.runs()`, unless they make up one file.
@@ -69,15 +79,15 @@ def train(
 
     Args:
         config: The run.
-        repeated: Folder and record of an earlier run, whose images and base must be those of this one.
         base: What `load_base` gives for the run, which stays as it is; by default it is loaded.
+        check_data: Called before the first step, with what the run learns from.
 
     Returns:
         The concept's file; for other methods than atoms the folder of a PEFT adapter or, for full tuning, a pipeline.
 
     Raises:
-        UserError: Something in the config, the folders or the base does not fit, the loss is not finite any more, or
-            the concept cannot be pushed, which is found out before training if it can be.
+        UserError: Something in the config, the folders or the base does not fit, `check_data` raises it, the loss is
+            not finite any more, or the concept cannot be pushed, which is found out before training if it can be.
         KeyboardInterrupt: Ctrl-C or SIGTERM; a checkpoint was saved, and the message says how to go on, or what failed.
     """
     check_runs([config])
@@ -85,7 +95,7 @@ def train(
     with lock_folder(Path(config.output_dir)) if accelerator.is_main_process else nullcontext():
         for folder in (config.cache_folder, Path(config.output_dir) / "validation"):
             remove_leftovers(folder)
-        path = run_training(config, accelerator, repeated, base)
+        path = run_training(config, accelerator, base, check_data)
         if config.evaluate_with:
             accelerator.free_memory()  # of the run, which would lie beside the models that follow
             evaluate_result(config, path, accelerator)
@@ -118,21 +128,21 @@ class StartedRun:
 def run_training(
     config: TrainConfig,
     accelerator: Accelerator,
-    repeated: tuple[Path, RunRecord] | None = None,
     base: BasePipeline | None = None,
+    check_data: DataCheck | None = None,
 ) -> Path:
     """Do what `train` says in a folder that is this run's alone."""
-    started = start_run(config, accelerator, repeated, base)
+    started = start_run(config, accelerator, base, check_data)
     with reporting_divergence(started.run):
-        final_loss = training_loop(started.run, started.snapshot, started.done, started.average_loss)
+        final_loss = training_loop(started)
     return finish_run(started, final_loss)
 
 
 def start_run(
     config: TrainConfig,
     accelerator: Accelerator,
-    repeated: tuple[Path, RunRecord] | None = None,
     base: BasePipeline | None = None,
+    check_data: DataCheck | None = None,
 ) -> StartedRun:
     """Do all that comes before the first step; arguments are those of `train`."""
     adapter = read_adapter(config.adapter)
@@ -144,9 +154,8 @@ def start_run(
     snapshot = config_snapshot(config, accelerator, adapter, text_adapter)
     state = read_state(config, snapshot)
     run = build_run(config, accelerator, adapter, text_adapter, base)
-    if repeated:
-        folder, earlier = repeated
-        earlier.check_data(folder, dict(run.dataset.fingerprint))
+    if check_data is not None:
+        check_data(dict(run.dataset.fingerprint))
     if state:
         load_state(run, state)
         check_start(run, state["checkpoint"])
@@ -186,66 +195,42 @@ def finish_run(started: StartedRun, final_loss: float) -> Path:
     return path
 
 
-def training_loop(run: Run, snapshot: dict[str, Any], done: int, average_loss: float) -> float:
+def training_loop(started: StartedRun) -> float:
     """Train from the first step that is not done to the last, and return the average loss.
 
     Raises:
         UserError: As `train_step`.
         KeyboardInterrupt: Ctrl-C or SIGTERM, after a checkpoint was saved.
     """
+    run, done = started.run, started.done
     config, accelerator = run.config, run.accelerator
     start_measuring(run, done)
+    drop_saved_steps(run, done)
     if done < config.max_train_steps and is_validation_step(config, done, done):
         validate(run, done)
-    steps_log = StepsLog(run, done, average_loss)
+    steps_log = StepsLog(run, done, started.average_loss)
     with closing(steps_log), StopSignals() as stop:
         for step in range(done + 1, config.max_train_steps + 1):
-            started = time.perf_counter()
+            began = time.perf_counter()
             set_learning_rates(run.optimizer, run.lr_factor(step - 1))
             loss = train_step(run, step)
-            steps_log.note(step, loss, time.perf_counter() - started)
+            steps_log.note(step, loss, time.perf_counter() - began)
             measure(run, step)
 
-            stopping = on_any_process(accelerator, stop.requested) and step < config.max_train_steps
-            if stopping or is_checkpoint_step(config, step):
-                save_state(run, step, steps_log.average_loss, snapshot, stopping)
+            asked = take_requests(run)
+            flags = stop.requested, SAVE_FILE in asked, GENERATE_FILE in asked
+            stopping, save, generate = on_any_process(accelerator, *flags)
+            stopping &= step < config.max_train_steps
+            if stopping or save or is_checkpoint_step(config, step):
+                save_state(run, step, steps_log.average_loss, started.snapshot, stopping)
+            if save or is_save_step(config, step):
+                save_step(run, started.adapter, step, steps_log.average_loss)
             if stopping:
                 accelerator.wait_for_everyone()  # or the launcher could end the one that is writing
                 raise KeyboardInterrupt(how_to_go_on(run, step))
-            if step < config.max_train_steps and is_validation_step(config, step, done):
+            if step < config.max_train_steps and (generate or is_validation_step(config, step, done)):
                 validate(run, step)
     return steps_log.average_loss
-
-
-class StepsLog:
-    """What a run notes of its steps: its log, loss spikes and the average loss.
-
-    Args:
-        run: The run.
-        done: Steps done already.
-        average_loss: The average loss after them; NaN without any.
-        show: Show a progress bar.
-    """
-
-    def __init__(self, run: Run, done: int, average_loss: float, *, show: bool = True) -> None:
-        config, file = run.config, Path(run.config.output_dir) / LOG_FILE
-        self.run, self.average_loss, self._spikes = run, average_loss, LossSpikes()
-        steps = done, config.max_train_steps, config.logging_steps
-        self._log = RunLog(run.accelerator, file, *steps, run.samples_per_step, show=show)
-
-    def note(self, step: int, loss: float, seconds: float) -> None:
-        """Note a step's loss and the time that it took; warn of a loss spike."""
-        run = self.run
-        self.average_loss = update_average(self.average_loss, loss)
-        if (ratio := self._spikes.ratio(loss)) and run.accelerator.is_main_process:
-            warn_of_spike(step, loss, ratio, images := name_images(run, batches_of(run, step)))
-            run.loss_spikes.append({"step": step, "loss": loss, "images": images})
-            self._log.note_spike(run.loss_spikes[-1])
-        self._log.step(step, loss, self.average_loss, current_rate(run.optimizer), seconds)
-
-    def close(self) -> None:
-        """Leave the progress bar as it stands."""
-        self._log.close()
 
 
 def is_checkpoint_step(config: TrainConfig, step: int) -> bool:
@@ -314,6 +299,7 @@ def try_step(run: Run, step: int) -> tuple[float, float]:
     return sum(losses) / len(losses), norm
 
 
-def on_any_process(accelerator: Accelerator, flag: bool) -> bool:
-    """Tell whether the flag is set on any process."""
-    return bool(accelerator.gather(torch.tensor([flag], device=accelerator.device)).any())
+def on_any_process(accelerator: Accelerator, *flags: bool) -> list[bool]:
+    """Tell of each flag whether it is set on any process."""
+    gathered = accelerator.gather(torch.tensor([flags], device=accelerator.device))  # (processes, flags)
+    return [bool(flag) for flag in gathered.any(0)]

@@ -6,6 +6,7 @@ import os
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -47,7 +48,7 @@ def repeat_run(config: RerunConfig) -> RunComparison:
             if not Path(subject.instance_data_dir).is_dir():
                 expected = "expected the images of that run: put them back, or name their folder with instance_data_dir"
                 raise UserError(f"{folder}: found no folder {subject.instance_data_dir}; {expected}")
-        train(run, None if config.allow_changes else (folder, record))
+        train(run, check_data=None if config.allow_changes else partial(record.check_data, folder))
     compared = compare_runs(folder, output)
     if PartialState().is_main_process:
         write_json(output / COMPARISON_FILE, compared.to_json())

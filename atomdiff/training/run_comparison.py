@@ -45,7 +45,9 @@ class TensorDifference:
     tensors: int
     """How many tensors there are, in one or both."""
     different: int
-    """How many of them differ, or are in one alone."""
+    """How many of them differ, or are unmatched."""
+    unmatched: int
+    """How many of them are in one alone, or have another shape or type."""
     largest: float
     """The largest absolute difference of two elements."""
     relative: float
@@ -70,6 +72,16 @@ class RunComparison:
     def is_equal(self) -> bool:
         """Whether both have saved the same."""
         return self.result is not None and self.result.equal
+
+    def agrees(self, tolerance: float) -> bool:
+        """Return whether both have saved the same, or tensors that are apart by no more than a share of their norm.
+
+        Args:
+            tolerance: That share. 0: metadata and bytes are the same.
+        """
+        if self.result is None or not tolerance:
+            return self.is_equal
+        return not self.result.unmatched and self.result.relative <= tolerance
 
     def to_json(self) -> dict[str, Any]:
         """Return it as plain JSON values."""
@@ -129,13 +141,13 @@ def compare_tensors(then: Path, now: Path) -> TensorDifference:
     Raises:
         UserError: One cannot be read.
     """
-    equal, count, different, largest, norm, apart = True, 0, 0, 0.0, 0.0, 0.0
+    equal, count, different, unmatched, largest, norm, apart = True, 0, 0, 0, 0.0, 0.0, 0.0
     old_files, new_files = _files(then), _files(now)
     for name in sorted(old_files.keys() | new_files.keys()):
         for old, new in _pairs(old_files.get(name), new_files.get(name)):
             count += 1
             if old is None or new is None or old.shape != new.shape or old.dtype != new.dtype:
-                different += 1
+                unmatched += 1
                 continue
             difference = (new.double() - old.double()).abs()
             different += not torch.equal(old, new)
@@ -143,7 +155,8 @@ def compare_tensors(then: Path, now: Path) -> TensorDifference:
             norm, apart = norm + float(old.double().square().sum()), apart + float(difference.square().sum())
         equal = equal and _metadata(old_files.get(name)) == _metadata(new_files.get(name))
     relative = (apart / norm) ** 0.5 if norm else 0.0
-    return TensorDifference(equal and not different, count, different, largest, relative)
+    different += unmatched
+    return TensorDifference(equal and not different, count, different, unmatched, largest, relative)
 
 
 def changes(then: Mapping[str, Any], now: Mapping[str, Any], prefix: str = "") -> list[str]:

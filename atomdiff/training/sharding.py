@@ -27,6 +27,7 @@ _FSDP = _EITHER | {
     "train_token": False,
     "use_ema": False,
     "validation_steps": 0,
+    "save_steps": 0,
     "validation_loss_steps": 0,
     "preservation": "none",
     "load_in_8bit": False,

@@ -10,67 +10,37 @@ import gc
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, fields
 from pathlib import Path
 
-import torch
-from torch import Tensor, nn
-
-from atomdiff.training.anomalies import DivergedError, refuse_unless_finite
 from atomdiff.training.base_model import BasePipeline, load_base
-from atomdiff.training.batch_loss import TrainingBatch, loss_of, training_batch
-from atomdiff.training.batches import batches_of
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.config.memory import MemoryConfig
-from atomdiff.training.config.train import TrainingBaseConfig
-from atomdiff.training.dreambooth import StartedRun, StepsLog, finish_run, is_checkpoint_step, start_run
+from atomdiff.training.dreambooth import finish_run, is_checkpoint_step, start_run
 from atomdiff.training.evaluation import evaluate_result
+from atomdiff.training.intermediate import (
+    GENERATE_FILE,
+    SAVE_FILE,
+    drop_saved_steps,
+    is_save_step,
+    save_step,
+    take_requests,
+)
 from atomdiff.training.joint_denoiser import JointDenoiser
+from atomdiff.training.joint_step import Member, train_step
 from atomdiff.training.launch import start_accelerator
-from atomdiff.training.layer_budget import keep_to_budget
-from atomdiff.training.loop import clip_gradients, set_learning_rates
 from atomdiff.training.measurements import measure, start_measuring
 from atomdiff.training.preflight import check_runs
 from atomdiff.training.report.write import reporting_divergence
 from atomdiff.training.resume import config_snapshot, save_state
-from atomdiff.training.run import Run
 from atomdiff.training.run_record import finished_result
 from atomdiff.training.signals import StopSignals
+from atomdiff.training.steps_log import StepsLog
+from atomdiff.training.together_checks import check_started, check_together
 from atomdiff.training.validation import is_validation_step, validate
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.atomic import remove_leftovers
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
 from atomdiff.utils.progress import ProgressBar, log
-
-
-@dataclass
-class Member:
-    """A run among those that are trained together."""
-
-    number: int
-    """Its number in the joint denoiser."""
-    started: StartedRun
-    log: StepsLog
-    error: DivergedError | None = None
-    """Why it was stopped."""
-
-    @property
-    def run(self) -> Run:
-        """The run."""
-        return self.started.run
-
-    def trains_in(self, step: int) -> bool:
-        """Tell whether it has this step still to do."""
-        return self.error is None and step > self.started.done
-
-    @contextmanager
-    def stopped_by_error(self) -> Iterator[None]:
-        """Make a `with` block in which numbers that are not finite stop this run, and no other."""
-        try:
-            yield
-        except DivergedError as error:
-            self.error = error
 
 
 def train_subjects(config: TrainConfig) -> dict[str, Path | UserError]:
@@ -107,62 +77,6 @@ def train_subjects(config: TrainConfig) -> dict[str, Path | UserError]:
     return {run.name: results[run.name] for run in runs}
 
 
-def check_together(runs: Sequence[TrainConfig]) -> None:
-    """Check that runs can be trained in one batch.
-
-    Raises:
-        UserError: They cannot; the message says why.
-    """
-    advice = "; or train with subjects_per_batch 1"
-    for name in _ALIKE:
-        if len(values := {str(getattr(run, name)) for run in runs}) > 1:
-            raise UserError(f"{name}={', '.join(sorted(values))}: expected the same for all subjects{advice}")
-    config = runs[0]
-    adapter = read_adapter(config.adapter)
-    method = "full" if adapter is None else str(getattr(adapter.peft_type, "value", adapter.peft_type))
-    if method not in _METHODS:
-        why = "each subject would need a base of its own" if adapter is None else "it was not tried in one batch"
-        raise UserError(f"adapter={config.adapter!r} ({method}): {why}; expected one of {', '.join(_METHODS)}{advice}")
-    for name, value in vars(adapter).items():
-        if "dropout" in name and value:
-            raise UserError(f"adapter={config.adapter!r}, {name}={value!r}: {_RANDOM}; expected 0{advice}")
-    for name, why in _REFUSED.items():
-        if getattr(config, name):
-            raise UserError(f"{name}={getattr(config, name)!r}: {why}; leave it out{advice}")
-
-
-_METHODS = ("ATOMS", "LORA", "LOHA", "LOKR", "OFT", "IA3", "LN_TUNING")
-"""Those whose layers were compared with the same layers alone."""
-_ALIKE = (
-    *(field.name for group in (TrainingBaseConfig, MemoryConfig) for field in fields(group)),
-    *("adapter", "max_train_steps", "gradient_accumulation_steps", "mixed_precision", "preservation"),
-    *("train_text_encoder", "detect_anomaly"),
-)
-_REFUSED = {
-    "train_text_encoder": "each subject would need text encoders of its own",
-    "load_in_8bit": "quantized weights cannot be shared by subjects",
-    "load_in_4bit": "quantized weights cannot be shared by subjects",
-    "detect_anomaly": "it would check what is computed for all subjects",
-}
-_RANDOM = "the random numbers of dropout would not be those of a subject alone"
-
-
-def _check_started(run: Run) -> None:
-    """Check what can be told only of a run that is there.
-
-    Raises:
-        UserError: It cannot be trained in one batch with others.
-    """
-    accelerator, advice = run.accelerator, "train with subjects_per_batch 1"
-    if accelerator.num_processes > 1:
-        raise UserError(f"found {accelerator.num_processes} processes: expected one; or {advice}")
-    if accelerator.scaler is not None:
-        why = "the scale of the losses would be one for all subjects"
-        raise UserError(f"mixed_precision='fp16': {why}; expected bf16 or no; or {advice}")
-    if any(isinstance(module, nn.Dropout) and module.p for module in run.model.denoiser.modules()):
-        raise UserError(f"the base has dropout: {_RANDOM}; {advice}")
-
-
 def _finished(config: TrainConfig) -> Path | None:
     """Return the result of a run that was finished with the same settings before; None if it was not."""
     snapshot = config_snapshot(config, start_accelerator(config), read_adapter(config.adapter), None)
@@ -197,7 +111,7 @@ def train_together(configs: Sequence[TrainConfig], base: BasePipeline) -> dict[s
                 steps_log = StepsLog(started.run, started.done, started.average_loss, show=False)
                 members.append(Member(len(members), started, stack.enter_context(closing(steps_log))))
         if members:
-            _check_started(members[0].run)
+            check_started(members[0].run)
             training_loop(members, JointDenoiser([member.run.model for member in members]))
         for member in members:
             with _noting_errors(results, member.run.config.name):
@@ -237,6 +151,7 @@ def training_loop(members: Sequence[Member], denoiser: JointDenoiser) -> None:
     for member in members:
         run, done = member.run, member.started.done
         start_measuring(run, done)
+        drop_saved_steps(run, done)
         if done < steps and is_validation_step(run.config, done, done):
             validate(run, done)
     first = min(member.started.done for member in members)
@@ -253,23 +168,29 @@ def training_loop(members: Sequence[Member], denoiser: JointDenoiser) -> None:
                     member.log.note(step, losses[member.number], (time.perf_counter() - started) / len(active))
                     measure(member.run, step)
             stopping = stop.requested and step < steps
-            _save_states(active, step, stopping)
+            asked = {member.number: take_requests(member.run) for member in active}
+            _save_states(active, step, stopping, asked)
             bar.update()
             for member in active if step < steps else ():
-                if member.error is None and is_validation_step(member.run.config, step, member.started.done):
+                is_due = is_validation_step(member.run.config, step, member.started.done)
+                if member.error is None and (is_due or GENERATE_FILE in asked[member.number]):
                     validate(member.run, step)
 
 
-def _save_states(members: Sequence[Member], step: int, stopping: bool) -> None:
-    """Save the checkpoints of a step, if it is time.
+def _save_states(members: Sequence[Member], step: int, stopping: bool, asked: Mapping[int, set[str]]) -> None:
+    """Save the checkpoints and concepts of a step, of the members for which it is time or that were asked for it.
 
     Raises:
         KeyboardInterrupt: The training stops, with checkpoints of all that could be written.
     """
     unsaved = []
     for member in members:
-        run = member.run
-        if member.error is None and (stopping or is_checkpoint_step(run.config, step)):
+        run, save = member.run, SAVE_FILE in asked[member.number]
+        if member.error is not None:
+            continue
+        if save or is_save_step(run.config, step):
+            save_step(run, member.started.adapter, step, member.log.average_loss)
+        if stopping or save or is_checkpoint_step(run.config, step):
             try:
                 save_state(run, step, member.log.average_loss, member.started.snapshot, stopping)
             except KeyboardInterrupt as error:
@@ -277,74 +198,6 @@ def _save_states(members: Sequence[Member], step: int, stopping: bool) -> None:
     if stopping:
         how = "resume with the same command and --resume_from_checkpoint latest"
         raise KeyboardInterrupt("; ".join([f"stopped; the checkpoints of step {step} are saved: {how}", *unsaved]))
-
-
-def train_step(members: Sequence[Member], denoiser: JointDenoiser, step: int) -> dict[int, float]:
-    """Train one step of each run; a run with a loss or gradient that is not finite does not move, and has its error.
-
-    Returns:
-        The mean loss of the step's batches, by the number of each of the other runs.
-    """
-    losses: dict[int, list[float]] = {member.number: [] for member in members}
-    for member in members:
-        run = member.run
-        set_learning_rates(run.optimizer, run.lr_factor(step - 1))
-        if step > run.config.token_steps:
-            run.model.freeze_token_embeddings()
-    for number in batches_of(members[0].run, step):
-        batches = [(member, training_batch(member.run, number)) for member in members if member.error is None]
-        for size in {batch.samples.latents.shape[1:] for _, batch in batches}:
-            of_size = [(member, batch) for member, batch in batches if batch.samples.latents.shape[1:] == size]
-            for (member, _), loss in zip(of_size, backward(of_size, denoiser, step, number), strict=True):
-                losses[member.number].append(loss)
-    for member in members:
-        if member.error is None:
-            with member.stopped_by_error():
-                _move(member.run, step)
-        if member.error is not None:
-            member.run.optimizer.zero_grad()
-    return {number: sum(each) / len(each) for number, each in losses.items()}
-
-
-def backward(
-    batches: Sequence[tuple[Member, TrainingBatch]], denoiser: JointDenoiser, step: int, number: int
-) -> list[float]:
-    """Add the gradients of the batches of this number, whose latents have one size; return the loss of each run.
-
-    The gradients of a run come from its own samples alone.
-    """
-    accelerator = batches[0][0].run.accelerator
-    preserved = [(member.number, batch.preserved) for member, batch in batches if batch.preserved is not None]
-    with accelerator.autocast():
-        base = denoiser.predict_base(preserved) if preserved else [None] * len(batches)
-        predictions = denoiser.predict([(member.number, batch.samples) for member, batch in batches])
-    losses: list[float] = []
-    finite: list[Tensor] = []
-    for (member, batch), prediction, of_base in zip(batches, predictions, base, strict=True):
-        loss = loss_of(member.run, number, batch, prediction, of_base)
-        losses.append(float(loss.detach()))
-        with member.stopped_by_error():
-            refuse_unless_finite(member.run, step, "loss", losses[-1], range(number, number + 1))
-            finite.append(loss)
-    if finite:
-        accelerator.backward(torch.stack(finite).sum())
-    return losses
-
-
-def _move(run: Run, step: int) -> None:
-    """Move the parameters of a run by their gradients, which are clipped as they are alone.
-
-    Raises:
-        DivergedError: The gradients are not finite; nothing has moved.
-    """
-    run.model.clear_frozen_gradients()
-    norm = clip_gradients(run.accelerator, run.trainable.values(), run.config.max_grad_norm)
-    refuse_unless_finite(run, step, "gradient's norm", norm, batches_of(run, step))
-    run.optimizer.step()
-    run.optimizer.zero_grad()
-    keep_to_budget(run, step)
-    if run.ema is not None:
-        run.ema.step(run.trainable.values())
 
 
 def describe_results(results: Mapping[str, Path | UserError]) -> str:

@@ -19,6 +19,7 @@ from atomdiff.training.ema import evaluating
 from atomdiff.training.model import TrainingModel
 from atomdiff.training.noise import ForwardDiffusion, NoisyLatents
 from atomdiff.training.objective import sample_losses
+from atomdiff.utils.progress import note_progress
 from atomdiff.utils.seeds import derive_seed
 
 _SAMPLES = {"validation_loss": 16, "training_images_loss": 8}
@@ -147,6 +148,7 @@ def _predict(model: TrainingModel, accelerator: Accelerator, batch: FixedBatch, 
 
     The model itself is called, as several processes do not measure together.
     """
+    note_progress()
     predict: Callable[..., Tensor] = model.predict_base if base else model
     inputs = (each.to(accelerator.device) for each in (batch.noisy.latents, batch.noisy.timesteps))
     with evaluating([model.denoiser, *model.text_encoders.values()]), accelerator.autocast():

@@ -52,9 +52,11 @@ def check_in_memory(model: nn.Module) -> None:
     Raises:
         UserError: diffusers keeps them on disk, together with the layers around.
     """
+    groups = [group for _, module in walk(model) if (group := group_on_disk(module)) is not None]
+    if not groups:
+        return
     holders = {layer.tensors(kind) for layer in atom_layers(model).values() for kind in TENSOR_NAMES}
     tensors = [tensor for holder in holders for tensor in (*holder.parameters(), *holder.buffers())]
-    groups = [group for _, module in walk(model) if (group := group_on_disk(module)) is not None]
     if any(tensor in group.tensor_to_key for group in groups for tensor in tensors):
         raise UserError(
             "concepts that are offloaded to disk in groups of blocks cannot be mixed: "

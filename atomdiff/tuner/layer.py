@@ -116,7 +116,8 @@ class AtomLayer(LayerAdapters):
             directions: adapter -> delta -> directions (d, k) that it acts along, for each sample; where there are none,
                 it acts along all.
         """
-        names = [name for name in self.scaling if any(sample.get(name) for sample in samples)]
+        of_samples = dict.fromkeys(name for sample in samples for name, weight in sample.items() if weight)
+        names = [name for name in of_samples if name in self.scaling]  # it may have many more
         weights = torch.tensor([[sample.get(name, 0.0) for sample in samples] for name in names])  # (names, samples)
         kept = {name: _stack([projections(of_sample.get(name, {})) for of_sample in directions]) for name in names}
         updates = self.weight_updates(dict(zip(names, weights, strict=True)), kept)

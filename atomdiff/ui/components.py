@@ -9,8 +9,6 @@ from typing import Any
 
 import gradio as gr
 
-from atomdiff.utils.errors import UserError
-
 
 def heading(title: str, text: str) -> None:
     """Add the heading of a part, with a line that says what to do."""
@@ -18,7 +16,7 @@ def heading(title: str, text: str) -> None:
 
 
 def showing_errors(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Show errors on the page: the message of a `UserError` or of the operating system, and that others are bugs."""
+    """Show errors on the page: the messages of atomdiff and of the operating system; others are bugs, and called so."""
     if inspect.isgeneratorfunction(function):
 
         @functools.wraps(function)
@@ -41,7 +39,8 @@ def showing_errors(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _shown(error: Exception) -> gr.Error:
-    if isinstance(error, (UserError, OSError)):
+    is_own = type(error).__module__.partition(".")[0] == "atomdiff"  # their messages are for users
+    if is_own or isinstance(error, OSError):
         return gr.Error(str(error), duration=None, print_exception=False)
     found = f"{type(error).__name__}: {error}. This is a bug in atomdiff; its traceback is in the server's terminal"
     return gr.Error(found, duration=None)

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from atomdiff.pipelines.config import BaseModelConfig
-from atomdiff.utils.fields import ExistingPath, Range
+from atomdiff.utils.fields import BatchSize, ExistingPath, Range
 from atomdiff.utils.paths import PathText
 
 
@@ -25,6 +25,8 @@ class UiConfig(BaseModelConfig):
     dtype: Literal["float32", "float16", "bfloat16"] | None = None
     """Precision of the base model for images. Default: bfloat16 where the hardware has instructions for it, else
     float32."""
+    max_batch: BatchSize = 8
+    """Images of the base's own size that are denoised together, of all who look at the page; what bounds the memory."""
     host: str = "127.0.0.1"
     """Address to listen on. The default is this machine alone. The page has no password: whoever reaches it can train
     and delete."""

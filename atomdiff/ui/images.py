@@ -1,100 +1,148 @@
-"""Images of the page: prompts and seeds become files that say how they were made."""
+"""Images of the page: requests to an engine that all visitors share become files that say how they were made."""
 
 from __future__ import annotations
 
+import secrets
 import threading
+import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from concurrent.futures import wait
 from pathlib import Path
-from typing import Any, Protocol
 
-from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.concepts.library_index import ConceptInfo
 from atomdiff.pipelines.open import open_base
-from atomdiff.pipelines.prompt_syntax import split_tags
-from atomdiff.pipelines.scheduler import ScheduleConfig
-from atomdiff.sampling.adapter_cache import AdapterCache
-from atomdiff.sampling.concept_source import ConceptSource, library_source
 from atomdiff.sampling.config import SampleConfig
-from atomdiff.sampling.generate import describe_blacked_out
-from atomdiff.sampling.prompt_requests import PromptRequest, read_requests
-from atomdiff.sampling.sample import generate_samples, image_settings, make_sample
-from atomdiff.sampling.schedulers import choose_schedulers
-from atomdiff.utils.errors import UserError
+from atomdiff.sampling.generate import to_pil
+from atomdiff.sampling.output_files import SampleFile
+from atomdiff.sampling.sample import image_settings
+from atomdiff.serving.concepts import ServedConcepts
+from atomdiff.serving.engine import Engine
+from atomdiff.serving.image_request import ImageRequest
+from atomdiff.serving.job import Job
+from atomdiff.ui.config import UiConfig
 from atomdiff.utils.precision import choose_precision, compute_device
 
-
-@dataclass(frozen=True)
-class ImageRequest:
-    """One image that is asked for."""
-
-    prompt: str
-    """Prompt, with tags such as `<atoms:NAME:0.8>` for concepts of the library."""
-    seed: int = 0
-    """Seed of the noise."""
+_MAX_QUEUE = 512  # images that may wait, of all visitors
+_TIMEOUT = 86400.0  # seconds; on a CPU a large grid takes hours
+_INTERVAL = 0.25  # seconds between looks at what is done
 
 
-class ImageMaker(Protocol):
-    """What makes images: a pipeline, or an engine that others use at the same time."""
-
-    def make(self, requests: Sequence[ImageRequest], config: SampleConfig) -> Iterator[tuple[ImageRequest, Path]]:
-        """Yield each image that was asked for with its PNG, which says how it was made; in any order.
-
-        Args:
-            requests: the images.
-            config: what they have in common: base, steps, guidance, size, negative prompt; and the folder of the files.
-
-        Raises:
-            UserError: a prompt, a concept or the base cannot be used.
-        """
-        ...
-
-
-class PipelineImages:
-    """Makes images with a pipeline of its own, which is opened for the first one; in any thread, one after another.
+class ImageRun:
+    """The images that a visitor has asked for, on their way.
 
     Args:
-        library: where concepts come from.
+        jobs: those of the engine.
+        files: where the image of each is saved.
     """
 
-    def __init__(self, library: ConceptLibrary) -> None:
-        self._library = library
-        self._sources: dict[ConceptInfo, ConceptSource] = {}
-        self._cache: AdapterCache | None = None
-        self._scheduler: Any = None
+    def __init__(self, jobs: Sequence[Job], files: Sequence[SampleFile]) -> None:
+        self._jobs, self._files = jobs, files
+        self.saved: dict[int, Path] = {}
+        """Number of the request -> PNG, of the images that are done."""
+
+    @property
+    def progress(self) -> float:
+        """Share of the denoising steps that are done."""
+        return sum(job.progress for job in self._jobs) / len(self._jobs)
+
+    def watch(self) -> Iterator[None]:
+        """Save images as they are done, and yield after every look, until all are done or withdrawn.
+
+        Images that are not done when the iterator is closed are withdrawn.
+
+        Raises:
+            UserError: an image could not be made; the others are saved.
+            Exception: as the engine gives it, such as `RequestTimeoutError`.
+        """
+        try:
+            is_done = False
+            while not is_done:
+                is_done = all(job.future.done() for job in self._jobs)
+                self._save_finished()
+                yield
+                wait([job.future for job in self._jobs], _INTERVAL)
+        finally:
+            self.cancel()
+        for job in self._jobs:
+            if not job.future.cancelled():
+                job.future.result()  # raises its error
+
+    def cancel(self) -> None:
+        """Withdraw the images that are not done."""
+        for job in self._jobs:
+            job.future.cancel()
+
+    def _save_finished(self) -> None:
+        for number, (job, file) in enumerate(zip(self._jobs, self._files, strict=True)):
+            future = job.future
+            if number not in self.saved and future.done() and not future.cancelled() and future.exception() is None:
+                file.save(to_pil(future.result()))
+                self.saved[number] = file.path
+
+
+class EngineImages:
+    """Makes images with one engine, whose base is opened for the first of them; methods may be called in any thread.
+
+    Args:
+        config: the base and its precision, and where the files go.
+        concepts: those that prompts may name.
+    """
+
+    def __init__(self, config: UiConfig, concepts: ServedConcepts) -> None:
+        self._config, self._concepts = config, concepts
+        self._engine: Engine | None = None
         self._lock = threading.Lock()
 
-    def make(self, requests: Sequence[ImageRequest], config: SampleConfig) -> Iterator[tuple[ImageRequest, Path]]:
-        """Yield each image with its PNG; see `ImageMaker`."""
+    @property
+    def is_open(self) -> bool:
+        """Whether the base is in memory."""
+        return self._engine is not None
+
+    def start(self, requests: Sequence[ImageRequest]) -> ImageRun:
+        """Ask for images, which share the calls of the denoiser with those of others.
+
+        Args:
+            requests: of the same negative prompt, steps, guidance and scheduler.
+
+        Raises:
+            UserError: a prompt, a concept or the base cannot be used; nothing was asked for.
+            QueueFullError: too many images are waiting.
+        """
+        jobs = self._open().submit(requests)
+        folder = Path(self._config.images_folder, f"{time.strftime('%Y-%m-%d_%H%M%S')}-{secrets.token_hex(2)}")
+        settings = image_settings(self._describe(requests[0], folder)) | {"scheduler": requests[0].scheduler or ""}
+        files = [
+            SampleFile(folder, job.request.prompt, job.request.seed, settings | {"concepts": job.prompt.concepts_json})
+            for job in jobs
+        ]
+        return ImageRun(jobs, files)
+
+    def close(self) -> None:
+        """Withdraw what is not done, and stop the engine."""
         with self._lock:
-            read = {prompt: self._read(prompt) for prompt in dict.fromkeys(request.prompt for request in requests)}
-            cache, settings, folder = self._open(config), image_settings(config), Path(config.output_dir)
-            samples = [make_sample(folder, read[each.prompt], each.seed, settings) for each in requests]
-            by_path = {sample.file.path: request for sample, request in zip(samples, requests, strict=True)}
-            asked = ScheduleConfig(config.prediction_type, config.rescale_betas_zero_snr)
-            schedulers = choose_schedulers(self._scheduler, list(read.values()), asked)
-            for file, image in generate_samples(config, cache, samples, schedulers):
-                if image is None:
-                    raise UserError(
-                        f"{describe_blacked_out([(file.prompt, file.seed)])}; change the prompt or the seed"
-                    )
-                file.save(image)
-                yield by_path[file.path], file.path
+            if self._engine is not None:
+                self._engine.close(timeout=0)
 
-    def _open(self, config: SampleConfig) -> AdapterCache:
-        if self._cache is None:
-            device = compute_device()
-            pipe = open_base(config, choose_precision(config.dtype, device, field="dtype").dtype).to(device)
-            self._cache, self._scheduler = AdapterCache(pipe), pipe.scheduler
-        return self._cache
+    def _open(self) -> Engine:
+        with self._lock:
+            if self._engine is None:
+                device = compute_device()
+                dtype = choose_precision(self._config.dtype, device, field="dtype").dtype
+                self._engine = Engine(
+                    open_base(self._config, dtype).to(device),
+                    self._concepts,
+                    max_batch=self._config.max_batch,
+                    max_queue=_MAX_QUEUE,
+                    timeout=_TIMEOUT,
+                )
+            return self._engine
 
-    def _read(self, prompt: str) -> PromptRequest:
-        concepts = [(self._source(name), weight) for name, weight in split_tags(prompt)[1].items()]
-        return read_requests([prompt], concepts)[0]
-
-    def _source(self, name: str) -> ConceptSource:
-        """Return the source of a concept; always the same one while its file stays, so that it stays loaded."""
-        info = self._library.info(name)
-        if info not in self._sources:
-            self._sources[info] = library_source(self._library, name)
-        return self._sources[info]
+    def _describe(self, request: ImageRequest, folder: Path) -> SampleConfig:
+        """Return the config of a sampling job whose images are made in the same way."""
+        return SampleConfig(
+            **self._config.base_options,
+            dtype=self._config.dtype,
+            output_dir=str(folder),
+            negative_prompt=request.negative_prompt,
+            num_inference_steps=request.num_inference_steps,
+            guidance_scale=request.guidance_scale,
+        )

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import binascii
 import colorsys
+import filecmp
 import io
 import re
 import shutil
@@ -20,6 +21,7 @@ from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.concepts.library_index import ConceptInfo, normalize_name
 from atomdiff.concepts.model_card import summarize_file
+from atomdiff.concepts.push import push_to_hub
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import printable, read_safetensors_header
 
@@ -104,14 +106,16 @@ def describe(info: ConceptInfo) -> dict[str, Any]:
 
 
 def add(library: ConceptLibrary, file: Path, preview: Path | None) -> str:
-    """Copy a concept file into the library, with an image beside it; a number is added to a name that is taken.
+    """Copy a concept file into the library, with an image beside it; one that is there already is not copied again.
 
     Returns:
-        The name.
+        The name: that of the file, with a number if another concept has it.
     """
     stem = name = file.name.removesuffix(CONCEPT_SUFFIX)
     number = 1
     while (target := _file(library, name)).exists():
+        if filecmp.cmp(file, target, shallow=False):
+            return name
         number += 1
         name = f"{stem}-{number}"
     if preview is not None:
@@ -163,6 +167,35 @@ def delete(library: ConceptLibrary, name: str) -> Path:
     _move({file: folder / file.name for file in (path, _preview(path))})
     library.refresh()
     return folder / path.name
+
+
+def push(library: ConceptLibrary, name: str, repo_id: str, *, token: str, license: str, private: bool) -> str:
+    """Push a concept to the Hub, with the image beside its file.
+
+    Args:
+        library: where it is.
+        name: of the concept.
+        repo_id: "user/repo", or "repo" for one of your own; empty: the concept's name.
+        token: access token, which is kept nowhere; empty: the one logged in with.
+        license: the Hub's name of a license; empty: none.
+        private: create a new repository as private.
+
+    Returns:
+        The address of the repository.
+
+    Raises:
+        UserError: as `push_to_hub`, or there is no such concept.
+    """
+    info = library.info(name)
+    preview = _preview(info.path)
+    return push_to_hub(
+        info.path,
+        repo_id.strip() or name.rpartition("/")[2],
+        token=token.strip() or None,
+        license=license.strip() or None,
+        private=private,
+        images={preview: ""} if preview.is_file() else {},
+    )
 
 
 def _move(places: Mapping[Path, Path]) -> None:

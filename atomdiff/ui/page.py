@@ -42,6 +42,7 @@ def serve_page(config: UiConfig) -> None:
             page.block_thread()
         finally:
             workspace.jobs.close()
+            workspace.images.close()
 
 
 def build_page(workspace: Workspace) -> gr.Blocks:

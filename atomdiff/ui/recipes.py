@@ -47,6 +47,7 @@ def starting_options(config: UiConfig) -> str:
     steps = int(options.get("max_train_steps", TrainConfig.max_train_steps))
     shown = {
         "validation_steps": max(steps // 6, 1),
+        "save_steps": max(steps // 6, 1),
         "checkpointing_steps": max(steps // 4, 1),
         "checkpoints_total_limit": 2,
         "report_to": None,

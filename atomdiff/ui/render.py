@@ -7,7 +7,7 @@ from html import escape
 from typing import Any
 
 from atomdiff.training.config import TrainConfig
-from atomdiff.ui.jobs import Job, Status
+from atomdiff.ui.job import Job, Status
 from atomdiff.ui.progress import RunProgress, seconds_left
 from atomdiff.ui.recipes import samples_per_step
 
@@ -25,8 +25,8 @@ _ADVICE: dict[Status, str] = {
 }
 
 
-def status_card(job: Job, progress: RunProgress) -> str:
-    """Return the state of a job: a bar, steps, time left, and what it said last."""
+def status_card(job: Job, progress: RunProgress, hand_over_error: str = "") -> str:
+    """Return the state of a job: a bar, steps, time left, and what it said last, or why it is not in the library."""
     status, said = job.outcome
     steps = int(job.options.get("max_train_steps", TrainConfig.max_train_steps))
     share = 1.0 if status == "finished" else min(progress.step / steps, 1.0)
@@ -39,13 +39,19 @@ def status_card(job: Job, progress: RunProgress) -> str:
     if progress.log and status == "running" and not said.startswith("warning"):
         said = ""  # the phase before
     note = _ADVICE.get(status) or said
+    if hand_over_error:
+        note = f"{job.result} is not in the library yet, and is tried again: {hand_over_error}"
     return (
         f'<div class="card status-{status}"><div class="headline"><b>{escape(job.name)}</b>'
         f'<span class="badge">{_SAID[status]}</span></div>'
-        f'<div class="bar"><div style="width:{100 * share:.1f}%"></div></div>'
-        f'<div class="facts">{escape(" · ".join(facts))}</div>'
+        f'{bar(share)}<div class="facts">{escape(" · ".join(facts))}</div>'
         f'<div class="note">{escape(note)}</div></div>'
     )
+
+
+def bar(share: float) -> str:
+    """Return a bar that is full at 1."""
+    return f'<div class="bar"><div style="width:{100 * share:.1f}%"></div></div>'
 
 
 def describe_seconds(seconds: float) -> str:

@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import gradio as gr
 
+from atomdiff.training.intermediate import GENERATE_FILE, SAVE_FILE
 from atomdiff.ui import render
 from atomdiff.ui.components import heading, showing_errors
-from atomdiff.ui.jobs import Job
+from atomdiff.ui.job import Job
 from atomdiff.ui.photos import Photo, look_at_photo
 from atomdiff.ui.progress import read_progress
 from atomdiff.ui.recipes import (
@@ -28,123 +31,198 @@ from atomdiff.utils.errors import UserError
 
 _REFRESH = 2.0  # seconds between looks at a run
 _NO_JOB = '<div class="card empty">No training yet. Drop a few photos and press Start.</div>'
+_ASKED = {
+    GENERATE_FILE: "Images follow after the next step.",
+    SAVE_FILE: "A checkpoint and a concept follow after the next step; compare it under Try.",
+}
+
+
+@dataclass(frozen=True)
+class _Form:
+    """What a visitor sets."""
+
+    photos: gr.State
+    dropped: gr.File
+    cards: gr.Column
+    words: list[Any]
+    """Class name, trigger word, preset and further options."""
+    start: gr.Button
+
+
+@dataclass(frozen=True)
+class _JobView:
+    """What is shown of a job."""
+
+    seen: gr.State
+    """What the right side shows now."""
+    chosen: gr.Dropdown
+    status: gr.HTML
+    generate: gr.Button
+    save: gr.Button
+    stop: gr.Button
+    resume: gr.Button
+    images: gr.Gallery
+    curve: gr.HTML
+    report: gr.HTML
+    command_box: gr.Accordion
+    command: gr.Code
+
+    @property
+    def components(self) -> list[Any]:
+        """All, in the order of `_view`."""
+        return list(vars(self).values())
 
 
 def train_tab(workspace: Workspace, page: gr.Blocks) -> None:
     """Build the tab."""
-    advanced_text = starting_options(workspace.config)
-    photos = gr.State([])
     with gr.Row(equal_height=False):
         with gr.Column(scale=5, min_width=320):
-            heading("1. Photos", "Three to ten of one subject, from different sides, in different places.")
-            dropped = gr.File(
-                file_count="multiple",
-                file_types=["image"],
-                label="Drop photos here",
-                height=140,
-                interactive=True,
-                elem_id="photos",
-            )
-            cards = gr.Column()
-            heading("2. Words", "What it is, and a rare word that will stand for yours.")
-            with gr.Row():
-                class_name = gr.Textbox(
-                    "", label="Class", placeholder="mug, dog, robot ...", interactive=True, elem_id="class-name"
-                )
-                trigger_word = gr.Textbox("sks", label="Trigger word", interactive=True, elem_id="trigger-word")
-            heading("3. Size", "How much is trained.")
-            preset = gr.Radio(
-                [(f"{name}: {text}", name) for name, text in PRESET_HELP.items()],
-                value="default",
-                show_label=False,
-                interactive=True,
-                elem_id="preset",
-            )
-            with gr.Accordion("Advanced: all options as YAML", open=False):
-                advanced = gr.Code(
-                    advanced_text, language="yaml", show_label=False, interactive=True, max_lines=24, elem_id="advanced"
-                )
-            start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+            form = _build_form(workspace)
         with gr.Column(scale=6, min_width=320):
-            chosen = gr.Dropdown([], label="Training", interactive=True, elem_id="jobs")
-            status = gr.HTML(_NO_JOB, elem_id="status")
-            with gr.Row():
-                stop = gr.Button("Stop", interactive=False, elem_id="stop")
-                resume = gr.Button("Resume", interactive=False, elem_id="resume")
-            images = gr.Gallery(
-                show_label=False,
-                columns=4,
-                fit_columns=False,
-                height="auto",
-                object_fit="contain",
-                format="png",
-                interactive=False,
-                visible=False,
-                buttons=["download", "fullscreen"],
-                elem_id="run-images",
-            )
-            curve = gr.HTML()
-            report = gr.HTML(elem_id="report")
-            with gr.Accordion("The same on the command line", open=False, visible=False) as command_box:
-                command = gr.Code(language="shell", show_label=False, interactive=False, buttons=["copy"])
-
-    seen = gr.State()
-    view = [seen, chosen, status, stop, resume, images, curve, report, command_box, command]
+            view = _build_view()
 
     def look(name: str | None, last: Any) -> list[Any]:
         return _view(workspace, name, last)
 
+    _take_photos(workspace, form)
+    _show_photos(workspace, form, view, look)
+    _control_jobs(workspace, view, look)
+    page.load(lambda: look(None, None), None, view.components, show_progress="hidden")
+    gr.Timer(_REFRESH).tick(look, [view.chosen, view.seen], view.components, show_progress="hidden")
+
+
+def _build_form(workspace: Workspace) -> _Form:
+    heading("1. Photos", "Three to ten of one subject, from different sides, in different places.")
+    dropped = gr.File(
+        file_count="multiple",
+        file_types=["image"],
+        label="Drop photos here",
+        height=140,
+        interactive=True,
+        elem_id="photos",
+    )
+    cards = gr.Column()
+    heading("2. Words", "What it is, and a rare word that will stand for yours.")
+    with gr.Row():
+        class_name = gr.Textbox(
+            "", label="Class", placeholder="mug, dog, robot ...", interactive=True, elem_id="class-name"
+        )
+        trigger_word = gr.Textbox("sks", label="Trigger word", interactive=True, elem_id="trigger-word")
+    heading("3. Size", "How much is trained.")
+    preset = gr.Radio(
+        [(f"{name}: {text}", name) for name, text in PRESET_HELP.items()],
+        value="default",
+        show_label=False,
+        interactive=True,
+        elem_id="preset",
+    )
+    with gr.Accordion("Advanced: all options as YAML", open=False):
+        advanced = gr.Code(
+            starting_options(workspace.config),
+            language="yaml",
+            show_label=False,
+            interactive=True,
+            max_lines=24,
+            elem_id="advanced",
+        )
+    start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
+    return _Form(gr.State([]), dropped, cards, [class_name, trigger_word, preset, advanced], start)
+
+
+def _build_view() -> _JobView:
+    chosen = gr.Dropdown([], label="Training", interactive=True, elem_id="jobs")
+    status = gr.HTML(_NO_JOB, elem_id="status")
+    with gr.Row(elem_classes="buttons"):
+        generate, save, stop, resume = (
+            gr.Button(text, interactive=False, size="md", min_width=90, elem_id=text.lower().replace(" ", "-"))
+            for text in ("Generate now", "Save now", "Stop", "Resume")
+        )
+    images = gr.Gallery(
+        show_label=False,
+        columns=4,
+        fit_columns=False,
+        height="auto",
+        object_fit="contain",
+        format="png",
+        interactive=False,
+        visible=False,
+        buttons=["download", "fullscreen"],
+        elem_id="run-images",
+    )
+    curve = gr.HTML()
+    report = gr.HTML(elem_id="report")
+    with gr.Accordion("The same on the command line", open=False, visible=False) as command_box:
+        command = gr.Code(language="shell", show_label=False, interactive=False, buttons=["copy"])
+    return _JobView(
+        gr.State(), chosen, status, generate, save, stop, resume, images, curve, report, command_box, command
+    )
+
+
+def _take_photos(workspace: Workspace, form: _Form) -> None:
     @showing_errors
     def add_photos(files: Sequence[str] | None, known: list[Photo]) -> tuple[list[Photo], None]:
         side = native_side(workspace.config.pretrained_model_name_or_path)
         names = {photo.file for photo in known}
         return known + [look_at_photo(Path(file), side) for file in files or () if Path(file) not in names], None
 
-    dropped.upload(add_photos, [dropped, photos], [photos, dropped])
+    form.dropped.upload(add_photos, [form.dropped, form.photos], [form.photos, form.dropped])
 
-    with cards:
 
-        @gr.render(inputs=[photos])
-        def show_photos(known: list[Photo]) -> None:
-            captions = []
-            for photo in known:
-                with gr.Row(equal_height=False, elem_classes="photo"):
-                    if photo.thumbnail is not None:
-                        gr.Image(
-                            photo.thumbnail,
-                            show_label=False,
-                            interactive=False,
-                            buttons=[],
-                            height=72,
-                            scale=1,
-                            min_width=72,
-                        )
-                    with gr.Column(scale=4, min_width=160):
-                        caption = gr.Textbox(
-                            "",
-                            label="Caption (optional)",
-                            info=photo.note or None,
-                            lines=1,
-                            interactive=True,
-                            visible=photo.can_be_used,
-                            key=f"caption-{photo.file}",
-                        )
-                        if photo.can_be_used:
-                            captions.append(caption)
-                        else:
-                            gr.Markdown(f"**{photo.file.name}** {photo.note}", elem_classes="note")
-                    remove = gr.Button("Remove", size="sm", scale=0, min_width=80)
-                    remove.click(lambda now, file=photo.file: [p for p in now if p.file != file], [photos], [photos])
+def _show_photos(
+    workspace: Workspace, form: _Form, view: _JobView, look: Callable[[str | None, Any], list[Any]]
+) -> None:
+    """Show the photos with their captions; and let the button start a training with those that can be used."""
+    with form.cards:
+
+        @gr.render(inputs=[form.photos])
+        def show(known: list[Photo]) -> None:
+            captions = [_show_photo(photo, form.photos) for photo in known]
             usable = [photo.file for photo in known if photo.can_be_used]
+            captions = [caption for caption, photo in zip(captions, known, strict=True) if photo.can_be_used]
 
             @showing_errors
             def start_training(class_name: str, trigger_word: str, preset: str, advanced: str, *texts: str) -> Any:
-                job = _add_job(
-                    workspace, list(zip(usable, texts, strict=True)), class_name, trigger_word, preset, advanced
-                )
-                return look(job.name, None)
+                images = list(zip(usable, texts, strict=True))
+                return look(_add_job(workspace, images, class_name, trigger_word, preset, advanced).name, None)
 
-            start.click(start_training, [class_name, trigger_word, preset, advanced, *captions], view)
+            form.start.click(start_training, [*form.words, *captions], view.components)
+
+
+def _show_photo(photo: Photo, photos: gr.State) -> gr.Textbox:
+    """Show a photo, and return the field of its caption."""
+    with gr.Row(equal_height=False, elem_classes="photo"):
+        if photo.thumbnail is not None:
+            gr.Image(
+                photo.thumbnail,
+                show_label=False,
+                interactive=False,
+                buttons=[],
+                height=72,
+                scale=1,
+                min_width=72,
+            )
+        with gr.Column(scale=4, min_width=160):
+            caption = gr.Textbox(
+                "",
+                label="Caption (optional)",
+                info=photo.note or None,
+                lines=1,
+                interactive=True,
+                visible=photo.can_be_used,
+                key=f"caption-{photo.file}",
+            )
+            if not photo.can_be_used:
+                gr.Markdown(f"**{photo.file.name}** {photo.note}", elem_classes="note")
+        remove = gr.Button("Remove", size="sm", scale=0, min_width=80)
+        remove.click(lambda now: [each for each in now if each.file != photo.file], [photos], [photos])
+    return caption
+
+
+def _control_jobs(workspace: Workspace, view: _JobView, look: Callable[[str | None, Any], list[Any]]) -> None:
+    @showing_errors
+    def ask(request: str, name: str) -> None:
+        workspace.jobs.ask(workspace.jobs.job(name), request)
+        gr.Info(_ASKED[request])
 
     @showing_errors
     def stop_job(name: str) -> list[Any]:
@@ -156,11 +234,11 @@ def train_tab(workspace: Workspace, page: gr.Blocks) -> None:
         workspace.jobs.resume(workspace.jobs.job(name))
         return look(name, None)
 
-    stop.click(stop_job, [chosen], view)
-    resume.click(resume_job, [chosen], view)
-    chosen.input(lambda name: look(name, None), [chosen], view, show_progress="hidden")
-    page.load(lambda: look(None, None), None, view, show_progress="hidden")
-    gr.Timer(_REFRESH).tick(look, [chosen, seen], view, show_progress="hidden")
+    view.generate.click(partial(ask, GENERATE_FILE), [view.chosen], None)
+    view.save.click(partial(ask, SAVE_FILE), [view.chosen], None)
+    view.stop.click(stop_job, [view.chosen], view.components)
+    view.resume.click(resume_job, [view.chosen], view.components)
+    view.chosen.input(lambda name: look(name, None), [view.chosen], view.components, show_progress="hidden")
 
 
 def _add_job(
@@ -183,19 +261,21 @@ def _view(workspace: Workspace, name: str | None, last: Any) -> list[Any]:
     jobs = workspace.jobs.jobs()
     job = next((job for job in jobs if job.name == name), jobs[0] if jobs else None)
     if job is None:
-        return [None, gr.update(choices=[], value=None), _NO_JOB, *[gr.skip()] * 7]
+        return [None, gr.update(choices=[], value=None), _NO_JOB, *[gr.skip()] * 9]
     progress, statuses = read_progress(job.run_folder), {each: each.status for each in jobs}
-    status = statuses[job]
+    status, error = statuses[job], workspace.jobs.hand_over_error(job)
     now = [job.name, [*statuses.values()], progress.step, len(progress.measurements), len(progress.images)]
-    now += [progress.report is not None, job.last_line]
+    now += [progress.report is not None, job.last_line, error]
     if now == last:
-        return [gr.skip()] * 10
+        return [gr.skip()] * 12
     choices = [(f"{each.name} · {statuses[each]} · {_date(each)}", each.name) for each in jobs]
     shown = [(str(file), f"step {step}") for step, file in progress.images]
     return [
         now,
         gr.update(choices=choices, value=job.name),
-        render.status_card(job, progress),
+        render.status_card(job, progress, error),
+        gr.update(interactive=status == "running"),
+        gr.update(interactive=status == "running"),
         gr.update(interactive=status in ("queued", "running")),
         gr.update(interactive=status in ("stopped", "failed")),
         gr.update(value=shown, visible=bool(shown)),

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -10,10 +9,11 @@ from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.training.contact_sheet import list_row_files
 from atomdiff.ui import library
 from atomdiff.ui.config import UiConfig
-from atomdiff.ui.images import ImageMaker, PipelineImages
-from atomdiff.ui.jobs import Job, JobQueue
+from atomdiff.ui.images import EngineImages
+from atomdiff.ui.job import Job
+from atomdiff.ui.jobs import JobQueue
+from atomdiff.ui.page_concepts import PageConcepts
 from atomdiff.utils.atomic import writing
-from atomdiff.utils.errors import UserError
 
 
 @dataclass(frozen=True)
@@ -23,7 +23,7 @@ class Workspace:
     config: UiConfig
     library: ConceptLibrary
     jobs: JobQueue
-    images: ImageMaker
+    images: EngineImages
 
 
 def open_workspace(config: UiConfig) -> Workspace:
@@ -37,16 +37,18 @@ def open_workspace(config: UiConfig) -> Workspace:
             folder.mkdir(parents=True, exist_ok=True)
     concepts = ConceptLibrary(config.library)
     jobs = JobQueue(config.jobs_folder, lambda job: add_result(concepts, job))
-    return Workspace(config, concepts, jobs, PipelineImages(concepts))
+    return Workspace(config, concepts, jobs, EngineImages(config, PageConcepts(concepts, jobs)))
 
 
 def add_result(concepts: ConceptLibrary, job: Job) -> None:
-    """Add the concept file of a finished job to the library, with its last validation image."""
+    """Add the concept file of a finished job to the library, with its last validation image.
+
+    Raises:
+        OSError: the file cannot be read, or the library cannot be written to.
+        UserError: the library cannot be read.
+    """
     result = job.result
     if result is None or not result.is_file():  # another method's folder
         return
     images = list_row_files(job.run_folder)
-    try:
-        library.add(concepts, result, images[-1][1] if images else None)
-    except (UserError, OSError) as error:
-        warnings.warn(f"{result} could not be added to the library: {error}", stacklevel=1)
+    library.add(concepts, result, images[-1][1] if images else None)

@@ -155,5 +155,5 @@ def _replaced(value: Any, weight: Any, other: Tensor) -> Any:
 
 
 def without_autocast(tensor: Tensor) -> Any:
-    """Within, no autocast on a tensor's device; the meta device knows none."""
-    return nullcontext() if tensor.is_meta else torch.autocast(tensor.device.type, enabled=False)
+    """Within, no autocast on a tensor's device."""
+    return torch.autocast(tensor.device.type, enabled=False) if is_autocast(tensor) else nullcontext()

@@ -1,14 +1,37 @@
 """What programs show of phases that take long: a bar on a terminal, one line in a log."""
 
 import sys
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from tqdm import tqdm
 
+_listeners: list[Callable[[], None]] = []
+
+
+@contextmanager
+def calling_on_progress(listener: Callable[[], None]) -> Iterator[None]:
+    """Make a `with` block in which a function is called whenever a phase is named, or something in one was counted.
+
+    It is called by the thread that makes progress, also where nothing is shown.
+    """
+    _listeners.append(listener)
+    try:
+        yield
+    finally:
+        _listeners.remove(listener)
+
+
+def note_progress() -> None:
+    """Say that something was done, in a phase that counts nothing."""
+    for listener in _listeners:
+        listener()
+
 
 def log(phase: str) -> None:
     """Name a phase whose progress cannot be counted, such as loading."""
+    note_progress()
     tqdm.write(phase, file=sys.stderr)  # beside a bar that stands there
     sys.stderr.flush()
 
@@ -41,3 +64,14 @@ class ProgressBar(tqdm):  # type: ignore[misc]
             done = f", {options['initial']} of them done" if options.get("initial") else ""
             log(desc if count is None else f"{desc}: {count} {unit}{done}")
         super().__init__(iterable, desc, total, unit=f" {unit}", disable=disable or not terminal, **options)
+
+    def __iter__(self) -> Iterator[Any]:
+        for each in super().__iter__():
+            note_progress()
+            yield each
+
+    def update(self, n: float | None = 1) -> bool | None:
+        """Count `n` more; return whether the bar was drawn anew."""
+        note_progress()
+        drawn: bool | None = super().update(n)
+        return drawn

@@ -17,14 +17,26 @@ _ROW_STEP, _COLUMN_STEP = 64, 512  # on a GPU, matrices padded to multiples of t
 
 
 def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
-    """Matrices (k, m, n), m <= n, with singular values near 1: Newton-Schulz iterations of degree five."""
+    """Matrices (k, m, n), m <= n, with singular values near 1: Newton-Schulz iterations of degree five.
+
+    In float32 they run on the products (k, m, m) of the matrices with their transposes, which is two to three times
+    faster; bfloat16 has too few digits for that.
+    """
     a, b, c = _COEFFICIENTS
     x = matrices.to(torch.bfloat16 if has_instructions("bf16", matrices.device) else torch.float32)
     x = x / (x.norm(dim=(1, 2), keepdim=True) + 1e-7)
-    for _ in range(steps):
-        square = x @ x.mT
-        x = a * x + (b * square + c * square @ square) @ x
-    return x
+    if x.dtype == torch.bfloat16:
+        for _ in range(steps):
+            square = x @ x.mT
+            x = a * x + (b * square + c * square @ square) @ x
+        return x
+    square = x @ x.mT
+    factor = polynomial = eye = torch.eye(x.shape[1], device=x.device)
+    for step in range(steps):
+        square = polynomial @ square @ polynomial if step else square
+        polynomial = a * eye + b * square + c * square @ square
+        factor = polynomial @ factor if step else polynomial
+    return factor @ x
 
 
 def _bucket(rows: int, columns: int, padded: bool) -> tuple[int, int]:

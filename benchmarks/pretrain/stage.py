@@ -142,12 +142,74 @@ class Average:
             parameter.copy_(copy)
 
 
+class Steps:
+    """Training steps with Muon and AdamW.
+
+    All that a step reads besides a batch are tensors, which `prepare` fills: it can be replayed as a CUDA graph.
+    """
+
+    def __init__(self, stage: Stage, model: nn.Module, average: Average | None) -> None:
+        self.stage, self.model, self.average = stage, model, average
+        self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
+        self.optimizers = make_optimizers(model, stage.learning_rate, stage.weight_decay)
+        self.total = torch.zeros((), device=self.parameters[0].device)
+
+    @property
+    def parts(self) -> dict[str, Stateful]:
+        """What a checkpoint keeps."""
+        parts: dict[str, Stateful] = {
+            "model": self.model,
+            **({} if self.average is None else {"average": self.average}),
+        }
+        return parts | {f"optimizer_{index}": optimizer for index, optimizer in enumerate(self.optimizers)}
+
+    def prepare(self, progress: float) -> None:
+        """Set the learning rates, and how much the averages take in, for the next step."""
+        rate = self.stage.learning_rate * max(rate_at(progress, self.stage.warmup), 1e-3)
+        for group in (group for optimizer in self.optimizers for group in optimizer.param_groups):
+            group["lr"] = group["lr"].to(self.total.device)  # after a checkpoint
+            group["lr"].fill_(rate)
+        if self.average is not None:
+            self.average.at(self.stage.steps + 1)
+
+    def take(self, loss_of: Callable[[], Tensor]) -> None:
+        """Move the parameters once, and add the loss to `total`."""
+        self.clear_gradients()
+        loss = loss_of()
+        loss.backward()
+        nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
+        for optimizer in self.optimizers:
+            optimizer.step()
+        if self.average is not None:
+            self.average.update()
+        self.total.add_(loss.detach())
+
+    def note_losses(self, progress: float) -> None:
+        """Note the mean loss of the last steps in the stage.
+
+        Raises:
+            FloatingPointError: it is not finite.
+        """
+        stage = self.stage
+        stage.losses.append(round(self.total.item() / _REPORT_STEPS, 5))
+        self.total.zero_()
+        if not math.isfinite(stage.losses[-1]):
+            raise FloatingPointError(f"{stage.name}: the loss is {stage.losses[-1]} after {stage.steps} steps")
+        if len(stage.losses) % 10 == 1:
+            print(f"{stage.name}: {progress:.2f} step {stage.steps} loss {stage.losses[-1]:.4f}", flush=True)
+
+    def clear_gradients(self) -> None:
+        """Forget the gradients."""
+        for optimizer in self.optimizers:
+            optimizer.zero_grad()
+
+
 def run_stage(
     stage: Stage,
     model: nn.Module,
     phases: Sequence[Phase],
     average: Average | None = None,
-    after_step: Callable[[], None] | None = None,
+    after_step: Callable[[], None] = lambda: None,
     checkpoints: Checkpoints | None = None,
 ) -> None:
     """Train `model` with Muon and AdamW until the stage is over.
@@ -163,58 +225,29 @@ def run_stage(
     Raises:
         FloatingPointError: a loss is not finite.
     """
-    parameters = [p for p in model.parameters() if p.requires_grad]
-    optimizers = make_optimizers(model, stage.learning_rate, stage.weight_decay)
+    steps = Steps(stage, model, average)
+    checkpoints = checkpoints or Checkpoints(Path())
     model.train()
-    parts: dict[str, Stateful] = {"model": model, **({} if average is None else {"average": average})}
-    parts |= {f"optimizer_{index}": optimizer for index, optimizer in enumerate(optimizers)}
-    elapsed = kept = 0.0 if checkpoints is None else checkpoints.load(stage, parts)
+    elapsed = kept = checkpoints.load(stage, steps.parts)
     begin, progress = time.perf_counter() - elapsed, stage.progress(elapsed)
-    total = torch.zeros((), device=parameters[0].device)
-    groups = [group for optimizer in optimizers for group in optimizer.param_groups]
-    for group in groups:
-        group["lr"] = group["lr"].to(total.device)  # after a checkpoint
-
-    def step(loss_of: Callable[[], Tensor]) -> None:
-        for optimizer in optimizers:
-            optimizer.zero_grad()
-        loss = loss_of()
-        loss.backward()
-        nn.utils.clip_grad_norm_(parameters, 1.0, foreach=True)
-        for optimizer in optimizers:
-            optimizer.step()
-        if average is not None:
-            average.update()
-        total.add_(loss.detach())
-
-    current, run = -1, partial(step, phases[0].loss_of)
+    current, run = -1, partial(steps.take, phases[0].loss_of)
     while progress < 1.0 or stage.steps < 2:
-        for group in groups:
-            group["lr"].fill_(stage.learning_rate * max(rate_at(progress, stage.warmup), 1e-3))
-        if average is not None:
-            average.at(stage.steps + 1)
+        steps.prepare(progress)
         wanted = next((i for i, phase in enumerate(phases) if progress < phase.until), len(phases) - 1)
         if wanted != current:
-            current, run = wanted, partial(step, phases[wanted].loss_of)
+            current, run = wanted, partial(steps.take, phases[wanted].loss_of)
             run = captured(run) if phases[wanted].captured else run
-            total.zero_()  # of the steps before the capture
+            steps.total.zero_()  # of the steps before the capture
         run()
         stage.steps += 1
-        if after_step is not None:
-            after_step()
+        after_step()
         if stage.steps % _REPORT_STEPS == 0:
-            stage.losses.append(round(total.item() / _REPORT_STEPS, 5))
-            total.zero_()
-            if not math.isfinite(stage.losses[-1]):
-                raise FloatingPointError(f"{stage.name}: the loss is {stage.losses[-1]} after {stage.steps} steps")
-            if len(stage.losses) % 10 == 1:
-                print(f"{stage.name}: {progress:.2f} step {stage.steps} loss {stage.losses[-1]:.4f}", flush=True)
+            steps.note_losses(progress)
         elapsed = time.perf_counter() - begin
         progress = stage.progress(elapsed)
-        if checkpoints is not None and checkpoints.seconds and (elapsed - kept > checkpoints.seconds or progress >= 1):
-            checkpoints.save(stage, parts, elapsed)
+        if checkpoints.seconds and (elapsed - kept > checkpoints.seconds or progress >= 1):
+            checkpoints.save(stage, steps.parts, elapsed)
             kept = elapsed
-    for optimizer in optimizers:
-        optimizer.zero_grad()
+    steps.clear_gradients()
     model.eval()
     print(f"{stage.name}: {stage.steps} steps in {time.perf_counter() - begin:.0f} s", flush=True)

@@ -17,15 +17,18 @@ from atomdiff.concepts.weight_updates import weight_updates
 
 @dataclass(frozen=True)
 class LayerOfConcept:
-    """What one concept has for one weight."""
+    """What one concept has for one weight, but for its tensors."""
 
     settings: AtomSettings
     module: str
     """Path of the layer in diffusers' model, such as `conv_in`."""
-    tensors: Mapping[str, Tensor]
-    """By kind, as in the file."""
+    kinds: tuple[str, ...]
+    """Kinds of its tensors, as in the file."""
     weight: float
     """Adapter weight."""
+
+
+LayerWithTensors = tuple[LayerOfConcept, Sequence[Tensor]]
 
 
 class AtomsAdapter(WeightAdapterBase):  # type: ignore[misc]
@@ -36,10 +39,14 @@ class AtomsAdapter(WeightAdapterBase):  # type: ignore[misc]
 
     name = "atoms"
 
-    def __init__(self, layers: Sequence[LayerOfConcept]) -> None:
-        self.layers = tuple(layers)
-        self.weights = [tensor for layer in layers for tensor in layer.tensors.values()]
-        self.loaded_keys: set[str] = set()
+    def __init__(self, loaded_keys: set[str], weights: Sequence[LayerWithTensors]) -> None:
+        """Take arguments as ComfyUI's adapters do: it makes copies whose tensors are on another device.
+
+        Args:
+            loaded_keys: of no use here.
+            weights: what each concept has for the weight, in lists and tuples, which ComfyUI looks into.
+        """
+        self.loaded_keys, self.weights = loaded_keys, weights
 
     def calculate_weight(
         self,
@@ -56,13 +63,19 @@ class AtomsAdapter(WeightAdapterBase):  # type: ignore[misc]
         wide = weight.to(torch.promote_types(weight.dtype, torch.float32))
         updates = [
             update
-            for layer in self.layers
-            for update in weight_updates(layer.settings, layer.module, layer.tensors, wide, strength * layer.weight)
+            for layer, tensors in self.weights
+            for update in weight_updates(
+                layer.settings,
+                layer.module,
+                dict(zip(layer.kinds, tensors, strict=True)),
+                wide,
+                strength * layer.weight,
+            )
         ]
         return adapt_weight(wide, updates).to(weight.dtype)
 
 
-def add_atoms(patcher: Any, layers: Mapping[str, LayerOfConcept]) -> None:
+def add_atoms(patcher: Any, layers: Mapping[str, LayerWithTensors]) -> None:
     """Add the layers of a concept to a model, by the keys of their weights.
 
     Atoms are a change of the base, so they come before LoRAs and other patches, whatever the order of nodes, and
@@ -70,12 +83,16 @@ def add_atoms(patcher: Any, layers: Mapping[str, LayerOfConcept]) -> None:
 
     Args:
         patcher: a clone of ComfyUI's `ModelPatcher`, whose patches nobody else has.
-        layers: weight's key -> layer.
+        layers: weight's key -> layer and its tensors.
     """
     for key, layer in layers.items():
         before = [entry for entry in patcher.patches.get(key, []) if isinstance(entry[1], AtomsAdapter)]
-        earlier = [replace(each, weight=entry[0] * each.weight) for entry in before for each in entry[1].layers]
-        patcher.add_patches({key: AtomsAdapter([*earlier, layer])})
+        earlier = [
+            (replace(each, weight=entry[0] * each.weight), tensors)
+            for entry in before
+            for each, tensors in entry[1].weights
+        ]
+        patcher.add_patches({key: AtomsAdapter(set(), [*earlier, layer])})
         others = [entry for entry in patcher.patches[key] if not isinstance(entry[1], AtomsAdapter)]
         merges = [number for number, entry in enumerate(others, start=1) if _is_merge(entry)]
         others.insert(max(merges, default=0), patcher.patches[key][-1])

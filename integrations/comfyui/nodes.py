@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from typing import Any
 
@@ -14,7 +15,7 @@ from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
 from atomdiff.pipelines.token_names import group_placeholder_tokens, rename_tokens
 from atomdiff.utils.errors import UserError
 
-from .adapter import LayerOfConcept, add_atoms
+from .adapter import LayerOfConcept, LayerWithTensors, add_atoms
 from .base import base_weight, text_encoder_keys, text_encoder_names, unet_keys
 from .files import add_folder, concept_names, concept_path, trigger_phrase
 from .trigger_words import add_trigger_words
@@ -35,13 +36,27 @@ def _file() -> tuple[list[str], dict[str, Any]]:
     return concept_names(), {"tooltip": "A concept file, from models/atoms or models/loras."}
 
 
-def _state(file: str) -> tuple[int, int]:
-    """Return what changes with the contents of a concept file."""
-    status = os.stat(concept_path(file))
-    return status.st_mtime_ns, status.st_size
+class _OfFile:
+    """What both nodes tell ComfyUI about their concept file, whose name is None where another node gives it."""
+
+    @classmethod
+    def VALIDATE_INPUTS(cls, file: str | None) -> bool | str:  # noqa: N802, as ComfyUI calls it
+        """Return True, or why the file cannot be loaded; ComfyUI asks before it runs anything."""
+        try:
+            return file is None or bool(concept_path(file))
+        except UserError as error:
+            return str(error)
+
+    @classmethod
+    def IS_CHANGED(cls, file: str | None, **inputs: Any) -> Any:  # noqa: N802
+        """Return what changes with the contents of the file, for ComfyUI to load it again; NaN: always."""
+        if file is None:
+            return math.nan
+        status = os.stat(concept_path(file))
+        return status.st_mtime_ns, status.st_size
 
 
-class LoadAtoms:
+class LoadAtoms(_OfFile):
     """Put a concept into a model and its text encoder."""
 
     CATEGORY = "loaders"
@@ -50,8 +65,8 @@ class LoadAtoms:
     RETURN_TYPES = ("MODEL", "CLIP")
 
     @classmethod
-    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802, as ComfyUI calls it
-        """Return the inputs, as ComfyUI asks for them."""
+    def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
+        """Return the inputs."""
         return {
             "required": {
                 "model": ("MODEL",),
@@ -70,11 +85,6 @@ class LoadAtoms:
                 ),
             },
         }
-
-    @classmethod
-    def IS_CHANGED(cls, file: str, **inputs: Any) -> tuple[int, int]:  # noqa: N802
-        """Return what tells ComfyUI to load a file again."""
-        return _state(file)
 
     def load(
         self,
@@ -115,7 +125,7 @@ class LoadAtoms:
         return model, clip
 
 
-class AtomsTriggerWord:
+class AtomsTriggerWord(_OfFile):
     """What to write in a prompt to get a concept."""
 
     CATEGORY = "loaders"
@@ -125,13 +135,8 @@ class AtomsTriggerWord:
 
     @classmethod
     def INPUT_TYPES(cls) -> dict[str, Any]:  # noqa: N802
-        """Return the inputs, as ComfyUI asks for them."""
+        """Return the inputs."""
         return {"required": {"file": _file()}, "optional": {"trigger_word": _WORD}}
-
-    @classmethod
-    def IS_CHANGED(cls, file: str, **inputs: Any) -> tuple[int, int]:  # noqa: N802
-        """Return what tells ComfyUI to read a file again."""
-        return _state(file)
 
     def read(self, file: str, trigger_word: str = "") -> tuple[str]:
         """Return the phrase; empty if the concept has none.
@@ -143,13 +148,14 @@ class AtomsTriggerWord:
         return (trigger_phrase(concept, rename_tokens(concept.tokens, trigger_word.strip() or None)),)
 
 
-def _layers(concept: ConceptFile, keys: dict[str, str], weight: float) -> dict[str, LayerOfConcept]:
+def _layers(concept: ConceptFile, keys: dict[str, str], weight: float) -> dict[str, LayerWithTensors]:
     """Return the layers of a concept by the keys of their weights, of those that `keys` has."""
-    return {
-        keys[layer]: LayerOfConcept(concept.config, layer.partition(".")[2], tensors, weight)
-        for layer, tensors in concept.layers.items()
-        if layer in keys
-    }
+    found: dict[str, LayerWithTensors] = {}
+    for layer, tensors in concept.layers.items():
+        if layer in keys:
+            described = LayerOfConcept(concept.config, layer.partition(".")[2], tuple(tensors), weight)
+            found[keys[layer]] = described, tuple(tensors.values())
+    return found
 
 
 def _words(

@@ -32,11 +32,12 @@ class TriggerWords:
         return super().tokenize_with_weights("".join(pieces), *args, **kwargs)  # type: ignore[misc]
 
     def _try_get_embedding(self, embedding_name: str, *args: Any, **kwargs: Any) -> Any:
-        """As ComfyUI's: the embeddings of a name, and the text behind it."""
-        name, *rest = embedding_name.split()
+        """As ComfyUI's: the embeddings of a name, in newer versions the name, and the text behind it."""
+        found = super()._try_get_embedding(embedding_name, *args, **kwargs)  # type: ignore[misc]
+        name = embedding_name.split()[0]
         if not name.startswith(_MARK):
-            return super()._try_get_embedding(embedding_name, *args, **kwargs)  # type: ignore[misc]
-        return list(self.trigger_words.values())[int(name.removeprefix(_MARK))], " ".join(rest)
+            return found
+        return list(self.trigger_words.values())[int(name.removeprefix(_MARK))], *found[1:]
 
 
 def add_trigger_words(tokenizer: Any, words: Mapping[str, Mapping[str, Tensor]]) -> Any:

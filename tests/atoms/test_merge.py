@@ -8,7 +8,7 @@ from einops import rearrange
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from atomdiff.atoms.batched import adapt_weight_per_sample, multiply_per_sample
+from atomdiff.atoms.batched import adapt_in_turn, adapt_weight_per_sample, can_adapt_in_turn, multiply_per_sample
 from atomdiff.atoms.layout import View
 from atomdiff.atoms.merge import adapt_weight, write_adapted
 from atomdiff.atoms.update import WeightUpdate, updated_weight
@@ -188,6 +188,14 @@ def test_samples_of_a_batch_get_what_each_would_get_alone(kind, dtype, layout):
         torch.testing.assert_close(adapted.double(), alone, rtol=2 * torch.finfo(dtype).eps, atol=1e-5)
     if len(updates) == 1:
         assert torch.equal(weights[0], weight) and not torch.equal(weights[1], weights[3])
+    assert not can_adapt_in_turn(weight, per_sample)  # gradients are on
+    with torch.no_grad():
+        in_turn = can_adapt_in_turn(weight, per_sample)
+        of_channels = ("channel", "separable") if dtype not in (torch.float16, torch.bfloat16) else ()
+        assert in_turn == (kind in ("spatial", "two spatial", *of_channels) and weight.is_contiguous())
+        if in_turn:
+            ours = torch.stack([adapted.clone() for adapted in adapt_in_turn(weight, per_sample)])
+            assert (ours - weights).double().norm() < 2 * torch.finfo(dtype).eps * weights.double().norm()
 
 
 @pytest.mark.parametrize("block", [(4, 4), (4, 1), (2, 3)])
@@ -201,11 +209,11 @@ def test_products_per_sample_are_those_of_the_equation(block, dtype, graded, mon
     of_samples = [WeightUpdate(view, matrix.double()) for matrix in update.matrix]
     weights = torch.stack([updated_weight(weight.double(), [each]) for each in of_samples])
     expected = weights.flatten(2) @ columns.double()
-    gathered = rearrange(columns, "r (i q n) w -> r q (i n) w", q=block[1], n=3)
+    rows = rearrange(columns, "r (i q n) w -> r q w (n i)", q=block[1], n=3)
     for numbers in (1, 2000, 1 << 20):
         monkeypatch.setattr("atomdiff.atoms.batched._PART_BYTES", numbers)
         with torch.set_grad_enabled(graded):
-            product = multiply_per_sample(weight, update, gathered)
+            product = multiply_per_sample(weight, update, rows).mT
         assert product.dtype == dtype
         error = {torch.float64: 1e-12, torch.float32: 1e-5}.get(dtype, 0.01)
         assert (product.double() - expected).norm() < error * expected.norm()

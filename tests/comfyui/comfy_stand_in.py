@@ -97,10 +97,18 @@ def calculate_weight(entries, weight, key):
             ((base, convert), *others) = value
             value = ("diff", (calculate_weight(others, convert(base.detach().float().clone()), key),))
         if isinstance(value, WeightAdapterBase):
+            value = type(value)(value.loaded_keys, copied(value.weights))
             weight = value.calculate_weight(weight, key, strength, strength_model, offset, function)
         else:
             weight = weight + strength * value[1][0]
     return weight
+
+
+def copied(value):
+    """As ComfyUI copies what an adapter has to the device of a weight: tensors in lists and tuples, which stay such."""
+    if isinstance(value, list | tuple):
+        return type(value)(copied(each) for each in value)
+    return value.clone() if isinstance(value, torch.Tensor) else value
 
 
 class SDTokenizer:
@@ -108,7 +116,8 @@ class SDTokenizer:
         self.tokenizer, self.embedding_directory = tokenizer, embedding_directory
 
     def _try_get_embedding(self, embedding_name):
-        return None, " ".join(embedding_name.split()[1:])
+        name, *leftover = embedding_name.split()
+        return None, name, " ".join(leftover)
 
     def tokenize_with_weights(self, text, return_word_ids=False, **kwargs):
         tokens = [(self.tokenizer.bos_token_id, 1.0)]
@@ -121,7 +130,7 @@ class SDTokenizer:
             plain, *named = re.split(r"(?:^| |\n)embedding:", part)
             tokens += self._plain(plain, weight)
             for name in named if self.embedding_directory is not None else []:
-                rows, leftover = self._try_get_embedding(name)
+                rows, _, leftover = self._try_get_embedding(name)
                 tokens += [(row, weight) for row in (() if rows is None else rows)]
                 tokens += self._plain(leftover, weight)
         return [tokens + [(self.tokenizer.eos_token_id, 1.0)] * (LENGTH - len(tokens))]

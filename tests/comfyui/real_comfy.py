@@ -30,6 +30,36 @@ def install(folder):
     return []
 
 
+def unet_config(unet):
+    """A UNet's settings, as ComfyUI has them."""
+    config = unet.config
+    is_xl = config.addition_embed_type == "text_time"
+    depths = config.transformer_layers_per_block
+    depths = [depths] * len(config.block_out_channels) if isinstance(depths, int) else depths
+    kinds = [
+        int(kind.startswith("CrossAttn")) * depth for kind, depth in zip(config.down_block_types, depths, strict=True)
+    ]
+    each = config.layers_per_block
+    return {
+        "image_size": 32,
+        "in_channels": config.in_channels,
+        "out_channels": config.out_channels,
+        "model_channels": config.block_out_channels[0],
+        "channel_mult": [channels // config.block_out_channels[0] for channels in config.block_out_channels],
+        "num_res_blocks": [each] * len(kinds),
+        "transformer_depth": [depth for depth in kinds for _ in range(each)],
+        "transformer_depth_output": [depth for depth in kinds for _ in range(each + 1)],
+        "transformer_depth_middle": depths[-1],
+        "context_dim": config.cross_attention_dim,
+        "use_spatial_transformer": True,
+        "use_linear_in_transformer": config.use_linear_projection,
+        "legacy": False,
+        "use_temporal_attention": False,
+        "num_classes": "sequential" if is_xl else None,
+        "adm_in_channels": config.projection_class_embeddings_input_dim if is_xl else None,
+    }
+
+
 def make_model(pipe):
     """As a checkpoint loader's MODEL, with the weights of a pipeline's UNet."""
     import comfy.model_base
@@ -37,34 +67,9 @@ def make_model(pipe):
     import comfy.supported_models
     import comfy.utils
 
-    unet = pipe.unet.config
-    is_xl = unet.addition_embed_type == "text_time"
-    depths = unet.transformer_layers_per_block
-    depths = [depths] * len(unet.block_out_channels) if isinstance(depths, int) else depths
-    kinds = [
-        int(kind.startswith("CrossAttn")) * depth for kind, depth in zip(unet.down_block_types, depths, strict=True)
-    ]
-    each = unet.layers_per_block
-    config = {
-        "image_size": 32,
-        "in_channels": unet.in_channels,
-        "out_channels": unet.out_channels,
-        "model_channels": unet.block_out_channels[0],
-        "channel_mult": [channels // unet.block_out_channels[0] for channels in unet.block_out_channels],
-        "num_res_blocks": [each] * len(kinds),
-        "transformer_depth": [depth for depth in kinds for _ in range(each)],
-        "transformer_depth_output": [depth for depth in kinds for _ in range(each + 1)],
-        "transformer_depth_middle": depths[-1],
-        "context_dim": unet.cross_attention_dim,
-        "use_spatial_transformer": True,
-        "use_linear_in_transformer": unet.use_linear_projection,
-        "legacy": False,
-        "use_temporal_attention": False,
-        "num_classes": "sequential" if is_xl else None,
-        "adm_in_channels": unet.projection_class_embeddings_input_dim if is_xl else None,
-    }
-    of_model = comfy.supported_models.SDXL(config) if is_xl else comfy.supported_models.SD15(config)
-    model = comfy.model_base.BaseModel(of_model)
+    config = unet_config(pipe.unet)
+    kind = comfy.supported_models.SDXL if config["num_classes"] else comfy.supported_models.SD15
+    model = comfy.model_base.BaseModel(kind(config))
     keys, state = comfy.utils.unet_to_diffusers(config), pipe.unet.state_dict()
     model.diffusion_model.load_state_dict({keys[key]: value for key, value in state.items()})
     device = torch.device("cpu")

@@ -3,29 +3,35 @@
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import json
 import os
+import re
 import shutil
 import subprocess
 import sys
-from pathlib import Path
 
 import pytest
 import torch
+from packaging.specifiers import SpecifierSet
+from safetensors.torch import load_file
 
 import atomdiff
 from atomdiff.concepts.concept_file import read_concept_file, write_concept_file
 from atomdiff.concepts.prune import PruneConfig, prune_file
+from atomdiff.export.diff import export_diff
+from atomdiff.export.kohya import layer_name
+from atomdiff.export.lora import export_lora
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_tokens, set_token_embedding
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.model import base_modules
+from atomdiff.tuner.model import base_modules, supported_modules
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.versions import atomdiff_version
+from integrations import build_comfyui
 from tests.comfyui import comfy_stand_in, real_comfy
+from tests.comfyui.pack import PACK, import_pack
 from tests.helpers import add_adapter, embed, predict
 from tests.tiny_models import fresh_copy, make_pipe
 
-PACK = Path(__file__).parents[2] / "integrations" / "comfyui"
 comfy = real_comfy if os.environ.get("COMFYUI_PATH") else comfy_stand_in
 CPU = torch.device("cpu")
 TABLE = "embeddings.token_embedding"  # of a text encoder, longer in ComfyUI
@@ -59,11 +65,7 @@ def pack(tmp_path_factory):
         (folder / name).mkdir()
     before = set(sys.modules)
     comfy.install(folder)
-    spec = importlib.util.spec_from_file_location("comfyui_atoms", PACK / "__init__.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["comfyui_atoms"] = module
-    spec.loader.exec_module(module)
-    yield module, folder
+    yield import_pack(), folder
     if comfy is comfy_stand_in:
         for name in set(sys.modules) - before:
             if name.partition(".")[0] in ("comfy", "comfyui_atoms", "folder_paths"):
@@ -339,15 +341,23 @@ def test_files_are_found_in_both_folders(tiny_pipe, pack, save):
     assert load_atoms.IS_CHANGED("other.atoms.safetensors")[1] == state[1]
     os.utime(file_of(pack, file), ns=(1, 1))
     assert load_atoms.IS_CHANGED(file) != state
-    with pytest.raises(UserError, match="there is no 'gone.safetensors'"):
-        load_atoms.IS_CHANGED("gone.safetensors")
+    assert load_atoms.VALIDATE_INPUTS(file) is True
+    assert load_atoms.VALIDATE_INPUTS("gone.safetensors").startswith("there is no 'gone.safetensors' in ComfyUI's")
 
 
-def test_the_pack_needs_neither_diffusers_nor_peft():
-    """All of atomdiff that the pack imports, in a process that has only what ComfyUI has."""
-    lines = [line.strip() for file in PACK.glob("*.py") for line in file.read_text().splitlines()]
-    imports = sorted({line for line in lines if line.startswith(("from atomdiff", "import atomdiff"))})
-    assert len(imports) > 5
+def test_a_file_that_another_node_names(pack):
+    """ComfyUI knows no value of it before it runs."""
+    for node in pack[0].NODE_CLASS_MAPPINGS.values():
+        assert node.VALIDATE_INPUTS(None) is True
+        assert node.IS_CHANGED(None) != node.IS_CHANGED(None)
+
+
+def test_the_built_pack_needs_nothing_else(tmp_path):
+    """It reads a concept, with its own part of atomdiff, in a process that has only what ComfyUI has."""
+    built = tmp_path / "atoms"
+    build_comfyui.build(built)
+    files = {path.name for path in built.iterdir()}
+    assert {"LICENSE", "README.md", "__init__.py", "pyproject.toml", "example_workflows", "vendor"} <= files
     blocked = "diffusers peft transformers accelerate huggingface_hub jsonargparse xxhash cachetools tensorboard jinja2"
     code = f"""
 import sys
@@ -356,18 +366,31 @@ class Blocked:
         if name.partition(".")[0] in {blocked.split()}:
             raise ImportError(name)
 sys.meta_path.insert(0, Blocked())
-{chr(10).join(imports)}
-concept = read_concept_file({str(PACK.parents[1] / "tests/fixtures/robot.atoms.safetensors")!r}, settings_only=True)
-print(type(concept.config).__name__, len(concept.layers) > 0)
+sys.path.insert(0, {str(built / "vendor")!r})
+{chr(10).join(build_comfyui.imports())}
+for name in ("robot", "shared"):
+    concept = read_concept_file({str(PACK.parents[1] / "tests/fixtures")!r} + f"/{{name}}.atoms.safetensors", True)
+    print(type(concept.config).__name__, len(concept.layers) > 0)
+print(all("vendor" in module.__file__ for name, module in sys.modules.items() if name.startswith("atomdiff")))
 """
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
-    assert done.stdout.split() == ["AtomSettings", "True"], done.stderr
+    assert done.stdout.split() == ["AtomSettings", "True"] * 2 + ["True"], done.stderr
 
 
-@pytest.mark.parametrize("base", ["sd1", "sdxl"])
-def test_example_workflows(pack, base):
+def test_what_the_registry_asks_for():
+    """Names, versions and fields of `pyproject.toml` as https://docs.comfy.org/registry/specifications has them."""
+    described = pytest.importorskip("tomllib").loads((PACK / "pyproject.toml").read_text())
+    project, pack = described["project"], described["tool"]["comfy"]
+    assert re.fullmatch(r"[a-z]+([-_.][a-z0-9]+|[a-z0-9])*", project["name"]) and "comfyui" not in project["name"]
+    assert re.fullmatch(r"\d+\.\d+\.\d+", project["version"]) and project["version"] == atomdiff_version()
+    assert project["license"] == {"text": "Apache-2.0"} and project["dependencies"] == []
+    assert pack["PublisherId"] and pack["DisplayName"] and SpecifierSet(pack["requires-comfyui"]).contains("0.33.0")
+
+
+@pytest.mark.parametrize("path", sorted(PACK.glob("example_workflows/*.json")), ids=lambda path: path.stem)
+def test_example_workflows(pack, path):
     """Nodes of the pack have the inputs and outputs that their classes say, and links join what exists."""
-    workflow = json.loads((PACK / "example_workflows" / f"atoms_{base}.json").read_text())
+    workflow = json.loads(path.read_text())
     nodes = {node["id"]: node for node in workflow["nodes"]}
     own = [node for node in nodes.values() if node["type"] in pack[0].NODE_CLASS_MAPPINGS]
     assert {node["type"] for node in own} == {*pack[0].NODE_CLASS_MAPPINGS}
@@ -429,6 +452,8 @@ class TestComfyUIItself:
         }
         assert functions.keys() == set(changed)
         for key, function in functions.items():
+            if hasattr(function, "prepare"):  # newer versions copy what a patch has to the device of the weight
+                function.prepare(torch.empty(function.memory_required(), dtype=torch.uint8), None)
             torch.testing.assert_close(function(before[key].clone()), expected[key], rtol=0, atol=1e-7)
         model.unpatch_model(CPU)
         assert all(torch.equal(value, before[key]) for key, value in weights_of(model).items())
@@ -439,3 +464,35 @@ class TestComfyUIItself:
 
         assert asyncio.run(nodes.load_custom_node(str(PACK)))
         assert {"LoadAtoms", "AtomsTriggerWord"} <= nodes.NODE_CLASS_MAPPINGS.keys()
+
+    @pytest.mark.parametrize("file_format", ["diff", "lora"])
+    @pytest.mark.parametrize("kind", ["channel blocks", "attention", "all layers"])
+    def test_exports_are_read(self, pipe, pack, tmp_path, kind, file_format):
+        """By ComfyUI's own *Load LoRA*: each layer, with the difference that the file holds."""
+        from comfy.sd import load_lora_for_models
+        from comfyui_atoms import base
+
+        model, clip = comfy.make_model(pipe), comfy.make_clip(pipe)
+        parts = ["unet", *(name for name in ENCODERS if hasattr(pipe, name))]
+        layers = [(part, path) for part in parts for path in supported_modules(getattr(pipe, part))]
+        keys = {**base.unet_keys(model), **base.text_encoder_keys(clip)}
+        keys = {layer_name(pipe, part, path): keys[f"{part}.{path}"] for part, path in layers}
+        add_adapter(pipe, "mug", AtomConfig(**KINDS[kind]), parts if kind == "all layers" else ["unet"])
+        path = tmp_path / "mug.safetensors"
+        report = export_diff(pipe, path) if file_format == "diff" else export_lora(pipe, path, rank=4)
+        state = load_file(path)
+        before = weights_of(model) | weights_of(clip.patcher)
+        read, read_clip = load_lora_for_models(model, clip, dict(state), 1.0, 1.0)
+        after = patched(read)[0] | patched(read_clip.patcher)[0]
+        assert len(report.layers) > 5
+        for layer in report.layers:
+            change, expected = after[keys[layer.name]] - before[keys[layer.name]], held(state, layer.name)
+            torch.testing.assert_close(change, expected.reshape(change.shape), rtol=0, atol=1e-3 * expected.abs().max())
+
+
+def held(state, name):
+    """The difference of a weight that an export holds."""
+    if f"{name}.diff" in state:
+        return state[f"{name}.diff"].float()
+    up, down = (state[f"{name}.lora_{side}.weight"].float().flatten(1) for side in ("up", "down"))
+    return up @ down * state[f"{name}.alpha"] / len(down)

@@ -42,7 +42,7 @@ from atomdiff.tuner import AtomConfig
 from atomdiff.ui.config import UiConfig
 from atomdiff.utils.options import parse_config, parse_values_with_overrides, parse_with_overrides
 from benchmarks import methods as methods_benchmark
-from benchmarks import methods_report, reproducibility, serving, tuning_rate
+from benchmarks import methods_report, reproducibility, serving, tuning, tuning_rate
 from benchmarks.compare_methods import CompareConfig
 from benchmarks.screening import ScreeningConfig
 
@@ -180,7 +180,7 @@ def test_names_of_modules_and_options_are_there():
     kinds = (TrainConfig, ClassifyConfig, SampleConfig, EvaluateConfig, DemoConfig, ExportConfig, ExtractConfig)
     kinds += (PruneConfig, SimilarConfig, AverageConfig, RerunConfig, TuneConfig, FleetOptions, UiConfig, ServeConfig)
     kinds += (reproducibility.BenchmarkConfig, serving.BenchmarkConfig, tuning_rate.BenchmarkConfig)
-    kinds += (CompareConfig, ScreeningConfig)
+    kinds += (CompareConfig, ScreeningConfig, tuning.BenchmarkConfig)
     for kind in kinds:
         known |= {field.name for field in dataclasses.fields(kind)}
     for page, text in PAGES.items():

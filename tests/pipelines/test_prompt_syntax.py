@@ -5,7 +5,7 @@ import re
 import pytest
 
 from atomdiff.pipelines.adapter_weight import AdapterWeight
-from atomdiff.pipelines.prompt_syntax import has_word, replace_words, split_tags, weight_as_json
+from atomdiff.pipelines.prompt_syntax import has_word, replace_words, set_tag, split_tags, weight_as_json
 from atomdiff.utils.errors import UserError
 
 
@@ -94,3 +94,12 @@ def test_the_tokens_are_those_of_the_word_alone(tiny_pipe):
 def test_words_are_found_as_they_are_replaced():
     assert has_word("one SKS, two", "sks") and not has_word("asks", "sks")
     assert has_word("a sks  mug", "sks mug") and not has_word("a sks mugs", "sks mug") and not has_word("", "sks")
+
+
+def test_a_tag_is_set_added_and_removed_where_it_stands():
+    prompt = "a < lora: mug :0.3> on <atoms:cat>, red"
+    assert set_tag(prompt, "mug", 0.5) == "a <atoms:mug:0.5> on <atoms:cat>, red"
+    assert set_tag(prompt, "cat", {"keep": 0.5}) == 'a < lora: mug :0.3> on <atoms:cat:{"keep": 0.5}>, red'
+    assert set_tag(prompt, "dog", 1) == f"{prompt} <atoms:dog:1>"
+    assert set_tag(prompt, "mug", None) == "a on <atoms:cat>, red"
+    assert set_tag(prompt, "dog", None) == prompt and set_tag("", "mug", 1) == "<atoms:mug:1>"

@@ -6,13 +6,13 @@ from contextlib import ExitStack
 
 import httpx
 import pytest
-import uvicorn
 
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.serving.app import make_app
 from atomdiff.serving.concepts import ServedConcepts
 from atomdiff.serving.config import ServeConfig
 from atomdiff.serving.engine import Engine
+from atomdiff.serving.http_server import HttpServer
 from tests.sampling.helpers import write_concept
 from tests.tiny_models import fresh_copy
 
@@ -58,7 +58,7 @@ def serve(make_engine, tiny_pipe_folder, library):
         def start(engine=None, headers=None, **options):
             config = ServeConfig(pretrained_model_name_or_path=str(tiny_pipe_folder), library=str(library), **options)
             engine = engine or make_engine(max_queue=config.max_queue, timeout=config.request_timeout)
-            server = uvicorn.Server(uvicorn.Config(make_app(engine, config), port=0, log_level="critical"))
+            server = HttpServer(make_app(engine, config), config, port=0, log_level="critical")
             thread = threading.Thread(target=server.run)
             thread.start()
             undo.callback(thread.join)

@@ -1,6 +1,11 @@
-"""Lone images, to compare those of the server with."""
+"""Lone images, to compare those of the server with, and what is in its answers."""
 
+import base64
+import io
+
+import numpy as np
 import torch
+from PIL import Image
 
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.sampling.adapter_cache import AdapterCache
@@ -8,6 +13,7 @@ from atomdiff.sampling.prompt_requests import read_requests
 from atomdiff.serving.image_request import ImageRequest
 from atomdiff.serving.schedulers import named_scheduler
 
+GENERATE = "/v1/images/generations"
 TOLERANCE = 1e-4
 
 
@@ -43,3 +49,19 @@ class Alone:
 def ask(prompt="a photo of a red mug", steps=3, **fields):
     """A short request."""
     return ImageRequest(prompt, num_inference_steps=steps, **{"guidance_scale": 3.0, **fields})
+
+
+def pixels_of(text):
+    """The pixels of an image in base64."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text)))).astype(int)
+
+
+def pixels(image):
+    """The pixels of an image (3, h, w) from 0 to 1."""
+    return (image.permute(1, 2, 0) * 255).round().numpy().astype(int)
+
+
+def message_of(answer, status):
+    """The message of an error of this status."""
+    assert answer.status_code == status, answer.text
+    return answer.json()["error"]["message"]

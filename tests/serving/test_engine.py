@@ -6,8 +6,9 @@ import time
 import pytest
 import torch
 
-from atomdiff.serving import engine as engine_module
-from atomdiff.serving.engine import EngineClosedError, QueueFullError, RequestTimeoutError
+from atomdiff.serving import worker
+from atomdiff.serving.engine import Engine
+from atomdiff.serving.errors import EngineClosedError, QueueFullError, RequestTimeoutError
 from atomdiff.serving.schedulers import SCHEDULERS
 from atomdiff.utils.errors import UserError
 from tests.serving.helpers import TOLERANCE, Alone, ask
@@ -33,7 +34,7 @@ def alone(pipe_template, library):
 @pytest.fixture
 def calls(monkeypatch):
     """How many rows each call of the denoiser had; the engine waits in each while `gate` is closed."""
-    found, predict = [], engine_module.predict
+    found, predict = [], worker.predict
 
     def count(pipe, rows):
         found.append(len(rows))
@@ -46,7 +47,7 @@ def calls(monkeypatch):
     found = Calls()
     found.gate = threading.Event()
     found.gate.set()
-    monkeypatch.setattr(engine_module, "predict", count)
+    monkeypatch.setattr(worker, "predict", count)
     return found
 
 
@@ -95,7 +96,7 @@ def test_every_named_scheduler_may_be_at_different_steps(make_engine, alone, cal
 
 
 def test_sdxl(tiny_xl_pipe, xl_pipe_template):
-    engine = engine_module.Engine(tiny_xl_pipe)
+    engine = Engine(tiny_xl_pipe)
     requests = [
         ask("a red mug", 3),
         ask("a cat", 4, seed=1, negative_prompt="blue"),
@@ -162,20 +163,36 @@ def test_cancelled_jobs_make_room_and_timed_out_ones_fail(make_engine, calls):
 
 
 def test_a_row_that_fails_fails_alone(make_engine, alone, monkeypatch, calls):
-    engine, predict = make_engine(), engine_module.predict
+    engine, predict = make_engine(), worker.predict
 
     def fail(pipe, rows):
         if any(row.geometry.width == 32 and row.num_steps == 13 for row in rows):
             raise RuntimeError("out of memory")
         return predict(pipe, rows)
 
-    monkeypatch.setattr(engine_module, "predict", fail)
+    monkeypatch.setattr(worker, "predict", fail)
     requests = [ask("sks mug <atoms:ant>", 4), ask(steps=13), ask("sks mug <atoms:bee>", 5)]
     jobs = engine.submit(requests)
     with pytest.raises(RuntimeError, match="out of memory"):
         jobs[1].future.result(60)
     for job, request in ((jobs[0], requests[0]), (jobs[2], requests[2])):
         assert difference(job.future.result(60), alone(request)) < TOLERANCE
+
+
+def test_images_that_end_in_the_same_step_are_decoded_together(make_engine, alone, monkeypatch):
+    decoded, decode = [], worker.decode
+
+    def count(pipe, latents):
+        decoded.append(len(latents))
+        if len(latents) > 2:
+            raise RuntimeError("out of memory")
+        return decode(pipe, latents)
+
+    monkeypatch.setattr(worker, "decode", count)
+    requests = [ask(f"sks mug <atoms:{name}>", 2, seed=3) for name in ("ant", "bee", "cat")] + [ask(steps=3)]
+    images = [job.future.result(60) for job in make_engine().submit(requests)]
+    assert max(map(difference, images, map(alone, requests))) < TOLERANCE
+    assert decoded == [3, 1, 2, 1]  # what does not fit into memory is decoded by halves
 
 
 def test_requests_that_cannot_be_fulfilled_are_refused_at_once(make_engine):
@@ -256,7 +273,7 @@ def test_nothing_stays_behind(make_engine, tiny_pipe):
     for _ in range(5):
         [job.future.result(60) for job in engine.submit(requests)]
     assert (list_atoms(tiny_pipe), len(tiny_pipe.tokenizer)) == (loaded, rows)
-    assert engine._jobs == []
+    wait_for(lambda: not engine._queue._jobs)  # an image is given away before its job is forgotten
     assert not any(layer.mixed_batch for layer in tiny_pipe.unet.modules() if hasattr(layer, "mixed_batch"))
     assert torch.get_num_threads() == 1
 

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from atomdiff.concepts.concept_file import read_concept_file
-from atomdiff.training import dreambooth, layer_budget
+from atomdiff.training import dreambooth, layer_budget, run_log
 from atomdiff.training.dreambooth import train
 from atomdiff.tuner.selection import layer_scores
 from atomdiff.utils.errors import UserError
@@ -48,7 +48,7 @@ def test_the_file_stays_within_its_budget_also_when_resumed(adaptive, options, t
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dreambooth.RunLog, "step", interrupt)
+        patch.setattr(run_log.RunLog, "step", interrupt)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-5 is saved"):
             train(config)
     assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == concept_bytes(written)

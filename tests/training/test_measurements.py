@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from atomdiff.concepts.concept_file import read_concept_file
-from atomdiff.training import dreambooth, measurements
+from atomdiff.training import measurements, run_log
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.validation_loss import FixedSamples
@@ -47,7 +47,7 @@ def stop_at(monkeypatch, step):
         if number == step:
             signal.raise_signal(signal.SIGINT)
 
-    monkeypatch.setattr(dreambooth.RunLog, "step", stop)
+    monkeypatch.setattr(run_log.RunLog, "step", stop)
 
 
 @pytest.mark.slow

@@ -15,7 +15,7 @@ from atomdiff.cli.main import main
 from atomdiff.training.config.rerun import RerunConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.rerun import repeat_run
-from atomdiff.training.run_comparison import compare_runs, compare_tensors
+from atomdiff.training.run_comparison import RunComparison, compare_runs, compare_tensors
 from atomdiff.training.run_record import RECORD_FILE, read_record
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
@@ -100,13 +100,20 @@ def test_tensors_are_compared_one_by_one(tmp_path):
         save_file({"w": torch.tensor([3.0, value]), "v": torch.zeros(2)}, tmp_path / name / "f.safetensors", metadata)
     assert compare_tensors(tmp_path / "a", tmp_path / "a").equal
     apart = compare_tensors(tmp_path / "a", tmp_path / "b")
-    assert (apart.equal, apart.tensors, apart.different, apart.largest) == (False, 2, 1, 0.5)
+    assert (apart.equal, apart.tensors, apart.different, apart.unmatched, apart.largest) == (False, 2, 1, 0, 0.5)
     assert apart.relative == pytest.approx(0.5 / 10**0.5)
     only_metadata = compare_tensors(tmp_path / "a", tmp_path / "c")
     assert (only_metadata.equal, only_metadata.different) == (False, 0)
     save_file({**load_file(tmp_path / "a" / "f.safetensors"), "new": torch.ones(1)}, tmp_path / "b" / "f.safetensors")
     more = compare_tensors(tmp_path / "a", tmp_path / "b")
-    assert (more.equal, more.tensors, more.different, more.largest) == (False, 3, 1, 0)
+    assert (more.equal, more.tensors, more.different, more.unmatched, more.largest) == (False, 3, 1, 1, 0)
+    compared = {
+        name: RunComparison([], [], [], {}, found)
+        for name, found in {"apart": apart, "metadata": only_metadata, "more": more, "gone": None}.items()
+    }
+    agreeing = {0.0: [], 0.1: ["metadata"], 0.2: ["apart", "metadata"]}
+    for tolerance, expected in agreeing.items():
+        assert [name for name, each in compared.items() if each.agrees(tolerance)] == expected
 
 
 def test_images_that_changed_are_refused_or_named(short, tmp_path, teapot_images):
@@ -117,8 +124,10 @@ def test_images_that_changed_are_refused_or_named(short, tmp_path, teapot_images
     with pytest.raises(UserError, match=r"changed: 1.png; caption changed: 2.png.*--allow_changes"):
         repeat_run(RerunConfig(**options))
     assert not list((tmp_path / "again").glob("*.safetensors"))
-    compared = repeat_run(RerunConfig(**options, allow_changes=True))
-    assert "1.png" in compared.data[0] and not compared.is_equal and not compared.settings
+    asked = ["rerun", options["folder"], "--output_dir", options["output_dir"], "--allow_changes"]
+    assert main(asked) == 3
+    compared = json.loads((tmp_path / "again" / "rerun.json").read_text())
+    assert "1.png" in compared["data"][0] and not compared["equal"] and not compared["settings"]
 
     write_images(tmp_path / "moved", widths=(32, 40, 48))
     shutil.rmtree(teapot_images)
@@ -159,6 +168,10 @@ def test_what_cannot_be_repeated_is_told(short, tmp_path):
         repeat_run(RerunConfig(folder=str(tmp_path)))
     with pytest.raises(UserError, match=r"output_dir=.* is the run that is repeated"):
         repeat_run(RerunConfig(folder=str(folder), output_dir=str(folder)))
+    classified = tmp_path / "classified"
+    (classified / "classifier").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"found no run_record.json.*; runs of train_classifier.py leave none: run it"):
+        repeat_run(RerunConfig(folder=str(classified)))
     record = read_record(folder)
     for changes, message in (
         ({"result": None}, "this run has not ended; resume it"),

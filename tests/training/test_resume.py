@@ -15,7 +15,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from atomdiff.concepts.concept_file import read_concept_file
-from atomdiff.training import dreambooth
+from atomdiff.training import run_log
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
 from tests.helpers import concept_bytes, read_log
@@ -34,7 +34,7 @@ def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(config, method, a
             signal.raise_signal(signal.SIGINT)
 
     with monkeypatch.context() as patch:
-        patch.setattr(dreambooth.RunLog, "step", interrupt)
+        patch.setattr(run_log.RunLog, "step", interrupt)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-2 is saved: .*--resume_from_checkpoint latest"):
             train(config)
     assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == expected
@@ -43,13 +43,13 @@ def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(config, method, a
 
 KILLED = """
 import os, signal, sys
-from atomdiff.training import dreambooth
+from atomdiff.training import dreambooth, run_log
 
 def die(self, step, *values):
     if step == 5:
         os.kill(os.getpid(), signal.SIGKILL)
 
-dreambooth.RunLog.step = die
+run_log.RunLog.step = die
 dreambooth.train(dreambooth.load_config(["--config", sys.argv[1]]))
 """
 
@@ -232,14 +232,14 @@ def test_what_cannot_be_saved_stays_in_a_checkpoint(config, tiny_pipe_folder, tm
     expected = concept_bytes(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
     base = tmp_path / "base"
     shutil.copytree(tiny_pipe_folder, base)
-    usual = dreambooth.RunLog.step
+    usual = run_log.RunLog.step
 
     def remove_base(self, step, *values):
         usual(self, step, *values)
         if step == 4:
             shutil.rmtree(base)
 
-    monkeypatch.setattr(dreambooth.RunLog, "step", remove_base)
+    monkeypatch.setattr(run_log.RunLog, "step", remove_base)
     with pytest.raises(UserError, match="base.*; what was trained is in .*checkpoint-4: then resume with"):
         train(dataclasses.replace(config, pretrained_model_name_or_path=str(base)))
     assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == expected

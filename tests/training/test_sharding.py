@@ -46,10 +46,10 @@ def work(rank, port, options):
     PartialState(cpu=False, backend="gloo")
     PartialState._shared_state["distributed_type"] = DistributedType.MULTI_GPU
     usual = dreambooth.training_loop
-    def noting(run, *arguments):
-        split = [each for each in run.trainable.values() if each.to_local().numel() < each.numel()]
+    def noting(started):
+        split = [each for each in started.run.trainable.values() if each.to_local().numel() < each.numel()]
         print("split" if split else "whole", flush=True)
-        return usual(run, *arguments)
+        return usual(started)
     dreambooth.training_loop = noting
     sys.exit(main(["train", *options]))
 

@@ -9,13 +9,15 @@ import torch
 from safetensors.torch import load_file
 
 from atomdiff.cli.main import main
-from atomdiff.training import dreambooth, together
+from atomdiff.training import dreambooth, joint_step, together
 from atomdiff.training.anomalies import DivergedError
 from atomdiff.training.checkpoint import find_checkpoints
 from atomdiff.training.dreambooth import train
+from atomdiff.training.intermediate import GENERATE_FILE, SAVE_FILE, list_saved_steps
 from atomdiff.training.run_record import RECORD_FILE
 from atomdiff.training.signals import StopSignals
-from atomdiff.training.together import check_together, train_subjects
+from atomdiff.training.together import train_subjects
+from atomdiff.training.together_checks import check_together
 from atomdiff.utils.errors import UserError
 from tests.helpers import concept_bytes, write_images
 
@@ -119,13 +121,13 @@ def test_each_gives_what_it_gives_alone_with_all_that_a_step_may_do(config, trai
 
 @pytest.mark.slow
 def test_a_subject_that_goes_wrong_harms_no_other(config, trained, tmp_path, monkeypatch, capsys):
-    usual, folder = together.loss_of, tmp_path / "out"
+    usual, folder = joint_step.loss_of, tmp_path / "out"
 
     def loss_of(run, number, *rest):
         factor = {"teapot": 1.0, "mug": 1e4, "cat": float("nan") if number == 1 else 1.0}[run.config.name]
         return usual(run, number, *rest) * factor
 
-    monkeypatch.setattr(together, "loss_of", loss_of)
+    monkeypatch.setattr(joint_step, "loss_of", loss_of)
     run = config(max_train_steps=4)
     results = train_subjects(run)
     error = results["cat"]
@@ -143,14 +145,14 @@ def test_a_subject_that_goes_wrong_harms_no_other(config, trained, tmp_path, mon
 
 @pytest.mark.slow
 def test_gradients_that_are_not_finite_stop_their_own_run(config, monkeypatch):
-    usual = together.clip_gradients
+    usual = joint_step.clip_gradients
 
     def clip(accelerator, parameters, norm):
         parameters = list(parameters)
         found = usual(accelerator, parameters, norm)
         return float("inf") if "mug" in str(accelerator.project_dir) else found
 
-    monkeypatch.setattr(together, "clip_gradients", clip)
+    monkeypatch.setattr(joint_step, "clip_gradients", clip)
     results = train_subjects(config(names=("teapot", "mug"), max_train_steps=2))
     assert "step 1: the gradient's norm is inf" in str(results["mug"]) and results["teapot"].is_file()
 
@@ -246,3 +248,17 @@ def test_a_folder_in_use_stops_its_own_subject_alone(config, tmp_path, capsys):
     assert main(["train", *options]) == 0
     saved = capsys.readouterr().out.splitlines()
     assert saved == [f"saved {tmp_path}/out/{name}/{name}.atoms.safetensors" for name in ("teapot", "mug")]
+
+
+@pytest.mark.slow
+def test_each_subject_saves_its_steps_and_what_it_is_asked_for(config):
+    everything = config(names=("teapot", "mug"), save_steps=2)
+    teapot, mug = (Path(run.output_dir) for run in everything.runs())
+    mug.mkdir(parents=True)
+    for name in (GENERATE_FILE, SAVE_FILE):
+        (mug / name).touch()
+    train_subjects(everything)
+    assert [step for step, _ in list_saved_steps(teapot)] == [2]
+    assert [step for step, _ in list_saved_steps(mug)] == [1, 2]
+    assert [file.name for file in (mug / "validation").iterdir()] == ["step-000001-00.png"]
+    assert (mug / "checkpoint-1").is_dir() and not (teapot / "validation").exists()

@@ -8,7 +8,7 @@ import pytest
 from PIL import Image
 
 from atomdiff.concepts.concept_file import read_concept_file
-from atomdiff.training import contact_sheet, dreambooth, validation
+from atomdiff.training import contact_sheet, dreambooth, run_log, validation
 from atomdiff.training.dreambooth import train
 from tests.helpers import concept_bytes
 
@@ -114,7 +114,7 @@ def test_a_run_that_was_asked_to_stop_at_a_row_generates_it_later(config, tmp_pa
     train(whole)
     with monkeypatch.context() as patch:
         patch.setattr(
-            dreambooth.RunLog, "step", lambda self, step, *_: signal.raise_signal(signal.SIGINT) if step == 2 else None
+            run_log.RunLog, "step", lambda self, step, *_: signal.raise_signal(signal.SIGINT) if step == 2 else None
         )
         with pytest.raises(KeyboardInterrupt):
             train(config)

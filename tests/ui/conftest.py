@@ -21,6 +21,7 @@ def ui_config(tmp_path, tiny_pipe_folder):
         "validation_steps": 1,
         "logging_steps": 1,
         "validation_loss_steps": 1,
+        "save_steps": 1,
     }
     file = tmp_path / "train_config.yaml"
     file.write_text(yaml.safe_dump(options))

@@ -8,7 +8,10 @@ from pathlib import Path
 
 import psutil
 import pytest
+from huggingface_hub import constants
+from playwright.sync_api import expect
 
+from atomdiff.ui import recipes
 from tests.helpers import write_images
 
 CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser")
@@ -29,6 +32,9 @@ def free_port():
 def workspace(ui_config, monkeypatch):
     """The page on the tiny pipeline, served."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(Path(ui_config.output_dir) / "nobody"))  # is logged in
+    for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
+        monkeypatch.delenv(name, raising=False)
     from atomdiff.ui.page import build_page, launch
     from atomdiff.ui.workspace import open_workspace
 
@@ -39,6 +45,7 @@ def workspace(ui_config, monkeypatch):
     yield workspace
     page.close()
     workspace.jobs.close()
+    workspace.images.close()
     for job in workspace.jobs.jobs():
         if job.status in ("running", "stopping"):
             psutil.Process(job.state.process).kill()
@@ -91,12 +98,26 @@ def test_train_try_and_export(browser, workspace, address, tmp_path):
     page.get_by_role("option", name="sks-mug").click()
     page.keyboard.press("Escape")
     page.get_by_role("button", name="+ sks mug").click()
+    prompt = page.locator("#prompt textarea")
+    expect(prompt).to_have_value("a photo of sks mug <atoms:sks-mug:1>")
+    page.get_by_text("By block and over the steps: sks-mug").click()
+    page.get_by_label("number input for Up blocks").fill("0.5")
+    page.get_by_label("number input for Up blocks").press("Enter")
+    weighted = 'a photo of sks mug <atoms:sks-mug:{"weight": 1, "blocks": {"up": 0.5}}>'
+    expect(prompt).to_have_value(weighted)
     page.get_by_label("Before and after").check()
     page.get_by_label("First seed").fill("7")
     page.locator("#generate").click()
     page.locator("#images img").nth(7).wait_for()
     page.locator("#images button:has(img)").nth(1).click()
-    page.locator("#metadata", has_text="a photo of sks mug <atoms:sks-mug:1>").wait_for()
+    page.locator("#metadata", has_text=weighted).wait_for()
+    page.keyboard.press("Escape")
+
+    page.get_by_label("Checkpoints").check()
+    page.locator("#compared-steps").get_by_label("1").wait_for()
+    page.locator("#generate").click()
+    page.locator("#images", has_text="seed 7, step 1").wait_for()
+    page.locator("#images", has_text="seed 10, step 2").wait_for()
 
     page.get_by_role("tab", name="Library").click()
     page.locator("#gallery button:has(img)").first.click()
@@ -104,9 +125,39 @@ def test_train_try_and_export(browser, workspace, address, tmp_path):
     page.locator("#export").click()
     page.locator("#exported", has_text="sks-mug-lora").wait_for()
     assert Path(workspace.config.output_dir, "exports", "sks-mug-lora.safetensors").is_file()
+    page.get_by_text("Push to the Hub").click()
+    page.locator("#push-now").click()
+    page.get_by_text("hf auth login").last.wait_for()
     page.locator("#delete").click()
     page.get_by_text("The library is empty").wait_for()
     assert list(workspace.library) == []
 
     local = (address, "data:", "blob:")
     assert [url for url in elsewhere if not url.startswith(local)] == []
+
+
+def test_ask_for_images_and_a_concept_and_stop(browser, workspace, address, tmp_path):
+    photos = sorted(write_images(tmp_path / "photos", widths=(32, 32)).iterdir())
+    options = recipes.combine_options("mug", "sks", "tiny", recipes.starting_options(workspace.config), 2, tmp_path)
+    steps = {"max_train_steps": 3000, "validation_steps": 3000, "save_steps": 0, "validation_loss_steps": 0}
+    job = workspace.jobs.add("mug", [(file, "") for file in photos], {**options, **steps}, recipes.check_config)
+    page = browser.new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.goto(address)
+    page.locator("#generate-now:enabled").click()
+    page.get_by_text("Images follow after the next step").wait_for()
+    page.locator("#save-now").click()
+    page.locator("#run-images img").nth(1).wait_for()  # beside that of step 0
+    page.locator("#stop").click()
+    page.locator("#status", has_text="stopped").wait_for()
+    assert len(job.saved_steps) == 1
+
+    page.get_by_role("tab", name="Try").click()
+    page.locator("#prompt textarea").fill("a mug")
+    page.get_by_text("More", exact=True).click()
+    page.locator("#sampling-steps input[type=number]").fill("100")
+    page.locator("#count input[type=number]").fill("16")
+    page.locator("#generate").click()
+    page.locator("#stop-images:enabled").click()
+    page.locator("#stop-images:disabled").wait_for()
+    assert workspace.images._engine.stats.cancelled

@@ -10,7 +10,10 @@ from pathlib import Path
 import psutil
 import pytest
 
+from atomdiff.training.intermediate import SAVE_FILE
+from atomdiff.ui import jobs, render
 from atomdiff.ui.jobs import JobQueue
+from atomdiff.ui.progress import read_progress
 from atomdiff.utils.errors import UserError
 from tests.helpers import write_images
 
@@ -121,6 +124,39 @@ def test_a_stopped_job_is_resumed_from_its_checkpoint(open_queue):
     assert int((job.run_folder / "started").read_text()) > 0
     with pytest.raises(UserError, match="is finished; only one that was stopped"):
         queue.resume(job)
+
+
+def test_a_hand_over_that_fails_is_tried_again_later_each_time_and_no_other_waits(open_queue, monkeypatch):
+    tries, finished, is_full = [], [], True
+    monkeypatch.setattr(jobs, "_RETRY", (0.3, 300.0))
+
+    def take(job):
+        if job.name == "mug" and is_full:
+            tries.append(time.monotonic())
+            raise OSError(28, "No space left on device")
+        finished.append(job)
+
+    queue = open_queue(take)
+    first, second = add(queue), add(queue)
+    wait_for(lambda: finished == [second] and len(tries) == 3)
+    assert "No space left" in queue.hand_over_error(first) and not queue.hand_over_error(second)
+    card = render.status_card(first, read_progress(first.run_folder), queue.hand_over_error(first))
+    assert "is not in the library yet, and is tried again: [Errno 28] No space left" in card
+    assert tries[2] - tries[1] >= 0.6
+    is_full = False
+    wait_for(lambda: finished == [second, first])
+    wait_for(lambda: not queue.hand_over_error(first))
+    assert first.state.handed_over
+
+
+def test_a_running_job_is_asked_by_a_file_in_its_folder(open_queue):
+    queue = open_queue()
+    running, waiting = add(queue, steps=1000), add(queue)
+    wait_for(lambda: running.status == "running")
+    queue.ask(running, SAVE_FILE)
+    assert (running.run_folder / SAVE_FILE).is_file()
+    with pytest.raises(UserError, match="is queued; only one that runs"):
+        queue.ask(waiting, SAVE_FILE)
 
 
 def test_a_waiting_job_leaves_the_queue(open_queue):

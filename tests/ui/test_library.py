@@ -72,6 +72,22 @@ def test_a_result_is_added_under_a_free_name_with_its_image(library, mug, tmp_pa
     assert ui_library.thumbnail(library.info("mug-2")).getpixel((5, 5)) == BLUE
 
 
+def test_a_result_that_is_there_already_is_not_added_again(library, mug):
+    assert ui_library.add(library, mug, None) == "mug"
+    assert list(library) == ["mug"]
+
+
+def test_a_concept_is_pushed_with_its_thumbnail_and_a_token_that_is_given(hub_server, library, mug):
+    options = {"license": " cc-by-4.0 ", "private": True}
+    with pytest.raises(UserError, match="cannot push to ada/mug: .*hf auth login"):
+        ui_library.push(library, "mug", "ada/mug", token="", **options)
+    assert ui_library.push(library, "mug", "", token=" hf_writer ", **options) == f"{hub_server.url}/ada/mug"
+    files = hub_server.files("ada/mug")
+    assert files.keys() == {"README.md", "mug.atoms.safetensors", "images/00-mug-preview.png"}
+    assert hub_server.repositories["ada/mug"]["private"] is True
+    assert b"cc-by-4.0" in files["README.md"] and b"hf_writer" not in b"".join(files.values())
+
+
 def test_renaming_takes_the_image_along(library, mug):
     assert ui_library.rename(library, "mug", "cup") == "cup"
     assert list(library) == ["cup"]

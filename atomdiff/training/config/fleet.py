@@ -6,7 +6,7 @@ from dataclasses import dataclass
 from typing import Annotated
 
 from atomdiff.training.config.train import TrainConfig
-from atomdiff.utils.fields import ConfigGroup, ExistingPath, NeedsPackage, PositiveInt
+from atomdiff.utils.fields import ConfigGroup, ExistingPath, NeedsPackage, PositiveFloat, PositiveInt
 from atomdiff.utils.paths import PathText
 
 
@@ -25,6 +25,10 @@ class FleetConfig(ConfigGroup):
     one, or on a Ray cluster one for each CPU."""
     max_tries: PositiveInt = 2
     """How often a subject is tried in all by one command, on another worker if there is one."""
+    worker_timeout: PositiveFloat | None = 1800.0
+    """Seconds without a sign of life (a phase, a step, an image) after which a worker that trains is killed, and its
+    subject goes to another one. The default is many times what a step of a large base takes. Without a limit (none), a
+    worker that hangs keeps its subject for ever."""
     ray_address: Annotated[str, NeedsPackage("ray", "fleet")] | None = None
     """Ray cluster that the workers run on: "auto" for the one that this machine belongs to, ray://HOST:PORT, or "local"
     for a new one on this machine. All of its machines need the same paths. Default: processes of this machine."""

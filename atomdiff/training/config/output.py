@@ -34,6 +34,9 @@ class OutputConfig(LoggingConfig):
     """Steps between checkpoints; 0 for none."""
     checkpoints_total_limit: PositiveInt | None = None
     """Maximum number of checkpoints to keep; the oldest are deleted. Default: keep all."""
+    save_steps: NonNegativeInt = 0
+    """Steps between concepts that are saved on the way, in output_dir/steps, to compare them; 0 for none. None of them
+    is deleted."""
     resume_from_checkpoint: PathText | None = None
     """Checkpoint folder to resume from, or "latest" for the newest one in output_dir."""
     detect_anomaly: bool = False

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from atomdiff.utils.fields import ConfigGroup, ExistingPath
+from atomdiff.utils.fields import ConfigGroup, ExistingPath, NonNegativeFloat
 from atomdiff.utils.paths import PathText
 
 
@@ -22,3 +22,7 @@ class RerunConfig(ConfigGroup):
     """Where the base model is now. Default: where it was."""
     allow_changes: bool = False
     """Train even if images, captions, masks or the base have changed; the comparison says what has."""
+    tolerance: NonNegativeFloat = 0.0
+    """How far the trained tensors may be apart, the norm of their difference as a share of their own, for the results
+    to count as the same. Default: not at all, and the metadata are the same, too. The exit status is 3 if they differ.
+    """

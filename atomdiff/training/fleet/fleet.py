@@ -14,6 +14,7 @@ from atomdiff.training.config.fleet import FleetConfig
 from atomdiff.training.fleet.progress import Progress
 from atomdiff.training.fleet.queue import Event, Queue, WorkerPool
 from atomdiff.training.fleet.report import FleetReport, fill_library, write_report
+from atomdiff.training.fleet.signs import Watch, last_sign
 from atomdiff.training.fleet.state import SubjectState, Try, read_states
 from atomdiff.training.fleet.table import read_subjects
 from atomdiff.training.fleet.workers import ProcessPool
@@ -77,7 +78,8 @@ def _train(
     with StopSignals() as stop:
         pool, num_workers = _open_pool(config, runs)
         with closing(pool), Progress(len(states), len(states) - len(runs), num_workers) as progress:
-            queue = Queue([*runs], pool, num_workers, config.max_tries, Ledger(states, progress))
+            watch = Watch(lambda name: last_sign(states[name].folder), config.worker_timeout)
+            queue = Queue([*runs], pool, num_workers, config.max_tries, Ledger(states, progress), watch)
             queue.run(lambda: stop.requested)
     for name in queue.running:
         states[name].status = "waiting"

@@ -7,6 +7,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
+from atomdiff.training.fleet.signs import Watch
 from atomdiff.utils.errors import UserError
 
 _STARTS = 3  # of a worker that ends before it is ready, in a row
@@ -37,6 +38,9 @@ class WorkerPool(Protocol):
     def wait(self, seconds: float) -> Sequence[Event]:
         """Return what has happened, once something has or the time is over."""
 
+    def kill(self, worker: int) -> None:
+        """End a worker that hangs, without waiting for it; no event of it follows."""
+
     def close(self) -> None:
         """End all workers; those that train save a checkpoint first, if they can."""
 
@@ -55,7 +59,7 @@ class Queue:
     """Subjects that wait, and the workers that take them.
 
     A subject that failed, or whose worker was lost, comes last and goes to a worker that has not tried it, unless all
-    that are left have.
+    that are left have. A worker that hangs is killed, and lost.
 
     Args:
         names: The subjects.
@@ -63,12 +67,20 @@ class Queue:
         num_workers: How many at a time, at most.
         max_tries: Of a subject.
         listener: Is told.
+        watch: Tells which workers hang. None: all that train are trusted.
     """
 
     def __init__(
-        self, names: Sequence[str], pool: WorkerPool, num_workers: int, max_tries: int, listener: Listener
+        self,
+        names: Sequence[str],
+        pool: WorkerPool,
+        num_workers: int,
+        max_tries: int,
+        listener: Listener,
+        watch: Watch | None = None,
     ) -> None:
         self.pool, self.max_tries, self.listener = pool, max_tries, listener
+        self._watch = watch or Watch(lambda _: None, timeout=None)
         self._waiting = deque(names)
         self._tried: dict[str, list[int]] = {}
         self._running: dict[int, str] = {}
@@ -94,6 +106,16 @@ class Queue:
                 self._assign(worker)
             for event in self.pool.wait(_POLL_SECONDS):
                 self._take(event)
+            self._kill_hung()
+
+    def _kill_hung(self) -> None:
+        """Kill the workers that hang; their subjects are tried again as those of lost ones."""
+        workers = {name: worker for worker, name in self._running.items()}
+        for name in self._watch.hung():
+            worker = workers[name]
+            self.pool.kill(worker)
+            reason = f"worker {worker} gave no sign of life for {self._watch.timeout:g} seconds, and was killed"
+            self._take(Event(worker, "lost", reason=reason))
 
     def _start(self, worker: int) -> None:
         self._alive.add(worker)
@@ -104,6 +126,7 @@ class Queue:
         worker = event.worker
         name = self._running.pop(worker, None)
         if name is not None:
+            self._watch.end(name)
             again = event.kind != "done" and len(self._tried[name]) < self.max_tries
             if again:
                 self._waiting.append(name)
@@ -131,5 +154,6 @@ class Queue:
                 del self._idle[worker]
                 self._running[worker] = name
                 self.listener.started(name, worker)
+                self._watch.begin(name)
                 self.pool.assign(worker, name)
                 return

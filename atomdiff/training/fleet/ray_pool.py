@@ -66,6 +66,11 @@ class RayPool:
             del self._workers[worker]
             return Event(worker, "lost", reason=f"worker {worker} was lost: {' '.join(str(error).split())}")
 
+    def kill(self, worker: int) -> None:
+        """Kill an actor."""
+        self._pending = {reference: other for reference, other in self._pending.items() if other != worker}
+        ray.kill(self._workers.pop(worker))
+
     def close(self) -> None:
         """End the actors, and leave the cluster."""
         for actor in self._workers.values():

@@ -18,9 +18,12 @@ from atomdiff.training.base_model import load_base
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.fleet.queue import Event
+from atomdiff.training.fleet.signs import giving_signs
 from atomdiff.training.processes import start_worker
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.quiet import quiet_libraries
+
+_END_SECONDS = 300.0  # that workers have for their last step and a checkpoint, once they are to end
 
 
 class SubjectTrainer:
@@ -51,7 +54,8 @@ class SubjectTrainer:
         started = time.perf_counter()
         error = ""
         try:
-            train(run, base=self._base)
+            with giving_signs(Path(run.output_dir)):
+                train(run, base=self._base)
         except UserError as problem:
             error = str(problem)
         except Exception as problem:
@@ -106,9 +110,7 @@ class ProcessPool:
                 self._idle.add(worker)
                 return event
         process.join()
-        ours.close()
-        del self._workers[worker]
-        self._idle.discard(worker)
+        self._forget(worker)
         if event is not None:
             return event
         code = process.exitcode or 0
@@ -116,15 +118,26 @@ class ProcessPool:
         log_file = self._logs / f"worker-{worker}.txt"
         return Event(worker, "lost", reason=f"worker {worker} {how}; {log_file} has what it said")
 
+    def kill(self, worker: int) -> None:
+        """Kill a process; one that waits for a device or a file system may end later."""
+        self._workers[worker][0].kill()
+        self._forget(worker)
+
+    def _forget(self, worker: int) -> None:
+        self._workers.pop(worker)[1].close()
+        self._idle.discard(worker)
+
     def close(self) -> None:
-        """End the processes: those that train save a checkpoint."""
+        """End the processes: those that train save a checkpoint, and those that hang are killed after a while."""
         for worker, (process, ours) in self._workers.items():
             if worker in self._idle:
                 ours.close()  # nothing can come any more
             else:
                 process.terminate()
+        end = time.monotonic() + _END_SECONDS
         for process, _ in self._workers.values():
-            process.join()
+            process.join(max(end - time.monotonic(), 0))
+            process.kill()
         self._workers.clear()
 
 

@@ -39,6 +39,7 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
 from atomdiff.utils.progress import log
 
+_TRUSTED = 0.25  # share of the longest trial before which none is pruned for its loss
 _MEASUREMENTS = 8  # in the longest trial, unless the run says otherwise
 
 
@@ -48,6 +49,8 @@ class Search:
 
     config: TuneConfig
     space: SearchSpace
+    longest: int
+    """Steps of the longest trial that there can be."""
     interval: int
     """Steps between measurements of the validation loss."""
     deadline: float
@@ -80,7 +83,10 @@ def tune(config: TuneConfig) -> Results:
     check_runs([run])
     space = read_space(config.search_space).with_own_choices(run)
     space.check(run, config.search_space)
-    search = Search(config, space, _interval(config, space), started + (config.timeout or float("inf")))
+    longest = _longest(config, space)
+    # The same in all trials, or they could not be compared on the way.
+    interval = config.validation_loss_steps or max(1, longest // _MEASUREMENTS)
+    search = Search(config, space, longest, interval, started + (config.timeout or float("inf")))
     with lock_folder(folder):
         study = open_study(folder)
         _begin(search, study)
@@ -96,15 +102,12 @@ def tune(config: TuneConfig) -> Results:
     return results
 
 
-def _interval(config: TuneConfig, space: SearchSpace) -> int:
-    """Return the steps between measurements: the same in all trials, or they could not be compared on the way."""
-    if config.validation_loss_steps is not None:
-        return config.validation_loss_steps
-    longest = config.max_train_steps
+def _longest(config: TuneConfig, space: SearchSpace) -> int:
+    """Return the steps of the longest trial that there can be."""
     for parameter in space.parameters:
         if parameter.name == "max_train_steps":
-            longest = int(max(parameter.ends))
-    return max(1, longest // _MEASUREMENTS)
+            return int(max(parameter.ends))
+    return config.max_train_steps
 
 
 def _begin(search: Search, study: optuna.Study) -> None:
@@ -172,7 +175,8 @@ def work(search: Search, worker: int) -> None:
         KeyboardInterrupt: It was asked to stop.
     """
     config, folder = search.config, search.folder
-    study = open_study(folder, seed=config.seed, num_trials=config.num_trials, worker=worker)
+    trusted = int(search.longest * _TRUSTED)
+    study = open_study(folder, seed=config.seed, num_trials=config.num_trials, worker=worker, trusted_steps=trusted)
     run, started, done = config.base_run, time.time(), 0
     base = None
     with StopSignals() as stop:

@@ -28,7 +28,9 @@ class OtherDataError(UserError):
     """A trial would learn from other images or another base than those before it."""
 
 
-def open_study(folder: Path, *, seed: int = 0, num_trials: int = 20, worker: int = 0) -> optuna.Study:
+def open_study(
+    folder: Path, *, seed: int = 0, num_trials: int = 20, worker: int = 0, trusted_steps: int = 0
+) -> optuna.Study:
     """Open the study in a folder, or make one.
 
     TPE (Bergstra et al., "Algorithms for Hyper-Parameter Optimization", NeurIPS 2011) chooses settings, after a quarter
@@ -40,6 +42,8 @@ def open_study(folder: Path, *, seed: int = 0, num_trials: int = 20, worker: int
         seed: Of the run; each worker, and each call, has random numbers of its own that follow from it.
         num_trials: How many trials there will be in all.
         worker: Number of the process among those of a call.
+        trusted_steps: Steps before which no trial is pruned: at first, losses tell how fast a trial learns, and not how
+            far it comes.
     """
     optuna.logging.set_verbosity(optuna.logging.WARNING)
     connecting = {"connect_args": {"timeout": _SECONDS}}
@@ -49,7 +53,7 @@ def open_study(folder: Path, *, seed: int = 0, num_trials: int = 20, worker: int
         n_startup_trials=min(10, max(3, num_trials // 4)),
         seed=derive_seed(seed, "search", worker, len(finished_trials(study))) % 2**32,
     )
-    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=3)
+    study.pruner = optuna.pruners.MedianPruner(n_startup_trials=3, n_warmup_steps=trusted_steps)
     return study
 
 

@@ -55,6 +55,7 @@ def trial_config(run: TrainConfig, folder: Path, own_folder: Path, interval: int
         validation_loss_steps=interval,
         validation_steps=0,
         checkpointing_steps=0,
+        save_steps=0,
         evaluate_with=(),
         report_to=None,
         push_to_hub=False,
@@ -74,7 +75,8 @@ def run_trial(
     """Train a trial's run on a copy of the base, and return the validation loss of the parameters that it would save.
 
     Raises:
-        TrialPruned: Its validation loss is above what others had by then.
+        TrialPruned: Its validation loss is above what others had by then, or its base drift above the limit: it grows
+            with the steps.
         DivergedError: Its loss or a gradient is not finite.
         UserError: Its settings cannot be trained, or images or base are not those of the other trials.
         KeyboardInterrupt: It was asked to stop.
@@ -89,16 +91,20 @@ def run_trial(
         if config.init_from is not None:
             warm_start(run, take_step)
         check_budget(run)
-        _train(trial, run, stop)
+        _train(trial, run, max_base_drift, stop)
     finally:
         _note(trial, run, max_base_drift, time.perf_counter() - started)
         accelerator.free_memory()
     return float(_saved_measurement(run)["validation_loss"])
 
 
-def _train(trial: optuna.Trial, run: Run, stop: StopSignals) -> None:
-    """Train to the last step, or until the trial is pruned."""
+def _train(trial: optuna.Trial, run: Run, max_base_drift: float | None, stop: StopSignals) -> None:
+    """Train to the last step, or until the trial is pruned.
+
+    With `keep_best` an earlier measurement is saved, so that the drift of a later one does not matter.
+    """
     config, average = run.config, float("nan")
+    limit = float("inf") if max_base_drift is None or config.keep_best else max_base_drift
     start_measuring(run, 0)
     log_file, samples = Path(config.output_dir) / LOG_FILE, run.samples_per_step
     run_log = RunLog(run.accelerator, log_file, 0, config.max_train_steps, config.logging_steps, samples)
@@ -115,7 +121,8 @@ def _train(trial: optuna.Trial, run: Run, stop: StopSignals) -> None:
             line = run.measurements.values[-1] if run.measurements.values else {}
             if line.get("step") == step:
                 trial.report(line["validation_loss"], step)
-                if step < config.max_train_steps and trial.should_prune():
+                drifted = line.get(DRIFT, 0.0) > limit
+                if step < config.max_train_steps and (drifted or trial.should_prune()):
                     raise optuna.TrialPruned
 
 

@@ -24,6 +24,7 @@ from atomdiff.training.fleet.fleet import train_fleet
 from atomdiff.training.fleet.table import read_subjects
 from atomdiff.utils.errors import UserError
 from tests.helpers import assert_unchanged, concept_bytes, snapshot
+from tests.training.fleet import sleeping_worker
 
 ROOT = Path(__file__).parents[3]
 
@@ -241,21 +242,38 @@ def test_killed_workers_and_a_killed_driver_cost_nothing_but_time(
 
 
 @pytest.mark.slow
-def test_a_ray_cluster_trains_and_loses_a_worker(table, fleet_config, run_values, tmp_path, monkeypatch, capsys):
+def test_a_worker_that_sleeps_is_killed_and_its_subject_goes_to_another(
+    table, fleet_config, run_values, tmp_path, monkeypatch, capsys
+):
+    monkeypatch.setattr(workers, "_serve", sleeping_worker.serve)
+    report = train_fleet(fleet_config(table("a", "b", "c"), num_workers=2, worker_timeout=2.0), run_values())
+    assert report.count("done") == 3 and report.subjects["a"]["tries"] == 2
+    tries = json.loads((tmp_path / "fleet" / "report.json").read_text())["tries"]["a"]
+    first, second = (each["worker"] for each in tries)
+    assert first != second
+    told = capsys.readouterr().err
+    assert f"a: failed: worker {first} gave no sign of life for 2 seconds, and was killed; it is tried again" in told
+    process = int((tmp_path / "fleet" / "subjects" / "a" / "process").read_text())
+    wait_until(lambda: not psutil.pid_exists(process) or psutil.Process(process).status() == "zombie", seconds=10)
+
+
+@pytest.mark.slow
+def test_a_ray_cluster_trains_and_loses_workers(table, fleet_config, run_values, tmp_path, monkeypatch, capsys):
     pytest.importorskip("ray")
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
-    config = fleet_config(table("a", "b"), ray_address="local", num_workers=1)
+    config = fleet_config(table("a", "b"), ray_address="local", num_workers=1, worker_timeout=15.0)
     run = run_values(max_train_steps=25)
-    usual, killed = fleet.Ledger.started, []
+    usual, signals = fleet.Ledger.started, {"a": signal.SIGKILL, "b": signal.SIGSTOP}
 
-    def kill_the_first(self, name, worker):
+    def hit_once(self, name, worker):
         usual(self, name, worker)
-        if not killed:
-            killed.append(name)
-            threading.Thread(target=lambda: os.kill(process_of(config, name), signal.SIGKILL)).start()
+        if number := signals.pop(name, None):
+            threading.Thread(target=lambda: os.kill(process_of(config, name), number)).start()
 
-    monkeypatch.setattr(fleet.Ledger, "started", kill_the_first)
+    monkeypatch.setattr(fleet.Ledger, "started", hit_once)
     report = train_fleet(config, run)
-    assert report.count("done") == 2 and report.subjects["a"]["tries"] == 2
-    assert "a: failed: worker 0 was lost" in capsys.readouterr().err
+    assert report.count("done") == 2 and [report.subjects[name]["tries"] for name in "ab"] == [2, 2]
+    told = capsys.readouterr().err
+    assert "a: failed: worker 0 was lost" in told
+    assert "b: failed: worker 0 gave no sign of life for 15 seconds, and was killed" in told
     assert library(config) == trained_alone(config, run, tmp_path)

@@ -3,11 +3,12 @@
 import pytest
 
 from atomdiff.training.fleet.queue import Event, Queue
+from atomdiff.training.fleet.signs import Watch
 from atomdiff.utils.errors import UserError
 
 
 class Pool:
-    """Workers that end a subject as `outcome(worker, name)` says; each wait ends one."""
+    """Workers that end a subject as `outcome(worker, name)` says, None for never; each wait ends one."""
 
     def __init__(self, outcome=lambda worker, name: "done", starts=lambda worker: "ready"):
         self.outcome, self.starts, self.events, self.log = outcome, starts, [], []
@@ -18,7 +19,11 @@ class Pool:
 
     def assign(self, worker, name):
         self.log.append((name, worker))
-        self.events.append(Event(worker, self.outcome(worker, name), 1.0, "broken"))
+        if kind := self.outcome(worker, name):
+            self.events.append(Event(worker, kind, 1.0, "broken"))
+
+    def kill(self, worker):
+        self.log.append(("kill", worker))
 
     def wait(self, seconds):
         return [self.events.pop(0)] if self.events else []
@@ -35,9 +40,9 @@ class Listener:
         self.ends.append((name, event.worker, event.kind, again))
 
 
-def run(pool, names, num_workers, max_tries=2, stopping=lambda: False):
+def run(pool, names, num_workers, max_tries=2, stopping=lambda: False, watch=None):
     listener = Listener()
-    Queue(names, pool, num_workers, max_tries, listener).run(stopping)
+    Queue(names, pool, num_workers, max_tries, listener, watch).run(stopping)
     return listener.ends
 
 
@@ -85,6 +90,23 @@ def test_a_subject_that_takes_its_workers_along_is_given_up():
     ends = run(pool, list("ab"), 2)
     assert ("a", 0, "lost", True) in ends and [end[3] for end in ends if end[0] == "a"] == [True, False]
     assert ("b", 1, "done", False) in ends
+
+
+def test_a_worker_that_hangs_is_killed_and_its_subject_goes_to_another():
+    seconds = iter(range(1000))
+    pool = Pool(lambda worker, name: None if (worker, name) == (0, "a") else "done")
+    ends = run(pool, list("abcd"), 2, watch=Watch(lambda name: 0, timeout=100, clock=lambda: next(seconds)))
+    assert [end for end in ends if end[0] == "a"] == [("a", 0, "lost", True), ("a", 1, "done", False)]
+    assert pool.log.count(("kill", 0)) == 1 and ("kill", 1) not in pool.log
+    assert {end[0] for end in ends if end[2] == "done"} == set("abcd")
+
+
+def test_a_subject_that_hangs_everywhere_is_given_up():
+    seconds = iter(range(1000))
+    pool = Pool(lambda worker, name: None if name == "a" else "done")
+    ends = run(pool, list("ab"), 1, watch=Watch(lambda name: 0, timeout=5, clock=lambda: next(seconds)))
+    assert [end for end in ends if end[0] == "a"] == [("a", 0, "lost", True), ("a", 0, "lost", False)]
+    assert pool.log.count(("kill", 0)) == 2
 
 
 def test_workers_that_cannot_start_end_the_fleet_with_the_reason():

@@ -215,6 +215,34 @@ def test_the_best_trial_is_within_the_limit_of_drift(tune_config, monkeypatch):
     assert [row.split(" | ")[0] for row in rows] == ["| 2", "| 0", "| 1"]
 
 
+def test_a_trial_is_not_pruned_for_its_loss_before_the_trusted_steps(tmp_path):
+    study = open_study(tmp_path, trusted_steps=5)
+    for _ in range(4):
+        good = study.ask()
+        for step in (2, 6):
+            good.report(0.1, step)
+        study.tell(good, 0.1)
+    slow, pruned = study.ask(), []
+    for step in (2, 6):
+        slow.report(0.9, step)
+        pruned.append(slow.should_prune())
+    assert pruned == [False, True]
+
+
+def test_a_trial_beyond_the_limit_of_drift_ends_early(tune_config, monkeypatch):
+    lines = iter([(0.5, 0.2), (0.6, 0.05), (0.4, 0.09)])
+
+    def measure(run, step):
+        loss, drift = next(lines)
+        run.measurements.values.append({"step": step, "validation_loss": loss, "base_drift": drift})
+
+    monkeypatch.setattr(trial, "measure", measure)
+    monkeypatch.setattr(trial, "start_measuring", lambda *_: None)
+    space = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+    config = tune_config(space, max_train_steps=2, num_trials=2, max_base_drift=0.1)
+    assert tune(config).best.number == 1 and states(config) == ["PRUNED", "COMPLETE"]
+
+
 def test_without_a_trial_within_the_limit_there_is_no_best(tune_config):
     config = tune_config(num_trials=2, max_base_drift=1e-9)
     found = tune(config)
@@ -223,7 +251,7 @@ def test_without_a_trial_within_the_limit_there_is_no_best(tune_config):
 
 
 def test_keep_best_takes_the_lowest_loss_of_a_trial(tune_config, monkeypatch):
-    losses = iter([0.5, 0.2, 0.6])
+    losses = iter([0.5, 0.2, 0.6, 0.7])
 
     def measure(run, step):
         run.measurements.values.append({"step": step, "validation_loss": next(losses), "base_drift": step / 100})
@@ -231,7 +259,8 @@ def test_keep_best_takes_the_lowest_loss_of_a_trial(tune_config, monkeypatch):
     monkeypatch.setattr(trial, "measure", measure)
     monkeypatch.setattr(trial, "start_measuring", lambda *_: None)
     space = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
-    found = tune(tune_config(space, num_trials=1, max_train_steps=3, keep_best=True, validation_split=0.3))
+    fields = {"num_trials": 1, "max_train_steps": 4, "validation_split": 0.3, "max_base_drift": 0.025}
+    found = tune(tune_config(space, keep_best=True, **fields))
     assert found.best.value == 0.2 and found.best.user_attrs["step"] == 2
     assert found.best.user_attrs["base_drift"] == 0.02
     assert yaml.safe_load(found.best_file.read_text())["keep_best"] is True

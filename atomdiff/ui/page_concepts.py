@@ -1,0 +1,53 @@
+"""The concepts that prompts of the page may name: the library's, and those that trainings save on the way."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
+from atomdiff.concepts.library import ConceptLibrary
+from atomdiff.pipelines.adapter_weight import AdapterWeight
+from atomdiff.sampling.concept_source import ConceptSource, open_source
+from atomdiff.serving.concepts import ServedConcepts
+from atomdiff.ui.jobs import JobQueue
+
+
+def step_name(file: Path) -> str:
+    """Return what prompts call the concept file of a step."""
+    return file.name.removesuffix(CONCEPT_SUFFIX)
+
+
+class PageConcepts(ServedConcepts):
+    """Finds the concepts of prompts in a library, and those of checkpoints in training jobs, by the file's name.
+
+    Args:
+        library: the concepts.
+        jobs: the training jobs.
+    """
+
+    def __init__(self, library: ConceptLibrary, jobs: JobQueue) -> None:
+        super().__init__(library)
+        self._jobs = jobs
+        self._opened: dict[Path, ConceptSource] = {}  # files of checkpoints do not change
+
+    def find(self, weights: Mapping[str, Any]) -> list[tuple[ConceptSource, AdapterWeight]]:
+        """Return the concepts of a request with their weights; see `ServedConcepts`."""
+        checkpoints: dict[str, Path] = {}
+        if any(name not in self.library for name in weights):
+            files = [file for job in self._jobs.jobs() for file in job.saved_steps.values()]
+            checkpoints = {step_name(file): file for file in files}
+        found: list[tuple[ConceptSource, AdapterWeight]] = []
+        for name, value in weights.items():
+            if name in checkpoints and name not in self.library:
+                found.append((self._open(name, checkpoints[name]), AdapterWeight.read(value)))
+            else:
+                found += super().find({name: value})
+        return found
+
+    def _open(self, name: str, file: Path) -> ConceptSource:
+        if file not in self._opened:
+            self._opened[file] = replace(open_source(str(file)), name=name)
+        return self._opened[file]
