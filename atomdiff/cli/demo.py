@@ -206,7 +206,7 @@ def python_lines(concept: Path, base: str) -> list[str]:
     generated = f'pipe("a photo of {phrase} in space", guidance_scale=4).images[0].save({str(image)!r})'
     return [
         f"import atomdiff, diffusers; pipe = {opened}",
-        f'atomdiff.load_atoms(pipe, "{concept}"); {generated}',
+        f"atomdiff.load_atoms(pipe, {str(concept)!r}); {generated}",
     ]
 
 

@@ -96,7 +96,7 @@ def read_record(folder: Path) -> RunRecord:
         runs = sorted(each.parent.name for each in folder.glob(f"*/{RECORD_FILE}"))
         hint = f"; it is in {', '.join(runs)}: name one of them" if runs else ""
         if (folder / "classifier").is_dir():
-            hint = "; runs of train_classifier.py leave none: run it again with the config in report.json"
+            hint = "; runs of `atomdiff classify` leave none: run it again with the config in report.json"
         raise UserError(f"{folder}: found no {RECORD_FILE}; expected the output_dir of a run of atomdiff train{hint}")
     try:
         content = json.loads(file.read_bytes())
