@@ -35,6 +35,9 @@ _NAME = re.compile(r"[^\w-]+")
 def starting_options(config: UiConfig) -> str:
     """Return the options that *Advanced* begins with, as YAML: those of the training config, and what the page shows.
 
+    The base is that of the page, as the page opens it. A learning rate beside an adapter is that adapter's, and goes
+    with it: the preset brings its own.
+
     Raises:
         UserError: the training config cannot be read.
     """
@@ -42,8 +45,10 @@ def starting_options(config: UiConfig) -> str:
     options = read_yaml(file)
     if not isinstance(options, dict):
         raise UserError(f"train_config={file!r}: expected a mapping with one option per line, such as seed: 0")
-    options = {name: value for name, value in options.items() if name not in _PLACES}
-    options["pretrained_model_name_or_path"] = config.pretrained_model_name_or_path
+    if "adapter" in options:
+        options.pop("learning_rate", None)
+    options = {name: value for name, value in options.items() if name not in (*_PLACES, *config.base_options)}
+    base = {name: value for name, value in config.base_options.items() if value is not None}
     steps = int(options.get("max_train_steps", TrainConfig.max_train_steps))
     shown = {
         "validation_steps": max(steps // 6, 1),
@@ -52,7 +57,7 @@ def starting_options(config: UiConfig) -> str:
         "checkpoints_total_limit": 2,
         "report_to": None,
     }
-    return yaml.safe_dump({**shown, **options}, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({**base, **shown, **options}, sort_keys=False, allow_unicode=True)
 
 
 def starting_sampling(config: UiConfig) -> dict[str, Any]:
