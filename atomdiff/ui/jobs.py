@@ -87,7 +87,8 @@ class JobQueue:
 
     def jobs(self) -> list[Job]:
         """Return all jobs, the newest first."""
-        jobs = [Job(file.parent) for file in self.folder.glob(f"*/{STATE_FILE}")]
+        files = self.folder.glob(f"[!.]*/{STATE_FILE}")  # hidden ones are being written
+        jobs = [Job(file.parent) for file in files]
         return sorted(jobs, key=lambda job: job.created, reverse=True)
 
     def job(self, name: str) -> Job:

@@ -16,7 +16,7 @@ from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.ui.config import UiConfig
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.text_files import read_yaml
+from atomdiff.utils.text_files import parse_yaml, read_yaml
 
 PRESETS = {name: f"configs/experiments/atoms/{name}/adapter.json" for name in ("tiny", "default", "faithful")}
 """Name -> adapter."""
@@ -77,9 +77,7 @@ def _default_config(config: UiConfig) -> str:
     return "configs/sdxl.yaml" if is_known and "XL" in kind else "configs/sd15.yaml"
 
 
-def combine_options(
-    class_name: str, trigger_word: str, preset: str, advanced: str, num_images: int, folder: Path
-) -> dict[str, Any]:
+def combine_options(class_name: str, trigger_word: str, preset: str, advanced: str, num_images: int) -> dict[str, Any]:
     """Return the options of a run; what stands under *Advanced* wins.
 
     Args:
@@ -88,7 +86,6 @@ def combine_options(
         preset: of `PRESETS`.
         advanced: options as YAML.
         num_images: of the subject; some of many are held out.
-        folder: for a file in which the YAML is checked.
 
     Raises:
         UserError: a field is empty, or the YAML cannot be read.
@@ -97,7 +94,7 @@ def combine_options(
         raise UserError("found no class name; write in a word what the photos show, such as mug or dog")
     if preset not in PRESETS:
         raise UserError(f"found the preset {preset!r}; expected one of {', '.join(PRESETS)}")
-    options = _read(advanced, folder)
+    options = read_advanced(advanced)
     fields: dict[str, Any] = {
         "adapter": PRESETS[preset],
         "class_name": class_name.strip(),
@@ -108,15 +105,13 @@ def combine_options(
     return {**fields, **options}
 
 
-def _read(text: str, folder: Path) -> dict[str, Any]:
-    file = folder / ".advanced.yaml"
-    file.write_text(text, "utf-8")
-    try:
-        options = read_yaml(file)
-    except UserError as error:
-        raise UserError(f"Advanced: {str(error).removeprefix(f'{file}: ')}") from error
-    finally:
-        file.unlink()
+def read_advanced(text: str) -> dict[str, Any]:
+    """Return the options that stand under *Advanced*.
+
+    Raises:
+        UserError: they cannot be read as YAML with one option per line.
+    """
+    options = parse_yaml(text, "Advanced")
     if not isinstance(options, dict | None):
         raise UserError("Advanced: expected one option per line, such as max_train_steps: 300")
     return options or {}

@@ -251,8 +251,7 @@ def _add_job(
 ) -> Job:
     if not images:
         raise UserError("found no photo; drop at least one of the subject, better three to ten")
-    folder = workspace.jobs.folder
-    options = combine_options(class_name, trigger_word, preset, advanced, len(images), folder)
+    options = combine_options(class_name, trigger_word, preset, advanced, len(images))
     return workspace.jobs.add(concept_name(class_name, trigger_word), images, options, check_config)
 
 

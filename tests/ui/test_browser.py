@@ -138,7 +138,7 @@ def test_train_try_and_export(browser, workspace, address, tmp_path):
 
 def test_ask_for_images_and_a_concept_and_stop(browser, workspace, address, tmp_path):
     photos = sorted(write_images(tmp_path / "photos", widths=(32, 32)).iterdir())
-    options = recipes.combine_options("mug", "sks", "tiny", recipes.starting_options(workspace.config), 2, tmp_path)
+    options = recipes.combine_options("mug", "sks", "tiny", recipes.starting_options(workspace.config), 2)
     steps = {"max_train_steps": 3000, "validation_steps": 3000, "save_steps": 0, "validation_loss_steps": 0}
     job = workspace.jobs.add("mug", [(file, "") for file in photos], {**options, **steps}, recipes.check_config)
     page = browser.new_page()

@@ -1,6 +1,7 @@
 """Training jobs: a queue of processes whose state is on the disk."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -219,6 +220,13 @@ def test_a_config_that_is_refused_leaves_nothing(open_queue):
     with pytest.raises(UserError, match="class_name"):
         add(queue, check=refuse)
     assert queue.jobs() == [] and list(queue.folder.iterdir()) == []
+
+
+def test_a_job_whose_folder_is_being_written_is_not_seen(open_queue):
+    queue = open_queue()
+    job = add(queue)
+    shutil.copytree(job.folder, job.folder.with_name(".atomdiff-mug.unfinished"))
+    assert queue.jobs() == [job]
 
 
 def test_names_from_elsewhere_are_only_compared(open_queue, tmp_path):

@@ -9,8 +9,8 @@ from atomdiff.ui import recipes
 from atomdiff.utils.errors import UserError
 
 
-def combine(tmp_path, advanced="", class_name="mug", preset="tiny", num_images=3):
-    return recipes.combine_options(class_name, "sks", preset, advanced, num_images, tmp_path)
+def combine(advanced="", class_name="mug", preset="tiny", num_images=3):
+    return recipes.combine_options(class_name, "sks", preset, advanced, num_images)
 
 
 def check(tmp_path, images, options):
@@ -22,18 +22,17 @@ def check(tmp_path, images, options):
 
 def test_fields_and_advanced_become_one_config(ui_config, tmp_path, teapot_images):
     text = recipes.starting_options(ui_config)
-    options = combine(tmp_path, text, num_images=5)
+    options = combine(text, num_images=5)
     assert options["class_name"] == "mug" and options["validation_split"] == 0.2
     config = check(tmp_path, teapot_images, options)
     assert config.max_train_steps == 2
     assert config.pretrained_model_name_or_path == ui_config.pretrained_model_name_or_path
     assert config.learning_rate == 1.4e-3  # from the overrides of the preset
-    assert not list(tmp_path.glob(".advanced*"))
 
 
-def test_advanced_wins(tmp_path):
-    assert combine(tmp_path, "trigger_word: zwx\nvalidation_split: 0")["trigger_word"] == "zwx"
-    assert "validation_split" not in combine(tmp_path, num_images=4)
+def test_advanced_wins():
+    assert combine("trigger_word: zwx\nvalidation_split: 0")["trigger_word"] == "zwx"
+    assert "validation_split" not in combine(num_images=4)
 
 
 @pytest.mark.parametrize(
@@ -45,9 +44,9 @@ def test_advanced_wins(tmp_path):
         ({"advanced": "- seed"}, "one option per line"),
     ],
 )
-def test_mistakes_are_named(tmp_path, fields, message):
+def test_mistakes_are_named(fields, message):
     with pytest.raises(UserError, match=message):
-        combine(tmp_path, **fields)
+        combine(**fields)
 
 
 def test_unknown_options_are_refused_in_one_line(tmp_path):
@@ -71,7 +70,7 @@ def test_a_rate_that_a_config_has_for_its_adapter_is_not_that_of_another(
     ui_config, tmp_path, teapot_images, advanced, rate
 ):
     text = recipes.starting_options(replace(ui_config, train_config=None))  # configs/sd15.yaml
-    assert check(tmp_path, teapot_images, combine(tmp_path, f"{text}{advanced}")).learning_rate == rate
+    assert check(tmp_path, teapot_images, combine(f"{text}{advanced}")).learning_rate == rate
 
 
 def test_a_rate_of_no_adapter_is_kept(ui_config, tmp_path):
