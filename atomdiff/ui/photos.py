@@ -63,6 +63,10 @@ def look_at_photo(file: Path, resolution: int | None) -> Photo:
     return Photo(file, thumbnail, "; ".join(notes))
 
 
-def _stored_size(file: Path) -> tuple[int, int]:
-    with Image.open(file) as image:
-        return image.size
+def _stored_size(file: Path) -> tuple[int, int] | None:
+    """Return the size before turning; None: Pillow opens the file only without its texts and profiles."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except Exception:  # Pillow's plugins raise whatever their parsers raise
+        return None

@@ -38,6 +38,13 @@ def test_small_photos_are_enlarged_or_refused_as_training_does(photo):
     assert photo((31, 31), resolution=None).note == ""
 
 
+def test_a_photo_with_a_huge_color_profile_is_taken_with_a_note(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png", icc_profile=b"\0" * 2_000_000)
+    photo = look_at_photo(tmp_path / "photo.png", 64)
+    assert photo.can_be_used
+    assert photo.note.startswith("read without its texts and profiles")
+
+
 def test_files_that_are_no_images_are_refused(tmp_path):
     (tmp_path / "photo.png").write_text("hello")
     photo = look_at_photo(tmp_path / "photo.png", 64)
