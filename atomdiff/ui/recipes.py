@@ -130,6 +130,12 @@ def check_config(file: Path) -> TrainConfig:
         raise UserError(reason) from error
 
 
+def training_side(options: Mapping[str, Any]) -> int | None:
+    """Return the side of the images that a run trains on, in pixels; None: its base says it once it is opened."""
+    side = options.get("resolution")
+    return side if isinstance(side, int) else native_side(str(options.get("pretrained_model_name_or_path")))
+
+
 def native_side(base: str) -> int | None:
     """Return the side of the images of a base in a folder, in pixels, from its configs alone; None: it is elsewhere."""
     folder = Path(find_asset(base))

@@ -3,7 +3,7 @@
 import pytest
 from PIL import Image
 
-from atomdiff.ui.photos import look_at_photo
+from atomdiff.ui.photos import look_at_photo, look_at_photos
 
 
 @pytest.fixture
@@ -43,6 +43,19 @@ def test_a_photo_with_a_huge_color_profile_is_taken_with_a_note(tmp_path):
     photo = look_at_photo(tmp_path / "photo.png", 64)
     assert photo.can_be_used
     assert photo.note.startswith("read without its texts and profiles")
+
+
+def test_photos_are_judged_by_the_resolution_of_training(tmp_path, tiny_pipe_folder):
+    Image.new("RGB", (40, 40)).save(tmp_path / "photo.png")
+    options = {"pretrained_model_name_or_path": str(tiny_pipe_folder)}  # of 32 pixels
+
+    def note(**others):
+        (photo,) = look_at_photos([tmp_path / "photo.png"], {**options, **others})
+        return photo.note
+
+    assert note() == ""
+    assert note(resolution=64) == "small: enlarged to 64 pixels"
+    assert "expected at least 256" in note(resolution=512, pretrained_model_name_or_path="somebody/base")
 
 
 def test_files_that_are_no_images_are_refused(tmp_path):

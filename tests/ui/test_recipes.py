@@ -91,6 +91,8 @@ def test_training_opens_the_base_as_the_page_does(ui_config, tmp_path):
 def test_sizes_names_and_commands(tiny_pipe_folder, tmp_path):
     assert recipes.native_side(str(tiny_pipe_folder)) == 32
     assert recipes.native_side("somebody/base") is None
+    assert recipes.training_side({"pretrained_model_name_or_path": str(tiny_pipe_folder)}) == 32
+    assert recipes.training_side({"pretrained_model_name_or_path": str(tiny_pipe_folder), "resolution": 64}) == 64
     assert recipes.concept_name("Big mug", "sks") == "sks-big-mug"
     with pytest.raises(UserError, match="no letter"):
         recipes.concept_name("/", "..")
