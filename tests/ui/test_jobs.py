@@ -205,6 +205,14 @@ def test_a_killed_job_is_told_from_another_process_of_its_number(open_queue):
         other.communicate(b"\n")
 
 
+def test_the_folder_of_another_method_is_named_as_it_is_not_in_the_library(open_queue):
+    job = add(open_queue())
+    wait_for(lambda: job.status == "finished")
+    assert "The concept is in the library" in render.status_card(job, read_progress(job.run_folder))
+    job.result.mkdir()
+    assert f"The result is in {job.result}; the library takes" in render.status_card(job, read_progress(job.run_folder))
+
+
 def test_an_error_is_that_of_the_command(open_queue):
     job = add(open_queue(), fails=True)
     wait_for(lambda: job.status == "failed")
