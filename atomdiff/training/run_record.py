@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import atomdiff
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.fingerprint import differences
 from atomdiff.training.run import Run
@@ -151,7 +150,7 @@ def describe_environment() -> dict[str, Any]:
         "device": describe_device(),
         "packages": package_versions(),
         "git": {
-            "atomdiff": git_state(Path(atomdiff.__file__).resolve()),
+            "atomdiff": git_state(Path(__file__).resolve()),
             "script": git_state(Path(script).resolve()) if script else None,
         },
     }

@@ -35,6 +35,8 @@ from atomdiff.utils.errors import UserError
 TRAIN_COMMAND = (sys.executable, "-m", "atomdiff", "train")
 """What runs the training of a job."""
 
+# A clone in the working directory, or another file there, is not to be imported (from Python 3.11 on).
+_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}
 _INTERVAL = 0.5  # seconds between looks at what runs
 _RETRY = (1.0, 300.0)  # seconds until a hand-over that failed is tried again: at first, at most
 
@@ -230,7 +232,7 @@ class JobQueue:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
+                env={**os.environ, **_ENVIRONMENT},
                 start_new_session=True,  # a Ctrl-C is for the server alone
             )
         self._children[job.folder] = child

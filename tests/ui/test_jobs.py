@@ -11,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import atomdiff
 from atomdiff.training.intermediate import SAVE_FILE
 from atomdiff.ui import jobs, render
 from atomdiff.ui.jobs import JobQueue
@@ -66,8 +67,8 @@ def open_queue(tmp_path):
     script, queues = tmp_path / "training.py", []
     script.write_text(TRAINING)
 
-    def open_one(on_finish=None):
-        queue = JobQueue(tmp_path / "jobs", on_finish, (sys.executable, str(script)))
+    def open_one(on_finish=None, command=(sys.executable, str(script))):
+        queue = JobQueue(tmp_path / "jobs", on_finish, command)
         queue.start()
         queues.append(queue)
         return queue
@@ -211,6 +212,16 @@ def test_the_folder_of_another_method_is_named_as_it_is_not_in_the_library(open_
     assert "The concept is in the library" in render.status_card(job, read_progress(job.run_folder))
     job.result.mkdir()
     assert f"The result is in {job.result}; the library takes" in render.status_card(job, read_progress(job.run_folder))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always imports from the working directory")
+def test_jobs_import_the_package_of_the_page_above_a_clone(open_queue, tmp_path, monkeypatch):
+    (tmp_path / "atomdiff" / "atomdiff").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    queue = open_queue(command=(sys.executable, "-c", "import atomdiff; print('saved', atomdiff.__file__)"))
+    job = add(queue)
+    wait_for(lambda: job.status == "finished")
+    assert job.result == Path(atomdiff.__file__)
 
 
 def test_an_error_is_that_of_the_command(open_queue):
