@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -165,7 +166,7 @@ class JobQueue:
             elif (process := running_process(state)) is not None and not state.stop_requested:
                 write_state(job, replace(state, stop_requested=True))
                 with suppress(psutil.NoSuchProcess):
-                    process.terminate()
+                    process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
 
     def resume(self, job: Job) -> None:
         """Put a job that was stopped or failed at the end of the queue; it goes on from its newest checkpoint.
@@ -234,6 +235,7 @@ class JobQueue:
                 stderr=errors,
                 env={**os.environ, **_ENVIRONMENT},
                 start_new_session=True,  # a Ctrl-C is for the server alone
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
             )
         self._children[job.folder] = child
         started = psutil.Process(child.pid).create_time()

@@ -128,6 +128,25 @@ def test_a_stopped_job_is_resumed_from_its_checkpoint(open_queue):
         queue.resume(job)
 
 
+def test_on_windows_a_job_hears_ctrl_break_and_no_ctrl_c(open_queue, monkeypatch):
+    group, ctrl_break, begun, sent = 0x200, signal.SIGUSR1, [], []
+    start = subprocess.Popen
+
+    def popen(command, creationflags, **options):
+        begun.append(creationflags)
+        return start(command, **options)
+
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", group, raising=False)
+    monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", ctrl_break, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(psutil.Process, "send_signal", lambda process, number: sent.append(number))
+    queue = open_queue()
+    job = add(queue, steps=1000)
+    wait_for(lambda: job.status == "running")
+    queue.stop(job)
+    assert begun == [group] and sent == [ctrl_break]
+
+
 def test_a_hand_over_that_fails_is_tried_again_later_each_time_and_no_other_waits(open_queue, monkeypatch):
     tries, finished, is_full = [], [], True
     monkeypatch.setattr(jobs, "_RETRY", (0.3, 300.0))
