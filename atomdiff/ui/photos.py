@@ -54,7 +54,8 @@ def look_at_photo(file: Path, resolution: int | None) -> Photo:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             upright = open_upright(file)
-        notes += [str(warning.message).removeprefix(f"{file}: ") for warning in caught]
+        said = [str(warning.message) for warning in caught]  # in other threads, too
+        notes += [text.removeprefix(f"{file}: ") for text in said if text.startswith(f"{file}: ")]
     except UserError as error:
         return Photo(file, None, f"cannot be used: {error}")
     short, long = sorted(upright.size)

@@ -1,8 +1,12 @@
 """What the page says of photos before a run."""
 
+import warnings
+
 import pytest
 from PIL import Image
 
+from atomdiff.data.image_files import open_upright
+from atomdiff.ui import photos
 from atomdiff.ui.photos import look_at_photo, look_at_photos
 
 
@@ -43,6 +47,15 @@ def test_a_photo_with_a_huge_color_profile_is_taken_with_a_note(tmp_path):
     photo = look_at_photo(tmp_path / "photo.png", 64)
     assert photo.can_be_used
     assert photo.note.startswith("read without its texts and profiles")
+
+
+def test_warnings_of_others_are_no_notes(photo, monkeypatch):
+    def warn_and_open(file):
+        warnings.warn("of another thread", stacklevel=1)
+        return open_upright(file)
+
+    monkeypatch.setattr(photos, "open_upright", warn_and_open)
+    assert photo((64, 64)).note == ""
 
 
 def test_photos_are_judged_by_the_resolution_of_training(tmp_path, tiny_pipe_folder):
