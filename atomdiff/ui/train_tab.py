@@ -42,6 +42,8 @@ class _Form:
     """What a visitor sets."""
 
     photos: gr.State
+    captions: gr.State
+    """File of a photo -> what is written in its field, which is built anew whenever the photos change."""
     dropped: gr.File
     cards: gr.Column
     words: list[Any]
@@ -86,7 +88,7 @@ def train_tab(workspace: Workspace, page: gr.Blocks) -> None:
         return _view(workspace, name, last)
 
     _take_photos(form)
-    _show_photos(workspace, form, view, look)
+    _show_photos(workspace, form, view, look, page)
     _control_jobs(workspace, view, look)
     page.load(lambda: look(None, None), None, view.components, show_progress="hidden")
     gr.Timer(_REFRESH).tick(look, [view.chosen, view.seen], view.components, show_progress="hidden")
@@ -127,7 +129,7 @@ def _build_form(workspace: Workspace) -> _Form:
             elem_id="advanced",
         )
     start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
-    return _Form(gr.State([]), dropped, cards, [class_name, trigger_word, preset], advanced, start)
+    return _Form(gr.State([]), gr.State({}), dropped, cards, [class_name, trigger_word, preset], advanced, start)
 
 
 def _build_view() -> _JobView:
@@ -179,14 +181,14 @@ def _take_photos(form: _Form) -> None:
 
 
 def _show_photos(
-    workspace: Workspace, form: _Form, view: _JobView, look: Callable[[str | None, Any], list[Any]]
+    workspace: Workspace, form: _Form, view: _JobView, look: Callable[[str | None, Any], list[Any]], page: gr.Blocks
 ) -> None:
     """Show the photos with their captions; and let the button start a training with those that can be used."""
     with form.cards:
 
-        @gr.render(inputs=[form.photos])
-        def show(known: list[Photo]) -> None:
-            captions = [_show_photo(photo, form.photos) for photo in known]
+        @gr.render(inputs=[form.photos, form.captions], triggers=[page.load, form.photos.change])
+        def show(known: list[Photo], written: dict[Path, str]) -> None:
+            captions = [_show_photo(photo, form, written.get(photo.file, "")) for photo in known]
             usable = [photo.file for photo in known if photo.can_be_used]
             captions = [caption for caption, photo in zip(captions, known, strict=True) if photo.can_be_used]
 
@@ -198,7 +200,7 @@ def _show_photos(
             form.start.click(start_training, [*form.words, form.advanced, *captions], view.components)
 
 
-def _show_photo(photo: Photo, photos: gr.State) -> gr.Textbox:
+def _show_photo(photo: Photo, form: _Form, written: str) -> gr.Textbox:
     """Show a photo, and return the field of its caption."""
     with gr.Row(equal_height=False, elem_classes="photo"):
         if photo.thumbnail is not None:
@@ -213,18 +215,23 @@ def _show_photo(photo: Photo, photos: gr.State) -> gr.Textbox:
             )
         with gr.Column(scale=4, min_width=160):
             caption = gr.Textbox(
-                "",
+                written,
                 label="Caption (optional)",
                 info=photo.note or None,
                 lines=1,
                 interactive=True,
                 visible=photo.can_be_used,
-                key=f"caption-{photo.file}",
+            )
+            caption.change(
+                lambda text, captions: {**captions, photo.file: text},
+                [caption, form.captions],
+                [form.captions],
+                show_progress="hidden",
             )
             if not photo.can_be_used:
                 gr.Markdown(f"**{photo.file.name}** {photo.note}", elem_classes="note")
         remove = gr.Button("Remove", size="sm", scale=0, min_width=80)
-        remove.click(lambda now: [each for each in now if each.file != photo.file], [photos], [photos])
+        remove.click(lambda now: [each for each in now if each.file != photo.file], [form.photos], [form.photos])
     return caption
 
 

@@ -175,3 +175,30 @@ def test_ask_for_images_and_a_concept_and_stop(browser, workspace, address, tmp_
     page.locator("#stop-images:enabled").click()
     page.locator("#stop-images:disabled").wait_for()
     assert workspace.images._engine.stats.cancelled
+
+
+def test_photos_are_judged_again_after_advanced_was_edited_and_keep_their_captions(browser, address, tmp_path):
+    photos = sorted(write_images(tmp_path / "photos", widths=(32, 36)).iterdir())
+    page = browser.new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.goto(address)
+    page.locator("#photos input[type=file]").set_input_files(photos[:1])
+    captions = page.get_by_label("Caption (optional)")
+    captions.first.fill("a photo of sks mug")
+    page.locator("#photos input[type=file]").set_input_files(photos[1:])
+    expect(captions).to_have_count(2)
+    page.get_by_text("Advanced: all options as YAML").click()
+    options = page.locator("#advanced .cm-content")
+    for side, note in ((128, "cannot be used: 32 pixels"), (64, "small: enlarged to 64 pixels")):
+        options.click()
+        page.keyboard.press("Control+End")
+        page.keyboard.type(f"\nresolution: {side}")
+        page.locator("#class-name").locator("input, textarea").click()
+        page.get_by_text(note).first.wait_for()
+        options.click()
+        page.keyboard.press("Control+End")
+        page.keyboard.press("Shift+Home")
+        page.keyboard.press("Delete")
+    page.get_by_role("button", name="Remove").last.click()
+    expect(captions).to_have_count(1)
+    expect(captions).to_have_value("a photo of sks mug")
