@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from atomdiff.utils.precision import in_float64
+from atomdiff.utils.float64 import in_float64
 
 _ROWS_AT_ONCE = 1 << 16  # so that a large weight is never there in float64 as a whole
 

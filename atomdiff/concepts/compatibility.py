@@ -17,7 +17,7 @@ from atomdiff.atoms.variants import atoms_of, stored_atoms
 from atomdiff.concepts.compact_layers import REDUCED_LENGTH, reduce_fingerprint
 from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.utils.errors import UserError, warn
-from atomdiff.utils.precision import in_float64
+from atomdiff.utils.float64 import in_float64
 from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 
 # Distances measured on the toybox: the base rounded to bfloat16 0.00004; every weight changed at random by a tenth of

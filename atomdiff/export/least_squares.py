@@ -23,7 +23,7 @@ from atomdiff.atoms.variant import Atoms
 from atomdiff.atoms.variants import SharedAtoms
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import AtomLayer
-from atomdiff.utils.precision import in_float64
+from atomdiff.utils.float64 import in_float64
 
 _NAME = "fitted"
 _RANK_TOLERANCE = 1e-12  # of squared singular values: what is below comes from rounding in float32

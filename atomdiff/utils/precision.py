@@ -10,7 +10,6 @@ from functools import cache
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
 from atomdiff.utils.choices import Precision
 from atomdiff.utils.errors import UserError
@@ -25,7 +24,6 @@ _INSTRUCTIONS: dict[Precision, tuple[str, ...]] = {
     "no": (),
 }
 _NARROW = ("DEFAULT", "NO AVX", "AVX2")  # what torch's kernels are limited to on an x86 processor without AVX-512
-_WITHOUT_FLOAT64 = ("mps", "xpu")
 _CONFIGURED = "ACCELERATE_MIXED_PRECISION"  # set by `accelerate launch`
 
 
@@ -122,12 +120,6 @@ def autocast(device: torch.device, asked: str | None = None) -> torch.autocast:
     """Make a `with` block that computes in the precision of `choose_precision`."""
     chosen = choose_precision(asked, device)
     return torch.autocast(device.type, chosen.dtype, enabled=chosen.name != "no")
-
-
-def in_float64(tensor: Tensor) -> Tensor:
-    """A tensor in float64: on its device, or on the CPU where that has none (Apple's GPUs, some of Intel's)."""
-    near = tensor.cpu() if tensor.device.type in _WITHOUT_FLOAT64 else tensor
-    return near.to(torch.float64)  # a call of its own: the move itself would convert on the device
 
 
 def _fastest(device: torch.device) -> ChosenPrecision:

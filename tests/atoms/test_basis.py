@@ -9,7 +9,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from atomdiff.atoms.basis import dct_atoms, gram, singular_values, svd_atoms
-from atomdiff.utils.precision import in_float64
+from atomdiff.utils.float64 import in_float64
 
 
 def random(*shape, seed=0, dtype=torch.float64):
