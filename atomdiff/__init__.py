@@ -1,4 +1,4 @@
-"""Filter atoms: personalize diffusion models with files of a few kilobytes.
+"""Filter atoms: personalize diffusion models with small files.
 
 Chen, Miao, Qiu, "Large Convolutional Model Tuning via Filter Subspace", arXiv 2403.00269.
 """

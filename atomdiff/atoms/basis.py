@@ -8,16 +8,14 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
+from atomdiff.utils.float64 import in_float64
+
 _ROWS_AT_ONCE = 1 << 16  # so that a large weight is never there in float64 as a whole
 
 
 def gram(rows: Tensor) -> Tensor:
     """Gram matrix of rows (blocks, d) in float64: X.T @ X (d, d)."""
-    total = torch.zeros(rows.shape[1], rows.shape[1], dtype=torch.float64, device=rows.device)
-    for part in rows.split(_ROWS_AT_ONCE):
-        wide = part.to(torch.float64)
-        total += wide.T @ wide
-    return total
+    return torch.stack([wide.T @ wide for wide in map(in_float64, rows.split(_ROWS_AT_ONCE))]).sum(0)
 
 
 def singular_values(rows: Tensor) -> Tensor:
@@ -41,7 +39,7 @@ def svd_atoms(rows: Tensor, num_atoms: int) -> Tensor:
     _check_num_atoms(num_atoms, rows.shape[1])
     atoms = _decompose(rows)[1][:num_atoms]  # (m, d)
     peaks = atoms.gather(1, atoms.abs().argmax(dim=1, keepdim=True))  # (m, 1)
-    return (atoms * peaks.sign()).to(torch.float32).contiguous()
+    return (atoms * peaks.sign()).to(torch.float32).contiguous().to(rows.device)
 
 
 def dct_atoms(axes: Sequence[int], num_atoms: int) -> Tensor:

@@ -164,7 +164,7 @@ def _learn(sample: Tensor, atoms: Tensor, sparsity: float) -> Tensor:
     """
     columns = sample.T.contiguous()  # (d, rows)
     coefficients = torch.zeros(len(atoms), len(sample), dtype=sample.dtype, device=sample.device)
-    atoms = best = updated = atoms.to("cpu", torch.float64)
+    atoms = best = updated = atoms.cpu().to(torch.float64)
     pace, objectives, lowest = 1.0, [], []
     for _ in range(_MAX_ALTERNATIONS):
         dictionary = atoms.to(sample)
@@ -197,8 +197,8 @@ def _update_atoms(atoms: Tensor, coefficients: Tensor, residual: Tensor) -> Tens
         coefficients: A.T (m, rows).
         residual: (X - A @ D).T (d, rows).
     """
-    usage = (coefficients @ coefficients.T).to("cpu", torch.float64)  # (m, m)
-    gradient = (coefficients @ residual.T).to("cpu", torch.float64)  # (m, d)
+    usage = (coefficients @ coefficients.T).cpu().to(torch.float64)  # (m, m)
+    gradient = (coefficients @ residual.T).cpu().to(torch.float64)  # (m, d)
     updated = atoms.clone()
     for index in usage.diagonal().nonzero().flatten().tolist():
         descent = gradient[index] - usage[index] @ (updated - atoms)  # (d,)
@@ -212,7 +212,7 @@ def _worst_described(unused: Tensor, residual: Tensor, sparsity: float) -> Tenso
     A column no longer than `sparsity` would not use an atom of any direction: there the atom stays.
     """
     lengths, longest = residual.norm(dim=0).topk(min(len(unused), residual.shape[1]))  # (n,)
-    directions = (residual[:, longest] / lengths).T.to(unused)  # (n, d)
+    directions = (residual[:, longest] / lengths).T.cpu().to(unused)  # (n, d)
     replaced = unused.clone()
     count = int((lengths > sparsity).sum())
     replaced[:count] = directions[:count]
@@ -247,7 +247,7 @@ def _within_unit_ball(atoms: Tensor) -> Tensor:
 
 def _gram(atoms: Tensor) -> Tensor:
     """D @ D.T (m, m), float64 on the CPU, where its eigenvalues are the same every time."""
-    exact = atoms.to("cpu", torch.float64)
+    exact = atoms.cpu().to(torch.float64)
     return exact @ exact.T
 
 

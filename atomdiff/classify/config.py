@@ -11,7 +11,7 @@ from atomdiff.training.config.run import LoggingConfig, RunConfig
 from atomdiff.utils.choices import Precision, Schedule
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import BatchSize, NonNegativeFloat, PositiveInt, Range
-from atomdiff.utils.paths import PathText
+from atomdiff.utils.paths import InputPath, PathText
 
 LINEAR = "linear"
 _HEAD_LEARNING_RATE = 3e-3
@@ -38,7 +38,7 @@ class ClassifyConfig(LoggingConfig, OptimizerConfig, ImageConfig, RunConfig):
     mixed_precision: Precision | None = None
     """Precision of the computation; weights stay in float32. Default: the setting of `accelerate config`; without one,
     bf16 where the hardware supports it, else no (float32)."""
-    train_data_dir: PathText
+    train_data_dir: InputPath
     """Folder of training images, with a subfolder for each class; or with subfolders train, validation and test, each
     with a subfolder for each class."""
     from_scratch: bool = False

@@ -16,7 +16,7 @@ from transformers.utils import IMAGE_PROCESSOR_NAME, logging
 from atomdiff.classify.head import head_of, labels_of, new_head, put_head
 from atomdiff.tuner.adapter_state import adapter_layers, base_state_dict, belongs_to_adapter, module_path
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.seeds import derive_seed
+from atomdiff.utils.seeds import derive_seed, fork_rng
 from atomdiff.utils.untrusted import list_some
 
 _IMAGENET_SIDE = 224
@@ -37,7 +37,7 @@ def open_model(
     Raises:
         UserError: There is no such base, it lacks weights, or it is no image classifier with a head of its own.
     """
-    with torch.random.fork_rng():
+    with fork_rng():
         torch.manual_seed(derive_seed(seed, "weights"))
         model, random = _load(name, revision, from_scratch, labels_of(classes))
         _refuse_random(name, [path for path in random if in_base(model, path)])
@@ -62,7 +62,7 @@ def open_base(name: str, *, revision: str | None = None) -> Any:
     Raises:
         UserError: There is no such base, it lacks weights, or cannot be split into head and base.
     """
-    with torch.random.fork_rng():
+    with fork_rng():
         model, random = _load(name, revision)
     _refuse_random(name, [path for path in random if in_base(model, path)])
     check_splittable(model)

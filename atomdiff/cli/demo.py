@@ -214,7 +214,7 @@ def python_lines(concept: Path, base: str, guidance_scale: float) -> list[str]:
     )
     return [
         f"import atomdiff, diffusers; pipe = {opened}",
-        f'atomdiff.load_atoms(pipe, "{concept}"); {generated}',
+        f"atomdiff.load_atoms(pipe, {str(concept)!r}); {generated}",
     ]
 
 

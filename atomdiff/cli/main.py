@@ -194,6 +194,23 @@ def demo(args: Sequence[str]) -> None:
     print(describe_report(run_demo(config)))
 
 
+def classify(args: Sequence[str]) -> None:
+    """Tune an image classifier on folders of images."""
+    from atomdiff.classify.config import ClassifyConfig
+
+    config = parse_with_overrides(ClassifyConfig, args, prog="atomdiff classify")
+    quiet_libraries()
+    from accelerate import PartialState
+
+    from atomdiff.classify.train import train_classifier
+
+    report = train_classifier(config)
+    shown = {split: accuracy for split, accuracy in report["accuracy"].items() if accuracy is not None}
+    accuracies = ", ".join(f"{split} {accuracy:.3f}" for split, accuracy in shown.items())
+    PartialState().print(f"saved {config.output_dir}/classifier; accuracy: {accuracies}")
+    PartialState().destroy_process_group()
+
+
 def ui(args: Sequence[str]) -> None:
     """Open a page in the browser to train, try and keep concepts without code."""
     from atomdiff.ui.config import UiConfig
@@ -214,7 +231,7 @@ def doctor(args: Sequence[str]) -> None:
 
 _TRAINING = (train, rerun, tune, fleet)
 _FILES = (inspect, similar, export, extract, prune, average)
-_VERBS = (*_TRAINING, sample, serve, evaluate, *_FILES, demo, ui, doctor)
+_VERBS = (*_TRAINING, sample, serve, evaluate, *_FILES, classify, demo, ui, doctor)
 VERBS: dict[str, Callable[[Sequence[str]], int | None]] = {verb.__name__: verb for verb in _VERBS}
 
 

@@ -64,7 +64,7 @@ def changes_of(concept: ConceptFile) -> AtomChanges:
             atoms = tensors.get(name.replace("_delta", "_basis"))
             key = f"{module}.{name}"
             spaces[key], changes = _change(concept.config.basis, delta, atoms)
-            values[key] = changes.flatten()
+            values[key] = changes.flatten().cpu()
     return AtomChanges(spaces, values, concept.fingerprint)
 
 

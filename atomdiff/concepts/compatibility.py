@@ -7,7 +7,6 @@ import math
 from collections.abc import Collection, Hashable, Iterable, Mapping, Sequence
 from contextlib import suppress
 
-import torch
 from torch import Tensor, nn
 
 from atomdiff.atoms.atom_basis import ATOM_BASES
@@ -18,6 +17,7 @@ from atomdiff.atoms.variants import atoms_of, stored_atoms
 from atomdiff.concepts.compact_layers import REDUCED_LENGTH, reduce_fingerprint
 from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.utils.errors import UserError, warn
+from atomdiff.utils.float64 import in_float64
 from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 
 # Distances measured on the toybox's first edition: the base rounded to bfloat16 0.00004; every weight changed at random
@@ -286,6 +286,6 @@ def _content_key(weight: Tensor) -> Hashable:
     """What tells a weight from others, and from itself as it was: its address, its version, and some of its values."""
     as_in_memory = sorted(range(weight.ndim), key=weight.stride, reverse=True)
     values = weight.detach().permute(as_in_memory).reshape(-1)
-    some = values[:: max(len(values) // 1024, 1)].to(torch.float64)
+    some = in_float64(values[:: max(len(values) // 1024, 1)])
     version = None if weight.is_inference() else weight._version
     return weight.data_ptr(), version, weight.shape, weight.dtype, weight.device, hash(some.cpu().numpy().tobytes())

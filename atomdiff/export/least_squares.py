@@ -23,6 +23,7 @@ from atomdiff.atoms.variant import Atoms
 from atomdiff.atoms.variants import SharedAtoms
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.layer import AtomLayer
+from atomdiff.utils.float64 import in_float64
 
 _NAME = "fitted"
 _RANK_TOLERANCE = 1e-12  # of squared singular values: what is below comes from rounding in float32
@@ -143,15 +144,13 @@ def _best_delta(layer: AtomLayer, atoms: Atoms, target: Tensor) -> Tensor:
     source = atoms.view.columns(as_kernels(start)) if coefficients is None else coefficients  # (batch, d or m, width)
     squares, mixed = _products(source, source), _products(source, missing)
     if coefficients is None:
-        basis = layer.tensors(f"{atoms.name}_basis")[_NAME].to(torch.float64)
+        basis = in_float64(layer.tensors(f"{atoms.name}_basis")[_NAME])
         squares, mixed = basis @ squares @ basis.T, basis @ mixed
     return torch.linalg.pinv(squares, rtol=_RANK_TOLERANCE, hermitian=True) @ mixed
 
 
 def _products(left: Tensor, right: Tensor) -> Tensor:
     """Sum over the batch of left @ right.T: (batch, m, width), (batch, d, width) -> (m, d) in float64."""
-    total = torch.zeros(left.shape[1], right.shape[1], dtype=torch.float64, device=left.device)
     at_once = max(1, _CPU_PART // max(1, left[0].numel()))
-    for one, two in zip(left.split(at_once), right.split(at_once), strict=True):
-        total += (one.to(torch.float64) @ two.to(torch.float64).mT).sum(dim=0)
-    return total
+    pairs = zip(left.split(at_once), right.split(at_once), strict=True)
+    return torch.stack([(in_float64(one) @ in_float64(two).mT).sum(dim=0) for one, two in pairs]).sum(dim=0)

@@ -95,7 +95,7 @@ def low_rank(matrix: Tensor, rank: int) -> tuple[Tensor, Tensor]:
     if matrix.shape[0] > matrix.shape[1]:
         down, up = low_rank(matrix.T, rank)
         return up.T, down.T
-    vectors = torch.linalg.eigh(gram(matrix.T))[1].flip(1)[:, :rank].to(torch.float32)  # (m, r)
+    vectors = torch.linalg.eigh(gram(matrix.T))[1].flip(1)[:, :rank].to(torch.float32).to(matrix.device)  # (m, r)
     projected = vectors.T @ matrix.to(torch.float32)  # (r, n): singular values times right-singular vectors
     balance = projected.norm(dim=1).clamp(min=torch.finfo(torch.float32).tiny).sqrt()
     return vectors * balance, projected / balance[:, None]

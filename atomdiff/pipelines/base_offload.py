@@ -11,6 +11,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from atomdiff.tuner.weight_access import has_stream, walk
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import quick_hash
 
@@ -98,7 +99,8 @@ def base_weight_readers(
 ) -> dict[str, Callable[[], Tensor] | None]:
     """Decide for every layer, by module path, what reads its base weight; None: a copy on the device does.
 
-    Without `offload_base` they stay where they are by now, at first on the device.
+    Without `offload_base` they stay where they are by now, at first on the device; but on the CPU where diffusers
+    offloads the model with a stream, which does not know new tensors.
 
     Raises:
         UserError: `offload_base` is unknown, or `file` and a base weight is in no file of the model's folder, as it is.
@@ -107,7 +109,7 @@ def base_weight_readers(
         raise UserError(f"offload_base={offload_base!r}: expected one of {', '.join(map(repr, get_args(BaseOffload)))}")
     if offload_base == "file":
         return dict(_file_weights(model, layers))
-    if offload_base == "cpu":
+    if offload_base == "cpu" or any(has_stream(module) for _, module in walk(model)):
         return {path: _host_copy(layer) for path, layer in layers.items()}
     return {path: layer.base_weight.offloaded if offload_base is None else None for path, layer in layers.items()}
 

@@ -42,4 +42,4 @@ def find_caller(model: nn.Module) -> Caller | None:
 
 
 def _has_part(pipe: Any, model: nn.Module) -> bool:
-    return any(getattr(part, "_orig_mod", part) is model for part in pipe.components.values())
+    return any(part is model or getattr(part, "_orig_mod", None) is model for part in pipe.components.values())

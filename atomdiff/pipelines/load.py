@@ -139,6 +139,7 @@ def load_concept(
         else:
             name = given_name(adapter_name, models.values(), taken_names(pipe))
         for model in models.values():
+            checks.check_extensible(model)
             checks.check_restorable(model)
         parts = read_parts(pipe, source, trigger_word, allow_base_mismatch)
         if keep < 1 and not all(adapter_state.is_atoms(config) for config, _ in parts.adapters.values()):
@@ -198,6 +199,8 @@ def unload_atoms(pipe: Any, adapter_name: str | None = None) -> None:
         refresh(pipe)
         if adapter_name is not None and adapter_name not in concept_names(pipe):
             raise UserError(f"there is no concept {adapter_name!r} to unload; there are: {name_concepts(pipe)}")
+        for model in pipeline_models(pipe).values():
+            checks.check_extensible(model)
         restore(pipe)
         names = concept_names(pipe) if adapter_name is None else [adapter_name]
         tokens = tokens_of(pipe, names)

@@ -151,7 +151,10 @@ def _end(layers: Mapping[str, Any]) -> None:
 
 def _count_images(batch: BatchLayout, model: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Find out how many images there are a sample; guidance gives each group of them the same order."""
-    size = _batch_size(args, kwargs)
+    latent = _first_tensor(args, kwargs)
+    if latent.ndim == 5:
+        raise UserError("found videos in mixed_batch, which mixes images alone: use set_active for one after another")
+    size = len(latent)
     caller = find_caller(model)  # not always the pipeline that `mixed_batch` was given: others share its models
     latents = caller.latents if caller is not None else None
     if latents:
@@ -166,13 +169,13 @@ def _count_images(batch: BatchLayout, model: nn.Module, args: tuple[Any, ...], k
 
 def _check_prompts(batch: BatchLayout, _: nn.Module, args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> None:
     """Several prompts a sample look to a denoiser like several images of each."""
-    size = _batch_size(args, kwargs)
+    size = len(_first_tensor(args, kwargs))
     if size != batch.samples:
         raise UserError(f"found {size} prompts for {batch.samples} samples of mixed_batch; give one prompt a sample")
 
 
-def _batch_size(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> int:
-    return next(len(value) for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
+def _first_tensor(args: tuple[Any, ...], kwargs: Mapping[str, Any]) -> Tensor:
+    return next(value for value in (*args, *kwargs.values()) if isinstance(value, Tensor) and value.ndim)
 
 
 def _refuse_others(model: nn.Module, names: set[str]) -> None:

@@ -21,6 +21,7 @@ from atomdiff.pipelines.loaded_concepts import has_adapter, name_concepts, refre
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.tuner import adapter_state
+from atomdiff.tuner.checks import check_readable
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.selection import layer_scores
 from atomdiff.utils.errors import UserError
@@ -157,11 +158,17 @@ def _check_one_file(adapter_name: str, configs: Mapping[str, AtomConfig]) -> Non
 def read_atoms(
     adapter_name: str, models: Mapping[str, nn.Module], configs: Mapping[str, AtomConfig]
 ) -> tuple[dict[str, dict[str, Tensor]], dict[str, Any]]:
-    """The tensors of an atom adapter by module path, and the fingerprints of their base weights."""
+    """The tensors of an atom adapter by module path, and the fingerprints of their base weights.
+
+    Raises:
+        UserError: a weight cannot be read where it is.
+    """
     layers, fingerprints = {}, {}
     for component, config in configs.items():
+        of_model = adapter_state.atom_tensors(models[component], adapter_name)
+        check_readable(models[component], of_model)
         weights = adapter_state.base_weights(models[component])
-        for module, tensors in adapter_state.atom_tensors(models[component], adapter_name).items():
+        for module, tensors in of_model.items():
             layers[f"{component}.{module}"] = tensors
             fingerprints[f"{component}.{module}"] = fingerprint(weights[module], config, module)
     return layers, fingerprints

@@ -51,13 +51,14 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
         other_weights = _weights_of_others(models, weights)
         for model in models.values():
             checks.check_writable(model)
-        keep_directions(models, *kept_directions(pipe, [weights]))
+        kept = kept_directions(pipe, [weights])
         writers = {}
         for component, model in models.items():
             layers = adapter_state.atom_layers(model)
             readers = base_weight_readers(model, layers, offload_base)
             writers[component] = _Writer(component, model, layers, weights, other_weights, readers)
         denoiser = find_base(models).denoiser
+        keep_directions(models, *kept)
         stop_schedule(models.values())
         with _restored_on_error(pipe):
             for component, write in writers.items():
@@ -105,10 +106,15 @@ def merge(pipe: Any) -> None:
         UserError: weights cannot be written, or a method cannot be merged (the pipeline is restored).
     """
     with locked(pipe):
-        models = _changeable_models(pipe, checks.check_writable)
+        models = _changeable_models(pipe, _check_mergeable)
         with _restored_on_error(pipe):
             for model in models:
                 merging.merge(model)
+
+
+def _check_mergeable(model: nn.Module) -> None:
+    checks.check_writable(model)
+    checks.check_extensible(model)  # by the copies of the base weights
 
 
 def restore(pipe: Any) -> None:

@@ -18,6 +18,8 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.untrusted import list_some
 
+_SLICED_FROM = 768  # pixels
+
 
 def generate(
     pipe: Any,
@@ -86,6 +88,8 @@ def generate_each(
     if len(prompts) != len(seeds):
         raise ValueError(f"found {len(prompts)} prompts and {len(seeds)} seeds; give one of each per image")
     height, width = image_size(pipe, height, width)
+    native = find_base(pipe.components).native_size(pipe) or (0, 0)
+    slice_large_images(pipe.vae, max(height or native[0], width or native[1]))
     negatives = [negative_prompt] * len(prompts) if isinstance(negative_prompt, str) else negative_prompt
     lacking: dict[str, Any] = {}
     if type(pipe.scheduler).__name__.startswith("FlowMatch"):  # it lacks what pipelines with a UNet look up
@@ -107,6 +111,12 @@ def generate_each(
                 width=width,
                 **settings,
             )
+
+
+def slice_large_images(vae: Any, side: int) -> None:
+    """Let a VAE take images one by one if their sides, in pixels, are large: they need more memory than all else."""
+    if side > _SLICED_FROM:
+        vae.enable_slicing()
 
 
 def image_size(pipe: Any, height: int | None, width: int | None) -> tuple[int | None, int | None]:

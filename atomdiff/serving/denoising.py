@@ -13,6 +13,7 @@ from torch import Tensor
 
 from atomdiff.bases.base import PromptEmbeds
 from atomdiff.bases.find import denoiser_of, find_base
+from atomdiff.sampling.generate import slice_large_images
 from atomdiff.serving.image_request import ImageRequest
 from atomdiff.serving.schedulers import own_scheduler
 
@@ -158,6 +159,7 @@ def decode(pipe: Any, latents: Tensor) -> list[tuple[Tensor, bool]]:
     if mean is not None and std is not None:
         shape = (1, -1, 1, 1)
         latents = latents * latents.new_tensor(std).view(shape) + latents.new_tensor(mean).view(shape)
+    slice_large_images(vae, max(latents.shape[-2:]) * pipe.vae_scale_factor)
     images = vae.decode(latents.to(vae.device, vae.dtype), return_dict=False)[0]
     flagged = [False] * len(images)
     if getattr(pipe, "safety_checker", None) is not None:

@@ -23,8 +23,6 @@ from atomdiff.utils.errors import UserError
 
 BasePipeline: TypeAlias = DiffusionPipeline
 
-_SLICED_FROM = 768  # pixels
-
 
 def load_base(config: TrainingBaseConfig, **parts: Any) -> BasePipeline:
     """Load the base in float32, without a safety checker, a watermark, and the parts that are there already.
@@ -133,7 +131,6 @@ def generate_images(
     config: GenerationConfig, pipe: BasePipeline, side: int, prompts: Sequence[str], seeds: Sequence[int]
 ) -> list[Image.Image]:
     """Generate one square image per prompt, each from its own seed."""
-    slice_large_images(pipe.vae, side)
     with _decoding_in_float32(pipe.vae):
         return generate(
             pipe,
@@ -146,12 +143,6 @@ def generate_images(
             width=side,
             progress=False,
         )
-
-
-def slice_large_images(vae: AutoencoderKL, side: int) -> None:
-    """Let a VAE take images one by one if their sides are large."""
-    if side > _SLICED_FROM:
-        vae.enable_slicing()
 
 
 def _decoding_in_float32(vae: AutoencoderKL) -> AbstractContextManager[None]:

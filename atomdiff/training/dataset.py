@@ -12,7 +12,8 @@ from atomdiff.bases.find import find_base
 from atomdiff.data.buckets import Size, bucket_sizes
 from atomdiff.data.latents import LatentCache, LatentEncoder, Latents, concatenate
 from atomdiff.data.sampler import bucket_for_pass, sample_order
-from atomdiff.training.base_model import BasePipeline, move_to_device, slice_large_images, training_resolution
+from atomdiff.sampling.generate import slice_large_images
+from atomdiff.training.base_model import BasePipeline, move_to_device, training_resolution
 from atomdiff.training.class_images import generate_class_images
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.preservation import other_prompts, preservation_prompt

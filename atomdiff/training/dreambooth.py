@@ -98,6 +98,7 @@ def train(config: TrainConfig, *, base: BasePipeline | None = None, check_data: 
         path = run_training(config, accelerator, base, check_data)
         if config.evaluate_with:
             accelerator.free_memory()  # of the run, which would lie beside the models that follow
+            accelerator.free_memory()  # it collects garbage before it lets go of the run
             evaluate_result(config, path, accelerator)
         return path
 

@@ -1,9 +1,9 @@
 """What encoders find in images of a finished concept, for the report of its training."""
 
 import warnings
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 from atomdiff.data.image_files import list_images
 from atomdiff.evaluate.config import EvaluateConfig
@@ -20,6 +20,7 @@ from atomdiff.training.training_images import choose_held_out
 
 FOLDER = "evaluation"
 _PROTOCOL, _IMAGES_PER_PROMPT = "quick", 2
+_DTYPES: Mapping[str, Literal["float16", "bfloat16"]] = {"fp16": "float16", "bf16": "bfloat16"}
 
 
 def evaluate_result(config: TrainConfig, path: Path, state: Any) -> None:
@@ -34,7 +35,7 @@ def evaluate_result(config: TrainConfig, path: Path, state: Any) -> None:
     """
     folder = Path(config.output_dir)
     try:
-        options = evaluation_config(config, path)
+        options = evaluation_config(config, path, state.mixed_precision)
         generated = generate_images(options, _subjects(config, path), state)
         if not state.is_main_process:
             return
@@ -61,8 +62,8 @@ def _means(found: Any) -> Any:
     return found["mean"] if "mean" in found else {name: _means(value) for name, value in found.items()}
 
 
-def evaluation_config(config: TrainConfig, path: Path) -> EvaluateConfig:
-    """Return how the images are generated: as the validation images."""
+def evaluation_config(config: TrainConfig, path: Path, mixed_precision: str) -> EvaluateConfig:
+    """Return how the images are generated: as the validation images, in the run's precision."""
     return EvaluateConfig(
         pretrained_model_name_or_path=config.pretrained_model_name_or_path,
         revision=config.revision,
@@ -73,6 +74,7 @@ def evaluation_config(config: TrainConfig, path: Path) -> EvaluateConfig:
         protocol=_PROTOCOL,
         encoders=config.evaluate_with,
         output_dir=str(Path(config.output_dir) / FOLDER),
+        dtype=_DTYPES.get(mixed_precision, "float32"),
         num_inference_steps=config.num_inference_steps,
         guidance_scale=config.guidance_scale,
         sample_batch_size=config.sample_batch_size,

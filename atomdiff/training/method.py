@@ -12,7 +12,7 @@ from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.inject import inject
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.seeds import derive_seed
+from atomdiff.utils.seeds import derive_seed, fork_rng
 
 ADAPTER_NAME = "default"
 
@@ -63,7 +63,7 @@ def make_trainable(model: Any, adapter: PeftConfig | None, seed: int) -> None:
     """
     model.requires_grad_(adapter is None)
     if adapter is not None:
-        with torch.random.fork_rng():  # some methods start from random numbers
+        with fork_rng():  # some methods start from random numbers
             torch.manual_seed(derive_seed(seed, "adapter"))
             try:
                 inject(model, copy.deepcopy(adapter), ADAPTER_NAME)

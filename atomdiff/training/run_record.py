@@ -10,7 +10,6 @@ from dataclasses import asdict, dataclass, fields
 from pathlib import Path
 from typing import Any
 
-import atomdiff
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.fingerprint import differences
 from atomdiff.training.run import Run
@@ -96,7 +95,7 @@ def read_record(folder: Path) -> RunRecord:
         runs = sorted(each.parent.name for each in folder.glob(f"*/{RECORD_FILE}"))
         hint = f"; it is in {', '.join(runs)}: name one of them" if runs else ""
         if (folder / "classifier").is_dir():
-            hint = "; runs of train_classifier.py leave none: run it again with the config in report.json"
+            hint = "; runs of `atomdiff classify` leave none: run it again with the config in report.json"
         raise UserError(f"{folder}: found no {RECORD_FILE}; expected the output_dir of a run of atomdiff train{hint}")
     try:
         content = json.loads(file.read_bytes())
@@ -151,7 +150,7 @@ def describe_environment() -> dict[str, Any]:
         "device": describe_device(),
         "packages": package_versions(),
         "git": {
-            "atomdiff": git_state(Path(atomdiff.__file__).resolve()),
+            "atomdiff": git_state(Path(__file__).resolve()),
             "script": git_state(Path(script).resolve()) if script else None,
         },
     }

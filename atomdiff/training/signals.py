@@ -6,11 +6,12 @@ import time
 from types import FrameType, TracebackType
 from typing import Any
 
+_NAMES = ("SIGINT", "SIGTERM", "SIGBREAK")  # the last is Ctrl-Break, on Windows alone
 _SAME_SIGNAL = 1.0  # seconds
 
 
 class StopSignals:
-    """A `with` block in which the first Ctrl-C or SIGTERM only sets `requested`; a later one acts as usual.
+    """A `with` block in which the first Ctrl-C, Ctrl-Break or SIGTERM only sets `requested`; a later one acts as usual.
 
     Launchers of several processes pass a Ctrl-C on to those who have heard it themselves: what comes within a second of
     the first is the same one.
@@ -27,7 +28,7 @@ class StopSignals:
 
     def __enter__(self) -> "StopSignals":
         if threading.current_thread() is threading.main_thread():  # others cannot handle signals
-            for number in (signal.SIGINT, signal.SIGTERM):
+            for number in [getattr(signal, name) for name in _NAMES if hasattr(signal, name)]:
                 self._before[number] = signal.signal(number, self._note)
         return self
 

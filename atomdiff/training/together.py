@@ -24,7 +24,7 @@ from atomdiff.training.intermediate import (
     save_step,
     take_requests,
 )
-from atomdiff.training.joint_denoiser import JointDenoiser
+from atomdiff.training.joint_denoiser import JointDenoiser, share_weights
 from atomdiff.training.joint_step import Member, train_step
 from atomdiff.training.launch import start_accelerator
 from atomdiff.training.measurements import measure, start_measuring
@@ -110,6 +110,8 @@ def train_together(configs: Sequence[TrainConfig], base: BasePipeline) -> dict[s
                 started = start_run(config, accelerator, base=base)
                 steps_log = StepsLog(started.run, started.done, started.average_loss, show=False)
                 members.append(Member(len(members), started, stack.enter_context(closing(steps_log))))
+                if len(members) > 1:  # at once: a GPU may have no room for a base of each
+                    share_weights(members[0].run.model, started.run.model)
         if members:
             check_started(members[0].run)
             training_loop(members, JointDenoiser([member.run.model for member in members]))

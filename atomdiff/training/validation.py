@@ -4,6 +4,7 @@ import warnings
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
 from PIL import Image
 from torch import nn
 
@@ -42,8 +43,9 @@ def validate(run: Run, step: int) -> None:
     log(f"step {step}: generating {len(prompts)} validation images")
     try:
         images = _generate(run, prompts)
-    except UserError as error:
-        warnings.warn(f"step {step}: no row of the contact sheet: {error}", stacklevel=1)
+    except (UserError, torch.OutOfMemoryError) as error:
+        reason = " ".join(str(error).split())
+        warnings.warn(f"step {step}: no row of the contact sheet: {reason}", stacklevel=1)
         drop_rows(output_dir, step)  # or those of an earlier run would pass for it
         return
     try:

@@ -102,8 +102,8 @@ def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
     for path, layer in adapter_layers(model, name).items():
         if isinstance(layer, AtomLayer):
             for kind in TENSOR_NAMES:
-                if (key := f"{path}.{attribute(kind)}.{name}") in persistent:
-                    tensors.setdefault(module_path(path), {})[kind] = persistent[key]
+                if f"{path}.{attribute(kind)}.{name}" in persistent:
+                    tensors.setdefault(module_path(path), {})[kind] = layer.read_tensor(kind, name).detach()
     return tensors
 
 

@@ -21,8 +21,10 @@ from atomdiff.tuner.adapter_state import (
     PEFT_PREFIX,
     adapter_configs,
     adapter_layers,
+    can_mix,
     is_atoms,
     keep_requires_grad,
+    module_path,
     peft_state_dict,
     unwrapped_key,
 )
@@ -105,10 +107,25 @@ def attach_peft(
     if misfits:
         raise _describe_misfits(misfits, tensors, expected, len(fitting))
     inject(model, _copy_config(config, **updates), name)
+    _check_in_place(model, name)
     own = {expected[key][0]: tensors[key] for key in tensors}
     set_peft_model_state_dict(as_peft_model(model), own, adapter_name=name)
     model.peft_config[name] = _copy_config(config)
     return left_out
+
+
+def _check_in_place(model: nn.Module, name: str) -> None:
+    """Check that PEFT did not put new tensors of an adapter where offloading has those of the base, for it to lose.
+
+    Raises:
+        ValueError: it did.
+    """
+    for path, layer in adapter_layers(model, name).items():
+        if not can_mix(layer) and weight_access.is_offloaded(layer.get_base_layer()):
+            raise ValueError(
+                f"{module_path(path)} is offloaded, which only concepts of atoms and adapters of activations can be "
+                "added to: load others before the pipeline is offloaded"
+            )
 
 
 _Expected = Mapping[str, tuple[str, torch.Size]]

@@ -46,6 +46,19 @@ def check_restorable(model: nn.Module) -> None:
     _check(model, bases, lambda module: why_not_written(module, exactly=True), "change", "load")
 
 
+def check_extensible(model: nn.Module) -> None:
+    """Check that tensors can be added to a model, and taken out again.
+
+    Raises:
+        UserError: diffusers offloads it with a stream, which fails on tensors that it does not know.
+    """
+    if any(weight_access.has_stream(module) for _, module in walk(model)):
+        raise UserError(
+            "the pipeline is offloaded in groups with a stream, which know only the tensors that it had then: load "
+            "concepts before enable_group_offload(use_stream=True) and switch with set_active, or leave use_stream out"
+        )
+
+
 def check_in_memory(model: nn.Module) -> None:
     """Check that the tensors of atom adapters can be read outside of calls.
 

@@ -57,7 +57,10 @@ class AtomLayer(LayerAdapters):
         if not functional_call.is_plain(base):
             return self._call_with(lambda weight: self._adapt(weight, weights), None, x, *args, **kwargs)
         if autograd.can_recompute(base, x, *args, *kwargs):
-            return autograd.call(base, self.unmerged_weight(), self.weight_updates(weights), x)
+            weight = self.unmerged_weight()
+            with without_autocast(weight):  # bfloat16 would blur the small matrices
+                updates = self.weight_updates(weights)
+            return autograd.call(base, weight, updates, x)
         adapted = self._adapt(self.unmerged_weight(), weights)
         return functional_call.call(base, adapted, base.bias, x, *args, **kwargs)
 

@@ -155,15 +155,16 @@ class LayerAdapters(BaseAttributes, nn.Module, AdapterScales, BaseTunerLayer):
 
     def _weight_update(self, name: str, atoms: Atoms, weight: float | Tensor, kept: Tensor | None) -> WeightUpdate:
         """The update by one set of atoms of an adapter."""
-        matrix = atoms.delta(lambda kind: self._tensor(kind, name))
+        matrix = atoms.delta(lambda kind: self.read_tensor(kind, name))
         coefficients = self.coefficients(name, atoms)
         if coefficients is None:
-            matrix = update_matrix(self._tensor(f"{atoms.name}_basis", name), matrix)
+            basis = self.read_tensor(f"{atoms.name}_basis", name)  # a buffer, which offloading may leave on the GPU
+            matrix = update_matrix(basis.to(matrix.device), matrix)
         if isinstance(weight, Tensor):
             weight = weight.to(matrix).reshape(-1, *[1] * matrix.ndim)
         matrix = weight * matrix
         if name in self.tensors(SCORE_NAME):
-            score = self.tensors(SCORE_NAME)[name]
+            score = self.read_tensor(SCORE_NAME, name)
             indicator = (score >= SCORE_THRESHOLD).to(score)
             matrix = (indicator + (score - score.detach())) * matrix  # 0 or 1, with the gradient of the score itself
         if kept is not None:
@@ -171,7 +172,7 @@ class LayerAdapters(BaseAttributes, nn.Module, AdapterScales, BaseTunerLayer):
             matrix = matrix @ (kept[:, None] if per_sample else kept).to(matrix)
         return WeightUpdate(atoms.view, matrix, coefficients)
 
-    def _tensor(self, kind: str, name: str) -> Tensor:
+    def read_tensor(self, kind: str, name: str) -> Tensor:
         """A tensor of an adapter, wherever it is kept."""
         holder = self.tensors(kind)
         return weight_access.read(holder, name, holder[name])
@@ -185,7 +186,7 @@ class LayerAdapters(BaseAttributes, nn.Module, AdapterScales, BaseTunerLayer):
 
         def compute() -> Tensor:
             weight = self.unmerged_weight().detach()
-            atom_basis = self._tensor(f"{atoms.name}_basis", adapter_name)
+            atom_basis = self.read_tensor(f"{atoms.name}_basis", adapter_name)
             with torch.inference_mode(False), torch.no_grad():
                 coefficients = basis.coefficients(atoms.view.rows(weight), atom_basis, config)
                 return atoms.view.coefficient_columns(coefficients.to(weight.dtype), weight.shape)

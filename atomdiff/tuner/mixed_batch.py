@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -58,7 +58,11 @@ class MixedBatch:
     def adapt(self, weight: Tensor) -> Tensor:
         """A weight for each sample: (out, in/groups, ...) -> (samples, out, in/groups, ...)."""
         with without_autocast(weight):
-            return adapt_weight_per_sample(weight, [update.to(weight.device) for update in self.updates])
+            return adapt_weight_per_sample(weight, self._updates_beside(weight))
+
+    def _updates_beside(self, weight: Tensor) -> list[WeightUpdate]:
+        """The updates on the device of the weight, which offloading may move after the batch was opened."""
+        return [update.to(weight.device) for update in self.updates]
 
     def run(self, call: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Tensor) -> Tensor:
         """The output of a function of x and a weight, with each sample's own weight; all share one product."""
@@ -72,17 +76,17 @@ class MixedBatch:
 
         if not self.updates:
             return call(x, weight)
+        updates = self._updates_beside(weight)
         positions = x.numel() // (x.shape[1] * self.layout.samples)
-        if not (args or kwargs) and im2col.im2col_is_cheaper(module, self.updates, positions):
-            return self.layout.join(im2col.convolve(module, weight, self.updates, self.layout.split(x)))
-        if can_adapt_in_turn(weight, self.updates):
-            return self._run_in_turn(call, x, weight)
+        if not (args or kwargs) and im2col.im2col_is_cheaper(module, updates, positions):
+            return self.layout.join(im2col.convolve(module, weight, updates, self.layout.split(x)))
+        if can_adapt_in_turn(weight, updates):
+            return self._run_in_turn(call, x, adapt_in_turn(weight, updates))
         return self.run(call, x, self.adapt(weight))
 
-    def _run_in_turn(self, call: Callable[[Tensor, Tensor], Tensor], x: Tensor, weight: Tensor) -> Tensor:
+    def _run_in_turn(self, call: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Iterable[Tensor]) -> Tensor:
         """What `run` gives, one sample after another: on a CPU faster, and with the memory of one weight."""
         samples = self.layout.apart(x).unbind(1)
-        weights = adapt_in_turn(weight, [update.to(weight.device) for update in self.updates])
         outputs = [
             call(own.flatten(0, 1), adapted).unflatten(0, own.shape[:2])  # (groups, images, ...)
             for own, adapted in zip(samples, weights, strict=True)

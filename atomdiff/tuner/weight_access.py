@@ -153,6 +153,17 @@ def comes_per_call(module: nn.Module) -> bool:
     return _offload_hook(module) is not None or any(_diffusers_hook(module, name) is not None for name in names)
 
 
+def is_offloaded(module: nn.Module) -> bool:
+    """Whether a module's parameters come to the GPU for the time of its calls alone."""
+    return _offload_hook(module) is not None or _diffusers_hook(module, "group_offloading") is not None
+
+
+def has_stream(module: nn.Module) -> bool:
+    """Whether diffusers offloads a module in a group with a stream, which knows only the tensors it was made with."""
+    hook = _diffusers_hook(module, "group_offloading")
+    return hook is not None and hook.group.stream is not None
+
+
 def _is_on_disk(module: nn.Module) -> bool:
     hook = _offload_hook(module)
     if hook is not None and module.weight.is_meta:  # type: ignore[union-attr]

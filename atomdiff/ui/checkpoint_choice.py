@@ -8,10 +8,12 @@ from typing import Any
 
 import gradio as gr
 
+from atomdiff.pipelines.prompt_syntax import split_tags
 from atomdiff.sampling.concept_source import open_source
 from atomdiff.ui import library
 from atomdiff.ui.comparison import CHECKPOINTS, add_phrase, checkpoint_prompts
 from atomdiff.ui.components import showing_errors
+from atomdiff.ui.job import Job
 from atomdiff.ui.page_concepts import step_name
 from atomdiff.ui.workspace import Workspace
 from atomdiff.utils.errors import UserError
@@ -68,10 +70,26 @@ def chosen_prompts(workspace: Workspace, prompt: str, training: str | None, step
     """Return the prompt of each chosen checkpoint, by its label.
 
     Raises:
-        UserError: there is no such training, or the prompt's tags cannot be read.
+        UserError: there is no such training, the prompt's tags cannot be read, or the library has another concept of
+            the name of a checkpoint.
     """
     if training is None:
         return {}
-    saved = workspace.jobs.job(training).saved_steps
-    names = {f"step {step}": step_name(saved[step]) for step in saved if step in steps}
-    return checkpoint_prompts(prompt, training, names)
+    job = workspace.jobs.job(training)
+    names = {}
+    for step, file in job.saved_steps.items():
+        if step in steps:
+            names[f"step {step}"] = name = step_name(job, step)
+            if name in workspace.library and not library.holds(workspace.library, name, file):
+                raise UserError(f"the library has another concept {name!r} than this training; rename it there")
+    return checkpoint_prompts(prompt, _tagged_as(workspace, prompt, job), names)
+
+
+def _tagged_as(workspace: Workspace, prompt: str, job: Job) -> str:
+    """Return what a prompt's tag calls the concept of a job: its name in the library, where its own may be taken."""
+    result = job.result
+    if result is not None:
+        for name in split_tags(prompt)[1]:
+            if library.holds(workspace.library, name, result):
+                return name
+    return job.name

@@ -63,6 +63,21 @@ def plan(request: ImageRequest, mode: str, seeds: Sequence[int], variants: Mappi
     return Plan(requests, min(len(prompts), _MAX_COLUMNS))
 
 
+def consecutive_seeds(first: float | None, count: int) -> range:
+    """Return the seeds of images.
+
+    Args:
+        first: None: its number box is empty.
+        count: how many.
+
+    Raises:
+        UserError: there is no first seed.
+    """
+    if first is None:
+        raise UserError("found no first seed; write a whole number, 0 or more")
+    return range(int(first), int(first) + count)
+
+
 def checkpoint_prompts(prompt: str, concept: str, checkpoints: Mapping[str, str]) -> dict[str, str]:
     """Return the prompt with each checkpoint of a training, with the weight of the trained concept if it has its tag.
 

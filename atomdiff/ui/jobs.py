@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import subprocess
 import sys
 import threading
@@ -35,6 +36,8 @@ from atomdiff.utils.errors import UserError
 TRAIN_COMMAND = (sys.executable, "-m", "atomdiff", "train")
 """What runs the training of a job."""
 
+# A clone in the working directory, or another file there, is not to be imported (from Python 3.11 on).
+_ENVIRONMENT = {"PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1", "PYTHONSAFEPATH": "1"}
 _INTERVAL = 0.5  # seconds between looks at what runs
 _RETRY = (1.0, 300.0)  # seconds until a hand-over that failed is tried again: at first, at most
 
@@ -87,7 +90,8 @@ class JobQueue:
 
     def jobs(self) -> list[Job]:
         """Return all jobs, the newest first."""
-        jobs = [Job(file.parent) for file in self.folder.glob(f"*/{STATE_FILE}")]
+        files = self.folder.glob(f"[!.]*/{STATE_FILE}")  # hidden ones are being written
+        jobs = [Job(file.parent) for file in files]
         return sorted(jobs, key=lambda job: job.created, reverse=True)
 
     def job(self, name: str) -> Job:
@@ -162,7 +166,7 @@ class JobQueue:
             elif (process := running_process(state)) is not None and not state.stop_requested:
                 write_state(job, replace(state, stop_requested=True))
                 with suppress(psutil.NoSuchProcess):
-                    process.terminate()
+                    process.send_signal(getattr(signal, "CTRL_BREAK_EVENT", signal.SIGTERM))
 
     def resume(self, job: Job) -> None:
         """Put a job that was stopped or failed at the end of the queue; it goes on from its newest checkpoint.
@@ -229,8 +233,9 @@ class JobQueue:
                 stdin=subprocess.DEVNULL,
                 stdout=output,
                 stderr=errors,
-                env={**os.environ, "PYTHONUNBUFFERED": "1", "PYTHONUTF8": "1"},
+                env={**os.environ, **_ENVIRONMENT},
                 start_new_session=True,  # a Ctrl-C is for the server alone
+                creationflags=getattr(subprocess, "CREATE_NEW_PROCESS_GROUP", 0),  # the same on Windows
             )
         self._children[job.folder] = child
         started = psutil.Process(child.pid).create_time()

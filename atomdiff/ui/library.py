@@ -127,6 +127,11 @@ def add(library: ConceptLibrary, file: Path, preview: Path | None) -> str:
     return name
 
 
+def holds(library: ConceptLibrary, name: str, file: Path) -> bool:
+    """Tell whether the concept of a name is a copy of a file."""
+    return name in library and filecmp.cmp(library.info(name).path, file, shallow=False)
+
+
 def rename(library: ConceptLibrary, name: str, new_name: str) -> str:
     """Give a concept another name in its folder; its image goes with it. Trigger words stay.
 

@@ -59,9 +59,7 @@ def build_page(workspace: Workspace) -> gr.Blocks:
 
     with gr.Blocks(title="atomdiff", analytics_enabled=False, fill_width=True, delete_cache=_CACHE) as page:
         base = Path(workspace.config.pretrained_model_name_or_path).name
-        gr.HTML(
-            f'<div class="title"><h1>atomdiff</h1><p>Teach {base} your subject, in a file of a few kilobytes.</p></div>'
-        )
+        gr.HTML(f'<div class="title"><h1>atomdiff</h1><p>Teach {base} your subject, in a small file.</p></div>')
         with gr.Tabs():
             with gr.Tab("Train", id="train"):
                 train_tab(workspace, page)

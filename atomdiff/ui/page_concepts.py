@@ -7,21 +7,21 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.sampling.concept_source import ConceptSource, open_source
 from atomdiff.serving.concepts import ServedConcepts
+from atomdiff.ui.job import Job
 from atomdiff.ui.jobs import JobQueue
 
 
-def step_name(file: Path) -> str:
-    """Return what prompts call the concept file of a step."""
-    return file.name.removesuffix(CONCEPT_SUFFIX)
+def step_name(job: Job, step: int) -> str:
+    """Return what prompts call the concept of a step: the name of its file, and for the last step one like it."""
+    return f"{job.name}-step-{step:06d}"
 
 
 class PageConcepts(ServedConcepts):
-    """Finds the concepts of prompts in a library, and those of checkpoints in training jobs, by the file's name.
+    """Finds the concepts of prompts in a library, and those of steps of training jobs, by `step_name`.
 
     Args:
         library: the concepts.
@@ -37,8 +37,8 @@ class PageConcepts(ServedConcepts):
         """Return the concepts of a request with their weights; see `ServedConcepts`."""
         checkpoints: dict[str, Path] = {}
         if any(name not in self.library for name in weights):
-            files = [file for job in self._jobs.jobs() for file in job.saved_steps.values()]
-            checkpoints = {step_name(file): file for file in files}
+            for job in self._jobs.jobs():
+                checkpoints |= {step_name(job, step): file for step, file in job.saved_steps.items()}
         found: list[tuple[ConceptSource, AdapterWeight]] = []
         for name, value in weights.items():
             if name in checkpoints and name not in self.library:

@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import warnings
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image
 
 from atomdiff.data.image_files import open_upright
 from atomdiff.data.images import to_rgb
+from atomdiff.ui.recipes import training_side
 from atomdiff.utils.errors import UserError
 
 _SQUARE = 1.05  # long side by short side up to which a photo counts as square
@@ -33,6 +36,12 @@ class Photo:
         return self.thumbnail is not None
 
 
+def look_at_photos(files: Iterable[Path], options: Mapping[str, Any]) -> list[Photo]:
+    """Open photos as a run with these options will, and note what it will do with each."""
+    side = training_side(options)
+    return [look_at_photo(file, side) for file in files]
+
+
 def look_at_photo(file: Path, resolution: int | None) -> Photo:
     """Open a photo as training will, and note what it will do.
 
@@ -45,7 +54,8 @@ def look_at_photo(file: Path, resolution: int | None) -> Photo:
         with warnings.catch_warnings(record=True) as caught:
             warnings.simplefilter("always")
             upright = open_upright(file)
-        notes += [str(warning.message).removeprefix(f"{file}: ") for warning in caught]
+        said = [str(warning.message) for warning in caught]  # in other threads, too
+        notes += [text.removeprefix(f"{file}: ") for text in said if text.startswith(f"{file}: ")]
     except UserError as error:
         return Photo(file, None, f"cannot be used: {error}")
     short, long = sorted(upright.size)
@@ -63,6 +73,10 @@ def look_at_photo(file: Path, resolution: int | None) -> Photo:
     return Photo(file, thumbnail, "; ".join(notes))
 
 
-def _stored_size(file: Path) -> tuple[int, int]:
-    with Image.open(file) as image:
-        return image.size
+def _stored_size(file: Path) -> tuple[int, int] | None:
+    """Return the size before turning; None: Pillow opens the file only without its texts and profiles."""
+    try:
+        with Image.open(file) as image:
+            return image.size
+    except Exception:  # Pillow's plugins raise whatever their parsers raise
+        return None

@@ -16,7 +16,7 @@ from atomdiff.training.config import TrainConfig, load_config
 from atomdiff.ui.config import UiConfig
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.text_files import read_yaml
+from atomdiff.utils.text_files import parse_yaml, read_yaml
 
 PRESETS = {name: f"configs/experiments/atoms/{name}/adapter.json" for name in ("tiny", "default", "faithful")}
 """Name -> adapter."""
@@ -35,6 +35,9 @@ _NAME = re.compile(r"[^\w-]+")
 def starting_options(config: UiConfig) -> str:
     """Return the options that *Advanced* begins with, as YAML: those of the training config, and what the page shows.
 
+    The base is that of the page, as the page opens it. A learning rate beside an adapter is that adapter's, and goes
+    with it: the preset brings its own.
+
     Raises:
         UserError: the training config cannot be read.
     """
@@ -42,8 +45,10 @@ def starting_options(config: UiConfig) -> str:
     options = read_yaml(file)
     if not isinstance(options, dict):
         raise UserError(f"train_config={file!r}: expected a mapping with one option per line, such as seed: 0")
-    options = {name: value for name, value in options.items() if name not in _PLACES}
-    options["pretrained_model_name_or_path"] = config.pretrained_model_name_or_path
+    if "adapter" in options:
+        options.pop("learning_rate", None)
+    options = {name: value for name, value in options.items() if name not in (*_PLACES, *config.base_options)}
+    base = {name: value for name, value in config.base_options.items() if value is not None}
     steps = int(options.get("max_train_steps", TrainConfig.max_train_steps))
     shown = {
         "validation_steps": max(steps // 6, 1),
@@ -52,7 +57,7 @@ def starting_options(config: UiConfig) -> str:
         "checkpoints_total_limit": 2,
         "report_to": None,
     }
-    return yaml.safe_dump({**shown, **options}, sort_keys=False, allow_unicode=True)
+    return yaml.safe_dump({**base, **shown, **options}, sort_keys=False, allow_unicode=True)
 
 
 def starting_sampling(config: UiConfig) -> dict[str, Any]:
@@ -72,9 +77,7 @@ def _default_config(config: UiConfig) -> str:
     return "configs/sdxl.yaml" if is_known and "XL" in kind else "configs/sd15.yaml"
 
 
-def combine_options(
-    class_name: str, trigger_word: str, preset: str, advanced: str, num_images: int, folder: Path
-) -> dict[str, Any]:
+def combine_options(class_name: str, trigger_word: str, preset: str, advanced: str, num_images: int) -> dict[str, Any]:
     """Return the options of a run; what stands under *Advanced* wins.
 
     Args:
@@ -83,7 +86,6 @@ def combine_options(
         preset: of `PRESETS`.
         advanced: options as YAML.
         num_images: of the subject; some of many are held out.
-        folder: for a file in which the YAML is checked.
 
     Raises:
         UserError: a field is empty, or the YAML cannot be read.
@@ -92,7 +94,7 @@ def combine_options(
         raise UserError("found no class name; write in a word what the photos show, such as mug or dog")
     if preset not in PRESETS:
         raise UserError(f"found the preset {preset!r}; expected one of {', '.join(PRESETS)}")
-    options = _read(advanced, folder)
+    options = read_advanced(advanced)
     fields: dict[str, Any] = {
         "adapter": PRESETS[preset],
         "class_name": class_name.strip(),
@@ -103,15 +105,13 @@ def combine_options(
     return {**fields, **options}
 
 
-def _read(text: str, folder: Path) -> dict[str, Any]:
-    file = folder / ".advanced.yaml"
-    file.write_text(text, "utf-8")
-    try:
-        options = read_yaml(file)
-    except UserError as error:
-        raise UserError(f"Advanced: {str(error).removeprefix(f'{file}: ')}") from error
-    finally:
-        file.unlink()
+def read_advanced(text: str) -> dict[str, Any]:
+    """Return the options that stand under *Advanced*.
+
+    Raises:
+        UserError: they cannot be read as YAML with one option per line.
+    """
+    options = parse_yaml(text, "Advanced")
     if not isinstance(options, dict | None):
         raise UserError("Advanced: expected one option per line, such as max_train_steps: 300")
     return options or {}
@@ -128,6 +128,12 @@ def check_config(file: Path) -> TrainConfig:
     except SystemExit as error:
         reason = str(error.code).removeprefix("atomdiff train: error: ").removesuffix(". --help lists the options")
         raise UserError(reason) from error
+
+
+def training_side(options: Mapping[str, Any]) -> int | None:
+    """Return the side of the images that a run trains on, in pixels; None: its base says it once it is opened."""
+    side = options.get("resolution")
+    return side if isinstance(side, int) else native_side(str(options.get("pretrained_model_name_or_path")))
 
 
 def native_side(base: str) -> int | None:

@@ -39,6 +39,8 @@ def status_card(job: Job, progress: RunProgress, hand_over_error: str = "") -> s
     if progress.log and status == "running" and not said.startswith("warning"):
         said = ""  # the phase before
     note = _ADVICE.get(status) or said
+    if status == "finished" and job.result is not None and job.result.is_dir():
+        note = f"The result is in {job.result}; the library takes concept files and LoRA files only."
     if hand_over_error:
         note = f"{job.result} is not in the library yet, and is tried again: {hand_over_error}"
     return (

@@ -15,7 +15,7 @@ from atomdiff.training.intermediate import GENERATE_FILE, SAVE_FILE
 from atomdiff.ui import render
 from atomdiff.ui.components import heading, showing_errors
 from atomdiff.ui.job import Job
-from atomdiff.ui.photos import Photo, look_at_photo
+from atomdiff.ui.photos import Photo, look_at_photos
 from atomdiff.ui.progress import read_progress
 from atomdiff.ui.recipes import (
     PRESET_HELP,
@@ -23,7 +23,7 @@ from atomdiff.ui.recipes import (
     combine_options,
     command_line,
     concept_name,
-    native_side,
+    read_advanced,
     starting_options,
 )
 from atomdiff.ui.workspace import Workspace
@@ -42,10 +42,13 @@ class _Form:
     """What a visitor sets."""
 
     photos: gr.State
+    captions: gr.State
+    """File of a photo -> what is written in its field, which is built anew whenever the photos change."""
     dropped: gr.File
     cards: gr.Column
     words: list[Any]
-    """Class name, trigger word, preset and further options."""
+    """Class name, trigger word and preset."""
+    advanced: gr.Code
     start: gr.Button
 
 
@@ -84,8 +87,8 @@ def train_tab(workspace: Workspace, page: gr.Blocks) -> None:
     def look(name: str | None, last: Any) -> list[Any]:
         return _view(workspace, name, last)
 
-    _take_photos(workspace, form)
-    _show_photos(workspace, form, view, look)
+    _take_photos(form)
+    _show_photos(workspace, form, view, look, page)
     _control_jobs(workspace, view, look)
     page.load(lambda: look(None, None), None, view.components, show_progress="hidden")
     gr.Timer(_REFRESH).tick(look, [view.chosen, view.seen], view.components, show_progress="hidden")
@@ -126,7 +129,7 @@ def _build_form(workspace: Workspace) -> _Form:
             elem_id="advanced",
         )
     start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
-    return _Form(gr.State([]), dropped, cards, [class_name, trigger_word, preset, advanced], start)
+    return _Form(gr.State([]), gr.State({}), dropped, cards, [class_name, trigger_word, preset], advanced, start)
 
 
 def _build_view() -> _JobView:
@@ -158,37 +161,46 @@ def _build_view() -> _JobView:
     )
 
 
-def _take_photos(workspace: Workspace, form: _Form) -> None:
-    @showing_errors
-    def add_photos(files: Sequence[str] | None, known: list[Photo]) -> tuple[list[Photo], None]:
-        side = native_side(workspace.config.pretrained_model_name_or_path)
-        names = {photo.file for photo in known}
-        return known + [look_at_photo(Path(file), side) for file in files or () if Path(file) not in names], None
+def _take_photos(form: _Form) -> None:
+    """Judge photos when they are dropped, and again when the options may have changed."""
 
-    form.dropped.upload(add_photos, [form.dropped, form.photos], [form.photos, form.dropped])
+    @showing_errors
+    def add_photos(files: Sequence[str] | None, known: list[Photo], advanced: str) -> tuple[list[Photo], None]:
+        names = {photo.file for photo in known}
+        new = [Path(file) for file in files or () if Path(file) not in names]
+        return known + look_at_photos(new, read_advanced(advanced)), None
+
+    @showing_errors
+    def look_again(known: list[Photo], advanced: str) -> Any:
+        looked = look_at_photos([photo.file for photo in known], read_advanced(advanced))
+        is_same = [photo.note for photo in looked] == [photo.note for photo in known]
+        return gr.skip() if is_same else looked
+
+    form.dropped.upload(add_photos, [form.dropped, form.photos, form.advanced], [form.photos, form.dropped])
+    form.advanced.blur(look_again, [form.photos, form.advanced], [form.photos], show_progress="hidden")
 
 
 def _show_photos(
-    workspace: Workspace, form: _Form, view: _JobView, look: Callable[[str | None, Any], list[Any]]
+    workspace: Workspace, form: _Form, view: _JobView, look: Callable[[str | None, Any], list[Any]], page: gr.Blocks
 ) -> None:
     """Show the photos with their captions; and let the button start a training with those that can be used."""
     with form.cards:
 
-        @gr.render(inputs=[form.photos])
-        def show(known: list[Photo]) -> None:
-            captions = [_show_photo(photo, form.photos) for photo in known]
+        @gr.render(inputs=[form.photos, form.captions], triggers=[page.load, form.photos.change])
+        def show(known: list[Photo], written: dict[Path, str]) -> None:
+            captions = [_show_photo(photo, form, written.get(photo.file, "")) for photo in known]
             usable = [photo.file for photo in known if photo.can_be_used]
             captions = [caption for caption, photo in zip(captions, known, strict=True) if photo.can_be_used]
 
             @showing_errors
             def start_training(class_name: str, trigger_word: str, preset: str, advanced: str, *texts: str) -> Any:
                 images = list(zip(usable, texts, strict=True))
-                return look(_add_job(workspace, images, class_name, trigger_word, preset, advanced).name, None)
+                return look(add_job(workspace, images, class_name, trigger_word, preset, advanced).name, None)
 
-            form.start.click(start_training, [*form.words, *captions], view.components)
+            form.start.click(start_training, [*form.words, form.advanced, *captions], view.components)
 
 
-def _show_photo(photo: Photo, photos: gr.State) -> gr.Textbox:
+def _show_photo(photo: Photo, form: _Form, written: str) -> gr.Textbox:
     """Show a photo, and return the field of its caption."""
     with gr.Row(equal_height=False, elem_classes="photo"):
         if photo.thumbnail is not None:
@@ -203,18 +215,23 @@ def _show_photo(photo: Photo, photos: gr.State) -> gr.Textbox:
             )
         with gr.Column(scale=4, min_width=160):
             caption = gr.Textbox(
-                "",
+                written,
                 label="Caption (optional)",
                 info=photo.note or None,
                 lines=1,
                 interactive=True,
                 visible=photo.can_be_used,
-                key=f"caption-{photo.file}",
+            )
+            caption.change(
+                lambda text, captions: {**captions, photo.file: text},
+                [caption, form.captions],
+                [form.captions],
+                show_progress="hidden",
             )
             if not photo.can_be_used:
                 gr.Markdown(f"**{photo.file.name}** {photo.note}", elem_classes="note")
         remove = gr.Button("Remove", size="sm", scale=0, min_width=80)
-        remove.click(lambda now: [each for each in now if each.file != photo.file], [photos], [photos])
+        remove.click(lambda now: [each for each in now if each.file != photo.file], [form.photos], [form.photos])
     return caption
 
 
@@ -241,7 +258,7 @@ def _control_jobs(workspace: Workspace, view: _JobView, look: Callable[[str | No
     view.chosen.input(lambda name: look(name, None), [view.chosen], view.components, show_progress="hidden")
 
 
-def _add_job(
+def add_job(
     workspace: Workspace,
     images: Sequence[tuple[Path, str]],
     class_name: str,
@@ -249,10 +266,25 @@ def _add_job(
     preset: str,
     advanced: str,
 ) -> Job:
+    """Add a training job.
+
+    Args:
+        workspace: whose queue it joins.
+        images: photos and their captions.
+        class_name: what the photos show.
+        trigger_word: the word for it.
+        preset: of `PRESETS`.
+        advanced: options as YAML.
+
+    Raises:
+        UserError: a field, an option or a photo cannot be used; nothing was added.
+    """
     if not images:
         raise UserError("found no photo; drop at least one of the subject, better three to ten")
-    folder = workspace.jobs.folder
-    options = combine_options(class_name, trigger_word, preset, advanced, len(images), folder)
+    options = combine_options(class_name, trigger_word, preset, advanced, len(images))
+    for photo in look_at_photos([file for file, _ in images], options):
+        if not photo.can_be_used:
+            raise UserError(f"{photo.file.name} {photo.note}")
     return workspace.jobs.add(concept_name(class_name, trigger_word), images, options, check_config)
 
 

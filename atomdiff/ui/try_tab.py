@@ -16,11 +16,11 @@ from atomdiff.serving.image_request import ImageRequest
 from atomdiff.serving.schedulers import SCHEDULERS
 from atomdiff.ui import render
 from atomdiff.ui.checkpoint_choice import CheckpointChoice, checkpoint_choice, chosen_prompts
-from atomdiff.ui.comparison import CHECKPOINTS, MODES, SEEDS, add_phrase, choose_concepts, plan
+from atomdiff.ui.comparison import CHECKPOINTS, MODES, SEEDS, add_phrase, choose_concepts, consecutive_seeds, plan
 from atomdiff.ui.components import heading, showing_errors
 from atomdiff.ui.images import ImageRun
 from atomdiff.ui.recipes import starting_sampling
-from atomdiff.ui.weights import WEIGHT, move, position, sliders_of, tag_value
+from atomdiff.ui.weights import RANGE, WEIGHT, move, position, sliders_of, tag_value
 from atomdiff.ui.workspace import Workspace
 from atomdiff.utils.errors import UserError
 
@@ -176,11 +176,24 @@ def _show_sliders(workspace: Workspace, form: _Form) -> None:
 
     def add(name: str, slider: str, label: str, weight: AdapterWeight) -> None:
         @showing_errors
-        def change(value: float, prompt: str) -> str:
-            return move(prompt, name, slider, value)
+        def change(value: float | None, prompt: str) -> Any:
+            return gr.skip() if value is None else move(prompt, name, slider, value)
 
-        added = gr.Slider(0, 1.5, position(weight, slider), step=0.05, label=label, min_width=210, interactive=True)
-        added.input(change, [added, form.prompt], [form.prompt], show_progress="hidden", trigger_mode="always_last")
+        @showing_errors
+        def leave(value: float | None, prompt: str) -> str:
+            return move(prompt, name, slider, value or 0.0)
+
+        added = gr.Slider(*RANGE, position(weight, slider), step=0.05, label=label, min_width=210, interactive=True)
+        # The number box sends what is typed as it is: nothing, once it is emptied, or a number beyond the ends.
+        for event, function in ((added.input, change), (added.release, leave)):
+            event(
+                function,
+                [added, form.prompt],
+                [form.prompt],
+                show_progress="hidden",
+                trigger_mode="always_last",
+                preprocess=False,
+            )
 
     with form.sliders:
 
@@ -226,7 +239,7 @@ def _make_images(workspace: Workspace, form: _Form, results: _Results) -> None:
         training: str | None,
         steps: list[int],
         count: float,
-        seed: float,
+        seed: float | None,
         negative: str,
         num_inference_steps: float,
         guidance: float,
@@ -240,7 +253,7 @@ def _make_images(workspace: Workspace, form: _Form, results: _Results) -> None:
             scheduler=scheduler or None,
         )
         variants = chosen_prompts(workspace, prompt, training, steps) if mode == CHECKPOINTS else None
-        planned = plan(request, mode, range(int(seed), int(seed) + int(count)), variants)
+        planned = plan(request, mode, consecutive_seeds(seed, int(count)), variants)
         _remind_of_phrases(workspace, prompt)
         phase = "starting" if workspace.images.is_open else "opening the base"
         yield [_progress(0.0, phase), gr.skip(), gr.skip(), _NOT_CHOSEN, None, gr.skip()]

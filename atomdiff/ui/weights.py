@@ -13,6 +13,8 @@ from atomdiff.utils.errors import UserError
 
 WEIGHT = "weight"
 """The slider of the whole weight."""
+RANGE = (0.0, 1.5)
+"""The ends of every slider."""
 BLOCKS = {
     "down": "Down blocks",
     "mid": "Middle block",
@@ -56,10 +58,17 @@ def position(weight: AdapterWeight, slider: str) -> float:
 def move(prompt: str, name: str, slider: str, value: float) -> str:
     """Return a prompt in whose tag of a concept a slider stands at a value; the rest of the tag stays.
 
+    Args:
+        prompt: with the tag, or without: it is added.
+        name: of the concept.
+        slider: `WEIGHT`, or one of `BLOCKS` or `ENDS`.
+        value: beyond `RANGE` its nearest end, as the slider's number box has it once it is left.
+
     Raises:
         UserError: the prompt's tags cannot be read.
     """
     weight = split_tags(prompt)[1].get(name, AdapterWeight())
+    value = min(max(value, RANGE[0]), RANGE[1])
     if slider == WEIGHT:
         weight = replace(weight, weight=value)
     elif slider in ENDS:

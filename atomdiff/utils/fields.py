@@ -11,7 +11,7 @@ from types import UnionType
 from typing import Annotated, Any, Literal, TypeVar, Union, get_args, get_origin, get_type_hints
 
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.paths import PathText, expand_paths
+from atomdiff.utils.paths import InputPath, expand_paths
 
 Mark = TypeVar("Mark")
 
@@ -65,7 +65,7 @@ NonNegativeFloat = Annotated[float, Range(0)]
 PositiveFloat = Annotated[float, Range(1e-9)]
 BatchSize = Annotated[int, Range(1, 100_000)]
 Share = Annotated[float, Range(0, below=1)]
-ExistingPath = Annotated[PathText, MustExist()]
+ExistingPath = Annotated[InputPath, MustExist()]
 
 
 @dataclass(frozen=True, kw_only=True)

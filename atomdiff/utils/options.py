@@ -68,7 +68,8 @@ def parse_with_overrides(
     """Build a config with a field `adapter`; the overrides.yaml beside that JSON file, if it is one, sets defaults.
 
     Values come, the later ones winning, from the defaults, from overrides.yaml (what a method needs its own value for,
-    such as its learning rate), and from the command line in its order.
+    such as its learning rate), and from the command line in its order. Where `--adapter` comes after all `--config`
+    files, overrides.yaml comes after them, too: what they set was meant for another adapter.
 
     Args:
         config_class: A dataclass whose fields have docstrings, among them `adapter`.
@@ -91,8 +92,16 @@ def parse_values_with_overrides(
     adapter = Path(find_asset(expand_path(values["adapter"], "adapter")))
     overrides = adapter.with_name("overrides.yaml")
     if adapter.is_file() and overrides.is_file():
-        return parse_values(config_class, ["--config", str(overrides), *args], prog=prog)
+        place = _end_of_configs(args)
+        return parse_values(config_class, [*args[:place], "--config", str(overrides), *args[place:]], prog=prog)
     return values
+
+
+def _end_of_configs(args: Sequence[str]) -> int:
+    """Where the last `--config` of a command line ends, if `--adapter` comes after it; else 0."""
+    names = [argument.partition("=")[0] for argument in args]
+    end = max((i + (1 if "=" in args[i] else 2) for i, name in enumerate(names) if name == "--config"), default=0)
+    return end if "--adapter" in names[end:] else 0
 
 
 def read_cell(text: str, hint: Any) -> Any:

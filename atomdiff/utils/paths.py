@@ -8,27 +8,33 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Annotated, Any, get_args, get_type_hints
 
+from atomdiff.utils.assets import find_asset
 from atomdiff.utils.errors import UserError
 
-_MARK = object()
+_MARK, _INPUT = object(), object()
 _VARIABLE = re.compile(r"\$(?:([A-Za-z_]\w*)|\{([^}]*)\})")
 
 PathText = Annotated[str, _MARK]
 """The type of a config's field that names a file or a folder; `expand_paths` replaces what a shell would replace."""
+InputPath = Annotated[PathText, _INPUT]
+"""A `PathText` that is read only: `samples/...` and `configs/...` that are not here are those of the project."""
 
 
 def expand_paths(config: Any) -> None:
     """Replace `~` and environment variables in the fields of a frozen dataclass that are `PathText`, or tuples of it.
 
+    What is an `InputPath`, too, is looked up among the files of the project if it is not there.
+
     Raises:
         UserError: as `expand_path`.
     """
-    for name in path_fields(type(config)):
+    for name, hint in _path_hints(type(config)).items():
         value = getattr(config, name)
+        find = find_asset if _has(hint, _INPUT) else str
         expanded = (
-            tuple(expand_path(each, name) for each in value)
+            tuple(find(expand_path(each, name)) for each in value)
             if isinstance(value, (tuple, list))
-            else value and expand_path(value, name)
+            else value and find(expand_path(value, name))
         )
         if expanded == "":
             raise UserError(f"{name}='': expected a path; leave it out for the default")
@@ -37,7 +43,12 @@ def expand_paths(config: Any) -> None:
 
 def path_fields(config_class: type[Any]) -> list[str]:
     """Return the fields of a dataclass that are `PathText`, or tuples of it."""
-    return [name for name, hint in get_type_hints(config_class, include_extras=True).items() if _is_path(hint)]
+    return list(_path_hints(config_class))
+
+
+def _path_hints(config_class: type[Any]) -> dict[str, Any]:
+    hints = get_type_hints(config_class, include_extras=True)
+    return {name: hint for name, hint in hints.items() if _has(hint, _MARK)}
 
 
 def expand_path(path: str | os.PathLike[str], name: str) -> str:
@@ -71,8 +82,8 @@ def _expanded(text: str, name: str) -> str:
     return expanded
 
 
-def _is_path(hint: Any) -> bool:
-    return any(part is _MARK or _is_path(part) for part in (*get_args(hint), *getattr(hint, "__metadata__", ())))
+def _has(hint: Any, mark: object) -> bool:
+    return any(part is mark or _has(part, mark) for part in (*get_args(hint), *getattr(hint, "__metadata__", ())))
 
 
 def refuse_overlap(writes: Mapping[str, str | Path], reads: Mapping[str, str | Path], inside: bool = True) -> None:

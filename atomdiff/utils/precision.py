@@ -48,7 +48,8 @@ def choose_precision(asked: str | None, device: torch.device, *, field: str = "m
     """Choose the precision of a run, an image or a benchmark.
 
     What was asked for goes first, then what accelerate is configured to; where neither says anything, it is bfloat16 if
-    the device has instructions for it, else float32. Half precision that a processor has to emulate is warned of.
+    the device has instructions for it, else float32. Half precision that a processor has to emulate is warned of. On a
+    GPU, accelerate's "no" says nothing: its launcher cannot leave it out.
 
     Args:
         asked: by accelerate's or torch's name ("bf16", "bfloat16"); None: nothing was asked for.
@@ -59,6 +60,8 @@ def choose_precision(asked: str | None, device: torch.device, *, field: str = "m
         UserError: accelerate is configured to a precision that is not known here.
     """
     configured = os.environ.get(_CONFIGURED)
+    if configured == "no" and device.type != "cpu" and not _is_deepspeed():
+        configured = None  # `accelerate launch` sets it where nothing is configured, too
     if asked is not None:
         chosen = ChosenPrecision(_NAMES[asked], "as asked for")
         source = f"{field}={asked!r}"
@@ -98,6 +101,11 @@ def training_precision(asked: str | None) -> ChosenPrecision:
     chosen = choose_precision(asked, device)
     log_precision(chosen, device)
     return chosen
+
+
+def _is_deepspeed() -> bool:
+    """Whether accelerate was launched with DeepSpeed, whose configuration has a precision of its own."""
+    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
 
 
 def log_precision(chosen: ChosenPrecision, device: torch.device) -> None:

@@ -56,11 +56,19 @@ def read_yaml(file: str | Path) -> Any:
     Raises:
         UserError: it cannot be read; the message names the file.
     """
-    text = read_text(file)
+    return parse_yaml(read_text(file), str(file))
+
+
+def parse_yaml(text: str, name: str) -> Any:
+    """Read a text as `read_yaml` reads a file.
+
+    Raises:
+        UserError: it cannot be read; the message begins with `name`.
+    """
     try:
         return _load(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise UserError(f"{file}: cannot be read as YAML or JSON ({' '.join(str(error).split())})") from error
+        raise UserError(f"{name}: cannot be read as YAML or JSON ({' '.join(str(error).split())})") from error
 
 
 def _load(text: str) -> Any:

@@ -74,13 +74,16 @@ def build_text_encoder(tokenizer: CLIPTokenizer) -> CLIPTextModel:
 
 
 def build_unet() -> UNet2DConditionModel:
-    """A UNet on (16, 16, 16) latents with attention at every resolution: a pattern is the same all over its object."""
+    """A UNet on (16, 16, 16) latents with attention at every resolution: a pattern is the same all over its object.
+
+    The last block has none: without it, a training step on a CPU takes a fifth less time, a prediction as well.
+    """
     return UNet2DConditionModel(
         sample_size=IMAGE_SIZE // DOWNSAMPLING,
         in_channels=LATENT_CHANNELS,
         out_channels=LATENT_CHANNELS,
         down_block_types=("CrossAttnDownBlock2D",) * 3,
-        up_block_types=("CrossAttnUpBlock2D",) * 3,
+        up_block_types=("CrossAttnUpBlock2D", "CrossAttnUpBlock2D", "UpBlock2D"),
         block_out_channels=(96, 160, 224),
         layers_per_block=1,
         cross_attention_dim=TEXT_WIDTH,

@@ -181,7 +181,7 @@ class Run:
         """What is trained and saved."""
         text_encoder, unet = self.denoiser.text_encoder, self.denoiser.unet
         parts = {"judge": self.judge, "vae": self.vae, "text_encoder": text_encoder, "unet": unet}
-        return parts if self.inner is None else parts | {"patch_head": self.inner.patch_head}
+        return parts if self.inner is None else parts | {"small_head": self.inner.small}
 
     def left(self) -> float:
         """Seconds until the end."""

@@ -4,8 +4,12 @@ import math
 
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from atomdiff.atoms.basis import dct_atoms, gram, singular_values, svd_atoms
+from atomdiff.utils.float64 import in_float64
 
 
 def random(*shape, seed=0, dtype=torch.float64):
@@ -57,3 +61,22 @@ def test_impossible_numbers_of_atoms_are_refused(num_atoms):
 def test_atoms_of_broken_weights_are_refused():
     with pytest.raises(ValueError, match="not finite"):
         svd_atoms(torch.tensor([[1.0, float("nan")]]), 1)
+
+
+class No64(TorchDispatchMode):
+    """Fails on float64 tensors on Apple's GPUs, as they do."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            assert not isinstance(tensor, torch.Tensor) or (tensor.device.type, tensor.dtype) != ("mps", torch.float64)
+        return result
+
+
+def test_devices_without_float64_leave_it_to_the_cpu():
+    with FakeTensorMode(), No64():
+        rows = torch.empty(100, 9, device="mps")
+        with pytest.raises(AssertionError):
+            rows.to(torch.float64)
+        for exact in (gram(rows), in_float64(rows)):
+            assert (exact.device.type, exact.dtype) == ("cpu", torch.float64)

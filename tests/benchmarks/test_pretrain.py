@@ -214,7 +214,7 @@ def test_the_inner_part_computes_what_the_whole_unet_does_and_trains_nothing_els
     inputs = torch.randn(2, 16, 16, 16), torch.tensor([3, 700]), torch.randint(0, 90, (2, 24))
     seen = []
     last = denoiser.unet.up_blocks[1]
-    for module in (last.attentions[-1], inner.patch_head):
+    for module in (last.attentions[-1], inner.small):
         module.register_forward_hook(lambda _, before, after: seen.append((before[0], after)))
     denoiser(*inputs)
     prediction = inner(*inputs)

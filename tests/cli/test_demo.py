@@ -56,7 +56,7 @@ def test_the_demo_leaves_everything_it_promises(quick, tmp_path, capsys):
     assert re.search(r"size +[\d,]+ bytes, [\d,]+ parameters\n", printed)
     assert re.search(r"time +\d+ s, \d+ s of them training\nin +float32 ", printed)
     first, second = (line.strip() for line in printed.splitlines()[-2:])
-    assert f'atomdiff.load_atoms(pipe, "{concept}")' in second
+    assert f"atomdiff.load_atoms(pipe, {str(concept)!r})" in second
     shorter = re.sub(r"guidance_scale=[\d.]+", "num_inference_steps=2", second)
     assert shorter != second
     exec(f"{first}\n{shorter}", {})

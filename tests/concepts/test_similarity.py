@@ -7,6 +7,7 @@ from itertools import combinations
 import numpy as np
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from atomdiff.cli.main import main
 from atomdiff.concepts import similarity_index
@@ -224,3 +225,12 @@ def test_the_command(tmp_path, tmp_path_factory, capsys):
     assert "no duplicates among 3 concepts" in capsys.readouterr().out
     for options in (["nothing", "--library", str(tmp_path)], ["--library", f"{tmp_path}/none"], ["mug"]):
         assert main(["similar", *options]) != 0
+
+
+def test_changes_of_a_concept_on_a_gpu_are_on_the_cpu():
+    with FakeTensorMode():
+        tensors = {"atom_delta": torch.empty(9, 9, device="cuda"), "atom_basis": torch.empty(9, 9, device="cuda")}
+        config = AtomConfig(channel_block=1)
+        concept = ConceptFile(layers={"unet.conv": tensors}, config=config, fingerprint={})
+        changes = changes_of(concept)
+    assert {values.device.type for values in changes.values.values()} == {"cpu"}

@@ -57,6 +57,7 @@ VERBS = {
     "tune": lambda options: parse_with_overrides(TuneConfig, options),
     "fleet": lambda options: parse_values_with_overrides(FleetOptions, options),
     "rerun": lambda options: parse_config(RerunConfig, options, positional="folder"),
+    "classify": lambda options: parse_with_overrides(ClassifyConfig, options),
     "train_classifier": lambda options: parse_with_overrides(ClassifyConfig, options),
     "sample": lambda options: parse_config(SampleConfig, options),
     "serve": lambda options: parse_config(ServeConfig, options),

@@ -97,6 +97,13 @@ def test_what_is_kept_lasts_until_the_next_switch(pipe):
     torch.testing.assert_close(predict(pipe), whole, **TOLERANCE)
 
 
+def test_a_refused_switch_keeps_what_was_kept(pipe):
+    before = predict(pipe)
+    with pytest.raises(UserError, match="offload_base='nowhere'"):
+        atomdiff.set_active(pipe, {"separable": {"keep": 0.3}}, offload_base="nowhere")
+    assert torch.equal(predict(pipe), before)
+
+
 def test_other_methods_and_wrong_shares_are_refused(tiny_pipe, concepts):
     before = pipeline_state(tiny_pipe)
     with pytest.raises(UserError, match=r"keep=0.5: .*lora is not an atom concept"):

@@ -264,6 +264,14 @@ def test_a_wrong_number_of_prompts_is_refused(pipe, prompts, text_too):
     assert_untouched(pipe, kept)
 
 
+def test_videos_are_refused(pipe):
+    with (
+        atomdiff.mixed_batch(pipe, ["spatial", None]),
+        pytest.raises(UserError, match="found videos in mixed_batch, which mixes images alone: use set_active"),
+    ):
+        pipe.unet(torch.zeros(2, 4, 3, 8, 8), 5, torch.zeros(2, 7, 32))
+
+
 @pytest.mark.slow
 def test_a_wrong_batch_of_the_model_is_refused(pipe):
     with atomdiff.mixed_batch(pipe, ["spatial", None, "joint"]):

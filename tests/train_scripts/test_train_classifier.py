@@ -65,8 +65,4 @@ def test_a_mistake_is_one_line_without_a_traceback(command, tmp_path, monkeypatc
     assert shown.out == ""
     precision, found = shown.err.splitlines()
     assert precision.startswith("precision: ")
-    assert found == f"train_classifier.py: error: {tmp_path / 'pictures'}: cannot be read: dark/two.png {why}"
-
-
-def test_the_script_is_short():
-    assert len(SCRIPT.read_text().splitlines()) < 80
+    assert found == f"atomdiff classify: error: {tmp_path / 'pictures'}: cannot be read: dark/two.png {why}"

@@ -294,15 +294,23 @@ def test_flags_of_all_kinds():
 
 
 @pytest.mark.slow
-def test_overrides_beside_the_adapter_stand_below_all_that_is_asked_for(tmp_path):
-    (tmp_path / "adapter.json").write_text('{"peft_type": "LORA"}')
+def test_overrides_beside_the_adapter_stand_below_all_that_is_asked_for_with_it(tmp_path):
+    adapter, asked = tmp_path / "adapter.json", tmp_path / "run.yaml"
+    adapter.write_text('{"peft_type": "LORA"}')
     (tmp_path / "overrides.yaml").write_text("learning_rate: 0.25\nsnr_gamma: 3.0\n")
-    asked = tmp_path / "run.yaml"
+
+    def rate_and_gamma(*words):
+        config = load_config(list(map(str, words)))
+        return config.learning_rate, config.snr_gamma
+
+    assert rate_and_gamma(*COMMAND, "--adapter", adapter, "--learning_rate", "0.5") == (0.5, 3.0)
+    asked.write_text(yaml.safe_dump({**NEEDED, "snr_gamma": 4.0, "adapter": str(adapter)}))
+    assert rate_and_gamma("--config", asked) == (0.25, 4.0)
     asked.write_text(yaml.safe_dump({**NEEDED, "snr_gamma": 4.0}))
-    config = load_config(["--config", str(asked), "--adapter", str(tmp_path / "adapter.json")])
-    assert (config.learning_rate, config.snr_gamma) == (0.25, 4.0)
-    config = load_config([*COMMAND, "--adapter", str(tmp_path / "adapter.json"), "--learning_rate", "0.5"])
-    assert (config.learning_rate, config.snr_gamma) == (0.5, 3.0)
+    assert rate_and_gamma("--adapter", adapter, "--config", asked) == (0.25, 4.0)
+    assert rate_and_gamma("--config", asked, "--adapter", adapter) == (0.25, 3.0)  # 4.0 was for another adapter
+    assert rate_and_gamma(f"--config={asked}", f"--adapter={adapter}", "--snr_gamma=5") == (0.25, 5.0)
+    assert rate_and_gamma("--config", asked, "--snr_gamma", "5", "--adapter", adapter) == (0.25, 5.0)
     assert load_config(COMMAND).learning_rate == TrainConfig(**NEEDED).learning_rate
 
 
@@ -323,6 +331,9 @@ def test_the_configs_for_real_bases_need_photos_and_a_class_only(name):
     config = load_config(["--config", f"configs/{name}.yaml", "--instance_data_dir", "photos", "--class_name", "mug"])
     assert config.preservation == "class" and config.resolution == {"sd15": 512, "sdxl": 1024}[name]
     assert config.learning_rates["adapter"] == config.learning_rates["token"] == 2e-3
+    lora = "configs/experiments/lora/attention_r16/adapter.json"
+    of_lora = load_config(["--config", f"configs/{name}.yaml", *COMMAND, "--adapter", lora])
+    assert of_lora.learning_rates["adapter"] == 5e-4
 
 
 def test_the_demo_config_is_found_in_any_folder(tmp_path, monkeypatch):

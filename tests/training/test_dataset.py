@@ -392,7 +392,7 @@ def test_processes_encode_their_shares_and_train_in_step(config, tmp_path):
 
 @pytest.mark.parametrize("sliced_from", [31, 32])
 def test_large_images_go_through_the_vae_one_by_one(config, tiny_pipe, sliced_from, monkeypatch):
-    monkeypatch.setattr(base_model, "_SLICED_FROM", sliced_from)
+    monkeypatch.setattr("atomdiff.sampling.generate._SLICED_FROM", sliced_from)
     vae = tiny_pipe.vae
     base_model.generate_images(config, tiny_pipe, 32, ["a mug"], [0])
     assert vae.use_slicing == (sliced_from < 32)

@@ -45,8 +45,14 @@ def test_an_evaluation_that_fails_loses_nothing(train_config, tiny_encoder_folde
     assert path.is_file() and (Path(config.output_dir) / "report.html").is_file()
 
 
+@pytest.mark.parametrize(("precision", "dtype"), [("fp16", "float16"), ("bf16", "bfloat16"), ("no", "float32")])
+def test_images_are_made_in_the_precision_of_the_run(train_config, tmp_path, precision, dtype):
+    config = train_config(evaluate_with=("encoder",))
+    assert of_training.evaluation_config(config, tmp_path, precision).dtype == dtype
+
+
 def test_one_of_several_processes_does_not_leave_the_others_waiting(train_config, tmp_path):
-    several = SimpleNamespace(num_processes=2, is_main_process=True)
+    several = SimpleNamespace(num_processes=2, is_main_process=True, mixed_precision="no")
     with pytest.raises(UserError, match="missing"):
         of_training.evaluate_result(train_config(evaluate_with=("encoder",)), tmp_path / "missing", several)
 

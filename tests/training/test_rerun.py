@@ -170,7 +170,7 @@ def test_what_cannot_be_repeated_is_told(short, tmp_path):
         repeat_run(RerunConfig(folder=str(folder), output_dir=str(folder)))
     classified = tmp_path / "classified"
     (classified / "classifier").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"found no run_record.json.*; runs of train_classifier.py leave none: run it"):
+    with pytest.raises(UserError, match=r"found no run_record.json.*; runs of `atomdiff classify` leave none: run it"):
         repeat_run(RerunConfig(folder=str(classified)))
     record = read_record(folder)
     for changes, message in (

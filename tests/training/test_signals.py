@@ -31,6 +31,14 @@ def test_the_first_signal_asks_and_a_later_one_acts(number, monkeypatch):
         signal.signal(number, before)
 
 
+def test_ctrl_break_asks_where_there_is_one(monkeypatch):
+    monkeypatch.setattr(signal, "SIGBREAK", signal.SIGUSR1, raising=False)
+    with StopSignals() as stop:
+        os.kill(os.getpid(), signal.SIGUSR1)
+        assert stop.requested
+    assert signal.getsignal(signal.SIGUSR1) is signal.SIG_DFL
+
+
 @pytest.mark.parametrize("asked", [False, True])
 def test_an_error_after_a_signal_is_the_end_that_was_asked_for(asked):
     with pytest.raises(KeyboardInterrupt if asked else OSError) as ended, StopSignals():

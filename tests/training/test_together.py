@@ -262,3 +262,18 @@ def test_each_subject_saves_its_steps_and_what_it_is_asked_for(config):
     assert [step for step, _ in list_saved_steps(mug)] == [1, 2]
     assert [file.name for file in (mug / "validation").iterdir()] == ["step-000001-00.png"]
     assert (mug / "checkpoint-1").is_dir() and not (teapot / "validation").exists()
+
+
+@pytest.mark.slow
+def test_bases_are_shared_before_the_next_subject_starts(config, monkeypatch):
+    start, models, shared = together.start_run, [], []
+
+    def start_run(*args, **options):
+        shared.append(len({model.denoiser.conv_in.weight.data_ptr() for model in models}))
+        started = start(*args, **options)
+        models.append(started.run.model)
+        return started
+
+    monkeypatch.setattr(together, "start_run", start_run)
+    train_subjects(config(names=("teapot", "mug", "cat"), subjects_per_batch=3, max_train_steps=1))
+    assert shared == [0, 1, 1]

@@ -5,6 +5,7 @@ import signal
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
 
 from atomdiff.concepts.concept_file import read_concept_file
@@ -138,6 +139,17 @@ def test_the_contact_sheet_shows_the_average_that_is_saved(config, tmp_path):
 def test_validation_does_not_touch_the_training(config):
     plain = concept_bytes(train(config))
     assert concept_bytes(train(dataclasses.replace(config, validation_steps=1))) == plain
+
+
+@pytest.mark.slow
+def test_too_little_memory_for_validation_costs_only_its_row(config, monkeypatch):
+    def fail(*_):
+        raise torch.OutOfMemoryError("CUDA out of memory.\n Tried to allocate 3 GiB")
+
+    monkeypatch.setattr(validation, "generate_images", fail)
+    with pytest.warns(UserWarning, match="step 4: no row of the contact sheet: CUDA out of memory. Tried to allocate"):
+        path = train(dataclasses.replace(config, validation_steps=4))
+    assert read_concept_file(path).training["steps"] == 4
 
 
 @pytest.mark.slow

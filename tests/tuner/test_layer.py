@@ -6,6 +6,7 @@ import pytest
 import torch
 from torch import nn
 
+from atomdiff.atoms import autograd
 from atomdiff.atoms.layout import View
 from atomdiff.atoms.merge import adapt_weight
 from atomdiff.atoms.update import WeightUpdate
@@ -124,6 +125,17 @@ def test_a_merged_layer_moves_with_its_untouched_weight():
     layer.merge()
     layer.half().unmerge()
     assert torch.equal(layer.weight, expected)
+
+
+@pytest.mark.parametrize("config", [{"channel_block": 4}, {"channel_block": 1, "recursion": 2}, {"joint": True}])
+def test_autocast_does_not_blur_what_is_trained(config, monkeypatch):
+    layer, seen = make_layer(AtomConfig(**config)), []
+    layer.base_layer.to(torch.bfloat16).requires_grad_(False)
+    call = autograd.call
+    monkeypatch.setattr(autograd, "call", lambda *args: seen.extend(args[2]) or call(*args))
+    with torch.autocast("cpu", torch.bfloat16):
+        layer(torch.randn(1, 8, 5, 5))
+    assert seen and all(update.matrix.dtype == torch.float32 for update in seen)
 
 
 def test_autocast_does_not_blur_the_weight():

@@ -39,7 +39,16 @@ class OneDevice(TorchDispatchMode):
         return result
 
 
-def make(layer, config):
+class OneDeviceAfterMoves(OneDevice):
+    """As `OneDevice`, but tensors may be moved."""
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        if func is torch.ops.aten._to_copy.default:
+            return func(*args, **kwargs)
+        return super().__torch_dispatch__(func, types, args, kwargs)
+
+
+def make(layer, config, device="meta"):
     torch.manual_seed(0)
     made = AtomLayer(LAYERS[layer][0]().requires_grad_(False))
     for name, block in (("a", config.channel_block), ("b", 1)):
@@ -49,7 +58,7 @@ def make(layer, config):
     for name in "ab":
         for atoms in made.atom_sets[name]:
             made.coefficients(name, atoms)
-    return made.to("meta"), torch.randn(LAYERS[layer][1], device="meta", requires_grad=True)
+    return made.to(device), torch.randn(LAYERS[layer][1], device="meta", requires_grad=True)
 
 
 def possible():
@@ -74,3 +83,13 @@ def test_all_tensors_are_on_the_device_of_the_weight(layer, config, hooked):
     made.mix(BatchLayout(4), samples)  # the weights of samples come from the caller
     with OneDevice(), torch.no_grad():
         assert made(x).shape == expected
+
+
+@pytest.mark.parametrize(("layer", "config"), possible())
+@torch.no_grad()
+def test_a_batch_may_be_opened_before_its_weights_are_moved(layer, config):
+    made, x = make(layer, CONFIGS[config], "cpu")
+    made.mix(BatchLayout(4), [{"a": 1.0}, {"b": 0.5}, {}, {"a": 0.2, "b": 1.0}])
+    made.to("meta")
+    with OneDeviceAfterMoves():
+        assert len(made(x)) == len(x)

@@ -8,7 +8,9 @@ from accelerate import cpu_offload, disk_offload
 from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
-from peft import LoraConfig
+from diffusers.utils import convert_state_dict_to_diffusers
+from peft import LoraConfig, get_peft_model_state_dict
+from safetensors.torch import load_file, save_file
 from torch import nn
 
 import atomdiff
@@ -331,3 +333,63 @@ def test_other_methods_are_not_merged_into_offloaded_weights(tiny_pipe, call, at
             call(tiny_pipe)
         atomdiff.restore(tiny_pipe)
         assert torch.equal(unet(x, 5, text).sample, before)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", IN_MEMORY | ON_DISK)
+def test_concepts_are_saved_and_kept_in_part_where_they_were_offloaded(pipe, files, tmp_path, way):
+    plain = copy.deepcopy(pipe)
+    for each in (plain, pipe):
+        atomdiff.load_atoms(each, files["all"])
+    (IN_MEMORY | ON_DISK)[way](pipe.unet, tmp_path / "offloaded")
+    if way in ("leaves on disk", "blocks on disk"):
+        with pytest.raises(UserError, match="offloaded to disk; load the pipeline again, in memory"):
+            atomdiff.save_atoms(pipe, tmp_path / "refused.safetensors", "all")
+        return
+    saved = [atomdiff.save_atoms(p, tmp_path / f"{name}.safetensors", "all") for name, p in (("a", plain), ("b", pipe))]
+    one, other = map(load_file, saved)
+    assert_same(one, other)
+    if way in IN_MEMORY:
+        for each in (plain, pipe):
+            atomdiff.set_active(each, {"all": {"keep": 0.5}})
+        torch.testing.assert_close(predict(pipe), predict(plain), atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("way", ["sequential", "groups of leaves"])
+def test_lora_files_are_refused_where_their_weights_would_be_lost(pipe, tmp_path, way):
+    pipe.unet.add_adapter(LoraConfig(target_modules=["to_q"], init_lora_weights=False), "lora")
+    file = tmp_path / "lora.safetensors"
+    save_file(convert_state_dict_to_diffusers(get_peft_model_state_dict(pipe.unet, adapter_name="lora")), file)
+    pipe.unet.delete_adapters("lora")
+    IN_MEMORY[way](pipe.unet, tmp_path)
+    with pytest.raises(UserError, match=r"to_q is offloaded, .* load others before the pipeline is offloaded"):
+        atomdiff.load_atoms(pipe, file)
+    assert not getattr(pipe.unet, "peft_config", {})
+
+
+def test_groups_with_streams_get_no_new_tensors(pipe, files, tmp_path):
+    base = predict(pipe)
+    atomdiff.load_atoms(pipe, files["all"], "one")
+    atomdiff.set_active(pipe, "one")
+    expected = predict(pipe)
+    atomdiff.restore(pipe)
+    by_group(pipe.unet, tmp_path, "leaf_level")
+    registries = [registry for module in pipe.unet.modules() if (registry := vars(module).get("_diffusers_hook"))]
+    groups = [hook.group for registry in registries if (hook := registry.get_hook("group_offloading"))]
+    for group in groups:
+        group.stream = object()  # which a CPU has none of
+    before = {name for name, _ in pipe.unet.named_buffers()}
+    for change in (
+        lambda: atomdiff.load_atoms(pipe, files["all"], "two"),
+        lambda: atomdiff.unload_atoms(pipe),
+        lambda: atomdiff.merge(pipe),
+    ):
+        with pytest.raises(UserError, match=r"load concepts before enable_group_offload\(use_stream=True\)"):
+            change()
+    atomdiff.set_active(pipe, "one")
+    assert {name for name, _ in pipe.unet.named_buffers()} == before
+    for group in groups:
+        group.stream = None
+    torch.testing.assert_close(predict(pipe), expected, atol=1e-5, rtol=0)
+    atomdiff.unload_atoms(pipe)
+    assert torch.equal(predict(pipe), base)

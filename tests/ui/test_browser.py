@@ -105,7 +105,21 @@ def test_train_try_and_export(browser, workspace, address, tmp_path):
     page.get_by_label("number input for Up blocks").press("Enter")
     weighted = 'a photo of sks mug <atoms:sks-mug:{"weight": 1, "blocks": {"up": 0.5}}>'
     expect(prompt).to_have_value(weighted)
+    weight = page.get_by_label("number input for sks-mug", exact=True)
+    weight.fill("")
+    weight.press_sequentially("0.8")
+    expect(prompt).to_have_value(weighted.replace("1", "0.8", 1))
+    weight.fill("")
+    weight.blur()
+    expect(prompt).to_have_value(weighted.replace("1", "0", 1))
+    expect(weight).to_have_value("0")
+    weight.fill("1")
+    expect(prompt).to_have_value(weighted)
     page.get_by_label("Before and after").check()
+    page.get_by_label("First seed").fill("")
+    page.locator("#generate").click()
+    page.get_by_text("found no first seed").wait_for()
+    assert page.get_by_text("NoneType").count() == 0  # in no message, of the sliders' boxes either
     page.get_by_label("First seed").fill("7")
     page.locator("#generate").click()
     page.locator("#images img").nth(7).wait_for()
@@ -138,7 +152,7 @@ def test_train_try_and_export(browser, workspace, address, tmp_path):
 
 def test_ask_for_images_and_a_concept_and_stop(browser, workspace, address, tmp_path):
     photos = sorted(write_images(tmp_path / "photos", widths=(32, 32)).iterdir())
-    options = recipes.combine_options("mug", "sks", "tiny", recipes.starting_options(workspace.config), 2, tmp_path)
+    options = recipes.combine_options("mug", "sks", "tiny", recipes.starting_options(workspace.config), 2)
     steps = {"max_train_steps": 3000, "validation_steps": 3000, "save_steps": 0, "validation_loss_steps": 0}
     job = workspace.jobs.add("mug", [(file, "") for file in photos], {**options, **steps}, recipes.check_config)
     page = browser.new_page()
@@ -161,3 +175,30 @@ def test_ask_for_images_and_a_concept_and_stop(browser, workspace, address, tmp_
     page.locator("#stop-images:enabled").click()
     page.locator("#stop-images:disabled").wait_for()
     assert workspace.images._engine.stats.cancelled
+
+
+def test_photos_are_judged_again_after_advanced_was_edited_and_keep_their_captions(browser, address, tmp_path):
+    photos = sorted(write_images(tmp_path / "photos", widths=(32, 36)).iterdir())
+    page = browser.new_page()
+    page.set_default_timeout(TIMEOUT)
+    page.goto(address)
+    page.locator("#photos input[type=file]").set_input_files(photos[:1])
+    captions = page.get_by_label("Caption (optional)")
+    captions.first.fill("a photo of sks mug")
+    page.locator("#photos input[type=file]").set_input_files(photos[1:])
+    expect(captions).to_have_count(2)
+    page.get_by_text("Advanced: all options as YAML").click()
+    options = page.locator("#advanced .cm-content")
+    for side, note in ((128, "cannot be used: 32 pixels"), (64, "small: enlarged to 64 pixels")):
+        options.click()
+        page.keyboard.press("Control+End")
+        page.keyboard.type(f"\nresolution: {side}")
+        page.locator("#class-name").locator("input, textarea").click()
+        page.get_by_text(note).first.wait_for()
+        options.click()
+        page.keyboard.press("Control+End")
+        page.keyboard.press("Shift+Home")
+        page.keyboard.press("Delete")
+    page.get_by_role("button", name="Remove").last.click()
+    expect(captions).to_have_count(1)
+    expect(captions).to_have_value("a photo of sks mug")

@@ -11,6 +11,7 @@ from atomdiff.ui.comparison import (
     add_phrase,
     checkpoint_prompts,
     choose_concepts,
+    consecutive_seeds,
     plan,
 )
 from atomdiff.utils.errors import UserError
@@ -73,6 +74,12 @@ def test_checkpoints_take_the_weight_of_the_concept_that_they_became():
 def test_what_cannot_be_planned_is_refused(prompt, mode, message):
     with pytest.raises(UserError, match=message):
         plan(ImageRequest(prompt), mode, [0], {"step 1": "a mug"})
+
+
+def test_seeds_follow_the_first_which_must_be_given():
+    assert list(consecutive_seeds(7.0, 3)) == [7, 8, 9]
+    with pytest.raises(UserError, match="no first seed"):
+        consecutive_seeds(None, 3)
 
 
 def test_choices_become_tags_and_other_tags_stay():

@@ -1,6 +1,7 @@
 """Training jobs: a queue of processes whose state is on the disk."""
 
 import json
+import shutil
 import signal
 import subprocess
 import sys
@@ -10,6 +11,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+import atomdiff
 from atomdiff.training.intermediate import SAVE_FILE
 from atomdiff.ui import jobs, render
 from atomdiff.ui.jobs import JobQueue
@@ -65,8 +67,8 @@ def open_queue(tmp_path):
     script, queues = tmp_path / "training.py", []
     script.write_text(TRAINING)
 
-    def open_one(on_finish=None):
-        queue = JobQueue(tmp_path / "jobs", on_finish, (sys.executable, str(script)))
+    def open_one(on_finish=None, command=(sys.executable, str(script))):
+        queue = JobQueue(tmp_path / "jobs", on_finish, command)
         queue.start()
         queues.append(queue)
         return queue
@@ -124,6 +126,25 @@ def test_a_stopped_job_is_resumed_from_its_checkpoint(open_queue):
     assert int((job.run_folder / "started").read_text()) > 0
     with pytest.raises(UserError, match="is finished; only one that was stopped"):
         queue.resume(job)
+
+
+def test_on_windows_a_job_hears_ctrl_break_and_no_ctrl_c(open_queue, monkeypatch):
+    group, ctrl_break, begun, sent = 0x200, signal.SIGUSR1, [], []
+    start = subprocess.Popen
+
+    def popen(command, creationflags, **options):
+        begun.append(creationflags)
+        return start(command, **options)
+
+    monkeypatch.setattr(subprocess, "CREATE_NEW_PROCESS_GROUP", group, raising=False)
+    monkeypatch.setattr(signal, "CTRL_BREAK_EVENT", ctrl_break, raising=False)
+    monkeypatch.setattr(subprocess, "Popen", popen)
+    monkeypatch.setattr(psutil.Process, "send_signal", lambda process, number: sent.append(number))
+    queue = open_queue()
+    job = add(queue, steps=1000)
+    wait_for(lambda: job.status == "running")
+    queue.stop(job)
+    assert begun == [group] and sent == [ctrl_break]
 
 
 def test_a_hand_over_that_fails_is_tried_again_later_each_time_and_no_other_waits(open_queue, monkeypatch):
@@ -204,6 +225,24 @@ def test_a_killed_job_is_told_from_another_process_of_its_number(open_queue):
         other.communicate(b"\n")
 
 
+def test_the_folder_of_another_method_is_named_as_it_is_not_in_the_library(open_queue):
+    job = add(open_queue())
+    wait_for(lambda: job.status == "finished")
+    assert "The concept is in the library" in render.status_card(job, read_progress(job.run_folder))
+    job.result.mkdir()
+    assert f"The result is in {job.result}; the library takes" in render.status_card(job, read_progress(job.run_folder))
+
+
+@pytest.mark.skipif(sys.version_info < (3, 11), reason="Python 3.10 always imports from the working directory")
+def test_jobs_import_the_package_of_the_page_above_a_clone(open_queue, tmp_path, monkeypatch):
+    (tmp_path / "atomdiff" / "atomdiff").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path)
+    queue = open_queue(command=(sys.executable, "-c", "import atomdiff; print('saved', atomdiff.__file__)"))
+    job = add(queue)
+    wait_for(lambda: job.status == "finished")
+    assert job.result == Path(atomdiff.__file__)
+
+
 def test_an_error_is_that_of_the_command(open_queue):
     job = add(open_queue(), fails=True)
     wait_for(lambda: job.status == "failed")
@@ -219,6 +258,13 @@ def test_a_config_that_is_refused_leaves_nothing(open_queue):
     with pytest.raises(UserError, match="class_name"):
         add(queue, check=refuse)
     assert queue.jobs() == [] and list(queue.folder.iterdir()) == []
+
+
+def test_a_job_whose_folder_is_being_written_is_not_seen(open_queue):
+    queue = open_queue()
+    job = add(queue)
+    shutil.copytree(job.folder, job.folder.with_name(".atomdiff-mug.unfinished"))
+    assert queue.jobs() == [job]
 
 
 def test_names_from_elsewhere_are_only_compared(open_queue, tmp_path):

@@ -1,9 +1,13 @@
 """What the page says of photos before a run."""
 
+import warnings
+
 import pytest
 from PIL import Image
 
-from atomdiff.ui.photos import look_at_photo
+from atomdiff.data.image_files import open_upright
+from atomdiff.ui import photos
+from atomdiff.ui.photos import look_at_photo, look_at_photos
 
 
 @pytest.fixture
@@ -36,6 +40,35 @@ def test_small_photos_are_enlarged_or_refused_as_training_does(photo):
     assert not refused.can_be_used
     assert "31 pixels on its shorter side; expected at least 32" in refused.note
     assert photo((31, 31), resolution=None).note == ""
+
+
+def test_a_photo_with_a_huge_color_profile_is_taken_with_a_note(tmp_path):
+    Image.new("RGB", (64, 64)).save(tmp_path / "photo.png", icc_profile=b"\0" * 2_000_000)
+    photo = look_at_photo(tmp_path / "photo.png", 64)
+    assert photo.can_be_used
+    assert photo.note.startswith("read without its texts and profiles")
+
+
+def test_warnings_of_others_are_no_notes(photo, monkeypatch):
+    def warn_and_open(file):
+        warnings.warn("of another thread", stacklevel=1)
+        return open_upright(file)
+
+    monkeypatch.setattr(photos, "open_upright", warn_and_open)
+    assert photo((64, 64)).note == ""
+
+
+def test_photos_are_judged_by_the_resolution_of_training(tmp_path, tiny_pipe_folder):
+    Image.new("RGB", (40, 40)).save(tmp_path / "photo.png")
+    options = {"pretrained_model_name_or_path": str(tiny_pipe_folder)}  # of 32 pixels
+
+    def note(**others):
+        (photo,) = look_at_photos([tmp_path / "photo.png"], {**options, **others})
+        return photo.note
+
+    assert note() == ""
+    assert note(resolution=64) == "small: enlarged to 64 pixels"
+    assert "expected at least 256" in note(resolution=512, pretrained_model_name_or_path="somebody/base")
 
 
 def test_files_that_are_no_images_are_refused(tmp_path):

@@ -24,6 +24,11 @@ def test_sliders_write_the_tag():
     assert move(prompt, ("last", 1)) == "a mug <atoms:mug:0.8>"
 
 
+def test_what_is_typed_beyond_the_ends_is_the_end():
+    assert move("a mug", ("weight", 20)) == "a mug <atoms:mug:1.5>"
+    assert move("a mug", ("weight", -1)) == "a mug <atoms:mug:0>"
+
+
 def test_what_a_hand_has_written_stays():
     prompt = '<atoms:mug:{"blocks": {"up.1": 0}, "steps": {"0.5": 0.4}, "keep": 0.5}> a mug'
     moved = move(prompt, ("mid", 0.7), ("first", 0.9))

@@ -11,9 +11,10 @@ from atomdiff.pipelines.open import open_pipeline
 from atomdiff.sampling.config import SampleConfig
 from atomdiff.training.config import TrainConfig
 from atomdiff.tuner.read_config import read_adapter
+from atomdiff.utils.assets import ASSETS
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
-from atomdiff.utils.paths import PathText, check_writable, expand_paths, path_fields, refuse_overlap
+from atomdiff.utils.paths import InputPath, PathText, check_writable, expand_paths, path_fields, refuse_overlap
 
 
 @dataclass(frozen=True)
@@ -46,6 +47,25 @@ def test_homes_and_variables_are_expanded_in_paths_alone(home, tmp_path):
     assert config == Config(f"{home}/out", "/data/a", ("/data/b", home, "plain"), text="~/$DATA")
     assert config.folder == f"{home}/out" and config.text == "~/$DATA"
     assert Config(several=["~", tmp_path]).several == (home, str(tmp_path))
+
+
+def test_files_of_the_project_are_found_from_any_folder_where_they_are_read(tmp_path, monkeypatch):
+    @dataclass(frozen=True)
+    class Config:
+        read: InputPath
+        several: tuple[InputPath, ...] = ()
+        written: PathText = "samples/subjects"
+
+        def __post_init__(self):
+            expand_paths(self)
+
+    monkeypatch.chdir(tmp_path)
+    found = Config("samples/subjects/mug", ("configs/demo.yaml", "samples/none"))
+    assert found.read == str(ASSETS / "samples" / "subjects" / "mug")
+    assert found.several == (str(ASSETS / "configs" / "demo.yaml"), "samples/none")
+    assert found.written == "samples/subjects"
+    (tmp_path / "samples" / "subjects" / "mug").mkdir(parents=True)
+    assert Config("samples/subjects/mug").read == "samples/subjects/mug"  # what is here comes first
 
 
 def test_config_files_and_their_own_path_are_expanded_too(home, tmp_path):

@@ -4,6 +4,8 @@ import warnings
 
 import pytest
 import torch
+from accelerate.commands.launch import _validate_launch_command, launch_command_parser
+from accelerate.utils.launch import prepare_simple_launcher_cmd_env
 
 from atomdiff.utils import precision
 from atomdiff.utils.errors import UserError
@@ -94,6 +96,20 @@ def test_gpus_are_asked_whether_they_have_it(processor, able, expected, monkeypa
     if not able:
         with pytest.warns(UserWarning, match=r"this GPU \(cuda\) has no bfloat16 instructions"):
             choose_precision("bf16", CUDA)
+
+
+def test_what_the_launcher_always_sets_says_nothing_about_a_gpu(processor, monkeypatch):
+    processor(kernels="AVX2")
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda including_emulation=True: True)
+    arguments = launch_command_parser().parse_args(["script.py"])
+    arguments, *_ = _validate_launch_command(arguments)
+    _, environment = prepare_simple_launcher_cmd_env(arguments)
+    assert environment["ACCELERATE_MIXED_PRECISION"] == "no"
+    monkeypatch.setenv("ACCELERATE_MIXED_PRECISION", "no")
+    assert choose_precision(None, CUDA).name == "bf16"
+    assert choose_precision("no", CUDA).name == choose_precision(None, CPU).name == "no"
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    assert choose_precision(None, CUDA).name == "no"
 
 
 @pytest.mark.parametrize("configured", [False, True])

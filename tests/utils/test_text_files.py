@@ -1,7 +1,7 @@
 import pytest
 
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.text_files import read_text, read_yaml
+from atomdiff.utils.text_files import parse_yaml, read_text, read_yaml
 
 TEXT = "a photo of sks café\n猫, 😀\n"
 
@@ -63,3 +63,5 @@ def test_what_is_no_yaml_is_a_user_error_with_the_files_name(tmp_path, text):
     (tmp_path / "a.yaml").write_text(text)
     with pytest.raises(UserError, match="a.yaml: cannot be read as YAML or JSON"):
         read_yaml(tmp_path / "a.yaml")
+    with pytest.raises(UserError, match="^Advanced: cannot be read as YAML or JSON"):
+        parse_yaml(text, "Advanced")

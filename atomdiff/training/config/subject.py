@@ -9,7 +9,7 @@ from typing import Annotated, Any
 from atomdiff.utils.articles import fit_article
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import ConfigGroup, Range
-from atomdiff.utils.paths import PathText
+from atomdiff.utils.paths import InputPath, PathText
 from atomdiff.utils.text_files import read_yaml
 
 MAX_REPEATS = 10_000
@@ -22,12 +22,12 @@ class SubjectConfig(ConfigGroup):
     Prompts may contain `{trigger_word}` (or `{trigger}`) and `{class_name}`.
     """
 
-    instance_data_dir: PathText | None = None
+    instance_data_dir: InputPath | None = None
     """Folder of instance images, which show the subject; required without concepts_list. A .txt file beside an image is
     its caption and replaces instance_prompt."""
     repeats: Annotated[int, Range(1, MAX_REPEATS)] = 1
     """How often each instance image is used in an epoch. Balances subjects with few and many images in one_file."""
-    validation_data_dir: PathText | None = None
+    validation_data_dir: InputPath | None = None
     """Folder of more images of the subject that are not trained on, for the validation loss; with captions and masks as
     in instance_data_dir. Default: none, see validation_split."""
     class_name: str | None = None
@@ -55,7 +55,7 @@ class SubjectConfig(ConfigGroup):
 class Subject(SubjectConfig):
     """One subject of a run."""
 
-    instance_data_dir: PathText
+    instance_data_dir: InputPath
 
     def fill(self, prompt: str) -> str:
         """Fill the trigger word and the class name into a prompt."""

@@ -102,7 +102,7 @@ def _judge_training(training: Curve) -> Finding:
         return Finding("underfit", f"{evidence}.", "A lower --learning_rate.")
     if start - end < MIN_GAIN * start:
         return Finding("underfit", f"{evidence}.", _MORE)
-    evidence += ", but only held-out photos can tell learning the subject from learning these photos by heart."
+    evidence += ", but only held-out photos can tell learning the subject from memorizing these photos."
     return Finding("unknown", evidence, f"To know more, {_HOLD_OUT}.")
 
 
