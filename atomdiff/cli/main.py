@@ -102,6 +102,7 @@ def sample(args: Sequence[str]) -> None:
     from accelerate import PartialState
 
     PartialState().print(f"the images, grid.png and manifest.json are in {folder}")
+    PartialState().destroy_process_group()
 
 
 def serve(args: Sequence[str]) -> None:
@@ -133,6 +134,9 @@ def evaluate(args: Sequence[str]) -> None:
     quiet_libraries()
     if summary := evaluate_concepts(config):
         print(summary)
+    from accelerate import PartialState
+
+    PartialState().destroy_process_group()
 
 
 def export(args: Sequence[str]) -> None:
