@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from functools import reduce
 
 import torch
 from torch import Tensor
@@ -15,7 +16,7 @@ _ROWS_AT_ONCE = 1 << 16  # so that a large weight is never there in float64 as a
 
 def gram(rows: Tensor) -> Tensor:
     """Gram matrix of rows (blocks, d) in float64: X.T @ X (d, d)."""
-    return torch.stack([wide.T @ wide for wide in map(in_float64, rows.split(_ROWS_AT_ONCE))]).sum(0)
+    return reduce(torch.add, (wide.T @ wide for wide in map(in_float64, rows.split(_ROWS_AT_ONCE))))
 
 
 def singular_values(rows: Tensor) -> Tensor:

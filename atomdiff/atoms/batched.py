@@ -11,10 +11,11 @@ from einops import rearrange, reduce
 from torch import Tensor
 from torch.func import vmap
 
-from atomdiff.atoms.layout import KERNELS, as_kernels
+from atomdiff.atoms.layout import as_kernels
 from atomdiff.atoms.merge import (
     HALF,
     adapt_wide,
+    are_separable,
     identity,
     multiply_rows,
     parts_of,
@@ -45,15 +46,8 @@ def adapt_weight_per_sample(weight: Tensor, updates: Sequence[WeightUpdate]) -> 
 
 def can_adapt_in_turn(weight: Tensor, updates: Sequence[WeightUpdate]) -> bool:
     """Whether `adapt_in_turn` takes these, on a CPU, where it is faster; no gradient may be wanted."""
-    pair = separate(updates)
-    return (
-        pair is not None
-        and (pair[0] is None or pair[0].view == KERNELS)
-        and (pair[1] is None or weight.dtype not in HALF)
-        and weight.is_cpu
-        and weight.is_contiguous()
-        and not torch.is_grad_enabled()
-    )
+    possible = are_separable(updates) and (weight.dtype not in HALF or all(u.view.spans_kernel for u in updates))
+    return possible and weight.is_cpu and weight.is_contiguous() and not torch.is_grad_enabled()
 
 
 def adapt_in_turn(weight: Tensor, updates: Sequence[WeightUpdate]) -> Iterator[Tensor]:

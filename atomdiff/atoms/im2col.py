@@ -14,8 +14,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from atomdiff.atoms.batched import multiply_per_sample
-from atomdiff.atoms.layout import KERNELS
-from atomdiff.atoms.merge import separate
+from atomdiff.atoms.merge import are_separable, separate
 from atomdiff.atoms.update import WeightUpdate
 from atomdiff.utils.functional_call import is_plain, without_autocast
 
@@ -34,8 +33,7 @@ def im2col_is_cheaper(module: nn.Module, updates: Sequence[WeightUpdate], positi
         and module.padding_mode == "zeros"
         and not isinstance(module.padding, str)
         and module.out_channels > positions
-        and (pair := separate(updates)) is not None
-        and (pair[0] is None or pair[0].view == KERNELS)
+        and are_separable(updates)
     )
 
 

@@ -127,6 +127,12 @@ def separate(updates: Sequence[WeightUpdate]) -> tuple[WeightUpdate | None, Weig
     return by_kind.get(True), by_kind.get(False)
 
 
+def are_separable(updates: Sequence[WeightUpdate]) -> bool:
+    """Whether they add up to one update of all kernels alike, to one of channels, or to both."""
+    pair = separate(updates)
+    return pair is not None and (pair[0] is None or pair[0].view == KERNELS)
+
+
 def as_one_update(updates: Sequence[WeightUpdate], positions: int) -> WeightUpdate | None:
     """Updates of kernels and of channels as one of whole blocks: (I + C) x (I + S) - I, a Kronecker product.
 

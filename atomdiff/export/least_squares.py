@@ -13,6 +13,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 from collections.abc import Mapping
+from functools import reduce
 from typing import cast
 
 import torch
@@ -153,4 +154,4 @@ def _products(left: Tensor, right: Tensor) -> Tensor:
     """Sum over the batch of left @ right.T: (batch, m, width), (batch, d, width) -> (m, d) in float64."""
     at_once = max(1, _CPU_PART // max(1, left[0].numel()))
     pairs = zip(left.split(at_once), right.split(at_once), strict=True)
-    return torch.stack([(in_float64(one) @ in_float64(two).mT).sum(dim=0) for one, two in pairs]).sum(dim=0)
+    return reduce(torch.add, ((in_float64(one) @ in_float64(two).mT).sum(dim=0) for one, two in pairs))

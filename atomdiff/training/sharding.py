@@ -6,11 +6,10 @@ gradients and optimizer states: Rajbhandari et al., "ZeRO: Memory Optimizations 
 Models", arXiv 1910.02054.
 """
 
-import os
 from typing import Any
 
 from accelerate import Accelerator
-from accelerate.utils import DistributedType
+from accelerate.utils import DistributedType, parse_flag_from_env
 from peft import PeftConfig
 from torch import Tensor, nn
 from torch.distributed.tensor import DTensor, distribute_tensor
@@ -48,7 +47,7 @@ def check_sharding(config: TrainConfig, accelerator: Accelerator, adapter: PeftC
     """
     kind = accelerator.distributed_type
     for asked, variable in _ASKED.items():
-        if os.environ.get(variable, "false").lower() == "true" and kind != asked:
+        if parse_flag_from_env(variable) and kind != asked:
             found = f"accelerate is configured for {asked.value}, but starts {kind.value} on {accelerator.device.type}"
             raise UserError(f"{found}; expected a launch on GPUs, or another file of configs/accelerate/")
     if kind not in _ASKED:

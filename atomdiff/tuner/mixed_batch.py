@@ -76,12 +76,12 @@ class MixedBatch:
 
         if not self.updates:
             return call(x, weight)
-        updates = self._updates_beside(weight)
         positions = x.numel() // (x.shape[1] * self.layout.samples)
-        if not (args or kwargs) and im2col.im2col_is_cheaper(module, updates, positions):
+        if not (args or kwargs) and im2col.im2col_is_cheaper(module, self.updates, positions):
+            updates = self._updates_beside(weight)
             return self.layout.join(im2col.convolve(module, weight, updates, self.layout.split(x)))
-        if can_adapt_in_turn(weight, updates):
-            return self._run_in_turn(call, x, adapt_in_turn(weight, updates))
+        if can_adapt_in_turn(weight, self.updates):
+            return self._run_in_turn(call, x, adapt_in_turn(weight, self._updates_beside(weight)))
         return self.run(call, x, self.adapt(weight))
 
     def _run_in_turn(self, call: Callable[[Tensor, Tensor], Tensor], x: Tensor, weights: Iterable[Tensor]) -> Tensor:

@@ -149,8 +149,7 @@ def remove_offload_hooks(module: nn.Module) -> None:
 
 def comes_per_call(module: nn.Module) -> bool:
     """Whether a module's weight comes for the time of its calls, as another tensor each time."""
-    names = ("group_offloading", "layerwise_casting")
-    return _offload_hook(module) is not None or any(_diffusers_hook(module, name) is not None for name in names)
+    return is_offloaded(module) or _diffusers_hook(module, "layerwise_casting") is not None
 
 
 def is_offloaded(module: nn.Module) -> bool:

@@ -52,3 +52,8 @@ class UiConfig(BaseModelConfig):
     def exports_folder(self) -> Path:
         """Where exported concepts are."""
         return Path(self.output_dir) / "exports"
+
+    @property
+    def uploads_folder(self) -> Path:
+        """Where the copies are that gradio makes of photos and images; each page has its own, which it empties."""
+        return Path(self.output_dir) / "uploads"

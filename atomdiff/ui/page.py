@@ -35,6 +35,7 @@ def serve_page(config: UiConfig) -> None:
 
     workspace = open_workspace(config)
     with lock_folder(workspace.jobs.folder):
+        os.environ.setdefault("GRADIO_TEMP_DIR", str(config.uploads_folder.resolve()))
         workspace.jobs.start()
         try:
             page = build_page(workspace)

@@ -3,16 +3,13 @@
 from __future__ import annotations
 
 import warnings
-from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from PIL import Image
 
 from atomdiff.data.image_files import open_upright
 from atomdiff.data.images import to_rgb
-from atomdiff.ui.recipes import training_side
 from atomdiff.utils.errors import UserError
 
 _SQUARE = 1.05  # long side by short side up to which a photo counts as square
@@ -34,12 +31,6 @@ class Photo:
     def can_be_used(self) -> bool:
         """Whether it can be trained on."""
         return self.thumbnail is not None
-
-
-def look_at_photos(files: Iterable[Path], options: Mapping[str, Any]) -> list[Photo]:
-    """Open photos as a run with these options will, and note what it will do with each."""
-    side = training_side(options)
-    return [look_at_photo(file, side) for file in files]
 
 
 def look_at_photo(file: Path, resolution: int | None) -> Photo:

@@ -15,7 +15,7 @@ from atomdiff.training.intermediate import GENERATE_FILE, SAVE_FILE
 from atomdiff.ui import render
 from atomdiff.ui.components import heading, showing_errors
 from atomdiff.ui.job import Job
-from atomdiff.ui.photos import Photo, look_at_photos
+from atomdiff.ui.photos import Photo, look_at_photo
 from atomdiff.ui.progress import read_progress
 from atomdiff.ui.recipes import (
     PRESET_HELP,
@@ -25,6 +25,7 @@ from atomdiff.ui.recipes import (
     concept_name,
     read_advanced,
     starting_options,
+    training_side,
 )
 from atomdiff.ui.workspace import Workspace
 from atomdiff.utils.errors import UserError
@@ -41,7 +42,10 @@ _ASKED = {
 class _Form:
     """What a visitor sets."""
 
-    photos: gr.State
+    files: gr.State
+    """The photos, in the order in which they were dropped."""
+    resolution: gr.State
+    """Side of training images by the options under *Advanced*, in pixels; None: unknown."""
     captions: gr.State
     """File of a photo -> what is written in its field, which is built anew whenever the photos change."""
     dropped: gr.File
@@ -119,9 +123,10 @@ def _build_form(workspace: Workspace) -> _Form:
         interactive=True,
         elem_id="preset",
     )
+    options = starting_options(workspace.config)
     with gr.Accordion("Advanced: all options as YAML", open=False):
         advanced = gr.Code(
-            starting_options(workspace.config),
+            options,
             language="yaml",
             show_label=False,
             interactive=True,
@@ -129,7 +134,10 @@ def _build_form(workspace: Workspace) -> _Form:
             elem_id="advanced",
         )
     start = gr.Button("Start training", variant="primary", size="lg", elem_id="start")
-    return _Form(gr.State([]), gr.State({}), dropped, cards, [class_name, trigger_word, preset], advanced, start)
+    resolution = gr.State(training_side(read_advanced(options)))
+    return _Form(
+        gr.State([]), resolution, gr.State({}), dropped, cards, [class_name, trigger_word, preset], advanced, start
+    )
 
 
 def _build_view() -> _JobView:
@@ -162,22 +170,23 @@ def _build_view() -> _JobView:
 
 
 def _take_photos(form: _Form) -> None:
-    """Judge photos when they are dropped, and again when the options may have changed."""
+    """Take the photos that are dropped, and the resolution whenever the options may have changed."""
 
     @showing_errors
-    def add_photos(files: Sequence[str] | None, known: list[Photo], advanced: str) -> tuple[list[Photo], None]:
-        names = {photo.file for photo in known}
-        new = [Path(file) for file in files or () if Path(file) not in names]
-        return known + look_at_photos(new, read_advanced(advanced)), None
+    def read_resolution(advanced: str) -> int | None:
+        return training_side(read_advanced(advanced))
 
     @showing_errors
-    def look_again(known: list[Photo], advanced: str) -> Any:
-        looked = look_at_photos([photo.file for photo in known], read_advanced(advanced))
-        is_same = [photo.note for photo in looked] == [photo.note for photo in known]
-        return gr.skip() if is_same else looked
+    def add_photos(dropped: Sequence[str] | None, files: list[Path], advanced: str) -> tuple[list[Path], None, Any]:
+        new = [file for file in map(Path, dropped or ()) if file not in files]
+        return files + new, None, read_resolution(advanced)
 
-    form.dropped.upload(add_photos, [form.dropped, form.photos, form.advanced], [form.photos, form.dropped])
-    form.advanced.blur(look_again, [form.photos, form.advanced], [form.photos], show_progress="hidden")
+    form.dropped.upload(
+        add_photos, [form.dropped, form.files, form.advanced], [form.files, form.dropped, form.resolution]
+    )
+    form.advanced.blur(
+        read_resolution, [form.advanced], [form.resolution], show_progress="hidden", trigger_mode="always_last"
+    )
 
 
 def _show_photos(
@@ -186,11 +195,15 @@ def _show_photos(
     """Show the photos with their captions; and let the button start a training with those that can be used."""
     with form.cards:
 
-        @gr.render(inputs=[form.photos, form.captions], triggers=[page.load, form.photos.change])
-        def show(known: list[Photo], written: dict[Path, str]) -> None:
-            captions = [_show_photo(photo, form, written.get(photo.file, "")) for photo in known]
-            usable = [photo.file for photo in known if photo.can_be_used]
-            captions = [caption for caption, photo in zip(captions, known, strict=True) if photo.can_be_used]
+        @gr.render(
+            inputs=[form.files, form.resolution, form.captions],
+            triggers=[page.load, form.files.change, form.resolution.change],
+        )
+        def show(files: list[Path], resolution: int | None, written: dict[Path, str]) -> None:
+            photos = [look_at_photo(file, resolution) for file in files]
+            captions = [_show_photo(photo, form, written.get(photo.file, "")) for photo in photos]
+            usable = [photo.file for photo in photos if photo.can_be_used]
+            captions = [caption for caption, photo in zip(captions, photos, strict=True) if photo.can_be_used]
 
             @showing_errors
             def start_training(class_name: str, trigger_word: str, preset: str, advanced: str, *texts: str) -> Any:
@@ -231,7 +244,7 @@ def _show_photo(photo: Photo, form: _Form, written: str) -> gr.Textbox:
             if not photo.can_be_used:
                 gr.Markdown(f"**{photo.file.name}** {photo.note}", elem_classes="note")
         remove = gr.Button("Remove", size="sm", scale=0, min_width=80)
-        remove.click(lambda now: [each for each in now if each.file != photo.file], [form.photos], [form.photos])
+        remove.click(lambda files: [file for file in files if file != photo.file], [form.files], [form.files])
     return caption
 
 
@@ -282,7 +295,8 @@ def add_job(
     if not images:
         raise UserError("found no photo; drop at least one of the subject, better three to ten")
     options = combine_options(class_name, trigger_word, preset, advanced, len(images))
-    for photo in look_at_photos([file for file, _ in images], options):
+    for file, _ in images:
+        photo = look_at_photo(file, training_side(options))
         if not photo.can_be_used:
             raise UserError(f"{photo.file.name} {photo.note}")
     return workspace.jobs.add(concept_name(class_name, trigger_word), images, options, check_config)

@@ -105,7 +105,9 @@ def training_precision(asked: str | None) -> ChosenPrecision:
 
 def _is_deepspeed() -> bool:
     """Whether accelerate was launched with DeepSpeed, whose configuration has a precision of its own."""
-    return os.environ.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true"
+    from accelerate.utils import parse_flag_from_env
+
+    return bool(parse_flag_from_env("ACCELERATE_USE_DEEPSPEED"))
 
 
 def log_precision(chosen: ChosenPrecision, device: torch.device) -> None:

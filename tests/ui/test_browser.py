@@ -32,6 +32,7 @@ def free_port():
 def workspace(ui_config, monkeypatch):
     """The page on the tiny pipeline, served."""
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", str(ui_config.uploads_folder))  # other pages empty the common one
     monkeypatch.setattr(constants, "HF_TOKEN_PATH", str(Path(ui_config.output_dir) / "nobody"))  # is logged in
     for name in ("HF_TOKEN", "HUGGING_FACE_HUB_TOKEN"):
         monkeypatch.delenv(name, raising=False)
@@ -43,7 +44,8 @@ def workspace(ui_config, monkeypatch):
     page = build_page(workspace)
     launch(page, workspace)
     yield workspace
-    page.close()
+    page.server.force_exit = True  # not page.close(): it sets an asyncio event from this thread, not the server's own
+    page.server.close()
     workspace.jobs.close()
     workspace.images.close()
     for job in workspace.jobs.jobs():

@@ -1,5 +1,6 @@
 """The start of the page's server."""
 
+import os
 import socket
 from dataclasses import replace
 
@@ -27,8 +28,11 @@ def test_one_server_has_the_jobs(ui_config, capsys):
 
 def test_a_port_that_is_taken_is_named(ui_config, monkeypatch):
     monkeypatch.setenv("GRADIO_ANALYTICS_ENABLED", "False")
+    monkeypatch.setenv("GRADIO_TEMP_DIR", "")  # so that it is put back
+    monkeypatch.delenv("GRADIO_TEMP_DIR")
     with socket.socket() as listener:
         listener.bind(("127.0.0.1", 0))
         listener.listen()
         with pytest.raises(UserError, match="give another --port"):
             page.serve_page(replace(ui_config, port=listener.getsockname()[1]))
+    assert os.environ["GRADIO_TEMP_DIR"] == str(ui_config.uploads_folder.resolve())

@@ -7,7 +7,8 @@ from PIL import Image
 
 from atomdiff.data.image_files import open_upright
 from atomdiff.ui import photos
-from atomdiff.ui.photos import look_at_photo, look_at_photos
+from atomdiff.ui.photos import look_at_photo
+from atomdiff.ui.recipes import training_side
 
 
 @pytest.fixture
@@ -63,8 +64,7 @@ def test_photos_are_judged_by_the_resolution_of_training(tmp_path, tiny_pipe_fol
     options = {"pretrained_model_name_or_path": str(tiny_pipe_folder)}  # of 32 pixels
 
     def note(**others):
-        (photo,) = look_at_photos([tmp_path / "photo.png"], {**options, **others})
-        return photo.note
+        return look_at_photo(tmp_path / "photo.png", training_side({**options, **others})).note
 
     assert note() == ""
     assert note(resolution=64) == "small: enlarged to 64 pixels"
