@@ -26,7 +26,8 @@ class EvaluateConfig(SchedulerConfig, GenerationConfig, BaseModelConfig):
     """Folder with a folder of images for each subject, or with the images of the only one. Best are images that were
     not trained on: where there is a subfolder unseen, its images are taken."""
     protocol: PathText = "quick"
-    """Which prompts are generated: quick (ten prompts for any subject), dreambench, dreambench_plus, or a YAML file."""
+    """Which prompts are generated: quick (ten prompts for any subject), dreambench, dreambench_plus, toybox,
+    toybox_tuning, toybox_edits (subjects of the toybox), or a YAML file."""
     encoders: tuple[str, ...] = ("facebook/dino-vits16", "openai/clip-vit-base-patch32")
     """Vision models of transformers that compare images, as folders or Hub ids; those with a text encoder (CLIP,
     SigLIP) also compare images with prompts. Or toybox: the judge of the embedded model's images."""
