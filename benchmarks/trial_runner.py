@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from atomdiff.utils.atomic import write_json
-from benchmarks.trials import OF_EVALUATION, RESULT_FILE, RUN_FOLDER, TRIAL_FILE, Trial, fingerprint
+from benchmarks.trials import OF_EVALUATION, RESULT_FILE, RUN_FOLDER, TRIAL_FILE, Trial, fingerprint, has_concept
 
 _STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)
 
@@ -29,21 +29,26 @@ class Runner:
     processes: int = 1
     """Trials at a time; the processor's threads are shared among them."""
     retry_failed: bool = False
-    """Run trials again that have failed."""
+    """Run trials again that have failed; what they had done is not done again."""
+    need_concepts: bool = False
+    """Run trials again of which only the result was kept."""
     _running: list[subprocess.Popen[bytes]] = field(default_factory=list)
     _stopping: threading.Event = field(default_factory=threading.Event)
 
     def run(self, trials: Sequence[Trial]) -> list[dict[str, Any]]:
         """Return the results of trials in their order; those that are not there yet are run.
 
-        A trial is run again when its base, judge, adapter, run settings, photos or protocols have changed.
+        A trial is run again when something of its fingerprint has changed.
 
         Raises:
             KeyboardInterrupt: Ctrl-C or SIGTERM; the same call goes on where it was.
         """
         with _terminated_as_interrupted(), ThreadPoolExecutor(self.processes) as pool:
-            futures = [pool.submit(self._run, trial, f"{i}/{len(trials)}") for i, trial in enumerate(trials, start=1)]
             try:
+                futures = [
+                    pool.submit(self._run, trial, fingerprint(trial), f"{number}/{len(trials)}")
+                    for number, trial in enumerate(trials, start=1)
+                ]
                 return [future.result() for future in futures]
             except BaseException:
                 self._stopping.set()
@@ -52,15 +57,16 @@ class Runner:
                     process.terminate()  # training saves a checkpoint then
                 raise
 
-    def _run(self, trial: Trial, number: str) -> dict[str, Any]:
+    def _run(self, trial: Trial, keys: dict[str, str], number: str) -> dict[str, Any]:
         if self._stopping.is_set():
             raise KeyboardInterrupt("stopped")
-        folder, keys = Path(trial.folder), fingerprint(trial)
+        folder = Path(trial.folder)
         found = read_result(folder)
         if found is not None and found["fingerprint"] == keys:
-            if found["status"] == "done" or not self.retry_failed:
+            again = self.need_concepts and not has_concept(trial) if found["status"] == "done" else self.retry_failed
+            if not again:
                 return found
-        _prepare(trial, keys, again=found is not None)
+        _prepare(trial, keys, self.processes)
         print(f"{number} {folder}", flush=True)
         result = self._start(folder)
         print(f"{number} {folder}: {describe(result)}", flush=True)
@@ -80,6 +86,7 @@ class Runner:
             finally:
                 self._running.remove(process)
         if code in _STOPPED or self._stopping.is_set():
+            self._stopping.set()  # or the next trial would begin
             raise KeyboardInterrupt("stopped; the same command goes on")
         result = read_result(folder)
         if code == 0 and result is not None:
@@ -107,10 +114,10 @@ def describe(result: dict[str, Any]) -> str:
     return f"gain {gain:.3f}, drift {metrics['drift']['mean']:.3f}, {result['train_seconds']:.0f} s of training"
 
 
-def _prepare(trial: Trial, keys: dict[str, str], again: bool) -> None:
+def _prepare(trial: Trial, keys: dict[str, str], processes: int) -> None:
     """Write what the process reads; what an earlier trial with something else has left is removed.
 
-    With another judge or other protocols, what was trained stays.
+    With a change of the evaluation alone, what was trained stays; with none all, the result until there is another.
     """
     folder = Path(trial.folder)
     file = folder / TRIAL_FILE
@@ -122,11 +129,11 @@ def _prepare(trial: Trial, keys: dict[str, str], again: bool) -> None:
         for images in folder.iterdir() if "protocols" in changed else ():
             if images.is_dir() and images.name != RUN_FOLDER:
                 shutil.rmtree(images)
-    elif changed or again:
+    elif changed:
         shutil.rmtree(folder)
     folder.mkdir(parents=True, exist_ok=True)
     write_json(folder / "adapter.json", trial.adapter)
-    write_json(file, {"trial": asdict(trial), "fingerprint": keys})
+    write_json(file, {"trial": asdict(trial), "fingerprint": keys, "processes": processes})
 
 
 def _last_line(file: Path) -> str:

@@ -29,7 +29,7 @@ from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_yaml
 from atomdiff.utils.versions import versions
 
-OF_EVALUATION = ("judge", "protocols")
+OF_EVALUATION = ("judge", "other photos", "protocols")
 """Keys of a fingerprint that training does not depend on."""
 TRIAL_FILE, RESULT_FILE = "trial.json", "result.json"
 _TRAINED_FILE = "trained.json"
@@ -84,9 +84,10 @@ def _run_config(file: Path, listing: str) -> Any:
 
 
 def fingerprint(trial: Trial) -> dict[str, str]:
-    """Return keys of all that a trial's result depends on, by what it is.
+    """Return keys of what a trial's result depends on, by what it is.
 
-    Options of the run that have their default value do not count, so that options that are added later change nothing.
+    Other files that the run names, such as a VAE of its own or class images, do not count. Nor do options that have
+    their default value, so that options that are added later change nothing.
     """
     from atomdiff.evaluate.protocol import PROTOCOLS
     from atomdiff.toybox.judge import JUDGE_FOLDER
@@ -96,14 +97,25 @@ def fingerprint(trial: Trial) -> dict[str, str]:
     run = {name: value for name, value in config.snapshot().items() if value != defaults.get(name)}
     files = [PROTOCOLS / f"{name}.yaml" for name in trial.protocols]
     files = [file if file.is_file() else Path(name) for file, name in zip(files, trial.protocols, strict=True)]
+    photos = Path(trial.photos)
+    others = sorted(each for each in photos.parent.iterdir() if each.is_dir() and each != photos)
     return {
-        "base": _content_key(Path(find_asset(config.pretrained_model_name_or_path))),
+        "base": _base_key(config.pretrained_model_name_or_path),
         "judge": _content_key(Path(JUDGE_FOLDER)),
         "adapter": hash_values(json.dumps(trial.adapter, sort_keys=True)),
         "run settings": hash_values(json.dumps(run, sort_keys=True, default=str)),
-        "photos": _content_key(Path(trial.photos)),
+        "photos": _content_key(photos),
+        "other photos": hash_values(*(value for each in others for value in (each.name, _content_key(each)))),
         "protocols": hash_values(*(json.dumps(read_yaml(file)) for file in files)),
     }
+
+
+def _base_key(base: str) -> str:
+    """Return a key of a base and of the scheduler that it is sampled with."""
+    source = Path(find_asset(base))
+    scheduler = _fast_scheduler(source)
+    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
+    return hash_values(_content_key(source), type(scheduler).__name__, json.dumps(config, sort_keys=True, default=str))
 
 
 def _content_key(path: Path) -> str:
@@ -158,7 +170,7 @@ def train_and_evaluate(trial: Trial) -> dict[str, Any]:
         Parameters, bytes, seconds and memory of the training, and `metrics` by protocol.
     """
     config, trained_file = trial.config(), Path(trial.folder) / _TRAINED_FILE
-    if not trained_file.is_file():
+    if not has_concept(trial):
         write_json(trained_file, _train(config))
     trained: dict[str, Any] = json.loads(trained_file.read_text())
     concept = Path(config.output_dir) / trained.pop("concept")
@@ -214,7 +226,7 @@ def peak_memory() -> int:
 def sampling_base(trial: Trial, base: str) -> Path:
     """Return a copy of the base that samples as the demo does, in half the steps; trials share it."""
     source, shared = Path(find_asset(base)), Path(trial.shared)
-    folder = shared / f"base-{_content_key(source)[:12]}"
+    folder = shared / f"base-{_base_key(base)[:12]}"
     shared.mkdir(parents=True, exist_ok=True)
     with wait_for_folder(shared):  # one process makes it, and none reads half of it
         if not folder.is_dir():
@@ -226,16 +238,21 @@ def sampling_base(trial: Trial, base: str) -> Path:
 
 def _set_fast_scheduler(pipeline: Path) -> None:
     """Give a pipeline folder the scheduler that the demo samples with."""
+    scheduler = _fast_scheduler(pipeline)
+    scheduler.save_pretrained(pipeline / "scheduler")
+    index = json.loads((pipeline / "model_index.json").read_text())
+    index["scheduler"] = ["diffusers", type(scheduler).__name__]
+    write_json(pipeline / "model_index.json", index, indent=2)
+
+
+def _fast_scheduler(pipeline: Path) -> Any:
+    """Return the scheduler that the demo samples a pipeline folder with."""
     import diffusers
 
     from atomdiff.cli.demo import fast_scheduler
 
-    index = json.loads((pipeline / "model_index.json").read_text())
-    kind = getattr(diffusers, index["scheduler"][1])
-    scheduler = fast_scheduler(kind.from_pretrained(pipeline, subfolder="scheduler"))
-    scheduler.save_pretrained(pipeline / "scheduler")
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    write_json(pipeline / "model_index.json", index, indent=2)
+    kind = getattr(diffusers, json.loads((pipeline / "model_index.json").read_text())["scheduler"][1])
+    return fast_scheduler(kind.from_pretrained(pipeline, subfolder="scheduler"))
 
 
 def _evaluate(trial: Trial, config: Any, concept: Path, protocol: str) -> dict[str, Any]:
@@ -246,10 +263,11 @@ def _evaluate(trial: Trial, config: Any, concept: Path, protocol: str) -> dict[s
     base = sampling_base(trial, config.pretrained_model_name_or_path)
     folder = Path(trial.folder) / Path(protocol).stem
     link = folder / "images" / "base"
-    if not link.is_symlink():
+    if not link.exists():
         images = Path(f"{base.resolve()}-images")  # those of the base, which all trials need
         images.mkdir(exist_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # one that leads nowhere, since the folders were moved
         link.symlink_to(images)
     evaluate_concepts(
         EvaluateConfig(
