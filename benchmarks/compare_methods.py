@@ -25,9 +25,16 @@ from atomdiff.utils.hashing import hash_values
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_yaml
-from benchmarks.experiments import ordered_methods, own_rate, rate_option, rates_to_try, read_adapter_fields
+from benchmarks.experiments import make_trial, ordered_methods, own_rate, rates_to_try
 from benchmarks.result_file import command_line, write_result
-from benchmarks.trial_figures import Result, choose_rate, subject_of, summarize_kinds, trial_figures
+from benchmarks.trial_figures import (
+    Result,
+    check_protocols,
+    choose_rate,
+    subject_of,
+    summarize_kinds,
+    trial_figures,
+)
 from benchmarks.trial_runner import Runner
 from benchmarks.trials import Trial
 
@@ -94,7 +101,7 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
     """Return what there is to know of a method, as its result file has it.
 
     Returns:
-        `status`: done, or failed if no run has succeeded; `figures`: learning rate and costs; `summary`: the other
+        `status`: done, or failed if no subject is; `figures`: learning rate and costs; `summary`: the other
         figures, of all subjects and of each kind; `runs`; `search`; `failed`: what failed; `conditions`: what has to be
         equal in two files that are compared.
     """
@@ -106,9 +113,9 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
     if rate is None:
         failures = [failure for each in found["search"].values() for failure in each["failed"]]
         return found | {"status": "failed", "figures": {}, "failed": failures}
-    subjects = config.subjects or tuple(load_protocol(config.protocols[0]).subjects)
+    photos, subjects = Path(config.subjects_dir), config.subjects or tuple(load_protocol(config.protocols[0]).subjects)
     trials = [
-        make_trial(config, method, rate, Path(config.subjects_dir) / subject, config.protocols, seed)
+        make_trial(method, rate, photos / subject, config.protocols, seed, config.run, config.work_dir)
         for seed in config.seeds
         for subject in subjects
     ]
@@ -116,6 +123,9 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
     found["conditions"] = {
         "subjects": sorted(subjects),
         "seeds": sorted(config.seeds),
+        "trials": config.trials,
+        "max_drift": config.max_drift,
+        "tuning": hash_values(repr(load_protocol(config.tuning_protocol)), *sorted(config.tuning_subjects))[:16],
         "run": hash_values(json.dumps(read_yaml(find_asset(config.run))))[:16],
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols")},
     }
@@ -137,22 +147,6 @@ def tensor_bytes(trial: Trial) -> int:
     return counted.file_bytes + config.train_token * sum(2 * encoder["hidden_size"] for encoder in encoders)
 
 
-def make_trial(
-    config: CompareConfig, method: str, rate: float, photos: Path, protocols: tuple[str, ...], seed: int
-) -> Trial:
-    """Return a run of a method at a learning rate on a subject."""
-    name = f"{photos.parent.name}-{photos.name}-seed{seed}"
-    return Trial(
-        str(Path(config.work_dir) / method / f"{rate:g}" / name),
-        str(photos),
-        read_adapter_fields(method),
-        {rate_option(method): rate, "seed": seed},
-        protocols,
-        config.run,
-        str(Path(config.work_dir) / "shared"),
-    )
-
-
 def search_rate(
     config: CompareConfig, method: str, rates: Sequence[float], runner: Runner
 ) -> tuple[float | None, dict[str, Any], dict[str, Any]]:
@@ -164,7 +158,7 @@ def search_rate(
     subjects = config.tuning_subjects or tuple(load_protocol(config.tuning_protocol).subjects)
     photos = [Path(config.tuning_dir) / subject for subject in subjects]
     trials = [
-        make_trial(config, method, rate, each, (config.tuning_protocol,), config.seeds[0])
+        make_trial(method, rate, each, (config.tuning_protocol,), config.seeds[0], config.run, config.work_dir)
         for rate in rates
         for each in photos
     ]
@@ -185,12 +179,12 @@ def search_rate(
 def describe_runs(results: Sequence[Result], figures: dict[str, Any]) -> dict[str, Any]:
     """Return status, figures, summary, runs and failures of the runs of a method."""
     failures, done = failures_of(results), [result for result in results if result["status"] == "done"]
-    if not done:
+    if not (summary := summarize_kinds(results)):
         return {"status": "failed", "figures": figures, "failed": failures}
     return {
         "status": "done",
         "figures": figures | {name: statistics.median_low(result[name] for result in done) for name in COSTS},
-        "summary": summarize_kinds(results),
+        "summary": summary,
         "runs": [
             {"subject": subject_of(each), "kind": each["kind"], "seed": each["trial"]["options"]["seed"]}
             | {name: each[name] for name in COSTS}
@@ -198,8 +192,12 @@ def describe_runs(results: Sequence[Result], figures: dict[str, Any]) -> dict[st
             for each in done
         ],
         "failed": failures,
-        "machine": " / ".join(dict.fromkeys(f"{each['device']}, {each['precision']}" for each in done)),
+        "machine": " / ".join(dict.fromkeys(_machine(each) for each in done)),
     }
+
+
+def _machine(result: Result) -> str:
+    return f"{result['device']}, {result['precision']}, runs at a time: {result['processes']}"
 
 
 def failures_of(results: Sequence[Result]) -> list[dict[str, Any]]:
@@ -215,6 +213,9 @@ def main(config: CompareConfig) -> None:
     """Run what is not done yet, method by method, and write the result file of each."""
     quiet_libraries()
     asked, config = config, quick_config(config) if config.quick else config
+    check_protocols(config.protocols, config.subjects, Path(config.subjects_dir))
+    if config.trials > 1:
+        check_protocols((config.tuning_protocol,), config.tuning_subjects, Path(config.tuning_dir))
     runner = Runner(config.processes, config.retry_failed)
     for method in config.methods or ordered_methods():
         found = compare(config, method, runner)

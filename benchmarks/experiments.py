@@ -1,4 +1,4 @@
-"""The methods in configs/experiments, and the learning rates at which a comparison tries each."""
+"""The methods in configs/experiments, the learning rates at which a comparison tries each, and its trials."""
 
 from __future__ import annotations
 
@@ -7,6 +7,8 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+
+from benchmarks.trials import Trial
 
 EXPERIMENTS = Path(__file__).parents[1] / "configs" / "experiments"
 MOST_TELLING = (
@@ -59,6 +61,22 @@ def rate_option(method: str) -> str:
 def own_rate(method: str) -> float:
     """Return the learning rate that stands beside the adapter of a method."""
     return float(_overrides(method)[rate_option(method)])
+
+
+def make_trial(
+    method: str, rate: float, photos: Path, protocols: tuple[str, ...], seed: int, run: str, work_dir: str
+) -> Trial:
+    """Return a run of a method at a learning rate on a subject."""
+    name = f"{photos.parent.name}-{photos.name}-seed{seed}"
+    return Trial(
+        str(Path(work_dir) / method / f"{rate:g}" / name),
+        str(photos),
+        read_adapter_fields(method),
+        {rate_option(method): rate, "seed": seed},
+        protocols,
+        run,
+        str(Path(work_dir) / "shared"),
+    )
 
 
 def rates_around(rate: float, trials: int, factor: float) -> list[float]:

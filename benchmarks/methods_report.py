@@ -108,10 +108,12 @@ def make_table(methods: Methods) -> str:
     """Return the table in Markdown, with what there is to know beside it."""
     done = {method: content for method, content in methods.items() if content["status"] == "done"}
     lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
-    if done:
-        lines += _reference_lines(next(iter(done.values()))["summary"])
-    lines += [_line(_cells(method, content)) for method, content in done.items()]
     notes = []
+    if done:
+        first = next(iter(done.values()))
+        lines += _reference_lines(first["summary"])
+        notes.append(_conditions(first["conditions"]))
+    lines += [_line(_cells(method, content)) for method, content in done.items()]
     if best := frontier(points_of(methods)):
         names = ", ".join(f"`{point.method}`" for point in best)
         notes.append(f"On the frontier of similarity and bytes: {names}.")
@@ -128,6 +130,12 @@ def make_table(methods: Methods) -> str:
     machines = dict.fromkeys(content["machine"] for content in done.values())
     notes.append(f"Times and memory: {'; '.join(machines)}." if machines else "No method has succeeded.")
     return "\n".join([*lines, "", "\n".join(f"- {note}" for note in notes)])
+
+
+def _conditions(conditions: Mapping[str, Any]) -> str:
+    trials, seeds = conditions["trials"], ", ".join(map(str, conditions["seeds"]))
+    rate = f"the best of {trials} learning rates" if trials > 1 else "its own learning rate, without a search"
+    return f"Every method has {rate}; seeds: {seeds}."
 
 
 def _message(content: Mapping[str, Any]) -> str:

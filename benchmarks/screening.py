@@ -1,7 +1,7 @@
 """One change at a time of the recipe or of the adapter, on the tuning subjects: what it does to similarity and drift.
 
     python -m benchmarks.screening
-    python -m benchmarks.screening --table adapter --trials 3 --output benchmarks/results/guidance.json
+    python -m benchmarks.screening --table adapter --trials 3
 
 `screening_changes.py` has the changes, each with a prediction that was written before the first run. The result file
 has what was found beside it: differences from the baseline of the same subjects and seeds, with standard errors over
@@ -11,13 +11,10 @@ subjects. It is written anew after every change; a stopped screening goes on whe
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
-import torch
-
-from atomdiff.evaluate.estimate import estimate
 from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
@@ -25,7 +22,15 @@ from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.experiments import own_rate, rates_to_try, read_adapter_fields
 from benchmarks.result_file import command_line, write_result
 from benchmarks.screening_changes import ADAPTER, RECIPE, Change
-from benchmarks.trial_figures import Result, choose_rate, subject_of, summarize_kinds, trial_figures
+from benchmarks.trial_figures import (
+    Result,
+    check_protocols,
+    choose_rate,
+    subject_of,
+    summarize,
+    summarize_kinds,
+    trial_figures,
+)
 from benchmarks.trial_runner import Runner
 from benchmarks.trials import Trial
 
@@ -64,8 +69,8 @@ class ScreeningConfig:
     """Protocol of the evaluation."""
     work_dir: str = "out/screening"
     """Folder of the runs; finished ones are not repeated."""
-    output: str = "benchmarks/results/screening.json"
-    """The result file."""
+    output: str | None = None
+    """The result file. Default: benchmarks/results/screening_TABLE.json."""
 
 
 def run_change(config: ScreeningConfig, name: str, change: Change, runner: Runner) -> tuple[float, Sequence[Result]]:
@@ -126,14 +131,7 @@ def differences(results: Sequence[Result], baseline: Sequence[Result]) -> dict[s
         ours, theirs = trial_figures(result), trial_figures(other)
         difference = {name: value - theirs[name] for name, value in ours.items()}
         by_subject.setdefault(subject_of(result), []).append(difference)
-    found = {}
-    for name in next(iter(by_subject.values()))[0]:
-        values = [[run[name] for run in runs] for runs in by_subject.values()]
-        found[name] = asdict(estimate(torch.tensor(values, dtype=torch.float64)))
-    return {
-        name: {key: round(value, 4) if isinstance(value, float) else value for key, value in each.items()}
-        for name, each in found.items()
-    }
+    return summarize(by_subject)
 
 
 def make_table(changes: Mapping[str, Mapping[str, Any]]) -> str:
@@ -168,6 +166,7 @@ def main(config: ScreeningConfig) -> None:
     method, table = TABLES[config.table]
     if unknown := [name for name in config.changes if name not in table]:
         raise UserError(f"changes: found {unknown[0]!r}; expected some of {', '.join(table)}")
+    check_protocols((config.protocol,), config.subjects, Path(config.tuning_dir))
     runner = Runner(config.processes, config.retry_failed)
     rate, baseline = run_change(config, BASELINE, Change("", 0.0, 0.0), runner)
     if failures := _failures(baseline):
@@ -175,12 +174,13 @@ def main(config: ScreeningConfig) -> None:
             f"the baseline failed: {failures[0]['message']}; expected it to succeed, or no difference can be"
         )
     changes = {BASELINE: describe_change(None, rate, baseline, baseline)}
+    output = config.output or f"benchmarks/results/screening_{config.table}.json"
     command = command_line("screening", config, ("work_dir", "output", "processes", "retry_failed"))
     for name in config.changes or table:
         rate, results = run_change(config, name, table[name], runner)
         changes[name] = describe_change(table[name], rate, results, baseline)
         shown = {each: changes[each].get("differences", {}).get("gain", {}).get("mean") for each in changes}
-        write_result(config.output, command, shown, baseline=method, changes=changes)
+        write_result(output, command, shown, baseline=method, changes=changes)
     print(make_table(changes))
 
 

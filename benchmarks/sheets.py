@@ -2,7 +2,7 @@
 
     python -m benchmarks.sheets
 
-The concepts are those of `compare_methods.py`, first seed, at the learning rates of its result files; what is missing
+The concepts are those of `compare_methods.py`, seed 0, at the learning rates of its result files; what is missing
 is trained. The prompts are three places that no training photo shows, and one other color. Nothing is chosen by its
 looks: the seeds are fixed. Each image of a concept is compared with the photos of all evaluation subjects; the result
 file has the share that is most like those of its own subject, and as which one each was seen.
@@ -11,7 +11,6 @@ file has the share that is most like those of its own subject, and as which one 
 from __future__ import annotations
 
 import json
-import shutil
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,12 +25,11 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.compare_methods import CompareConfig, make_trial
-from benchmarks.experiments import own_rate
+from benchmarks.experiments import make_trial, own_rate
 from benchmarks.recognition import Gallery
 from benchmarks.result_file import command_line, write_result
-from benchmarks.trial_runner import Runner, read_result
-from benchmarks.trials import Trial, concept_path, has_concept, sampling_base
+from benchmarks.trial_runner import Runner
+from benchmarks.trials import Trial, concept_path, sampling_base
 
 PLACES = 3
 
@@ -60,6 +58,8 @@ class SheetsConfig:
     """Folder of the comparison's result files, which have the learning rates."""
     work_dir: str = "out/compare_methods"
     """Folder of the comparison's runs."""
+    processes: int = 1
+    """Training runs at a time."""
     images: str = "samples/results"
     """Folder of the sheets."""
     output: str = "benchmarks/results/sheets.json"
@@ -88,17 +88,13 @@ def run_concepts(config: SheetsConfig, method: str, subjects: Sequence[str]) -> 
     Raises:
         UserError: one has failed.
     """
-    comparison = CompareConfig(run=config.run, work_dir=config.work_dir)
-    rate, protocols = learning_rate(config, method), config.protocols
+    rate, photos = learning_rate(config, method), Path(config.subjects_dir)
     trials = [
-        make_trial(comparison, method, rate, Path(config.subjects_dir) / subject, protocols, comparison.seeds[0])
+        make_trial(method, rate, photos / subject, config.protocols, 0, config.run, config.work_dir)
         for subject in subjects
     ]
-    for trial in trials:
-        result = read_result(Path(trial.folder))
-        if result is not None and result["status"] == "done" and not has_concept(trial):  # only its result was kept
-            shutil.rmtree(trial.folder)
-    for trial, result in zip(trials, Runner().run(trials), strict=True):
+    runner = Runner(config.processes, need_concepts=True)
+    for trial, result in zip(trials, runner.run(trials), strict=True):
         if result["status"] == "failed":
             raise UserError(f"{method} failed on {trial.subject}: {result['message']}; leave it out, or mend it")
     return dict(zip(subjects, trials, strict=True))
@@ -178,7 +174,7 @@ def main(config: SheetsConfig) -> None:
     figures, seen_as = recognition(gallery, own)
     found = {method: recognition(gallery, by) for method, by in by_method.items()}
     figures |= {f"{method}:{name}": share for method, (shares, _) in found.items() for name, share in shares.items()}
-    command = command_line("sheets", config, ("work_dir", "images", "output"))
+    command = command_line("sheets", config, ("work_dir", "processes", "images", "output"))
     write_result(config.output, command, figures, seen_as=seen_as)
 
 

@@ -11,19 +11,47 @@ from typing import Any
 import torch
 
 from atomdiff.evaluate.estimate import estimate
+from atomdiff.evaluate.protocol import Protocol, load_protocol
+from atomdiff.utils.errors import UserError
 
 Result = Mapping[str, Any]
 """What `result.json` of a trial holds."""
 
 _DIGITS = 4
-_ACCURACIES = ("scene_accuracy", "color_accuracy", "pattern_accuracy")
+_MATCHED = ("color", "pattern")
+
+
+def check_protocols(names: Sequence[str], subjects: Sequence[str], photos: Path) -> None:
+    """Check that protocols and photos have what the figures of trials need.
+
+    Args:
+        names: protocols of a trial.
+        subjects: what is evaluated; none: all of the first protocol.
+        photos: a folder for each subject.
+
+    Raises:
+        UserError: they have not.
+    """
+    first, *others = [load_protocol(name) for name in names]
+    if not (first.subjects and first.unrelated_prompts and "scene" in _labels(first)):
+        raise UserError(f"{names[0]}: expected subjects, prompts with a scene, and unrelated prompts, as toybox has")
+    for name, protocol in zip(names[1:], others, strict=True):
+        if _labels(protocol).isdisjoint(_MATCHED):
+            raise UserError(f"{name}: expected prompts with a color or a pattern, as toybox_edits has")
+    for subject in subjects or first.subjects:
+        if len(first.subject(subject, None, photos, alone=False).references) < 2:
+            raise UserError(f"{photos / subject}: found one photo to compare images with; expected two or more")
+
+
+def _labels(protocol: Protocol) -> set[str]:
+    return {kind for prompts in protocol.prompts.values() for prompt in prompts for kind in prompt.labels}
 
 
 def trial_figures(result: Result) -> dict[str, float]:
     """Return the figures of a trial that has not failed.
 
     The first protocol tells similarity, scenes, drift and diversity; the second, if there is one, prompt match: the
-    mean of the shares of images in which the judge finds the color, the pattern and the scene that were asked for.
+    mean of the shares of images in which the judge finds the color and the pattern that were asked for.
     """
     first, *others = result["metrics"].values()
     similarity = first["similarity"]
@@ -41,7 +69,7 @@ def trial_figures(result: Result) -> dict[str, float]:
             figures[name] = first[metric]["concept"]["mean"]
             figures[f"{name}_base"] = first[metric]["base"]["mean"]
     for edits in others:
-        known = [edits[name] for name in _ACCURACIES if edits[name] is not None]
+        known = [edits[f"{kind}_accuracy"] for kind in _MATCHED if edits[f"{kind}_accuracy"] is not None]
         figures["prompt_match"] = statistics.mean(each["concept"]["mean"] for each in known)
         figures["prompt_match_base"] = statistics.mean(each["base"]["mean"] for each in known)
     return figures

@@ -18,16 +18,17 @@ import torch
 import yaml
 from PIL import Image
 
+from atomdiff.cli import demo
 from atomdiff.training import dreambooth
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
-from benchmarks import compare_methods, methods_report, screening, sheets, trial_runner, trials
-from benchmarks.compare_methods import CompareConfig, quick_config
-from benchmarks.experiments import EXPERIMENTS, MOST_TELLING, all_methods, ordered_methods
+from benchmarks import compare_methods, experiments, methods_report, screening, sheets, trial_runner, trials
+from benchmarks.compare_methods import CompareConfig, describe_runs, quick_config
+from benchmarks.experiments import EXPERIMENTS, MOST_TELLING, all_methods, ordered_methods, read_adapter_fields
 from benchmarks.methods_plots import Point, draw_frontier, draw_tradeoffs, frontier
 from benchmarks.recognition import Gallery
-from benchmarks.screening_changes import ADAPTER, RECIPE, Change
-from benchmarks.trial_figures import choose_rate, summarize, summarize_kinds
+from benchmarks.screening_changes import Change
+from benchmarks.trial_figures import check_protocols, choose_rate, summarize, summarize_kinds, trial_figures
 from benchmarks.trial_runner import Runner
 from benchmarks.trials import Trial, fingerprint, run_trial
 from tests.helpers import write_images
@@ -83,8 +84,8 @@ def trial(world):
 def changed(trial, name, world):
     """A trial that differs in what is named; some of it on the disk."""
     path = world.path
-    if name == "photos":
-        Image.new("RGB", (32, 32), "red").save(path / "subjects" / "mug" / "0.png")
+    if name in ("photos", "other photos"):
+        Image.new("RGB", (32, 32), "red").save(path / "subjects" / ("mug" if name == "photos" else "robot") / "0.png")
     if name == "protocols":
         (path / "edits.yaml").write_text(yaml.safe_dump({**EDITS, "images_per_prompt": 2}))
     if name == "base":
@@ -99,12 +100,20 @@ def changed(trial, name, world):
     return trial
 
 
-@pytest.mark.parametrize("name", ["base", "adapter", "run settings", "photos", "protocols"])
+@pytest.mark.parametrize("name", ["base", "adapter", "run settings", "photos", "other photos", "protocols"])
 def test_a_fingerprint_tells_what_has_changed(name, trial, world):
     before = fingerprint(trial)
     assert fingerprint(dataclasses.replace(trial, folder=str(world.path / "elsewhere"))) == before
     after = fingerprint(changed(trial, name, world))
     assert [key for key in before if before[key] != after[key]] == [name]
+
+
+def test_the_scheduler_that_is_sampled_with_counts(trial, monkeypatch):
+    before, folder = fingerprint(trial), trials.sampling_base(trial, str(TINY))
+    monkeypatch.setattr(demo, "fast_scheduler", lambda scheduler: scheduler)
+    after = fingerprint(trial)
+    assert [key for key in before if before[key] != after[key]] == ["base"]
+    assert trials.sampling_base(trial, str(TINY)) != folder
 
 
 def test_texts_beside_weights_and_options_with_their_defaults_are_no_change(trial, world):
@@ -168,6 +177,23 @@ def test_what_was_trained_is_not_trained_again_when_only_the_evaluation_was_stop
 
 
 @pytest.mark.slow
+def test_a_failed_evaluation_costs_no_training_when_it_is_retried(trial, monkeypatch):
+    def fail(*_):
+        raise RuntimeError("no judge")
+
+    with monkeypatch.context() as broken:
+        broken.setattr(trials, "_evaluate", fail)
+        (failed,) = Runner().run([trial])
+    assert failed["status"] == "failed" and failed["message"] == "no judge"
+    link = Path(trial.folder) / "places" / "images" / "base"
+    link.parent.mkdir(parents=True)
+    link.symlink_to(Path(trial.folder) / "moved")
+    monkeypatch.setattr(trials, "_train", fail)
+    (result,) = Runner(retry_failed=True).run([trial])
+    assert result["status"] == "done" and link.is_symlink() and any(link.iterdir())
+
+
+@pytest.mark.slow
 def test_a_stopped_training_goes_on_from_its_checkpoint(trial, world, monkeypatch, capsys):
     def stop(*_):
         raise KeyboardInterrupt
@@ -207,11 +233,27 @@ def test_a_process_that_is_killed_is_a_failed_trial(trial, monkeypatch):
     assert result["status"] == "failed" and "ended by signal 9" in result["message"] and "3/10" in result["message"]
 
 
-def test_a_process_that_is_stopped_leaves_no_result(trial, monkeypatch):
+def test_a_process_that_is_stopped_leaves_no_result_and_is_the_last(trial, world, monkeypatch):
     without_world(monkeypatch, "raise SystemExit(130)")
     with pytest.raises(KeyboardInterrupt):
-        Runner().run([trial])
-    assert not (Path(trial.folder) / "result.json").exists()
+        Runner().run([trial, dataclasses.replace(trial, folder=str(world.path / "other"))])
+    assert not (Path(trial.folder) / "result.json").exists() and not (world.path / "other").exists()
+
+
+def test_a_stop_before_all_trials_are_in_the_queue_stops_them(trial, world, monkeypatch):
+    without_world(monkeypatch, "import time; time.sleep(20)")
+    folders = iter("ab")
+
+    def queue(trial):
+        if next(folders, None) is None:
+            raise KeyboardInterrupt
+        return {"base": "a"}
+
+    monkeypatch.setattr(trial_runner, "fingerprint", queue)
+    started = time.monotonic()
+    with pytest.raises(KeyboardInterrupt):
+        Runner().run([dataclasses.replace(trial, folder=str(world.path / name)) for name in "abc"])
+    assert time.monotonic() - started < 15
 
 
 def test_sigterm_stops_all_trials_that_run(trial, world, monkeypatch):
@@ -270,7 +312,7 @@ def test_methods_are_compared_and_reported(world, capsys):
     assert 2 * figures["parameters"] <= figures["tensor_bytes"] < figures["bytes"]
     best = max(result["search"].values(), key=lambda found: found["gain"])
     assert result["search"][f"{figures['learning_rate']:.3g}"] == best
-    assert result["conditions"]["subjects"] == ["mug", "robot"]
+    assert result["conditions"]["subjects"] == ["mug", "robot"] and result["machine"].endswith("runs at a time: 1")
     assert result["summary"]["all"]["prompt_match"]["count"] == 2
 
     compare_methods.main(config)
@@ -292,22 +334,48 @@ def test_methods_are_compared_and_reported(world, capsys):
     for name in ("methods_bytes", "methods_tradeoffs"):
         assert Image.open(world.path / "images" / f"{name}.png").mode == "RGBA"
 
+    compare_methods.main(dataclasses.replace(config, methods=("atoms/tiny",), trials=1))
+    with pytest.raises(UserError, match="measured with other trials; expected files of one comparison"):
+        methods_report.main(report)
+
 
 @pytest.mark.slow
 def test_a_method_that_fails_stays_in_the_comparison(world, monkeypatch):
-    fields = compare_methods.read_adapter_fields
     broken = {"peft_type": "LORA", "target_modules": ["nowhere"]}
-    monkeypatch.setattr(compare_methods, "read_adapter_fields", lambda m: broken if "r16" in m else fields(m))
-    compare_methods.main(compare_config(world, methods=("token/default", "lora/attention_r16"), trials=1))
-    compare_methods.main(
-        compare_config(world, methods=("lora/attention_r1",), trials=2) if False else compare_config(world)
+    monkeypatch.setattr(
+        experiments, "read_adapter_fields", lambda m: broken if m.startswith("lora") else read_adapter_fields(m)
     )
+    compare_methods.main(compare_config(world, methods=("token/default", "lora/attention_r16")))
+    compare_methods.main(compare_config(world, methods=("lora/attention_r1",), trials=2))  # fails in the search
     methods = methods_report.read_methods(world.path / "results")
-    assert methods["lora/attention_r16"]["status"] == "failed"
+    searched = methods["lora/attention_r1"]
+    assert searched["figures"] == {} and "conditions" not in searched
+    assert [each["failed"][0]["subject"] for each in searched["search"].values()] == ["cat", "cat"]
     table = methods_report.make_table(methods)
-    assert "`lora/attention_r16` failed: " in table and "nowhere" in table and "| `lora/attention_r16`" not in table
-    rate, _, search = compare_methods.search_rate(compare_config(world), "lora/attention_r16", [1e-3, 1e-2], Runner())
-    assert rate is None and search["0.01"]["failed"][0]["subject"] == "cat"
+    for method in ("lora/attention_r16", "lora/attention_r1"):
+        assert methods[method]["status"] == "failed"
+        assert f"`{method}` failed: " in table and "nowhere" in table and f"| `{method}`" not in table
+
+
+def test_what_a_comparison_cannot_measure_is_said_before_it_begins(world):
+    path = world.path
+    places, edits = (str(path / f"{name}.yaml") for name in ("places", "edits"))
+
+    def check(*protocols):
+        check_protocols(protocols, (), path / "subjects")
+
+    check(places, edits)
+    with pytest.raises(UserError, match="^quick: expected subjects, prompts with a scene, and unrelated prompts"):
+        compare_methods.main(compare_config(world, tuning_protocol="quick", trials=2))
+    with pytest.raises(UserError, match=r"edits.yaml: expected subjects"):
+        check(edits)
+    with pytest.raises(UserError, match=r"places.yaml: expected prompts with a color or a pattern"):
+        check(places, places)
+    for file in sorted((path / "subjects" / "mug" / "unseen").iterdir())[1:]:
+        file.unlink()
+    with pytest.raises(UserError, match="mug: found one photo to compare images with; expected two or more"):
+        compare_methods.main(compare_config(world))
+    assert not world.started
 
 
 def test_every_method_of_diffusion_models_is_compared_the_most_telling_first():
@@ -368,6 +436,28 @@ def test_kinds_are_apart_and_subjects_with_a_failed_run_are_left_out():
     found = summarize_kinds(results)
     assert {kind: each["gain"]["mean"] for kind, each in found.items()} == {"all": 0.4, "in span": 0.2, "hard": 0.6}
     assert "diversity" not in found["all"]
+
+
+def test_methods_with_failed_runs_do_not_end_the_report():
+    figures = {"train_seconds": 9.0, "peak_memory_bytes": 5, "device": "a GPU", "precision": "float32", "processes": 2}
+    failed = {**result_of("cat", 0.5), "status": "failed", "message": "no memory"}
+    results = [result_of("mug", 0.2, **figures), result_of("cat", 0.9, **figures), failed]
+    done, none_done = describe_runs(results, {"tensor_bytes": 9}), describe_runs(results[1:], {})
+    methods = {"atoms/tiny": done | {"conditions": {"trials": 1, "seeds": [0]}}, "full/default": none_done}
+    assert [found["status"] for found in methods.values()] == ["done", "failed"]
+    table = methods_report.make_table(methods)
+    assert "`atoms/tiny` failed in 1 runs (no memory); the subjects of these are left out." in table
+    assert "`full/default` failed: no memory." in table
+    assert [point.method for point in methods_report.points_of(methods)] == ["atoms/tiny"]
+    assert "Every method has its own learning rate, without a search; seeds: 0." in table
+    assert "Times and memory: a GPU, float32, runs at a time: 2." in table
+
+
+def test_prompt_match_is_of_colors_and_patterns():
+    result, shares = result_of("mug", 0.2), {"scene": 0.0, "color": 0.5, "pattern": 1.0}
+    both = {f"{name}_accuracy": {"base": {"mean": 0.0}, "concept": {"mean": share}} for name, share in shares.items()}
+    result["metrics"]["edits"] = both
+    assert trial_figures(result)["prompt_match"] == 0.75
 
 
 def test_files_of_other_conditions_do_not_mix(tmp_path):
@@ -457,6 +547,10 @@ def test_changes_are_screened_beside_their_predictions(world, monkeypatch, capsy
     started = len(world.started)
     screening.main(config)
     assert len(world.started) == started == 4 * 2
+    written = set()
+    monkeypatch.setattr(screening, "write_result", lambda file, *_, **__: written.add(file))
+    screening.main(dataclasses.replace(config, output=None))
+    assert written == {"benchmarks/results/screening_adapter.json"}
     with pytest.raises(UserError, match="changes: found 'more'; expected some of none, broken, one step"):
         screening.main(dataclasses.replace(config, changes=("more",)))
 
@@ -469,7 +563,7 @@ def test_every_change_can_be_trained(table, world):
     for name, change in changes.items():
         folder = world.path / "changes" / name
         folder.mkdir(parents=True)
-        fields = {**compare_methods.read_adapter_fields(method), **change.adapter}
+        fields = {**read_adapter_fields(method), **change.adapter}
         (folder / "adapter.json").write_text(json.dumps(fields))
         adapter = read_adapter(str(folder / "adapter.json"))
         photos = str(world.path / "subjects" / "mug")
@@ -479,17 +573,17 @@ def test_every_change_can_be_trained(table, world):
             assert getattr(config, option) == value != getattr(dataclasses.replace(run, options={}).config(), option)
         assert all(getattr(adapter, field) == value for field, value in change.adapter.items())
         assert change.why and (change.options or change.adapter or change.rate != 1)
-    assert RECIPE is not ADAPTER and len(changes) > 15
+    assert len(changes) > 15
 
 
 def test_differences_are_paired_by_subject():
     baseline = [result_of("mug", 0.1), result_of("cat", 0.7)]
     found = screening.differences([result_of("mug", 0.2), result_of("cat", 0.9)], baseline)
-    assert found["gain"]["mean"] == 0.15 and found["gain"]["standard_error"] == 0.05
+    assert found["gain"]["mean"] == found["gain"]["median"] == 0.15 and found["gain"]["standard_error"] == 0.05
 
 
 @pytest.mark.slow
-def test_the_sheets_show_what_the_judge_is_asked_about(world):
+def test_the_sheets_show_what_the_judge_is_asked_about(world, monkeypatch):
     path = world.path
     config = sheets.SheetsConfig(
         method="atoms/tiny",
@@ -516,7 +610,20 @@ def test_the_sheets_show_what_the_judge_is_asked_about(world):
     first, second = (Image.open(path / "images" / f"{name}.png") for name in ("subjects", "methods"))
     assert first.height > 5 * 32 and second.height > 4 * 32
 
-    before, (concept,) = len(world.started), (path / "work" / "atoms").rglob("*mug-seed0/run/mug.atoms.safetensors")
-    concept.unlink()  # as where results alone were kept
+    concepts = [*(path / "work" / "atoms").rglob("*-seed0/run/*.atoms.safetensors")]
+    results = {file: file.read_text() for file in (concept.parents[1] / "result.json" for concept in concepts)}
+    for concept in concepts:
+        concept.unlink()  # as where results alone were kept
+
+    def stop(*_):
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as stopped:
+        stopped.setattr(trials, "_train", stop)
+        with pytest.raises(KeyboardInterrupt):
+            sheets.run_concepts(config, "atoms/tiny", ("mug", "robot"))
+    assert results == {file: file.read_text() for file in results}
+    started = len(world.started)
     sheets.run_concepts(config, "atoms/tiny", ("mug", "robot"))
-    assert len(world.started) == before + 1 and concept.is_file()
+    sheets.run_concepts(config, "atoms/tiny", ("mug", "robot"))
+    assert len(world.started) == started + 2 == started + len(concepts) and all(map(Path.is_file, concepts))
