@@ -49,23 +49,35 @@ finish)
   cp "$state"/log "$state"/report.json "$state"/weights-*.safetensors "$state"/sheet.png "$out"
   ;;
 compare)
-  # Packed: the result files, and how each run ended, so that it is not run again; of the first seed small concepts, too.
-  work=${STATE:-out/compare}
+  # Packed: the result files, and how each run ended, so that it is not run again; and if three files hold them, the small
+  # concepts of the evaluation subjects, seed 0. That comes before the sheets, which may train what was not packed.
+  work=out/compare
+  mkdir -p $work/{runs,methods}
   compgen -G "${FROM:-out/compare}/compare.tar.xz.*" >/dev/null && cat "${FROM:-out/compare}"/compare.tar.xz.* | tar xJ
   folders=(--work_dir "$work/runs" --output_dir "$work/methods")
   # shellcheck disable=SC2086
   timeout -k 30 "${SECONDS_:-480}" python3 -m benchmarks.compare_methods --processes "${PROCESSES:-$(nproc)}" \
     "${folders[@]}" ${OPTIONS:-} 2>&1 | tee "$out/compare.log" | grep -E '^[0-9]+/[0-9]+ .*: ' | cut -c1-200
+  results() {
+    find "$work/methods" -name '*.json'
+    find "$work/runs" -name result.json -printf '%h/trial.json\n%h/adapter.json\n%p\n'
+  }
+  concepts() {
+    find "$work/runs" -path '*/subjects-*-seed0/trained.json' -printf '%h\n' | while read -r run; do
+      [ -f "$run/result.json" ] && find "$run/run" -name '*.atoms.safetensors' -size -128k -printf "%p\n$run/trained.json\n"
+    done
+  }
+  pack() {
+    rm -f "$out"/compare.tar.xz.*
+    tar cJ -T - | split -b 15M -d - "$out/compare.tar.xz."
+  }
+  { results; concepts; } | pack
+  parts=("$out"/compare.tar.xz.*)
+  [ ${#parts[@]} -le 3 ] || results | pack
   if [ "${SHEETS:-0}" -gt 0 ]; then
-    timeout -k 30 "$SHEETS" python3 -m benchmarks.sheets --work_dir "$work/runs" --results "$work/methods" \
-      --images "$out" --output "$out/sheets.json" >>"$out/compare.log" 2>&1
+    timeout -k 30 "$SHEETS" python3 -m benchmarks.sheets --processes "${PROCESSES:-$(nproc)}" --work_dir "$work/runs" \
+      --results "$work/methods" --images "$out" --output "$out/sheets.json" >>"$out/compare.log" 2>&1
   fi
-  find "$work/runs" -name result.json -printf '%h\n' | while read -r run; do
-    ls "$run"/{trial,adapter,result}.json
-    case $run in *-seed0) find "$run/run" -name '*.atoms.safetensors' -size -128k -printf "%p\n$run/trained.json\n" ;; esac
-  done >"$work/files"
-  find "$work/methods" -name '*.json' >>"$work/files"
-  tar cJ -T "$work/files" | split -b 15M -d - "$out/compare.tar.xz."
   ;;
 figures)
   # Every piece has its own limit and writes what it has, so that a stop costs one piece. 200 s were too few for all nine
