@@ -31,6 +31,8 @@ class BenchmarkConfig:
     """The base model."""
     reference_data_dir: str = "samples/subjects"
     """A folder of images for each subject."""
+    protocol: str = "toybox"
+    """Protocol of the evaluation."""
     num_prompts: int | None = None
     """Use only the first so many prompts. Default: all."""
     num_inference_steps: int | None = None
@@ -54,6 +56,7 @@ def measure(config: BenchmarkConfig, keep: float) -> dict[str, float]:
             concepts=config.concepts,
             weights=({"keep": keep},) * len(config.concepts),
             reference_data_dir=config.reference_data_dir,
+            protocol=config.protocol,
             encoders=("toybox",),
             output_dir=str(folder),
             **{name: value for name, value in options.items() if value is not None},

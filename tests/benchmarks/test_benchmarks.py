@@ -70,7 +70,8 @@ def test_similar_concepts_of_a_library(tmp_path):
 
 @pytest.mark.slow
 def test_concepts_kept_in_part(result, tmp_path):
-    small = {"base": str(CONCEPT.parent / "tiny-sd"), "num_prompts": 1, "num_inference_steps": 1}
+    assert keep.BenchmarkConfig(()).protocol == "toybox"  # whose words the base has
+    small = {"base": str(CONCEPT.parent / "tiny-sd"), "protocol": "quick", "num_prompts": 1, "num_inference_steps": 1}
     files = {"work_dir": str(tmp_path / "work"), "output": str(tmp_path / "keep.json")}
     keep.main(keep.BenchmarkConfig((str(CONCEPT),), (0.0, 0.3, 1.0), **small, **files))
     figures = result("keep.json")
