@@ -23,8 +23,8 @@ _FAMILIES = {  # colors that the color-blind can tell apart; markers for print
     "token": ("token alone", "#009E73", "^"),
 }
 _OTHERS = ("other methods", "#8c8c8c", "D")
-_NAMED = 14  # methods whose names stand in the plots, besides those on the frontier
-_LABEL_PLACES = ((6, 4), (6, -10), (-6, 4), (-6, -10), (0, 9), (0, -15), (14, 12), (-14, -18))
+_NAMED = 5  # methods whose names stand in the plots, besides those on the frontier
+_LABEL_PLACES = (((6, 4), {"ha": "left", "va": "bottom"}), ((-6, -4), {"ha": "right", "va": "top"}))
 
 
 @dataclass(frozen=True)
@@ -106,41 +106,9 @@ def _scatter(axes: Axes, points: Sequence[Point], x_of: Any, best: Sequence[Poin
         seen.add(label)
     axes.grid(alpha=0.25)
     axes.patch.set_alpha(0)
-    axes.figure.draw_without_rendering()  # places of the points, as the labels need them
-    named = dict.fromkeys(point.method for point in [*best, *points[:_NAMED]])
-    _label(axes, [(point.method, *x_of(point)[:1], point.values["similarity"][0]) for point in points], named)
-
-
-def _label(axes: Axes, points: Sequence[tuple[str, float, float]], named: Any) -> None:
-    """Write names beside points, each at the place around its point that overlaps least with what is there."""
-    scale = axes.get_figure(root=True).dpi / 72  # type: ignore[union-attr]
-    pixels = {name: axes.transData.transform((x, y)) for name, x, y in points}
-    taken = [(x - 4 * scale, y - 4 * scale, x + 4 * scale, y + 4 * scale) for x, y in pixels.values()]
-    for name, x, y in points:
-        if name not in named:
-            continue
-        text = name.removesuffix("/default").replace("attention_", "")
-        size = (4.2 * len(text) * scale, 8 * scale)
-        boxes = {place: _box(pixels[name], place, size, scale) for place in _LABEL_PLACES}
-        costs = {place: sum(_overlap(box, other) for other in taken) for place, box in boxes.items()}
-        costs |= {place: 1e6 for place, box in boxes.items() if box[0] < axes.bbox.x0 or box[2] > axes.bbox.x1}
-        place = min(_LABEL_PLACES, key=lambda each: costs[each])
-        taken.append(boxes[place])
-        axes.annotate(text, (x, y), place, textcoords="offset points", ha=_side(place), fontsize=7, color=INK)
-
-
-def _side(place: tuple[float, float]) -> str:
-    return "right" if place[0] < 0 else "left" if place[0] else "center"
-
-
-def _box(at: Any, place: tuple[float, float], size: tuple[float, float], scale: float) -> tuple[float, ...]:
-    """Return left, bottom, right and top of a label in pixels."""
-    shift = {"right": 1.0, "left": 0.0, "center": 0.5}[_side(place)]
-    left, bottom = at[0] + place[0] * scale - shift * size[0], at[1] + place[1] * scale
-    return left, bottom, left + size[0], bottom + size[1]
-
-
-def _overlap(one: tuple[float, ...], other: tuple[float, ...]) -> float:
-    width = min(one[2], other[2]) - max(one[0], other[0])
-    height = min(one[3], other[3]) - max(one[1], other[1])
-    return max(width, 0) * max(height, 0)
+    named = {point.method for point in [*best, *points[:_NAMED]]}
+    shown = sorted((point for point in points if point.method in named), key=lambda point: x_of(point)[0])
+    for number, point in enumerate(shown):
+        text = point.method.removesuffix("/default").replace("attention_", "")
+        at, (place, sides) = (x_of(point)[0], point.values["similarity"][0]), _LABEL_PLACES[number % 2]
+        axes.annotate(text, at, place, textcoords="offset points", fontsize=7, color=INK, **sides)
