@@ -5,7 +5,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from functools import lru_cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -193,6 +193,7 @@ def _show_photos(
     workspace: Workspace, form: _Form, view: _JobView, look: Callable[[str | None, Any], list[Any]], page: gr.Blocks
 ) -> None:
     """Show the photos with their captions; and let the button start a training with those that can be used."""
+    looked_at = lru_cache(maxsize=64)(look_at_photo)  # uploads never change
     with form.cards:
 
         @gr.render(
@@ -200,7 +201,7 @@ def _show_photos(
             triggers=[page.load, form.files.change, form.resolution.change],
         )
         def show(files: list[Path], resolution: int | None, written: dict[Path, str]) -> None:
-            photos = [look_at_photo(file, resolution) for file in files]
+            photos = [looked_at(file, resolution) for file in files]
             captions = [_show_photo(photo, form, written.get(photo.file, "")) for photo in photos]
             usable = [photo.file for photo in photos if photo.can_be_used]
             captions = [caption for caption, photo in zip(captions, photos, strict=True) if photo.can_be_used]
@@ -295,8 +296,9 @@ def add_job(
     if not images:
         raise UserError("found no photo; drop at least one of the subject, better three to ten")
     options = combine_options(class_name, trigger_word, preset, advanced, len(images))
+    resolution = training_side(options)
     for file, _ in images:
-        photo = look_at_photo(file, training_side(options))
+        photo = look_at_photo(file, resolution)
         if not photo.can_be_used:
             raise UserError(f"{photo.file.name} {photo.note}")
     return workspace.jobs.add(concept_name(class_name, trigger_word), images, options, check_config)
