@@ -28,7 +28,7 @@ from benchmarks.pretrain.stage import Phase, Stage, run_stage
 from benchmarks.pretrain.train import kept, load_what_fits
 from benchmarks.pretrain.train_autoencoder import encode
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss
-from benchmarks.pretrain.weights import load_scaling_factor, load_shards
+from benchmarks.pretrain.weights import load_weights
 
 _UNSEEN = 512
 TRIALS: dict[str, dict[str, Any]] = {  # how each differs from the first
@@ -90,11 +90,11 @@ def main() -> None:
     parser.add_argument("--output", type=Path, default=Path("benchmarks/results/pretrain_denoisers.json"))
     options = parser.parse_args()
     options.out.mkdir(parents=True, exist_ok=True)
-    states = load_shards(options.weights.glob("weights-*.safetensors"))
-    warm = load_shards(options.unet.glob("weights-*.safetensors"))["unet"]
+    states, scale = load_weights(options.weights)
+    warm = load_weights(options.unet)[0]["unet"]
     vae = build_vae().to(memory_format=torch.channels_last)
     vae.load_state_dict(states["vae"])
-    device, scale, tokenizer = torch.device("cpu"), load_scaling_factor(options.weights), build_tokenizer()
+    device, tokenizer = torch.device("cpu"), build_tokenizer()
 
     def images_of(world: World, latents: Tensor) -> Images:
         return Images(latents, world.masks, token_ids(tokenizer, world.texts, device))

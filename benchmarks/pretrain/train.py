@@ -9,11 +9,12 @@ half precision, 15 MiB at most each), `report.json` and `sheet.png`; weights are
 a run that is stopped leaves what it has. A file `deadline` in the folder with the Unix time at which all must be over
 replaces `--seconds`; it is read when a stage begins.
 
-`--start_from FOLDER` goes on from such weights (those that a changed architecture still has), `--stages` chooses what
-is trained: `inner` is the UNet below its highest resolution, twice as fast on a CPU. `--only` names the weights that
-the denoiser's stage changes. With `--checkpoint_seconds` the same command resumes a run that was stopped, for long
-runs on a CPU; `--steps` ends a stage after so many steps, whatever they take. `--pipeline FOLDER` trains nothing, but
-makes a pipeline folder of the weights in `--out`, and beside it the judge's folder `toybox-judge`.
+`--start_from FOLDER` goes on from such weights (those that a changed architecture still has), or from a pipeline folder
+with the judge's beside it, such as samples/toybox-sd. `--stages` chooses what is trained: `inner` is the UNet below its
+highest resolution, twice as fast on a CPU. `--only` names the weights that the denoiser's stage changes. With
+`--checkpoint_seconds` the same command resumes a run that was stopped, for long runs on a CPU; `--steps` ends a stage
+after so many steps, whatever they take. `--pipeline FOLDER` trains nothing, but makes a pipeline folder of the weights
+in `--out`, and beside it the judge's folder `toybox-judge`.
 """
 
 from __future__ import annotations
@@ -54,7 +55,7 @@ from benchmarks.pretrain.train_autoencoder import fastest_phase as fastest_autoe
 from benchmarks.pretrain.train_denoiser import Denoiser, layout, make_loss, train_denoiser
 from benchmarks.pretrain.train_inner import InnerDenoiser
 from benchmarks.pretrain.train_judge import fastest_phase as fastest_judge
-from benchmarks.pretrain.weights import load_scaling_factor, load_shards, make_pipeline, save_pipeline, save_shards
+from benchmarks.pretrain.weights import load_weights, make_pipeline, save_pipeline, save_shards
 
 STAGES = ("judge", "autoencoder", "inner", "denoiser")
 USUAL_STAGES = ("judge", "autoencoder", "denoiser")
@@ -75,7 +76,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=512, help="images in a step of the UNet")
     parser.add_argument("--vae_batch", type=int, default=64, help="images in a step of the autoencoder")
     parser.add_argument("--learning_rate", type=float, default=1e-3, help="highest of the UNet")
-    parser.add_argument("--start_from", type=Path, help="folder of weights to go on from")
+    parser.add_argument("--start_from", type=Path, help="folder of weights, or of a pipeline, to go on from")
     parser.add_argument(
         "--stages", nargs="+", choices=STAGES, help="what is trained; default: all, with --start_from the denoiser"
     )
@@ -172,10 +173,10 @@ class Run:
         self.stages: list[Stage] = []
         self.notes: dict[str, Any] = {}
         if options.start_from is not None:
-            states = load_shards(options.start_from.glob("weights-*.safetensors"))
+            states, scaling_factor = load_weights(options.start_from)
             for part, module in self.parts().items():
                 load_what_fits(part, module, states.get(part, {}))
-            self.vae.register_to_config(scaling_factor=load_scaling_factor(options.start_from))
+            self.vae.register_to_config(scaling_factor=scaling_factor)
 
     def parts(self) -> dict[str, torch.nn.Module]:
         """What is trained and saved."""
@@ -313,11 +314,11 @@ def main() -> None:
     """Parse, train, save."""
     options = parse()
     if options.pipeline is not None:
-        states = load_shards(options.out.glob("weights-*.safetensors"))
+        states, scaling_factor = load_weights(options.out)
         judge = Judge()
         judge.load_state_dict(states["judge"])
         save_judge(judge, options.pipeline.with_name(JUDGE_FOLDER.name))
-        save_pipeline(make_pipeline(states, load_scaling_factor(options.out)), options.pipeline)
+        save_pipeline(make_pipeline(states, scaling_factor), options.pipeline)
         return
     if options.tiny:
         options.images, options.families, options.batch, options.vae_batch = 48, 12, 4, 4

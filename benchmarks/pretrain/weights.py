@@ -11,6 +11,7 @@ from diffusers import StableDiffusionPipeline
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
+from atomdiff.toybox.judge import JUDGE_FOLDER, load_judge
 from benchmarks.pretrain.architecture import assemble, build_text_encoder, build_tokenizer, build_unet, build_vae
 
 SHARD_BYTES = 15 * 1024**2
@@ -45,9 +46,20 @@ def load_shards(paths: Iterable[Path]) -> dict[str, dict[str, Tensor]]:
     return found
 
 
-def load_scaling_factor(folder: Path) -> float:
-    """The scaling factor of the latents, from the report beside the weights."""
-    return float(json.loads((folder / "report.json").read_text())["scaling_factor"])
+def load_weights(folder: Path) -> tuple[dict[str, dict[str, Tensor]], float]:
+    """The state dicts by part, in float32, and the scaling factor of the latents.
+
+    Args:
+        folder: that of a run, with `weights-<i>.safetensors` and `report.json`; or a pipeline folder with the judge's
+            folder beside it, such as samples/toybox-sd.
+    """
+    if not (folder / "model_index.json").is_file():
+        report = json.loads((folder / "report.json").read_text())
+        return load_shards(folder.glob("weights-*.safetensors")), float(report["scaling_factor"])
+    pipe = StableDiffusionPipeline.from_pretrained(folder)
+    judge = load_judge(folder.parent / JUDGE_FOLDER.name)
+    parts = {"judge": judge, "vae": pipe.vae, "text_encoder": pipe.text_encoder, "unet": pipe.unet}
+    return {name: part.float().state_dict() for name, part in parts.items()}, pipe.vae.config.scaling_factor
 
 
 def make_pipeline(states: dict[str, dict[str, Tensor]], scaling_factor: float) -> StableDiffusionPipeline:

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import nn
 
-from atomdiff.toybox.judge import Judge, save_judge
+from atomdiff.toybox.judge import Judge, load_judge, save_judge
+from atomdiff.utils.assets import ASSETS
 from benchmarks.pretrain import evaluate, muon
 from benchmarks.pretrain.architecture import (
     assemble,
@@ -26,7 +27,7 @@ from benchmarks.pretrain.train import load_what_fits
 from benchmarks.pretrain.train_autoencoder import center_latents, crops
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss
 from benchmarks.pretrain.train_inner import InnerDenoiser
-from benchmarks.pretrain.weights import save_pipeline
+from benchmarks.pretrain.weights import load_weights, make_pipeline, save_pipeline
 from tests.tiny_models import make_unet
 
 
@@ -182,6 +183,21 @@ def test_a_changed_architecture_keeps_the_weights_that_fit(capsys):
     load_what_fits("part", wider, other.state_dict())
     assert torch.equal(wider[0].weight, before) and torch.equal(wider[0].bias, other[0].bias)
     assert "part: 1 of 2 weights are new" in capsys.readouterr().out
+
+
+def test_training_can_go_on_from_the_embedded_base(tmp_path):
+    embedded = ASSETS / "samples" / "toybox-sd"
+    states, scaling_factor = load_weights(embedded)
+    assert states["judge"].keys() == load_judge().state_dict().keys()
+    save_pipeline(make_pipeline(states, scaling_factor), tmp_path)
+    for part in ("vae", "text_encoder", "unet"):
+        ours, theirs = (json.loads((folder / part / "config.json").read_text()) for folder in (tmp_path, embedded))
+        versions = {"_diffusers_version", "_name_or_path", "transformers_version"}
+        assert {k: v for k, v in ours.items() if k not in versions} == {
+            k: v for k, v in theirs.items() if k not in versions
+        }
+        [file] = embedded.glob(f"{part}/*.safetensors")
+        assert (tmp_path / part / file.name).read_bytes() == file.read_bytes()
 
 
 def test_attention_that_is_new_starts_without_an_effect():
