@@ -6,7 +6,7 @@ from pathlib import Path
 from setuptools import setup
 from setuptools.command.build_py import build_py
 
-ASSETS = ("samples/toybox-sd", "samples/toybox-judge", "samples/subjects", "configs")
+ASSETS = ("samples/toybox-sd", "samples/toybox-judge", "samples/subjects", "samples/tuning_subjects", "configs")
 
 
 class BuildWithAssets(build_py):

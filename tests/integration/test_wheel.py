@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 import yaml
 
+from atomdiff.evaluate.protocol import load_protocol
+
 pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).parents[2]
@@ -40,7 +42,10 @@ def test_all_modules_and_assets_are_in_it(site):
     assert (site / "atomdiff" / "py.typed").is_file() == (ROOT / "atomdiff" / "py.typed").is_file()
     assert not {path.name for path in site.iterdir()} - {"atomdiff"} - {path.name for path in site.glob("*.dist-info")}
     assert (site / "atomdiff" / "ui" / "page.css").is_file()
-    assert (site / "atomdiff" / "_assets" / "samples" / "toybox-sd" / "model_index.json").is_file()
+    samples = site / "atomdiff" / "_assets" / "samples"
+    assert (samples / "toybox-sd" / "model_index.json").is_file()
+    for folder, protocol in (("subjects", "toybox"), ("tuning_subjects", "toybox_tuning")):
+        assert {path.name for path in (samples / folder).iterdir()} >= {*load_protocol(protocol).subjects}
 
 
 def test_the_demo_runs_in_an_empty_folder(site, tmp_path):
