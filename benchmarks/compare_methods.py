@@ -127,7 +127,7 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         "max_drift": config.max_drift,
         "tuning": hash_values(repr(load_protocol(config.tuning_protocol)), *sorted(config.tuning_subjects))[:16],
         "run": hash_values(json.dumps(read_yaml(find_asset(config.run))))[:16],
-        **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols")},
+        **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols", "sampling")},
     }
     found |= describe_runs(results, {"learning_rate": rate, **search})
     if found["status"] == "done":

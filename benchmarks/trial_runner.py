@@ -126,7 +126,7 @@ def _prepare(trial: Trial, keys: dict[str, str], processes: int) -> None:
         print(f"{folder}: run again, with other {', '.join(changed)}", flush=True)
     if changed and set(changed) <= {*OF_EVALUATION}:
         (folder / RESULT_FILE).unlink(missing_ok=True)
-        for images in folder.iterdir() if "protocols" in changed else ():
+        for images in folder.iterdir() if {"protocols", "sampling"} & {*changed} else ():
             if images.is_dir() and images.name != RUN_FOLDER:
                 shutil.rmtree(images)
     elif changed:

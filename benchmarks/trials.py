@@ -29,7 +29,7 @@ from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_yaml
 from atomdiff.utils.versions import versions
 
-OF_EVALUATION = ("judge", "other photos", "protocols")
+OF_EVALUATION = ("judge", "other photos", "protocols", "sampling")
 """Keys of a fingerprint that training does not depend on."""
 TRIAL_FILE, RESULT_FILE = "trial.json", "result.json"
 _TRAINED_FILE = "trained.json"
@@ -95,27 +95,29 @@ def fingerprint(trial: Trial) -> dict[str, str]:
     config = trial.config()
     defaults = {entry.name: entry.default for entry in fields(config)}
     run = {name: value for name, value in config.snapshot().items() if value != defaults.get(name)}
+    sampling = [str(run.pop(name, None)) for name in ("num_inference_steps", "guidance_scale")]
+    base = config.pretrained_model_name_or_path
     files = [PROTOCOLS / f"{name}.yaml" for name in trial.protocols]
     files = [file if file.is_file() else Path(name) for file, name in zip(files, trial.protocols, strict=True)]
     photos = Path(trial.photos)
     others = sorted(each for each in photos.parent.iterdir() if each.is_dir() and each != photos)
     return {
-        "base": _base_key(config.pretrained_model_name_or_path),
+        "base": _content_key(Path(find_asset(base))),
         "judge": _content_key(Path(JUDGE_FOLDER)),
         "adapter": hash_values(json.dumps(trial.adapter, sort_keys=True)),
         "run settings": hash_values(json.dumps(run, sort_keys=True, default=str)),
         "photos": _content_key(photos),
         "other photos": hash_values(*(value for each in others for value in (each.name, _content_key(each)))),
         "protocols": hash_values(*(json.dumps(read_yaml(file)) for file in files)),
+        "sampling": hash_values(_scheduler_key(base), *sampling),
     }
 
 
-def _base_key(base: str) -> str:
-    """Return a key of a base and of the scheduler that it is sampled with."""
-    source = Path(find_asset(base))
-    scheduler = _fast_scheduler(source)
+def _scheduler_key(base: str) -> str:
+    """Return a key of the scheduler that a base is sampled with."""
+    scheduler = _fast_scheduler(Path(find_asset(base)))
     config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return hash_values(_content_key(source), type(scheduler).__name__, json.dumps(config, sort_keys=True, default=str))
+    return hash_values(type(scheduler).__name__, json.dumps(config, sort_keys=True, default=str))
 
 
 def _content_key(path: Path) -> str:
@@ -174,6 +176,8 @@ def train_and_evaluate(trial: Trial) -> dict[str, Any]:
         write_json(trained_file, _train(config))
     trained: dict[str, Any] = json.loads(trained_file.read_text())
     concept = Path(config.output_dir) / trained.pop("concept")
+    if (concept / "model_index.json").is_file():  # of a full tuning
+        _set_fast_scheduler(concept)
     found = {Path(protocol).stem: _evaluate(trial, config, concept, protocol) for protocol in trial.protocols}
     metrics = {protocol: each["metrics"]["toybox"] for protocol, each in found.items()}
     kind = next(iter(found.values()))["kind"]
@@ -192,8 +196,6 @@ def _train(config: Any) -> dict[str, Any]:
         config = replace(config, resume_from_checkpoint="latest")
     concept = train(config)
     report = json.loads((Path(config.output_dir) / RECORD_FILE).read_text())
-    if (concept / "model_index.json").is_file():
-        _set_fast_scheduler(concept)
     return {
         "concept": concept.name,
         "parameters": report["num_trainable_parameters"],
@@ -224,9 +226,9 @@ def peak_memory() -> int:
 
 
 def sampling_base(trial: Trial, base: str) -> Path:
-    """Return a copy of the base that samples as the demo does, in half the steps; trials share it."""
+    """Return a copy of the base that samples as the demo does; trials share it."""
     source, shared = Path(find_asset(base)), Path(trial.shared)
-    folder = shared / f"base-{_base_key(base)[:12]}"
+    folder = shared / f"base-{hash_values(_content_key(source), _scheduler_key(base))[:12]}"
     shared.mkdir(parents=True, exist_ok=True)
     with wait_for_folder(shared):  # one process makes it, and none reads half of it
         if not folder.is_dir():

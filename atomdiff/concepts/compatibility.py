@@ -20,8 +20,8 @@ from atomdiff.utils.errors import UserError, warn
 from atomdiff.utils.float64 import in_float64
 from atomdiff.utils.untrusted import MAX_ATOMS_PER_NUMBER, MAX_ROW_LENGTH, list_some, printable
 
-# Distances measured on the toybox's UNet: the base rounded to bfloat16 0.00003; every weight changed at random by a tenth
-# of its size 0.005; the base before the last stage of its pretraining 0.35; an untrained model 0.63.
+# Distances measured on the toybox's UNet: the base rounded to bfloat16 0.00003; every weight changed at random by a
+# tenth of its size 0.005; the base before the last stage of its pretraining 0.35; an untrained model 0.63.
 SAME_BASE = 0.002
 DERIVED_BASE = 0.15
 

@@ -97,10 +97,12 @@ def changed(trial, name, world):
         return dataclasses.replace(trial, adapter={**ADAPTER_FIELDS, "basis": "dct"})
     if name == "run settings":
         return dataclasses.replace(trial, options={**trial.options, "seed": 4})
+    if name == "sampling":
+        return dataclasses.replace(trial, options={**trial.options, "num_inference_steps": 2})
     return trial
 
 
-@pytest.mark.parametrize("name", ["base", "adapter", "run settings", "photos", "other photos", "protocols"])
+@pytest.mark.parametrize("name", ["base", "adapter", "run settings", "photos", "other photos", "protocols", "sampling"])
 def test_a_fingerprint_tells_what_has_changed(name, trial, world):
     before = fingerprint(trial)
     assert fingerprint(dataclasses.replace(trial, folder=str(world.path / "elsewhere"))) == before
@@ -112,7 +114,7 @@ def test_the_scheduler_that_is_sampled_with_counts(trial, monkeypatch):
     before, folder = fingerprint(trial), trials.sampling_base(trial, str(TINY))
     monkeypatch.setattr(demo, "fast_scheduler", lambda scheduler: scheduler)
     after = fingerprint(trial)
-    assert [key for key in before if before[key] != after[key]] == ["base"]
+    assert [key for key in before if before[key] != after[key]] == ["sampling"]
     assert trials.sampling_base(trial, str(TINY)) != folder
 
 
