@@ -133,9 +133,10 @@ def make_table(methods: Methods) -> str:
 
 
 def _conditions(conditions: Mapping[str, Any]) -> str:
-    trials, seeds = conditions["trials"], ", ".join(map(str, conditions["seeds"]))
+    trials = conditions["trials"]
+    subjects, seeds = (", ".join(map(str, conditions[name])) for name in ("subjects", "seeds"))
     rate = f"the best of {trials} learning rates" if trials > 1 else "its own learning rate, without a search"
-    return f"Every method has {rate}; seeds: {seeds}."
+    return f"Subjects: {subjects}; seeds: {seeds}. Every method has {rate}."
 
 
 def _message(content: Mapping[str, Any]) -> str:

@@ -445,13 +445,16 @@ def test_methods_with_failed_runs_do_not_end_the_report():
     failed = {**result_of("cat", 0.5), "status": "failed", "message": "no memory"}
     results = [result_of("mug", 0.2, **figures), result_of("cat", 0.9, **figures), failed]
     done, none_done = describe_runs(results, {"tensor_bytes": 9}), describe_runs(results[1:], {})
-    methods = {"atoms/tiny": done | {"conditions": {"trials": 1, "seeds": [0]}}, "full/default": none_done}
+    methods = {
+        "atoms/tiny": done | {"conditions": {"trials": 1, "subjects": ["cat", "mug"], "seeds": [0]}},
+        "full/default": none_done,
+    }
     assert [found["status"] for found in methods.values()] == ["done", "failed"]
     table = methods_report.make_table(methods)
     assert "`atoms/tiny` failed in 1 runs (no memory); the subjects of these are left out." in table
     assert "`full/default` failed: no memory." in table
     assert [point.method for point in methods_report.points_of(methods)] == ["atoms/tiny"]
-    assert "Every method has its own learning rate, without a search; seeds: 0." in table
+    assert "Subjects: cat, mug; seeds: 0. Every method has its own learning rate, without a search." in table
     assert "Times and memory: a GPU, float32, runs at a time: 2." in table
 
 
