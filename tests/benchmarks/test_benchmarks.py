@@ -166,7 +166,7 @@ def test_patching(result, short, tmp_path):
 @pytest.mark.slow
 def test_methods_of_classifiers(result, short, tmp_path):
     short("toybox")
-    methods, output = ("full", "linear", "conv"), tmp_path / "methods.json"
+    methods, output = ("full", "conv"), tmp_path / "methods.json"
     classify_methods.main(
         classify_methods.BenchmarkConfig(
             methods,

@@ -1,5 +1,6 @@
 import json
 import re
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -40,6 +41,7 @@ def quick(tmp_path, monkeypatch):
     run |= {"logging_steps": 1, "class_data_dir": str(tmp_path / "class")}
     path = tmp_path / "run.yaml"
     path.write_text(yaml.safe_dump(run))
+    monkeypatch.setattr("atomdiff.evaluate.suite.make_suite", partial(make_suite, images_per_prompt=2))
     return path
 
 
