@@ -167,11 +167,12 @@ def fast_scheduler(scheduler: Any) -> Any:
     """Return the stochastic DPM-Solver++ (Lu et al., arXiv 2211.01095) for DDIM and DPM-Solver++, any other as it is.
 
     The noise that it adds in every step corrects errors of the steps before: outlines and patterns of the toybox become
-    more regular.
+    more regular. A solver of flow stays as it is, too.
     """
     from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
 
-    if type(scheduler) not in (DDIMScheduler, DPMSolverMultistepScheduler):
+    flow = scheduler.config.get("prediction_type") == "flow_prediction"
+    if flow or type(scheduler) not in (DDIMScheduler, DPMSolverMultistepScheduler):
         return scheduler
     return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
 

@@ -147,6 +147,16 @@ def test_a_trial_is_done_once_and_again_when_something_has_changed(trial, world,
     assert "run again, with other run settings" in capsys.readouterr().out
 
 
+def test_with_another_sampling_images_are_made_again_from_what_was_trained(trial):
+    trial_runner._prepare(trial, fingerprint(trial), 1)
+    kept, images = Path(trial.folder) / "run", Path(trial.folder) / "places"
+    kept.mkdir()
+    images.mkdir()
+    other = dataclasses.replace(trial, options={**trial.options, "guidance_scale": 9.0})
+    trial_runner._prepare(other, fingerprint(other), 1)
+    assert kept.is_dir() and not images.exists()
+
+
 @pytest.mark.slow
 def test_a_trial_has_a_process_of_its_own(trial, world, monkeypatch):
     monkeypatch.undo()

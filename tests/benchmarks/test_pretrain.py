@@ -223,6 +223,19 @@ def test_the_loss_of_clean_predictions_is_zero_and_of_others_is_not():
     assert make_loss(lambda noisy, *_: noisy * 0, latents, torch.ones(4, 1, 8, 8), ids, 64)() > 0.1
 
 
+def test_timesteps_of_a_batch_are_spread_evenly():
+    seen = []
+
+    def note(noisy, timesteps, ids):
+        seen.append(timesteps)
+        return noisy
+
+    make_loss(note, torch.ones(4, 2, 8, 8), torch.ones(4, 1, 8, 8), torch.zeros(5, 3, dtype=torch.long), 16)()
+    edges = torch.arange(17) / 16
+    lowest, highest = edges[:-1].square() * 1000 - 1, edges[1:] * 1000  # uniform, or the squares of uniform numbers
+    assert ((lowest <= seen[0]) & (seen[0] <= highest)).all(), seen[0]
+
+
 def test_the_inner_part_computes_what_the_whole_unet_does_and_trains_nothing_else():
     torch.manual_seed(0)
     denoiser = Denoiser(build_text_encoder(build_tokenizer()), build_unet()).eval()

@@ -5,7 +5,7 @@ from pathlib import Path
 
 import pytest
 import yaml
-from diffusers import DDIMScheduler, EulerDiscreteScheduler
+from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
 from atomdiff.cli.demo import DemoConfig, fast_scheduler, make_sheet, run_demo, training_config
@@ -133,8 +133,9 @@ def test_ddim_becomes_a_stochastic_solver_and_other_schedulers_stay():
     assert fast.config.algorithm_type == "sde-dpmsolver++"
     assert (fast.config.prediction_type, fast.config.rescale_betas_zero_snr) == ("v_prediction", True)
     assert fast_scheduler(fast).config == fast.config
-    euler = EulerDiscreteScheduler()
-    assert fast_scheduler(euler) is euler
+    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
+    for other in (EulerDiscreteScheduler(), flow):
+        assert fast_scheduler(other) is other
 
 
 def test_the_base_is_sampled_alike_everywhere():
