@@ -22,23 +22,23 @@ class SchedulerSpec:
     """What AUTOMATIC1111's WebUI calls it."""
 
 
+def _dpm_solver(algorithm: str, webui_name: str) -> SchedulerSpec:
+    options = {"algorithm_type": algorithm, "solver_order": 2, "use_karras_sigmas": webui_name.endswith("Karras")}
+    return SchedulerSpec("DPMSolverMultistepScheduler", options, webui_name)
+
+
 SCHEDULERS: dict[str, SchedulerSpec] = {
     "ddim": SchedulerSpec("DDIMScheduler", webui_name="DDIM"),
     "euler": SchedulerSpec("EulerDiscreteScheduler", webui_name="Euler"),
     "euler_ancestral": SchedulerSpec("EulerAncestralDiscreteScheduler", webui_name="Euler a"),
-    "dpm++_2m": SchedulerSpec(
-        "DPMSolverMultistepScheduler", {"algorithm_type": "dpmsolver++", "solver_order": 2}, "DPM++ 2M"
-    ),
-    "dpm++_2m_karras": SchedulerSpec(
-        "DPMSolverMultistepScheduler",
-        {"algorithm_type": "dpmsolver++", "solver_order": 2, "use_karras_sigmas": True},
-        "DPM++ 2M Karras",
-    ),
+    "dpm++_2m": _dpm_solver("dpmsolver++", "DPM++ 2M"),
+    "dpm++_2m_karras": _dpm_solver("dpmsolver++", "DPM++ 2M Karras"),
+    "dpm++_2m_sde": _dpm_solver("sde-dpmsolver++", "DPM++ 2M SDE"),
+    "dpm++_2m_sde_karras": _dpm_solver("sde-dpmsolver++", "DPM++ 2M SDE Karras"),
     "unipc": SchedulerSpec("UniPCMultistepScheduler", webui_name="UniPC"),
     "pndm": SchedulerSpec("PNDMScheduler", {"skip_prk_steps": True}, "PLMS"),
 }
 _CLASSES = {spec.class_name for spec in SCHEDULERS.values()} | {"FlowMatchEulerDiscreteScheduler"}
-_STOCHASTIC = ("sde-dpmsolver", "sde-dpmsolver++")  # their noise comes from a tree over all steps
 
 
 def check_scheduler(scheduler: Any) -> Any:
@@ -47,12 +47,11 @@ def check_scheduler(scheduler: Any) -> Any:
     Raises:
         UserError: they cannot.
     """
-    kind, algorithm = type(scheduler).__name__, scheduler.config.get("algorithm_type")
-    if kind in _CLASSES and algorithm not in _STOCHASTIC:
+    kind = type(scheduler).__name__
+    if kind in _CLASSES:
         return scheduler
-    found = f"{kind} with {algorithm}" if kind in _CLASSES else kind
     expected = f"one of {', '.join(SCHEDULERS)}"
-    raise UserError(f"the base's scheduler is {found}, whose rows cannot be at different steps: choose {expected}")
+    raise UserError(f"the base's scheduler is {kind}, whose rows cannot be at different steps: choose {expected}")
 
 
 def named_scheduler(name: str, base: Any) -> Any:
@@ -61,22 +60,29 @@ def named_scheduler(name: str, base: Any) -> Any:
     Raises:
         UserError: it has no such noise schedule.
     """
-    import diffusers
-
     spec = SCHEDULERS[name]
-    kind = getattr(diffusers, spec.class_name)
     if base.config.get("prediction_type", "flow") == "flow":
         raise UserError(f"scheduler={name!r}: this model predicts flow; leave the scheduler out")
-    accepted = inspect.signature(kind.__init__).parameters
-    if base.config.get("rescale_betas_zero_snr") and "rescale_betas_zero_snr" not in accepted:
-        able = [
-            other
-            for other, each in SCHEDULERS.items()
-            if "rescale_betas_zero_snr" in inspect.signature(getattr(diffusers, each.class_name).__init__).parameters
-        ]
-        found = f"{spec.class_name} knows no noise schedule of zero terminal SNR, which this model has"
-        raise UserError(f"scheduler={name!r}: {found}; choose one of {', '.join(able)}, or leave it out")
-    return kind.from_config(base.config, **spec.options)
+    if base.config.get("rescale_betas_zero_snr") and not _knows_zero_snr(spec):
+        able = ", ".join(other for other, each in SCHEDULERS.items() if _knows_zero_snr(each))
+        found = f"{spec.webui_name} has no noise schedule of zero terminal SNR, which this model needs"
+        raise UserError(f"scheduler={name!r}: {found}; choose one of {able}, or leave it out")
+    return _class_of(spec).from_config(base.config, **spec.options)
+
+
+def _class_of(spec: SchedulerSpec) -> Any:
+    import diffusers
+
+    return getattr(diffusers, spec.class_name)
+
+
+def _knows_zero_snr(spec: SchedulerSpec) -> bool:
+    """Tell whether a scheduler can begin without any signal.
+
+    Sigmas by Karras cannot: most of them round to the last timestep, where diffusers' solver finds no next one.
+    """
+    accepted = inspect.signature(_class_of(spec).__init__).parameters
+    return "rescale_betas_zero_snr" in accepted and not spec.options.get("use_karras_sigmas")
 
 
 def own_scheduler(scheduler: Any) -> Any:
