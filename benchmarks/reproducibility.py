@@ -201,7 +201,7 @@ def main(config: BenchmarkConfig) -> None:
     if config.compare is not None:
         more["elsewhere"] = json.loads((Path(config.compare) / MACHINE_FILE).read_text())
     command = command_line("reproducibility", config, ignore=("output", "work_dir", "note", "compare"))
-    write_result(config.output, command, figures, machine=describe_processor(), **more)
+    write_result(config.output, command, figures, **more)
 
 
 if __name__ == "__main__":

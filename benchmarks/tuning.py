@@ -28,7 +28,6 @@ from typing import Any
 
 import yaml
 
-from atomdiff.utils.machine import describe_processor
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.result_file import command_line, write_result
@@ -151,7 +150,7 @@ def main(config: BenchmarkConfig) -> None:
     chosen = {arm: name for arm, (name, _) in settings.items()}
     more = {"settings": chosen, "runs": runs, "trials": trials, "note": config.note}
     command = command_line("tuning", config, ignore=("output", "work_dir", "note"))
-    write_result(config.output, command, summary(runs), machine=describe_processor(), **more)
+    write_result(config.output, command, summary(runs), **more)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from tempfile import TemporaryDirectory
 
-from atomdiff.utils.machine import describe_processor
 from atomdiff.utils.options import parse_config
 from benchmarks.result_file import command_line, write_result
 
@@ -103,7 +102,7 @@ def main(config: BenchmarkConfig) -> None:
     for steps in config.steps:
         figures |= measure(config, steps)
     command = command_line("tuning_rate", config, ignore=("output", "note"))
-    write_result(config.output, command, figures, machine=describe_processor(), note=config.note)
+    write_result(config.output, command, figures, note=config.note)
 
 
 if __name__ == "__main__":

@@ -7,14 +7,14 @@ import re
 from contextlib import suppress
 from importlib.metadata import PackageNotFoundError, requires, version
 
+from atomdiff.utils.machine import describe_processor
+
 
 def versions() -> dict[str, str]:
     """The versions that a figure depends on, and the machine."""
-    import torch
-
     names = ("atomdiff", "torch", "diffusers", "transformers", "accelerate", "peft")
-    cores = f"{platform.machine()}, {torch.get_num_threads()} threads"
-    return {**{name: version(name) for name in names}, "python": platform.python_version(), "machine": cores}
+    found = {name: version(name) for name in names}
+    return {**found, "python": platform.python_version(), "machine": describe_processor()}
 
 
 def package_versions() -> dict[str, str]:
