@@ -20,6 +20,7 @@ from PIL import Image
 from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.evaluate.size import stored_bytes
 from atomdiff.evaluate.suite import PromptSuite, generate_images, open_adapted, read_subject
+from atomdiff.utils.assets import find_asset
 from atomdiff.utils.atomic import write_png
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.image_grid import make_image_grid
@@ -29,7 +30,7 @@ from benchmarks.experiments import make_trial, own_rate
 from benchmarks.recognition import Gallery
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_runner import Runner
-from benchmarks.trials import Trial, concept_path, sampling_base
+from benchmarks.trials import Trial, concept_path
 
 PLACES = 3
 
@@ -115,7 +116,7 @@ def picture(config: SheetsConfig, trial: Trial) -> Pictured:
     run, device = trial.config(), compute_device()
     settings = {"num_inference_steps": run.num_inference_steps, "guidance_scale": run.guidance_scale}
     suite = PromptSuite(trial.subject, prompts_of(config, trial.subject), (), images_per_prompt=1, **settings)
-    pipe = StableDiffusionPipeline.from_pretrained(sampling_base(trial, run.pretrained_model_name_or_path)).to(device)
+    pipe = StableDiffusionPipeline.from_pretrained(find_asset(run.pretrained_model_name_or_path)).to(device)
     pipe.set_progress_bar_config(disable=True)
     base = generate_images(suite, pipe, None, "images by the base", autocast(device, run.mixed_precision))
     pipe = open_adapted(pipe, concept_path(trial)).to(device)

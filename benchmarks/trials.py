@@ -22,8 +22,7 @@ from typing import Any
 from PIL import Image
 
 from atomdiff.utils.assets import find_asset
-from atomdiff.utils.atomic import new_folder, write_json
-from atomdiff.utils.folder_lock import wait_for_folder
+from atomdiff.utils.atomic import write_json
 from atomdiff.utils.hashing import hash_file, hash_listing, hash_values
 from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_yaml
@@ -109,15 +108,8 @@ def fingerprint(trial: Trial) -> dict[str, str]:
         "photos": _content_key(photos),
         "other photos": hash_values(*(value for each in others for value in (each.name, _content_key(each)))),
         "protocols": hash_values(*(json.dumps(read_yaml(file)) for file in files)),
-        "sampling": hash_values(_scheduler_key(base), *sampling),
+        "sampling": hash_values(*sampling),
     }
-
-
-def _scheduler_key(base: str) -> str:
-    """Return a key of the scheduler that a base is sampled with."""
-    scheduler = _fast_scheduler(Path(find_asset(base)))
-    config = {name: value for name, value in scheduler.config.items() if not name.startswith("_")}
-    return hash_values(type(scheduler).__name__, json.dumps(config, sort_keys=True, default=str))
 
 
 def _content_key(path: Path) -> str:
@@ -176,8 +168,6 @@ def train_and_evaluate(trial: Trial) -> dict[str, Any]:
         write_json(trained_file, _train(config))
     trained: dict[str, Any] = json.loads(trained_file.read_text())
     concept = Path(config.output_dir) / trained.pop("concept")
-    if (concept / "model_index.json").is_file():  # of a full tuning
-        _set_fast_scheduler(concept)
     found = {Path(protocol).stem: _evaluate(trial, config, concept, protocol) for protocol in trial.protocols}
     metrics = {protocol: each["metrics"]["toybox"] for protocol, each in found.items()}
     kind = next(iter(found.values()))["kind"]
@@ -225,55 +215,23 @@ def peak_memory() -> int:
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
 
 
-def sampling_base(trial: Trial, base: str) -> Path:
-    """Return a copy of the base that samples as the demo does; trials share it."""
-    source, shared = Path(find_asset(base)), Path(trial.shared)
-    folder = shared / f"base-{hash_values(_content_key(source), _scheduler_key(base))[:12]}"
-    shared.mkdir(parents=True, exist_ok=True)
-    with wait_for_folder(shared):  # one process makes it, and none reads half of it
-        if not folder.is_dir():
-            with new_folder(folder) as unfinished:
-                shutil.copytree(source, unfinished, dirs_exist_ok=True)
-                _set_fast_scheduler(unfinished)
-    return folder
-
-
-def _set_fast_scheduler(pipeline: Path) -> None:
-    """Give a pipeline folder the scheduler that the demo samples with."""
-    scheduler = _fast_scheduler(pipeline)
-    scheduler.save_pretrained(pipeline / "scheduler")
-    index = json.loads((pipeline / "model_index.json").read_text())
-    index["scheduler"] = ["diffusers", type(scheduler).__name__]
-    write_json(pipeline / "model_index.json", index, indent=2)
-
-
-def _fast_scheduler(pipeline: Path) -> Any:
-    """Return the scheduler that the demo samples a pipeline folder with."""
-    import diffusers
-
-    from atomdiff.cli.demo import fast_scheduler
-
-    kind = getattr(diffusers, json.loads((pipeline / "model_index.json").read_text())["scheduler"][1])
-    return fast_scheduler(kind.from_pretrained(pipeline, subfolder="scheduler"))
-
-
 def _evaluate(trial: Trial, config: Any, concept: Path, protocol: str) -> dict[str, Any]:
     """Evaluate a concept by a protocol; return what results.json says of its subject."""
     from atomdiff.cli.evaluate import evaluate_concepts
     from atomdiff.evaluate.config import EvaluateConfig
 
-    base = sampling_base(trial, config.pretrained_model_name_or_path)
+    base = find_asset(config.pretrained_model_name_or_path)
     folder = Path(trial.folder) / Path(protocol).stem
     link = folder / "images" / "base"
-    if not link.exists():
-        images = Path(f"{base.resolve()}-images")  # those of the base, which all trials need
-        images.mkdir(exist_ok=True)
+    if not link.exists():  # those of the base, which all trials need
+        images = Path(trial.shared).resolve() / f"base-{_content_key(Path(base))[:12]}-images"
+        images.mkdir(parents=True, exist_ok=True)
         link.parent.mkdir(parents=True, exist_ok=True)
         link.unlink(missing_ok=True)  # one that leads nowhere, since the folders were moved
         link.symlink_to(images)
     evaluate_concepts(
         EvaluateConfig(
-            pretrained_model_name_or_path=str(base),
+            pretrained_model_name_or_path=base,
             concepts=(str(concept),),
             trigger_phrases=(config.trigger_phrase,),
             reference_data_dir=str(Path(trial.photos).parent),

@@ -152,29 +152,12 @@ def evaluate_concept(
     device = compute_device()
     precision = autocast(device, run.mixed_precision)
     pipe = StableDiffusionPipeline.from_pretrained(find_asset(run.pretrained_model_name_or_path)).to(device)
-    own, pipe.scheduler = pipe.scheduler, fast_scheduler(pipe.scheduler)
     base = generate_images(suite, pipe, None, "images by the base", precision)
-    pipe.scheduler = own
     set_training_scheduler(run, pipe)
     pipe = open_adapted(pipe, concept_path).to(device)
-    pipe.scheduler = fast_scheduler(pipe.scheduler)
     subject = f"{run.trigger_word} {suite.class_name}"
     concept = generate_images(suite, pipe, subject, "images with the concept", precision)
     return Evaluation(suite, judge, references, base, concept)
-
-
-def fast_scheduler(scheduler: Any) -> Any:
-    """Return the stochastic DPM-Solver++ (Lu et al., arXiv 2211.01095) for DDIM and DPM-Solver++, any other as it is.
-
-    The noise that it adds in every step corrects errors of the steps before: outlines and patterns of the toybox become
-    more regular. A solver of flow stays as it is, too.
-    """
-    from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
-
-    flow = scheduler.config.get("prediction_type") == "flow_prediction"
-    if flow or type(scheduler) not in (DDIMScheduler, DPMSolverMultistepScheduler):
-        return scheduler
-    return DPMSolverMultistepScheduler.from_config(scheduler.config, algorithm_type="sde-dpmsolver++")
 
 
 def describe_report(report: dict[str, Any]) -> str:

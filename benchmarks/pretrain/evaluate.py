@@ -15,7 +15,6 @@ from diffusers import AutoencoderKL
 from einops import rearrange
 from torch import Tensor
 
-from atomdiff.cli.demo import fast_scheduler
 from atomdiff.evaluate.similarity import mean_pairwise_similarity
 from atomdiff.sampling.generate import generate
 from atomdiff.toybox.base import load_toybox
@@ -113,7 +112,6 @@ def main(config: EvaluateConfig) -> None:
     """Measure, print, store."""
     quiet_libraries()
     judge, pipe = load_judge(config.judge), load_toybox(config.pretrained_model_name_or_path)
-    pipe.scheduler = fast_scheduler(pipe.scheduler)
     figures = measure_judge(judge, render_families(config.families, 1e9, _SEED, _CPU, batch=32))
     real = render_world(max(2 * config.count, config.restored), 1e9, _SEED, _CPU, batch=128, held_out=True)
     figures |= measure_autoencoder(pipe.vae, judge, real.images[: config.restored] / 255)

@@ -33,7 +33,6 @@ from typing import Any
 
 import torch
 
-from atomdiff.cli.demo import fast_scheduler
 from atomdiff.toybox.judge import JUDGE_FOLDER, LABELS, Judge, save_judge
 from atomdiff.toybox.world import CLASSES, IMAGE_SIZE, SCENES
 from atomdiff.utils.atomic import new_file
@@ -287,7 +286,6 @@ class Run:
     def draw_sheet(self) -> None:
         """Write an image of some classes in some scenes."""
         pipe = assemble(self.vae, self.tokenizer, self.denoiser.text_encoder.eval(), self.denoiser.unet.eval())
-        pipe.scheduler = fast_scheduler(pipe.scheduler)
         pipe.set_progress_bar_config(disable=True)
         scenes = list(SCENES.values())
         names, columns, steps = (

@@ -9,6 +9,7 @@ from diffusers import StableDiffusionPipeline
 
 from atomdiff.toybox.judge import Judge, load_judge
 from atomdiff.toybox.world import CLASSES, COLORS, PATTERNS, SCENES
+from atomdiff.utils.assets import ASSETS
 from benchmarks.pretrain import train
 from benchmarks.pretrain.architecture import (
     MAX_TOKENS,
@@ -62,4 +63,7 @@ def test_weights_become_a_pipeline_and_a_judge_that_load(tmp_path, monkeypatch):
 def test_the_scheduler_starts_from_pure_noise():
     built = parts()
     pipe = assemble(built["vae"], build_tokenizer(), built["text_encoder"], built["unet"])
-    assert pipe.scheduler.alphas_cumprod[-1] == 0 and pipe.scheduler.config.prediction_type == "v_prediction"
+    assert pipe.scheduler.alphas_cumprod[-1] < 1e-7 and pipe.scheduler.config.prediction_type == "v_prediction"
+    embedded = json.loads((ASSETS / "samples" / "toybox-sd" / "scheduler" / "scheduler_config.json").read_text())
+    built = json.loads(pipe.scheduler.to_json_string())
+    assert embedded | {"_diffusers_version": ""} == built | {"_diffusers_version": ""}

@@ -18,11 +18,11 @@ import torch
 import yaml
 from PIL import Image
 
-from atomdiff.cli import demo
+from atomdiff.evaluate.suite import generate_images
 from atomdiff.training import dreambooth
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
-from benchmarks import compare_methods, experiments, methods_report, screening, sheets, trial_runner, trials
+from benchmarks import compare_methods, experiments, methods_report, sampling, screening, sheets, trial_runner, trials
 from benchmarks.compare_methods import CompareConfig, describe_runs, quick_config
 from benchmarks.experiments import EXPERIMENTS, MOST_TELLING, all_methods, ordered_methods, read_adapter_fields
 from benchmarks.methods_plots import Point, draw_frontier, draw_tradeoffs, frontier
@@ -110,14 +110,6 @@ def test_a_fingerprint_tells_what_has_changed(name, trial, world):
     assert [key for key in before if before[key] != after[key]] == [name]
 
 
-def test_the_scheduler_that_is_sampled_with_counts(trial, monkeypatch):
-    before, folder = fingerprint(trial), trials.sampling_base(trial, str(TINY))
-    monkeypatch.setattr(demo, "fast_scheduler", lambda scheduler: scheduler)
-    after = fingerprint(trial)
-    assert [key for key in before if before[key] != after[key]] == ["sampling"]
-    assert trials.sampling_base(trial, str(TINY)) != folder
-
-
 def test_texts_beside_weights_and_options_with_their_defaults_are_no_change(trial, world):
     before = fingerprint(trial)
     (world.path / "subjects" / "mug" / "README.md").write_text("a mug")
@@ -131,8 +123,6 @@ def test_a_trial_is_done_once_and_again_when_something_has_changed(trial, world,
     assert first["parameters"] > 0 and first["bytes"] > first["parameters"] and first["peak_memory_bytes"] > 1e7
     assert 0 <= first["top_1"] <= 1 and [*first["metrics"]] == ["places", "edits"]
     assert first["metrics"]["edits"]["color_accuracy"]["concept"]["count"] == 1
-    scheduler = json.loads(next(world.path.glob("shared/base-*/model_index.json")).read_text())["scheduler"]
-    assert scheduler == ["diffusers", "DPMSolverMultistepScheduler"]
     assert not [*Path(trial.folder).rglob("checkpoint-*")]
     assert Runner().run([trial]) == [first] and len(world.started) == 1
 
@@ -642,3 +632,39 @@ def test_the_sheets_show_what_the_judge_is_asked_about(world, monkeypatch):
     sheets.run_concepts(config, "atoms/tiny", ("mug", "robot"))
     sheets.run_concepts(config, "atoms/tiny", ("mug", "robot"))
     assert len(world.started) == started + 2 == started + len(concepts) and all(map(Path.is_file, concepts))
+
+
+@pytest.mark.slow
+def test_each_setting_is_sampled_with_the_same_concepts(world, monkeypatch, capsys):
+    path = world.path
+    seen = []
+
+    def generate(suite, pipe, *others):
+        seen.append((type(pipe.scheduler).__name__, suite.num_inference_steps, suite.guidance_scale))
+        return generate_images(suite, pipe, *others)
+
+    monkeypatch.setattr(sampling, "generate_images", generate)
+    sampling.main(
+        sampling.SamplingConfig(
+            methods=("atoms/tiny",),
+            schedulers=("euler",),
+            steps=(2,),
+            guidance_scales=(1.5,),
+            images_per_prompt=1,
+            run=str(path / "run.yaml"),
+            tuning_dir=str(path / "tuning"),
+            protocol=str(path / "tuning.yaml"),
+            work_dir=str(path / "work"),
+            output=str(path / "sampling.json"),
+        )
+    )
+    assert seen == [
+        ("DDIMScheduler", 1, 7.5),
+        ("EulerDiscreteScheduler", 1, 7.5),
+        ("DDIMScheduler", 2, 7.5),
+        ("DDIMScheduler", 1, 1.5),
+    ]
+    figures = json.loads((path / "sampling.json").read_text())["figures"]["atoms/tiny"]
+    assert [*figures] == ["as it is", "euler", "2 steps", "guidance 1.5"]
+    assert len({found["mean"] for found in figures.values()}) == 4
+    assert len(world.started) == 1 and "| guidance 1.5 | " in capsys.readouterr().out

@@ -5,10 +5,9 @@ from pathlib import Path
 
 import pytest
 import yaml
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler, EulerDiscreteScheduler
 from PIL import Image
 
-from atomdiff.cli.demo import DemoConfig, fast_scheduler, make_sheet, run_demo, training_config
+from atomdiff.cli.demo import DemoConfig, make_sheet, run_demo, training_config
 from atomdiff.cli.main import main
 from atomdiff.evaluate.suite import SCENES, Evaluation, GeneratedImages, make_suite
 from atomdiff.utils import image_grid
@@ -125,17 +124,6 @@ def test_learning_rates_of_the_demo_are_those_of_its_run():
     assert training_config(DemoConfig()).token_learning_rate == 0.02
     run = training_config(DemoConfig(learning_rate=0.5, token_learning_rate=0.25))
     assert (run.learning_rate, run.token_learning_rate) == (0.5, 0.25)
-
-
-def test_ddim_becomes_a_stochastic_solver_and_other_schedulers_stay():
-    ddim = DDIMScheduler(prediction_type="v_prediction", rescale_betas_zero_snr=True)
-    fast = fast_scheduler(ddim)
-    assert fast.config.algorithm_type == "sde-dpmsolver++"
-    assert (fast.config.prediction_type, fast.config.rescale_betas_zero_snr) == ("v_prediction", True)
-    assert fast_scheduler(fast).config == fast.config
-    flow = DPMSolverMultistepScheduler(prediction_type="flow_prediction", use_flow_sigmas=True)
-    for other in (EulerDiscreteScheduler(), flow):
-        assert fast_scheduler(other) is other
 
 
 def test_the_base_is_sampled_alike_everywhere():
