@@ -42,6 +42,13 @@ RECIPE = {
         0.01,
         {"logit_mean": 0.5},
     ),
+    "cubic timesteps": Change(
+        "images of the second edition have the colors and the coarse pattern of the base, not of the photos: those are "
+        "decided where there is much noise, which the baseline hardly sees (one timestep in seventy is above 900)",
+        0.15,
+        0.02,
+        {"timestep_sampling": "cubic"},
+    ),
     "less noisy timesteps": Change(
         "texture is decided there, but fewer steps see what it must fit to", -0.01, -0.01, {"logit_mean": -0.5}
     ),
@@ -81,6 +88,13 @@ RECIPE = {
     "twice the learning rate": Change("+.05 and +.02 on the first edition", 0.04, 0.02, rate=2.0),
     "half the token learning rate": Change(
         "the palette needs the token to move far", -0.03, 0.0, {"token_learning_rate": 1e-2}
+    ),
+    "a tenth of the token learning rate": Change(
+        "boat and balloon are more like their subjects without the trigger word than with it: guidance adds to how far "
+        "the token has moved",
+        0.2,
+        -0.01,
+        {"token_learning_rate": 2e-3},
     ),
     "twice the token learning rate": Change("it arrives anyway", 0.0, 0.0, {"token_learning_rate": 4e-2}),
     "150 steps": Change("half the way, less what the schedule saves", -0.08, -0.015, {"max_train_steps": 150}),
