@@ -40,9 +40,9 @@ class SamplingConfig:
     """Subjects to train. Default: all of the protocol."""
     schedulers: tuple[str, ...] = ("dpm++_2m", "euler_ancestral")
     """Schedulers besides the base's own."""
-    steps: tuple[int, ...] = (15, 40)
+    steps: tuple[int, ...] = (25, 40)
     """Numbers of steps besides that of `run`."""
-    guidance_scales: tuple[float, ...] = (1.0, 1.5, 2.0, 4.0)
+    guidance_scales: tuple[float, ...] = (1.0, 2.0, 2.5, 4.0)
     """Guidance scales besides that of `run`."""
     images_per_prompt: int = 4
     """Images of each prompt."""
