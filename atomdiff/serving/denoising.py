@@ -48,6 +48,8 @@ class Denoising:
         self.embeds, self.guidance_scale, self.geometry = embeds, request.guidance_scale, geometry
         self._scheduler = own_scheduler(scheduler)
         self._scheduler.set_timesteps(request.num_inference_steps, device=denoiser.device)
+        if hasattr(self._scheduler, "set_begin_index"):  # Karras' sigmas may repeat the first timestep
+            self._scheduler.set_begin_index(0)
         self._index = 0
         generator = torch.Generator().manual_seed(request.seed)
         takes_generator = "generator" in inspect.signature(self._scheduler.step).parameters

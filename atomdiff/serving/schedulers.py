@@ -77,12 +77,8 @@ def _class_of(spec: SchedulerSpec) -> Any:
 
 
 def _knows_zero_snr(spec: SchedulerSpec) -> bool:
-    """Tell whether a scheduler can begin without any signal.
-
-    Sigmas by Karras cannot: most of them round to the last timestep, where diffusers' solver finds no next one.
-    """
-    accepted = inspect.signature(_class_of(spec).__init__).parameters
-    return "rescale_betas_zero_snr" in accepted and not spec.options.get("use_karras_sigmas")
+    """Tell whether a scheduler has a noise schedule of zero terminal SNR."""
+    return "rescale_betas_zero_snr" in inspect.signature(_class_of(spec).__init__).parameters
 
 
 def own_scheduler(scheduler: Any) -> Any:

@@ -1,17 +1,16 @@
 """Images of the engine are those of lone requests, whatever shares their calls."""
 
-import re
 import threading
 import time
 
 import pytest
 import torch
-from diffusers import DDIMScheduler, DPMSolverMultistepScheduler
+from diffusers import DPMSolverMultistepScheduler
 
 from atomdiff.serving import worker
 from atomdiff.serving.engine import Engine
 from atomdiff.serving.errors import EngineClosedError, QueueFullError, RequestTimeoutError
-from atomdiff.serving.schedulers import SCHEDULERS, named_scheduler
+from atomdiff.serving.schedulers import SCHEDULERS
 from atomdiff.utils.errors import UserError
 from tests.serving.helpers import TOLERANCE, Alone, ask
 from tests.tiny_models import fresh_copy
@@ -229,20 +228,19 @@ def test_schedulers_of_other_kinds_are_refused_by_name(make_engine, tiny_pipe):
     assert engine.submit([ask(scheduler="euler")])[0].future.result(60).isfinite().all()
 
 
-@pytest.mark.parametrize("kind", [DDIMScheduler, DPMSolverMultistepScheduler])
-@pytest.mark.parametrize("name", SCHEDULERS)
-def test_named_schedulers_start_without_any_signal_or_are_refused(kind, name):
-    base = kind(prediction_type="v_prediction", rescale_betas_zero_snr=True, timestep_spacing="trailing")
-    if name in ("pndm", "dpm++_2m_karras", "dpm++_2m_sde_karras"):
-        with pytest.raises(UserError, match=rf"{re.escape(name)}.*zero terminal SNR.*choose one of ddim,.*2m_sde"):
-            named_scheduler(name, base)
-        return
-    scheduler = named_scheduler(name, base)
-    scheduler.set_timesteps(25)
-    latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0)) * scheduler.init_noise_sigma
-    for timestep in scheduler.timesteps:
-        latents = scheduler.step(torch.zeros_like(latents), timestep, latents).prev_sample
-    assert latents.isfinite().all() and latents.abs().mean() < 2
+@pytest.mark.parametrize("name", [name for name in SCHEDULERS if name != "pndm"])
+def test_named_schedulers_start_without_any_signal(make_engine, tiny_pipe, name):
+    tiny_pipe.scheduler = DPMSolverMultistepScheduler(
+        beta_start=0.00085,
+        beta_end=0.012,
+        beta_schedule="scaled_linear",
+        algorithm_type="sde-dpmsolver++",
+        prediction_type="v_prediction",
+        rescale_betas_zero_snr=True,
+        timestep_spacing="trailing",
+    )
+    (job,) = make_engine().submit([ask(steps=25, scheduler=name)])
+    assert job.future.result(60).isfinite().all()
 
 
 def test_concepts_replaced_or_deleted_are_kept_by_what_uses_them(make_engine, alone, library, calls):
