@@ -20,13 +20,12 @@ from atomdiff.evaluate.similarity import similarities
 from atomdiff.evaluate.suite import PromptSuite, generate_images, open_adapted, read_subject
 from atomdiff.serving.schedulers import named_scheduler
 from atomdiff.utils.assets import find_asset
-from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.experiments import make_trial, own_rate
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import check_protocols, summarize
-from benchmarks.trial_runner import Runner
+from benchmarks.trial_runner import run_concepts
 from benchmarks.trials import Trial, concept_path
 
 
@@ -60,26 +59,17 @@ class SamplingConfig:
     """The result file."""
 
 
-@dataclass(frozen=True)
-class Setting:
-    """A way to sample; None stands for what base and run have."""
-
-    scheduler: str | None = None
-    num_inference_steps: int | None = None
-    guidance_scale: float | None = None
-
-
-def settings_of(config: SamplingConfig) -> dict[str, Setting]:
-    """Return the settings to try, by name."""
+def settings_of(config: SamplingConfig) -> dict[str, dict[str, Any]]:
+    """Return by name what differs from the settings of the run, and the name of another scheduler than the base's."""
     return {
-        "as it is": Setting(),
-        **{name: Setting(scheduler=name) for name in config.schedulers},
-        **{f"{steps} steps": Setting(num_inference_steps=steps) for steps in config.steps},
-        **{f"guidance {scale:g}": Setting(guidance_scale=scale) for scale in config.guidance_scales},
+        "as it is": {},
+        **{name: {"scheduler": name} for name in config.schedulers},
+        **{f"{steps} steps": {"num_inference_steps": steps} for steps in config.steps},
+        **{f"guidance {scale:g}": {"guidance_scale": scale} for scale in config.guidance_scales},
     }
 
 
-def run_concepts(config: SamplingConfig) -> dict[str, list[Trial]]:
+def train_concepts(config: SamplingConfig) -> dict[str, list[Trial]]:
     """Return the finished trials of each method.
 
     Raises:
@@ -102,15 +92,12 @@ def run_concepts(config: SamplingConfig) -> dict[str, list[Trial]]:
         ]
         for method in config.methods
     }
-    flat = [trial for each in trials.values() for trial in each]
-    for trial, result in zip(flat, Runner(config.processes, need_concepts=True).run(flat), strict=True):
-        if result["status"] == "failed":
-            raise UserError(f"{trial.folder} failed: {result['message']}; leave its method or subject out, or mend it")
+    run_concepts([trial for each in trials.values() for trial in each], config.processes)
     return trials
 
 
 def similarity_by_setting(
-    config: SamplingConfig, trial: Trial, settings: Mapping[str, Setting], judge: ImageEncoder
+    config: SamplingConfig, trial: Trial, settings: Mapping[str, dict[str, Any]], judge: ImageEncoder
 ) -> dict[str, float]:
     """Return the mean similarity of a concept's images to the unseen photos of its subject, by setting."""
     from diffusers import StableDiffusionPipeline
@@ -121,19 +108,18 @@ def similarity_by_setting(
     photos = Path(config.tuning_dir)
     prompts = load_protocol(config.protocol).subject(trial.subject, None, photos, alone=False).prompts
     texts = tuple(prompt.text for prompt in prompts)
-    suite = PromptSuite(trial.subject, texts, (), images_per_prompt=config.images_per_prompt)
+    usual = {"num_inference_steps": run.num_inference_steps, "guidance_scale": run.guidance_scale}
+    suite = PromptSuite(trial.subject, texts, (), images_per_prompt=config.images_per_prompt, **usual)
     references = judge.embed(read_subject(photos / trial.subject)[1])
     pipe = StableDiffusionPipeline.from_pretrained(find_asset(run.pretrained_model_name_or_path))
     pipe = open_adapted(pipe.to(device), concept_path(trial)).to(device)
     pipe.set_progress_bar_config(disable=True)
     own, found = pipe.scheduler, {}
-    for name, setting in settings.items():
-        pipe.scheduler = own if setting.scheduler is None else named_scheduler(setting.scheduler, own)
-        asked = replace(
-            suite,
-            num_inference_steps=setting.num_inference_steps or run.num_inference_steps,
-            guidance_scale=setting.guidance_scale or run.guidance_scale,
-        )
+    for name, changes in settings.items():
+        changes = {**changes}
+        scheduler = changes.pop("scheduler", None)
+        pipe.scheduler = own if scheduler is None else named_scheduler(scheduler, own)
+        asked = replace(suite, **changes)
         images = generate_images(asked, pipe, run.trigger_phrase, name, autocast(device, run.mixed_precision)).subject
         found[name] = float(similarities(judge.embed(images), references).mean())
     return found
@@ -155,7 +141,7 @@ def main(config: SamplingConfig) -> None:
     from atomdiff.toybox.judge import load_judge
 
     settings, judge, figures = settings_of(config), load_judge(), {}
-    for method, trials in run_concepts(config).items():
+    for method, trials in train_concepts(config).items():
         found = {trial.subject: [similarity_by_setting(config, trial, settings, judge)] for trial in trials}
         figures[method] = summarize(found)
     write_result(config.output, command_line("sampling", config, ("work_dir", "output", "processes")), figures)

@@ -22,14 +22,13 @@ from atomdiff.evaluate.size import stored_bytes
 from atomdiff.evaluate.suite import PromptSuite, generate_images, open_adapted, read_subject
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.atomic import write_png
-from atomdiff.utils.errors import UserError
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
+from benchmarks import trial_runner
 from benchmarks.experiments import make_trial, own_rate
 from benchmarks.recognition import Gallery
 from benchmarks.result_file import command_line, write_result
-from benchmarks.trial_runner import Runner
 from benchmarks.trials import Trial, concept_path
 
 PLACES = 3
@@ -94,10 +93,7 @@ def run_concepts(config: SheetsConfig, method: str, subjects: Sequence[str]) -> 
         make_trial(method, rate, photos / subject, config.protocols, 0, config.run, config.work_dir)
         for subject in subjects
     ]
-    runner = Runner(config.processes, need_concepts=True)
-    for trial, result in zip(trials, runner.run(trials), strict=True):
-        if result["status"] == "failed":
-            raise UserError(f"{method} failed on {trial.subject}: {result['message']}; leave it out, or mend it")
+    trial_runner.run_concepts(trials, config.processes)
     return dict(zip(subjects, trials, strict=True))
 
 

@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from atomdiff.utils.atomic import write_json
+from atomdiff.utils.errors import UserError
 from benchmarks.trials import OF_EVALUATION, RESULT_FILE, RUN_FOLDER, TRIAL_FILE, Trial, fingerprint, has_concept
 
 _STOPPED = (130, -signal.SIGINT, -signal.SIGTERM)
@@ -139,6 +140,17 @@ def _prepare(trial: Trial, keys: dict[str, str], processes: int) -> None:
 def _last_line(file: Path) -> str:
     lines = [line for line in file.read_text(errors="replace").splitlines() if line.strip()]
     return lines[-1][-300:] if lines else "it said nothing"
+
+
+def run_concepts(trials: Sequence[Trial], processes: int = 1) -> None:
+    """Run what is missing of trials whose concepts are needed.
+
+    Raises:
+        UserError: one has failed.
+    """
+    for trial, result in zip(trials, Runner(processes, need_concepts=True).run(trials), strict=True):
+        if result["status"] == "failed":
+            raise UserError(f"{trial.folder} failed: {result['message']}; leave out its method or subject, or mend it")
 
 
 @contextmanager

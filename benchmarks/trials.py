@@ -24,6 +24,7 @@ from PIL import Image
 from atomdiff.utils.assets import find_asset
 from atomdiff.utils.atomic import write_json
 from atomdiff.utils.hashing import hash_file, hash_listing, hash_values
+from atomdiff.utils.machine import describe_processor
 from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_yaml
 from atomdiff.utils.versions import versions
@@ -202,7 +203,7 @@ def _device() -> str:
     """Return the name of the GPU, if one was used, else the kind of processor with its threads."""
     import torch
 
-    return torch.cuda.get_device_name() if torch.cuda.is_available() else versions()["machine"]
+    return torch.cuda.get_device_name() if torch.cuda.is_available() else describe_processor()
 
 
 def peak_memory() -> int:
