@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, distributed, nn
 
 from atomdiff.utils.atomic import new_file
 from benchmarks.pretrain.fastest import captured
@@ -39,6 +39,30 @@ class Stage:
     def progress(self, elapsed: float) -> float:
         """Share of the stage that is done after `elapsed` seconds."""
         return self.steps / self.total_steps if self.total_steps else elapsed / max(self.seconds, 1e-3)
+
+
+def rank() -> int:
+    """The number of this process among those of a run, from 0 on."""
+    return distributed.get_rank() if distributed.is_initialized() else 0
+
+
+def is_first() -> bool:
+    """Whether this process writes the files of a run."""
+    return rank() == 0
+
+
+@torch.no_grad()
+def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
+    """Replace the gradients by their means over the processes of a run; a single one keeps its own."""
+    if not distributed.is_initialized():
+        return
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    together = torch.cat([gradient.flatten() for gradient in gradients])
+    distributed.all_reduce(together)
+    together /= distributed.get_world_size()
+    parts = together.split([gradient.numel() for gradient in gradients])
+    for gradient, mean in zip(gradients, parts, strict=True):
+        gradient.copy_(mean.view_as(gradient))
 
 
 class Stateful(Protocol):
@@ -77,7 +101,9 @@ class Checkpoints:
         return float(state["elapsed"])
 
     def save(self, stage: Stage, parts: Mapping[str, Stateful], elapsed: float) -> None:
-        """Write the state of a stage that has run for `elapsed` seconds."""
+        """Write the state of a stage that has run for `elapsed` seconds; of several processes the first one does."""
+        if not is_first():
+            return
         clock = {"seconds": stage.seconds, "steps": stage.steps, "losses": stage.losses, "elapsed": elapsed}
         with new_file(self.folder / f"resume-{stage.name}.pt") as file:
             torch.save({name: part.state_dict() for name, part in parts.items()} | clock, file)
@@ -177,6 +203,7 @@ class Steps:
         self.clear_gradients()
         loss = loss_of()
         loss.backward()
+        average_gradients(self.parameters)
         nn.utils.clip_grad_norm_(self.parameters, 1.0, foreach=True)
         for optimizer in self.optimizers:
             optimizer.step()

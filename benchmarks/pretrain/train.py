@@ -10,17 +10,19 @@ a run that is stopped leaves what it has. A file `deadline` in the folder with t
 replaces `--seconds`; it is read when a stage begins.
 
 `--start_from FOLDER` goes on from such weights (those that a changed architecture still has), or from a pipeline folder
-with the judge's beside it, such as samples/toybox-sd. `--stages` chooses what is trained: `inner` is the UNet below its
-highest resolution, twice as fast on a CPU. `--only` names the weights that the denoiser's stage changes. With
-`--checkpoint_seconds` the same command resumes a run that was stopped, for long runs on a CPU; `--steps` ends a stage
-after so many steps, whatever they take. `--pipeline FOLDER` trains nothing, but makes a pipeline folder of the weights
-in `--out`, and beside it the judge's folder `toybox-judge`.
+with the judge's beside it, such as samples/toybox-sd. `--stages` chooses what is trained: `inner` is the UNet below its highest resolution, twice as fast on a CPU. `--only`
+names the weights that the denoiser's stage changes. With `--checkpoint_seconds` the same command resumes a run that was
+stopped, for long runs on a CPU; `--steps` ends a stage after so many steps, whatever they take. On a CPU, processes of
+one thread each are faster than one with as many threads: `torchrun --nproc_per_node 2 -m benchmarks.pretrain.train ...`
+(with `--steps`) takes `--batch` images in each and averages the gradients. `--pipeline FOLDER` trains nothing, but makes
+a pipeline folder of the weights in `--out`, and beside it the judge's folder `toybox-judge`.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
 import time
@@ -32,6 +34,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import distributed
 
 from atomdiff.toybox.judge import JUDGE_FOLDER, LABELS, Judge, save_judge
 from atomdiff.toybox.world import CLASSES, IMAGE_SIZE, SCENES
@@ -48,7 +51,7 @@ from benchmarks.pretrain.architecture import (
 )
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
 from benchmarks.pretrain.fastest import print_profile
-from benchmarks.pretrain.stage import Checkpoints, Phase, Stage, run_stage
+from benchmarks.pretrain.stage import Checkpoints, Phase, Stage, is_first, rank, run_stage
 from benchmarks.pretrain.train_autoencoder import center_latents, encode, sizes, train_autoencoder
 from benchmarks.pretrain.train_autoencoder import fastest_phase as fastest_autoencoder
 from benchmarks.pretrain.train_denoiser import Denoiser, layout, make_loss, train_denoiser
@@ -115,9 +118,11 @@ def kept(path: Path | None, make: Callable[[], Any]) -> Any:
     """Tensors of a file, which is written if there is none; without a path they are made."""
     if path is None:
         return make()
-    if not path.exists():
+    if is_first() and not path.exists():
         with new_file(path) as file:
             torch.save(make(), file)
+    if distributed.is_initialized():
+        distributed.barrier()
     return torch.load(path, mmap=True, weights_only=True)
 
 
@@ -206,7 +211,9 @@ class Run:
         return self.stages[-1]
 
     def save(self) -> None:
-        """Write weights and report."""
+        """Write weights and report; of several processes the first one does."""
+        if not is_first():
+            return
         save_shards(self.parts(), self.options.out)
         card = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
         report = {
@@ -321,6 +328,10 @@ def main() -> None:
     if options.tiny:
         options.images, options.families, options.batch, options.vae_batch = 48, 12, 4, 4
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
+        if device.type == "cuda" or not options.steps:
+            raise SystemExit("Several processes train on a CPU only, and need --steps: their clocks differ.")
+        distributed.init_process_group("gloo")
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     options.out.mkdir(parents=True, exist_ok=True)
@@ -328,13 +339,15 @@ def main() -> None:
         warm(options, device)
         return
     run = Run(options, device)
+    torch.manual_seed(options.seed + 1_000_003 * rank())  # the same weights, other batches
     at_once = 8 if options.tiny else 1024 if device.type == "cuda" else 128
     render = partial(render_world, options.images, 0.10 * options.seconds, options.seed, device, at_once)
     world = World(**kept(options.world, lambda: vars(render())))
     run.learn(world, at_once)
     if "denoiser" not in options.stages:
         return
-    run.draw_sheet()
+    if is_first():
+        run.draw_sheet()
     if options.profile:
         print_profile(run.phase.loss_of, run.denoiser)
 

@@ -2,6 +2,7 @@
 
 import json
 from functools import partial
+from pathlib import Path
 
 import pytest
 import torch
@@ -9,7 +10,7 @@ from torch import nn
 
 from atomdiff.toybox.judge import Judge, load_judge, save_judge
 from atomdiff.utils.assets import ASSETS
-from benchmarks.pretrain import evaluate, muon
+from benchmarks.pretrain import evaluate, muon, train
 from benchmarks.pretrain.architecture import (
     assemble,
     build_scheduler,
@@ -338,3 +339,42 @@ def test_centered_latents_decode_to_the_same_image_and_have_unit_scale():
     torch.testing.assert_close(
         vae.encode(signal).latent_dist.mean * vae.config.scaling_factor, scaled, atol=1e-3, rtol=1e-3
     )
+
+
+def _train_beside(index: int, folder: Path) -> None:
+    """One of two processes that train the same model, each on its half of the rows."""
+    store = torch.distributed.FileStore(str(folder / "store"), 2)
+    torch.distributed.init_process_group("gloo", store=store, rank=index, world_size=2)
+    model, stage = make_model(), Stage("part", 0.0, 1e-2, total_steps=5)
+    rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))[index::2]
+    run_stage(
+        stage,
+        model,
+        [Phase(lambda: (model(rows) - 1).square().mean())],
+        checkpoints=Checkpoints(folder / str(index), 60),
+    )
+    torch.save(model.state_dict(), folder / f"{index}.pt")
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one_does_on_the_images_of_both(tmp_path):
+    for index in range(2):
+        (tmp_path / str(index)).mkdir()
+    torch.multiprocessing.spawn(_train_beside, (tmp_path,), nprocs=2)
+    model, stage = make_model(), Stage("part", 0.0, 1e-2, total_steps=5)
+    rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
+    run_stage(stage, model, [Phase(lambda: (model(rows) - 1).square().mean())])
+    for name, expected in model.state_dict().items():
+        first, second = (torch.load(tmp_path / f"{index}.pt", weights_only=True)[name] for index in range(2))
+        assert torch.equal(first, second)
+        assert torch.allclose(first, expected, atol=1e-3)
+    assert [path.name for path in tmp_path.glob("*/resume-part.pt")] == ["resume-part.pt"]
+    assert (tmp_path / "0" / "resume-part.pt").exists()
+
+
+def test_several_processes_need_a_number_of_steps(tmp_path, monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--tiny"])
+    with pytest.raises(SystemExit, match="--steps"):
+        train.main()
