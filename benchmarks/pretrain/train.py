@@ -10,12 +10,14 @@ a run that is stopped leaves what it has. A file `deadline` in the folder with t
 replaces `--seconds`; it is read when a stage begins.
 
 `--start_from FOLDER` goes on from such weights (those that a changed architecture still has), or from a pipeline folder
-with the judge's beside it, such as samples/toybox-sd. `--stages` chooses what is trained: `inner` is the UNet below its highest resolution, twice as fast on a CPU. `--only`
-names the weights that the denoiser's stage changes. With `--checkpoint_seconds` the same command resumes a run that was
-stopped, for long runs on a CPU; `--steps` ends a stage after so many steps, whatever they take. On a CPU, processes of
-one thread each are faster than one with as many threads: `torchrun --nproc_per_node 2 -m benchmarks.pretrain.train ...`
-(with `--steps`) takes `--batch` images in each and averages the gradients. `--pipeline FOLDER` trains nothing, but makes
-a pipeline folder of the weights in `--out`, and beside it the judge's folder `toybox-judge`.
+with the judge's beside it, such as samples/toybox-sd. `--stages` chooses what is trained: `inner` is the UNet below its
+highest resolution, twice as fast on a CPU. `--only` names the weights that the denoiser's stage changes. With
+`--checkpoint_seconds` the same command resumes a run that was stopped, for long runs on a CPU; `--steps` ends a stage
+after so many steps, whatever they take. `--pipeline FOLDER` trains nothing, but makes a pipeline folder of the weights
+in `--out`, and beside it the judge's folder `toybox-judge`.
+
+On a CPU, processes of one thread each are faster than one with as many threads: `torchrun --nproc_per_node 2 -m
+benchmarks.pretrain.train ...` (with `--steps`) takes `--batch` images in each and averages the gradients.
 """
 
 from __future__ import annotations
