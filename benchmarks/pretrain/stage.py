@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import torch
-from torch import Tensor, distributed, nn
+from accelerate import PartialState
+from accelerate.utils import reduce
+from torch import Tensor, nn
 
 from atomdiff.utils.atomic import new_file
 from benchmarks.pretrain.fastest import captured
@@ -41,28 +43,12 @@ class Stage:
         return self.steps / self.total_steps if self.total_steps else elapsed / max(self.seconds, 1e-3)
 
 
-def rank() -> int:
-    """The number of this process among those of a run, from 0 on."""
-    return distributed.get_rank() if distributed.is_initialized() else 0
-
-
-def is_first() -> bool:
-    """Whether this process writes the files of a run."""
-    return rank() == 0
-
-
 @torch.no_grad()
 def average_gradients(parameters: Sequence[nn.Parameter]) -> None:
-    """Replace the gradients by their means over the processes of a run; a single one keeps its own."""
-    if not distributed.is_initialized():
-        return
-    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
-    together = torch.cat([gradient.flatten() for gradient in gradients])
-    distributed.all_reduce(together)
-    together /= distributed.get_world_size()
-    parts = together.split([gradient.numel() for gradient in gradients])
-    for gradient, mean in zip(gradients, parts, strict=True):
-        gradient.copy_(mean.view_as(gradient))
+    """Replace the gradients by their means over the processes of a run."""
+    if PartialState().num_processes > 1:
+        gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+        torch._foreach_copy_(gradients, reduce(gradients, "mean"))
 
 
 class Stateful(Protocol):
@@ -102,7 +88,7 @@ class Checkpoints:
 
     def save(self, stage: Stage, parts: Mapping[str, Stateful], elapsed: float) -> None:
         """Write the state of a stage that has run for `elapsed` seconds; of several processes the first one does."""
-        if not is_first():
+        if not PartialState().is_main_process:
             return
         clock = {"seconds": stage.seconds, "steps": stage.steps, "losses": stage.losses, "elapsed": elapsed}
         with new_file(self.folder / f"resume-{stage.name}.pt") as file:

@@ -16,8 +16,9 @@ highest resolution, twice as fast on a CPU. `--only` names the weights that the 
 after so many steps, whatever they take. `--pipeline FOLDER` trains nothing, but makes a pipeline folder of the weights
 in `--out`, and beside it the judge's folder `toybox-judge`.
 
-On a CPU, processes of one thread each are faster than one with as many threads: `torchrun --nproc_per_node 2 -m
-benchmarks.pretrain.train ...` (with `--steps`) takes `--batch` images in each and averages the gradients.
+On a CPU, processes of one thread each may be faster than one with as many threads (trial 14 in README.md): `torchrun
+--nproc_per_node 2 -m benchmarks.pretrain.train ...` (with `--steps`) takes `--batch` images in each and averages the
+gradients.
 """
 
 from __future__ import annotations
@@ -30,13 +31,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import asdict
-from datetime import date
+from datetime import date, timedelta
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import distributed
+from accelerate import PartialState
 
 from atomdiff.toybox.judge import JUDGE_FOLDER, LABELS, Judge, save_judge
 from atomdiff.toybox.world import CLASSES, IMAGE_SIZE, SCENES
@@ -53,7 +54,7 @@ from benchmarks.pretrain.architecture import (
 )
 from benchmarks.pretrain.data import World, render_families, render_world, token_ids
 from benchmarks.pretrain.fastest import print_profile
-from benchmarks.pretrain.stage import Checkpoints, Phase, Stage, is_first, rank, run_stage
+from benchmarks.pretrain.stage import Checkpoints, Phase, Stage, run_stage
 from benchmarks.pretrain.train_autoencoder import center_latents, encode, sizes, train_autoencoder
 from benchmarks.pretrain.train_autoencoder import fastest_phase as fastest_autoencoder
 from benchmarks.pretrain.train_denoiser import Denoiser, layout, make_loss, train_denoiser
@@ -120,11 +121,10 @@ def kept(path: Path | None, make: Callable[[], Any]) -> Any:
     """Tensors of a file, which is written if there is none; without a path they are made."""
     if path is None:
         return make()
-    if is_first() and not path.exists():
-        with new_file(path) as file:
-            torch.save(make(), file)
-    if distributed.is_initialized():
-        distributed.barrier()
+    with PartialState().main_process_first():
+        if not path.exists():
+            with new_file(path) as file:
+                torch.save(make(), file)
     return torch.load(path, mmap=True, weights_only=True)
 
 
@@ -214,7 +214,7 @@ class Run:
 
     def save(self) -> None:
         """Write weights and report; of several processes the first one does."""
-        if not is_first():
+        if not PartialState().is_main_process:
             return
         save_shards(self.parts(), self.options.out)
         card = torch.cuda.get_device_name() if self.device.type == "cuda" else "CPU"
@@ -330,10 +330,13 @@ def main() -> None:
     if options.tiny:
         options.images, options.families, options.batch, options.vae_batch = 48, 12, 4, 4
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if int(os.environ.get("WORLD_SIZE", 1)) > 1:
-        if device.type == "cuda" or not options.steps:
-            raise SystemExit("Several processes train on a CPU only, and need --steps: their clocks differ.")
-        distributed.init_process_group("gloo")
+    several = int(os.environ.get("WORLD_SIZE", 1)) > 1
+    if several and (device.type == "cuda" or not options.steps):
+        raise SystemExit(
+            f"Several processes train on a CPU only, and end after --steps, as clocks differ: found {device.type} "
+            f"and --steps {options.steps}. Start a single process, or give the number of steps."
+        )
+    processes = PartialState(cpu=device.type == "cpu", timeout=timedelta(days=1))  # others wait while one renders
     torch.set_float32_matmul_precision("high")
     torch.backends.cudnn.benchmark = True
     options.out.mkdir(parents=True, exist_ok=True)
@@ -341,14 +344,14 @@ def main() -> None:
         warm(options, device)
         return
     run = Run(options, device)
-    torch.manual_seed(options.seed + 1_000_003 * rank())  # the same weights, other batches
+    torch.manual_seed(options.seed + 1_000_003 * processes.process_index)  # the same weights, other batches
     at_once = 8 if options.tiny else 1024 if device.type == "cuda" else 128
     render = partial(render_world, options.images, 0.10 * options.seconds, options.seed, device, at_once)
     world = World(**kept(options.world, lambda: vars(render())))
     run.learn(world, at_once)
     if "denoiser" not in options.stages:
         return
-    if is_first():
+    if processes.is_main_process:
         run.draw_sheet()
     if options.profile:
         print_profile(run.phase.loss_of, run.denoiser)

@@ -1,11 +1,14 @@
 """The parts of the pretraining that its short runs do not check: Muon, the choice of the fastest way, resuming."""
 
 import json
+import os
 from functools import partial
 from pathlib import Path
 
 import pytest
 import torch
+from accelerate import PartialState
+from accelerate.utils.other import get_free_port
 from torch import nn
 
 from atomdiff.toybox.judge import Judge, load_judge, save_judge
@@ -23,7 +26,7 @@ from benchmarks.pretrain.data import World, as_signal
 from benchmarks.pretrain.evaluate import area_under_curve
 from benchmarks.pretrain.fastest import fastest
 from benchmarks.pretrain.muon import Muon, make_optimizers, orthogonalize
-from benchmarks.pretrain.stage import Average, Checkpoints, Phase, Stage, run_stage
+from benchmarks.pretrain.stage import Average, Checkpoints, Phase, Stage, average_gradients, run_stage
 from benchmarks.pretrain.train import load_what_fits
 from benchmarks.pretrain.train_autoencoder import center_latents, crops
 from benchmarks.pretrain.train_denoiser import Denoiser, make_loss
@@ -341,40 +344,43 @@ def test_centered_latents_decode_to_the_same_image_and_have_unit_scale():
     )
 
 
-def _train_beside(index: int, folder: Path) -> None:
+def _train(rows: torch.Tensor, checkpoints: Checkpoints | None = None) -> nn.Module:
+    model = make_model()
+    phase = Phase(lambda: (model(rows) - 1).square().mean())
+    run_stage(Stage("part", 0.0, 1e-2, total_steps=5), model, [phase], checkpoints=checkpoints)
+    return model
+
+
+def _train_beside(index: int, port: int, folder: Path, rows: torch.Tensor) -> None:
     """One of two processes that train the same model, each on its half of the rows."""
-    store = torch.distributed.FileStore(str(folder / "store"), 2)
-    torch.distributed.init_process_group("gloo", store=store, rank=index, world_size=2)
-    model, stage = make_model(), Stage("part", 0.0, 1e-2, total_steps=5)
-    rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))[index::2]
-    run_stage(
-        stage,
-        model,
-        [Phase(lambda: (model(rows) - 1).square().mean())],
-        checkpoints=Checkpoints(folder / str(index), 60),
-    )
-    torch.save(model.state_dict(), folder / f"{index}.pt")
-    torch.distributed.destroy_process_group()
+    place = {"RANK": index, "LOCAL_RANK": index, "WORLD_SIZE": 2, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    os.environ.update({name: str(value) for name, value in place.items()} | {"OMP_NUM_THREADS": "1"})
+    PartialState(cpu=True)
+    model = _train(rows[index::2], Checkpoints(folder / str(index), 60))
+    parameter = nn.Parameter(torch.zeros(2))
+    parameter.grad = torch.tensor([1.0, 3.0]) * (index + 1)
+    average_gradients([parameter, nn.Parameter(torch.zeros(1))])
+    torch.save(model.state_dict() | {"averaged": parameter.grad}, folder / f"{index}.pt")
+    PartialState().destroy_process_group()
 
 
 @pytest.mark.slow
 def test_two_processes_train_as_one_does_on_the_images_of_both(tmp_path):
     for index in range(2):
         (tmp_path / str(index)).mkdir()
-    torch.multiprocessing.spawn(_train_beside, (tmp_path,), nprocs=2)
-    model, stage = make_model(), Stage("part", 0.0, 1e-2, total_steps=5)
     rows = torch.randn(8, 6, generator=torch.Generator().manual_seed(1))
-    run_stage(stage, model, [Phase(lambda: (model(rows) - 1).square().mean())])
-    for name, expected in model.state_dict().items():
-        first, second = (torch.load(tmp_path / f"{index}.pt", weights_only=True)[name] for index in range(2))
-        assert torch.equal(first, second)
-        assert torch.allclose(first, expected, atol=1e-3)
-    assert [path.name for path in tmp_path.glob("*/resume-part.pt")] == ["resume-part.pt"]
-    assert (tmp_path / "0" / "resume-part.pt").exists()
+    torch.multiprocessing.spawn(_train_beside, (get_free_port(), tmp_path, rows), nprocs=2)
+    first, second = (torch.load(tmp_path / f"{index}.pt", weights_only=True) for index in range(2))
+    for name, expected in (_train(rows).state_dict() | {"averaged": torch.tensor([1.5, 4.5])}).items():
+        assert torch.equal(first[name], second[name])
+        assert torch.allclose(first[name], expected, atol=1e-3)
+    assert list(tmp_path.glob("*/resume-part.pt")) == [tmp_path / "0" / "resume-part.pt"]
 
 
-def test_several_processes_need_a_number_of_steps(tmp_path, monkeypatch):
+@pytest.mark.parametrize("steps", [[], ["--steps", "2"]])
+def test_several_processes_need_a_cpu_and_a_number_of_steps(steps, tmp_path, monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "2")
-    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--tiny"])
-    with pytest.raises(SystemExit, match="--steps"):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: bool(steps))
+    monkeypatch.setattr("sys.argv", ["train", "--out", str(tmp_path), "--tiny", *steps])
+    with pytest.raises(SystemExit, match="found cuda and --steps 2" if steps else "found cpu and --steps 0"):
         train.main()
