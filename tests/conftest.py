@@ -1,5 +1,6 @@
 """Fixtures shared by all tests."""
 
+import gc
 import os
 import resource
 import warnings
@@ -24,6 +25,11 @@ transformers_logging.disable_progress_bar()
 torch.set_num_threads(1)
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests start
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # or results would depend on what the processor can do
+
+
+def pytest_collection_finish() -> None:
+    """Keep the garbage collector from looking at libraries and tests: every training run collects, in .5 s instead."""
+    gc.freeze()
 
 
 @pytest.fixture
