@@ -1,6 +1,7 @@
-"""One change at a time of the recipe or of the adapter, on the tuning subjects: what it does to similarity and drift.
+"""One change at a time of the recipe, the layers or the adapter: what it does to similarity and drift.
 
     python -m benchmarks.screening
+    python -m benchmarks.screening --table layers
     python -m benchmarks.screening --table adapter --trials 3
 
 `screening_changes.py` has the changes, each with a prediction that was written before the first run. The result file
@@ -21,7 +22,7 @@ from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.experiments import own_rate, rates_to_try, read_adapter_fields
 from benchmarks.result_file import command_line, write_result
-from benchmarks.screening_changes import ADAPTER, RECIPE, Change
+from benchmarks.screening_changes import ADAPTER, LAYERS, RECIPE, Change
 from benchmarks.trial_figures import (
     Result,
     check_protocols,
@@ -36,7 +37,11 @@ from benchmarks.trials import Trial
 
 FACTOR = 2  # between learning rates
 BASELINE = "baseline"
-TABLES = {"recipe": ("atoms/default", RECIPE), "adapter": ("atoms/conv", ADAPTER)}
+TABLES = {
+    "recipe": ("atoms/default", RECIPE),
+    "layers": ("atoms/near_output", LAYERS),
+    "adapter": ("atoms/conv", ADAPTER),
+}
 """Method of the baseline, and changes."""
 _SHOWN = ("gain", "drift", "scenes")
 
@@ -45,8 +50,8 @@ _SHOWN = ("gain", "drift", "scenes")
 class ScreeningConfig:
     """Try changes one at a time."""
 
-    table: Literal["recipe", "adapter"] = "recipe"
-    """Which changes: of the training run, or of the adapter."""
+    table: Literal["recipe", "layers", "adapter"] = "recipe"
+    """Which changes: of the training run, of the layers that are adapted, or of the adapter."""
     changes: tuple[str, ...] = ()
     """Names of changes. Default: all of the table."""
     subjects: tuple[str, ...] = ()

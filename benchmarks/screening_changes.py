@@ -106,23 +106,80 @@ RECIPE = {
     "constant learning rate": Change(
         "more movement, and no quiet end", 0.0, 0.015, {"lr_scheduler": "constant"}
     ),
-    "all convolutions": Change(
-        "layers far from the output change layouts more than looks", 0.0, 0.02,
-        adapter={"target_modules": "conv", "channel_block_pattern": {}}, rate=1.5,
+}  # fmt: skip
+"""Changes of the recipe, from configs/demo.yaml with atoms/default."""
+
+_NEAR_OUTPUT = r"up_blocks\.[12]\..*conv\w*|conv_out|up_blocks\.1\..*ff\.net\.2"
+_FIRST = r"down_blocks.*conv\w*|conv_in"
+_FIRST_ATTENTION = r"down_blocks.*attn[12]\.to_(q|k|v|out\.0)"
+_LAST_ATTENTION = r"up_blocks\.1\..*attn[12]\.to_(q|k|v|out\.0)"
+_FEWER_OF_8 = {
+    "target_modules": f"{_NEAR_OUTPUT}|{_FIRST_ATTENTION}",
+    "channel_block_pattern": {"up_blocks\\.1\\..*conv2": 8},
+}
+
+LAYERS = {
+    "cross-attention as well": Change(
+        "with a better base atoms keep its colors where LoRA, in attention, has those of the subject: the word of the "
+        "token acts there",
+        0.06,
+        0.01,
+        adapter={"target_modules": f"{_NEAR_OUTPUT}|.*attn2\\.to_[kv]"},
     ),
     "all layers": Change(
         "attention adds where patterns go, and drift", 0.03, 0.03, adapter={"target_modules": "all"}
     ),
-    "convolutions of the last blocks": Change(
-        "without the feed-forward layers and the channel blocks of 8", -0.05, -0.01,
-        adapter={"target_modules": "up_blocks\\.[12]\\..*conv\\w*|conv_out", "channel_block_pattern": {}},
+    "all layers, blocks of 4": Change(
+        "without the blocks of 8, half the bytes; what all layers bring are other places, not parameters", 0.11, 0.03,
+        adapter={"target_modules": "all", "channel_block_pattern": {}},
     ),
-    "convolutions of the first blocks": Change(
-        "they see the noisy image, and change what all later layers get", -0.15, 0.02,
-        adapter={"target_modules": "down_blocks\\..*conv\\w*|conv_in", "channel_block_pattern": {}},
+    "all layers, blocks of 2 away from the output": Change(
+        "the baseline's layers as they are, and a sixteenth of the parameters in each of the others", 0.06, 0.02,
+        adapter={
+            "target_modules": "all",
+            "channel_block": 2,
+            "channel_block_pattern": {
+                r"up_blocks\.1\..*conv2|up_blocks\.1\..*ff\.net\.2": 8,
+                _NEAR_OUTPUT: 4,
+            },
+        },
+    ),
+    "all layers but those of the first blocks, blocks of 4": Change(
+        "no gradient has to go through the first blocks, which see the noisy image", 0.10, 0.02,
+        adapter={
+            "target_modules": "all",
+            "exclude_modules": r"(down_blocks|time_embedding|conv_in).*",
+            "channel_block_pattern": {},
+        },
+    ),
+    "convolutions of the first blocks as well, blocks of 4": Change(
+        "all layers without those of the first blocks are no better than the baseline, so it is the first blocks that "
+        "matter: what they see is the noisy image, and colors are decided where there is much noise",
+        0.06,
+        0.015,
+        adapter={"target_modules": f"{_NEAR_OUTPUT}|{_FIRST}", "channel_block_pattern": {}},
+    ),
+    "convolutions and attention of the first blocks as well, blocks of 4": Change(
+        "the same, and the token's word", 0.09, 0.02,
+        adapter={"target_modules": f"{_NEAR_OUTPUT}|{_FIRST}|{_FIRST_ATTENTION}", "channel_block_pattern": {}},
+    ),
+    "attention of the first blocks as well, fewer blocks of 8": Change(
+        "the first blocks' attention is what brings .1, their convolutions bring nothing; blocks of 8 where they fit",
+        0.07,
+        0.01,
+        adapter=_FEWER_OF_8,
+    ),
+    "attention of the first blocks as well, fewer blocks of 8, twice the learning rate": Change(
+        "adds what twice the learning rate brought the baseline", 0.06, 0.03, adapter=_FEWER_OF_8, rate=2.0
+    ),
+    "attention of the first and the last blocks as well, blocks of 4": Change(
+        "attention of the last blocks in place of blocks of 8, for as many bytes", 0.05, 0.015,
+        adapter={
+            "target_modules": f"{_NEAR_OUTPUT}|{_FIRST_ATTENTION}|{_LAST_ATTENTION}", "channel_block_pattern": {}
+        },
     ),
 }  # fmt: skip
-"""Changes of the recipe, from configs/demo.yaml with atoms/default."""
+"""Changes of the layers, from configs/demo.yaml with atoms/near_output."""
 
 ADAPTER = {
     "basis dct": Change("with all 9 atoms the basis is a rotation; only AdamW's steps differ", 0.0, 0.0,

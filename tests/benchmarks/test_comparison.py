@@ -578,7 +578,7 @@ def test_every_change_can_be_trained(table, world):
             assert getattr(config, option) == value != getattr(dataclasses.replace(run, options={}).config(), option)
         assert all(getattr(adapter, field) == value for field, value in change.adapter.items())
         assert change.why and (change.options or change.adapter or change.rate != 1)
-    assert len(changes) > 15
+    assert len(changes) >= 10
 
 
 def test_differences_are_paired_by_subject():
