@@ -27,8 +27,10 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")  # for the processes that tests st
 os.environ["ACCELERATE_MIXED_PRECISION"] = "no"  # or results would depend on what the processor can do
 
 
-def pytest_collection_finish() -> None:
-    """Keep the garbage collector from looking at libraries and tests: every training run collects, in .5 s instead."""
+@pytest.fixture(scope="module", autouse=True)
+def small_heap() -> None:
+    """Keep the garbage collector from looking at what is there: training runs collect, in .5 s among all libraries."""
+    gc.collect()
     gc.freeze()
 
 
