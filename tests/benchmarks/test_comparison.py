@@ -581,6 +581,13 @@ def test_every_change_can_be_trained(table, world):
     assert len(changes) >= 10
 
 
+def test_layers_are_added_to_those_of_the_baseline():
+    method, changes = screening.TABLES["layers"]
+    own = read_adapter_fields(method)["target_modules"]
+    targets = {change.adapter["target_modules"].removeprefix(f"{own}|") for change in changes.values()}
+    assert "all" in targets and not any("conv_out" in each for each in targets)
+
+
 def test_differences_are_paired_by_subject():
     baseline = [result_of("mug", 0.1), result_of("cat", 0.7)]
     found = screening.differences([result_of("mug", 0.2), result_of("cat", 0.9)], baseline)
