@@ -71,6 +71,10 @@ RECIPE = {
     "preservation class, weight 0.3": Change(
         "a third of the pull of weight 1", -0.05, -0.02, {"preservation": "class", "preservation_weight": 0.3}
     ),
+    "preservation class, weight 0.3, twice the learning rate": Change(
+        "what twice the learning rate adds to drift is what preservation takes away", 0.02, 0.0,
+        {"preservation": "class", "preservation_weight": 0.3}, rate=2.0,
+    ),
     "preservation class, weight 1": Change(
         "drift fell by a third for a sixth of the gain, on two subjects of the first edition",
         -0.15,
