@@ -113,10 +113,10 @@ RECIPE = {
 }  # fmt: skip
 """Changes of the recipe, from configs/demo.yaml with atoms/default."""
 
-_NEAR_OUTPUT = r"up_blocks\.[12]\..*conv\w*|conv_out|up_blocks\.1\..*ff\.net\.2"  # the baseline's
+_NEAR_OUTPUT = r"up_blocks\.[1-3]\..*conv\w*|conv_out|up_blocks\.[1-3]\..*ff\.net\.2"  # the baseline's
 _FIRST = r"down_blocks.*conv\w*|conv_in"
 _FIRST_ATTENTION = r"down_blocks.*attn[12]\.to_(q|k|v|out\.0)"
-_LAST_ATTENTION = r"up_blocks\.1\..*attn[12]\.to_(q|k|v|out\.0)"
+_LAST_ATTENTION = r"up_blocks\.[1-3]\..*attn[12]\.to_(q|k|v|out\.0)"
 _FEWER_OF_8 = {
     "target_modules": f"{_NEAR_OUTPUT}|{_FIRST_ATTENTION}",
     "channel_block_pattern": {"up_blocks\\.1\\..*conv2": 8},

@@ -1,10 +1,14 @@
 """The options that the page makes of its fields."""
 
+import re
 from dataclasses import replace
 
 import pytest
+import torch
 import yaml
 
+from atomdiff import AtomConfig
+from atomdiff.bases.architectures import ARCHITECTURES
 from atomdiff.ui import recipes
 from atomdiff.utils.errors import UserError
 
@@ -18,6 +22,16 @@ def check(tmp_path, images, options):
     file = tmp_path / "train.yaml"
     file.write_text(yaml.safe_dump({**options, "instance_data_dir": str(images), "output_dir": str(tmp_path)}))
     return recipes.check_config(file)
+
+
+@pytest.mark.parametrize("preset", ["tiny", "default"])
+def test_presets_adapt_the_block_next_to_the_output(preset):
+    with torch.device("meta"):
+        unet = ARCHITECTURES["sd-1.5"]()  # has more up blocks than the toybox
+    config = AtomConfig.from_json_file(recipes.PRESETS[preset])
+    adapted = {name for name, _ in unet.named_modules() if re.fullmatch(config["target_modules"], name)}
+    assert {"conv_out", *(f"up_blocks.{block}.resnets.2.conv2" for block in (1, 2, 3))} <= adapted
+    assert ("up_blocks.3.attentions.2.transformer_blocks.0.attn2.to_k" in adapted) == (preset == "default")
 
 
 def test_fields_and_advanced_become_one_config(ui_config, tmp_path, teapot_images):
