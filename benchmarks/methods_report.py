@@ -23,23 +23,16 @@ from benchmarks.methods_plots import Point, draw_frontier, draw_tradeoffs, front
 
 KINDS = ("in span", "hard")
 START, END = "<!-- methods: made by benchmarks/methods_report.py -->", "<!-- methods: end -->"
-COLUMNS = (
+QUALITY = (
     "method",
-    "parameters",
-    "tensors",
-    "file",
-    "similarity: in span",
-    "hard",
-    "gain: in span",
-    "hard",
+    *(f"{name}, {kind}" for name in ("similarity", "gain") for kind in KINDS),
     "scenes",
     "drift",
     "diversity",
     "prompt match",
     "top-1",
-    "training",
-    "memory",
 )
+COSTS = ("method", "parameters", "tensors", "file", "training", "memory")
 MARKS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
     "†": (
         lambda figures: bool(figures.get("at_end_of_search")),
@@ -105,15 +98,16 @@ def points_of(methods: Methods) -> list[Point]:
 
 
 def make_table(methods: Methods) -> str:
-    """Return the table in Markdown, with what there is to know beside it."""
+    """Return tables of quality and costs in Markdown, with what there is to know beside them."""
     done = {method: content for method, content in methods.items() if content["status"] == "done"}
-    lines = [_line(COLUMNS), _line(["---"] * len(COLUMNS))]
+    quality, costs = ([_line(columns), _line(["---"] * len(columns))] for columns in (QUALITY, COSTS))
     notes = []
     if done:
         first = next(iter(done.values()))
-        lines += _reference_lines(first["summary"])
+        quality += _reference_lines(first["summary"])
         notes.append(_conditions(first["conditions"]))
-    lines += [_line(_cells(method, content)) for method, content in done.items()]
+    quality += [_line(_quality_cells(method, content)) for method, content in done.items()]
+    costs += [_line(_cost_cells(method, content["figures"])) for method, content in done.items()]
     if best := frontier(points_of(methods)):
         names = ", ".join(f"`{point.method}`" for point in best)
         notes.append(f"On the frontier of similarity and bytes: {names}.")
@@ -129,7 +123,7 @@ def make_table(methods: Methods) -> str:
         notes.append(f"Not run: {', '.join(missing)}.")
     machines = dict.fromkeys(content["machine"] for content in done.values())
     notes.append(f"Times and memory: {'; '.join(machines)}." if machines else "No method has succeeded.")
-    return "\n".join([*lines, "", "\n".join(f"- {note}" for note in notes)])
+    return "\n".join([*quality, "", *costs, "", *(f"- {note}" for note in notes)])
 
 
 def _conditions(conditions: Mapping[str, Any]) -> str:
@@ -156,22 +150,25 @@ def _reference_lines(summary: Mapping[str, Any]) -> list[str]:
     base, photos = ([cell(kind, f"similarity_{name}") for kind in KINDS] for name in ("base", "real"))
     rest = [cell("all", f"{name}_base") for name in ("scenes", "drift", "diversity", "prompt_match")]
     return [
-        _line(["the base", "", "", "", *base, "", "", *rest, "", "", ""]),
-        _line(["photos", "", "", "", *photos, *[""] * 9]),
+        _line(["the base", *base, "", "", *rest, ""]),
+        _line(["photos", *photos, *[""] * 7]),
     ]
 
 
-def _cells(method: str, content: Mapping[str, Any]) -> list[str]:
-    figures, summary = content["figures"], content["summary"]
+def _quality_cells(method: str, content: Mapping[str, Any]) -> list[str]:
+    summary = content["summary"]
 
     def cell(kind: str, name: str) -> str:
         return _estimate(summary[kind][name]) if kind in summary and name in summary[kind] else ""
 
-    cells = [f"`{method}`{_marks(figures)}", f"{figures['parameters']:,}"]
-    cells += [_size(figures[name]) for name in ("tensor_bytes", "bytes")]
-    cells += [cell(kind, name) for name in ("similarity", "gain") for kind in KINDS]
+    cells = [cell(kind, name) for name in ("similarity", "gain") for kind in KINDS]
     cells += [cell("all", name) for name in ("scenes", "drift", "diversity", "prompt_match", "top_1")]
-    return [*cells, f"{figures['train_seconds']:.0f} s", _size(figures["peak_memory_bytes"])]
+    return [f"`{method}`{_marks(content['figures'])}", *cells]
+
+
+def _cost_cells(method: str, figures: Mapping[str, Any]) -> list[str]:
+    sizes = [_size(figures[name]) for name in ("tensor_bytes", "bytes", "peak_memory_bytes")]
+    return [f"`{method}`", f"{figures['parameters']:,}", *sizes[:2], f"{figures['train_seconds']:.0f} s", sizes[2]]
 
 
 def _estimate(found: Mapping[str, Any]) -> str:
