@@ -6,9 +6,10 @@ from pathlib import Path
 
 import torch
 
-from atomdiff.data.image_files import list_images, normalize_name
+from atomdiff.data.image_files import list_images
 from atomdiff.data.images import read_image
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.seeds import derive_seed
 

@@ -19,10 +19,11 @@ from torch import Tensor
 
 from atomdiff.concepts.atom_changes import changes_of
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
-from atomdiff.concepts.library_index import ConceptInfo, LibraryIndex, normalize_name, scan
+from atomdiff.concepts.library_index import ConceptInfo, LibraryIndex, scan
 from atomdiff.concepts.similarity import Duplicates, SimilarConcept
 from atomdiff.concepts.similarity_index import SimilarityIndex
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 from atomdiff.utils.untrusted import list_some
 
 _TENSOR_BYTES = 520  # overhead of torch and Python for a tensor, besides its values; measured

@@ -5,7 +5,6 @@ from __future__ import annotations
 import os
 import re
 import stat
-import unicodedata
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -16,6 +15,7 @@ from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, read_header
 from atomdiff.concepts.lora_file import has_lora_keys
 from atomdiff.concepts.token_keys import check_words, split_token_key
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 from atomdiff.utils.untrusted import read_safetensors_header
 
 _NUM_THREADS = 8  # that read headers
@@ -131,11 +131,6 @@ def _list_files(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
                     if stat.S_ISREG(status.st_mode):  # no pipe, which would be waited for
                         stamps[file] = (status.st_size, status.st_mtime_ns, status.st_ino)
     return stamps, unreadable
-
-
-def normalize_name(name: str) -> str:
-    """Return the name in NFC: file systems and keyboards write "é" as one character or as two."""
-    return unicodedata.normalize("NFC", name)
 
 
 def _normalize_phrase(phrase: str) -> str:

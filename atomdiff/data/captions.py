@@ -12,8 +12,8 @@ from typing import Any
 
 import torch
 
-from atomdiff.data.image_files import normalize_name
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 from atomdiff.utils.text_files import read_text
 from atomdiff.utils.untrusted import list_some
 

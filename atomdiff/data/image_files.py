@@ -2,13 +2,13 @@
 
 import io
 import re
-import unicodedata
 import warnings
 from pathlib import Path
 
 from PIL import Image, UnidentifiedImageError
 
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 
 # Suffixes that promise an image although Pillow may not read it: such a file is reported, not passed over.
 _UNREAD = {".heic", ".heif", ".avif", ".jxl", ".svg", ".raw", ".dng", ".cr2", ".cr3", ".nef", ".arw"}
@@ -41,11 +41,6 @@ def list_images(folder: Path) -> list[Path]:
         warnings.warn(f"{folder}: not read, as they are folders: {', '.join(folders)}", stacklevel=2)
     files = [file for file in named if file.is_file() or (file.is_symlink() and not file.exists())]
     return sorted(files, key=lambda file: (normalize_name(file.name), file.name))
-
-
-def normalize_name(name: str) -> str:
-    """Return a file's name in one Unicode form: an accent may be a character of its own, as on a Mac, or not."""
-    return unicodedata.normalize("NFC", name)
 
 
 def open_upright(file: Path) -> Image.Image:

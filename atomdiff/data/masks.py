@@ -9,9 +9,10 @@ from PIL import Image
 from torch import Tensor
 from torch.nn.functional import adaptive_avg_pool2d
 
-from atomdiff.data.image_files import list_images, normalize_name, open_upright
+from atomdiff.data.image_files import list_images, open_upright
 from atomdiff.data.images import CaptionedImage, to_rgb
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 
 _MIN_WHITE = 128  # of the brightest pixel: a mask of values 0 and 1 was not meant to be black
 

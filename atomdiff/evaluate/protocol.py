@@ -118,6 +118,8 @@ def _parse_protocol(file: Path, content: Mapping[str, Any]) -> Protocol:
         raise UserError(f"{file}: layout={layout!r}: expected one of {', '.join(LAYOUTS)}")
     prompts = content.get("prompts", {} if layout == "dreambench_plus" else None)
     kinds = prompts if isinstance(prompts, dict) else {"any": prompts}
+    if not kinds and layout != "dreambench_plus":
+        raise UserError(f"{file}: prompts: found no kind of subjects; expected a list of prompts for each, or one list")
     by_kind = {str(kind): _labeled_prompts(file, f"prompts of {kind}", each) for kind, each in kinds.items()}
     optional = {name: content.get(name, []) for name in ("unrelated_prompts", "prior_prompts")}
     unrelated, prior = (

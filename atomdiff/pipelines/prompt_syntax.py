@@ -7,6 +7,7 @@ from typing import Any
 
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 
 # As in A1111, whose own tags name LoRAs; the weight may be a JSON object, which has colons.
 _TAG = re.compile(r"<\s*(?:atoms|lora)\s*:([^<>:]*)(?::([^<>]*))?>", re.IGNORECASE)
@@ -28,11 +29,17 @@ def split_tags(prompt: str) -> tuple[str, dict[str, AdapterWeight]]:
         The text that is left, and name -> adapter weight in the order of the tags.
 
     Raises:
-        UserError: a tag is unfinished, has no name or no weight that can be used, or a name stands in two.
+        UserError: a tag is unfinished, has no name or no weight that can be used, or a name stands in two; or the
+            prompt has half of a character, as of an emoji that was cut.
     """
+    try:
+        prompt.encode()
+    except UnicodeEncodeError as error:
+        found = f"found {prompt[error.start : error.end]!r}, which is no character, in the prompt {prompt!r}"
+        raise UserError(f"{found}; expected text in UTF-8") from error
     weights: dict[str, AdapterWeight] = {}
     for tag in _TAG.finditer(prompt):
-        name, value = tag[1].strip(), tag[2]
+        name, value = normalize_name(tag[1].strip()), tag[2]
         if not name:
             raise UserError(f"found the tag {tag[0]!r} in the prompt {prompt!r}: it names no concept; {_EXPECTED}")
         if name in weights:
@@ -60,7 +67,7 @@ def set_tag(prompt: str, name: str, value: float | Mapping[str, Any] | None) -> 
     weight = f"{value:g}" if isinstance(value, (int, float)) else json.dumps(value, ensure_ascii=False)
     tag = f"<atoms:{name}:{weight}>"
     for found in _TAG.finditer(prompt):
-        if found[1].strip() == name:
+        if normalize_name(found[1].strip()) == normalize_name(name):
             before, after = prompt[: found.start()], prompt[found.end() :]
             return f"{before.rstrip()} {after.lstrip()}".strip() if value is None else before + tag + after
     return prompt if value is None else f"{prompt.rstrip()} {tag}".lstrip()

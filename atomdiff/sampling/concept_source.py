@@ -20,6 +20,7 @@ from atomdiff.pipelines.scheduler import ScheduleConfig, trained_schedule
 from atomdiff.pipelines.token_names import rename_tokens
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
+from atomdiff.utils.names import normalize_name
 from atomdiff.utils.untrusted import read_safetensors_header
 
 
@@ -87,7 +88,7 @@ def open_source(source: str, trigger_word: str | None = None) -> ConceptSource:
         UserError: nothing is there, it is damaged, or it does not have exactly one trigger word to rename.
     """
     path, found_name = hub.locate(source)
-    file, name = Path(source).name, found_name.removesuffix(CONCEPT_SUFFIX)
+    file, name = Path(source).name, normalize_name(found_name.removesuffix(CONCEPT_SUFFIX))
     if path.is_dir():
         embeddings = path / LEARNED_EMBEDS_NAME
         keys = read_safetensors_header(embeddings)[1] if embeddings.is_file() else ()

@@ -71,7 +71,9 @@ class SampleConfig(SchedulerConfig, GenerationConfig, ConceptsConfig, BaseModelC
     """Width in pixels, a multiple of 8. Default: that of the base model."""
 
     def check(self) -> None:
-        """Check the negative prompt, the size and the seeds."""
+        """Check the prompts, the size and the seeds."""
+        for prompt in self.prompts:
+            split_tags(prompt)
         if self.negative_prompt and split_tags(self.negative_prompt)[1]:
             raise UserError(f"negative_prompt={self.negative_prompt!r}: only prompts take concept tags; remove the tag")
         for name in ("height", "width"):

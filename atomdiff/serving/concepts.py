@@ -15,15 +15,17 @@ from typing import Any
 
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
 from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.concepts.library_index import ConceptInfo, normalize_name
+from atomdiff.concepts.library_index import ConceptInfo
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.sampling.concept_source import ConceptSource, library_source
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 from atomdiff.utils.untrusted import printable, read_safetensors_header
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
 _MAX_THUMBNAIL = 1 << 20  # characters of a data URL
-_TAGS_NAMES = "letters, digits, '_', '-' and '.', at most 100, a letter, digit or '_' first"
+_MAX_BYTES = 200  # of a name in UTF-8: file systems take 255, with suffix
+_TAGS_NAMES = f"letters, digits, '_', '-' and '.', at most 100 and {_MAX_BYTES} bytes, a letter, digit or '_' first"
 
 
 class ServedConcepts:
@@ -83,7 +85,7 @@ class ServedConcepts:
             FileExistsError: there is a concept of this name.
         """
         name = normalize_name(name.removesuffix(CONCEPT_SUFFIX))
-        if not _NAME.fullmatch(name):
+        if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_BYTES:
             raise UserError(f"found the name {printable(name)!r} for a concept; expected {_TAGS_NAMES}")
         target = self.library.folder / f"{name}{CONCEPT_SUFFIX}"
         exists = f"there is a concept {name!r} already: choose another name, or set overwrite"

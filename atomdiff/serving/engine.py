@@ -28,6 +28,7 @@ from atomdiff.serving.job_queue import EngineStats, JobQueue
 from atomdiff.serving.schedulers import check_scheduler, named_scheduler
 from atomdiff.serving.worker import Worker
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 
 
 class Engine:
@@ -148,7 +149,8 @@ class Engine:
         if request.negative_prompt and split_tags(request.negative_prompt)[1]:
             found = f"negative_prompt={request.negative_prompt!r}"
             raise UserError(f"{found}: only prompts take concept tags; remove the tag")
-        weights = {**request.concepts, **split_tags(request.prompt)[1]}
+        named = {normalize_name(name): weight for name, weight in request.concepts.items()}
+        weights = {**named, **split_tags(request.prompt)[1]}
         if not weights:
             return PromptRequest(request.prompt, request.prompt)
         if self.concepts is None:

@@ -19,10 +19,11 @@ from PIL import Image, ImageDraw, ImageFont
 
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX
 from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.concepts.library_index import ConceptInfo, normalize_name
+from atomdiff.concepts.library_index import ConceptInfo
 from atomdiff.concepts.model_card import summarize_file
 from atomdiff.concepts.push import push_to_hub
 from atomdiff.utils.errors import UserError
+from atomdiff.utils.names import normalize_name
 from atomdiff.utils.untrusted import printable, read_safetensors_header
 
 PREVIEW_SUFFIX = ".preview.png"

@@ -99,6 +99,7 @@ SNOW = GOOD.replace("['a {subject}']", "[{prompt: 'a {subject} in the snow', sce
     [
         ("- a", "expected a mapping"),
         ("unrelated_prompts: [a cat]", "prompts of any: expected a list of prompts"),
+        ("prompts: {}", "prompts: found no kind of subjects; expected a list of prompts for each, or one list"),
         ("prompts: ['a {subject}']\nunrelated_prompts: a cat", "unrelated_prompts: expected a list"),
         ("prompts: [a mug]\nunrelated_prompts: [a cat]", "'a mug': expected it with {subject}"),
         ("prompts: ['a {subjekt} {subject}']\nunrelated_prompts: [a cat]", "expected it with {subject}"),

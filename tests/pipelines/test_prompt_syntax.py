@@ -46,11 +46,18 @@ def test_a_tag_has_a_weight_as_json():
         ("a <atoms:mug> <lora:mug:2>", "two tags for 'mug'"),
         ("a <atoms:mug", "does not end"),
         ("a <atoms:mug <atoms:cat>", "does not end"),
+        ("a mug \ud83d", "found .*, which is no character, in the prompt 'a mug"),
     ],
 )
 def test_bad_tags_are_refused(prompt, message):
     with pytest.raises(UserError, match=message):
         split_tags(prompt)
+
+
+def test_names_are_the_same_in_every_form_of_unicode():
+    composed, decomposed = "caf\u00e9", "cafe\u0301"
+    assert split_tags(f"a <atoms:{decomposed}:0.5>")[1] == {composed: AdapterWeight(0.5)}
+    assert set_tag(f"a <atoms:{decomposed}:0.5>", composed, None) == "a"
 
 
 def test_equal_weights_are_described_alike():

@@ -126,6 +126,7 @@ def test_uploads_that_are_no_concepts_are_refused(serve, library, tmp_path):
         (".dog", good),
         ("a<b>", good),
         ("d" * 300, good),
+        ("\u732b" * 100, good),  # 300 bytes
     ]
     for name, data in refused:
         answer = client.post("/v1/concepts", files={"file": ("ignored", data)}, data={"name": name})
