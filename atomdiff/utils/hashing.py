@@ -14,7 +14,9 @@ from torch import Tensor
 
 
 def hash_file(path: Path) -> str:
-    """Return a SHA-256 of a file, or of the names and contents of a folder's files."""
+    """Return the SHA-256 of a file, or one of the names and contents of a folder's files."""
+    if not path.is_dir():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
     digest = hashlib.sha256()
     for file in _files(path):
         digest.update(file.name.encode() + file.read_bytes())
@@ -72,5 +74,5 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _files(path: Path) -> list[Path]:
-    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]
+def _files(folder: Path) -> list[Path]:
+    return sorted(file for file in folder.rglob("*") if file.is_file())
