@@ -16,7 +16,8 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import wait_for_folder
 from atomdiff.utils.image_grid import SHEET_PIXELS, make_image_grid
 
-_SAMPLE = re.compile(r"-[0-9a-f]{6}-seed\d+\.png$")
+_SAMPLE = re.compile(r"-[0-9a-f]{6}(?:[0-9a-f]{6})?-seed\d+\.png$")
+_SLUG_LENGTH = 60
 _SHEETS = {"grid.png", "contact_sheet.png", "before_after.png", "training_curve.png"}  # that atomdiff writes
 _BROKEN = (OSError, SyntaxError, ValueError)  # what Pillow raises for damaged files
 _NO_SETTING = ("prompt", "seed", "size")  # of the text in a PNG
@@ -37,10 +38,10 @@ class SampleFile:
 
     @property
     def path(self) -> Path:
-        """The PNG's path."""
-        slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")[:60]
-        digest = hashlib.sha256(self.prompt.encode()).hexdigest()[:6]
-        return self.folder / f"{slug}-{digest}-seed{self.seed}.png"
+        """The PNG's path. The digest is longer where it has to tell more prompts apart: those of one beginning."""
+        slug = re.sub(r"[^a-z0-9]+", "-", self.prompt.lower()).strip("-")
+        digest = hashlib.sha256(self.prompt.encode()).hexdigest()[: 6 if 0 < len(slug) <= _SLUG_LENGTH else 12]
+        return self.folder / f"{slug[:_SLUG_LENGTH]}-{digest}-seed{self.seed}.png"
 
     @property
     def metadata(self) -> dict[str, str]:

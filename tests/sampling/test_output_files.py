@@ -42,6 +42,16 @@ def test_what_is_no_image_is_not_saved(tmp_path):
     assert not sample.is_saved()
 
 
+def test_prompts_that_begin_alike_have_files_of_their_own(tmp_path):
+    start = "a studio photograph of a mug on a wooden table, soft light, sharp focus"
+    prompts = [*(f"{start}, variant {number}" for number in range(8000)), *map(chr, range(0x4E00, 0x6E00))]
+    assert len({SampleFile(tmp_path, prompt, 0, SETTINGS).path.name for prompt in prompts}) == len(prompts)
+    samples = [saved(tmp_path, prompt, 0) for prompt in (prompts[0], prompts[-1])]
+    refuse_foreign_images(tmp_path)
+    write_overview(tmp_path, samples[:1])
+    assert len(json.loads((tmp_path / "manifest.json").read_text())["images"]) == 2
+
+
 def test_large_jobs_get_a_small_grid(tmp_path, monkeypatch):
     samples = [saved(tmp_path, prompt, seed, side=256) for prompt in ("one", "two", "three") for seed in range(2)]
     write_overview(tmp_path, samples)
