@@ -149,6 +149,9 @@ def _check_config(config: AtomConfig) -> None:
         raise UserError(reason)
     if config.modules_to_save:
         raise UserError(f"modules_to_save={config.modules_to_save}: a concept file holds atoms only; leave it out")
+    if config.select_budget is not None:
+        found = f"select_budget={config.select_budget!r}: layers are chosen in training only"
+        raise UserError(f"{found}; leave it out, and shrink the file with atomdiff prune")
 
 
 def _adapted_layers(model: nn.Module, config: AtomConfig, differing: Sequence[str]) -> dict[str, nn.Module]:

@@ -168,7 +168,7 @@ def start_run(
         log(f"{run.dataset.description}\n{described}")
         record = start_record(run, snapshot)
 
-    check_budget(run)
+    check_budget(run, state)
     start_trackers(config, accelerator)
     average_loss = state["average_loss"] if state else math.nan
     trained_with = state["config"] if state and done == config.max_train_steps else config.snapshot()

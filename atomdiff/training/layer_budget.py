@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.save import build_concept
@@ -17,21 +18,33 @@ if TYPE_CHECKING:
 _LONG_LOSS = 1 / 3e5  # about the longest that a file's metadata may have
 
 
-def check_budget(run: Run) -> None:
+def check_budget(run: Run, state: Mapping[str, Any] | None = None) -> None:
     """Refuse a budget without room for any layer.
+
+    A run that resumes with fewer steps than it was begun with, and so has passed their half unnoticed, keeps to the
+    budget from now on.
+
+    Args:
+        run: The run.
+        state: What it goes on from; None if it starts anew.
 
     Raises:
         UserError: It is such a budget.
     """
-    if has_budget(run.model.layer_scores):
-        _fitting_layers(run)
+    if not has_budget(run.model.layer_scores):
+        return
+    kept = _fitting_layers(run)
+    if state and run.config.max_train_steps // 2 < state["step"] < state["config"]["max_train_steps"] // 2:
+        _leave_out_others(run, kept)
 
 
 def keep_to_budget(run: Run, step: int) -> None:
     """After half of the steps, leave out the layers for which the file has no room; the others are trained on."""
-    if step != run.config.max_train_steps // 2 or not has_budget(run.model.layer_scores):
-        return
-    kept = _fitting_layers(run)
+    if step == run.config.max_train_steps // 2 and has_budget(run.model.layer_scores):
+        _leave_out_others(run, _fitting_layers(run))
+
+
+def _leave_out_others(run: Run, kept: list[str]) -> None:
     for component, model in pipeline_models(run.pipe).items():
         leave_out(
             layer_scores(model, ADAPTER_NAME),

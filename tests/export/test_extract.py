@@ -247,6 +247,11 @@ def add_layer(unet):
         (lambda unet: unet.conv_in.weight.data.add_(1), {"recursion": 2}, "extract without recursion"),
         (lambda unet: unet.conv_in.weight.data.add_(1), {"target_modules": ["nothing"]}, "matches no layer"),
         (lambda unet: unet.conv_in.weight.data.add_(1), {"modules_to_save": ["conv_out"]}, "leave it out"),
+        (
+            lambda unet: unet.conv_in.weight.data.add_(1),
+            {"select": "adaptive", "select_budget": "9KB"},
+            "select_budget='9KB': layers are chosen in training only; .* atomdiff prune",
+        ),
     ],
 )
 def test_mistakes_are_reported(tiny_pipe, change, config, said):

@@ -55,6 +55,31 @@ def test_the_file_stays_within_its_budget_also_when_resumed(adaptive, options, t
 
 
 @pytest.mark.slow
+def test_a_run_that_resumes_with_fewer_steps_keeps_to_its_budget(adaptive, monkeypatch):
+    config = dataclasses.replace(adaptive(), max_train_steps=12)
+
+    def interrupt(self, step, *values):
+        if step == 4:
+            signal.raise_signal(signal.SIGINT)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(run_log.RunLog, "step", interrupt)
+        with pytest.raises(KeyboardInterrupt, match="checkpoint-4 is saved"):
+            train(config)
+    acting, usual = [], layer_budget.keep_to_budget
+
+    def keep(run, step):
+        usual(run, step)
+        of_layers = layer_scores(run.model.denoiser, "default")
+        acting.append({f"unet.{score.path}" for score in of_layers if score.parameter.item() != 0})
+
+    monkeypatch.setattr(dreambooth, "keep_to_budget", keep)
+    written = train(dataclasses.replace(config, max_train_steps=6, resume_from_checkpoint="latest"))
+    assert len(acting) == 2 and acting[0] == acting[1] == set(read_concept_file(written).layers)
+    assert written.stat().st_size <= BUDGET
+
+
+@pytest.mark.slow
 def test_after_half_of_the_steps_the_layers_do_not_change(adaptive, monkeypatch):
     scores, usual = {}, layer_budget.keep_to_budget
 
