@@ -22,6 +22,7 @@ from atomdiff.sampling.batching import Sample
 from atomdiff.sampling.prompt_requests import PromptRequest
 from atomdiff.sampling.sample import image_settings, make_sample, save_missing
 from atomdiff.utils.atomic import write_json, write_png
+from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_file
 from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.paths import check_writable, refuse_overlap
@@ -46,8 +47,10 @@ def generate_images(config: EvaluateConfig, subjects: Sequence[Subject], state: 
         Each subject with its images, by model and kind, in the order of its suite.
 
     Raises:
-        UserError: the base is missing or cannot be used, or an image is broken.
+        UserError: the base is missing or cannot be used, or an image is broken; or a photo cannot be read.
     """
+    for subject in subjects:
+        _read_references(subject)  # what cannot be read is said now, not after hours
     folder = Path(config.output_dir)
     reads = {f"the concept {subject.name}": subject.path for subject in subjects}
     refuse_overlap({"output_dir": folder}, {"the base": config.pretrained_model_name_or_path, **reads})
@@ -86,6 +89,16 @@ def _samples(folder: Path, subject: Subject, phrase: str | None, settings: dict[
     }
 
 
+def _read_references(subject: Subject) -> list[Image.Image]:
+    images = []
+    for file in subject.references:
+        try:
+            images.append(read_image(file))
+        except UserError as error:
+            raise UserError(f"{file}: {error}") from error
+    return images
+
+
 def measure_concepts(
     config: EvaluateConfig, generated: Sequence[tuple[Subject, Samples]], encoders: Mapping[str, ImageEncoder]
 ) -> dict[str, Any]:
@@ -103,7 +116,7 @@ def measure_concepts(
     measured: dict[str, dict[str, Any]] = {}
     rows = []
     for subject, samples in ProgressBar(generated, "measuring", len(generated), unit="subjects"):
-        references = [read_image(file) for file in subject.references]
+        references = _read_references(subject)
         base, concept = (GeneratedImages(**_read(samples[model])) for model in ("base", "concept"))
         measured[subject.name] = {
             name: measure(Evaluation(subject.suite, encoder, references, base, concept))

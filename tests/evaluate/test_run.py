@@ -104,6 +104,13 @@ def test_a_concept_that_changes_nothing_is_like_the_base(evaluate, tiny_pipe, tm
     assert results["mean"] == {"all": {encoder: metrics}}
 
 
+def test_a_photo_that_cannot_be_read_is_named_before_images_are_generated(evaluate, tiny_pipe, tmp_path, capsys):
+    concept, photos = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors"), write_images(tmp_path / "photos")
+    (photos / "photo.jpg").write_bytes(b"\xff\xd8 torn")
+    assert evaluate([concept], photos)[0] == 2
+    assert "photo.jpg: " in capsys.readouterr().err and not written(tmp_path / "out")
+
+
 def test_a_weight_moves_a_concept_towards_the_base(evaluate, tiny_pipe, tmp_path, encoder, capsys):
     concept, photos = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors"), write_images(tmp_path / "photos")
     drifts = []
