@@ -25,7 +25,7 @@ def parse_buckets(text: str) -> tuple[Size, ...] | None:
     if len(sizes) < len(pairs) or not all(0 < side <= _MAX_SIDE for size in sizes for side in size):
         expected = f'"auto", or "height,width;..." of at most {_MAX_SIDE} pixels, say 512,768;768,512'
         raise UserError(f"aspect_ratio_buckets={text!r}: expected {expected}")
-    return sizes
+    return tuple(dict.fromkeys(sizes))
 
 
 def bucket_sizes(text: str | None, side: int, multiple: int) -> tuple[Size, ...]:

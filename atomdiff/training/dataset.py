@@ -20,7 +20,6 @@ from atomdiff.training.preservation import other_prompts, preservation_prompt
 from atomdiff.training.summary import describe_images, warn_of_cut_prompts
 from atomdiff.training.training_images import (
     TrainingImage,
-    check_masks,
     check_trigger_words,
     read_class_images,
     read_subject_images,
@@ -162,8 +161,6 @@ def build_dataset(
     instance_images = [image for images, _ in by_subject for image in images]
     held_out = [image for _, images in by_subject for image in images]
     texts = [prompt for image in instance_images for prompt in image.prompts]
-    if config.masked_loss:
-        check_masks(instance_images, config.subjects[0].instance_data_dir)
     if config.train_token:
         check_trigger_words(config, pipe, texts)
     class_images: list[TrainingImage] = []

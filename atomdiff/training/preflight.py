@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from pathlib import Path
 
+from PIL import Image
+
 from atomdiff.data.image_files import list_images
 from atomdiff.data.images import CaptionedImage, read_images
 from atomdiff.data.masks import read_masks
@@ -38,7 +40,7 @@ def check_runs(runs: Sequence[TrainConfig]) -> None:
         for encoder in run.evaluate_with:
             check_encoder(encoder)
     for run in runs:
-        texts = [text for subject in run.subjects for text in _check_subject(run, subject)]
+        texts = _check_images(run)
         if run.train_token:
             check_prompts(run.subjects, texts)
         for text in texts if run.preservation != "none" else ():
@@ -86,33 +88,48 @@ def _named(field: str, subject: Subject, runs: Sequence[TrainConfig]) -> str:
     return f"{field} of {subject.name}" if several else field
 
 
-def _check_subject(run: TrainConfig, subject: Subject) -> list[str]:
-    """Read all files of a subject, and return the prompts of its instance images that are trained on."""
-    images = _read_folder(run, Path(subject.instance_data_dir))
-    held_out = choose_held_out(len(images), run.validation_split, run.seed, subject)
+def _check_images(run: TrainConfig) -> list[str]:
+    """Read all images of a run, and return the prompts of the instance images that are trained on."""
+    checked = [_check_subject(run, subject) for subject in run.subjects]
+    if run.masked_loss and not any(masked for _, masked in checked):
+        folder = Path(run.subjects[0].instance_data_dir) / "mask"
+        found = "masked_loss=True: no image that is trained on has a mask"
+        raise UserError(f"{found}; expected masks in {folder}, named like the images, or images with an alpha channel")
+    return [text for texts, _ in checked for text in texts]
+
+
+def _check_subject(run: TrainConfig, subject: Subject) -> tuple[list[str], bool]:
+    """Read all files of a subject.
+
+    Returns:
+        The prompts of its instance images that are trained on, and whether one of these has a mask.
+    """
+    images, masks = _read_folder(run, Path(subject.instance_data_dir))
+    chosen = choose_held_out(len(images), run.validation_split, run.seed, subject)
+    held_out, folder = [images[index] for index in sorted(chosen)], subject.instance_data_dir
     if subject.validation_data_dir:
-        known = {image_key(image.rgb): image.name for image in images}
-        for image in _read_folder(run, Path(subject.validation_data_dir)):
-            if name := known.get(image_key(image.rgb)):
-                found = f"{image.name} is {name} of {subject.instance_data_dir}, too"
-                raise UserError(
-                    f"{subject.validation_data_dir}: {found}; remove one: held-out images are not trained on"
-                )
+        folder = subject.validation_data_dir
+        held_out, _ = _read_folder(run, Path(folder))
+    trained_on = [image for index, image in enumerate(images) if index not in chosen]
+    known = {image_key(image.rgb): image.name for image in trained_on} if held_out else {}
+    for image in held_out:
+        if name := known.get(image_key(image.rgb)):
+            found = f"{image.name} is {name} of {subject.instance_data_dir}, too"
+            raise UserError(f"{folder}: {found}; remove one: held-out images are not trained on")
     class_folder = run.class_folder(subject)
     if run.with_prior_preservation and class_folder.is_dir():
         foreign = [file for file in list_images(class_folder) if not is_generated(file)]
         if foreign:
             read_images(class_folder, minimum_side=1, limit=run.num_class_images)
-    images = [image for index, image in enumerate(images) if index not in held_out]
-    return [subject.fill(image.caption or subject.instance_prompt) for image in images]
+    texts = [subject.fill(image.caption or subject.instance_prompt) for image in trained_on]
+    return texts, any(mask is not None for index, mask in enumerate(masks) if index not in chosen)
 
 
-def _read_folder(run: TrainConfig, folder: Path) -> list[CaptionedImage]:
+def _read_folder(run: TrainConfig, folder: Path) -> tuple[list[CaptionedImage], list[Image.Image | None]]:
     """Read a folder of images of a subject, with their masks if the run uses them."""
-    images = read_images(folder, minimum_side=1 if run.resolution is None else run.resolution // 2)
+    side = None if run.aspect_ratio_buckets else run.resolution  # None: the base has a say in what is too small
+    images = read_images(folder, minimum_side=1 if side is None else side // 2)
     if (folder / RECORD_FILE).is_file():
         found = f"holds class images that were generated there ({RECORD_FILE})"
         raise UserError(f"{folder}: {found}; remove them and that file, or they would be trained on as instance images")
-    if run.masked_loss:
-        read_masks(folder, images)
-    return images
+    return images, read_masks(folder, images) if run.masked_loss else []

@@ -159,17 +159,6 @@ def prompt_variants(config: DataConfig, seed: int, text: str) -> tuple[str, ...]
     return tag_orders(text, config.keep_tokens, derive_seed(seed, "tags", text))
 
 
-def check_masks(images: Sequence[TrainingImage], folder: str) -> None:
-    """Check that a run with masked loss has a mask at all.
-
-    Raises:
-        UserError: It has none.
-    """
-    if not any(image.masked for image in images):
-        expected = f"masks in {Path(folder) / 'mask'}, named like the images, or images with an alpha channel"
-        raise UserError(f"masked_loss=True: no image has a mask; expected {expected}")
-
-
 def check_trigger_words(config: PromptConfig, pipe: BasePipeline, prompts: Sequence[str]) -> None:
     """Check that the base can learn the trigger word of every subject, and that a prompt of its images has it.
 

@@ -8,6 +8,7 @@ from atomdiff.utils.errors import UserError
 
 def test_buckets_are_written_as_in_diffusers_scripts():
     assert parse_buckets("672,1568;688,1504") == ((672, 1568), (688, 1504))
+    assert parse_buckets("32,32;32,48;32,32") == ((32, 32), (32, 48))
     assert parse_buckets(" auto ") is None
     assert bucket_sizes("512, 768; 768,512", 512, 64) == ((512, 768), (768, 512))
     assert bucket_sizes(None, 512, 64) == ((512, 512),)

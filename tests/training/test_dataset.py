@@ -300,7 +300,7 @@ def test_captions_may_spell_a_word_in_another_case(config, image_folder):
 
 def test_masked_loss_needs_a_mask(config, image_folder):
     (image_folder / "mask" / "a.png").unlink()
-    with pytest.raises(UserError, match="masked_loss=True: no image has a mask; expected masks in .*mask, named like"):
+    with pytest.raises(UserError, match="no image that is trained on has a mask; expected masks in .*mask, named like"):
         train(dataclasses.replace(config, masked_loss=True))
 
 

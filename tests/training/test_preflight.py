@@ -1,6 +1,8 @@
 """What all runs of a command read and write is checked before the first of them begins."""
 
 import json
+import shutil
+from contextlib import nullcontext
 from dataclasses import replace
 
 import pytest
@@ -10,6 +12,7 @@ from atomdiff.cli.main import main
 from atomdiff.training import dreambooth
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.preflight import check_runs
+from atomdiff.training.training_images import choose_held_out
 from atomdiff.utils.errors import UserError
 
 
@@ -84,6 +87,45 @@ def test_what_would_go_wrong_is_told_and_nothing_is_changed(config, tmp_path, fi
 def test_folders_inside_one_another_that_do_no_harm_are_fine(config, tmp_path):
     check_runs([replace(config, output_dir="photos/out"), replace(config, output_dir=".", cache_dir="out/cache")])
     assert not [path for path in everything(tmp_path) if path.endswith(".unfinished")]
+
+
+def test_copies_of_held_out_images_are_refused(config, tmp_path):
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "photos" / "c.png")  # a and b are the same
+    seeds = {True: [], False: []}
+    for seed in range(8):
+        run = replace(config, validation_split=0.3, seed=seed)
+        held_out = choose_held_out(3, 0.3, seed, run.subjects[0])
+        seeds[held_out == {2}].append(run)
+    check_runs(seeds[True])
+    for run in seeds[False]:
+        with pytest.raises(UserError, match=r"photos: [ab].png is [ab].png of photos, too; remove one: held-out"):
+            check_runs([run])
+
+
+def test_masks_are_looked_for_in_all_runs_and_not_among_held_out_images(config, tmp_path):
+    shutil.copytree(tmp_path / "photos", tmp_path / "more")
+    Image.new("RGB", (32, 32), "blue").save(tmp_path / "photos" / "b.png")
+    (tmp_path / "photos" / "mask").mkdir()
+    Image.new("L", (32, 32), 255).save(tmp_path / "photos" / "mask" / "b.png")
+    run = replace(config, masked_loss=True)
+    check_runs([run])
+    message = "no image that is trained on has a mask; expected masks in {}, named like the images"
+    with pytest.raises(UserError, match=message.format("more/mask")):
+        check_runs([run, replace(run, instance_data_dir="more", output_dir="out/more")])
+    split = [replace(run, validation_split=0.4, seed=seed) for seed in range(8)]
+    held_out = [choose_held_out(2, 0.4, each.seed, each.subjects[0]) == {1} for each in split]
+    assert 0 < sum(held_out) < len(split)
+    for each, without_mask in zip(split, held_out, strict=True):
+        with pytest.raises(UserError, match=message.format("photos/mask")) if without_mask else nullcontext():
+            check_runs([each])
+
+
+@pytest.mark.parametrize("buckets", ["auto", "32,96"])
+def test_images_that_fit_a_bucket_are_not_too_small(config, tmp_path, buckets):
+    Image.new("RGB", (96, 30), "blue").save(tmp_path / "photos" / "a.png")
+    with pytest.raises(UserError, match="shorter side under 32 pixels"):
+        check_runs([replace(config, resolution=64)])
+    check_runs([replace(config, resolution=64, aspect_ratio_buckets=buckets)])
 
 
 def test_links_are_followed(config, tmp_path):

@@ -106,8 +106,8 @@ def test_a_search_goes_on_up_to_the_number_of_trials(tune_config, capsys):
 def test_other_images_are_refused(tune_config, teapot_images):
     config = tune_config(num_trials=1)
     tune(config)
-    for name in ("0.png", "1.png", "2.png"):
-        Image.new("RGB", (32, 32), "red").save(teapot_images / name)
+    for name, color in {"0.png": "red", "1.png": "green", "2.png": "blue"}.items():
+        Image.new("RGB", (32, 32), color).save(teapot_images / name)
     with pytest.raises(UserError, match="found other instance images.*expected what its trials learned from"):
         tune(dataclasses.replace(config, num_trials=3))
     assert len(trials_of(config)) == 1
