@@ -5,6 +5,7 @@ import sys
 import warnings
 from collections.abc import Callable, Sequence
 from importlib.metadata import version
+from pathlib import Path
 
 from atomdiff.cli.run_program import run_program
 from atomdiff.utils.errors import UserError
@@ -30,11 +31,18 @@ def train(args: Sequence[str]) -> None:
 
     from atomdiff.training import dreambooth
     from atomdiff.training.preflight import check_runs
+    from atomdiff.training.resume import finished_before
 
     runs = config.runs()
+    finished: dict[str, Path | None] = {}
     if len(runs) > 1:  # a single one is checked when it begins
         check_runs(runs)
+        if config.resume_from_checkpoint == "latest":
+            finished = {run.name: finished_before(run) for run in runs}
     for run in runs:
+        if finished.get(run.name):
+            log(f"{run.name}: finished already")
+            continue
         written = dreambooth.train(run)
         PartialState().print(f"saved {written}")
     PartialState().destroy_process_group()

@@ -13,11 +13,15 @@ from peft import PeftConfig
 from atomdiff.training.checkpoint import choose_checkpoint, save_checkpoint
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.fingerprint import differences
-from atomdiff.training.measurements import BestParameters
+from atomdiff.training.launch import start_accelerator
+from atomdiff.training.measurements import LOG_FILE, BestParameters
+from atomdiff.training.method import read_text_adapter
 from atomdiff.training.optimizers import load_optimizer
 from atomdiff.training.run import Run
+from atomdiff.training.run_log import read_log
+from atomdiff.training.run_record import finished_result
 from atomdiff.training.sharding import split_like, whole
-from atomdiff.tuner.read_config import describe_adapter
+from atomdiff.tuner.read_config import describe_adapter, read_adapter
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 
@@ -143,10 +147,33 @@ def load_state(run: Run, state: dict[str, Any]) -> None:
     if {name: tensor.shape for name, tensor in state["parameters"].items()} != shapes:
         written = f"{state['checkpoint']}: written by another version, with other parameters"
         raise UserError(f"{written}. Use that version, {_OR_START}")
+    if run.config.keep_best and not state.get("best"):
+        _check_nothing_measured(run, state)
     put_back(run, state)
     run.start.extend(state.get("start", []))
     if (best := state.get("best")) and run.config.keep_best:
         run.measurements.best = BestParameters(**best)
+
+
+def _check_nothing_measured(run: Run, state: dict[str, Any]) -> None:
+    """Check that no parameters have been lost that `keep_best` would have kept.
+
+    Raises:
+        UserError: A validation loss was measured on the way to the checkpoint, without them.
+    """
+    log = read_log(Path(run.config.output_dir) / LOG_FILE)
+    measured = [line["step"] for line in log if "validation_loss" in line and 0 < line["step"] <= state["step"]]
+    if measured:
+        written = f"{state['checkpoint']}: written without keep_best, so it lacks the parameters of step {measured[0]}"
+        raise UserError(f"{written} and later measurements. Leave keep_best out, {_OR_START}")
+
+
+def finished_before(config: TrainConfig) -> Path | None:
+    """Return the result of a run that was finished with the same settings before; None if it was not."""
+    adapter = read_adapter(config.adapter)
+    text_adapter = read_text_adapter(config.text_encoder_adapter, adapter) if config.train_text_encoder else None
+    snapshot = config_snapshot(config, start_accelerator(config), adapter, text_adapter)
+    return finished_result(Path(config.output_dir), snapshot, keep_best=config.keep_best)
 
 
 def put_back(run: Run, state: dict[str, Any]) -> None:

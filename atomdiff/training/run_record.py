@@ -107,18 +107,21 @@ def read_record(folder: Path) -> RunRecord:
     return RunRecord(**content)
 
 
-def finished_result(folder: Path, settings: dict[str, Any]) -> Path | None:
+def finished_result(folder: Path, settings: dict[str, Any], *, keep_best: bool) -> Path | None:
     """Return what a run with these settings has saved in its folder; None: it has not ended, or the file has changed.
 
     Args:
         folder: The run's `output_dir`.
         settings: As `RunRecord.settings`.
+        keep_best: Whether the parameters with the lowest validation loss were to be saved.
     """
     try:
         record = read_record(folder)
     except UserError:
         return None
     if record.result is None or record.settings != json.loads(json.dumps(settings)):
+        return None
+    if record.config.get("keep_best", False) != keep_best:
         return None
     path = folder / str(record.result["name"])
     return path if path.exists() and hash_file(path) == record.result["sha256"] else None

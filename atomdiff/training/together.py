@@ -30,13 +30,11 @@ from atomdiff.training.launch import start_accelerator
 from atomdiff.training.measurements import measure, start_measuring
 from atomdiff.training.preflight import check_runs
 from atomdiff.training.report.write import reporting_divergence
-from atomdiff.training.resume import config_snapshot, save_state
-from atomdiff.training.run_record import finished_result
+from atomdiff.training.resume import finished_before, save_state
 from atomdiff.training.signals import StopSignals
 from atomdiff.training.steps_log import StepsLog
 from atomdiff.training.together_checks import check_started, check_together
 from atomdiff.training.validation import is_validation_step, validate
-from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.atomic import remove_leftovers
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
@@ -62,7 +60,7 @@ def train_subjects(config: TrainConfig) -> dict[str, Path | UserError]:
     results: dict[str, Path | UserError] = {}
     waiting = []
     for run in runs:
-        finished = _finished(run) if config.resume_from_checkpoint == "latest" else None
+        finished = finished_before(run) if config.resume_from_checkpoint == "latest" else None
         if finished is None:
             waiting.append(run)
         else:
@@ -75,12 +73,6 @@ def train_subjects(config: TrainConfig) -> dict[str, Path | UserError]:
             results |= train_together(waiting[first : first + config.subjects_per_batch], base)
             gc.collect()  # of the runs, whose parts know each other
     return {run.name: results[run.name] for run in runs}
-
-
-def _finished(config: TrainConfig) -> Path | None:
-    """Return the result of a run that was finished with the same settings before; None if it was not."""
-    snapshot = config_snapshot(config, start_accelerator(config), read_adapter(config.adapter), None)
-    return finished_result(Path(config.output_dir), snapshot)
 
 
 def train_together(configs: Sequence[TrainConfig], base: BasePipeline) -> dict[str, Path | UserError]:

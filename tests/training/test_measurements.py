@@ -13,6 +13,7 @@ from atomdiff.training import measurements, run_log
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.validation_loss import FixedSamples
+from atomdiff.utils.errors import UserError
 from tests.helpers import concept_bytes, read_measurements, write_images
 
 
@@ -117,6 +118,19 @@ def test_a_loss_that_is_not_finite_is_warned_of_and_never_best(config, value, lo
     with pytest.warns(UserWarning, match=f"step [13]: the validation_loss is {value}; not noted"):
         assert read_concept_file(train(config)).training["steps"] == 2
     assert [line["step"] for line in read_measurements(config)] == [0, 2]
+
+
+@pytest.mark.slow
+def test_parameters_that_were_not_kept_are_no_longer_the_best(config, losses):
+    losses([0.5, 0.3, 0.4, 0.45])
+    config = dataclasses.replace(config, max_train_steps=2, checkpointing_steps=2)
+    train(config)
+    again = dataclasses.replace(config, max_train_steps=3, resume_from_checkpoint="latest", keep_best=True)
+    with pytest.raises(
+        UserError, match="checkpoint-2: written without keep_best, so it lacks the parameters of step 1"
+    ):
+        train(again)
+    train(dataclasses.replace(again, keep_best=False))
 
 
 @pytest.mark.slow

@@ -14,11 +14,12 @@ import torch
 from PIL import Image
 from safetensors.torch import load_file
 
+from atomdiff.cli.main import main
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import run_log
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
-from tests.helpers import concept_bytes, read_log
+from tests.helpers import concept_bytes, read_log, write_images
 
 
 @pytest.mark.slow
@@ -39,6 +40,29 @@ def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(config, method, a
             train(config)
     assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == expected
     assert [line["step"] for line in read_log(config)] == [3, 4]
+
+
+@pytest.mark.slow
+def test_finished_subjects_of_a_list_are_not_trained_again(tiny_pipe_folder, tmp_path, capsys):
+    for name in ("mug", "cat"):
+        write_images(tmp_path / name, seed=len(name))
+    entries = [{"instance_data_dir": str(tmp_path / name)} for name in ("mug", "cat")]
+    (tmp_path / "list.json").write_text(json.dumps(entries))
+    fields = {"concepts_list": str(tmp_path / "list.json"), "output_dir": str(tmp_path / "out"), "max_train_steps": 3}
+    fields |= {"pretrained_model_name_or_path": str(tiny_pipe_folder), "class_name": "mug", "validation_loss_steps": 0}
+    (tmp_path / "train.json").write_text(json.dumps(fields | {"report_to": None, "num_inference_steps": 2}))
+    command = ["train", "--config", str(tmp_path / "train.json")]
+    assert main(command) == 0
+    results = {name: tmp_path / "out" / name / f"{name}.atoms.safetensors" for name in ("mug", "cat")}
+    before = {name: (file.stat().st_mtime_ns, concept_bytes(file)) for name, file in results.items()}
+    results["cat"].unlink()
+    capsys.readouterr()
+    assert main([*command, "--resume_from_checkpoint", "latest"]) == 0
+    shown = capsys.readouterr()
+    assert "mug: finished already" in shown.err and "cat: finished already" not in shown.err
+    assert results["mug"].stat().st_mtime_ns == before["mug"][0] and concept_bytes(results["cat"]) == before["cat"][1]
+    assert main([*command, "--resume_from_checkpoint", "latest", "--learning_rate", "0.01"]) == 0
+    assert concept_bytes(results["mug"]) != before["mug"][1]
 
 
 KILLED = """

@@ -71,8 +71,8 @@ def _judge_validation(validation: Curve, training: Curve, keep_best: bool) -> Fi
         evidence += f" {_moved(*_ends(training))} in all."
         if keep_best:
             return Finding("good", evidence, f"Look at images: step {best_step} was saved.")
-        advice = f"--keep_best (here it would have saved step {best_step}), fewer steps, a lower --learning_rate, or"
-        return Finding("overfit", evidence, f"{advice} more photos.")
+        advice = f"Train again with --keep_best (here it would have saved step {best_step}), fewer steps, a lower"
+        return Finding("overfit", evidence, f"{advice} --learning_rate, or more photos.")
     early_step, early = next(point for point in reversed(validation[:-1]) if point[0] <= 0.75 * last_step)
     if not early_step:
         advice = "Measure more often (--validation_loss_steps) to see whether it falls still."
