@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import shlex
 from collections.abc import Mapping
 from datetime import date
 from pathlib import Path
@@ -25,7 +26,8 @@ def command_line(benchmark: str, config: Any, ignore: tuple[str, ...] = ("output
     for field in dataclasses.fields(config):
         value = getattr(config, field.name)
         if value != field.default and field.name not in ignore:
-            words.append(f"--{field.name} {' '.join(map(str, value)) if isinstance(value, tuple) else value}")
+            values = value if isinstance(value, tuple) else (value,)
+            words.append(f"--{field.name} {shlex.join(map(str, values))}")
     return " ".join(words)
 
 

@@ -16,6 +16,7 @@ from benchmarks import (
     keep,
     library,
     patching,
+    screening,
     subjects_per_batch,
     survival,
     training_step,
@@ -249,6 +250,8 @@ def test_the_command_names_what_is_not_the_default():
     assert command_line("library", config) == "python -m benchmarks.library --concepts 8"
     config = training_step.BenchmarkConfig(parts=("sd15_cpu", "sd15_gpu"))
     assert command_line("training_step", config) == "python -m benchmarks.training_step --parts sd15_cpu sd15_gpu"
+    config = screening.ScreeningConfig(changes=("600 steps", "EMA"))
+    assert command_line("screening", config) == "python -m benchmarks.screening --changes '600 steps' EMA"
 
 
 def test_turns_and_rates():
