@@ -8,6 +8,7 @@ from typing import Any
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.names import normalize_name
+from atomdiff.utils.text_files import check_text
 
 # As in A1111, whose own tags name LoRAs; the weight may be a JSON object, which has colons.
 _TAG = re.compile(r"<\s*(?:atoms|lora)\s*:([^<>:]*)(?::([^<>]*))?>", re.IGNORECASE)
@@ -32,11 +33,7 @@ def split_tags(prompt: str) -> tuple[str, dict[str, AdapterWeight]]:
         UserError: a tag is unfinished, has no name or no weight that can be used, or a name stands in two; or the
             prompt has half of a character, as of an emoji that was cut.
     """
-    try:
-        prompt.encode()
-    except UnicodeEncodeError as error:
-        found = f"found {prompt[error.start : error.end]!r}, which is no character, in the prompt {prompt!r}"
-        raise UserError(f"{found}; expected text in UTF-8") from error
+    check_text(f"the prompt {prompt!r}", prompt)
     weights: dict[str, AdapterWeight] = {}
     for tag in _TAG.finditer(prompt):
         name, value = normalize_name(tag[1].strip()), tag[2]

@@ -48,6 +48,23 @@ def read_text(file: str | Path) -> str:
     return text.replace("\r\n", "\n").replace("\r", "\n")
 
 
+def check_text(what: str, text: str) -> None:
+    """Check a text of a command line or a request, which may have bytes or halves of characters that are no text.
+
+    Args:
+        what: the text's name and value, for the message.
+        text: the text.
+
+    Raises:
+        UserError: it cannot be written in UTF-8.
+    """
+    try:
+        text.encode()
+    except UnicodeEncodeError as error:
+        found = f"{what}: found {text[error.start : error.end]!r}, which is no character"
+        raise UserError(f"{found}; expected text in UTF-8") from error
+
+
 def read_yaml(file: str | Path) -> Any:
     """Read a YAML or JSON file; 1e-4 is a number in it, and a key that appears twice in a mapping is an error.
 

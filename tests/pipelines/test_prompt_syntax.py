@@ -46,7 +46,7 @@ def test_a_tag_has_a_weight_as_json():
         ("a <atoms:mug> <lora:mug:2>", "two tags for 'mug'"),
         ("a <atoms:mug", "does not end"),
         ("a <atoms:mug <atoms:cat>", "does not end"),
-        ("a mug \ud83d", "found .*, which is no character, in the prompt 'a mug"),
+        ("a mug \ud83d", "the prompt 'a mug .*: found .*, which is no character; expected text"),
     ],
 )
 def test_bad_tags_are_refused(prompt, message):

@@ -203,7 +203,7 @@ def test_requests_that_cannot_be_fulfilled_are_refused_at_once(make_engine):
         "does not end": ask("sks <atoms:ant"),
         "only prompts take concept tags": ask(negative_prompt="<atoms:ant>"),
         "which is no character": ask("a mug \udc00"),
-        "found .*, which is no character, in the prompt": ask(negative_prompt="blurry \udc00"),
+        "the prompt 'blurry .*: found .*, which is no character": ask(negative_prompt="blurry \udc00"),
         "at most 64 a side": ask(height=72, width=64),
         "has no layer in 'text_encoder'": ask(concepts={"ant": {"blocks": {"text_encoder": 1}}}),
         "found the adapter weight 'much'": ask(concepts={"ant": "much"}),

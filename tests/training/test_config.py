@@ -66,6 +66,13 @@ COMMAND = [word for name, value in NEEDED.items() for word in (f"--{name}", valu
         ({"trigger_word": "two words"}, "trigger_word='two words': expected one word without spaces"),
         ({"trigger_word": ""}, "trigger_word='': expected one word"),
         ({"class_name": None}, "class_name=None: expected what the images show"),
+        ({"class_name": "caf\udce9"}, "class_name='.*': found .*, which is no character; expected text in UTF-8"),
+        ({"trigger_word": "s\udce9"}, "trigger_word='.*': found .*, which is no character"),
+        ({"instance_prompt": "sks \ud83d"}, "instance_prompt='.*': found .*, which is no character"),
+        (
+            {"validation_prompts": ("sks \ud83d",), "validation_steps": 5},
+            "validation_prompts='.*': found .*, which is no character",
+        ),
         ({"class_name": None, "train_token": False}, "instance_prompt='.*': expected a class_name"),
         (
             {"class_name": None, "initializer_token": "cup", "instance_prompt": "sks", "with_prior_preservation": True},

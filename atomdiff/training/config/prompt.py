@@ -13,6 +13,7 @@ from atomdiff.training.config.subject import Subject, SubjectConfig, read_subjec
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import ConfigGroup, NonNegativeFloat, PositiveInt, Range
 from atomdiff.utils.paths import PathText
+from atomdiff.utils.text_files import check_text
 from atomdiff.utils.untrusted import MAX_TRIGGER_WORDS
 
 
@@ -97,6 +98,8 @@ class PromptConfig(TextConfig, SubjectConfig):
             if self.train_token and not (subject.initializer_token or subject.class_name):
                 expected = "what the images show, in one word such as mug, or an initializer_token"
                 raise UserError(f"class_name={subject.class_name!r}: expected {expected} (or train_token false)")
+            for name in ("class_name", "trigger_word", "initializer_token"):
+                check_text(f"{name}={getattr(subject, name)!r}", getattr(subject, name) or "")
             check_prompt("instance_prompt", subject.instance_prompt, subject)
         for name, what in (("trigger_word", "a word of its own"), ("name", "a folder of another name")):
             values = [getattr(subject, name) for subject in self.subjects]
@@ -128,7 +131,8 @@ def check_prompt(name: str, prompt: str, subject: Subject) -> None:
     """Check that a prompt can be filled in.
 
     Raises:
-        UserError: It names a class, and the subject has none.
+        UserError: It names a class, and the subject has none; or it is no text.
     """
+    check_text(f"{name}={prompt!r}", prompt)
     if "{class_name}" in prompt and not subject.class_name:
         raise UserError(f"{name}={prompt!r}: expected a class_name for it, or a prompt without {{class_name}}")
