@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import json
 import re
+import signal
 import threading
 from pathlib import Path
 
@@ -168,3 +169,14 @@ def together(*calls, rounds=1):
 def change_tensors(file, change):
     """Replace the tensors of a safetensors file by what a function makes of them."""
     save_file(change(load_file(file)), file)
+
+
+def stop_at(monkeypatch, step):
+    """Ask a training run to stop in this step."""
+    from atomdiff.training.run_log import RunLog
+
+    def stop(self, number, *rest):
+        if number == step:
+            signal.raise_signal(signal.SIGINT)
+
+    monkeypatch.setattr(RunLog, "step", stop)

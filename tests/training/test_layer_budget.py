@@ -2,17 +2,16 @@
 
 import dataclasses
 import json
-import signal
 from pathlib import Path
 
 import pytest
 
 from atomdiff.concepts.concept_file import read_concept_file
-from atomdiff.training import dreambooth, layer_budget, run_log
+from atomdiff.training import dreambooth, layer_budget
 from atomdiff.training.dreambooth import train
 from atomdiff.tuner.selection import layer_scores
 from atomdiff.utils.errors import UserError
-from tests.helpers import concept_bytes
+from tests.helpers import concept_bytes, stop_at
 
 BUDGET = 16_000
 
@@ -43,12 +42,8 @@ def test_the_file_stays_within_its_budget_also_when_resumed(adaptive, options, t
     assert record["selected_layers"].startswith(f"{kept} of {total}: ")
     assert record["selected_layers"] in (tmp_path / "whole" / "report.md").read_text()
 
-    def interrupt(self, step, *values):
-        if step == 5:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run_log.RunLog, "step", interrupt)
+        stop_at(patch, 5)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-5 is saved"):
             train(config)
     assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == concept_bytes(written)
@@ -58,12 +53,8 @@ def test_the_file_stays_within_its_budget_also_when_resumed(adaptive, options, t
 def test_a_run_that_resumes_with_fewer_steps_keeps_to_its_budget(adaptive, monkeypatch):
     config = dataclasses.replace(adaptive(), max_train_steps=12)
 
-    def interrupt(self, step, *values):
-        if step == 4:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run_log.RunLog, "step", interrupt)
+        stop_at(patch, 4)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-4 is saved"):
             train(config)
     acting, usual = [], layer_budget.keep_to_budget

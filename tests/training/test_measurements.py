@@ -3,18 +3,17 @@
 import dataclasses
 import json
 import math
-import signal
 from pathlib import Path
 
 import pytest
 
 from atomdiff.concepts.concept_file import read_concept_file
-from atomdiff.training import measurements, run_log
+from atomdiff.training import measurements
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.dreambooth import train
 from atomdiff.training.validation_loss import FixedSamples
 from atomdiff.utils.errors import UserError
-from tests.helpers import concept_bytes, read_measurements, write_images
+from tests.helpers import concept_bytes, read_measurements, stop_at, write_images
 
 
 @pytest.fixture
@@ -39,16 +38,6 @@ def losses(monkeypatch):
         monkeypatch.setattr(FixedSamples, "measure", measure)
 
     return pretend
-
-
-def stop_at(monkeypatch, step):
-    """Ask a run to stop in this step."""
-
-    def stop(self, number, *rest):
-        if number == step:
-            signal.raise_signal(signal.SIGINT)
-
-    monkeypatch.setattr(run_log.RunLog, "step", stop)
 
 
 @pytest.mark.slow

@@ -19,7 +19,7 @@ from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.training import run_log
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
-from tests.helpers import concept_bytes, read_log, write_images
+from tests.helpers import concept_bytes, read_log, stop_at, write_images
 
 
 @pytest.mark.slow
@@ -30,12 +30,8 @@ def test_a_run_that_was_asked_to_stop_ends_with_the_same_bytes(config, method, a
     )
     expected = concept_bytes(train(dataclasses.replace(config, output_dir=str(tmp_path / "whole"))))
 
-    def interrupt(self, step, *values):
-        if step == 2:
-            signal.raise_signal(signal.SIGINT)
-
     with monkeypatch.context() as patch:
-        patch.setattr(run_log.RunLog, "step", interrupt)
+        stop_at(patch, 2)
         with pytest.raises(KeyboardInterrupt, match="checkpoint-2 is saved: .*--resume_from_checkpoint latest"):
             train(config)
     assert concept_bytes(train(dataclasses.replace(config, resume_from_checkpoint="latest"))) == expected
