@@ -24,6 +24,8 @@ class StepSchedule:
     def __init__(
         self, pipe: Any, apply: Callable[[float], None], when: Callable[[Hook], Hook] = lambda hook: hook
     ) -> None:
+        self.on_stop: Callable[[], None] | None = None
+        """Called by `stop_schedule`."""
         self.paused = ThreadLocal()  # calls of a thread whose value is true are passed over
         self._pipe, self._apply = pipe, apply
         self._last: float | None = None
@@ -46,17 +48,25 @@ class StepSchedule:
         nearest = min(distances, key=lambda distance: distance.values)
         progress = int(nearest.indices) / max(len(steps) - 1, 1)
         if progress != self._last:
-            self._last = progress
+            self._last = None  # if it fails, nobody knows what has been written
             self._apply(progress)
+            self._last = progress
 
     def _after(self, *_: Any) -> None:
         self._turn.give()
 
 
-def start_schedule(pipe: Any, apply: Callable[[float], None]) -> None:
-    """Let a function write the weights of a pipeline's denoiser before its steps, until `stop_schedule`."""
+def start_schedule(pipe: Any, apply: Callable[[float], None], on_stop: Callable[[], None]) -> None:
+    """Let a function write the weights of a pipeline's denoiser before its steps, until `stop_schedule`.
+
+    Args:
+        pipe: the pipeline.
+        apply: writes the weights, given the share of the steps that are done.
+        on_stop: called at the end.
+    """
     model = denoiser_of(pipe)
-    vars(getattr(model, "_orig_mod", model))[_ATTRIBUTE] = StepSchedule(pipe, apply)
+    vars(getattr(model, "_orig_mod", model))[_ATTRIBUTE] = schedule = StepSchedule(pipe, apply)
+    schedule.on_stop = on_stop
 
 
 def schedule_of(model: nn.Module) -> StepSchedule | None:
@@ -70,3 +80,5 @@ def stop_schedule(models: Iterable[nn.Module]) -> None:
     for model in models:
         if (schedule := vars(model).pop(_ATTRIBUTE, None)) is not None:
             schedule.remove()
+            if schedule.on_stop is not None:
+                schedule.on_stop()

@@ -64,7 +64,8 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
             for component, write in writers.items():
                 write(0.0 if component == denoiser else None)
         if any(weight.steps for weight in weights.values()):
-            start_schedule(pipe, partial(writers[denoiser], changed_only=True))
+            writer = writers[denoiser]
+            start_schedule(pipe, partial(writer, changed_only=True), writer.set_plain_scales)
 
 
 def set_weights(pipe: Any, concepts: Concepts) -> None:
@@ -168,6 +169,12 @@ class _Writer:
         merging.restore_others(self.model)
         merging.write(self.layers, weights, self.base_readers, changed_only)
         merging.merge_others(self.model, self.other_weights)
+
+    def set_plain_scales(self) -> None:
+        """Let concepts that act unmerged have the weights of no particular step, not those of the last one."""
+        for path, layer in self.layers.items():
+            for name in self.weights.keys() & layer.scaling.keys():
+                layer.scaling[name] = self.weights[name].at(f"{self.component}.{path}", None)
 
 
 def read_adapter_weights(pipe: Any, concepts: Concepts) -> dict[str, AdapterWeight]:

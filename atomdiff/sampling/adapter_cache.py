@@ -98,6 +98,7 @@ class AdapterCache:
         yield
 
     def _set_active(self, weights: Mapping[str, AdapterWeight]) -> None:
+        self._active = None  # if it fails, the pipeline is restored
         set_active(self.pipe, weights)
         self._active = weights
 

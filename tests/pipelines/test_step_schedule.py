@@ -152,6 +152,26 @@ def test_a_schedule_ends(pipe, end):
     ENDS[end](pipe)
     assert len(pipe.unet._forward_pre_hooks) == hooks and schedule_of(pipe.unet) is None
     assert len(set(written_shares(pipe))) == 1
+    assert {layer.scaling["a"] for layer in atom_layers(pipe.unet).values()} == {1.0}  # not that of the last step
+
+
+@pytest.mark.parametrize("stop", [KeyboardInterrupt, RuntimeError])
+def test_a_write_that_fails_is_done_again(pipe, monkeypatch, stop):
+    atomdiff.set_active(pipe, {"a": {"steps": {0: 1, 1: 0}}})
+    expected = written_shares(pipe)
+    layer_type, calls = type(atom_layers(pipe.unet)["conv_in"]), []
+    write = layer_type.write
+
+    def fail(self, *args):
+        calls.append(self)
+        if len(calls) == 2:
+            raise stop("in the middle")
+        write(self, *args)
+
+    with monkeypatch.context() as patch, pytest.raises(stop, match="in the middle"):
+        patch.setattr(layer_type, "write", fail)
+        generate(pipe)
+    assert written_shares(pipe, path="conv_out") == written_shares(pipe) == expected == [1.0, 0.667, 0.333, 0.0]
 
 
 @pytest.mark.slow

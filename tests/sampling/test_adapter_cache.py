@@ -55,6 +55,28 @@ def lines(library):
     return dict(zip(("", *NAMES), found, strict=True))
 
 
+def test_a_switch_that_fails_is_not_taken_for_done(tiny_pipe, lines, monkeypatch):
+    cache = AdapterCache(tiny_pipe)
+    weights = {}
+    for name in ("bee", "ant"):
+        with cache.use([lines[name]]):
+            weights[name] = tiny_pipe.unet.conv_in.base_layer.weight.clone()
+    layer_type = type(tiny_pipe.unet.conv_in)
+    write = layer_type.write
+
+    def fail(self, *args):
+        write(self, *args)
+        raise torch.OutOfMemoryError("out of memory")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(layer_type, "write", fail)
+        with pytest.raises((UserError, RuntimeError), match="out of memory"), cache.use([lines["bee"]]):
+            pass
+    with cache.use([lines["ant"]]):
+        assert torch.equal(tiny_pipe.unet.conv_in.base_layer.weight, weights["ant"])
+        assert tiny_pipe.unet.conv_in.active_adapters[0].startswith("ant")
+
+
 def embedding(pipe, word):
     (token,) = pipe.tokenizer.encode(word, add_special_tokens=False)
     return pipe.text_encoder.get_input_embeddings().weight[token].mean().item()
