@@ -150,7 +150,7 @@ def running_process(state: State) -> psutil.Process | None:
         process = psutil.Process(state.process)
         is_same = abs(process.create_time() - state.process_started) < _SAME_START
         return process if is_same and process.status() != psutil.STATUS_ZOMBIE else None
-    except psutil.NoSuchProcess:
+    except (psutil.NoSuchProcess, psutil.AccessDenied):  # the number is that of somebody else's process by now
         return None
 
 

@@ -90,9 +90,14 @@ class JobQueue:
 
     def jobs(self) -> list[Job]:
         """Return all jobs, the newest first."""
-        files = self.folder.glob(f"[!.]*/{STATE_FILE}")  # hidden ones are being written
-        jobs = [Job(file.parent) for file in files]
-        return sorted(jobs, key=lambda job: job.created, reverse=True)
+        created = {}
+        for file in self.folder.glob(f"[!.]*/{STATE_FILE}"):  # hidden ones are being written
+            job = Job(file.parent)
+            try:
+                created[job] = job.created
+            except (OSError, ValueError, TypeError) as error:  # damaged, or of another version
+                warnings.warn(f"{file}: cannot be read ({error}); this training job is left out", stacklevel=2)
+        return sorted(created, key=lambda job: created[job], reverse=True)
 
     def job(self, name: str) -> Job:
         """Return the job of a name.

@@ -32,6 +32,7 @@ TRASH_FOLDER = ".trash"
 """Where files go that are deleted; hidden, so that a library passes it over."""
 
 _NAME = re.compile(r"\w[\w.-]{0,99}")
+_ENDINGS = (".atoms", ".safetensors")  # of files: a name that ends so would make another kind of file of it
 _SIDE = 256  # pixels of a thumbnail
 _MAX_THUMBNAIL = 1 << 21  # characters of a data URL
 _BROKEN = (OSError, SyntaxError, ValueError, Image.DecompressionBombError)  # what Pillow raises
@@ -114,8 +115,9 @@ def add(library: ConceptLibrary, file: Path, preview: Path | None) -> str:
     """
     stem = name = file.name.removesuffix(CONCEPT_SUFFIX)
     number = 1
-    while (target := _file(library, name)).exists():
-        if filecmp.cmp(file, target, shallow=False):
+    library.refresh()
+    while (target := _file(library, name)).exists() or name in library:  # a LoRA file may have the name, too
+        if target.exists() and filecmp.cmp(file, target, shallow=False):
             return name
         number += 1
         name = f"{stem}-{number}"
@@ -147,11 +149,15 @@ def rename(library: ConceptLibrary, name: str, new_name: str) -> str:
     if not _NAME.fullmatch(new_name):
         expected = "letters, digits, '_', '-' and '.', at most 100, a letter, digit or '_' first"
         raise UserError(f"found the new name {printable(new_name)!r}; expected {expected}")
+    if new_name.lower().endswith(_ENDINGS):
+        raise UserError(f"found the new name {new_name!r}; expected it without {' or '.join(_ENDINGS)} at its end")
     ending = ".safetensors" if info.is_lora else CONCEPT_SUFFIX
     target = info.path.with_name(new_name + ending)
     folder, slash, _ = info.name.rpartition("/")
     if f"{folder}{slash}{new_name}" in library or target.exists():
         raise UserError(f"there is a concept {new_name!r} already; choose another name")
+    if _preview(info.path).exists() and _preview(target).exists():
+        raise UserError(f"there is an image {_preview(target).name} already; choose another name, or remove it")
     _move({info.path: target, _preview(info.path): _preview(target)})
     library.refresh()
     return f"{folder}{slash}{new_name}"

@@ -31,7 +31,7 @@ class PageConcepts(ServedConcepts):
     def __init__(self, library: ConceptLibrary, jobs: JobQueue) -> None:
         super().__init__(library)
         self._jobs = jobs
-        self._opened: dict[Path, ConceptSource] = {}  # files of checkpoints do not change
+        self._opened: dict[Path, tuple[tuple[int, int, int], ConceptSource]] = {}
 
     def find(self, weights: Mapping[str, Any]) -> list[tuple[ConceptSource, AdapterWeight]]:
         """Return the concepts of a request with their weights; see `ServedConcepts`."""
@@ -48,6 +48,8 @@ class PageConcepts(ServedConcepts):
         return found
 
     def _open(self, name: str, file: Path) -> ConceptSource:
-        if file not in self._opened:
-            self._opened[file] = replace(open_source(str(file)), name=name)
-        return self._opened[file]
+        status = file.stat()
+        stamp = status.st_size, status.st_mtime_ns, status.st_ino  # another job of this name has other files
+        if file not in self._opened or self._opened[file][0] != stamp:
+            self._opened[file] = stamp, replace(open_source(str(file)), name=name)
+        return self._opened[file][1]

@@ -53,6 +53,16 @@ def test_the_last_step_is_that_of_the_training_although_the_library_has_another_
     assert source.path == job.result
 
 
+def test_files_of_another_job_of_the_same_name_are_read_anew(workspace, job, other):
+    concepts = PageConcepts(workspace.library, workspace.jobs)
+    ((first, _),) = concepts.find({"sks-mug-step-000002": 1.0})
+    assert concepts.find({"sks-mug-step-000002": 1.0})[0][0] is first
+    before = first.sha256
+    shutil.copy(other, job.saved_steps[2])
+    ((second, _),) = concepts.find({"sks-mug-step-000002": 1.0})
+    assert second is not first and second.sha256 != before
+
+
 def test_another_concept_of_the_name_of_a_step_is_refused(workspace, job, other):
     ui_library.add(workspace.library, job.saved_steps[2], None)
     assert len(chosen_prompts(workspace, "a mug", "sks-mug", [2, 4])) == 2  # a copy of it

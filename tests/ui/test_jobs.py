@@ -267,6 +267,18 @@ def test_a_job_whose_folder_is_being_written_is_not_seen(open_queue):
     assert queue.jobs() == [job]
 
 
+@pytest.mark.parametrize("state", ["", "[]", '{"created": 1, "of_a_later_version": 2}'])
+def test_a_job_that_cannot_be_read_stops_no_other(open_queue, tmp_path, state):
+    (tmp_path / "jobs" / "broken").mkdir(parents=True)
+    (tmp_path / "jobs" / "broken" / "job.json").write_text(state)
+    queue = open_queue()
+    with pytest.warns(UserWarning, match=r"broken.job.json: cannot be read \(.*\); this training job is left out"):
+        job = add(queue)
+        wait_for(lambda: job.status == "finished")
+        assert queue.jobs() == [job]
+        queue.close()
+
+
 def test_names_from_elsewhere_are_only_compared(open_queue, tmp_path):
     with pytest.raises(UserError, match="no training job"):
         open_queue().job("../jobs")

@@ -4,7 +4,9 @@ import base64
 import io
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from atomdiff.ui import library as ui_library
 from atomdiff.utils.errors import UserError
@@ -101,10 +103,32 @@ def test_names_that_cannot_be_file_names_are_refused(library, mug, name):
     assert list(library) == ["mug"]
 
 
+@pytest.mark.parametrize("name", ["cup.atoms", "mug.safetensors", "cup.atoms.safetensors"])
+def test_names_of_another_kind_of_file_are_refused(library, mug, name):
+    with pytest.raises(UserError, match="expected it without .atoms or .safetensors at its end"):
+        ui_library.rename(library, "mug", name)
+    assert list(library) == ["mug"]
+
+
 def test_a_name_that_is_taken_is_refused(library, mug):
     write_concept(library.folder, "cup")
     with pytest.raises(UserError, match="'cup' already"):
         ui_library.rename(library, "mug", "cup")
+    Image.new("RGB", (8, 8), BLUE).save(library.folder / "jug.preview.png")
+    with pytest.raises(UserError, match="there is an image jug.preview.png already"):
+        ui_library.rename(library, "mug", "jug")
+    assert mug.is_file() and (library.folder / "mug.preview.png").is_file()
+
+
+def test_a_lora_file_keeps_its_name_and_its_image(library, tmp_path):
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, library.folder / "mug.safetensors")
+    Image.new("RGB", (8, 8), RED).save(library.folder / "mug.preview.png")
+    Image.new("RGB", (8, 8), BLUE).save(tmp_path / "image.png")
+    concept = write_concept(tmp_path, "mug", phrase="sks mug")
+    assert ui_library.add(library, concept, tmp_path / "image.png") == "mug-2"
+    assert ui_library.add(library, concept, None) == "mug-2"
+    assert set(library) == {"mug", "mug-2"} and library.info("mug").is_lora
+    assert ui_library.thumbnail(library.info("mug")).getpixel((5, 5)) == RED
 
 
 def test_deleted_concepts_are_in_the_trash(library, mug):
