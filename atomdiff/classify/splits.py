@@ -92,7 +92,12 @@ def _sub_folders(folder: Path) -> list[Path]:
 
 def _read_classes(folder: Path, known: Mapping[str, object] | None = None) -> dict[str, list[Path]]:
     """List the images of every class, in the order of the names; all names must be `known` ones, if given."""
-    classes = {normalize_name(path.name): list_images(path) for path in _sub_folders(folder)}
+    folders: dict[str, Path] = {}
+    for path in _sub_folders(folder):
+        if (other := folders.setdefault(normalize_name(path.name), path)) is not path:
+            found = f"{other.name!a} and {path.name!a} are the same name in two forms of Unicode"
+            raise UserError(f"{folder}: {found}; put the images into one folder")
+    classes = {name: list_images(path) for name, path in folders.items()}
     if known is None and len(classes) < 2:
         names = ", ".join(classes) or "none"
         raise UserError(

@@ -70,6 +70,12 @@ def test_a_class_may_begin_with_an_underscore_but_what_archives_leave_is_none(tm
     assert split_of(write(tmp_path, _other=5, bus=5, __MACOSX=5)).classes == ("_other", "bus")
 
 
+def test_classes_of_one_name_in_two_forms_are_refused(tmp_path):
+    folder = write(tmp_path, **{"caf\u00e9": 5, "cafe\u0301": 5, "tea": 5})
+    with pytest.raises(UserError, match="are the same name in two forms of Unicode; put the images into one folder"):
+        split_of(folder)
+
+
 def test_a_class_may_be_called_train(tmp_path):
     assert split_of(write(tmp_path, bus=5, train=5)).classes == ("bus", "train")
 

@@ -62,10 +62,12 @@ def train_fleet(config: FleetConfig, run: Mapping[str, Any]) -> FleetReport:
         if done := len(states) - len(runs):
             log(f"going on in {folder}; subjects done: {done}, to train: {len(runs)}")
         num_workers, stopped = 0, False
-        if runs:
-            num_workers, stopped = _train(config, states, runs)
-        fill_library(folder, states)
-        report = write_report(folder, states, time.monotonic() - started, num_workers)
+        try:
+            if runs:
+                num_workers, stopped = _train(config, states, runs)
+        finally:  # also where no worker is left
+            fill_library(folder, states)
+            report = write_report(folder, states, time.monotonic() - started, num_workers)
     if stopped:
         raise KeyboardInterrupt(f"stopped; {report.describe()}\nthe same command goes on")
     return report
@@ -80,9 +82,11 @@ def _train(
         with closing(pool), Progress(len(states), len(states) - len(runs), num_workers) as progress:
             watch = Watch(lambda name: last_sign(states[name].folder), config.worker_timeout)
             queue = Queue([*runs], pool, num_workers, config.max_tries, Ledger(states, progress), watch)
-            queue.run(lambda: stop.requested)
-    for name in queue.running:
-        states[name].status = "waiting"
+            try:
+                queue.run(lambda: stop.requested)
+            finally:
+                for name in queue.running:
+                    states[name].status = "waiting"
     return num_workers, stop.requested
 
 

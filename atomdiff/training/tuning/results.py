@@ -56,8 +56,15 @@ class Results:
         )
 
 
-def write_results(study: optuna.Study, folder: Path, config: TuneConfig, space: SearchSpace) -> Results:
+def write_results(study: optuna.Study, folder: Path, config: TuneConfig, space: SearchSpace, interval: int) -> Results:
     """Write what a search has found so far; a table without trials is not written, and no plots without two.
+
+    Args:
+        study: The search.
+        folder: Where the files go.
+        config: Its options.
+        space: What is searched.
+        interval: Steps between two measurements of a trial.
 
     Raises:
         WriteError: Something cannot be written.
@@ -75,11 +82,11 @@ def write_results(study: optuna.Study, folder: Path, config: TuneConfig, space: 
     except ValueError:  # none is complete and within the limit
         best_file.unlink(missing_ok=True)
         return Results(len(trials), None, None, folder)
-    write_text(best_file, _best_config(best, folder, config))
+    write_text(best_file, _best_config(best, folder, config, interval))
     return Results(len(trials), best, best_file, folder)
 
 
-def _best_config(best: FrozenTrial, folder: Path, config: TuneConfig) -> str:
+def _best_config(best: FrozenTrial, folder: Path, config: TuneConfig, interval: int) -> str:
     """Return the YAML file of the best run: all that is not a default, but nothing of the Hub."""
     run = apply_values(best.params, config.base_run, folder)
     hidden = {"output_dir", "resume_from_checkpoint", *(field.name for field in fields(HubConfig))}
@@ -89,6 +96,8 @@ def _best_config(best: FrozenTrial, folder: Path, config: TuneConfig) -> str:
         if field.name not in hidden and (value := getattr(run, field.name)) != field.default
     }
     values["output_dir"] = str(folder / "best")
+    if run.keep_best:  # which can be the best of what was measured only
+        values["validation_loss_steps"] = interval
     plain = {name: list(value) if isinstance(value, tuple) else value for name, value in values.items()}
     drift = f", base drift {best.user_attrs[DRIFT]:.4f}" if DRIFT in best.user_attrs else ""
     head = f"# Trial {best.number} of the search in {folder}: validation loss {best.value:.6f}{drift}.\n"

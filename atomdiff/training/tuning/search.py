@@ -94,7 +94,7 @@ def tune(config: TuneConfig) -> Results:
         try:
             _run_workers(search)
         finally:
-            results = write_results(study, folder, config, space)
+            results = write_results(study, folder, config, space, interval)
             done = len(finished_trials(study)) - before
             if done:
                 seconds = time.time() - started

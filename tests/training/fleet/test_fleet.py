@@ -179,6 +179,24 @@ def test_ctrl_c_ends_with_a_report_and_the_same_command_goes_on(
     assert train_fleet(config, run).count("done") == 2
 
 
+def test_what_was_trained_is_kept_where_no_worker_is_left(same_process, table, fleet_config, run_values, monkeypatch):
+    config = fleet_config(table("a", "b"))
+    usual, calls = fleet.Queue._take, []
+
+    def lose(self, event):
+        usual(self, event)
+        calls.append(event)
+        if [each.kind for each in calls].count("done") == 1:
+            raise UserError("no worker can be started: no memory")
+
+    monkeypatch.setattr(fleet.Queue, "_take", lose)
+    with pytest.raises(UserError, match="no worker can be started"):
+        train_fleet(config, run_values(max_train_steps=1))
+    assert len(library(config)) == 1
+    states = json.loads((Path(config.output_dir) / "report.json").read_text())
+    assert "waiting" in json.dumps(states) and "running" not in json.dumps(states)
+
+
 def test_a_base_that_cannot_be_loaded_is_told(same_process, table, fleet_config, run_values):
     with pytest.raises(UserError, match="no/such/base"):
         train_fleet(fleet_config(table("a")), run_values(pretrained_model_name_or_path="no/such/base"))

@@ -263,7 +263,8 @@ def test_keep_best_takes_the_lowest_loss_of_a_trial(tune_config, monkeypatch):
     found = tune(tune_config(space, keep_best=True, **fields))
     assert found.best.value == 0.2 and found.best.user_attrs["step"] == 2
     assert found.best.user_attrs["base_drift"] == 0.02
-    assert yaml.safe_load(found.best_file.read_text())["keep_best"] is True
+    best = yaml.safe_load(found.best_file.read_text())
+    assert best["keep_best"] is True and best["validation_loss_steps"] == 1  # as in the trials
 
 
 def test_a_trial_that_diverges_counts_as_a_bad_one(tune_config, monkeypatch, capsys):
