@@ -141,6 +141,8 @@ def as_one_update(updates: Sequence[WeightUpdate], positions: int) -> WeightUpda
     kernels, channels = separate(updates) or (None, None)
     if channels is None:
         return None if kernels is None or kernels.view.by_input else kernels
+    if kernels is None and positions == 1:
+        return channels
     size = len(channels.matrix) * positions
     if size > _WIDEST_BLOCK or (kernels is not None and kernels.view != KERNELS):
         return None

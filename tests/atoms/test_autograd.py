@@ -140,9 +140,22 @@ def test_nothing_of_the_size_of_a_weight_is_kept(layer, variant, monkeypatch):
     model = get_peft_model(model, AtomConfig(target_modules=["0"], **VARIANTS[variant]))
     x = torch.randn(1, 512) if layer == "linear" else torch.randn(1, 64, 4, 4)
     size = model.base_model.model[0].get_base_layer().weight.numel()
+    monkeypatch.setattr(autograd, "_SMALL_WEIGHT", size - 1)
     assert max(kept(model, x), default=0) < size / 2
     monkeypatch.setattr(autograd, "can_recompute", lambda *_: False)
     assert max(kept(model, x)) >= size
+
+
+@pytest.mark.parametrize(("layer", "variant"), possible(["conv", "linear"], ["spatial", "blocks", "recursion"]))
+def test_an_adapted_weight_that_is_kept_gives_the_gradients_of_one_that_is_made_again(layer, variant, monkeypatch):
+    model, x = adapted(layer, variant)
+    x = (x[:1, ..., :6, :6] if layer == "conv" else x[:1]).clone()
+    size = model.base_model.model[0].get_base_layer().weight.numel()
+    assert x.numel() < size == max(kept(model, x.clone()))
+    expected = gradients(model, x)
+    monkeypatch.setattr(autograd, "_SMALL_WEIGHT", 0)
+    assert size not in kept(model, x.clone())
+    assert_close(gradients(model, x), expected, tolerance=0.0)
 
 
 @pytest.mark.parametrize(
