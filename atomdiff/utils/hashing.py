@@ -23,9 +23,9 @@ def hash_file(path: Path) -> str:
     return digest.hexdigest()
 
 
-def hash_listing(folder: Path) -> str:
-    """Return a SHA-256 of names, sizes and times: the gigabytes of a base are not worth reading twice."""
-    stats = [(str(file.relative_to(folder)), file.stat()) for file in _files(folder)]
+def hash_listing(path: Path) -> str:
+    """Return a SHA-256 of a file's size and time, or of names, sizes and times in a folder: quick for gigabytes."""
+    stats = [(str(file.relative_to(path)), file.stat()) for file in _files(path)]
     return hashlib.sha256(repr([(name, stat.st_size, stat.st_mtime_ns) for name, stat in stats]).encode()).hexdigest()
 
 
@@ -74,5 +74,5 @@ def _bytes(tensor: Tensor) -> memoryview:
     return tensor.detach().cpu().contiguous().reshape(-1).view(torch.uint8).numpy().data
 
 
-def _files(folder: Path) -> list[Path]:
-    return sorted(file for file in folder.rglob("*") if file.is_file())
+def _files(path: Path) -> list[Path]:
+    return sorted(file for file in path.rglob("*") if file.is_file()) if path.is_dir() else [path]

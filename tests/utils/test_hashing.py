@@ -64,10 +64,11 @@ def test_hashes_follow_content_and_listing(tmp_path):
     file.write_bytes(b"12")
     os.utime(file, ns=(0, 10**18))
     folder, alone, listing = hash_file(tmp_path), hash_file(file), hash_listing(tmp_path)
+    listing_alone = hash_listing(file)
     assert alone == hashlib.sha256(b"12").hexdigest()  # as sha256sum has it, whatever the file is called
     os.utime(file, ns=(0, 2 * 10**18))
     assert (hash_file(tmp_path), hash_file(file)) == (folder, alone)
-    assert hash_listing(tmp_path) != listing
+    assert hash_listing(tmp_path) != listing and hash_listing(file) != listing_alone
     file.write_bytes(b"34")
     os.utime(file, ns=(0, 10**18))
     assert hash_file(tmp_path) != folder and hash_file(file) != alone
