@@ -22,10 +22,13 @@ class StepSchedule:
     """
 
     def __init__(
-        self, pipe: Any, apply: Callable[[float], None], when: Callable[[Hook], Hook] = lambda hook: hook
+        self,
+        pipe: Any,
+        apply: Callable[[float], None],
+        when: Callable[[Hook], Hook] = lambda hook: hook,
+        on_stop: Callable[[], None] = lambda: None,
     ) -> None:
-        self.on_stop: Callable[[], None] | None = None
-        """Called by `stop_schedule`."""
+        self.on_stop = on_stop  # called by `stop_schedule`
         self.paused = ThreadLocal()  # calls of a thread whose value is true are passed over
         self._pipe, self._apply = pipe, apply
         self._last: float | None = None
@@ -65,8 +68,7 @@ def start_schedule(pipe: Any, apply: Callable[[float], None], on_stop: Callable[
         on_stop: called at the end.
     """
     model = denoiser_of(pipe)
-    vars(getattr(model, "_orig_mod", model))[_ATTRIBUTE] = schedule = StepSchedule(pipe, apply)
-    schedule.on_stop = on_stop
+    vars(getattr(model, "_orig_mod", model))[_ATTRIBUTE] = StepSchedule(pipe, apply, on_stop=on_stop)
 
 
 def schedule_of(model: nn.Module) -> StepSchedule | None:
@@ -80,5 +82,4 @@ def stop_schedule(models: Iterable[nn.Module]) -> None:
     for model in models:
         if (schedule := vars(model).pop(_ATTRIBUTE, None)) is not None:
             schedule.remove()
-            if schedule.on_stop is not None:
-                schedule.on_stop()
+            schedule.on_stop()

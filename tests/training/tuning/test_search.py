@@ -260,6 +260,7 @@ def test_keep_best_takes_the_lowest_loss_of_a_trial(tune_config, monkeypatch):
     monkeypatch.setattr(trial, "start_measuring", lambda *_: None)
     space = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
     fields = {"num_trials": 1, "max_train_steps": 4, "validation_split": 0.3, "max_base_drift": 0.025}
+    fields["validation_loss_steps"] = None  # chosen by the search
     found = tune(tune_config(space, keep_best=True, **fields))
     assert found.best.value == 0.2 and found.best.user_attrs["step"] == 2
     assert found.best.user_attrs["base_drift"] == 0.02
