@@ -4,10 +4,10 @@
     python -m benchmarks.compare_methods --quick true     # within half an hour of two CPU cores
 
 Every method goes through the same training run with the same token and the same preservation. Its learning rate is
-chosen on the tuning subjects: its own from overrides.yaml, a third and three times that; the best is the one with the
-highest gain among those that keep within one allowance of drift and 90 % of the base's scenes. At that rate it learns
-the evaluation subjects, with every seed. The most telling methods come first, and each has a result file as soon as it
-is done, from which `methods_report.py` makes the table and the plots. A stopped comparison goes on where it was.
+searched on the tuning subjects, beginning with its own from overrides.yaml (`trial_figures.search_rate`): the best has
+the highest gain among those that keep within one allowance of drift and 90 % of the base's scenes. At that rate it
+learns the evaluation subjects, with every seed. The most telling methods come first, and each has a result file as soon
+as it is done, from which `methods_report.py` makes the table and the plots. A stopped comparison goes on where it was.
 """
 
 from __future__ import annotations
@@ -25,12 +25,13 @@ from atomdiff.utils.hashing import hash_values
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_yaml
-from benchmarks.experiments import make_trial, ordered_methods, own_rate, rates_to_try
+from benchmarks.experiments import make_trial, ordered_methods, own_rate
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import (
     Result,
+    Summary,
     check_protocols,
-    choose_rate,
+    search_rate,
     subject_of,
     summarize_kinds,
     trial_figures,
@@ -38,7 +39,6 @@ from benchmarks.trial_figures import (
 from benchmarks.trial_runner import Runner
 from benchmarks.trials import Trial
 
-FACTOR = 3  # between learning rates
 COSTS = ("parameters", "bytes", "train_seconds", "peak_memory_bytes")
 UNNAMED = ("work_dir", "output_dir", "processes", "retry_failed")  # options that say only where and how fast
 _QUICK_METHODS = 3
@@ -57,7 +57,7 @@ class CompareConfig:
     seeds: tuple[int, ...] = (0, 1)
     """Seeds of the training runs on each evaluation subject."""
     trials: int = 3
-    """Learning rates a method, 1 to 3; 1 is its own one, without a search."""
+    """Learning rates that are tried of each method, at most; 1 is its own one, without a search."""
     max_drift: float = 0.1
     """Highest mean drift on the tuning subjects at which a learning rate can be the best."""
     quick: bool = False
@@ -105,11 +105,11 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         figures, of all subjects and of each kind; `runs`; `search`; `failed`: what failed; `conditions`: what has to be
         equal in two files that are compared.
     """
-    rates, found = rates_to_try(own_rate(method), config.trials, FACTOR), {"search": {}}
-    rate: float | None = rates[0]
-    search: dict[str, Any] = {}
-    if len(rates) > 1:
-        rate, search, found["search"] = search_rate(config, method, rates, runner)
+    rate: float | None = own_rate(method)
+    searched: dict[str, Any] = {}
+    found: dict[str, Any] = {"search": {}}
+    if config.trials > 1:
+        rate, searched, found["search"] = search(config, method, runner)
     if rate is None:
         failures = [failure for each in found["search"].values() for failure in each["failed"]]
         return found | {"status": "failed", "figures": {}, "failed": failures}
@@ -129,7 +129,7 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         "run": hash_values(json.dumps(read_yaml(find_asset(config.run))))[:16],
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols", "sampling")},
     }
-    found |= describe_runs(results, {"learning_rate": rate, **search})
+    found |= describe_runs(results, {"learning_rate": rate, **searched})
     if found["status"] == "done":
         found["figures"]["tensor_bytes"] = tensor_bytes(trials[0])
     return found
@@ -147,33 +147,39 @@ def tensor_bytes(trial: Trial) -> int:
     return counted.file_bytes + config.train_token * sum(2 * encoder["hidden_size"] for encoder in encoders)
 
 
-def search_rate(
-    config: CompareConfig, method: str, rates: Sequence[float], runner: Runner
-) -> tuple[float | None, dict[str, Any], dict[str, Any]]:
-    """Choose the learning rate of a method on the tuning subjects.
+def search(config: CompareConfig, method: str, runner: Runner) -> tuple[float | None, dict[str, Any], dict[str, Any]]:
+    """Search the learning rate of a method on the tuning subjects.
 
     Returns:
         The rate, None if trials failed at all of them; what its figures say of the search; and the means at each rate.
     """
     subjects = config.tuning_subjects or tuple(load_protocol(config.tuning_protocol).subjects)
-    photos = [Path(config.tuning_dir) / subject for subject in subjects]
-    trials = [
-        make_trial(method, rate, each, (config.tuning_protocol,), config.seeds[0], config.run, config.work_dir)
-        for rate in rates
-        for each in photos
-    ]
-    results = runner.run(trials)
-    found: dict[float, Any] = {}
-    search: dict[str, Any] = {}
-    for index, rate in enumerate(rates):
-        of_rate = results[index * len(photos) : (index + 1) * len(photos)]
-        failures = failures_of(of_rate)
-        found[rate] = None if failures else summarize_kinds(of_rate)["all"]
-        means = {name: each["mean"] for name, each in (found[rate] or {}).items()}
-        search[f"{rate:g}"] = {**means, "failed": failures}
-    best, allowed = choose_rate(found, config.max_drift)
-    at_end = len(rates) > 2 and best in (rates[0], rates[-1])
-    return best, {"within_allowance": allowed, "at_end_of_search": at_end}, search
+    failures: dict[float, list[dict[str, Any]]] = {}
+
+    def measure(rate: float) -> Summary | None:
+        trials = [
+            make_trial(
+                method,
+                rate,
+                Path(config.tuning_dir) / subject,
+                (config.tuning_protocol,),
+                config.seeds[0],
+                config.run,
+                config.work_dir,
+            )
+            for subject in subjects
+        ]
+        results = runner.run(trials)
+        failures[rate] = failures_of(results)
+        return None if failures[rate] else summarize_kinds(results)["all"]
+
+    best, allowed, found = search_rate(own_rate(method), config.trials, config.max_drift, measure)
+    at_end = len(found) > 2 and best in (min(found), max(found))
+    means = {
+        f"{rate:g}": {**{name: each["mean"] for name, each in (figures or {}).items()}, "failed": failures[rate]}
+        for rate, figures in found.items()
+    }
+    return best, {"within_allowance": allowed, "at_end_of_search": at_end}, means
 
 
 def describe_runs(results: Sequence[Result], figures: dict[str, Any]) -> dict[str, Any]:

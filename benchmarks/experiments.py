@@ -84,11 +84,6 @@ def rates_around(rate: float, trials: int, factor: float) -> list[float]:
     return [[rate], [rate / factor, rate], [rate / factor, rate, rate * factor]][trials - 1]
 
 
-def rates_to_try(rate: float, trials: int, factor: float) -> list[float]:
-    """Return `rates_around` with three significant digits, as folders of runs and result files name them."""
-    return [float(f"{each:.3g}") for each in rates_around(rate, trials, factor)]
-
-
 def _overrides(method: str) -> dict[str, Any]:
     overrides: dict[str, Any] = yaml.safe_load((EXPERIMENTS / method / "overrides.yaml").read_text())
     return overrides

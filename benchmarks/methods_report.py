@@ -31,6 +31,7 @@ QUALITY = (
     "diversity",
     "prompt match",
     "top-1",
+    "seeds",
 )
 COSTS = ("method", "parameters", "tensors", "file", "training", "memory")
 MARKS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
@@ -79,7 +80,7 @@ def read_methods(folder: Path) -> Methods:
         if (conditions := content.get("conditions")) is None:  # it failed before
             continue
         first = first or (method, conditions)
-        if others := [name for name, value in conditions.items() if value != first[1].get(name)]:
+        if others := [name for name, value in conditions.items() if name != "seeds" and value != first[1].get(name)]:
             message = f"{folder}: {first[0]} and {method} were measured with other {', '.join(others)}"
             raise UserError(f"{message}; expected files of one comparison: run it again for one of them")
     order = [*ordered_methods(), *sorted(found)]
@@ -128,9 +129,11 @@ def make_table(methods: Methods) -> str:
 
 def _conditions(conditions: Mapping[str, Any]) -> str:
     trials = conditions["trials"]
-    subjects, seeds = (", ".join(map(str, conditions[name])) for name in ("subjects", "seeds"))
-    rate = f"the best of {trials} learning rates" if trials > 1 else "its own learning rate, without a search"
-    return f"Subjects: {subjects}; seeds: {seeds}. Every method has {rate}."
+    rate = "its own learning rate, without a search"
+    if trials > 1:
+        allowance = f"that keep within a drift of {_number(conditions['max_drift'])} on the tuning subjects"
+        rate = f"the best of at most {trials} learning rates {allowance}"
+    return f"Subjects: {', '.join(conditions['subjects'])}. Every method has {rate}."
 
 
 def _message(content: Mapping[str, Any]) -> str:
@@ -150,8 +153,8 @@ def _reference_lines(summary: Mapping[str, Any]) -> list[str]:
     base, photos = ([cell(kind, f"similarity_{name}") for kind in KINDS] for name in ("base", "real"))
     rest = [cell("all", f"{name}_base") for name in ("scenes", "drift", "diversity", "prompt_match")]
     return [
-        _line(["the base", *base, "", "", *rest, ""]),
-        _line(["photos", *photos, *[""] * 7]),
+        _line(["the base", *base, "", "", *rest, "", ""]),
+        _line(["photos", *photos, *[""] * 8]),
     ]
 
 
@@ -163,6 +166,7 @@ def _quality_cells(method: str, content: Mapping[str, Any]) -> list[str]:
 
     cells = [cell(kind, name) for name in ("similarity", "gain") for kind in KINDS]
     cells += [cell("all", name) for name in ("scenes", "drift", "diversity", "prompt_match", "top_1")]
+    cells.append(", ".join(map(str, content["conditions"]["seeds"])))
     return [f"`{method}`{_marks(content['figures'])}", *cells]
 
 

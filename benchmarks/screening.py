@@ -20,13 +20,14 @@ from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.experiments import own_rate, rates_to_try, read_adapter_fields
+from benchmarks.experiments import own_rate, read_adapter_fields
 from benchmarks.result_file import command_line, write_result
 from benchmarks.screening_changes import ADAPTER, LAYERS, RECIPE, Change
 from benchmarks.trial_figures import (
     Result,
+    Summary,
     check_protocols,
-    choose_rate,
+    search_rate,
     subject_of,
     summarize,
     summarize_kinds,
@@ -35,7 +36,6 @@ from benchmarks.trial_figures import (
 from benchmarks.trial_runner import Runner
 from benchmarks.trials import Trial
 
-FACTOR = 2  # between learning rates
 BASELINE = "baseline"
 TABLES = {
     "recipe": ("atoms/default", RECIPE),
@@ -59,7 +59,7 @@ class ScreeningConfig:
     seeds: tuple[int, ...] = (0,)
     """Seeds of the training runs."""
     trials: int = 1
-    """Learning rates of each change, 1 to 3: the best is chosen as in compare_methods.py."""
+    """Learning rates that are tried of each change, as in compare_methods.py; 1 is its own one, without a search."""
     max_drift: float = 0.1
     """Highest mean drift at which a learning rate can be the best."""
     processes: int = 1
@@ -86,7 +86,8 @@ def run_change(config: ScreeningConfig, name: str, change: Change, runner: Runne
     method, _ = TABLES[config.table]
     folder = Path(config.work_dir) / config.table / name.replace(" ", "-")
     results: dict[float, Sequence[Result]] = {}
-    for rate in rates_to_try(own_rate(method) * change.rate, config.trials, FACTOR):
+
+    def measure(rate: float) -> Summary | None:
         trials = [
             Trial(
                 str(folder / f"{rate:g}" / f"{subject}-seed{seed}"),
@@ -101,8 +102,9 @@ def run_change(config: ScreeningConfig, name: str, change: Change, runner: Runne
             for seed in config.seeds
         ]
         results[rate] = runner.run(trials)
-    summaries = {rate: None if _failures(each) else summarize_kinds(each)["all"] for rate, each in results.items()}
-    best, _ = choose_rate(summaries, config.max_drift)
+        return None if _failures(results[rate]) else summarize_kinds(results[rate])["all"]
+
+    best, _, _ = search_rate(own_rate(method) * change.rate, config.trials, config.max_drift, measure)
     rate = next(iter(results)) if best is None else best
     return rate, results[rate]
 

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 import statistics
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any
@@ -17,6 +18,8 @@ from atomdiff.utils.errors import UserError
 Result = Mapping[str, Any]
 """What `result.json` of a trial holds."""
 
+FACTOR = 3  # between learning rates of a search
+_CLOSE = 0.95  # share of the allowance of drift at which a search ends
 _DIGITS = 4
 _MATCHED = ("color", "pattern")
 
@@ -120,35 +123,88 @@ def _by_subject(results: Sequence[Result]) -> dict[str, list[dict[str, float]]]:
     return found
 
 
-def choose_rate(
-    by_rate: Mapping[float, Mapping[str, Mapping[str, Any]] | None], max_drift: float, scenes_kept: float = 0.9
-) -> tuple[float | None, bool]:
-    """Return the learning rate with the highest mean gain among those that are allowed.
+Summary = Mapping[str, Mapping[str, Any]]
+"""What `summarize` returns; None in its place: a trial failed."""
 
-    Similarity can be bought with drift and with forgotten scenes, so every method gets the same allowance. Where no
-    rate keeps within it, the one of the least drift is taken.
+
+def search_rate(
+    own: float, trials: int, max_drift: float, measure: Callable[[float], Summary | None]
+) -> tuple[float | None, bool, dict[float, Summary | None]]:
+    """Search the learning rate with the highest mean gain within an allowance of drift.
+
+    The first one is a method's own; then three times the highest one that keeps within the allowance, or a third of the
+    lowest one; as soon as the allowance lies between two, the rate at which a straight line through their drifts, both
+    axes logarithmic, meets it. It ends at a rate whose drift is close to the allowance. So every method comes to about
+    the same drift, if it can.
 
     Args:
-        by_rate: `summarize` of the trials at each rate; None: one of them failed.
+        own: the first learning rate.
+        trials: how many are tried at most.
+        max_drift: highest mean drift that is allowed.
+        measure: trains at a learning rate; returns the figures.
+
+    Returns:
+        The rate, None if the trials failed at all of them; whether it keeps within the allowance; the figures at each.
+    """
+    found: dict[float, Summary | None] = {}
+    while len(found) < trials:
+        rate = _next_rate(found, max_drift) if found else own
+        rate = float(f"{rate:.3g}")  # as folders of runs and result files name it
+        if rate in found:  # as close as three digits tell
+            break
+        figures = found[rate] = measure(rate)
+        if figures is not None and is_allowed(figures, max_drift) and figures["drift"]["mean"] >= _CLOSE * max_drift:
+            break
+    return *choose_rate(found, max_drift), found
+
+
+def _next_rate(by_rate: Mapping[float, Summary | None], max_drift: float) -> float:
+    within = [rate for rate, found in by_rate.items() if is_allowed(found, max_drift)]
+    if not within:
+        return min(by_rate) / FACTOR
+    low = max(within)
+    if not (beyond := [rate for rate in by_rate if rate > low]):
+        return low * FACTOR
+    high = min(beyond)
+    drifts = [0.0 if found is None else found["drift"]["mean"] for found in (by_rate[low], by_rate[high])]
+    share = 0.5  # of the way, where it is not drift that is too much at the higher rate
+    if 0 < drifts[0] <= max_drift < drifts[1]:
+        share = math.log(max_drift / drifts[0]) / math.log(drifts[1] / drifts[0])
+    return float(low * (high / low) ** share)
+
+
+def is_allowed(found: Summary | None, max_drift: float, scenes_kept: float = 0.9) -> bool:
+    """Tell whether trials keep within an allowance.
+
+    Similarity can be bought with drift and with forgotten scenes, so every method gets the same allowance.
+
+    Args:
+        found: figures of the trials; None: one of them failed.
         max_drift: highest mean drift that is allowed.
         scenes_kept: lowest scene accuracy that is allowed, over that of the base.
+    """
+    if found is None or not found["drift"]["mean"] <= max_drift:
+        return False
+    return bool(found["scenes"]["mean"] >= scenes_kept * found["scenes_base"]["mean"])
+
+
+def choose_rate(by_rate: Mapping[float, Summary | None], max_drift: float) -> tuple[float | None, bool]:
+    """Return the learning rate with the highest mean gain among those that are allowed.
+
+    Where no rate keeps within the allowance, the one of the least drift is taken.
+
+    Args:
+        by_rate: figures of the trials at each rate; None: one of them failed.
+        max_drift: highest mean drift that is allowed.
 
     Returns:
         The rate, None if the trials failed at all of them; and whether it keeps within the allowance.
     """
     known = {rate: found for rate, found in by_rate.items() if found is not None}
-
-    def mean(rate: float, name: str) -> float:
-        return float(known[rate][name]["mean"])
-
-    allowed = [
-        rate
-        for rate in known
-        if mean(rate, "drift") <= max_drift and mean(rate, "scenes") >= scenes_kept * mean(rate, "scenes_base")
-    ]
+    allowed = [rate for rate, found in known.items() if is_allowed(found, max_drift)]
     if allowed:
-        return max(allowed, key=lambda rate: mean(rate, "gain")), True
-    return min(known, key=lambda rate: mean(rate, "drift"), default=None), False
+        return max(allowed, key=lambda rate: float(known[rate]["gain"]["mean"])), True
+    return min(known, key=lambda rate: float(known[rate]["drift"]["mean"]), default=None), False
 
 
 def _rounded(value: Any) -> Any:
