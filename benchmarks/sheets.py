@@ -50,6 +50,8 @@ class SheetsConfig:
     """What is asked for besides the places."""
     run: str = "configs/demo.yaml"
     """Settings of the training runs and of sampling."""
+    num_inference_steps: int = 40
+    """Denoising steps of an image; those of `run` are chosen for speed."""
     protocols: tuple[str, ...] = ("toybox", "toybox_edits")
     """Protocols of the comparison; the first one has the places."""
     subjects_dir: str = "samples/subjects"
@@ -110,7 +112,7 @@ def picture(config: SheetsConfig, trial: Trial) -> Pictured:
     from atomdiff.utils.precision import autocast, compute_device
 
     run, device = trial.config(), compute_device()
-    settings = {"num_inference_steps": run.num_inference_steps, "guidance_scale": run.guidance_scale}
+    settings = {"num_inference_steps": config.num_inference_steps, "guidance_scale": run.guidance_scale}
     suite = PromptSuite(trial.subject, prompts_of(config, trial.subject), (), images_per_prompt=1, **settings)
     pipe = StableDiffusionPipeline.from_pretrained(find_asset(run.pretrained_model_name_or_path)).to(device)
     pipe.set_progress_bar_config(disable=True)

@@ -641,6 +641,7 @@ def test_the_sheets_show_what_the_judge_is_asked_about(world, monkeypatch):
         methods=("atoms/tiny", "token/default"),
         methods_subjects=("mug",),
         run=str(path / "run.yaml"),
+        num_inference_steps=2,
         protocols=(str(path / "places.yaml"), str(path / "edits.yaml")),
         subjects_dir=str(path / "subjects"),
         results=str(path / "results"),
@@ -650,7 +651,15 @@ def test_the_sheets_show_what_the_judge_is_asked_about(world, monkeypatch):
     )
     (path / "results").mkdir()
     (path / "results" / "atoms-tiny.json").write_text('{"figures": {"learning_rate": 0.003}}')
+    steps = set()
+
+    def generate(suite, *args):
+        steps.add(suite.num_inference_steps)
+        return generate_images(suite, *args)
+
+    monkeypatch.setattr(sheets, "generate_images", generate)
     sheets.main(config)
+    assert steps == {2}
     assert [*(path / "work" / "atoms" / "tiny").iterdir()] == [path / "work" / "atoms" / "tiny" / "0.003"]
     result = json.loads((path / "sheets.json").read_text())
     assert {name: len(seen) for name, seen in result["seen_as"].items()} == {"mug": 3, "robot": 3}
