@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import json
 import os
+import statistics
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -20,12 +21,15 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from benchmarks.experiments import ordered_methods
 from benchmarks.methods_plots import Point, draw_frontier, draw_tradeoffs, frontier
+from benchmarks.trial_figures import summarize
 
 KINDS = ("in span", "hard")
+REFERENCE = "atoms/default"  # the method whose gain others are compared with
 START, END = "<!-- methods: made by benchmarks/methods_report.py -->", "<!-- methods: end -->"
 QUALITY = (
     "method",
     *(f"{name}, {kind}" for name in ("similarity", "gain") for kind in KINDS),
+    f"gain beside `{REFERENCE}`",
     "scenes",
     "drift",
     "diversity",
@@ -107,7 +111,8 @@ def make_table(methods: Methods) -> str:
         first = next(iter(done.values()))
         quality += _reference_lines(first["summary"])
         notes.append(_conditions(first["conditions"]))
-    quality += [_line(_quality_cells(method, content)) for method, content in done.items()]
+    reference = done.get(REFERENCE, {"runs": []})
+    quality += [_line(_quality_cells(method, content, reference)) for method, content in done.items()]
     costs += [_line(_cost_cells(method, content["figures"])) for method, content in done.items()]
     if best := frontier(points_of(methods)):
         names = ", ".join(f"`{point.method}`" for point in best)
@@ -153,18 +158,34 @@ def _reference_lines(summary: Mapping[str, Any]) -> list[str]:
     base, photos = ([cell(kind, f"similarity_{name}") for kind in KINDS] for name in ("base", "real"))
     rest = [cell("all", f"{name}_base") for name in ("scenes", "drift", "diversity", "prompt_match")]
     return [
-        _line(["the base", *base, "", "", *rest, "", ""]),
-        _line(["photos", *photos, *[""] * 8]),
+        _line(["the base", *base, *[""] * 3, *rest, "", ""]),
+        _line(["photos", *photos, *[""] * 9]),
     ]
 
 
-def _quality_cells(method: str, content: Mapping[str, Any]) -> list[str]:
+def gain_beside(content: Mapping[str, Any], reference: Mapping[str, Any]) -> Mapping[str, Any] | None:
+    """Return the mean difference of a method's gain from that of a reference, with its error over subjects.
+
+    Paired: only runs count whose subject and seed the other has, too; None: there are none.
+    """
+    gains = {(run["subject"], run["seed"]): run["gain"] for run in reference["runs"]}
+    differences: dict[str, list[float]] = {}
+    for run in content["runs"]:
+        if (key := (run["subject"], run["seed"])) in gains:
+            differences.setdefault(run["subject"], []).append(run["gain"] - gains[key])
+    means = {subject: [{"gain": statistics.mean(each)}] for subject, each in differences.items()}
+    return summarize(means)["gain"] if means else None
+
+
+def _quality_cells(method: str, content: Mapping[str, Any], reference: Mapping[str, Any]) -> list[str]:
     summary = content["summary"]
 
     def cell(kind: str, name: str) -> str:
         return _estimate(summary[kind][name]) if kind in summary and name in summary[kind] else ""
 
     cells = [cell(kind, name) for name in ("similarity", "gain") for kind in KINDS]
+    beside = None if content is reference else gain_beside(content, reference)
+    cells.append("" if beside is None else _estimate(beside))
     cells += [cell("all", name) for name in ("scenes", "drift", "diversity", "prompt_match", "top_1")]
     cells.append(", ".join(map(str, content["conditions"]["seeds"])))
     return [f"`{method}`{_marks(content['figures'])}", *cells]
@@ -181,7 +202,7 @@ def _estimate(found: Mapping[str, Any]) -> str:
 
 
 def _number(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"  # also of -0.5
 
 
 def _size(count: float) -> str:

@@ -495,6 +495,18 @@ def test_methods_with_failed_runs_do_not_end_the_report():
     assert any(row.startswith("| `atoms/tiny`") and row.endswith("| 0 |") for row in table.splitlines())
 
 
+def test_gains_are_compared_in_pairs_of_subject_and_seed():
+    def runs(gains):
+        return {"runs": [{"subject": subject, "seed": seed, "gain": gain} for (subject, seed), gain in gains.items()]}
+
+    reference = runs({("mug", 0): 0.5, ("mug", 1): 0.7, ("cat", 0): 0.1})
+    other = runs({("mug", 0): 0.4, ("mug", 1): 0.4, ("cat", 0): 0.4, ("fish", 0): 0.9})
+    found = methods_report.gain_beside(other, reference)
+    assert found["mean"] == pytest.approx((-0.2 + 0.3) / 2) and found["count"] == 2
+    assert found["standard_error"] == pytest.approx(0.25, abs=1e-4)
+    assert methods_report.gain_beside(runs({("mug", 3): 0.4}), reference) is None
+
+
 def test_prompt_match_is_of_colors_and_patterns():
     result, shares = result_of("mug", 0.2), {"scene": 0.0, "color": 0.5, "pattern": 1.0}
     both = {f"{name}_accuracy": {"base": {"mean": 0.0}, "concept": {"mean": share}} for name, share in shares.items()}
