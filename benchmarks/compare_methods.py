@@ -13,14 +13,17 @@ as it is done, from which `methods_report.py` makes the table and the plots. A s
 from __future__ import annotations
 
 import json
+import shutil
 import statistics
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from atomdiff.data.image_files import list_images
 from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.utils.assets import find_asset
+from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import hash_values
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
@@ -70,6 +73,8 @@ class CompareConfig:
     """Settings of the training runs and of sampling."""
     subjects_dir: str = "samples/subjects"
     """A folder of photos for each evaluation subject."""
+    photos: int | None = None
+    """Photos of each evaluation subject that are trained on, the first ones. Default: all."""
     tuning_dir: str = "samples/tuning_subjects"
     """A folder of photos for each tuning subject."""
     protocols: tuple[str, ...] = ("toybox", "toybox_edits")
@@ -113,7 +118,7 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
     if rate is None:
         failures = [failure for each in found["search"].values() for failure in each["failed"]]
         return found | {"status": "failed", "figures": {}, "failed": failures}
-    photos, subjects = Path(config.subjects_dir), config.subjects or tuple(load_protocol(config.protocols[0]).subjects)
+    photos, subjects = photos_folder(config), config.subjects or tuple(load_protocol(config.protocols[0]).subjects)
     trials = [
         make_trial(method, rate, photos / subject, config.protocols, seed, config.run, config.work_dir)
         for seed in config.seeds
@@ -127,12 +132,35 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         "max_drift": config.max_drift,
         "tuning": hash_values(repr(load_protocol(config.tuning_protocol)), *sorted(config.tuning_subjects))[:16],
         "run": hash_values(json.dumps(read_yaml(find_asset(config.run))))[:16],
+        **({} if config.photos is None else {"photos": config.photos}),
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols", "sampling")},
     }
     found |= describe_runs(results, {"learning_rate": rate, **searched})
     if found["status"] == "done":
         found["figures"]["tensor_bytes"] = tensor_bytes(trials[0])
     return found
+
+
+def photos_folder(config: CompareConfig) -> Path:
+    """Return the folder of the evaluation subjects; with `photos`, a copy of it with so many of each to train on.
+
+    Raises:
+        UserError: a subject has fewer.
+    """
+    folder = Path(config.subjects_dir)
+    if config.photos is None:
+        return folder
+    copy = Path(config.work_dir) / f"{folder.name}-{config.photos}-photos"
+    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    for subject in (each for each in copy.iterdir() if each.is_dir()):
+        found = list_images(subject)
+        if not 1 <= config.photos <= len(found):
+            photos = f"the photos of {folder / subject.name}"
+            raise UserError(f"photos: found {config.photos}; expected 1 to {len(found)}, {photos}")
+        for photo in found[config.photos :]:
+            for file in subject.glob(f"{photo.stem}.*"):  # its caption, too
+                file.unlink()
+    return copy
 
 
 def tensor_bytes(trial: Trial) -> int:

@@ -84,7 +84,8 @@ def read_methods(folder: Path) -> Methods:
         if (conditions := content.get("conditions")) is None:  # it failed before
             continue
         first = first or (method, conditions)
-        if others := [name for name, value in conditions.items() if name != "seeds" and value != first[1].get(name)]:
+        names = sorted({*conditions, *first[1]} - {"seeds"})
+        if others := [name for name in names if conditions.get(name) != first[1].get(name)]:
             message = f"{folder}: {first[0]} and {method} were measured with other {', '.join(others)}"
             raise UserError(f"{message}; expected files of one comparison: run it again for one of them")
     order = [*ordered_methods(), *sorted(found)]

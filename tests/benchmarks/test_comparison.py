@@ -350,6 +350,20 @@ def test_methods_are_compared_and_reported(world, capsys):
         methods_report.main(report)
 
 
+def test_fewer_photos_are_trained_on_and_the_unseen_ones_stay(world):
+    files = {path: path.read_bytes() for path in (world.path / "subjects").rglob("*.png")}
+    (world.path / "subjects" / "mug" / "0.txt").write_text("a mug")
+    (world.path / "subjects" / "mug" / "1.txt").write_text("a mug")
+    folder = compare_methods.photos_folder(compare_config(world, photos=1))
+    kept = {file.relative_to(folder) for file in (folder / "mug").rglob("*") if file.is_file()}
+    unseen = {file.relative_to(world.path / "subjects") for file in files if file.parts[-3:-1] == ("mug", "unseen")}
+    assert kept == {Path("mug/0.png"), Path("mug/0.txt"), *unseen} and unseen
+    assert {path: path.read_bytes() for path in (world.path / "subjects").rglob("*.png")} == files
+    for count in (0, 3):
+        with pytest.raises(UserError, match=f"photos: found {count}; expected 1 to 2, the photos of"):
+            compare_methods.photos_folder(compare_config(world, photos=count))
+
+
 @pytest.mark.slow
 def test_a_method_that_fails_stays_in_the_comparison(world, monkeypatch):
     broken = {"peft_type": "LORA", "target_modules": ["nowhere"]}
