@@ -63,6 +63,18 @@ def own_rate(method: str) -> float:
     return float(_overrides(method)[rate_option(method)])
 
 
+def chosen_rate(results: str, method: str) -> float:
+    """Return the learning rate in a method's result file of a comparison; without one, the method's own.
+
+    Args:
+        results: folder of the result files.
+        method: the method.
+    """
+    file = Path(results) / f"{method.replace('/', '-')}.json"
+    rate = json.loads(file.read_text())["figures"].get("learning_rate") if file.is_file() else None
+    return own_rate(method) if rate is None else float(rate)
+
+
 def make_trial(
     method: str, rate: float, photos: Path, protocols: tuple[str, ...], seed: int, run: str, work_dir: str
 ) -> Trial:

@@ -32,6 +32,7 @@ QUALITY = (
     f"gain beside `{REFERENCE}`",
     "scenes",
     "drift",
+    "prior similarity",
     "diversity",
     "prompt match",
     "top-1",
@@ -157,10 +158,10 @@ def _reference_lines(summary: Mapping[str, Any]) -> list[str]:
         return _number(summary[kind][name]["mean"]) if kind in summary and name in summary[kind] else ""
 
     base, photos = ([cell(kind, f"similarity_{name}") for kind in KINDS] for name in ("base", "real"))
-    rest = [cell("all", f"{name}_base") for name in ("scenes", "drift", "diversity", "prompt_match")]
+    rest = [cell("all", f"{name}_base") for name in ("scenes", "drift", "prior", "diversity", "prompt_match")]
     return [
         _line(["the base", *base, *[""] * 3, *rest, "", ""]),
-        _line(["photos", *photos, *[""] * 9]),
+        _line(["photos", *photos, *[""] * 10]),
     ]
 
 
@@ -187,7 +188,7 @@ def _quality_cells(method: str, content: Mapping[str, Any], reference: Mapping[s
     cells = [cell(kind, name) for name in ("similarity", "gain") for kind in KINDS]
     beside = None if content is reference else gain_beside(content, reference)
     cells.append("" if beside is None else _estimate(beside))
-    cells += [cell("all", name) for name in ("scenes", "drift", "diversity", "prompt_match", "top_1")]
+    cells += [cell("all", name) for name in ("scenes", "drift", "prior", "diversity", "prompt_match", "top_1")]
     cells.append(", ".join(map(str, content["conditions"]["seeds"])))
     return [f"`{method}`{_marks(content['figures'])}", *cells]
 

@@ -10,7 +10,6 @@ file has the share that is most like those of its own subject, and as which one 
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +25,7 @@ from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks import trial_runner
-from benchmarks.experiments import make_trial, own_rate
+from benchmarks.experiments import chosen_rate, make_trial
 from benchmarks.recognition import Gallery
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trials import Trial, concept_path
@@ -77,20 +76,13 @@ class Pictured:
     concept: list[Image.Image]
 
 
-def learning_rate(config: SheetsConfig, method: str) -> float:
-    """Return the learning rate that a comparison has chosen for a method; without one, the method's own."""
-    file = Path(config.results) / f"{method.replace('/', '-')}.json"
-    rate = json.loads(file.read_text())["figures"].get("learning_rate") if file.is_file() else None
-    return own_rate(method) if rate is None else float(rate)
-
-
 def run_concepts(config: SheetsConfig, method: str, subjects: Sequence[str]) -> dict[str, Trial]:
     """Return the finished trials of a method on these subjects, those of the comparison where they are done.
 
     Raises:
         UserError: one has failed.
     """
-    rate, photos = learning_rate(config, method), Path(config.subjects_dir)
+    rate, photos = chosen_rate(config.results, method), Path(config.subjects_dir)
     trials = [
         make_trial(method, rate, photos / subject, config.protocols, 0, config.run, config.work_dir)
         for subject in subjects

@@ -134,8 +134,7 @@ def search_rate(
 
     The first one is a method's own; then three times the highest one that keeps within the allowance, or a third of the
     lowest one; as soon as the allowance lies between two, the rate at which a straight line through their drifts, both
-    axes logarithmic, meets it. It ends at a rate whose drift is close to the allowance. So every method comes to about
-    the same drift, if it can.
+    axes logarithmic, comes close to it. It ends there. So every method comes to about the same drift, if it can.
 
     Args:
         own: the first learning rate.
@@ -168,8 +167,9 @@ def _next_rate(by_rate: Mapping[float, Summary | None], max_drift: float) -> flo
     high = min(beyond)
     drifts = [0.0 if found is None else found["drift"]["mean"] for found in (by_rate[low], by_rate[high])]
     share = 0.5  # of the way, where it is not drift that is too much at the higher rate
-    if 0 < drifts[0] <= max_drift < drifts[1]:
-        share = math.log(max_drift / drifts[0]) / math.log(drifts[1] / drifts[0])
+    aim = max_drift * (1 + _CLOSE) / 2
+    if 0 < drifts[0] <= aim < drifts[1]:
+        share = math.log(aim / drifts[0]) / math.log(drifts[1] / drifts[0])
     return float(low * (high / low) ** share)
 
 

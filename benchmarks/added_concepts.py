@@ -1,0 +1,145 @@
+"""Several concepts at once: how alike its subject a concept remains when others are added to the weights beside it.
+
+    python -m benchmarks.added_concepts
+
+The concepts are those of `compare_methods.py`, seed 0, at the learning rates of its result files; what is missing is
+trained. Each was trained alone with the same trigger word, and gets one of its own when it is loaded. Every subject is
+asked for in the places that no training photo shows, from the same seeds, with its own concept alone and with those of
+one and of three other subjects beside it, all with weight 1. *kept* is the similarity over that of the concept alone.
+
+Expected before the first run: beside one other concept .9 of the similarity is kept by atoms and by LoRA alike, beside
+three .7; other words do not protect the weights, so what is lost is lost to colors of the other subjects.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from atomdiff.evaluate.encoders import ImageEncoder
+from atomdiff.evaluate.protocol import load_protocol
+from atomdiff.evaluate.similarity import similarities
+from atomdiff.evaluate.suite import PromptSuite, generate_images, read_subject
+from atomdiff.utils.assets import find_asset
+from atomdiff.utils.options import parse_config
+from atomdiff.utils.quiet import quiet_libraries
+from benchmarks.experiments import chosen_rate, make_trial
+from benchmarks.result_file import command_line, write_result
+from benchmarks.trial_figures import summarize
+from benchmarks.trial_runner import run_concepts
+from benchmarks.trials import Trial, concept_path
+
+
+@dataclass(frozen=True)
+class AddedConceptsConfig:
+    """Add concepts to each other, and measure what is left of each."""
+
+    methods: tuple[str, ...] = ("atoms/default", "lora/attention_r16")
+    """Folders under configs/experiments."""
+    subjects: tuple[str, ...] = ("mug", "robot", "teapot", "cat", "house", "fish", "umbrella", "mushroom")
+    """Subjects; those beside one are the next ones."""
+    counts: tuple[int, ...] = (1, 2, 4)
+    """Concepts at a time; the first number is what the others are compared with."""
+    images_per_prompt: int = 4
+    """Images of each prompt."""
+    run: str = "configs/demo.yaml"
+    """Settings of the training runs and of sampling."""
+    protocols: tuple[str, ...] = ("toybox", "toybox_edits")
+    """Protocols of the comparison; the first one has the places."""
+    subjects_dir: str = "samples/subjects"
+    """A folder of photos for each subject."""
+    results: str = "benchmarks/results/methods"
+    """Folder of the comparison's result files, which have the learning rates."""
+    work_dir: str = "out/compare_methods"
+    """Folder of the comparison's runs."""
+    processes: int = 1
+    """Training runs at a time."""
+    output: str = "benchmarks/results/added_concepts.json"
+    """The result file."""
+
+
+def beside(subjects: Sequence[str], subject: str, count: int) -> list[str]:
+    """Return a subject and the next ones in the list, as many as asked for, from the start again after the last."""
+    first = subjects.index(subject)
+    return [subjects[(first + offset) % len(subjects)] for offset in range(count)]
+
+
+def open_concepts(trials: Mapping[str, Trial]) -> Any:
+    """Return the base's pipeline with the concepts of all subjects loaded, each under its subject's name and word."""
+    from diffusers import StableDiffusionPipeline
+
+    import atomdiff
+    from atomdiff.utils.precision import compute_device
+
+    base = next(iter(trials.values())).config().pretrained_model_name_or_path
+    pipe = StableDiffusionPipeline.from_pretrained(find_asset(base)).to(compute_device())
+    pipe.set_progress_bar_config(disable=True)
+    for subject, trial in trials.items():
+        atomdiff.load_atoms(pipe, concept_path(trial), subject, trigger_word=trigger_word(subject))
+    return pipe
+
+
+def trigger_word(subject: str) -> str:
+    """Return the word of a subject's concept."""
+    return f"sks-{subject}"
+
+
+def similarity_by_count(config: AddedConceptsConfig, pipe: Any, trial: Trial, judge: ImageEncoder) -> dict[str, float]:
+    """Return the mean similarity of a subject's images to its unseen photos, by the number of concepts."""
+    import atomdiff
+    from atomdiff.utils.precision import autocast, compute_device
+
+    run, photos = trial.config(), Path(config.subjects_dir)
+    prompts = load_protocol(config.protocols[0]).subject(trial.subject, None, photos, alone=False).prompts
+    suite = PromptSuite(
+        trial.subject,
+        tuple(prompt.text for prompt in prompts),
+        (),
+        images_per_prompt=config.images_per_prompt,
+        num_inference_steps=run.num_inference_steps,
+        guidance_scale=run.guidance_scale,
+    )
+    references = judge.embed(read_subject(photos / trial.subject)[1])
+    found = {}
+    for count in config.counts:
+        atomdiff.set_active(pipe, beside(config.subjects, trial.subject, count))
+        precision = autocast(compute_device(), run.mixed_precision)
+        name = f"{trigger_word(trial.subject)} {trial.subject}"
+        images = generate_images(suite, pipe, name, f"{trial.subject}, {count} concepts", precision).subject
+        found[str(count)] = float(similarities(judge.embed(images), references).mean())
+    return found
+
+
+def with_kept(found: Mapping[str, float]) -> dict[str, float]:
+    """Return similarities by count, and over the first of them."""
+    first = next(iter(found.values()))
+    return {**found, **{f"kept {count}": value / first for count, value in found.items()}}
+
+
+def main(config: AddedConceptsConfig) -> None:
+    """Train what is missing, generate, and write the result file."""
+    quiet_libraries()
+    from atomdiff.toybox.judge import load_judge
+
+    judge, figures = load_judge(), {}
+    for method in config.methods:
+        rate = chosen_rate(config.results, method)
+        trials = {
+            subject: make_trial(
+                method, rate, Path(config.subjects_dir) / subject, config.protocols, 0, config.run, config.work_dir
+            )
+            for subject in config.subjects
+        }
+        run_concepts([*trials.values()], config.processes)
+        pipe = open_concepts(trials)
+        by_subject = {
+            subject: [with_kept(similarity_by_count(config, pipe, trial, judge))] for subject, trial in trials.items()
+        }
+        figures[method] = summarize(by_subject)
+    write_result(config.output, command_line("added_concepts", config, ("work_dir", "processes", "output")), figures)
+
+
+if __name__ == "__main__":
+    main(parse_config(AddedConceptsConfig, prog="python -m benchmarks.added_concepts"))
