@@ -44,6 +44,7 @@ def locate(
     *,
     weight_name: str | None = None,
     subfolder: str | None = None,
+    choice: str = "choose one by weight_name",
     revision: str | None = None,
     token: str | bool | None = None,
     cache_dir: PathLike | None = None,
@@ -58,6 +59,7 @@ def locate(
         source: a concept file, a folder, or the name of a repository.
         weight_name: the concept file where there are several; `adapter_model.safetensors` is a PEFT adapter.
         subfolder: folder of the concept within the folder or repository.
+        choice: what to do where there are several concepts, for the message.
         revision: branch, tag or commit of the repository.
         token: access token; None: the one logged in with.
         cache_dir: folder for downloads; None: the Hub client's cache.
@@ -71,7 +73,7 @@ def locate(
         UserError: no concept or several are found, or the Hub does not answer or refuses.
     """
     if os.path.exists(source):  # false for names that no file can have
-        return _locate_on_disk(Path(source), weight_name, subfolder)
+        return _locate_on_disk(Path(source), weight_name, subfolder, choice)
     if not isinstance(source, str) or not names_repository(source):
         raise UserError(f"there is no file or directory {str(source)!r}: check the path")
     prefix = f"{subfolder.strip('/')}/" if subfolder else ""
@@ -83,10 +85,10 @@ def locate(
         if listed is None:
             snapshot = Path(api.snapshot_download(**options, local_files_only=True, allow_patterns=[]))
             names = files_in(snapshot / prefix)
-            chosen = _choose(names, weight_name, f"what was downloaded of {source}{inside}")
+            chosen = _choose(names, weight_name, f"what was downloaded of {source}{inside}", choice)
         else:
             names = [name.removeprefix(prefix) for name in listed if name.startswith(prefix)]
-            chosen = _choose(names, weight_name, f"the repository {source}{inside}")
+            chosen = _choose(names, weight_name, f"the repository {source}{inside}", choice)
         fetched = api.snapshot_download(
             **options,
             allow_patterns=[glob.escape(prefix + name) for name in ([chosen] if chosen else adapter_files(names))],
@@ -96,11 +98,31 @@ def locate(
     return Path(fetched, prefix, chosen), chosen or (subfolder or source).strip("/").rpartition("/")[2]
 
 
-def _locate_on_disk(path: Path, weight_name: str | None, subfolder: str | None) -> tuple[Path, str]:
+def concepts_in(source: str) -> list[str]:
+    """Return the paths of the concepts in a folder of several, sorted; else what is given, which is one by itself.
+
+    These are its concept files and LoRA files, and its subfolders that are PEFT adapters or pipelines.
+    """
+    folder = Path(source)
+    if not folder.is_dir() or _is_concept(folder):
+        return [source]
+    visible = [each for each in sorted(folder.iterdir()) if not each.name.startswith(".")]
+    found = [each for each in visible if (_is_concept(each) if each.is_dir() else each.suffix == ".safetensors")]
+    if not found or (len(found) == 1 and found[0].is_file()):
+        return [source]
+    return [str(each) for each in found]
+
+
+def _is_concept(folder: Path) -> bool:
+    names = files_in(folder)
+    return "model_index.json" in names or any(_ADAPTER_SIGN.fullmatch(name) for name in names)
+
+
+def _locate_on_disk(path: Path, weight_name: str | None, subfolder: str | None, choice: str) -> tuple[Path, str]:
     """Find a concept at a path that is there."""
     if not path.is_file():
         folder = path / (subfolder or "")
-        chosen = _choose(files_in(folder), weight_name, str(folder))
+        chosen = _choose(files_in(folder), weight_name, str(folder), choice)
         return folder / chosen, chosen or os.path.basename(os.path.abspath(folder))
     if weight_name not in (None, path.name):
         raise UserError(f"{path} is a file, but weight_name={weight_name!r} names one in a folder: leave it out")
@@ -130,7 +152,7 @@ def adapter_files(names: Iterable[str]) -> list[str]:
     return [name for name in names if _ADAPTER_FILE.fullmatch(name)]
 
 
-def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
+def _choose(names: Sequence[str], weight_name: str | None, where: str, choice: str) -> str:
     """Return the concept file among a folder's files, or "" if the folder is a PEFT adapter."""
     found = [name for name in names if name.endswith(CONCEPT_SUFFIX) and "/" not in name]
     if any(_ADAPTER_SIGN.fullmatch(name) for name in names):
@@ -139,7 +161,7 @@ def _choose(names: Sequence[str], weight_name: str | None, where: str) -> str:
         found = [name for name in names if name.endswith(".safetensors") and "/" not in name]
     if weight_name is None:
         if len(found) > 1:
-            raise UserError(f"{where} holds {len(found)} concepts: choose one by weight_name: {', '.join(found)}")
+            raise UserError(f"{where} holds {len(found)} concepts: {choice}: {', '.join(found)}")
         if not found:
             raise UserError(f"{where} holds no concept: found {list_some(names) or 'nothing'}; expected {_EXPECTED}")
         weight_name = found[0]

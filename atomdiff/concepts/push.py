@@ -115,7 +115,7 @@ def write_repository(folder: PathLike, path: PathLike, repo_id: str, **card: Unp
         raise TypeError(f"there is no option {min(unknown)}: expected {', '.join(CardOptions.__annotations__)}")
     folder = Path(folder)
     check_empty(folder, "folder")
-    located, title = locate(Path(path))
+    located, title = locate(Path(path), choice="give the path of one")
     concept = summarize_file(located) if located.is_file() else summarize_adapter(located, title)
     concept = replace(
         concept,

@@ -23,6 +23,8 @@ from atomdiff.utils.hashing import hash_file
 from atomdiff.utils.names import normalize_name
 from atomdiff.utils.untrusted import read_safetensors_header
 
+_CHOICE = "give the path of one (of a repository, hf download fetches it)"
+
 
 @dataclass(frozen=True, eq=False)
 class ConceptSource:
@@ -87,7 +89,7 @@ def open_source(source: str, trigger_word: str | None = None) -> ConceptSource:
     Raises:
         UserError: nothing is there, it is damaged, or it does not have exactly one trigger word to rename.
     """
-    path, found_name = hub.locate(source)
+    path, found_name = hub.locate(source, choice=_CHOICE)
     file, name = Path(source).name, normalize_name(found_name.removesuffix(CONCEPT_SUFFIX))
     if path.is_dir():
         embeddings = path / LEARNED_EMBEDS_NAME

@@ -10,6 +10,8 @@ import torch
 from huggingface_hub import constants
 
 import atomdiff
+from atomdiff.concepts.push import write_repository
+from atomdiff.sampling.concept_source import open_source
 from atomdiff.utils.errors import UserError
 from tests.fake_hub import point_client_at
 from tests.helpers import predict
@@ -47,7 +49,7 @@ def test_one_of_several_is_chosen_by_name_folder_and_revision(hub_server, concep
 
 @pytest.mark.slow
 def test_a_folder_on_this_disk_is_chosen_from_in_the_same_way_and_goes_first(
-    hub_server, concept, tiny_pipe, monkeypatch
+    hub_server, concept, tiny_pipe, monkeypatch, tmp_path
 ):
     file, prediction = concept
     monkeypatch.chdir(file.parent.parent)
@@ -60,8 +62,13 @@ def test_a_folder_on_this_disk_is_chosen_from_in_the_same_way_and_goes_first(
     assert atomdiff.load_atoms(tiny_pipe, "ada/mug") == "one"
     atomdiff.unload_atoms(tiny_pipe)
     (Path("ada/mug") / "two.atoms.safetensors").write_bytes(file.read_bytes())
-    with pytest.raises(UserError, match="2 concepts: .*one.atoms.safetensors, two.atoms.safetensors"):
+    several = "2 concepts: {}: one.atoms.safetensors, two.atoms.safetensors"
+    with pytest.raises(UserError, match=several.format("choose one by weight_name")):
         atomdiff.load_atoms(tiny_pipe, "ada/mug")
+    with pytest.raises(UserError, match=several.format("give the path of one .*")):  # commands have no such option
+        open_source("ada/mug")
+    with pytest.raises(UserError, match=several.format("give the path of one")):
+        write_repository(tmp_path / "repository", "ada/mug", "ada/mug")
     assert atomdiff.load_atoms(tiny_pipe, "ada", subfolder="mug", weight_name="two.atoms.safetensors") == "two"
     assert not hub_server.asked
 

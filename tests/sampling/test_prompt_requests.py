@@ -123,7 +123,7 @@ def test_a_given_concept_may_be_on_the_hub(tmp_path, monkeypatch):
     from atomdiff.concepts import hub
 
     path = write(tmp_path, "best", "sks cat")
-    monkeypatch.setattr(hub, "locate", lambda source: (Path(path), "best.atoms.safetensors"))
+    monkeypatch.setattr(hub, "locate", lambda source, **_: (Path(path), "best.atoms.safetensors"))
     concept = open_source("someone/cat")
     assert (concept.name, concept.file, concept.path) == ("best", "cat", Path(path))
 
