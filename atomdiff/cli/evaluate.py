@@ -27,11 +27,12 @@ def evaluate_concepts(config: EvaluateConfig) -> str | None:
     from atomdiff.utils.precision import compute_device
 
     state = Accelerator(cpu=not torch.accelerator.is_available())
+    subjects = open_subjects(config, load_protocol(config.protocol))
     encoders: dict[str, Any] = {}
     if state.is_main_process:  # before the images: whoever names one that is not there need not wait for them
         others: dict[str, Any] = {_TOYBOX: load_judge()} if _TOYBOX in config.encoders else {}
         encoders = open_encoders(config.encoders, compute_device(), others)
-    generated = generate_images(config, open_subjects(config, load_protocol(config.protocol)), state)
+    generated = generate_images(config, subjects, state)
     if not state.is_main_process:
         return None
     return describe_results(config, measure_concepts(config, generated, encoders))

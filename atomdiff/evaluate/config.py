@@ -5,7 +5,6 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Any, Literal
 
-from atomdiff.pipelines.adapter_weight import command_line_weights
 from atomdiff.pipelines.config import BaseModelConfig, GenerationConfig, SchedulerConfig
 from atomdiff.sampling.config import SampleConfig, Side
 from atomdiff.utils.errors import UserError
@@ -19,7 +18,7 @@ class EvaluateConfig(SchedulerConfig, GenerationConfig, BaseModelConfig):
 
     concepts: tuple[PathText, ...]
     """Concepts to measure, each by itself and named like its subject: concept or LoRA files, PEFT folders, folders of
-    fully fine-tuned pipelines, or user/repo on the Hub."""
+    fully fine-tuned pipelines, folders of several of these, or user/repo on the Hub."""
     weights: tuple[float | dict[Any, Any], ...] = ()
     """Adapter weight of each concept, as for atomdiff sample. Default: 1 each."""
     reference_data_dir: ExistingPath
@@ -33,7 +32,7 @@ class EvaluateConfig(SchedulerConfig, GenerationConfig, BaseModelConfig):
     SigLIP) also compare images with prompts. Or toybox: the judge of the embedded model's images."""
     class_name: str | None = None
     """Class of the subject, in the base's words. Default: as the protocol says, else the trigger phrase without its
-    trigger word."""
+    trigger word where the concept's file has that, else as the file says."""
     trigger_phrases: tuple[str, ...] = ()
     """What prompts call each subject, where its concept's file does not say so, such as "sks dog"."""
     output_dir: PathText = "out/evaluation"
@@ -51,14 +50,10 @@ class EvaluateConfig(SchedulerConfig, GenerationConfig, BaseModelConfig):
     """Width in pixels, a multiple of 8. Default: that of the base model."""
 
     def check(self) -> None:
-        """Check that there is something to measure, and a trigger phrase for each concept or none."""
+        """Check that there is something to measure."""
         for name in ("concepts", "encoders"):
             if not getattr(self, name):
                 raise UserError(f"{name}=(): expected at least one")
-        command_line_weights(self.concepts, self.weights, ())
-        if self.trigger_phrases and len(self.trigger_phrases) != len(self.concepts):
-            found = f"{len(self.trigger_phrases)} for {len(self.concepts)} concepts"
-            raise UserError(f"trigger_phrases: expected one for each concept, or none; found {found}")
 
     def sampling(self, base: str) -> SampleConfig:
         """Return how images are sampled with a base model."""

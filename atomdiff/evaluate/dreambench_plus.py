@@ -42,11 +42,15 @@ def read_subject(name: str, data_dir: Path) -> ProtocolSubject:
     if not prompts:
         raise UserError(f"{captions}: expected the class in the first line, and prompts below it")
     with_subject = tuple(Prompt(_with_subject(prompt, class_name)) for prompt in prompts)
-    return ProtocolSubject(name, class_name.lower(), with_subject, (image,), image.parent.name)
+    return ProtocolSubject(name, class_name.lower(), with_subject, (image,), image.parent.name, tuple(prompts))
 
 
 def _with_subject(caption: str, class_name: str) -> str:
-    """Put `{subject}` in place of the class in a caption; one that does not name it begins with it."""
+    """Put `{subject}` where a caption first names the class; one that does not name it begins with `{subject}`.
+
+    What is named again may be another individual: "a kitten beside another kitten".
+    """
     caption = caption.replace("{", "(").replace("}", ")")
-    named, count = re.subn(rf"\b{re.escape(class_name)}\b", SUBJECT, caption, count=1, flags=re.IGNORECASE)
+    word = rf"(?<![\w-]){re.escape(class_name)}(?![\w-])"
+    named, count = re.subn(word, SUBJECT, caption, count=1, flags=re.IGNORECASE)
     return named if count else f"{SUBJECT}, {caption}"

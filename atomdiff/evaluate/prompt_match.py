@@ -23,7 +23,7 @@ def prompt_match(evaluation: Evaluation) -> dict[str, Tensor] | None:
     encoder, suite = evaluation.encoder, evaluation.suite
     if not isinstance(encoder, TextEncoder):
         return None
-    texts = encoder.embed_texts(suite.name_class(suite.prompts)).repeat_interleave(suite.images_per_prompt, 0)
+    texts = encoder.embed_texts(suite.class_prompts).repeat_interleave(suite.images_per_prompt, 0)
     return {
         name: evaluation.by_prompt(cosines(evaluation.embeddings(name, "subject"), texts).diagonal())
         for name in ("base", "concept")

@@ -38,13 +38,15 @@ class ProtocolSubject:
     name: str
     """As its folder of images and its concept are named."""
     class_name: str
-    """What it is, in the base's words."""
+    """What it is, in the base's words; empty: unknown."""
     prompts: tuple[Prompt, ...]
     """Prompts, with `{subject}`."""
     references: tuple[Path, ...]
     """Its images."""
     kind: str = ""
     """Kind of subject, where the protocol has several."""
+    captions: tuple[str, ...] = ()
+    """The prompts as they were published, with the class; empty: it takes the place of `{subject}`."""
 
 
 @dataclass(frozen=True)
@@ -71,13 +73,13 @@ class Protocol:
 
         Args:
             name: as the concept is named.
-            class_name: what it is, where the protocol does not say so.
+            class_name: what it is; None: as the protocol says.
             data_dir: a folder with a folder of images for each subject, or, of one that is evaluated alone, with its
                 images. With a subfolder `unseen` the images in that are the references.
             alone: whether it is the only one.
 
         Raises:
-            UserError: the protocol has no such subject, its class is unknown, or there are no images of it.
+            UserError: the protocol has no such subject, or there are no images of it.
         """
         if self.subjects and name not in self.subjects:
             raise UserError(
@@ -85,9 +87,7 @@ class Protocol:
                 f"{list_some(sorted(self.subjects))}. Name the concept's file like its subject"
             )
         known = self.subjects.get(name, {})
-        class_name = known.get("class_name") or class_name
-        if class_name is None:
-            raise UserError(f"the concept {name!r}: its class is not known; give --class_name, such as dog")
+        class_name = class_name or known.get("class_name", "")
         kind, seen = known.get("prompts") or next(iter(self.prompts)), set(known.get("seen", ()))
         prompts = tuple(prompt for prompt in self.prompts[kind] if seen.isdisjoint(prompt.labels.values()))
         return ProtocolSubject(name, class_name, prompts, _references(name, data_dir, alone), kind)

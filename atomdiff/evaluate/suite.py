@@ -51,11 +51,18 @@ class PromptSuite:
     """Prompts for other individuals of the class, which `{subject}` stands for."""
     labels: tuple[Mapping[str, str], ...] = ()
     """What each of `prompts` asks for, by kind: {"scene": "snow"}; empty: they have no labels."""
+    captions: tuple[str, ...] = ()
+    """`prompts` as they were published, with the class; empty: it takes the place of `{subject}`."""
     images_per_prompt: int = 4
     num_inference_steps: int = 30
     guidance_scale: float = 7.5
     first_seed: int = 50_000
     """Far from any seed of training."""
+
+    @property
+    def class_prompts(self) -> list[str]:
+        """The prompts for the subject with its class alone, for the base and for encoders of texts."""
+        return [*self.captions] or self.name_class(self.prompts)
 
     def name_class(self, prompts: Sequence[str]) -> list[str]:
         """Return prompts with the class in place of `{subject}`: "a photo of {subject}" -> "a photo of a mug"."""
@@ -72,7 +79,7 @@ class PromptSuite:
         """
         named = [fit_article(prompt, subject).replace("{subject}", subject) for prompt in self.prompts if subject]
         prompts: dict[Kind, list[str]] = {
-            "subject": named or self.name_class(self.prompts),
+            "subject": named or self.class_prompts,
             "unrelated": [*self.unrelated_prompts],
             "prior": self.name_class(self.prior_prompts),
         }

@@ -9,10 +9,10 @@ from typing import Any, get_args
 
 from atomdiff.bases.find import find_base
 from atomdiff.bases.noise_schedule import prediction_type
+from atomdiff.concepts.training_record import training_record
 from atomdiff.utils.choices import FLOW_SHIFTS, PredictionType
 from atomdiff.utils.errors import UserError, warn
 from atomdiff.utils.fields import ConfigGroup
-from atomdiff.utils.untrusted import parse_json
 
 
 @dataclass(frozen=True)
@@ -58,14 +58,8 @@ def trained_schedule(path: Path) -> ScheduleConfig | None:
 
     None: nothing is known of its training.
     """
-    from peft.utils import SAFETENSORS_WEIGHTS_NAME
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path / SAFETENSORS_WEIGHTS_NAME if path.is_dir() else path, framework="pt") as file:
-            return ScheduleConfig.read(parse_json((file.metadata() or {})["training"]))
-    except (OSError, SafetensorError, KeyError, ValueError, RecursionError):
-        return None
+    record = training_record(path)
+    return None if record is None else ScheduleConfig.read(record)
 
 
 def fitting_scheduler(schedule: ScheduleConfig, scheduler: Any) -> Any:

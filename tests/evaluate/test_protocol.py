@@ -5,6 +5,7 @@ from PIL import Image
 
 from atomdiff.evaluate import dreambench_plus
 from atomdiff.evaluate.protocol import PROTOCOLS, Prompt, load_protocol
+from atomdiff.evaluate.suite import PromptSuite
 from atomdiff.toybox.world import (
     CLASSES,
     COLORS,
@@ -43,6 +44,7 @@ def test_a_subject_of_dreambench_has_its_class_its_prompts_and_its_images(tmp_pa
     image = write_image(tmp_path / "dog6" / "00.jpg")
     subject = protocol.subject("dog6", None, tmp_path, alone=False)
     assert (subject.class_name, subject.references, subject.kind) == ("dog", (image,), "living")
+    assert protocol.subject("dog6", "puppy", tmp_path, alone=False).class_name == "puppy"  # the user knows better
     assert Prompt("a {subject} in a chef outfit") in subject.prompts
     assert Prompt("a {subject} floating on top of water") in protocol.prompts["object"]
     with pytest.raises(UserError, match="the concept 'dog4': the protocol dreambench has no such subject; it has"):
@@ -57,8 +59,7 @@ def test_a_subject_of_ones_own_has_its_images_beside_or_unseen_ones(tmp_path):
     assert [file.name for file in protocol.subject("mug", "mug", tmp_path, alone=True).references] == ["01.png"]
     unseen = write_image(tmp_path / "unseen" / "09.png")
     assert protocol.subject("mug", "mug", tmp_path, alone=True).references == (unseen,)
-    with pytest.raises(UserError, match="its class is not known; give --class_name"):
-        protocol.subject("mug", None, tmp_path, alone=True)
+    assert protocol.subject("mug", None, tmp_path, alone=True).class_name == ""
     with pytest.raises(UserError, match="found no folder"):
         protocol.subject("mug", "mug", tmp_path, alone=False)
     (tmp_path / "bowl").mkdir()
@@ -75,6 +76,7 @@ def test_the_subjects_of_dreambench_plus_bring_their_prompts(tmp_path):
     texts = [prompt.text for prompt in subject.prompts]
     assert texts == ["A {subject} on a sofa, beside another kitten.", "{subject}, An oil (painting) in blue"]
     assert (subject.class_name, subject.references, subject.kind) == ("kitten", (image,), "animal")
+    assert subject.captions == ("A kitten on a sofa, beside another kitten.", "An oil {painting} in blue")
     assert dreambench_plus.read_subject("animal_03", tmp_path).prompts == subject.prompts
     with pytest.raises(UserError, match="expected the name of a subject; found animal_03"):
         dreambench_plus.read_subject("animal_04", tmp_path)
@@ -83,6 +85,26 @@ def test_the_subjects_of_dreambench_plus_bring_their_prompts(tmp_path):
         dreambench_plus.read_subject("animal_03", tmp_path)
     with pytest.raises(UserError, match="found no images/KIND/NUMBER.jpg"):
         dreambench_plus.read_subject("animal_03", tmp_path / "captions")
+
+
+@pytest.mark.parametrize(
+    ("class_name", "caption", "template"),
+    [
+        ("Pot", "Teapot and pots on the table", "{subject}, Teapot and pots on the table"),
+        ("Pot", "A tea-pot beside the pot's handle", "A tea-pot beside the {subject}'s handle"),
+        ("Ukiyo-e", "A ukiyo-e of a man", "A {subject} of a man"),
+    ],
+)
+def test_a_caption_is_published_with_the_class(class_name, caption, template, tmp_path):
+    write_image(tmp_path / "images" / "object" / "00.jpg")
+    captions = tmp_path / "captions" / "object" / "00.txt"
+    captions.parent.mkdir(parents=True)
+    captions.write_text(f"{class_name}\n{caption}\n")
+    subject = dreambench_plus.read_subject("object_00", tmp_path)
+    assert [prompt.text for prompt in subject.prompts] == [template] and subject.captions == (caption,)
+    suite = PromptSuite(subject.class_name, (template,), (), captions=subject.captions, images_per_prompt=1)
+    assert suite.class_prompts == [caption] and suite.requests(None)["subject"][0][0] == caption
+    assert f"sks {class_name.lower()}" in suite.requests(f"sks {class_name.lower()}")["subject"][0][0]
 
 
 @pytest.mark.parametrize("name", SHIPPED)

@@ -2,6 +2,7 @@
 
 import json
 import re
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -11,6 +12,9 @@ from PIL import Image
 import atomdiff
 from atomdiff.cli.main import main
 from atomdiff.evaluate import encoders as encoders_module
+from atomdiff.evaluate.config import EvaluateConfig
+from atomdiff.evaluate.protocol import load_protocol
+from atomdiff.evaluate.subjects import open_subjects
 from tests.helpers import add_adapter, write_images
 from tests.sampling.helpers import write_concept
 
@@ -124,7 +128,9 @@ def test_a_weight_moves_a_concept_towards_the_base(evaluate, tiny_pipe, tmp_path
     assert "found 2 weights for 1 concepts" in capsys.readouterr().err
 
 
-def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(evaluate, tiny_pipe, tmp_path, encoder):
+def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(
+    evaluate, tiny_pipe, tmp_path, encoder, capsys
+):
     from peft import LoraConfig
 
     add_adapter(tiny_pipe, "default", LoraConfig(target_modules=["to_q"]))
@@ -138,7 +144,15 @@ def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(eval
     for name in ("mug", "cup"):
         write_images(tmp_path / "photos" / name)
     given = [tmp_path / "mug", lora]
-    assert evaluate(given, tmp_path / "photos", "--class_name", "mug")[0] == 2  # what do prompts call them?
+    assert evaluate(given, tmp_path / "photos", "--class_name", "mug")[0] == 2
+    assert "'mug': found no trigger phrase: give --trigger_phrases, such as 'sks dog'\n" in capsys.readouterr().err
+    assert evaluate(given, tmp_path / "photos", "--trigger_phrases", "sks mug", "sks cup")[0] == 2
+    assert "'mug': found no class: give --class_name, such as dog\n" in capsys.readouterr().err
+    assert evaluate(given[1:], tmp_path / "photos")[0] == 2
+    assert (
+        "'cup': found no trigger phrase: give --trigger_phrases, such as 'sks dog', and no class: give --class_n"
+        in (capsys.readouterr().err)
+    )
     options = ("--class_name", "mug", "--trigger_phrases", "sks mug", "sks cup")
     assert evaluate(given, tmp_path / "photos", *options, "--weights", "0.5", "0.5")[0] == 2  # a pipeline has none
     status, results = evaluate(given, tmp_path / "photos", *options)
@@ -146,6 +160,45 @@ def test_a_tuned_pipeline_and_an_adapter_of_another_method_are_measured_too(eval
     drifts = [results["subjects"][name]["metrics"][encoder]["drift"]["mean"] for name in ("mug", "cup")]
     assert min(drifts) > 0 and drifts[0] != drifts[1]
     assert results["subjects"]["cup"]["trigger_phrase"] == "sks cup"
+
+
+def test_the_class_of_a_file_without_trigger_words_is_that_of_its_run(tmp_path, tiny_pipe):
+    tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv1"]))
+    run = {"trigger_phrase": "sks toy robot", "training": {"config": {"class_name": "toy robot"}}}
+    path = atomdiff.save_atoms(tiny_pipe, tmp_path / "robot.atoms.safetensors", **run)
+    photos = write_images(tmp_path / "photos")
+
+    def class_of(**options):
+        config = EvaluateConfig(
+            pretrained_model_name_or_path="base", concepts=(str(path),), reference_data_dir=str(photos), **options
+        )
+        (subject,) = open_subjects(config, load_protocol("quick"))
+        return subject.suite.class_name
+
+    assert class_of() == "toy robot" and class_of(class_name="robot") == "robot"
+    assert class_of(trigger_phrases=("sks thing",)) == "toy robot"
+
+
+def test_a_folder_of_concepts_is_as_good_as_its_concepts(evaluate, tiny_pipe, tmp_path, capsys):
+    from peft import LoraConfig
+
+    folder = tmp_path / "concepts"
+    concepts = [write_concept(tiny_pipe, folder / f"{name}.atoms.safetensors", i) for i, name in enumerate("ca")]
+    add_adapter(tiny_pipe, "default", LoraConfig(target_modules=["to_q"]))
+    atomdiff.save_atoms(tiny_pipe, folder / "b", adapter_name="default")
+    (folder / "cache").mkdir()
+    for name in "abc":
+        write_images(tmp_path / "photos" / name)
+    options = ("--class_name", "mug", "--trigger_phrases", "sks mug", "ohwx mug", "sks mug", "--num_prompts", "1")
+    status, results = evaluate([folder], tmp_path / "photos", *options, "--weights", "1", "0.5", "1")
+    assert status == 0 and [*results["subjects"]] == [*"abc"]
+    found = {name: (each["trigger_phrase"], each["weight"]) for name, each in results["subjects"].items()}
+    assert found == {"a": ("sks mug", 1.0), "b": ("ohwx mug", 0.5), "c": ("sks mug", 1.0)}
+    capsys.readouterr()
+    assert evaluate([folder], tmp_path / "photos", "--weights", "1", "1")[0] == 2
+    assert "found 2 weights for 3 concepts" in capsys.readouterr().err
+    Path(concepts[0]).unlink()
+    assert [*evaluate([folder / "b"], tmp_path / "photos", *options[:3], "a mug")[1]["subjects"]] == ["b"]
 
 
 def test_no_image_is_blacked_out(evaluate, tiny_pipe, tmp_path, monkeypatch):
