@@ -38,6 +38,9 @@ class EvaluateConfig(SchedulerConfig, GenerationConfig, BaseModelConfig):
     output_dir: PathText = "out/evaluation"
     """Folder for the images, results.json, results.md and a contact sheet. Images that exist with the same settings are
     kept."""
+    score_only: bool = False
+    """Measure the images that are in output_dir and generate none, whatever base, precision and sampling settings they
+    were generated with. A missing one is an error."""
     images_per_prompt: PositiveInt | None = None
     """Images for each prompt. Default: as the protocol says."""
     num_prompts: PositiveInt | None = None
@@ -56,8 +59,10 @@ class EvaluateConfig(SchedulerConfig, GenerationConfig, BaseModelConfig):
                 raise UserError(f"{name}=(): expected at least one")
 
     def sampling(self, base: str) -> SampleConfig:
-        """Return how images are sampled with a base model."""
+        """Return how images are sampled with the base model, or with a tuned pipeline, whose files are its own."""
         groups = (SchedulerConfig, GenerationConfig, BaseModelConfig)
         shared = {field.name for group in groups for field in fields(group)} - {"pretrained_model_name_or_path"}
         options = {name: getattr(self, name) for name in (*sorted(shared), "dtype", "height", "width")}
+        if base != self.pretrained_model_name_or_path:
+            options |= dict.fromkeys(("revision", "variant", "single_file_config"))
         return SampleConfig(pretrained_model_name_or_path=base, output_dir=self.output_dir, **options)

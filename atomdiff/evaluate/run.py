@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -13,11 +13,13 @@ from atomdiff.data.images import read_image
 from atomdiff.evaluate.config import EvaluateConfig
 from atomdiff.evaluate.encoders import ImageEncoder
 from atomdiff.evaluate.metrics import as_json, measure
+from atomdiff.evaluate.schedules import describe_schedule, schedule_of
 from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
 from atomdiff.evaluate.subjects import Subject
 from atomdiff.evaluate.suite import Evaluation, GeneratedImages, Kind, Model
 from atomdiff.evaluate.table import means_of_kinds, write_tables
 from atomdiff.pipelines.prompt_syntax import weight_as_json
+from atomdiff.pipelines.scheduler import ScheduleConfig
 from atomdiff.sampling.batching import Sample
 from atomdiff.sampling.prompt_requests import PromptRequest
 from atomdiff.sampling.sample import image_settings, make_sample, save_missing
@@ -30,16 +32,17 @@ from atomdiff.utils.progress import ProgressBar
 from atomdiff.utils.versions import versions
 
 _SHEET_PROMPTS = 6
+_SCHEDULE = "schedule"  # of the base's images, in the text of a PNG
 Samples = dict[Model, dict[Kind, list[Sample]]]
 
 
 def generate_images(config: EvaluateConfig, subjects: Sequence[Subject], state: Any) -> list[tuple[Subject, Samples]]:
     """Generate what is missing of the images of all subjects, by the base and with the concepts.
 
-    Images of the base are shared by the subjects of a class.
+    Images of the base are shared by the subjects of a class whose concepts have one schedule.
 
     Args:
-        config: how images are generated.
+        config: how images are generated; with `score_only` all of them are there.
         subjects: what is generated, with which concepts.
         state: accelerate's, of the processes that share the work.
 
@@ -47,7 +50,8 @@ def generate_images(config: EvaluateConfig, subjects: Sequence[Subject], state: 
         Each subject with its images, by model and kind, in the order of its suite.
 
     Raises:
-        UserError: the base is missing or cannot be used, or an image is broken; or a photo cannot be read.
+        UserError: the base is missing or cannot be used, or an image is broken; a photo cannot be read; or there are
+            images missing that shall not be generated.
     """
     for subject in subjects:
         _read_references(subject)  # what cannot be read is said now, not after hours
@@ -58,35 +62,76 @@ def generate_images(config: EvaluateConfig, subjects: Sequence[Subject], state: 
     base = config.pretrained_model_name_or_path
     pipelines = {base: config.sampling(base)}
     pipelines |= {str(each.path): config.sampling(str(each.path)) for each in subjects if each.concept is None}
-    settings = {name: image_settings(sampling) for name, sampling in pipelines.items()}
+    settings = {name: {} if config.score_only else image_settings(each) for name, each in pipelines.items()}
     by_pipeline: dict[str, list[Sample]] = {name: [] for name in pipelines}
     generated = []
     for subject in subjects:
         own = base if subject.concept is not None else str(subject.path)
         samples: Samples = {
-            "base": _samples(folder / "images" / "base", subject, None, settings[base]),
-            "concept": _samples(
-                folder / "images" / "concepts" / subject.name, subject, subject.trigger_phrase, settings[own]
-            ),
+            "base": _base_samples(folder / "images", subject, schedule_of(subject, config), settings[base]),
+            "concept": _concept_samples(folder / "images", subject, settings[own]),
         }
         generated.append((subject, samples))
         by_pipeline[base] += chain.from_iterable(samples["base"].values())
         by_pipeline[own] += chain.from_iterable(samples["concept"].values())
-    for name, each in by_pipeline.items():
-        unique = {sample.file.path: sample for sample in each}
-        save_missing(pipelines[name], [*unique.values()], state, check_safety=False)  # it would black out some of them
+    unique = {name: [*{each.file.path: each for each in found}.values()] for name, found in by_pipeline.items()}
+    if config.score_only:
+        _check_saved(unique)
+        return generated
+    for name, found in unique.items():
+        save_missing(pipelines[name], found, state, check_safety=False)  # it would black out some of them
     return generated
 
 
-def _samples(folder: Path, subject: Subject, phrase: str | None, settings: dict[str, str]) -> dict[Kind, list[Sample]]:
-    """Return the images of a subject's suite: with its concept if prompts call it by its phrase, else by the base."""
-    requests = subject.suite.requests(phrase)
-    prompts = dict.fromkeys(prompt for each in requests.values() for prompt, _ in each)
-    made = {prompt: subject.request(prompt) if phrase else PromptRequest(prompt, prompt) for prompt in prompts}
+def _base_samples(
+    folder: Path, subject: Subject, schedule: ScheduleConfig, settings: dict[str, str]
+) -> dict[Kind, list[Sample]]:
+    """Return the images of a subject's suite by the base, with a schedule that may not be its own."""
+    described = describe_schedule(schedule)
+    folder /= f"base-{described}" if described else "base"
+    settings = settings | {_SCHEDULE: described}
+    schedules = ((subject.name, schedule),) if described else ()
+    requests = subject.suite.requests(None)
+    return _samples(folder, requests, lambda prompt: PromptRequest(prompt, prompt, schedules=schedules), settings)
+
+
+def _concept_samples(folder: Path, subject: Subject, settings: dict[str, str]) -> dict[Kind, list[Sample]]:
+    """Return the images of a subject's suite with its concept."""
+    requests = subject.suite.requests(subject.trigger_phrase)
+    return _samples(folder / "concepts" / subject.name, requests, subject.request, settings)
+
+
+def _samples(
+    folder: Path,
+    requests: Mapping[Kind, Sequence[tuple[str, int]]],
+    request: Callable[[str], PromptRequest],
+    settings: dict[str, str],
+) -> dict[Kind, list[Sample]]:
+    made = {prompt: request(prompt) for prompt in dict.fromkeys(p for each in requests.values() for p, _ in each)}
     return {
         kind: [make_sample(folder, made[prompt], seed, settings) for prompt, seed in each]
         for kind, each in requests.items()
     }
+
+
+def _check_saved(by_pipeline: Mapping[str, Sequence[Sample]]) -> None:
+    """Refuse images that are missing, or that one pipeline generated with different settings."""
+    samples = [sample for each in by_pipeline.values() for sample in each]
+    advice = "generate them without score_only"
+    if missing := [sample.file.path for sample in samples if not sample.file.is_saved()]:
+        found = f"{len(missing)} of {len(samples)} images are missing, or of another concept or weight"
+        raise UserError(f"score_only=True: {found}; the first is {missing[0]}; {advice}")
+    for each in by_pipeline.values():
+        first, *others = [(sample.file.path, _read_settings(sample)) for sample in each]
+        for path, settings in others:
+            if differing := sorted(dict(settings.items() ^ first[1].items())):
+                found = f"{first[0]} and {path} were generated with different {', '.join(differing)}"
+                raise UserError(f"score_only=True: {found}; {advice}")
+
+
+def _read_settings(sample: Sample) -> dict[str, str]:
+    """Return the settings that images by one pipeline share."""
+    return {key: value for key, value in sample.file.read_settings().items() if key not in ("concepts", _SCHEDULE)}
 
 
 def _read_references(subject: Subject) -> list[Image.Image]:
@@ -127,7 +172,7 @@ def measure_concepts(
     names = [subject.name for subject, _ in generated]
     write_png(folder / "contact_sheet.png", make_image_grid(rows, names))
     means = means_of_kinds(measured, {subject.name: subject.kind for subject, _ in generated})
-    settings = image_settings(config.sampling(config.pretrained_model_name_or_path))
+    settings = _read_settings(generated[0][1]["base"]["subject"][0])
     results = {
         "protocol": config.protocol,
         "settings": {name: value for name, value in settings.items() if value},

@@ -4,9 +4,10 @@ import hashlib
 import json
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from PIL import Image, PngImagePlugin
 
@@ -53,9 +54,18 @@ class SampleFile:
         try:
             with Image.open(self.path) as image:
                 image.load()
-                return self.metadata.items() <= image.info.items() and image.getbbox() is not None
+                return self.matches(image.info) and image.getbbox() is not None
         except _BROKEN:
             return False
+
+    def matches(self, text: Mapping[Any, Any]) -> bool:
+        """Tell whether a PNG with this text is the image. What the text lacks had no value."""
+        return all(text.get(key, "") == value for key, value in self.metadata.items())
+
+    def read_settings(self) -> dict[str, str]:
+        """Return the settings in the text of the saved PNG."""
+        with Image.open(self.path) as image:
+            return {str(key): value for key, value in image.info.items() if key not in _NO_SETTING}
 
     def save(self, image: Image.Image) -> None:
         """Write the PNG, whole or not at all."""
@@ -88,7 +98,7 @@ def write_overview(folder: Path, samples: Sequence[SampleFile]) -> None:
         side = max(32, math.isqrt(SHEET_PIXELS // len(files)))
         found = {file: image for file in files if (image := _read(file, side)) is not None}
         for sample in samples:
-            if sample.path not in found or not sample.metadata.items() <= found[sample.path].text.items():
+            if sample.path not in found or not sample.matches(found[sample.path].text):
                 raise UserError(f"{sample.path}: another job replaced it; use another --output_dir for one of them")
         _write_grid(grid_file, list(found.values()))
         manifest.write_text(json.dumps(_manifest(found), indent=2, ensure_ascii=False) + "\n", encoding="utf-8")

@@ -14,6 +14,7 @@ from typing import Any
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.prompt_syntax import has_word, replace_words, split_tags, weight_as_json
+from atomdiff.pipelines.scheduler import ScheduleConfig
 from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.sampling.concept_source import ConceptSource, library_source
 from atomdiff.utils.errors import UserError
@@ -31,6 +32,8 @@ class PromptRequest:
     """Concepts with their weights: first those of all prompts, then those of the tags."""
     tagged: frozenset[str] = frozenset()
     """Concept names in the tags."""
+    schedules: tuple[tuple[str, ScheduleConfig], ...] = ()
+    """Names and schedules of what it is compared with, and therefore generated like, without these concepts."""
 
     @cached_property
     def concepts_json(self) -> str:

@@ -97,6 +97,7 @@ def image_settings(config: SampleConfig) -> dict[str, str]:
         "base_model": config.pretrained_model_name_or_path,
         "base_files": hash_listing(base) if base.exists() else config.revision,
         "variant": config.variant,
+        "single_file_config": config.single_file_config,
         "dtype": str(dtype).removeprefix("torch."),
         "prediction_type": config.prediction_type,
         "rescale_betas_zero_snr": config.rescale_betas_zero_snr,

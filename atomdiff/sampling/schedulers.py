@@ -21,6 +21,8 @@ from atomdiff.utils.untrusted import list_some
 def choose_schedulers(base: Any, requests: Sequence[PromptRequest], asked: ScheduleConfig) -> dict[PromptRequest, Any]:
     """Choose a scheduler for each request: as asked, else as its concepts were trained; the base's own where it fits.
 
+    A request with schedules of its own is generated like those.
+
     Args:
         base: the base's scheduler.
         requests: the prompts with their concepts.
@@ -33,7 +35,8 @@ def choose_schedulers(base: Any, requests: Sequence[PromptRequest], asked: Sched
     made, chosen = {str(schedule_settings(base)): base}, {}
     for request in requests:
         try:
-            scheduler = common_scheduler(schedules(request.concepts), base, asked, advice)
+            wanted = [*schedules(request.concepts), *request.schedules]
+            scheduler = common_scheduler(wanted, base, asked, advice)
         except UserError as error:
             raise UserError(f"the prompt {request.prompt!r}: {error}") from error
         chosen[request] = made.setdefault(str(schedule_settings(scheduler)), scheduler)

@@ -15,6 +15,8 @@ from atomdiff.evaluate import encoders as encoders_module
 from atomdiff.evaluate.config import EvaluateConfig
 from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.evaluate.subjects import open_subjects
+from atomdiff.pipelines.scheduler import ScheduleConfig, matching_scheduler
+from atomdiff.sampling.output_files import SampleFile
 from tests.helpers import add_adapter, write_images
 from tests.sampling.helpers import write_concept
 
@@ -199,6 +201,74 @@ def test_a_folder_of_concepts_is_as_good_as_its_concepts(evaluate, tiny_pipe, tm
     assert "found 2 weights for 3 concepts" in capsys.readouterr().err
     Path(concepts[0]).unlink()
     assert [*evaluate([folder / "b"], tmp_path / "photos", *options[:3], "a mug")[1]["subjects"]] == ["b"]
+
+
+def test_a_folder_that_is_finished_is_scored_without_its_base(evaluate, tiny_pipe, tmp_path, encoder, capsys):
+    concept, photos = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors"), write_images(tmp_path / "photos")
+    elsewhere = (
+        "--pretrained_model_name_or_path",
+        str(tmp_path / "moved"),
+        "--dtype",
+        "bfloat16",
+        "--score_only",
+        "true",
+    )
+    assert evaluate([concept], photos, *elsewhere)[0] == 2
+    assert "score_only=True: 16 of 16 images are missing" in capsys.readouterr().err
+    finished = evaluate([concept], photos)[1]
+    images = written(tmp_path / "out" / "images")
+    assert finished["settings"]["dtype"] == "float32"
+    status, results = evaluate([concept], photos, *elsewhere)
+    assert status == 0 and results == finished and written(tmp_path / "out" / "images") == images
+
+    (lost,) = (tmp_path / "out" / "images" / "base").glob("a-blue-cat-*.png")
+    SampleFile(lost.parent, "a blue cat", 50_000, {"dtype": "float16", "concepts": "[]"}).save(
+        Image.new("RGB", (32, 32), "red")
+    )
+    assert evaluate([concept], photos, *elsewhere)[0] == 2
+    assert "were generated with different base_files, base_model, dtype" in capsys.readouterr().err
+    lost.unlink()
+    assert evaluate([concept], photos, *elsewhere)[0] == 2
+    assert f"1 of 16 images are missing, or of another concept or weight; the first is {lost}; generate them" in (
+        capsys.readouterr().err
+    )
+    assert evaluate([concept], photos, *elsewhere, "--weights", "0.5")[0] == 2
+    assert "9 of 16 images are missing, or of another concept or weight" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("kind", ["atoms", "pipeline"])
+def test_the_base_is_compared_with_by_the_schedule_of_the_concept(evaluate, tiny_pipe, tmp_path, encoder, kind):
+    photos, options = write_images(tmp_path / "photos"), ("--class_name", "mug", "--trigger_phrases", "mug")
+
+    def concept(**schedule):  # that changes nothing else
+        if kind == "atoms":
+            tiny_pipe.unet.add_adapter(atomdiff.AtomConfig(target_modules=["conv1"]))
+            path = atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.atoms.safetensors", training={"config": schedule})
+            atomdiff.unload_atoms(tiny_pipe)
+            return path
+        tiny_pipe.scheduler = matching_scheduler(ScheduleConfig(**schedule), tiny_pipe.scheduler)
+        tiny_pipe.save_pretrained(tmp_path / "mug")
+        return tmp_path / "mug"
+
+    def drift(path, *more):
+        return evaluate([path], photos, *options, *more)[1]["subjects"]["mug"]["metrics"][encoder]["drift"]["mean"]
+
+    same = concept(prediction_type="v_prediction", rescale_betas_zero_snr=False)
+    assert drift(same) == 0
+    images = written(tmp_path / "out" / "images" / "base")
+    rescaled = concept(rescale_betas_zero_snr=True)
+    assert drift(rescaled) == 0 and written(tmp_path / "out" / "images" / "base") == images
+    (other,) = (tmp_path / "out" / "images").glob("base-*")
+    assert other.name == "base-rescale_betas_zero_snr=True" and written(other).keys() == images.keys()
+    assert drift(rescaled, "--rescale_betas_zero_snr", "true") == 0
+
+
+def test_a_tuned_pipeline_has_files_of_its_own(evaluate, tiny_pipe, tmp_path):
+    tiny_pipe.save_pretrained(tmp_path / "base", variant="fp16")
+    tiny_pipe.save_pretrained(tmp_path / "mug")
+    options = ("--class_name", "mug", "--trigger_phrases", "sks mug", "--num_prompts", "1")
+    base = ("--pretrained_model_name_or_path", str(tmp_path / "base"), "--variant", "fp16")
+    assert evaluate([tmp_path / "mug"], write_images(tmp_path / "photos"), *options, *base)[0] == 0
 
 
 def test_no_image_is_blacked_out(evaluate, tiny_pipe, tmp_path, monkeypatch):

@@ -2,6 +2,7 @@
 
 import json
 import threading
+from dataclasses import replace
 
 import pytest
 from PIL import Image
@@ -152,3 +153,11 @@ def test_samples_do_not_go_among_other_images(tmp_path):
         (tmp_path / "samples" / name).touch()
     refuse_foreign_images(tmp_path / "samples")
     refuse_foreign_images(tmp_path / "none")
+
+
+def test_what_a_png_does_not_say_had_no_value(tmp_path):
+    file = SampleFile(tmp_path, "a mug", 3, {"dtype": "float32"})
+    file.save(Image.new("RGB", (8, 8), "red"))
+    assert replace(file, settings={"dtype": "float32", "added_later": ""}).is_saved()
+    assert not replace(file, settings={"dtype": "float32", "added_later": "x"}).is_saved()
+    assert file.read_settings() == {"dtype": "float32"}

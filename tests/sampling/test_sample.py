@@ -107,6 +107,7 @@ def test_an_image_half_written_never_has_its_final_name(config, monkeypatch):
         {"negative_prompt": "a cat"},
         {"height": 40},
         {"dtype": "bfloat16"},
+        {"single_file_config": "another"},
     ],
 )
 def test_other_settings_generate_anew_under_the_same_names(config, change):
