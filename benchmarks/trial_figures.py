@@ -55,9 +55,17 @@ def trial_figures(result: Result) -> dict[str, float]:
 
     The first protocol tells similarity, scenes, drift and diversity; the second, if there is one, prompt match: the
     mean of the shares of images in which the judge finds the color and the pattern that were asked for.
+
+    Raises:
+        UserError: the photos leave the concept nothing to gain.
     """
     first, *others = result["metrics"].values()
     similarity = first["similarity"]
+    if similarity["normalized_gain"] is None:
+        found = f"the base's images are as like the photos ({similarity['base']['mean']}) as these are to one another"
+        raise UserError(
+            f"{result['trial']['photos']}: {found}: there is no gain to compare methods by; take other photos"
+        )
     figures = {
         "similarity": similarity["concept"]["mean"],
         "similarity_base": similarity["base"]["mean"],

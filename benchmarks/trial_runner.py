@@ -111,8 +111,9 @@ def describe(result: dict[str, Any]) -> str:
     if result["status"] == "failed":
         return f"failed: {result['message']}"
     metrics = next(iter(result["metrics"].values()))
-    gain = metrics["similarity"]["normalized_gain"]["mean"]
-    return f"gain {gain:.3f}, drift {metrics['drift']['mean']:.3f}, {result['train_seconds']:.0f} s of training"
+    gain = metrics["similarity"]["normalized_gain"]
+    gained = "no gain, as the base is as alike as the photos" if gain is None else f"gain {gain['mean']:.3f}"
+    return f"{gained}, drift {metrics['drift']['mean']:.3f}, {result['train_seconds']:.0f} s of training"
 
 
 def _prepare(trial: Trial, keys: dict[str, str], processes: int) -> None:

@@ -12,6 +12,9 @@ from torch.nn.functional import normalize
 
 from atomdiff.evaluate.suite import Evaluation
 
+LEAST_WAY = 1e-3
+"""How much more alike the references must be than the base's images are to them, for a share of that to mean anything."""
+
 
 def similarity(evaluation: Evaluation) -> dict[str, Tensor | float | None]:
     """Return how similar the subject's images are to the references; higher is better.
@@ -19,7 +22,7 @@ def similarity(evaluation: Evaluation) -> dict[str, Tensor | float | None]:
     Returns:
         `base`, `concept`: mean cosine similarity of each image to the references (prompts, images). `real`: that of the
         references to each other. `normalized_gain`: the concept's share of the way from base to real (prompts, images).
-        A single reference leaves these two None.
+        A single reference leaves these two None; a way shorter than `LEAST_WAY`, or none at all, the gain.
     """
     references = evaluation.reference_embeddings
     base, concept = (
@@ -28,7 +31,8 @@ def similarity(evaluation: Evaluation) -> dict[str, Tensor | float | None]:
     )
     real = mean_pairwise_similarity(references) if len(references) > 1 else None
     way = 0.0 if real is None else real - float(base.mean())
-    return {"base": base, "concept": concept, "real": real, "normalized_gain": (concept - base) / way if way else None}
+    gain = (concept - base) / way if way >= LEAST_WAY else None
+    return {"base": base, "concept": concept, "real": real, "normalized_gain": gain}
 
 
 def prior_similarity(evaluation: Evaluation) -> dict[str, Tensor] | None:
@@ -82,8 +86,8 @@ def mean_pairwise_similarity(embeddings: Tensor) -> float:
 
 
 def cosines(first: Tensor, second: Tensor) -> Tensor:
-    """Return the cosines (n, m) in float64 of embeddings (n, e) and (m, e)."""
-    return normalize(first.double(), dim=1) @ normalize(second.double(), dim=1).T
+    """Return the cosines (n, m) in float64 of embeddings (n, e) and (m, e), in spite of rounding none above 1."""
+    return (normalize(first.double(), dim=1) @ normalize(second.double(), dim=1).T).clamp(-1, 1)
 
 
 def _check(embeddings: Tensor, least: int) -> None:

@@ -272,6 +272,14 @@ def test_prompt_match_is_of_colors_and_patterns():
     assert trial_figures(result)["prompt_match"] == 0.75
 
 
+def test_photos_that_leave_nothing_to_gain_are_named():
+    result = result_of("mug", 0.2)
+    result["metrics"]["toybox"]["similarity"]["normalized_gain"] = None
+    assert trial_runner.describe(result | {"train_seconds": 3}).startswith("no gain, as the base is as alike as")
+    with pytest.raises(UserError, match="samples/subjects/mug: the base's images are as like the photos"):
+        trial_figures(result)
+
+
 def test_files_of_other_conditions_do_not_mix(tmp_path):
     for number, method in enumerate(("atoms/tiny", "token/default")):
         conditions = {"subjects": ["mug"], "seeds": [number], "base": str(number)}

@@ -12,8 +12,9 @@ from atomdiff.evaluate.diversity import vendi_score
 from atomdiff.evaluate.drift import pixel_differences
 from atomdiff.evaluate.label_accuracy import hits
 from atomdiff.evaluate.metrics import as_json, measure, score
-from atomdiff.evaluate.similarity import mean_pairwise_similarity, similarities
+from atomdiff.evaluate.similarity import cosines, mean_pairwise_similarity, similarities
 from atomdiff.evaluate.suite import Evaluation, GeneratedImages, PromptSuite
+from atomdiff.evaluate.table import markdown_table, means_of_kinds
 
 EAST, NORTH, DIAGONAL = [1.0, 0.0], [0.0, 1.0], [1.0, 1.0]
 
@@ -125,6 +126,33 @@ def test_every_metric_has_its_known_value_on_images_of_plain_colors():
     assert found["diversity"] == {"base": 1, "concept": 0.5}
     assert found["vendi"] == {"base": 2, "concept": 1.5}
     assert found["drift"] == 0 and found["embedding_drift"] == 0 and "scene_accuracy" not in found
+
+
+@pytest.mark.parametrize(
+    "references",
+    [
+        (RED, RED),  # as the base's images are
+        (RED, Image.new("RGB", (4, 4), (200, 1, 0))),
+        (RED, GREEN),  # less alike than the base's images are to them
+    ],
+)
+def test_where_the_base_is_as_alike_as_the_photos_there_is_no_gain(references):
+    found = measure(evaluation([RED, RED], [RED, GREEN], references=references))
+    assert found["similarity"]["normalized_gain"] is None and found["similarity"]["real"] is not None
+    means = means_of_kinds({"mug": {"palette": found}, "cat": {"palette": found}}, {"mug": "any", "cat": "any"})
+    assert means["all"]["palette"]["similarity"]["normalized_gain"] is None
+    table = markdown_table({"mug": {"palette": found}, "cat": {"palette": found}}, means, "palette")
+    assert "similarity: real" in table and "normalized gain" not in table
+
+
+def test_equal_images_differ_by_nothing():
+    vectors = torch.rand(500, 5, generator=torch.Generator().manual_seed(0))
+    assert cosines(vectors, vectors).max() == 1
+    odd = [Image.new("RGB", (4, 4), color) for color in [(11, 14, 7), (44, 17, 28)] * 2]
+    same = GeneratedImages(odd, odd)
+    suite = PromptSuite("mug", ("a red {subject}",), ("a blue cat",) * 4, images_per_prompt=4)
+    found = measure(Evaluation(suite, Palette(), [RED, RED], same, same))
+    assert str(found["embedding_drift"]) == "0.000 ± 0.000"
 
 
 def test_each_image_is_embedded_once():
