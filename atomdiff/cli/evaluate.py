@@ -7,8 +7,6 @@ from typing import Any
 
 from atomdiff.evaluate.config import EvaluateConfig
 
-_TOYBOX = "toybox"
-
 
 def evaluate_concepts(config: EvaluateConfig) -> str | None:
     """Generate, measure, and return a summary; None on all but the main process.
@@ -23,15 +21,12 @@ def evaluate_concepts(config: EvaluateConfig) -> str | None:
     from atomdiff.evaluate.protocol import load_protocol
     from atomdiff.evaluate.run import generate_images, measure_concepts
     from atomdiff.evaluate.subjects import open_subjects
-    from atomdiff.toybox.judge import load_judge
     from atomdiff.utils.precision import compute_device
 
     state = Accelerator(cpu=not torch.accelerator.is_available())
     subjects = open_subjects(config, load_protocol(config.protocol))
-    encoders: dict[str, Any] = {}
-    if state.is_main_process:  # before the images: whoever names one that is not there need not wait for them
-        others: dict[str, Any] = {_TOYBOX: load_judge()} if _TOYBOX in config.encoders else {}
-        encoders = open_encoders(config.encoders, compute_device(), others)
+    # Before the images: whoever names one that is not there need not wait for them.
+    encoders = open_encoders(config.encoders if state.is_main_process else (), compute_device())
     generated = generate_images(config, subjects, state)
     if not state.is_main_process:
         return None

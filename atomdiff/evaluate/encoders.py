@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -11,6 +11,8 @@ from torch import Tensor
 from torch.nn.functional import normalize
 
 from atomdiff.utils.errors import UserError
+
+TOYBOX = "toybox"
 
 
 class ImageEncoder(Protocol):
@@ -128,9 +130,15 @@ def _unit(features: Tensor) -> Tensor:
 def check_encoder(name: str, revision: str | None = None) -> None:
     """Refuse an encoder that is not there, without loading its weights.
 
+    Args:
+        name: as for `open_encoders`.
+        revision: on the Hub.
+
     Raises:
         UserError: it has no config.
     """
+    if name == TOYBOX:
+        return
     from transformers import AutoConfig
 
     try:
@@ -145,17 +153,20 @@ def _cannot_load(name: str, error: Exception) -> UserError:
     return UserError(f"the encoder {name!r} cannot be loaded ({reason}); {expected}")
 
 
-def open_encoders(
-    names: Sequence[str], device: str | torch.device, others: Mapping[str, ImageEncoder] | None = None
-) -> dict[str, ImageEncoder]:
+def open_encoders(names: Sequence[str], device: str | torch.device) -> dict[str, ImageEncoder]:
     """Load encoders by name.
 
     Args:
-        names: as for `VisionEncoder`, or of `others`.
+        names: as for `VisionEncoder`, or `toybox`: the judge of the embedded model's images.
         device: where to compute.
-        others: encoders that are there already.
 
     Raises:
         UserError: one cannot be loaded.
     """
-    return {name: (others or {}).get(name) or VisionEncoder(name, device) for name in dict.fromkeys(names)}
+    return {name: _toybox() if name == TOYBOX else VisionEncoder(name, device) for name in dict.fromkeys(names)}
+
+
+def _toybox() -> ImageEncoder:
+    from atomdiff.toybox.judge import load_judge
+
+    return load_judge()

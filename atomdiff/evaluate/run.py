@@ -7,7 +7,7 @@ from itertools import chain
 from pathlib import Path
 from typing import Any
 
-from PIL import Image
+from PIL import Image, ImageOps
 
 from atomdiff.data.images import read_image
 from atomdiff.evaluate.config import EvaluateConfig
@@ -168,7 +168,8 @@ def measure_concepts(
             for name, encoder in encoders.items()
         }
         step = subject.suite.images_per_prompt
-        rows.append([references[0], *concept.subject[: step * _SHEET_PROMPTS : step]])
+        shown = concept.subject[: step * _SHEET_PROMPTS : step]
+        rows.append([ImageOps.contain(references[0], shown[0].size), *shown])  # photos may be much larger
     names = [subject.name for subject, _ in generated]
     write_png(folder / "contact_sheet.png", make_image_grid(rows, names))
     means = means_of_kinds(measured, {subject.name: subject.kind for subject, _ in generated})

@@ -13,7 +13,7 @@ from torch.nn.functional import normalize
 from atomdiff.evaluate.suite import Evaluation
 
 LEAST_WAY = 1e-3
-"""How much more alike the references must be than the base's images are to them, for a share of that to mean anything."""
+"""How much more alike the references must be than the base's images are to them, for a share of that to count."""
 
 
 def similarity(evaluation: Evaluation) -> dict[str, Tensor | float | None]:

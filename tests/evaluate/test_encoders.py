@@ -22,7 +22,8 @@ from transformers import (
     ViTModel,
 )
 
-from atomdiff.evaluate.encoders import Recognizer, TextEncoder, VisionEncoder, open_encoders
+from atomdiff.evaluate.encoders import Recognizer, TextEncoder, VisionEncoder, check_encoder, open_encoders
+from atomdiff.toybox.judge import Judge
 from atomdiff.utils.errors import UserError
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -112,6 +113,7 @@ def test_a_model_that_is_not_there_is_named(tmp_path):
         VisionEncoder(str(tmp_path / "nowhere"))
 
 
-def test_encoders_that_are_there_are_not_loaded():
-    judge = object()
-    assert open_encoders(["toybox", "toybox"], "cpu", {"toybox": judge}) == {"toybox": judge}
+def test_the_judge_of_the_toybox_is_named_like_an_encoder():
+    encoders = open_encoders(["toybox", "toybox"], "cpu")
+    assert [*encoders] == ["toybox"] and isinstance(encoders["toybox"], Judge)
+    check_encoder("toybox")

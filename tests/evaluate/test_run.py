@@ -110,6 +110,15 @@ def test_a_concept_that_changes_nothing_is_like_the_base(evaluate, tiny_pipe, tm
     assert results["mean"] == {"all": {encoder: metrics}}
 
 
+def test_a_large_photo_is_as_large_on_the_contact_sheet_as_the_images(evaluate, tiny_pipe, tmp_path):
+    concept = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors")
+    sizes = []
+    for name, width in (("small", 32), ("large", 1024)):
+        assert evaluate([concept], write_images(tmp_path / name, widths=(width, 32)))[0] == 0
+        sizes.append(Image.open(tmp_path / "out" / "contact_sheet.png").size)
+    assert sizes[0] == sizes[1]
+
+
 def test_a_photo_that_cannot_be_read_is_named_before_images_are_generated(evaluate, tiny_pipe, tmp_path, capsys):
     concept, photos = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors"), write_images(tmp_path / "photos")
     (photos / "photo.jpg").write_bytes(b"\xff\xd8 torn")

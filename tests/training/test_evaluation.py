@@ -27,6 +27,13 @@ def test_the_report_has_what_the_encoders_found(train_config, tiny_encoder_folde
     assert f"{tiny_encoder_folder}, similarity, concept | {similarity:.4g}" in page and "contact_sheet.png" in page
 
 
+def test_the_judge_of_the_toybox_is_an_encoder_as_for_atomdiff_evaluate(train_config):
+    config = train_config(evaluate_with=("toybox",))
+    train(config)
+    page = (Path(config.output_dir) / "report.md").read_text()
+    assert "toybox, similarity, concept" in page
+
+
 def test_an_encoder_that_is_not_there_is_refused_before_training(train_config, tmp_path):
     config = train_config(evaluate_with=(str(tmp_path / "nowhere"),))
     with pytest.raises(UserError, match="the encoder .*nowhere' cannot be loaded"):

@@ -24,9 +24,9 @@ class OutputConfig(LoggingConfig):
     of its time."""
     evaluate_with: tuple[str, ...] = ()
     """Vision models of transformers that measure the result for the report, as folders or Hub ids, such as
-    facebook/dino-vits16 and openai/clip-vit-base-patch32: the metrics of atomdiff evaluate, by its protocol quick with
-    two images a prompt. Its images are compared with the held-out ones, or without such with the instance images.
-    Default: none."""
+    facebook/dino-vits16 and openai/clip-vit-base-patch32, or toybox for the embedded model: the metrics of atomdiff
+    evaluate, by its protocol quick with two images a prompt. Its images are compared with the held-out ones, or without
+    such with the instance images. Default: none."""
     keep_best: bool = False
     """Save the parameters of the measurement with the lowest validation loss, not those of the last step. Needs
     held-out images (validation_split or validation_data_dir), and memory for one more copy of what is trained."""
