@@ -16,14 +16,22 @@ LEAST_WAY = 1e-3
 """How much more alike the references must be than the base's images are to them, for a share of that to count."""
 
 
-def similarity(evaluation: Evaluation) -> dict[str, Tensor | float | None]:
+_LOOKS = {"color", "pattern"}  # kinds of labels: who asks for another one wants no image like the references
+
+
+def similarity(evaluation: Evaluation) -> dict[str, Tensor | float | None] | None:
     """Return how similar the subject's images are to the references; higher is better.
+
+    None, if every prompt asks for another color or pattern.
 
     Returns:
         `base`, `concept`: mean cosine similarity of each image to the references (prompts, images). `real`: that of the
         references to each other. `normalized_gain`: the concept's share of the way from base to real (prompts, images).
         A single reference leaves these two None; a way shorter than `LEAST_WAY`, or none at all, the gain.
     """
+    labels = evaluation.suite.labels
+    if labels and all(_LOOKS & each.keys() for each in labels):
+        return None
     references = evaluation.reference_embeddings
     base, concept = (
         evaluation.by_prompt(similarities(evaluation.embeddings(name, "subject"), references))

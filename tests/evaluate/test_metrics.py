@@ -1,6 +1,7 @@
 """Fidelity, diversity, prompt match and drift: known values, ranges, invariances, refusals."""
 
 import math
+from dataclasses import replace
 
 import pytest
 import torch
@@ -143,6 +144,17 @@ def test_where_the_base_is_as_alike_as_the_photos_there_is_no_gain(references):
     assert means["all"]["palette"]["similarity"]["normalized_gain"] is None
     table = markdown_table({"mug": {"palette": found}, "cat": {"palette": found}}, means, "palette")
     assert "similarity: real" in table and "normalized gain" not in table
+
+
+def test_images_in_another_color_than_the_photos_need_not_be_like_them():
+    each = evaluation([RED, RED], [RED, GREEN])
+    for labels, is_measured in (
+        (({"color": "red"}, {"scene": "snow", "pattern": "dotted"}), False),
+        (({"color": "red"}, {"scene": "snow"}), True),
+        ((), True),
+    ):
+        suite = replace(each.suite, labels=labels)
+        assert (measure(replace(each, suite=suite))["similarity"] is not None) == is_measured
 
 
 def test_equal_images_differ_by_nothing():
