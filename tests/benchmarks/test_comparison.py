@@ -11,7 +11,7 @@ from PIL import Image
 
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
-from benchmarks import compare_methods, experiments, methods_report, screening, sheets
+from benchmarks import compare_methods, experiments, methods_report, screening, sheets, trial_runner
 from benchmarks.compare_methods import CompareConfig, describe_runs, quick_config
 from benchmarks.experiments import EXPERIMENTS, MOST_TELLING, all_methods, ordered_methods, read_adapter_fields
 from benchmarks.methods_plots import Point, draw_frontier, draw_tradeoffs, frontier

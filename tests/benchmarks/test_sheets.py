@@ -154,6 +154,15 @@ def test_concepts_are_asked_for_alone_and_with_others_beside_them(world, monkeyp
     assert found["1"]["mean"] != found["2"]["mean"] and found["kept 2"]["count"] == 2
 
 
+def test_concepts_with_preservation_are_others():
+    plain, kept = (
+        added_concepts.trial_of(added_concepts.AddedConceptsConfig(preservation=name), "atoms/tiny", "mug")
+        for name in ("none", "class")
+    )
+    assert kept.config().preservation == "class" and plain.config().preservation == "none"
+    assert kept.folder != plain.folder and kept.photos == plain.photos
+
+
 def test_the_concepts_beside_one_are_the_next_ones():
     subjects = ("mug", "robot", "cat")
     assert added_concepts.beside(subjects, "cat", 1) == ["cat"]
