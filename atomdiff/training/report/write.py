@@ -118,7 +118,7 @@ def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str
     config, values = run.config, run.measurements.values
     seconds = _training_seconds(read_log(Path(config.output_dir) / LOG_FILE), run.samples_per_step)
     preserved = config.preservation != "none" or config.with_prior_preservation
-    findings = judge(values, step, keep_best=config.keep_best, preserved=preserved)
+    findings = judge(values, step, preserved=preserved)
     held_out = [image[0] for image in run.dataset.fingerprint["held_out_images"]]
     sheet = bool(config.validation_steps and row_files(Path(config.output_dir), config.max_train_steps))
     return {
