@@ -7,6 +7,7 @@ import re
 import signal
 import threading
 from pathlib import Path
+from urllib.parse import unquote
 
 import numpy as np
 import torch
@@ -106,6 +107,13 @@ def generate_image(pipe, prompt):
     generator = torch.Generator().manual_seed(0)
     options = {"num_inference_steps": 2, "height": 32, "width": 32, "output_type": "np"}
     return pipe(prompt, generator=generator, **options).images[0]
+
+
+def assert_links_lead_somewhere(markdown):
+    """Check that the files that a page of Markdown shows as images are there; return their paths from its folder."""
+    links = re.findall(r"!\[.*\]\((.*)\)", markdown.read_text())
+    assert links and [link for link in links if not (markdown.parent / unquote(link)).is_file()] == []
+    return links
 
 
 def read_log(config):

@@ -23,8 +23,8 @@ _MARKDOWN = """\
 Next: {{ finding.advice }}
 
 {% endfor %}
-{% for name, file in images.items() %}
-![{{ name }}]({{ file.name | urlencode }})
+{% for name, link in links.items() %}
+![{{ name }}]({{ link | urlencode }})
 
 {% endfor %}
 {% for table in tables %}
@@ -37,6 +37,10 @@ Next: {{ finding.advice }}
 | {{ row | map("cell") | join(" | ") }} |
 {% endfor %}
 
+{% if table.note %}
+{{ table.note }}
+
+{% endif %}
 {% endfor %}
 """
 
@@ -46,7 +50,7 @@ _HTML = """\
 <head>
 <meta charset="utf-8">
 <meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{{ title }}</title>
+<title>{{ page.title }}</title>
 <style>
 :root { color-scheme: light dark; }
 body { font: 16px/1.5 system-ui, sans-serif; max-width: 46rem; margin: 0 auto; padding: 1rem; }
@@ -63,19 +67,19 @@ td { overflow-wrap: anywhere; }
 </style>
 </head>
 <body>
-<h1>{{ title }}</h1>
-{% for finding in findings %}
+<h1>{{ page.title }}</h1>
+{% for finding in page.findings %}
 <section class="{{ finding.verdict | replace(" ", "-") }}">
 <p><strong>{{ finding.verdict }}.</strong> {{ finding.evidence }}</p>
 <p>Next: {{ finding.advice }}</p>
 </section>
 {% endfor %}
 {{ curves | safe }}
-{% for name, file in images.items() %}
+{% for name, file in page.images.items() %}
 <h2>{{ name }}</h2>
 <img src="{{ file | embed }}" alt="{{ name }}">
 {% endfor %}
-{% for table in tables %}
+{% for table in page.tables %}
 <h2>{{ table.title }}</h2>
 <div><table>
 <tr>{% for each in table.head %}<th>{{ each }}</th>{% endfor %}</tr>
@@ -83,6 +87,9 @@ td { overflow-wrap: anywhere; }
 <tr>{% for each in row %}<td>{{ each | number }}</td>{% endfor %}</tr>
 {% endfor %}
 </table></div>
+{% if table.note %}
+<p>{{ table.note }}</p>
+{% endif %}
 {% endfor %}
 </body>
 </html>
@@ -96,22 +103,29 @@ class Table:
     title: str
     head: Sequence[str]
     rows: Sequence[Sequence[Any]]
+    note: str = ""
+    """What is to be known of it."""
 
 
-def to_markdown(
-    title: str, findings: Sequence[Mapping[str, str]], images: Mapping[str, Path], tables: Sequence[Table]
-) -> str:
-    """Return a report as Markdown, with the images beside it by their file names."""
-    template = _environment(autoescape=False).from_string(_MARKDOWN)
-    return template.render(title=title, findings=findings, images=images, tables=tables)
+@dataclass(frozen=True)
+class Page:
+    """What a report shows, from top to bottom."""
 
+    title: str
+    findings: Sequence[Mapping[str, str]]
+    images: Mapping[str, Path]
+    """Files by their titles."""
+    tables: Sequence[Table]
 
-def to_html(
-    title: str, findings: Sequence[Mapping[str, str]], curves: str, images: Mapping[str, Path], tables: Sequence[Table]
-) -> str:
-    """Return a report as a page that holds everything that it shows; `curves` is an SVG element."""
-    template = _environment(autoescape=True).from_string(_HTML)
-    return template.render(title=title, findings=findings, curves=curves, images=images, tables=tables)
+    def to_markdown(self, folder: Path) -> str:
+        """Return the report as Markdown, with links from a folder to the images, which are in it."""
+        links = {title: file.relative_to(folder).as_posix() for title, file in self.images.items()}
+        template = _environment(autoescape=False).from_string(_MARKDOWN)
+        return template.render(title=self.title, findings=self.findings, links=links, tables=self.tables)
+
+    def to_html(self, curves: str) -> str:
+        """Return the report as a page that holds everything that it shows; `curves` is an SVG element."""
+        return _environment(autoescape=True).from_string(_HTML).render(page=self, curves=curves)
 
 
 def _environment(autoescape: bool) -> Environment:

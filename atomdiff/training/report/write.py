@@ -6,7 +6,7 @@ import json
 import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, fields
+from dataclasses import asdict, fields, replace
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,8 +16,8 @@ from atomdiff.concepts.layer_choice import count_by_block
 from atomdiff.evaluate.size import stored_bytes
 from atomdiff.training.anomalies import DivergedError
 from atomdiff.training.config import TrainConfig
-from atomdiff.training.contact_sheet import row_files
-from atomdiff.training.report.page import Table, to_html, to_markdown
+from atomdiff.training.contact_sheet import list_row_files, row_files
+from atomdiff.training.report.page import Page, Table
 from atomdiff.training.report.verdict import Finding, judge
 from atomdiff.training.run import Run
 from atomdiff.training.run_log import LOG_FILE, read_log
@@ -66,17 +66,21 @@ def reporting_divergence(run: Run) -> Iterator[None]:
         yield
     except DivergedError as error:
         if run.accelerator.is_main_process:
-            folder = Path(run.config.output_dir)
             with _warning_of_errors("the report cannot be written"):
-                _remove_report(folder)
-                advice = f"{error.advice[0].upper()}{error.advice[1:]}."
-                finding = asdict(Finding("diverged", f"Step {error.step}: {error.found}.", advice))
-                last = [error.step, error.found, ", ".join(error.images)]
-                table = Table(*_WRONG, [*_spike_rows(_loss_spikes(run)), last])
-                title = f"Training of {run.config.trigger_phrase}"
-                write_text(folder / PAGES[0], to_markdown(title, [finding], {}, [table]))
-                write_text(folder / PAGES[1], to_html(title, [finding], "", {}, [table]))
+                _remove_report(Path(run.config.output_dir))
+                _write_divergence(run, error)
         raise
+
+
+def _write_divergence(run: Run, error: DivergedError) -> None:
+    """Write the pages of a run that has ended with an error: why, and what was measured until then."""
+    folder, values = Path(run.config.output_dir), run.measurements.values
+    advice = f"{error.advice[0].upper()}{error.advice[1:]}."
+    finding = asdict(Finding("diverged", f"Step {error.step}: {error.found}.", advice))
+    last = [error.step, error.found, ", ".join(error.images)]
+    tables = [Table(*_WRONG, [*_spike_rows(_loss_spikes(run)), last]), _measured(values)]
+    images = _contact_sheet(folder, run.config.validation_steps > 0 and bool(list_row_files(folder)))
+    _write(folder, Page(f"Training of {run.config.trigger_phrase}", [finding], images, tables), values, None)
 
 
 def _remove_report(folder: Path) -> None:
@@ -96,11 +100,11 @@ def _spike_rows(spikes: Sequence[Mapping[str, Any]]) -> list[list[Any]]:
     return [[spike["step"], f"loss {spike['loss']:.4g}", ", ".join(spike["images"])] for spike in spikes]
 
 
-def extend_report(folder: Path, metrics: Mapping[str, Any], images: Mapping[str, Path]) -> None:
+def extend_report(folder: Path, metrics: Mapping[str, Any], images: Mapping[str, Path], note: str = "") -> None:
     """Write the pages of a report anew, with metrics and more images, unless training could not write them."""
     if (folder / RECORD_FILE).is_file():
         with _warning_of_errors(f"{folder / 'report.html'} cannot be extended"):
-            write_pages(folder, metrics, images)
+            write_pages(folder, metrics, images, note)
 
 
 @contextmanager
@@ -154,7 +158,10 @@ def _selected_layers(run: Run, path: Path) -> str | None:
 
 
 def write_pages(
-    folder: Path, metrics: Mapping[str, Any] | None = None, images: Mapping[str, Path] | None = None
+    folder: Path,
+    metrics: Mapping[str, Any] | None = None,
+    images: Mapping[str, Path] | None = None,
+    note: str = "",
 ) -> None:
     """Write `report.md`, `report.html` and the curve from what a run has left in its folder.
 
@@ -162,28 +169,41 @@ def write_pages(
         folder: The run's `output_dir`.
         metrics: Values by name, or dicts of them, for a table.
         images: More image files in the folder, by their titles.
+        note: What is to be known of the metrics.
     """
+    record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
+    shown = {**_contact_sheet(folder, record["contact_sheet"]), **(images or {})}
+    tables = _tables(record, metrics or {}, note)
+    page = Page(f"Training of {record['trigger_phrase']}", record["findings"], shown, tables)
+    _write(folder, page, record["measurements"], record["step"])
+
+
+def _write(folder: Path, page: Page, measurements: Sequence[Mapping[str, Any]], saved_step: int | None) -> None:
+    """Write the curve and the pages, without the tables that are empty."""
     from atomdiff.training.report.curve import draw_curves, to_svg  # matplotlib takes a while to import
 
-    record = json.loads((folder / RECORD_FILE).read_text("utf-8"))
-    figure = draw_curves(read_log(folder / LOG_FILE), record["measurements"], record["step"])
+    figure = draw_curves(read_log(folder / LOG_FILE), measurements, saved_step)
     with new_file(folder / CURVE_FILE) as file:
         figure.savefig(file, dpi=120, format="png", facecolor="white")
-    shown = {"Validation images": folder / "contact_sheet.png"} if record["contact_sheet"] else {}
-    shown |= images or {}
-    title = f"Training of {record['trigger_phrase']}"
-    tables = _tables(record, metrics or {})
-    with_curve = {"Curves": folder / CURVE_FILE, **shown}
-    markdown = to_markdown(title, record["findings"], with_curve, tables)
-    html = to_html(title, record["findings"], to_svg(figure), shown, tables)
-    for name, text in zip(PAGES, (markdown, html), strict=True):
+    page = replace(page, tables=[table for table in page.tables if table.rows])
+    with_curve = replace(page, images={"Curves": folder / CURVE_FILE, **page.images})
+    for name, text in zip(PAGES, (with_curve.to_markdown(folder), page.to_html(to_svg(figure))), strict=True):
         write_text(folder / name, text)
 
 
-def _tables(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Table]:
-    values = record["measurements"]
+def _contact_sheet(folder: Path, is_there: bool) -> dict[str, Path]:
+    return {"Validation images": folder / "contact_sheet.png"} if is_there else {}
+
+
+def _measured(values: Sequence[Mapping[str, Any]]) -> Table:
+    """Return the table of the measurements, of at most so many."""
     chosen = sorted({number * (len(values) - 1) // (_ROWS - 1) for number in range(_ROWS)}) if values else []
-    measured = [[values[number].get(name) for name in _MEASURED] for number in chosen]
+    rows = [[values[number].get(name) for name in _MEASURED] for number in chosen]
+    return Table("Loss at fixed noise", [*_MEASURED.values()], rows)
+
+
+def _tables(record: Mapping[str, Any], metrics: Mapping[str, Any], note: str) -> list[Table]:
+    values = record["measurements"]
     measuring = sum(line["seconds"] for line in values)
     kept = "" if record["step"] == record["max_train_steps"] else f"; saved is step {record['step']}, the best"
     run = {
@@ -198,15 +218,14 @@ def _tables(record: Mapping[str, Any], metrics: Mapping[str, Any]) -> list[Table
         "base": record["base_model"],
         "final loss": record["final_loss"],
     }
-    tables = [
+    return [
         Table(*_WRONG, _spike_rows(record["loss_spikes"])),
-        Table("Loss at fixed noise", [*_MEASURED.values()], measured),
+        _measured(values),
         Table("Run", ("", ""), [row for row in run.items() if row[1] is not None]),
-        Table("Metrics", ("", ""), _flat(metrics)),
+        Table("Metrics", ("", ""), _flat(metrics), note),
         Table("Config, where it is not the default", ("", ""), _changed(record["config"])),
         Table("Versions", ("", ""), _flat(record["versions"])),
     ]
-    return [table for table in tables if table.rows]
 
 
 def _changed(config: Mapping[str, Any]) -> list[tuple[str, Any]]:

@@ -2,17 +2,21 @@
 
 import dataclasses
 import json
+import math
 import re
+import shutil
 from html.parser import HTMLParser
 from pathlib import Path
 
 import pytest
 
 from atomdiff.concepts.concept_file import read_concept_file
+from atomdiff.training import dreambooth
 from atomdiff.training.dreambooth import train
 from atomdiff.training.report import write
 from atomdiff.training.report.write import extend_report
-from tests.helpers import read_measurements, write_images
+from atomdiff.utils.errors import UserError
+from tests.helpers import assert_links_lead_somewhere, read_measurements, write_images
 
 FILES = ("training_report.json", "report.md", "report.html", "training_curve.png")
 
@@ -25,7 +29,7 @@ def config(train_config, tmp_path):
     return train_config(max_train_steps=4, learning_rate=0.05, **fields)
 
 
-class Page(HTMLParser):
+class PageParser(HTMLParser):
     """The open elements, texts and addresses of a page; elements that are not closed are an error."""
 
     def __init__(self, text):
@@ -70,9 +74,8 @@ def test_a_run_leaves_a_report_that_agrees_with_its_files(config):
     markdown = (folder / "report.md").read_text()
     for finding in record["findings"]:
         assert f"**{finding['verdict']}.** {finding['evidence']}\n" in markdown
-    for image in re.findall(r"!\[.*\]\((.*)\)", markdown):
-        assert (folder / image).is_file()
-    assert "contact_sheet.png" in markdown and "\n| learning_rate | 0.05 |\n" in markdown
+    assert assert_links_lead_somewhere(folder / "report.md") == ["training_curve.png", "contact_sheet.png"]
+    assert "\n| learning_rate | 0.05 |\n" in markdown
     assert "\n| snr_gamma" not in markdown  # as by default
     assert len(re.findall(r"^\| [024] \|", markdown, re.MULTILINE)) == 3
 
@@ -81,7 +84,7 @@ def test_a_run_leaves_a_report_that_agrees_with_its_files(config):
 def test_the_page_needs_no_other_file_and_no_network(config, teapot_images):
     train(dataclasses.replace(config, class_name="<b>&teapot"))
     text = (Path(config.output_dir) / "report.html").read_text()
-    page = Page(text)
+    page = PageParser(text)
     assert "script" not in page.seen and "link" not in page.seen and page.seen.count("svg") == 1
     assert page.seen.count("img") == 1 and "b" not in page.seen
     assert all(address.startswith(("data:image/jpeg;base64,", "#")) for address in page.addresses)
@@ -97,7 +100,7 @@ def test_a_run_without_measurements_and_images_has_a_report(config):
     train(dataclasses.replace(config, **fields))
     record = json.loads((Path(config.output_dir) / "training_report.json").read_text())
     assert record["measurements"] == [] and [finding["verdict"] for finding in record["findings"]] == ["unknown"]
-    page = Page((Path(config.output_dir) / "report.html").read_text())
+    page = PageParser((Path(config.output_dir) / "report.html").read_text())
     assert "img" not in page.seen and "Loss at fixed noise" not in page.texts  # nothing of the run before
 
 
@@ -137,12 +140,40 @@ def test_a_damaged_log_is_no_obstacle(config, monkeypatch):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("validation_steps", [0, 2])
+def test_a_run_that_ends_with_an_error_shows_what_was_measured(config, monkeypatch, validation_steps):
+    usual = dreambooth.batch_loss
+    monkeypatch.setattr(dreambooth, "batch_loss", lambda run, number: usual(run, number) * (math.nan if number else 1))
+    train(dataclasses.replace(config, max_train_steps=1))  # its files are not those of the next
+    config = dataclasses.replace(config, validation_loss_steps=1, validation_steps=validation_steps)
+    with pytest.raises(UserError, match="step 2: the loss is nan"):
+        train(config)
+    folder = Path(config.output_dir)
+    sheet = ["contact_sheet.png"] * bool(validation_steps)
+    assert assert_links_lead_somewhere(folder / "report.md") == ["training_curve.png", *sheet]
+    markdown = (folder / "report.md").read_text()
+    first, last = read_measurements(config)
+    for line in (first, last):
+        assert f"| {line['step']} | {line['validation_loss']:.4g} | {line['training_images_loss']:.4g} |" in markdown
+    page = PageParser((folder / "report.html").read_text())
+    assert page.seen.count("svg") == 1 and page.seen.count("img") == len(sheet) and "held-out images" in page.texts
+    assert not (folder / "training_report.json").exists()
+
+
+@pytest.mark.slow
 def test_metrics_and_images_are_added_later(config):
     train(config)
     folder = Path(config.output_dir)
-    extend_report(folder, {"drift": 0.25, "similarity": {"base": 0.5, "real": None}}, {"More": folder / FILES[-1]})
-    page = Page((folder / "report.html").read_text())
-    for text in ("drift", "0.25", "similarity, base", "0.5", "similarity, real", "-", "More"):
+    metrics, elsewhere = (
+        {"drift": 0.25, "similarity": {"base": 0.5, "real": None}},
+        folder / "two words" / "a sheet.png",
+    )
+    elsewhere.parent.mkdir()
+    shutil.copy(folder / FILES[-1], elsewhere)
+    extend_report(folder, metrics, {"More": elsewhere}, "Of <two> photos.")
+    assert assert_links_lead_somewhere(folder / "report.md")[-1] == "two%20words/a%20sheet.png"
+    page = PageParser((folder / "report.html").read_text())
+    for text in ("drift", "0.25", "similarity, base", "0.5", "similarity, real", "-", "More", "Of <two> photos."):
         assert text in page.texts
     assert page.seen.count("img") == 2
     with pytest.warns(UserWarning, match="report.html cannot be extended: .*nowhere.png"):
