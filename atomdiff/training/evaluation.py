@@ -36,7 +36,8 @@ def evaluate_result(config: TrainConfig, path: Path, state: Any) -> None:
     folder = Path(config.output_dir)
     try:
         options = evaluation_config(config, path, state.mixed_precision)
-        generated = generate_images(options, _subjects(config, path), state)
+        subjects = _subjects(config, path)
+        generated = generate_images(options, subjects, state)
         if not state.is_main_process:
             return
         results = measure_concepts(options, generated, open_encoders(config.evaluate_with, state.device))
@@ -47,19 +48,30 @@ def evaluate_result(config: TrainConfig, path: Path, state: Any) -> None:
         warnings.warn(f"{path} is saved, but cannot be evaluated: {reason}", stacklevel=1)
         return
     metrics = {
-        f"{encoder}, {name}": _means(value)
+        f"{encoder}, {name}": _describe(value)
         for encoder, of_encoder in results["mean"]["all"].items()
         for name, value in of_encoder.items()
         if value is not None
     }
-    extend_report(folder, metrics, {"Evaluation": folder / FOLDER / "contact_sheet.png"})
+    extend_report(folder, metrics, {"Evaluation": folder / FOLDER / "contact_sheet.png"}, _note(subjects))
 
 
-def _means(found: Any) -> Any:
-    """Return the means of what results.json has of a metric, without their errors."""
+def _describe(found: Any) -> Any:
+    """Return what results.json has of a metric as a table shows it: means with their standard errors."""
     if not isinstance(found, dict):
         return found
-    return found["mean"] if "mean" in found else {name: _means(value) for name, value in found.items()}
+    if "mean" not in found:
+        return {name: _describe(value) for name, value in found.items()}
+    error = found["standard_error"]
+    return found["mean"] if error is None else f"{found['mean']:.4g} ± {error:.2g}"
+
+
+def _note(subjects: Sequence[EvaluatedSubject]) -> str:
+    """Say why similarity has no `real` and no gain, if no subject has several photos to compare with."""
+    if any(len(subject.references) > 1 for subject in subjects):
+        return ""
+    found = "The images are compared with a single photo, but real and normalized_gain need two or more"
+    return f"{found}: hold more out (a higher --validation_split), or name a folder with --validation_data_dir."
 
 
 def evaluation_config(config: TrainConfig, path: Path, mixed_precision: str) -> EvaluateConfig:

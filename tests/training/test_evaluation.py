@@ -1,6 +1,7 @@
 """`--evaluate_with`: what encoders find in a finished concept stands in the report."""
 
 import json
+import re
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,21 +11,36 @@ from atomdiff.evaluate import run as evaluation
 from atomdiff.training import evaluation as of_training
 from atomdiff.training.dreambooth import train
 from atomdiff.utils.errors import UserError
-from tests.helpers import write_images
+from tests.helpers import assert_links_lead_somewhere, write_images
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("adapter", ["atoms", "full"])
-def test_the_report_has_what_the_encoders_found(train_config, tiny_encoder_folder, adapter):
-    held_out = {"validation_split": 0.3, "validation_loss_steps": 3}
-    config = train_config(evaluate_with=(tiny_encoder_folder,), adapter=adapter, **held_out)
+@pytest.mark.parametrize(("adapter", "validation_steps"), [("atoms", 0), ("full", 3)])
+def test_the_report_has_what_the_encoders_found(train_config, tiny_encoder_folder, adapter, validation_steps):
+    more = {"validation_split": 0.3, "validation_loss_steps": 3, "validation_steps": validation_steps}
+    config = train_config(evaluate_with=(tiny_encoder_folder,), adapter=adapter, **more)
     train(config)
     output = Path(config.output_dir)
     results = json.loads((output / "evaluation" / "results.json").read_text())["subjects"]["teapot"]
     assert results["num_references"] == 1 and results["images_per_prompt"] == 2  # the held-out image
-    similarity = results["metrics"][tiny_encoder_folder]["similarity"]["concept"]["mean"]
+    similarity = results["metrics"][tiny_encoder_folder]["similarity"]["concept"]
+    shown = f"{similarity['mean']:.4g} ± {similarity['standard_error']:.2g}"
     page = (output / "report.md").read_text()
-    assert f"{tiny_encoder_folder}, similarity, concept | {similarity:.4g}" in page and "contact_sheet.png" in page
+    assert f"{tiny_encoder_folder}, similarity, concept | {shown} |" in page
+    sheets = ["contact_sheet.png"] * bool(validation_steps) + ["evaluation/contact_sheet.png"]
+    assert assert_links_lead_somewhere(output / "report.md") == ["training_curve.png", *sheets]
+    assert f"{tiny_encoder_folder}, similarity, real | - |" in page  # of one photo
+    for name in ("report.md", "report.html"):
+        text = (output / name).read_text()
+        assert "need two or more: hold more out (a higher --validation_split)" in text and "± " in text
+
+
+@pytest.mark.slow
+def test_several_photos_to_compare_with_need_no_note(train_config, tiny_encoder_folder):
+    config = train_config(evaluate_with=(tiny_encoder_folder,))
+    train(config)
+    page = (Path(config.output_dir) / "report.md").read_text()
+    assert re.search(r"similarity, real \| 0\.\d+ \|", page) and "need two or more" not in page
 
 
 def test_the_judge_of_the_toybox_is_an_encoder_as_for_atomdiff_evaluate(train_config):
