@@ -31,6 +31,8 @@ from atomdiff.utils.versions import versions
 
 OF_EVALUATION = ("judge", "other photos", "protocols", "sampling")
 """Keys of a fingerprint that training does not depend on."""
+OF_VALIDATION = ("validation_steps", "validation_prompts")
+"""Options of a run that trials leave at their defaults: the images that it shows on the way change no result."""
 TRIAL_FILE, RESULT_FILE = "trial.json", "result.json"
 _TRAINED_FILE = "trained.json"
 RUN_FOLDER = "run"
@@ -63,9 +65,11 @@ class Trial:
     def config(self) -> Any:
         """Return the config of the training run."""
         folder, file = Path(self.folder), Path(find_asset(self.run))
+        run = _run_config(file, hash_listing(file))
         options: dict[str, Any] = {
             "report_to": None,
             "validation_loss_steps": 0,
+            **{entry.name: entry.default for entry in fields(run) if entry.name in OF_VALIDATION},
             **self.options,
             "instance_data_dir": self.photos,
             "class_name": self.subject,
@@ -73,7 +77,7 @@ class Trial:
             "output_dir": str(folder / RUN_FOLDER),
             "cache_dir": str(Path(self.shared) / "cache"),
         }
-        return replace(_run_config(file, hash_listing(file)), **options)
+        return replace(run, **options)
 
 
 @cache

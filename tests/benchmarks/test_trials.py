@@ -59,6 +59,15 @@ def test_texts_beside_weights_and_options_with_their_defaults_are_no_change(tria
     assert fingerprint(dataclasses.replace(trial, options={**trial.options, "lr_num_cycles": 1})) == before
 
 
+def test_images_that_a_run_shows_on_the_way_are_no_change(trial, world):
+    before, file = fingerprint(trial), world.path / "run.yaml"
+    shown = {"validation_steps": 1, "validation_prompts": ["a photo of {trigger_word} {class_name} in the snow"]}
+    file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | shown))
+    assert fingerprint(trial) == before and trial.config().validation_steps == 0
+    asked = dataclasses.replace(trial, options={**trial.options, "validation_steps": 2})
+    assert asked.config().validation_steps == 2
+
+
 @pytest.mark.slow
 def test_a_trial_is_done_once_and_again_when_something_has_changed(trial, world, capsys):
     (first,) = Runner().run([trial])
