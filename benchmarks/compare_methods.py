@@ -40,7 +40,7 @@ from benchmarks.trial_figures import (
     trial_figures,
 )
 from benchmarks.trial_runner import Runner
-from benchmarks.trials import Trial
+from benchmarks.trials import OF_VALIDATION, Trial
 
 COSTS = ("parameters", "bytes", "train_seconds", "peak_memory_bytes")
 UNNAMED = ("work_dir", "output_dir", "processes", "retry_failed")  # options that say only where and how fast
@@ -125,13 +125,14 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         for subject in subjects
     ]
     results = runner.run(trials)
+    run = {name: value for name, value in read_yaml(find_asset(config.run)).items() if name not in OF_VALIDATION}
     found["conditions"] = {
         "subjects": sorted(subjects),
         "seeds": sorted(config.seeds),
         "trials": config.trials,
         "max_drift": config.max_drift,
         "tuning": hash_values(repr(load_protocol(config.tuning_protocol)), *sorted(config.tuning_subjects))[:16],
-        "run": hash_values(json.dumps(read_yaml(find_asset(config.run))))[:16],
+        "run": hash_values(json.dumps(run))[:16],
         **({} if config.photos is None else {"photos": config.photos}),
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols", "sampling")},
     }
