@@ -125,14 +125,13 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         for subject in subjects
     ]
     results = runner.run(trials)
-    run = {name: value for name, value in read_yaml(find_asset(config.run)).items() if name not in OF_VALIDATION}
     found["conditions"] = {
         "subjects": sorted(subjects),
         "seeds": sorted(config.seeds),
         "trials": config.trials,
         "max_drift": config.max_drift,
         "tuning": hash_values(repr(load_protocol(config.tuning_protocol)), *sorted(config.tuning_subjects))[:16],
-        "run": hash_values(json.dumps(run))[:16],
+        "run": run_key(config.run),
         **({} if config.photos is None else {"photos": config.photos}),
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols", "sampling")},
     }
@@ -140,6 +139,12 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
     if found["status"] == "done":
         found["figures"]["tensor_bytes"] = tensor_bytes(trials[0])
     return found
+
+
+def run_key(run: str) -> str:
+    """Return a key of a training config without the options that trials leave at their defaults."""
+    options = {name: value for name, value in read_yaml(find_asset(run)).items() if name not in OF_VALIDATION}
+    return hash_values(json.dumps(options))[:16]
 
 
 def photos_folder(config: CompareConfig) -> Path:

@@ -87,7 +87,7 @@ def measure_cost(config: BenchmarkConfig, folder: Path) -> tuple[dict[str, Any],
         writer.writeheader()
         writer.writerows(rows)
     options = ["--config", "configs/demo.yaml", "--lr_warmup_steps", "0", "--logging_steps", "1"]
-    options += ["--max_train_steps", str(config.steps)]
+    options += ["--max_train_steps", str(config.steps), "--validation_steps", "0"]
     output = folder / "out"
 
     def fleet(workers: int) -> list[list[str]]:

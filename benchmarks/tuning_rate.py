@@ -52,7 +52,7 @@ def options(config: BenchmarkConfig, steps: int) -> list[str]:
     images = ["--instance_data_dir", config.instance_data_dir, "--class_name", config.class_name]
     length = ["--max_train_steps", str(steps), "--lr_warmup_steps", "0", "--validation_loss_steps", str(steps // 4)]
     held_out = ["--validation_split", "0.2", "--checkpointing_steps", "0", "--report_to", "none"]
-    return ["--config", config.config, *images, *length, *held_out]
+    return ["--config", config.config, *images, *length, *held_out, "--validation_steps", "0"]
 
 
 def seconds(*arguments: str) -> float:

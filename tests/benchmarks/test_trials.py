@@ -16,6 +16,7 @@ from PIL import Image
 
 from atomdiff.training import dreambooth
 from benchmarks import trial_runner, trials
+from benchmarks.compare_methods import run_key
 from benchmarks.trial_runner import Runner
 from benchmarks.trials import fingerprint
 
@@ -60,10 +61,11 @@ def test_texts_beside_weights_and_options_with_their_defaults_are_no_change(tria
 
 
 def test_images_that_a_run_shows_on_the_way_are_no_change(trial, world):
-    before, file = fingerprint(trial), world.path / "run.yaml"
+    before, file, key = fingerprint(trial), world.path / "run.yaml", run_key(trial.run)
     shown = {"validation_steps": 1, "validation_prompts": ["a photo of {trigger_word} {class_name} in the snow"]}
     file.write_text(yaml.safe_dump(yaml.safe_load(file.read_text()) | shown))
     assert fingerprint(trial) == before and trial.config().validation_steps == 0
+    assert run_key(trial.run) == key
     asked = dataclasses.replace(trial, options={**trial.options, "validation_steps": 2})
     assert asked.config().validation_steps == 2
 
