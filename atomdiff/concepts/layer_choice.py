@@ -18,7 +18,8 @@ def choose_layers(
 ) -> ConceptFile:
     """Leave out the layers whose score is below the threshold, and those for which a file has no room.
 
-    Layers come in the order of their scores; one that does not fit is passed over for smaller ones.
+    Layers come in the order of their scores; one that does not fit is passed over for smaller ones. Layers without a
+    score, as those of another component may be, stay in any case.
 
     Args:
         concept: with all layers.
@@ -27,29 +28,37 @@ def choose_layers(
         dtype: of its tensors.
 
     Warns:
-        UserWarning: no layer has a score of at least the threshold; the best one is kept.
+        UserWarning: no layer has a score of at least the threshold, or none; the best one is kept.
 
     Raises:
-        UserError: there is no room for any layer.
+        UserError: there is no room for any layer that has a score.
     """
+
+    def size(modules: list[str]) -> int:
+        return len(concept_bytes(_with_layers(concept, modules), dtype))
+
     ordered = sorted(scores, key=lambda module: -scores[module])
+    others = [module for module in concept.layers if module not in scores]
     if scores[ordered[0]] < SCORE_THRESHOLD:
-        warn(
-            f"the scores of all {len(scores)} layers are below {SCORE_THRESHOLD}: the best layer is kept alone; train "
-            "with a smaller select_penalty"
-        )
+        if others:
+            ordered = []
+        else:
+            warn(
+                f"the scores of all {len(scores)} layers are below {SCORE_THRESHOLD}: the best layer is kept alone; "
+                "train with a smaller select_penalty"
+            )
     kept: list[str] = []
     for module in ordered:
         if kept and scores[module] < SCORE_THRESHOLD:
             break
-        if budget is None or len(concept_bytes(_with_layers(concept, [*kept, module], len(scores)), dtype)) <= budget:
+        if budget is None or size([*others, *kept, module]) <= budget:
             kept.append(module)
-    if not kept:
-        least = len(concept_bytes(_with_layers(concept, [], len(scores)), dtype))
+    if budget is not None and not kept and (ordered or size(others) > budget):
+        without = "without the layers that may leave it" if others else "without any layer"
         raise UserError(
-            f"select_budget={budget:,} bytes: the file has {least:,} without any layer, and no room for one; allow more"
+            f"select_budget={budget:,} bytes: the file has {size(others):,} {without}, and no room for one; allow more"
         )
-    return _with_layers(concept, kept, len(scores))
+    return _with_layers(concept, [*others, *kept])
 
 
 def count_by_block(modules: Iterable[str]) -> str:
@@ -58,11 +67,11 @@ def count_by_block(modules: Iterable[str]) -> str:
     return ", ".join(f"{block} {count}" for block, count in sorted(counts.items()))
 
 
-def _with_layers(concept: ConceptFile, kept: list[str], total: int) -> ConceptFile:
+def _with_layers(concept: ConceptFile, kept: list[str]) -> ConceptFile:
     layers = {module: tensors for module, tensors in concept.layers.items() if module in kept}
     return dataclasses.replace(
         concept,
         layers=layers,
         fingerprint={module: concept.fingerprint[module] for module in layers},
-        training={**concept.training, "selected_layers": f"{len(kept)} of {total}"},
+        training={**concept.training, "selected_layers": f"{len(kept)} of {len(concept.layers)}"},
     )

@@ -23,7 +23,7 @@ from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.tuner import adapter_state
 from atomdiff.tuner.checks import check_readable
 from atomdiff.tuner.config import AtomConfig
-from atomdiff.tuner.selection import layer_scores
+from atomdiff.tuner.selection import file_budget, layer_scores
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
 
@@ -101,6 +101,7 @@ def build_concept(
     if not configs and not tokens:
         raise UserError(f"there is no concept {adapter_name!r} to save; there are: {name_concepts(pipe)}")
     _check_one_file(adapter_name, configs)
+    budget = file_budget(configs.values())
     layers, fingerprints = read_atoms(adapter_name, models, configs)
     concept = ConceptFile(
         config=next(iter(configs.values()), AtomConfig()),
@@ -118,7 +119,7 @@ def build_concept(
         for component in configs
         for score in layer_scores(models[component], adapter_name)
     }
-    return choose_layers(concept, scores, concept.config.budget, dtype) if scores else concept
+    return choose_layers(concept, scores, budget, dtype) if scores else concept
 
 
 def _configs(models: Mapping[str, nn.Module], adapter_name: str) -> dict[str, Any]:

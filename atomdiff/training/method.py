@@ -11,6 +11,7 @@ import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from 
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.inject import inject
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter
+from atomdiff.tuner.selection import file_budget
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.seeds import derive_seed, fork_rng
 
@@ -40,16 +41,20 @@ def read_text_adapter(text_adapter: str | None, adapter: PeftConfig | None) -> P
         raise UserError(f"{what}: expected adapters for both the UNet and the text encoders, or full tuning of both")
     if adapts_nothing(text):
         raise UserError(f"{what}: trains nothing; expected train_text_encoder=False, or another method")
-    if (
-        isinstance(text, AtomConfig)
-        and not adapts_nothing(adapter)
-        and isinstance(adapter, AtomConfig)
-        and text.shaping() != adapter.shaping()
-    ):
-        raise UserError(
-            f"{what}: its atoms differ from the UNet's, but a concept file has one AtomConfig: choose the same "
-            "num_atoms, basis and channel blocks for both; channel_block_pattern makes exceptions by name"
-        )
+    if isinstance(text, AtomConfig) and not adapts_nothing(adapter) and isinstance(adapter, AtomConfig):
+        if text.shaping() != adapter.shaping():
+            raise UserError(
+                f"{what}: its atoms differ from the UNet's, but a concept file has one AtomConfig: choose the same "
+                "num_atoms, basis and channel blocks for both; channel_block_pattern makes exceptions by name"
+            )
+        file_budget([adapter, text])
+    elif adapter is not None and not adapts_nothing(adapter):  # of two methods, or two of PEFT
+        for config in (adapter, text):
+            if isinstance(config, AtomConfig) and config.budget is not None:
+                raise UserError(
+                    f"{what}: with another method than atoms beside them there is no concept file, whose size "
+                    f"select_budget={config.select_budget!r} is: leave it out, or use atoms for both"
+                )
     return text
 
 

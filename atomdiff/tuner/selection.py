@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from atomdiff.atoms.variants import SCORE_NAME
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.tuner.config import AtomConfig
+from atomdiff.utils.errors import UserError
 
 _WARM_UP = 0.2  # share of a run's steps without the penalty: at first no layer has changed anything yet
 
@@ -39,7 +40,7 @@ def layer_scores(model: nn.Module, name: str) -> list[LayerScore]:
 
 
 def selection_penalty(scores: Sequence[LayerScore], progress: float) -> Tensor | float:
-    """The term of the loss that makes layers leave, lambda * mean |s|; 0 without scores.
+    """The term of the loss that makes layers leave, mean lambda * |s|; 0 without scores.
 
     Args:
         scores: of all layers.
@@ -47,7 +48,12 @@ def selection_penalty(scores: Sequence[LayerScore], progress: float) -> Tensor |
     """
     if not scores or progress < _WARM_UP:
         return 0.0
-    return scores[0].config.select_penalty * torch.cat([score.parameter for score in scores]).abs().mean()
+    return torch.cat([score.config.select_penalty * score.parameter for score in scores]).abs().mean()
+
+
+def budget_step(num_steps: int) -> int:
+    """The step of a run after which layers leave for the size of the file: that of its half."""
+    return max(1, num_steps // 2)
 
 
 @torch.no_grad()
@@ -69,3 +75,19 @@ def frozen_scores(scores: Sequence[LayerScore]) -> list[nn.Parameter]:
 def has_budget(scores: Sequence[LayerScore]) -> bool:
     """Whether layers leave for the size of the file."""
     return any(score.config.budget is not None for score in scores)
+
+
+def file_budget(configs: Iterable[AtomConfig]) -> int | None:
+    """Bytes that one file may have with the layers of several adapters, such as those of a concept's components.
+
+    Raises:
+        UserError: those whose layers are chosen by scores have different budgets.
+    """
+    budgets = list(dict.fromkeys(config.budget for config in configs if config.select == "adaptive"))
+    if len(budgets) > 1:
+        found = " and ".join("none" if budget is None else f"{budget:,} bytes" for budget in budgets)
+        raise UserError(
+            f"select_budget: found {found} in the adapters of one concept, but its file has one size: give all of them "
+            "the same, or choose the layers of one alone"
+        )
+    return budgets[0] if budgets else None

@@ -1,6 +1,8 @@
 """The layers that a file gets: those with a score, as many as there is room for."""
 
+import dataclasses
 import warnings
+from collections import Counter
 
 import pytest
 import torch
@@ -54,6 +56,49 @@ def test_the_best_layer_is_kept_where_none_has_a_score():
     with pytest.warns(UserWarning, match="scores of all 2 layers are below 0.1: the best layer is kept alone"):
         chosen = choose_layers(make_concept(), {LARGE: -0.3, SMALL: 0.05}, None, torch.float16)
     assert chosen.layers.keys() == {SMALL}
+
+
+def test_layers_without_a_score_stay_and_count_in_the_budget():
+    concept = make_concept()
+    both = choose_layers(concept, {SMALL: 0.2}, None, torch.float16)
+    assert both.layers.keys() == {LARGE, SMALL} and both.training["selected_layers"] == "2 of 2"
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # the file is not empty
+        one = choose_layers(concept, {SMALL: 0.05}, size(both), torch.float16)
+    assert one.layers.keys() == one.fingerprint.keys() == {LARGE} and one.training["selected_layers"] == "1 of 2"
+    assert choose_layers(concept, {SMALL: 0.2}, size(both), torch.float16).layers.keys() == {LARGE, SMALL}
+    for score, room in ((0.2, size(both) - 1), (0.05, size(one) - 1)):
+        with pytest.raises(UserError, match=rf"the file has {size(one):,} without the layers that may leave it"):
+            choose_layers(concept, {SMALL: score}, room, torch.float16)
+
+
+@pytest.mark.parametrize("chosen", ["unet", "text_encoder"])
+def test_the_layers_of_a_component_without_scores_are_saved(tiny_pipe, tmp_path, chosen):
+    everything = {
+        "unet": AtomConfig(target_modules=["conv1"]),
+        "text_encoder": AtomConfig(target_modules=["q_proj", "v_proj"]),
+    }
+    for component, config in everything.items():
+        if component == chosen:
+            config = dataclasses.replace(config, select="adaptive", select_budget="100KB")
+        getattr(tiny_pipe, component).add_adapter(config, "mug")
+    counts = {component: len(atom_layers(getattr(tiny_pipe, component))) for component in everything}
+    idle, *_ = atom_layers(getattr(tiny_pipe, chosen)).values()
+    idle.tensors(SCORE_NAME)["mug"].data.zero_()
+    concept = read_concept_file(atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.safetensors", "mug"))
+    found = Counter(module.partition(".")[0] for module in concept.layers)
+    assert found == counts | {chosen: counts[chosen] - 1}
+    total = sum(counts.values())
+    assert concept.training["selected_layers"] == f"{total - 1} of {total}"
+
+
+def test_one_file_has_one_budget(tiny_pipe, tmp_path):
+    for component, budget in (("unet", "100KB"), ("text_encoder", "90KB")):
+        config = AtomConfig(target_modules=["conv1", "q_proj"], select="adaptive", select_budget=budget)
+        getattr(tiny_pipe, component).add_adapter(config, "mug")
+    with pytest.raises(UserError, match="found 90,000 bytes and 100,000 bytes in the adapters of one concept"):
+        atomdiff.save_atoms(tiny_pipe, tmp_path / "mug.safetensors", "mug")
+    assert not list(tmp_path.glob("*.safetensors"))
 
 
 def test_a_saved_concept_has_the_layers_that_act_and_nothing_of_their_choice(tiny_pipe, tmp_path):

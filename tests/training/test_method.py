@@ -4,7 +4,7 @@ import pytest
 import torch
 from peft import IA3Config, LoraConfig, OFTConfig
 
-from atomdiff.training.method import make_trainable
+from atomdiff.training.method import make_trainable, read_text_adapter
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.read_config import adapts_nothing, describe_adapter, read_adapter
 from atomdiff.utils.errors import UserError
@@ -52,6 +52,38 @@ def test_reading(tmp_path):
 def test_bad_files_are_user_errors(tmp_path, content, message):
     with pytest.raises(UserError, match=f"adapter.json: .*{message}"):
         read_adapter(write(tmp_path, content))
+
+
+@pytest.mark.parametrize(
+    ("unet", "text", "message"),
+    [
+        (
+            {"select_budget": "8KB"},
+            {"select_budget": "9KB"},
+            "found 8,000 bytes and 9,000 bytes .* give all of them the",
+        ),
+        ({"select_budget": "8KB"}, {}, "found 8,000 bytes and none .* one size"),
+        ({"select_budget": "8KB"}, {"peft_type": "LORA"}, "no concept file, whose size select_budget='8KB' is"),
+        ({"peft_type": "LORA"}, {"select_budget": "8KB"}, "no concept file, whose size select_budget='8KB' is"),
+    ],
+)
+def test_two_budgets_and_a_budget_of_no_file_are_refused(tmp_path, unet, text, message):
+    def config(values):
+        is_lora = values.get("peft_type") == "LORA"
+        usual = {"target_modules": ATTENTION} if is_lora else {"peft_type": "ATOMS", "select": "adaptive"}
+        return write(tmp_path, usual | values)
+
+    adapter = read_adapter(config(unet))
+    with pytest.raises(UserError, match=message):
+        read_text_adapter(config(text), adapter)
+
+
+def test_one_budget_of_both_is_read_as_people_write_it(tmp_path):
+    adapter = AtomConfig(select="adaptive", select_budget="8KB")
+    text = {"peft_type": "ATOMS", "select": "adaptive", "select_budget": 8000, "target_modules": "attention"}
+    assert read_text_adapter(write(tmp_path, text), adapter).budget == adapter.budget
+    plain = write(tmp_path, {"peft_type": "ATOMS", "target_modules": "attention"})
+    assert read_text_adapter(plain, adapter).budget is None
 
 
 def test_a_missing_file_is_a_user_error():

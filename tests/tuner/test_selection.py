@@ -89,6 +89,15 @@ def test_the_penalty_is_the_mean_size_of_the_scores_after_a_warm_up():
     assert layer_scores(others, "default") == [] and selection_penalty([], 0.9) == 0.0
 
 
+def test_each_adapter_has_its_own_penalty():
+    scores = []
+    for penalty, values in ((0.5, (0.3, -0.1, 0.2)), (0.1, (0.4, 0.4, 0.4))):
+        model, _ = make_model(select_penalty=penalty)
+        set_scores(model, *values)
+        scores += layer_scores(model, "default")
+    assert selection_penalty(scores, 1.0).item() == pytest.approx((0.5 * 0.6 + 0.1 * 1.2) / 6)
+
+
 def test_layers_that_are_left_out_stay_out():
     model, _ = make_model(select_budget="8KB")
     scores = layer_scores(model, "default")
