@@ -10,7 +10,7 @@ from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.save import build_concept
 from atomdiff.training.method import ADAPTER_NAME
 from atomdiff.training.saving import complete_pipeline, concept_metadata
-from atomdiff.tuner.selection import has_budget, layer_scores, leave_out
+from atomdiff.tuner.selection import budget_step, frozen_scores, has_budget, layer_scores, leave_out
 
 if TYPE_CHECKING:
     from atomdiff.training.run import Run
@@ -34,22 +34,31 @@ def check_budget(run: Run, state: Mapping[str, Any] | None = None) -> None:
     if not has_budget(run.model.layer_scores):
         return
     kept = _fitting_layers(run)
-    if state and run.config.max_train_steps // 2 < state["step"] < state["config"]["max_train_steps"] // 2:
+    if not state:
+        return
+    planned = state["config"]["max_train_steps"]
+    if budget_step(run.config.max_train_steps) <= state["step"] < budget_step(planned):
         _leave_out_others(run, kept)
 
 
 def keep_to_budget(run: Run, step: int) -> None:
     """After half of the steps, leave out the layers for which the file has no room; the others are trained on."""
-    if step == run.config.max_train_steps // 2 and has_budget(run.model.layer_scores):
+    if step == budget_step(run.config.max_train_steps) and has_budget(run.model.layer_scores):
         _leave_out_others(run, _fitting_layers(run))
 
 
 def _leave_out_others(run: Run, kept: list[str]) -> None:
+    """Leave layers out; also of the moving average, in which they would go on to act for a while."""
     for component, model in pipeline_models(run.pipe).items():
         leave_out(
             layer_scores(model, ADAPTER_NAME),
             {name.partition(".")[2] for name in kept if name.startswith(f"{component}.")},
         )
+    if run.ema is not None:
+        frozen = {id(parameter) for parameter in frozen_scores(run.model.layer_scores)}
+        for parameter, average in zip(run.trainable.values(), run.ema.shadow_params, strict=True):
+            if id(parameter) in frozen:
+                average.zero_()
 
 
 def _fitting_layers(run: Run) -> list[str]:

@@ -19,6 +19,7 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.training.ema import averaged, restored
 from atomdiff.training.run_log import append_line, read_log
 from atomdiff.training.validation_loss import FixedSamples
+from atomdiff.tuner.selection import budget_step, has_budget
 from atomdiff.utils.atomic import WriteError, write_text, writing
 from atomdiff.utils.progress import log
 
@@ -30,7 +31,7 @@ LOG_FILE = "validation_log.jsonl"
 
 @dataclass(frozen=True)
 class BestParameters:
-    """The parameters with the lowest validation loss so far, after at least one step."""
+    """The parameters with the lowest validation loss so far, of those that may be saved."""
 
     step: int
     validation_loss: float
@@ -54,6 +55,14 @@ def is_measured(config: TrainConfig, step: int) -> bool:
     """Tell whether a run measures after this step."""
     interval = config.validation_loss_interval
     return interval > 0 and (step % interval == 0 or step == config.max_train_steps)
+
+
+def first_best_step(run: Run, num_steps: int) -> int:
+    """Return the first step whose parameters a run of so many steps may save as the best.
+
+    Before layers leave for a budget, what is measured has layers that the file would lack.
+    """
+    return budget_step(num_steps) if has_budget(run.model.layer_scores) else 1
 
 
 def start_measuring(run: Run, done: int) -> None:
@@ -100,7 +109,8 @@ def _measure(run: Run, samples: FixedSamples, step: int) -> tuple[dict[str, floa
     with averaged(run.trainable.values(), run.optimizer, run.ema), run.model.encoding_anew():
         losses, drift = samples.measure(run.model, run.accelerator)
         loss, best = losses.get("validation_loss", math.nan), run.measurements.best
-        if run.config.keep_best and step and loss < (best.validation_loss if best else math.inf):
+        may_be_best = run.config.keep_best and step >= first_best_step(run, run.config.max_train_steps)
+        if may_be_best and loss < (best.validation_loss if best else math.inf):
             kept = {name: parameter.detach().to("cpu", copy=True) for name, parameter in run.trainable.items()}
             run.measurements.best = BestParameters(step, loss, kept)
     return losses, drift

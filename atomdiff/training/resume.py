@@ -14,7 +14,7 @@ from atomdiff.training.checkpoint import choose_checkpoint, save_checkpoint
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.fingerprint import differences
 from atomdiff.training.launch import start_accelerator
-from atomdiff.training.measurements import LOG_FILE, BestParameters
+from atomdiff.training.measurements import LOG_FILE, BestParameters, first_best_step
 from atomdiff.training.method import read_text_adapter
 from atomdiff.training.optimizers import load_optimizer
 from atomdiff.training.run import Run
@@ -162,7 +162,8 @@ def _check_nothing_measured(run: Run, state: dict[str, Any]) -> None:
         UserError: A validation loss was measured on the way to the checkpoint, without them.
     """
     log = read_log(Path(run.config.output_dir) / LOG_FILE)
-    measured = [line["step"] for line in log if "validation_loss" in line and 0 < line["step"] <= state["step"]]
+    first = first_best_step(run, max(run.config.max_train_steps, state["config"]["max_train_steps"]))
+    measured = [line["step"] for line in log if "validation_loss" in line and first <= line["step"] <= state["step"]]
     if measured:
         written = f"{state['checkpoint']}: written without keep_best, so it lacks the parameters of step {measured[0]}"
         raise UserError(f"{written} and later measurements. Leave keep_best out, {_OR_START}")

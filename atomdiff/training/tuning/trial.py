@@ -17,7 +17,7 @@ from atomdiff.training.dreambooth import take_step, train_step
 from atomdiff.training.launch import start_accelerator
 from atomdiff.training.layer_budget import check_budget
 from atomdiff.training.loop import set_learning_rates, update_average
-from atomdiff.training.measurements import measure, start_measuring
+from atomdiff.training.measurements import first_best_step, measure, start_measuring
 from atomdiff.training.method import read_text_adapter
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.run import Run, build_run
@@ -143,7 +143,9 @@ def _best_or_last(run: Run) -> Mapping[str, Any]:
     """Return the best measurement with `keep_best`, else the last one; empty before the first after training began."""
     trained = [line for line in run.measurements.values if line["step"]]
     if run.config.keep_best:
-        return min(trained, key=lambda line: float(line["validation_loss"]), default={})
+        first = first_best_step(run, run.config.max_train_steps)
+        candidates = (line for line in trained if line["step"] >= first)
+        return min(candidates, key=lambda line: float(line["validation_loss"]), default={})
     return trained[-1] if trained else {}
 
 

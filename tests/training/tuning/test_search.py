@@ -268,6 +268,21 @@ def test_keep_best_takes_the_lowest_loss_of_a_trial(tune_config, monkeypatch):
     assert best["keep_best"] is True and best["validation_loss_steps"] == 1  # as in the trials
 
 
+def test_a_best_step_is_one_after_layers_have_left_for_the_budget(tune_config, monkeypatch, tmp_path):
+    losses = iter([0.1, 0.5, 0.4, 0.7])
+
+    def measure(run, step):
+        run.measurements.values.append({"step": step, "validation_loss": next(losses), "base_drift": 0.0})
+
+    monkeypatch.setattr(trial, "measure", measure)
+    monkeypatch.setattr(trial, "start_measuring", lambda *_: None)
+    (tmp_path / "budget.json").write_text('{"peft_type": "ATOMS", "select": "adaptive", "select_budget": "30KB"}')
+    space = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+    fields = {"num_trials": 1, "max_train_steps": 4, "validation_split": 0.3, "keep_best": True}
+    found = tune(tune_config(space, adapter=str(tmp_path / "budget.json"), validation_loss_steps=None, **fields))
+    assert found.best.value == 0.4 and found.best.user_attrs["step"] == 3
+
+
 def test_a_trial_that_diverges_counts_as_a_bad_one(tune_config, monkeypatch, capsys):
     usual, calls = trial.train_step, []
 
