@@ -44,9 +44,9 @@ def save_classifier(
 ) -> None:
     """Write what was trained, in place of what the folder holds.
 
-    Full tuning gives a model folder of transformers. Else the adapter is written as PEFT writes it; the head, with the
-    statistics of batch norms if they were updated, and the metadata of the base (base_model, revision,
-    base_sha256) stand beside it.
+    Full tuning gives a model folder of transformers. Else the adapter is written as PEFT writes it, without the layers
+    that its scores leave without an effect; the head, with the statistics of batch norms if they were updated, and the
+    metadata of the base (base_model, revision, base_sha256) stand beside it.
 
     Raises:
         WriteError: It cannot be written; what the folder holds is as it was.

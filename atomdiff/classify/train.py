@@ -22,6 +22,7 @@ from atomdiff.classify.model import head_parameters, norm_statistics
 from atomdiff.classify.run import Run, build_run, count, to_device
 from atomdiff.classify.saving import check_result_folder, save_classifier
 from atomdiff.classify.splits import LabeledFiles
+from atomdiff.concepts.layer_choice import count_by_block
 from atomdiff.training.ema import averaged
 from atomdiff.training.launch import check_packages, new_accelerator
 from atomdiff.training.loop import clip_gradients, mean_over_processes, set_learning_rates, update_average
@@ -29,7 +30,7 @@ from atomdiff.training.method import ADAPTER_NAME
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.run_log import RunLog
 from atomdiff.tuner.read_config import describe_adapter
-from atomdiff.tuner.selection import layer_scores, selection_penalty
+from atomdiff.tuner.selection import acting_layers, layer_scores, selection_penalty
 from atomdiff.utils.atomic import write_json, write_result
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
@@ -48,8 +49,8 @@ def train_classifier(config: ClassifyConfig) -> dict[str, Any]:
 
     Returns:
         The report: accuracies in [0, 1] by split; numbers of trainable parameters of the adapter, of batch norms'
-        statistics and of the head; the first two as a share of the base's parameters and statistics;
-        validations, seconds, versions.
+        statistics and of the head; the first two as a share of the base's parameters and statistics; which layers
+        stayed, if that was learned; validations, seconds, versions.
 
     Raises:
         UserError: Something in the config, the images or the base does not fit, or the loss is not finite any more.
@@ -101,6 +102,7 @@ def _report(run: Run, validations: list[dict[str, float]], seconds: float) -> di
         "classes": run.splits.classes,
         "num_trainable_parameters": trainable,
         "num_base_parameters": run.num_base_parameters,
+        "selected_layers": _selected_layers(run),
         "trainable_share": (trainable["adapter"] + trainable["statistics"]) / run.num_base_parameters,
         "best_step": max(validations, key=_merit)["step"],
         "validations": validations,
@@ -109,6 +111,13 @@ def _report(run: Run, validations: list[dict[str, float]], seconds: float) -> di
         "adapter": run.method if isinstance(run.method, str) else describe_adapter(run.method),
         "versions": versions(),
     }
+
+
+def _selected_layers(run: Run) -> str | None:
+    """Return which layers the classifier has, if that was learned."""
+    scores = layer_scores(run.model, ADAPTER_NAME)
+    acting = acting_layers(scores)
+    return ": ".join(filter(None, (f"{len(acting)} of {len(scores)}", count_by_block(acting)))) if scores else None
 
 
 def training_loop(run: Run) -> list[dict[str, float]]:

@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
+import re
 from collections import Counter
 from collections.abc import Iterable, Mapping
 
 import torch
+from torch import Tensor
 
-from atomdiff.atoms.variants import SCORE_THRESHOLD
+from atomdiff.atoms.variants import SCORE_NAME, SCORE_THRESHOLD
 from atomdiff.concepts.concept_file import ConceptFile, concept_bytes
+from atomdiff.tuner.adapter_state import PEFT_PREFIX
+from atomdiff.tuner.config import AtomConfig
+from atomdiff.tuner.layer_adapters import attribute
 from atomdiff.utils.errors import UserError, warn
 
 
@@ -61,9 +67,42 @@ def choose_layers(
     return _with_layers(concept, [*others, *kept])
 
 
+def without_idle_layers(config: AtomConfig, tensors: Mapping[str, Tensor]) -> tuple[AtomConfig, dict[str, Tensor]]:
+    """An adapter as PEFT saves it, without the layers whose score is below the threshold, and without scores.
+
+    It does the same as before. Its settings name its layers, so that PEFT's own loaders find a tensor for each.
+
+    Args:
+        config: its settings.
+        tensors: by PEFT's keys.
+
+    Returns:
+        The settings and tensors; no tensors if no layer acts.
+
+    Warns:
+        UserWarning: no layer acts.
+    """
+    ending = f".{attribute(SCORE_NAME)}"
+    scores = {key.removesuffix(ending): float(score) for key, score in tensors.items() if key.endswith(ending)}
+    acting = [path for path, score in scores.items() if score >= SCORE_THRESHOLD]
+    if not acting:
+        warn(
+            f"the scores of all {len(scores)} layers are below {SCORE_THRESHOLD}: none of them is saved; train with a "
+            "smaller select_penalty"
+        )
+    modules = [path.removeprefix(PEFT_PREFIX) for path in acting]
+    config = copy.deepcopy(config)
+    config.target_modules = f"(?:{'|'.join(map(re.escape, modules))})"  # a list would mean all names that end so
+    config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
+    config.select, config.select_penalty = "all", type(config).select_penalty
+    idle = scores.keys() - set(acting)
+    kept = (key for key in tensors if key.rpartition(".")[0] not in idle and not key.endswith(ending))
+    return config, {key: tensors[key] for key in kept} if acting else {}
+
+
 def count_by_block(modules: Iterable[str]) -> str:
-    """How many layers each block of the models has, as text."""
-    counts = Counter(".".join(module.split(".")[:3]) for module in modules)
+    """How many layers each block of a model has, as text; a path names its block up to the first number in it."""
+    counts = Counter(re.sub(r"(\.\d+)\..*", r"\1", module) for module in modules)
     return ", ".join(f"{block} {count}" for block, count in sorted(counts.items()))
 
 

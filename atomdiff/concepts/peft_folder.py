@@ -15,7 +15,9 @@ from torch import Tensor
 
 import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from then on
 from atomdiff.concepts.concept_file import read_tensors, sort_header
+from atomdiff.concepts.layer_choice import without_idle_layers
 from atomdiff.concepts.token_keys import check_words, split_token_key, token_tensors
+from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
@@ -34,6 +36,8 @@ def write(
 ) -> None:
     """Write a concept, the same bytes for the same input; what it replaces is removed once all is written.
 
+    Of adapters whose layers were chosen by scores, it gets the layers that act.
+
     Args:
         path: the folder, created if it is missing; other files in it stay.
         adapters: component -> config and tensors; components other than the denoiser get a subfolder each.
@@ -45,6 +49,10 @@ def write(
     own = [LEARNED_EMBEDS_NAME, *names, *(f"text_encoder*/{name}" for name in names)]
     with new_folder(path, own) as unfinished:
         for component, (config, tensors) in adapters.items():
+            if isinstance(config, AtomConfig) and config.select == "adaptive":
+                config, tensors = without_idle_layers(config, tensors)
+                if not tensors:
+                    continue
             folder = _folder(unfinished, component, denoiser)
             stored = copy.deepcopy(config)
             stored.inference_mode = True

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from atomdiff.atoms.variants import SCORE_NAME
+from atomdiff.atoms.variants import SCORE_NAME, SCORE_THRESHOLD
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.utils.errors import UserError
@@ -37,6 +37,11 @@ def layer_scores(model: nn.Module, name: str) -> list[LayerScore]:
     """The scores of all layers of an adapter; none where its layers are not chosen by scores."""
     scores = {path: (layer, layer.tensors(SCORE_NAME)) for path, layer in atom_layers(model).items()}
     return [LayerScore(path, of[name], layer.settings[name]) for path, (layer, of) in scores.items() if name in of]
+
+
+def acting_layers(scores: Iterable[LayerScore]) -> list[str]:
+    """Paths of the layers whose score is at least the threshold."""
+    return [score.path for score in scores if float(score.parameter.detach()) >= SCORE_THRESHOLD]
 
 
 def selection_penalty(scores: Sequence[LayerScore], progress: float) -> Tensor | float:

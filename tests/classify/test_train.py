@@ -3,19 +3,24 @@
 import dataclasses
 import json
 import re
+import warnings
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel
 from transformers import ResNetForImageClassification, ViTConfig, ViTForImageClassification
 
 from atomdiff.classify import train as training
+from atomdiff.classify.model import open_base
 from atomdiff.classify.saving import load_classifier
 from atomdiff.classify.train import train_classifier
+from atomdiff.tuner.adapter_state import atom_layers, peft_tensors
 from atomdiff.tuner.selection import layer_scores
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
+from tests.helpers import assert_same_tensors
 
 LORA = {"peft_type": "LORA", "r": 2, "target_modules": ["convolution"]}
 SMALL = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
@@ -57,14 +62,46 @@ def names(tensors, pattern):
 
 
 @pytest.mark.parametrize("penalty", [0.0, 1e4])
-def test_layers_are_chosen_by_their_scores(config, penalty, tmp_path):
+def test_layers_are_chosen_by_their_scores(config, penalty, tmp_path, trained, logits):
     adapter = {"peft_type": "ATOMS", "select": "adaptive", "select_penalty": penalty}
     (tmp_path / "adapter.json").write_text(json.dumps(adapter))
     config = dataclasses.replace(config, adapter=str(tmp_path / "adapter.json"), max_train_steps=40, learning_rate=0.02)
-    train_classifier(dataclasses.replace(config, validation_steps=40))
-    found = layer_scores(load_classifier(classifier(config)), "default")
-    scores = [float(score.parameter.detach()) for score in found]
+    report = train_classifier(dataclasses.replace(config, validation_steps=40))
+    scores = [float(score.parameter.detach()) for score in layer_scores(trained[0], "default")]
     assert max(scores) < 0.1 if penalty else max(scores) > 0.15
+    acting = sum(score >= 0.1 for score in scores)
+    assert report["selected_layers"].startswith(f"{acting} of {len(scores)}")
+    loaded = load_classifier(classifier(config))
+    assert len(atom_layers(loaded)) == acting and torch.equal(logits(loaded), logits(trained[0]))
+    assert (classifier(config) / "adapter_config.json").exists() == (acting > 0)
+
+
+def test_some_layers_of_a_classifier_leave(config, tmp_path, monkeypatch, trained, logits):
+    (tmp_path / "adapter.json").write_text(json.dumps({"peft_type": "ATOMS", "select": "adaptive"}))
+    config = dataclasses.replace(config, adapter=str(tmp_path / "adapter.json"), max_train_steps=2, learning_rate=0.02)
+    usual, left = training.training_loop, []
+
+    def loop(run):
+        validations = usual(run)
+        for score in layer_scores(run.model, "default")[::2]:
+            score.parameter.data.fill_(0.09)
+            left.append(score.path)
+        return validations
+
+    monkeypatch.setattr(training, "training_loop", loop)
+    report = train_classifier(config)
+    loaded, total = load_classifier(classifier(config)), len(atom_layers(trained[0]))
+    assert atom_layers(loaded).keys() == atom_layers(trained[0]).keys() - set(left)
+    blocks = report["selected_layers"].removeprefix(f"{total - len(left)} of {total}: ")
+    assert sum(int(block.split()[1]) for block in blocks.split(", ")) == total - len(left) > 0
+    assert torch.equal(logits(loaded), logits(trained[0]))
+    base = open_base(config.pretrained_model_name_or_path)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)  # PEFT warns of keys that it misses
+        found = PeftModel.from_pretrained(base, str(classifier(config)))
+    expected = peft_tensors(loaded, "default")
+    assert_same_tensors(peft_tensors(found.base_model.model, "default"), expected)
+    assert not any("select_score" in key for key in expected)
 
 
 @pytest.mark.parametrize("targets", ["all", "conv+proj"])
