@@ -19,6 +19,7 @@ from atomdiff.concepts.layer_choice import without_idle_layers
 from atomdiff.concepts.token_keys import check_words, split_token_key, token_tensors
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.removable import why_not_removable
+from atomdiff.tuner.shared_directions import in_each_layer, stored_once
 from atomdiff.utils.atomic import new_folder
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.untrusted import MAX_CONFIG_BYTES, check_patterns, list_some, parse_json, printable
@@ -36,7 +37,7 @@ def write(
 ) -> None:
     """Write a concept, the same bytes for the same input; what it replaces is removed once all is written.
 
-    Of adapters whose layers were chosen by scores, it gets the layers that act.
+    Of adapters whose layers were chosen by scores, it gets the layers that act; directions that layers share, once.
 
     Args:
         path: the folder, created if it is missing; other files in it stay.
@@ -60,6 +61,8 @@ def write(
                 if isinstance(value, set):
                     setattr(stored, key, sorted(value))
             stored.save_pretrained(str(folder))
+            if isinstance(config, AtomConfig):
+                tensors = stored_once(tensors)
             tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # some methods share them between layers
             data = sort_header(save(tensors, {"format": "pt", **(metadata or {})}))
             (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
@@ -91,7 +94,7 @@ def read(path: Path, components: Iterable[str] | None, denoiser: str) -> tuple[A
     components = set(found if components is None else components)
     for component in sorted(found.keys() & components):
         folder = found.pop(component)
-        adapters[component] = (_read_config(folder), read_tensors(folder / SAFETENSORS_WEIGHTS_NAME))
+        adapters[component] = (_read_config(folder), in_each_layer(read_tensors(folder / SAFETENSORS_WEIGHTS_NAME)))
     absent = sorted(found)
     left_out = [f"the adapters in {list_some(absent)}, which this pipeline does not have"] if absent else []
     tokens = _read_tokens(path / LEARNED_EMBEDS_NAME)
@@ -106,12 +109,18 @@ def read(path: Path, components: Iterable[str] | None, denoiser: str) -> tuple[A
 
 
 def trained_tensors(adapters: Adapters) -> Iterator[tuple[str, Tensor]]:
-    """Yield the tensors that were trained, by kind: not what some methods keep beside them, such as indices."""
+    """Yield the tensors that were trained, by kind: not what some methods keep beside them, such as indices.
+
+    What layers share comes once.
+    """
     for config, tensors in adapters.values():
         layer: Any = PEFT_TYPE_TO_TUNER_MAPPING[cast(Any, config).peft_type].tuner_layer_cls
+        seen: set[int] = set()  # of what layers share
         for key, tensor in tensors.items():
-            if kind := next((name for name in key.split(".") if name in layer.adapter_layer_names), None):
+            kind = next((name for name in key.split(".") if name in layer.adapter_layer_names), None)
+            if kind and id(tensor) not in seen:
                 yield kind, tensor
+            seen.add(id(tensor))
 
 
 def count_trained(adapters: Adapters, tokens: Tokens) -> int:

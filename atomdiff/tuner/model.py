@@ -18,13 +18,14 @@ from peft.tuners.tuners_utils import (
 )
 from peft.utils import AuxiliaryTrainingWrapper, NoMatchingPeftModuleError
 from peft.utils.constants import DUMMY_TARGET_MODULES
-from torch import nn
+from torch import Tensor, nn
 
 from atomdiff.atoms.variants import atoms_of, variant_of
 from atomdiff.tuner import weight_access
 from atomdiff.tuner.config import PRESETS, AtomConfig
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.peft_type import PREFIX
+from atomdiff.tuner.shared_directions import in_each_layer, is_shared
 from atomdiff.utils.functional_call import PLAIN_LAYERS
 
 ATTENTION_PROJECTIONS = re.compile(
@@ -53,6 +54,16 @@ class AtomModel(BaseTuner):
         except (ValueError, TypeError):
             forget_config(model, peft_config)
             raise
+
+    @classmethod
+    def _remap_adapter_state_dict_for_load(
+        cls, model: nn.Module, config: Any, adapter_name: str, state_dict: dict[str, Tensor]
+    ) -> dict[str, Tensor]:
+        """What PEFT loads; directions that layers share are one parameter, which may take the place of theirs."""
+        state: dict[str, Tensor] = super()._remap_adapter_state_dict_for_load(model, config, adapter_name, state_dict)
+        state = in_each_layer(state)
+        parameters = {id(t): nn.Parameter(t, requires_grad=False) for key, t in state.items() if is_shared(key)}
+        return {key: parameters.get(id(tensor), tensor) for key, tensor in state.items()}
 
     def _check_target_module_exists(self, peft_config: Any, key: str) -> Any:  # type: ignore[override]
         match = _matches(peft_config, key)

@@ -1,17 +1,22 @@
 """Saved classifiers: loaded bit for bit, replaced whole or not at all, and checked."""
 
 import dataclasses
+import json
 import shutil
 import tempfile
 from pathlib import Path
 
 import pytest
 import torch
+from peft import PeftModel
+from safetensors.torch import load_file
 from transformers import AutoImageProcessor, ResNetForImageClassification
 
 from atomdiff.classify import train as training
+from atomdiff.classify.model import open_base
 from atomdiff.classify.saving import load_classifier
 from atomdiff.classify.train import train_classifier
+from atomdiff.tuner.adapter_state import peft_tensors
 from atomdiff.utils.atomic import WriteError
 from atomdiff.utils.errors import UserError
 from tests.helpers import assert_same_tensors, change_tensors
@@ -37,6 +42,19 @@ def test_what_was_saved_gives_the_logits_that_were_trained(config, method, with_
     torch.testing.assert_close(logits(loaded), logits(trained[0]), atol=1e-6, rtol=0)
     assert (logits(loaded) - logits(untrained(config))).abs().max() > 1e-3
     assert AutoImageProcessor.from_pretrained(classifier(config)).size["shortest_edge"] == 16
+
+
+def test_directions_that_layers_share_are_stored_once(config, tmp_path, trained, logits):
+    adapter = {"peft_type": "ATOMS", "basis": "dct", "share": "kind", "share_count": 2, "channel_block": 1}
+    (tmp_path / "adapter.json").write_text(json.dumps(adapter))
+    report = train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json"), learning_rate=0.03))
+    stored = load_file(classifier(config) / "adapter_model.safetensors")
+    assert sum(key.endswith("atom_shared") for key in stored) > 2
+    assert sum(tensor.numel() for tensor in stored.values()) == report["num_trainable_parameters"]["adapter"]
+    loaded = load_classifier(classifier(config))
+    assert torch.equal(logits(loaded), logits(trained[0]))
+    found = PeftModel.from_pretrained(open_base(config.pretrained_model_name_or_path), str(classifier(config)))
+    assert_same_tensors(peft_tensors(found.base_model.model, "default"), peft_tensors(loaded, "default"))
 
 
 def test_statistics_of_batch_norms_are_saved(config, untrained):

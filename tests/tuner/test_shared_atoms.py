@@ -5,12 +5,18 @@ import copy
 import numpy as np
 import pytest
 import torch
+from peft import PeftModel, get_peft_model
+from safetensors.torch import load_file
 from torch import nn
 
 from atomdiff.atoms.basis import dct_atoms
+from atomdiff.concepts import peft_folder
 from atomdiff.tuner import AtomConfig
-from atomdiff.tuner.adapter_state import atom_layers
+from atomdiff.tuner.adapter_state import atom_layers, peft_tensors
+from atomdiff.tuner.attach import attach_peft
 from atomdiff.tuner.inject import inject
+from atomdiff.tuner.shared_directions import in_each_layer, stored_once
+from tests.helpers import assert_same_tensors
 
 CONFIG = {"share": "kind", "share_count": 3, "basis": "dct", "channel_block": 1, "target_modules": "all"}
 
@@ -127,3 +133,60 @@ def test_mixes_start_from_the_seed_and_differ_between_layers(settings):
 def test_settings_that_contradict_are_refused(settings, message):
     with pytest.raises(ValueError, match=message):
         AtomConfig(**{**CONFIG, **settings})
+
+
+class Pair(nn.Module):
+    """The model of `make_model` without its adapter, as PEFT wraps it."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.wide = nn.Conv2d(4, 6, 3), nn.Conv2d(6, 4, 3), nn.Conv2d(4, 4, 5)
+
+
+@pytest.mark.parametrize("low_cpu_mem_usage", [False, True])
+@pytest.mark.parametrize("stored", ["by PEFT", "once"])
+def test_directions_are_one_parameter_also_when_peft_has_loaded_them(tmp_path, stored, low_cpu_mem_usage):
+    model = get_peft_model(Pair(), AtomConfig(**CONFIG))
+    with torch.no_grad():
+        for parameter in model.parameters():
+            parameter.normal_(std=0.3)
+    expected = peft_tensors(model.base_model.model, "default")
+    if stored == "once":
+        peft_folder.write(tmp_path, {"unet": (model.peft_config["default"], expected)}, {}, denoiser="unet")
+    else:
+        model.save_pretrained(tmp_path)
+    saved = load_file(tmp_path / "adapter_model.safetensors")
+    sizes = [tensor.numel() for key, tensor in saved.items() if key.endswith("atom_shared")]
+    assert sorted(sizes) == [0 if stored == "once" else 3 * 81, 3 * 81, 3 * 625]
+    adapters = peft_folder.read(tmp_path, None, denoiser="unet")[0]
+    assert_same_tensors(adapters["unet"][1], expected)
+    assert peft_folder.count_trained(adapters, {}) == 3 * 81 + 3 * 625 + 3 * 3
+
+    options = {"low_cpu_mem_usage": low_cpu_mem_usage, "is_trainable": True}
+    loaded = PeftModel.from_pretrained(Pair(), str(tmp_path), **options)
+    shared = {path: layer.tensors("atom_shared")["default"] for path, layer in atom_layers(loaded).items()}
+    one, two, wide = shared.values()
+    assert one is two and one.requires_grad and wide is not one
+    assert loaded.get_nb_trainable_parameters()[0] == 3 * 81 + 3 * 625 + 3 * 3
+    assert_same_tensors(peft_tensors(loaded.base_model.model, "default"), expected)
+
+
+def test_a_layer_of_another_base_gets_no_directions_of_another_kind(tmp_path):
+    model = make_model()
+    config, tensors = model.peft_config["default"], peft_tensors(model, "default")
+    peft_folder.write(tmp_path, {"unet": (config, tensors)}, {}, denoiser="unet")
+    for changed in ("one", "two"):
+        other_base = Pair()
+        setattr(other_base, changed, nn.Conv2d(4, 6, 5))
+        read = peft_folder.read(tmp_path, None, denoiser="unet")[0]["unet"]
+        assert attach_peft(other_base, *read, "default", lambda module: True) == [changed]
+        expected = {key: tensor for key, tensor in tensors.items() if f".{changed}." not in key}
+        assert_same_tensors(peft_tensors(other_base, "default"), expected)
+
+
+def test_directions_that_differ_are_not_put_together():
+    tensors = peft_tensors(make_model(), "default")
+    first = next(key for key in tensors if key.endswith("one.atom_shared"))
+    tensors[first] = tensors[first] + 1
+    assert_same_tensors(stored_once(tensors), tensors)
+    assert_same_tensors(in_each_layer(tensors), tensors)
