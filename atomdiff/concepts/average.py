@@ -27,6 +27,8 @@ from atomdiff.utils.paths import PathText, check_writable, refuse_overlap
 from atomdiff.utils.untrusted import list_some, printable
 from atomdiff.utils.versions import atomdiff_version
 
+_TARGETS = ("target_modules", "exclude_modules", "layers_to_transform", "layers_pattern")
+
 
 @dataclass(frozen=True, kw_only=True)
 class AverageConfig(ConfigGroup):
@@ -77,8 +79,11 @@ def average_files(config: AverageConfig) -> None:
 def average_concepts(concepts: Sequence[ConceptFile], weights: Sequence[float], names: Sequence[str]) -> ConceptFile:
     """Return a concept whose changes S and C, and whose token embeddings, are the weighted means of those of several.
 
-    It has the atoms of the first concept with a weight above 0. Deltas on other atoms are brought to those, which is
-    exact where they can make the same change. Means of equal values are those values, to the bit.
+    A layer has the atoms of the first concept with a weight above 0 that has this layer. Deltas on other atoms are
+    brought to those, which is exact where they can make the same change. Concepts without the layer do not change it,
+    such as where each run has chosen its own (`select="adaptive"`). Means of equal values are those values, to the bit.
+
+    Directions that layers share are averaged if their mixes are the same; else the average has those of all concepts.
 
     Args:
         concepts: trained from one start.
@@ -88,22 +93,81 @@ def average_concepts(concepts: Sequence[ConceptFile], weights: Sequence[float], 
     Raises:
         UserError: two differ in more than their trained values; the message says in what.
     """
+    known = concepts[0]
     for name, concept in zip(names, concepts, strict=True):
-        if why := _why_not(concepts[0], concept):
+        if why := _why_not(known, concept):
             raise UserError(f"{name} cannot be averaged with {names[0]}: {why}")
+        known = dataclasses.replace(
+            known, layers=concept.layers | known.layers, fingerprint=concept.fingerprint | known.fingerprint
+        )
     used = [each for each in zip(concepts, weights, names, strict=True) if each[1] > 0]
     first, shares = used[0][0], [weight for _, weight, _ in used]
-    layers = {}
-    for module, tensors in first.layers.items():
-        trained = []
-        for concept, _, name in used:
-            try:
-                trained.append(trained_on(tensors, concept.layers[module], first.config.basis))
-            except UserError as error:
-                raise UserError(f"{name} cannot be averaged with {used[0][2]}: {module}: {error}") from error
-        layers[module] = tensors | weighted_means(trained, shares)
+    modules = [module for module in known.layers if any(module in concept.layers for concept, *_ in used)]
+    config = first.config
+    if config.share and not _have_the_same_mixes([concept for concept, *_ in used]):
+        config = dataclasses.replace(config, share_count=len(used) * config.share_count)
+        layers = _with_all_directions([concept for concept, *_ in used], shares, modules)
+    else:
+        layers = {module: _mean_layer(module, used) for module in modules}
     tokens = {word: weighted_means([concept.tokens[word] for concept, *_ in used], shares) for word in first.tokens}
-    return dataclasses.replace(first, layers=layers, tokens=tokens)
+    fingerprint = {module: known.fingerprint[module] for module in modules}
+    return dataclasses.replace(first, config=config, layers=layers, fingerprint=fingerprint, tokens=tokens)
+
+
+def _mean_layer(module: str, used: Sequence[tuple[ConceptFile, float, str]]) -> dict[str, Tensor]:
+    """The mean of a layer of concepts with weights and names; it has none in some of them."""
+    owners = [each for each in used if module in each[0].layers]
+    tensors = owners[0][0].layers[module]
+    trained = []
+    for concept, _, name in owners:
+        try:
+            trained.append(trained_on(tensors, concept.layers[module], concept.config.basis))
+        except UserError as error:
+            raise UserError(f"{name} cannot be averaged with {owners[0][2]}: {module}: {error}") from error
+    shares = [weight for _, weight, _ in owners]
+    means = weighted_means(trained, shares)
+    if len(owners) < len(used):
+        share = sum(shares) / sum(weight for _, weight, _ in used)
+        means |= {kind: mean * share for kind, mean in means.items() if kind.endswith("_delta")}
+    return tensors | means
+
+
+def _have_the_same_mixes(concepts: Sequence[ConceptFile]) -> bool:
+    first, *others = ({m: _of_kind(tensors, "_mix") for m, tensors in c.layers.items()} for c in concepts)
+    return all(
+        mixes.keys() == first.keys()
+        and all(torch.equal(mix, first[m][kind]) for m, of_layer in mixes.items() for kind, mix in of_layer.items())
+        for mixes in others
+    )
+
+
+def _with_all_directions(
+    concepts: Sequence[ConceptFile], weights: Sequence[float], modules: Sequence[str]
+) -> dict[str, dict[str, Tensor]]:
+    """The layers of the mean: mixes (concepts * n,) of the directions (concepts * n, m, d) of all concepts."""
+    directions: dict[tuple[str, str, torch.Size], dict[int, Tensor]] = {}  # by kind of layer, then concept
+    for number, concept in enumerate(concepts):
+        for module, tensors in concept.layers.items():
+            for name, shared in _of_kind(tensors, "_shared").items():
+                directions.setdefault((module.partition(".")[0], name, shared.shape), {})[number] = shared
+    joined = {
+        kind: torch.cat([of_kind.get(number, torch.zeros(kind[2])) for number in range(len(concepts))])
+        for kind, of_kind in directions.items()
+    }
+    layers: dict[str, dict[str, Tensor]] = {module: {} for module in modules}
+    for module in modules:
+        of_concepts = [concept.layers.get(module, {}) for concept in concepts]
+        for kind, shared in _of_kind(next(filter(None, of_concepts)), "_shared").items():
+            mix = kind.replace("_shared", "_mix")
+            shares = [weight / sum(weights) for weight in weights]
+            none = torch.zeros(len(shared))
+            mixes = [tensors.get(mix, none) * share for tensors, share in zip(of_concepts, shares, strict=True)]
+            layers[module] |= {mix: torch.cat(mixes), kind: joined[module.partition(".")[0], kind, shared.shape]}
+    return layers
+
+
+def _of_kind(tensors: Mapping[str, Tensor], ending: str) -> dict[str, Tensor]:
+    return {kind: tensor for kind, tensor in tensors.items() if kind.endswith(ending)}
 
 
 def weighted_means(tensors: Sequence[Mapping[str, Tensor]], weights: Sequence[float]) -> dict[str, Tensor]:
@@ -124,14 +188,20 @@ def _why_not(first: ConceptFile, other: ConceptFile) -> str:
         return f"it has other atoms ({list_some(differing)}); average runs of one adapter config"
     if first.config.pruned:
         return "both are pruned, each to directions of its own; average the original files, and prune the average"
+    common = first.layers.keys() & other.layers.keys()
     if modules := sorted(first.layers.keys() ^ other.layers.keys()):
-        return f"only one of them adapts {list_some(modules)}; average runs of one adapter config"
+        if any(getattr(first.config, name) != getattr(other.config, name) for name in _TARGETS):
+            return f"only one of them adapts {list_some(modules)}; average runs of one adapter config"
+        if not common:
+            return "they have no layer in common, by which their base could be compared; average others of the runs"
     if (distance := fingerprint_distance(first.fingerprint, other.fingerprint)) > SAME_BASE:
         return f"it was made on another base, at distance {distance:.3g} (0: the same); average runs of one base"
-    for module, tensors in first.layers.items():
+    for module in sorted(common):
+        tensors = first.layers[module]
         if shapes_of(tensors) != shapes_of(other.layers[module]):
             return f"the tensors of {module} have other shapes; average runs of one adapter config"
-        fixed = [kind for kind in tensors if not kind.endswith(("_delta", "_shared", "_basis"))]
+        trained = ("_delta", "_basis", *(("_shared", "_mix") if first.config.share else ()))
+        fixed = [kind for kind in tensors if not kind.endswith(trained)]
         if any(not torch.equal(tensors[kind], other.layers[module][kind]) for kind in fixed):
             return f"{module} has another {list_some(fixed)}, and a mean of products is no product of means"
     if first.tokens.keys() != other.tokens.keys():

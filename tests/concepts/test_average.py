@@ -7,6 +7,7 @@ import torch
 from safetensors.torch import load_file
 
 import atomdiff
+from atomdiff.atoms.variants import variant_of
 from atomdiff.cli.main import main
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.average import AverageConfig, average_files
@@ -145,29 +146,76 @@ def test_recursion_is_averaged_where_the_mix_is_the_same(tmp_path):
         average(tmp_path, recursive(1.0), recursive(2.0, 3.0))
 
 
-def test_shared_directions_are_averaged_where_the_mixes_are_the_same(tmp_path):
-    def sharing(number, mix=1.0):
-        config = AtomConfig(channel_block=1, basis="dct", share="kind", share_count=2)
-        tensors = {"atom_mix": torch.full((2,), mix), "atom_shared": torch.full((2, 9, 9), number)}
-        fingerprint = make().fingerprint
-        return ConceptFile(config, {module: dict(tensors) for module in fingerprint}, fingerprint)
+def sharing(number, mix=1.0, without=()):
+    """A concept of two layers with two directions of one number."""
+    config = AtomConfig(channel_block=1, basis="dct", share="kind", share_count=2)
+    fingerprint = {module: values for module, values in make().fingerprint.items() if module not in without}
+    shared = torch.full((2, 9, 9), number)
+    return ConceptFile(
+        config, {m: {"atom_mix": torch.full((2,), mix), "atom_shared": shared} for m in fingerprint}, fingerprint
+    )
 
+
+def shared_changes(concept):
+    return {module: variant_of(concept.config).deltas(tensors) for module, tensors in concept.layers.items()}
+
+
+def test_shared_directions_are_averaged_where_the_mixes_are_the_same(tmp_path):
     mean = average(tmp_path, sharing(1.0), sharing(2.0))
     assert all((tensors["atom_shared"] == 1.5).all() for tensors in mean.layers.values())
-    with pytest.raises(UserError, match="another atom_mix, and a mean of products is no product of means"):
-        average(tmp_path, sharing(1.0), sharing(2.0, 3.0))
+    assert mean.config.share_count == 2
+
+
+@pytest.mark.parametrize("without", [(), ("unet.conv_in",)], ids=["all layers", "a layer less"])
+def test_with_other_mixes_an_average_has_the_directions_of_all_concepts(tmp_path, without):
+    runs = sharing(1.0), sharing(2.0, 3.0, without)
+    mean = average(tmp_path, *runs, weights=(1.0, 3.0))
+    assert mean.config.share_count == 4 and mean.layers.keys() == mean.fingerprint.keys() == runs[0].layers.keys()
+    found, first, second = map(shared_changes, (mean, *runs))
+    for module, deltas in found.items():
+        expected = (first[module]["atom_delta"] + 3 * second.get(module, {}).get("atom_delta", 0.0)) / 4
+        assert torch.allclose(deltas["atom_delta"], expected, atol=1e-5)
+    again = average(tmp_path, *runs, weights=(1.0, 0.0))
+    assert again.config.share_count == 2 and shared_changes(again).keys() == first.keys()
+
+
+def test_a_layer_that_a_run_lacks_is_not_changed_by_it(tmp_path):
+    runs = [with_word(make(seed), 1) for seed in range(3)]
+    for run, module in zip(runs[1:], ("unet.conv_in", "unet.conv_out"), strict=True):
+        del run.layers[module], run.fingerprint[module]
+    for order in (runs, [runs[1], runs[0], runs[2]]):
+        mean = average(tmp_path, *order, weights=(1.0, 2.0, 5.0))
+        assert mean.layers.keys() == mean.fingerprint.keys() == runs[0].layers.keys()
+        for key, change in changes(mean).items():
+            expected = sum(
+                weight * changes(run)[key] for weight, run in zip((1, 2, 5), order, strict=True) if key[0] in run.layers
+            )
+            assert torch.allclose(change, expected / 8, atol=1e-5)
+    only = average(tmp_path, *runs[:2], weights=(0.0, 1.0))
+    assert only.layers.keys() == {"unet.conv_out"}
+
+
+def test_each_layer_is_compared_with_whatever_file_has_it(tmp_path):
+    runs = [with_word(make(0), 1) for _ in range(3)]
+    del runs[0].layers["unet.conv_out"], runs[0].fingerprint["unet.conv_out"]
+    runs[2].layers["unet.conv_out"] = {kind: tensor[:, :3] for kind, tensor in runs[2].layers["unet.conv_out"].items()}
+    with pytest.raises(UserError, match=r"run2.* cannot be averaged .* the tensors of unet.conv_out have other shapes"):
+        average(tmp_path, *runs)
 
 
 def test_what_was_not_trained_from_one_start_is_refused(tmp_path):
     one = with_word(make(), 1, config={"prediction_type": "epsilon"})
     layers = {"unet.conv_in": one.layers["unet.conv_in"]}
     fewer = dataclasses.replace(one, layers=layers, fingerprint={"unet.conv_in": one.fingerprint["unet.conv_in"]})
+    elsewhere = dataclasses.replace(fewer, config=dataclasses.replace(one.config, target_modules=["conv_in"]))
+    apart = dataclasses.replace(one, layers={}, fingerprint={})
     for other, reason in (
         (
             dataclasses.replace(one, config=AtomConfig()),
             "it has other atoms .channel_block=4, not 2.; average runs of one",
         ),
-        (fewer, "only one of them adapts unet.conv_out"),
+        (elsewhere, "only one of them adapts unet.conv_out"),
+        (apart, "they have no layer in common"),
         (with_word(make(base=1.1), 1), "another base, at distance 0.0"),
         (with_word(make(), 1, "zwx"), "other trigger words .zwx, not sks.; train all with one trigger_word"),
         (dataclasses.replace(one, tokens={}), "other trigger words .none, not sks."),
