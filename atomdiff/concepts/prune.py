@@ -131,6 +131,8 @@ def prune(concept: ConceptFile, ranked: RankedDirections, count: int) -> Concept
     config = dataclasses.replace(concept.config, pruned=concept.config.pruned or differs)
     directions, all_directions = map(ranked.num_directions, (count, len(ranked.groups)))
     training = {**concept.training, "kept_directions": f"{directions} of {all_directions}"}
+    if "selected_layers" in training:  # which a run has chosen
+        training["selected_layers"] = f"{len(layers)} of {str(training['selected_layers']).rpartition(' of ')[2]}"
     fingerprint = {module: concept.fingerprint[module] for module in layers}
     return dataclasses.replace(concept, config=config, layers=layers, fingerprint=fingerprint, training=training)
 

@@ -117,6 +117,17 @@ def test_where_whole_layers_go_older_readers_read_the_file(tiny_pipe, tmp_path):
     assert read_header(tmp_path / "small.safetensors")[0]["format_version"] == "1" and not small.config.pruned
 
 
+def test_the_layers_that_a_run_has_chosen_are_those_that_are_left(tiny_pipe, tmp_path):
+    config = AtomConfig(target_modules=["conv1", "to_q"], select="adaptive")
+    source = save(tiny_pipe, tmp_path / "mug.safetensors", config)
+    all_layers = read_concept_file(source).training["selected_layers"]
+    prune(source, tmp_path / "small.safetensors", keep=0.02)
+    small = read_concept_file(tmp_path / "small.safetensors")
+    total = all_layers.partition(" of ")[2]
+    assert small.training["selected_layers"] == f"{len(small.layers)} of {total}" != all_layers
+    assert f"selected layers  {len(small.layers)} of {total}: " in describe(tmp_path / "small.safetensors")
+
+
 def test_whole_layers_are_kept_where_it_is_asked_for(tiny_pipe, tmp_path):
     source = save(tiny_pipe, tmp_path / "mug.safetensors")
     concept = read_concept_file(source)

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
-from atomdiff.concepts.concept_file import read_concept_file
+from atomdiff.concepts import peft_folder
+from atomdiff.concepts.concept_file import read_concept_file, trained_tensors
+from atomdiff.evaluate.size import num_trainable_parameters
 from atomdiff.training import dreambooth, layer_budget
 from atomdiff.training.dreambooth import train
 from atomdiff.training.validation_loss import FixedSamples
@@ -41,7 +43,10 @@ def test_the_file_stays_within_its_budget_also_when_resumed(adaptive, options, t
     assert int(kept) == len(concept.layers) < int(total)
     record = json.loads((tmp_path / "whole" / "training_report.json").read_text())
     assert record["selected_layers"].startswith(f"{kept} of {total}: ")
-    assert record["selected_layers"] in (tmp_path / "whole" / "report.md").read_text()
+    page = (tmp_path / "whole" / "report.md").read_text()
+    vectors = [vector for of in concept.tokens.values() for vector in of.values()]
+    count = sum(tensor.numel() for tensor in [*trained_tensors(concept), *vectors])
+    assert record["selected_layers"] in page and f"bytes, {count:,} parameters" in page
 
     with monkeypatch.context() as patch:
         stop_at(patch, 5)
@@ -159,6 +164,20 @@ def test_only_layers_with_a_score_leave(adaptive, chosen, tmp_path):
     others = of_text if chosen == "adapter" else [module for module in modules if module not in of_text]
     assert len(others) == (8 if chosen == "adapter" else len(others)) > 0
     assert written.stat().st_size <= budget
+
+
+@pytest.mark.slow
+def test_with_another_method_beside_them_the_layers_leave_the_folder(adaptive, tmp_path):
+    lora = {"peft_type": "LORA", "r": 2, "target_modules": ["q_proj"]}
+    (tmp_path / "lora.json").write_text(json.dumps(lora))
+    fields = {"train_text_encoder": True, "text_encoder_adapter": str(tmp_path / "lora.json")}
+    config = dataclasses.replace(adaptive(select_budget=None), **fields)
+    written = train(config)
+    atoms = peft_folder.read(written, None, denoiser="unet")[0]["unet"][0]
+    assert atoms.select == "all" and atoms.target_modules.startswith("(?:")
+    record = json.loads((Path(config.output_dir) / "training_report.json").read_text())
+    assert record["selected_layers"] is None
+    assert record["num_trainable_parameters"] == num_trainable_parameters(written)
 
 
 @pytest.mark.slow

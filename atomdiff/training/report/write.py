@@ -13,7 +13,7 @@ from typing import Any
 
 from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.layer_choice import count_by_block
-from atomdiff.evaluate.size import stored_bytes
+from atomdiff.evaluate.size import num_trainable_parameters, stored_bytes
 from atomdiff.training.anomalies import DivergedError
 from atomdiff.training.config import TrainConfig
 from atomdiff.training.contact_sheet import list_row_files, row_files
@@ -132,7 +132,7 @@ def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str
         "step": step,
         "max_train_steps": config.max_train_steps,
         "file_bytes": stored_bytes(path),
-        "num_trainable_parameters": sum(parameter.numel() for parameter in run.trainable.values()),
+        "num_trainable_parameters": _num_parameters(run, path),
         "train_seconds": round(seconds, 1),
         "seconds_per_step": round(seconds / config.max_train_steps, 4),
         "final_loss": final_loss,
@@ -149,9 +149,16 @@ def describe_run(run: Run, path: Path, step: int, final_loss: float) -> dict[str
     }
 
 
+def _num_parameters(run: Run, path: Path) -> int:
+    """Return the number of parameters that were trained; those of the result, where layers have left it."""
+    if run.model.layer_scores:
+        return num_trainable_parameters(path)
+    return sum(parameter.numel() for parameter in run.trainable.values())
+
+
 def _selected_layers(run: Run, path: Path) -> str | None:
-    """Return which layers the concept has, if that was learned."""
-    if not run.model.layer_scores:
+    """Return which layers the concept has, if that was learned; None where it is a folder of PEFT."""
+    if not run.model.layer_scores or path.is_dir():
         return None
     concept = read_concept_file(path)
     return f"{concept.training['selected_layers']}: {count_by_block(concept.layers)}"
