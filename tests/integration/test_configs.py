@@ -12,6 +12,7 @@ from peft import PeftModel
 
 import atomdiff
 from atomdiff.atoms.variants import SCORE_NAME
+from atomdiff.concepts.concept_file import read_concept_file
 from atomdiff.concepts.parameter_count import count_parameters
 from atomdiff.evaluate.size import num_trainable_parameters
 from atomdiff.evaluate.suite import open_adapted
@@ -25,7 +26,7 @@ from atomdiff.training.report import write
 from atomdiff.tuner.read_config import read_adapter
 from atomdiff.utils.errors import UserError
 from benchmarks.experiments import all_methods, own_rate, rate_option
-from tests.helpers import assert_same_tensors, assert_unchanged, concept_bytes, predict, read_log, snapshot
+from tests.helpers import add_adapter, assert_same_tensors, assert_unchanged, concept_bytes, predict, read_log, snapshot
 
 ROOT = Path(__file__).parents[2]
 EXPERIMENTS = ROOT / "configs" / "experiments"
@@ -161,6 +162,19 @@ def test_files_of_atoms_on_the_toybox_have_the_size_that_they_are_for(method, li
     pipe = load_toybox()
     make_trainable(pipe.unet, read_adapter(str(EXPERIMENTS / "atoms" / method / "adapter.json")), seed=0)
     add_placeholder_token(pipe, "sks")
+    add_placeholder_token(pipe, "sks")
     set_token_embedding(pipe, "sks", {"text_encoder": pipe.text_encoder.get_input_embeddings().weight[5].detach()})
     training = {"config": train_config().snapshot()}
     assert atomdiff.save_atoms(pipe, tmp_path / "mug.atoms.safetensors", training=training).stat().st_size < limit
+
+
+def test_a_concept_of_two_kilobytes_has_no_more(tmp_path):
+    pipe = load_toybox()
+    add_adapter(pipe, "mug", read_adapter(str(EXPERIMENTS / "atoms" / "shared_2kb" / "adapter.json")))
+    add_placeholder_token(pipe, "sks")
+    set_token_embedding(pipe, "sks", {"text_encoder": torch.randn(pipe.text_encoder.config.hidden_size)})
+    training = {"steps": 300, "seed": 0, "image_count": 5, "final_loss": 0.35416426508595616}
+    metadata = {"trigger_phrase": "sks mug", "training": training, "base_model": "samples/toybox-sd"}
+    written = atomdiff.save_atoms(pipe, tmp_path / "mug.atoms.safetensors", "mug", **metadata)
+    assert written.stat().st_size < 2048
+    assert read_concept_file(written).tokens.keys() == {"sks"}
