@@ -71,8 +71,8 @@ def warm_start(run: Run, take_step: Callable[[Run, int], float]) -> None:
 
     Of a folder, the concepts most similar to what `init_probe_steps` steps of a cold start learn are chosen; then all
     is as it was before those steps, and the run begins from the mean of the concepts, weighted by their similarities.
-    Deltas are brought to the run's own atoms; layers that no concept has, and words without an embedding there, begin
-    as in a cold start. The optimizer begins anew.
+    Deltas are brought to the run's own atoms; layers that no concept has begin without a change, words that none has as
+    in a cold start, words that some have from the mean of those. The optimizer begins anew.
 
     Args:
         run: The run.
@@ -229,39 +229,61 @@ def _models(run: Run) -> dict[str, nn.Module]:
 @torch.no_grad()
 def _write_start(run: Run, concepts: Sequence[tuple[ConceptFile, float]]) -> None:
     """Write the mean of concepts, whose weights make 1, into the trained parameters of a run."""
-    means: dict[int, tuple[Tensor, Tensor]] = {}  # by parameter
-    for concept, weight in concepts:
-        values = [*_adapter_values(run, concept), *_embeddings(run, concept)]
-        for own, tensor in {own.data_ptr(): (own, tensor) for own, tensor in values}.values():  # layers may share some
-            if own.shape != tensor.shape:
-                found = f"found tensors of shape {tuple(tensor.shape)}, the run trains {tuple(own.shape)}"
-                raise UserError(f"init_from={run.config.init_from!r}: {found}; choose an adapter with its num_atoms")
-            _, mean = means.setdefault(own.data_ptr(), (own, torch.zeros(tensor.shape, dtype=torch.float64)))
-            mean += weight * tensor.double()
-    for own, mean in means.values():
+    for own, mean in [*_adapter_means(run, concepts), *_embedding_means(run, concepts)]:
         own.copy_(mean)
     if run.ema is not None:
         for average, parameter in zip(run.ema.shadow_params, run.trainable.values(), strict=True):
             average.copy_(parameter)
 
 
-def _adapter_values(run: Run, concept: ConceptFile) -> Iterator[tuple[Tensor, Tensor]]:
-    """Trained tensors of the run's adapter, and what a concept has for each, on the run's atoms."""
+def _adapter_means(run: Run, concepts: Sequence[tuple[ConceptFile, float]]) -> list[tuple[Tensor, Tensor]]:
+    """Trained tensors of the run's adapter, and the mean for each; a concept changes nothing in layers that it lacks."""
+    means: dict[int, tuple[Tensor, Tensor]] = {}  # by parameter
+    for concept, weight in concepts:
+        values = _adapter_values(run, concept)
+        for own, tensor in {own.data_ptr(): (own, tensor) for own, tensor in values}.values():  # layers may share some
+            _check_shape(run, own, tensor)
+            _, mean = means.setdefault(own.data_ptr(), (own, torch.zeros(tensor.shape, dtype=torch.float64)))
+            mean += weight * tensor.double()
+    return list(means.values())
+
+
+def _adapter_values(run: Run, concept: ConceptFile) -> list[tuple[Tensor, Tensor]]:
+    """Trained tensors of the run's adapter, and what a concept has for each, on the run's atoms.
+
+    In a layer that it lacks a random mix of directions that are not zero any more would be a change: it gets zeros.
+    """
+    values: list[tuple[Tensor, Tensor]] = []
+    missing: list[tuple[Tensor, Tensor]] = []  # mixes, and the directions that they mix
     for component, model in _models(run).items():
         for module, own in atom_tensors(model, ADAPTER_NAME).items():
-            tensors = concept.layers.get(f"{component}.{module}")
-            if tensors is not None:
-                try:
-                    trained = trained_on(
-                        {kind: each.cpu() for kind, each in own.items()}, tensors, concept.config.basis
-                    )
-                except UserError as error:
-                    raise UserError(f"init_from={run.config.init_from!r}: {module}: {error}") from error
-                yield from ((own[kind], tensor) for kind, tensor in trained.items())
+            tensors = concept.layers.get(f"{component}.{module}", {})
+            try:
+                trained = trained_on({kind: each.cpu() for kind, each in own.items()}, tensors, concept.config.basis)
+            except UserError as error:
+                raise UserError(f"init_from={run.config.init_from!r}: {module}: {error}") from error
+            values += [(own[kind], tensor) for kind, tensor in trained.items()]
+            shared = {kind: kind.replace("_shared", "_mix") for kind in own if kind.endswith("_shared")}
+            missing += [(own[mix], own[kind]) for kind, mix in shared.items() if mix not in trained]
+    written = {own.data_ptr() for own, tensor in values if tensor.any()}
+    return values + [(mix, torch.zeros_like(mix)) for mix, shared in missing if shared.data_ptr() in written]
 
 
-def _embeddings(run: Run, concept: ConceptFile) -> Iterator[tuple[Tensor, Tensor]]:
-    """Token embeddings of the run, and what a concept has for each."""
+def _embedding_means(run: Run, concepts: Sequence[tuple[ConceptFile, float]]) -> Iterator[tuple[Tensor, Tensor]]:
+    """Token embeddings of the run, and for each the mean of the concepts that have it."""
     for row, token in enumerate(run.model.placeholder_tokens):
-        for encoder, vector in concept.tokens.get(token, {}).items():
-            yield run.model.token_embeddings[encoder].data[row], vector
+        for encoder, embeddings in run.model.token_embeddings.items():
+            tokens = [(concept.tokens.get(token, {}), weight) for concept, weight in concepts]
+            found = [(vectors[encoder], weight) for vectors, weight in tokens if encoder in vectors]
+            for vector, _ in found:
+                _check_shape(run, embeddings.data[row], vector)
+            if found:
+                total = sum(weight for _, weight in found)
+                parts = [weight / total * vector.double() for vector, weight in found]
+                yield embeddings.data[row], torch.stack(parts).sum(0)
+
+
+def _check_shape(run: Run, own: Tensor, tensor: Tensor) -> None:
+    if own.shape != tensor.shape:
+        found = f"found tensors of shape {tuple(tensor.shape)}, the run trains {tuple(own.shape)}"
+        raise UserError(f"init_from={run.config.init_from!r}: {found}; choose an adapter with its num_atoms")

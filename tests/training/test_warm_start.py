@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from atomdiff.atoms.variants import SharedAtoms
 from atomdiff.cli.summary import describe
 from atomdiff.concepts.atom_changes import changes_of
 from atomdiff.concepts.concept_file import read_concept_file, write_concept_file
@@ -130,6 +131,57 @@ def test_directions_that_layers_share_start_from_the_nearest_concept_alone(confi
     for module, tensors in atom_tensors(run.model.denoiser, "default").items():
         for kind, tensor in nearest.layers[f"unet.{module}"].items():
             assert torch.equal(tensors[kind], tensor)
+
+
+def test_layers_that_a_concept_lacks_start_without_a_change_of_shared_directions(config, adapter_file):
+    config = dataclasses.replace(config, adapter=adapter_file("shared"), learning_rate=0.05)
+    file = train(config)
+    whole = read_concept_file(file)
+    names = list(whole.layers)
+    some = {module: whole.layers[module] for module in names[: len(names) // 2]}
+    fingerprint = {module: whole.fingerprint[module] for module in some}
+    write_concept_file(file, dataclasses.replace(whole, layers=some, fingerprint=fingerprint))
+    run = built(dataclasses.replace(config, init_from=str(file)), read_adapter(config.adapter))
+    cold = atom_tensors(run.model.denoiser, "default")
+    cold = {module: {kind: tensor.clone() for kind, tensor in tensors.items()} for module, tensors in cold.items()}
+    warm_start(run, take_step)
+    written = {kind for tensors in some.values() for kind in tensors}
+    layers = atom_tensors(run.model.denoiser, "default")
+    assert layers.keys() > {module.partition(".")[2] for module in some}
+    for module, tensors in layers.items():
+        for kind, delta in SharedAtoms.deltas(tensors).items():
+            concept = some.get(f"unet.{module}")
+            expected = torch.zeros_like(delta) if concept is None else SharedAtoms.deltas(concept)[kind]
+            assert torch.equal(delta, expected)
+            shared, mix = (kind.replace("_delta", end) for end in ("_shared", "_mix"))
+            if concept is None and not tensors[shared].any():  # of a kind that the concept has no layer of
+                assert torch.equal(tensors[mix], cold[module][mix])
+    assert written == {"atom_mix", "atom_shared", "channel_mix", "channel_shared"}
+    missing = [path for path in layers if f"unet.{path}" not in some]
+    take_step(run, 1)
+    for path in missing:  # they learn as others do
+        assert any(tensor.any() for tensor in SharedAtoms.deltas(layers[path]).values())
+
+
+@pytest.mark.parametrize("lacking", [0, 1, 2])
+def test_a_trigger_word_is_the_mean_of_the_concepts_that_have_it(concept, lacking):
+    file, config = concept
+    trained = read_concept_file(file)
+    files = []
+    for number in range(2):
+        words = {"sks": {encoder: (number + 1) * vector for encoder, vector in trained.tokens["sks"].items()}}
+        words = {} if number < lacking else words
+        files.append(file.with_name(f"{number}.atoms.safetensors"))
+        write_concept_file(files[-1], dataclasses.replace(trained, tokens=words), torch.float32)
+    file.unlink()
+    run = built(dataclasses.replace(config, init_from=str(file.parent), init_probe_steps=4))
+    cold = run.model.token_embeddings["text_encoder"].detach().clone()
+    warm_start(run, take_step)
+    weights = {each["name"]: each["weight"] for each in run.start}
+    assert weights == {"0": pytest.approx(0.5), "1": pytest.approx(0.5)}
+    vector = trained.tokens["sks"]["text_encoder"]
+    expected = (1.5 * vector, 2 * vector, cold[0])[lacking]
+    assert torch.allclose(run.model.token_embeddings["text_encoder"][0], expected)
 
 
 @pytest.mark.slow
