@@ -15,7 +15,6 @@ from torch import Tensor
 
 from atomdiff.atoms.atom_basis import ATOM_BASES
 from atomdiff.atoms.variants import variant_of
-from atomdiff.concepts.compatibility import SAME_BASE, fingerprint_distance
 from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.hashing import quick_hash
@@ -75,18 +74,6 @@ def _change(basis: str, delta: Tensor, atoms: Tensor | None) -> tuple[str, Tenso
     if ATOM_BASES[basis].has_coefficients:
         return f"{basis} {shape} {quick_hash([atoms])}", delta
     return f"{delta.shape[1]}x{delta.shape[1]}", atoms.T @ delta
-
-
-def can_compare(spaces: Mapping[str, str], fingerprint: Fingerprint, other: AtomChanges) -> bool:
-    """Whether changes are of the same base, of at least one layer in common, and mean the same in all of those."""
-    common = spaces.keys() & other.spaces.keys()
-    same = bool(common) and all(spaces[key] == other.spaces[key] for key in common)
-    return same and fingerprint_distance(fingerprint, other.fingerprint) <= SAME_BASE
-
-
-def concatenate(values: Mapping[str, Tensor], sizes: Mapping[str, int]) -> Tensor:
-    """Return values in an order of deltas with these numbers of elements; zeros where there are none: (elements,)."""
-    return torch.cat([values[key] if key in values else torch.zeros(size) for key, size in sizes.items()])
 
 
 def trained_on(atoms: Mapping[str, Tensor], tensors: Mapping[str, Tensor], basis: str) -> dict[str, Tensor]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import json
 import warnings
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -14,7 +14,8 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from atomdiff.concepts.atom_changes import AtomChanges, Fingerprint, can_compare, changes_of, concatenate
+from atomdiff.concepts.atom_changes import AtomChanges, Fingerprint, changes_of
+from atomdiff.concepts.compatibility import SAME_BASE, fingerprint_distance
 from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
 from atomdiff.concepts.library_index import ConceptInfo
 from atomdiff.concepts.similarity import Duplicates, group_duplicates
@@ -46,10 +47,13 @@ class Entry(NamedTuple):
 
 @dataclass(frozen=True)
 class Group:
-    """Concepts of one base whose changes have the same elements; those of some layers have zeros elsewhere."""
+    """Concepts of one base that no delta means something else to; those of some layers have zeros elsewhere.
+
+    Groups are there to have few matrices: concepts of two groups may be comparable, too.
+    """
 
     spaces: dict[str, str]
-    """As `AtomChanges` has them; empty: concepts that cannot be compared."""
+    """As `AtomChanges` has them, of all concepts; empty: concepts that cannot be compared."""
     sizes: dict[str, int]
     """Delta -> number of elements, in their order in the vectors."""
     fingerprint: Fingerprint
@@ -59,14 +63,39 @@ class Group:
     vectors: Tensor
     """Unit vectors (concepts, elements), float32."""
 
-    def takes(self, changes: AtomChanges) -> bool:
-        """Whether changes are of this base, and of no other elements."""
-        return changes.spaces.keys() <= self.spaces.keys() and can_compare(self.spaces, self.fingerprint, changes)
+    def takes(self, other: Group) -> bool:
+        """Whether the concepts of two groups can be in one."""
+        common = self.spaces.keys() & other.spaces.keys()
+        if not common:
+            return not self.spaces and not other.spaces
+        return common <= self.common(other) and self.is_of_base(other)
 
-    def with_rows(self, rows: Sequence[tuple[Entry, Tensor]]) -> Group:
-        """The group of these concepts in place of its own."""
-        vectors = torch.stack([vector for _, vector in rows])
-        return Group(self.spaces, self.sizes, self.fingerprint, [entry for entry, _ in rows], vectors)
+    def common(self, other: Group) -> set[str]:
+        """The deltas that mean the same in both groups."""
+        return {key for key, space in self.spaces.items() if other.spaces.get(key) == space}
+
+    def is_of_base(self, other: Group) -> bool:
+        """Whether two groups are of the same base, as far as the layers tell that both have."""
+        return fingerprint_distance(self.fingerprint, other.fingerprint) <= SAME_BASE
+
+    def blocks(self) -> dict[str, Tensor]:
+        """Delta -> its part (concepts, elements) of the vectors."""
+        return dict(zip(self.sizes, self.vectors.split([*self.sizes.values()], 1), strict=True))
+
+    def arranged(self, sizes: Mapping[str, int], keys: Collection[str] | None = None) -> Tensor:
+        """The vectors with the elements of these deltas; zeros in those that the group lacks, or that `keys` does."""
+        keys = self.sizes.keys() if keys is None else keys
+        if [*sizes] == [*self.sizes] and len(keys) == len(sizes):
+            return self.vectors
+        blocks, rows = self.blocks(), len(self.entries)
+        return torch.cat([blocks[key] if key in keys else torch.zeros(rows, size) for key, size in sizes.items()], 1)
+
+    def part(self, rows: Sequence[int] | range) -> Group:
+        """The group of some of its concepts."""
+        if len(rows) == len(self.entries):
+            return self
+        chosen = slice(rows.start, rows.stop) if isinstance(rows, range) else rows  # a slice copies no vectors
+        return replace(self, entries=[self.entries[row] for row in rows], vectors=self.vectors[chosen])
 
 
 class SimilarityIndex:
@@ -86,21 +115,22 @@ class SimilarityIndex:
         The file is written again where more than a hundredth of it would be new: so what a later process has to read
         again stays little, and one new concept does not cost all to be written.
         """
-        self._groups = [kept for group in self._groups if (kept := _kept(group, concepts)).entries]
+        self._groups = [kept for group in self._groups if (kept := group.part(_unchanged(group, concepts))).entries]
         known = {entry.name for group in self._groups for entry in group.entries}
         new = [info for name, info in concepts.items() if name not in known and not info.is_lora]
         if not new:
             return
-        self._groups = _join([*self._groups, *_read(new, self._groups)])
+        self._groups = _join([*self._groups, *_read(new)])
         if 100 * len(new) > len(known):
             self._save()
 
     def cosines(self, changes: AtomChanges) -> Iterator[tuple[list[str], Tensor]]:
         """Names of the concepts that can be compared, and the cosines (concepts,) of their changes with these."""
+        given = _group_of(Entry("", 0, 0, 0, ""), changes)
         for group in self._groups:
-            if can_compare(group.spaces, group.fingerprint, changes):
-                vector = concatenate(changes.values, group.sizes) / changes.norm
-                yield [entry.name for entry in group.entries], group.vectors @ vector
+            if (cosines := _cosines(given, group)) is not None:
+                rows = cosines[0].nonzero()[:, 0]
+                yield [group.entries[row].name for row in rows.tolist()], cosines[0, rows]
 
     def duplicates(self, threshold: float) -> list[Duplicates]:
         """Groups of concepts with equal tensors or at least this cosine; above 1 those with equal tensors alone."""
@@ -130,26 +160,68 @@ def content_of(concept: ConceptFile) -> str:
 
 
 def _links(groups: Sequence[Group], threshold: float) -> Iterator[tuple[str, str, float]]:
-    """Pairs of concepts and their cosines; of concepts with equal tensors one is compared with others."""
+    """Pairs of concepts and their cosines; of concepts of a group with equal tensors one is compared with others."""
     first: dict[str, str] = {}
     for entry in [entry for group in groups for entry in group.entries if entry.content]:
         if (equal := first.setdefault(entry.content, entry.name)) != entry.name:
             yield equal, entry.name, 1.0
-    for group in groups if threshold <= 1 else ():
-        if not group.spaces:
-            continue
-        rows = [row for row, entry in enumerate(group.entries) if first[entry.content] == entry.name]
-        vectors = group.vectors if len(rows) == len(group.entries) else group.vectors[rows]
-        for start in range(0, len(rows), _ROWS_AT_ONCE):
-            cosines = vectors[start : start + _ROWS_AT_ONCE] @ vectors[start:].T
-            for one, other in (cosines >= threshold).triu(1).nonzero().tolist():
-                names = (group.entries[rows[start + number]].name for number in (one, other))
-                yield *names, min(float(cosines[one, other]), 1.0)
+    distinct = [_distinct(group) for group in groups if group.spaces] if threshold <= 1 else []
+    for number, group in enumerate(distinct):
+        for other in distinct[number:]:
+            yield from _pairs(group, other, threshold)
 
 
-def _read(infos: Sequence[ConceptInfo], groups: Sequence[Group]) -> list[Group]:
-    """Read concepts, and put them into these groups, or into new ones; only the new rows are returned."""
-    read = []
+def _distinct(group: Group) -> Group:
+    """One of each of the concepts of a group that have equal tensors."""
+    rows = {entry.content: row for row, entry in enumerate(group.entries)}
+    return group.part(sorted(rows.values()))
+
+
+def _pairs(one: Group, other: Group, threshold: float) -> Iterator[tuple[str, str, float]]:
+    """Pairs of concepts of two groups, or of one, with at least this cosine."""
+    for start in range(0, len(one.entries), _ROWS_AT_ONCE):
+        rows = one.part(range(start, min(start + _ROWS_AT_ONCE, len(one.entries))))
+        others = other.part(range(start, len(other.entries))) if other is one else other
+        cosines = _cosines(rows, others)
+        if cosines is None:
+            return
+        found = cosines >= threshold
+        if threshold <= 0:
+            found &= cosines != 0
+        for row, column in (found.triu(1) if other is one else found).nonzero().tolist():
+            yield rows.entries[row].name, others.entries[column].name, min(float(cosines[row, column]), 1.0)
+
+
+def _cosines(rows: Group, group: Group) -> Tensor | None:
+    """Cosines (rows, concepts of the group) of changes; 0 where two cannot be compared, None where no two can.
+
+    Those can be that have deltas in common, all of which mean the same in both. Deltas of zeros count as none.
+    """
+    common = rows.common(group)
+    if not common or not rows.is_of_base(group):
+        return None
+    others = (rows.spaces.keys() & group.spaces.keys()) - common
+    comparable = _comparable(rows, group, others) if others else None
+    if comparable is not None and not comparable.any():
+        return None
+    cosines = rows.arranged(group.sizes, common) @ group.vectors.T
+    return cosines if comparable is None else cosines * comparable
+
+
+def _comparable(rows: Group, group: Group, keys: Iterable[str]) -> Tensor:
+    """Which pairs (rows, concepts of the group) have no delta in common that means something else in each."""
+    comparable = torch.ones(len(rows.entries), len(group.entries), dtype=torch.bool)
+    blocks = rows.blocks(), group.blocks()
+    for key in keys:
+        has = [of_group[key].any(1) for of_group in blocks]
+        comparable &= ~(has[0][:, None] & has[1])
+        if not comparable.any():
+            break
+    return comparable
+
+
+def _read(infos: Sequence[ConceptInfo]) -> Iterator[Group]:
+    """Read concepts, each as a group of its own."""
     for info in ProgressBar(infos, "comparing concepts", unit="concepts", disable=len(infos) <= _FEW):
         content, changes = "", None
         try:
@@ -158,49 +230,51 @@ def _read(infos: Sequence[ConceptInfo], groups: Sequence[Group]) -> list[Group]:
             changes = changes_of(concept)
         except UserError:  # damaged, or not to be compared
             pass
-        entry = Entry(info.name, info.size, info.mtime_ns, info.inode, content)
-        read.append((entry, changes if changes is not None and changes.norm > 0 else None))
-    read.sort(key=lambda each: -len(each[1].spaces) if each[1] else 0)  # those of all layers before those of some
-    none = Group({}, {}, {}, [], torch.zeros(0, 0))
-    found = [none, *groups]
-    rows: dict[int, tuple[Group, list[tuple[Entry, Tensor]]]] = {}
-    for entry, changes in read:
-        group, vector = none, torch.zeros(0)
-        if changes is not None:
-            sizes = {key: len(values) for key, values in sorted(changes.values.items())}
-            new = Group(changes.spaces, sizes, changes.fingerprint, [], torch.zeros(0, sum(sizes.values())))
-            group = next((each for each in found if each.takes(changes)), new)
-            if group is new:
-                found.append(new)
-            vector = concatenate(changes.values, group.sizes) / changes.norm
-        rows.setdefault(id(group), (group, []))[1].append((entry, vector))
-    return [group.with_rows(of_group) for group, of_group in rows.values()]
+        yield _group_of(Entry(info.name, info.size, info.mtime_ns, info.inode, content), changes)
+
+
+def _group_of(entry: Entry, changes: AtomChanges | None) -> Group:
+    """The group of one concept, by its changes; None: it cannot be compared."""
+    if changes is None or changes.norm == 0:
+        return Group({}, {}, {}, [entry], torch.zeros(1, 0))
+    values = dict(sorted(changes.values.items()))
+    vector = torch.cat([*values.values()])[None] / changes.norm
+    sizes = {key: len(of_delta) for key, of_delta in values.items()}
+    return Group(changes.spaces, sizes, changes.fingerprint, [entry], vector)
 
 
 def _join(groups: Iterable[Group]) -> list[Group]:
-    """Make one group of those that have the same elements and base."""
-    joined: dict[str, list[Group]] = {}
+    """Put each group into the first that takes it."""
+    joined: list[Group] = []  # of each the spaces, sizes and fingerprint
+    parts: list[list[Group]] = []
     for group in groups:
-        joined.setdefault(json.dumps([group.spaces, group.fingerprint], sort_keys=True), []).append(group)
-    return [
-        Group(
-            first.spaces,
-            first.sizes,
-            first.fingerprint,
-            [entry for group in (first, *others) for entry in group.entries],
-            torch.cat([group.vectors for group in (first, *others)]) if others else first.vectors,
-        )
-        for first, *others in joined.values()
-    ]
+        place = next((place for place, other in enumerate(joined) if other.takes(group)), len(joined))
+        if place == len(joined):
+            joined.append(group)
+            parts.append([])
+        elif not group.sizes.keys() <= joined[place].sizes.keys():
+            whole = joined[place]
+            joined[place] = replace(
+                whole,
+                spaces=whole.spaces | group.spaces,
+                sizes=whole.sizes | group.sizes,
+                fingerprint={**group.fingerprint, **whole.fingerprint},
+            )
+        parts[place].append(group)
+    return [_whole(whole, of_group) for whole, of_group in zip(joined, parts, strict=True)]
 
 
-def _kept(group: Group, concepts: dict[str, ConceptInfo]) -> Group:
-    """The part of a group whose files are as they were."""
-    rows = [row for row, entry in enumerate(group.entries) if entry.is_of(concepts.get(entry.name))]
-    if len(rows) == len(group.entries):
-        return group
-    entries = [group.entries[row] for row in rows]
-    return Group(group.spaces, group.sizes, group.fingerprint, entries, group.vectors[rows])
+def _whole(whole: Group, parts: Sequence[Group]) -> Group:
+    """A group with the concepts of several, whose elements it has."""
+    if len(parts) == 1:
+        return parts[0]
+    entries = [entry for part in parts for entry in part.entries]
+    return replace(whole, entries=entries, vectors=torch.cat([part.arranged(whole.sizes) for part in parts]))
+
+
+def _unchanged(group: Group, concepts: Mapping[str, ConceptInfo]) -> list[int]:
+    """The rows of a group whose files are as they were."""
+    return [row for row, entry in enumerate(group.entries) if entry.is_of(concepts.get(entry.name))]
 
 
 def _load(file: Path) -> list[Group]:

@@ -237,7 +237,7 @@ def _write_start(run: Run, concepts: Sequence[tuple[ConceptFile, float]]) -> Non
 
 
 def _adapter_means(run: Run, concepts: Sequence[tuple[ConceptFile, float]]) -> list[tuple[Tensor, Tensor]]:
-    """Trained tensors of the run's adapter, and the mean for each; a concept changes nothing in layers that it lacks."""
+    """Trained tensors of the run's adapter, and the mean for each; layers that a concept lacks count as unchanged."""
     means: dict[int, tuple[Tensor, Tensor]] = {}  # by parameter
     for concept, weight in concepts:
         values = _adapter_values(run, concept)

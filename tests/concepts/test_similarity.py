@@ -2,7 +2,7 @@
 
 import dataclasses
 import shutil
-from itertools import combinations
+from itertools import combinations, permutations
 
 import numpy as np
 import pytest
@@ -198,6 +198,105 @@ def test_duplicates_are_found_beyond_the_rows_of_one_block(tmp_path, monkeypatch
         tmp_path, a=mug, b=make(1), c=make(2), d=make(3), e=make(4, mug, 0.99), f=make(3, like=make(3), share=0.5)
     )
     assert [group.names for group in library.duplicates(0.99)] == [("d", "f"), ("a", "e")]
+
+
+LAYERS = {f"unet.conv_{number}": {"atom": 9} for number in range(4)}
+
+
+def without(concept, *modules):
+    """A concept without some of its layers."""
+    parts = (
+        {module: of[module] for module in of if module not in modules} for of in (concept.layers, concept.fingerprint)
+    )
+    return dataclasses.replace(concept, layers=next(parts), fingerprint=next(parts))
+
+
+def faint(concept, *modules):
+    """A concept that nearly leaves some of its layers as they are."""
+    weak = {m: {k: t * (1e-4 if k.endswith("_delta") else 1) for k, t in concept.layers[m].items()} for m in modules}
+    return dataclasses.replace(concept, layers=concept.layers | weak)
+
+
+def in_every_order(tmp_path, concepts, threshold=0.99):
+    """The duplicates that a library finds whose files came one after the other, for each order."""
+    found = []
+    for number, order in enumerate(permutations(concepts)):
+        folder = tmp_path / str(number)
+        folder.mkdir()
+        library = ConceptLibrary(folder)
+        for name in order:
+            write(folder, **{name: concepts[name]})
+            library.refresh()
+            library.duplicates(threshold)
+        found.append(library.duplicates(threshold))
+        assert ConceptLibrary(folder).duplicates(threshold) == found[-1]  # from its file
+    return found
+
+
+def same_groups(found):
+    """Check that duplicates are the same but for rounding, and return the names."""
+    for groups in found:
+        assert [(group.names, pytest.approx(group.similarity, abs=1e-5)) for group in groups] == [
+            group[:2] for group in found[0]
+        ]
+    return [group.names for group in found[0]]
+
+
+@pytest.mark.slow
+def test_duplicates_are_found_whatever_layers_they_lack_and_whenever_they_came(tmp_path):
+    mug = faint(make(shapes=LAYERS), "unet.conv_0", "unet.conv_1")
+    one, two = without(mug, "unet.conv_0"), without(mug, "unet.conv_1")
+    other = make(1, shapes=LAYERS)
+    concepts = {"mug": mug, "one": one, "two": two, "other": without(other, "unet.conv_2")}
+    assert same_groups(in_every_order(tmp_path, concepts)) == [("mug", "one", "two")]
+    (tmp_path / "apart").mkdir()
+    library = write(tmp_path / "apart", one=one, two=two)
+    assert [group.names for group in library.duplicates()] == [("one", "two")]
+
+
+@pytest.mark.slow
+def test_a_concept_is_compared_with_all_that_it_can_be(tmp_path):
+    """With those that cannot be compared with each other, too, and neither with those of another base."""
+    shapes = {module: {**sizes, "channel": 16} for module, sizes in LAYERS.items()}
+    whole = make(shapes=shapes, config=AtomConfig(channel_block=4))
+    kernels = {m: {k: t for k, t in of.items() if k.startswith("atom")} for m, of in whole.layers.items()}
+    channels = {size: {"channel_basis": torch.eye(size), "channel_delta": 1e-4 * torch.eye(size)} for size in (4, 16)}
+    concepts = {
+        name: ConceptFile(config, {m: of | channels.get(size, {}) for m, of in kernels.items()}, whole.fingerprint)
+        for name, config, size in (
+            ("part", AtomConfig(channel_block=1), 1),
+            ("twos", SVD, 4),
+            ("fours", AtomConfig(channel_block=4), 16),
+        )
+    }
+    found = in_every_order(tmp_path, concepts | {"other_base": make(shapes=LAYERS, base=1.1)})
+    assert same_groups(found) == [("fours", "part", "twos")]
+    library = ConceptLibrary(tmp_path / "0")
+    assert {name for name, _ in library.similar("fours")} == {name for name, _ in library.similar("twos")} == {"part"}
+    assert {name for name, _ in library.similar("part")} == {"fours", "twos"}
+    (tmp_path / "apart").mkdir()
+    library = write(tmp_path / "apart", fours=concepts["fours"], twos=concepts["twos"])
+    assert library.duplicates() == []  # nothing connects them
+
+
+def test_concepts_without_a_layer_in_common_are_not_compared(tmp_path):
+    mug = make(shapes=LAYERS)
+    first, last = without(mug, "unet.conv_0", "unet.conv_1"), without(mug, "unet.conv_2", "unet.conv_3")
+    found = in_every_order(tmp_path, {"mug": mug, "first": first, "last": last}, threshold=-1)
+    for groups in found:
+        assert [group.names for group in groups] == [("first", "last", "mug")]  # the mug connects them
+        assert groups[0].similarity > 0.5  # which is no cosine of the two
+    library = ConceptLibrary(tmp_path / "0")
+    assert [name for name, _ in library.similar("first")] == ["mug"]
+
+
+def test_concepts_of_any_layers_make_few_groups(tmp_path):
+    mug = make(shapes=LAYERS)
+    names = list(LAYERS)
+    parts = [names[:1], names[1:2], names[2:], names[:2], names[1:3], names[3:], names[::2]]
+    library = write(tmp_path, **{f"c{number}": without(mug, *part) for number, part in enumerate(parts)})
+    library.duplicates()
+    assert len(library._similarity_index()._groups) == 1
 
 
 def test_pairs_make_groups():
