@@ -23,7 +23,7 @@ def kept_directions(pipe: Any, samples: Sequence[Mapping[str, AdapterWeight]]) -
     """
     models = pipeline_models(pipe)
     in_part = [
-        {name: weight.keep for name, weight in weights.items() if 0 < weight.keep < 1 and _is_atoms(models, name)}
+        {name: weight.keep for name, weight in weights.items() if weight.keep < 1 and _is_atoms(models, name)}
         for weights in samples
     ]
     ranked = {name: _rank(models, name) for name in dict.fromkeys(name for keeps in in_part for name in keeps)}
@@ -31,7 +31,7 @@ def kept_directions(pipe: Any, samples: Sequence[Mapping[str, AdapterWeight]]) -
 
 
 def keep_directions(models: Mapping[str, nn.Module], kept: Mapping[str, Directions]) -> None:
-    """Let concepts act along these directions alone, and all others along all of theirs."""
+    """Let these concepts act along these directions alone; one without directions along all of its own."""
     for component, model in models.items():
         for path, layer in adapter_state.atom_layers(model).items():
             layer.keep_directions(

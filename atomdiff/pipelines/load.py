@@ -16,6 +16,7 @@ from atomdiff.concepts.concept_file import ConceptFile
 from atomdiff.pipelines.adapter_names import derived_name, given_name
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.concept_parts import attach_parts, read_parts, warn_of_left_out
+from atomdiff.pipelines.kept_directions import keep_directions, kept_directions
 from atomdiff.pipelines.loaded_concepts import (
     belongs_to_other_pipeline,
     concept_names,
@@ -36,7 +37,7 @@ from atomdiff.pipelines.placeholder_tokens import (
     tokens_in,
 )
 from atomdiff.pipelines.scheduler import warn_of_scheduler
-from atomdiff.pipelines.switch import restore, set_weights
+from atomdiff.pipelines.switch import restore
 from atomdiff.tuner import adapter_state, attach, checks
 from atomdiff.utils.errors import UserError
 
@@ -158,8 +159,7 @@ def load_concept(
             adapter_state.activate(model, [name])
             adapter_state.compute_coefficients(model, name)
         update_overrides(pipe)
-        if keep < 1:
-            set_weights(pipe, {name: weight})
+        keep_directions(models, *kept_directions(pipe, [{name: weight}]))
     return name
 
 

@@ -18,6 +18,7 @@ from atomdiff.pipelines.loaded_concepts import concept_names, refresh
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.step_schedule import start_schedule, stop_schedule
 from atomdiff.tuner import adapter_state, checks, merging
+from atomdiff.tuner.ranking import Directions
 from atomdiff.utils.errors import UserError
 
 Concepts = str | Sequence[str] | Mapping[str, Any]
@@ -51,14 +52,14 @@ def set_active(pipe: Any, concepts: Concepts, *, offload_base: BaseOffload | Non
         other_weights = _weights_of_others(models, weights)
         for model in models.values():
             checks.check_writable(model)
-        kept = kept_directions(pipe, [weights])
+        kept = _kept_directions(pipe, weights)
         writers = {}
         for component, model in models.items():
             layers = adapter_state.atom_layers(model)
             readers = base_weight_readers(model, layers, offload_base)
             writers[component] = _Writer(component, model, layers, weights, other_weights, readers)
         denoiser = find_base(models).denoiser
-        keep_directions(models, *kept)
+        keep_directions(models, kept)
         stop_schedule(models.values())
         with _restored_on_error(pipe):
             for component, write in writers.items():
@@ -85,15 +86,20 @@ def set_weights(pipe: Any, concepts: Concepts) -> None:
         weights = read_adapter_weights(pipe, concepts)
         models = pipeline_models(pipe)
         other_weights = _weights_of_others(models, weights)
-        kept = kept_directions(pipe, [weights])
+        kept = _kept_directions(pipe, weights)
         restore(pipe)
-        keep_directions(models, *kept)
+        keep_directions(models, kept)
         for component, model in models.items():
             adapter_state.activate(model, list(weights))
             for path, layer in adapter_state.atom_layers(model).items():
                 for name, weight in weights.items():
                     layer.set_scale(name, weight.at(f"{component}.{path}", None))
             adapter_state.set_weights_of_others(model, other_weights)
+
+
+def _kept_directions(pipe: Any, weights: Mapping[str, AdapterWeight]) -> dict[str, Directions]:
+    """Concept -> directions that it acts along, for all of a pipeline; none for those that act whole."""
+    return {**dict.fromkeys(concept_names(pipe), {}), **kept_directions(pipe, [weights])[0]}
 
 
 def merge(pipe: Any) -> None:

@@ -133,8 +133,9 @@ class LayerAdapters(BaseAttributes, nn.Module, AdapterScales, BaseTunerLayer):
         super().delete_adapter(adapter_name)
 
     def keep_directions(self, kept: Mapping[str, Mapping[str, Tensor]]) -> None:
-        """Let adapters act along some directions (d, k) alone, by delta; along all of a delta that is not given."""
-        self.kept = {name: projections(of) for name, of in kept.items() if name in self.scaling and of}
+        """Let these adapters act along some directions (d, k) alone, by delta; where none are given, along all."""
+        given = {name: projections(of) for name, of in kept.items() if name in self.scaling}
+        self.kept = {name: of for name, of in {**self.kept, **given}.items() if of}
 
     def weight_updates(
         self, weights: Mapping[str, float | Tensor], kept: Mapping[str, Mapping[str, Tensor]] | None = None

@@ -97,6 +97,31 @@ def test_what_is_kept_lasts_until_the_next_switch(pipe):
     torch.testing.assert_close(predict(pipe), whole, **TOLERANCE)
 
 
+def test_what_is_kept_of_one_concept_lasts_when_others_are_loaded(pipe, tmp_path):
+    files = [
+        atomdiff.save_atoms(pipe, tmp_path / f"{name}.atoms.safetensors", name) for name in ("separable", "recursive")
+    ]
+    atomdiff.unload_atoms(pipe)
+    base = predict(pipe)
+    expected = []
+    for file in files:
+        atomdiff.load_atoms(pipe, file, "alone", keep=0.4)
+        expected.append(predict(pipe))
+        atomdiff.unload_atoms(pipe)
+    for name, file, keep in (
+        ("one", files[0], 0.4),
+        ("other", files[1], 0.4),
+        ("whole", files[1], 1),
+        ("none", files[0], 0),
+    ):
+        atomdiff.load_atoms(pipe, file, name, keep=keep)
+    for name, prediction in (("one", expected[0]), ("other", expected[1]), ("none", base)):
+        pipe.set_adapters([name], [1.0])
+        torch.testing.assert_close(predict(pipe), prediction, **TOLERANCE)
+    pipe.set_adapters(["whole"], [1.0])
+    assert (predict(pipe) - expected[1]).abs().max() > 1e-3
+
+
 def test_a_refused_switch_keeps_what_was_kept(pipe):
     before = predict(pipe)
     with pytest.raises(UserError, match="offload_base='nowhere'"):
