@@ -45,6 +45,12 @@ class HeadMixing(nn.Module):
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(heads, heads))
 
+    def forward(self, weight: float | Tensor) -> Tensor:
+        """Alpha times a weight, or weights (batch,): (1 or batch, heads, heads), which offloading leaves as it is."""
+        if isinstance(weight, Tensor):
+            return weight.to(self.alpha).reshape(-1, 1, 1) * self.alpha
+        return weight * self.alpha[None]
+
 
 class CoeffTuningLayer(ActivationLayer):
     """Mixes the attention maps of an attention, in a slot of which it stands."""
@@ -53,12 +59,7 @@ class CoeffTuningLayer(ActivationLayer):
 
     def alpha(self, batch: int) -> Tensor | None:
         """The sum of the adapters' alphas, each times its weight: (1 or batch, heads, heads); None: there is none."""
-        terms = [
-            weight.to(mixing.alpha).reshape(-1, 1, 1) * mixing.alpha
-            if isinstance(weight, Tensor)
-            else weight * mixing.alpha[None]
-            for mixing, weight in self.weights(batch)
-        ]
+        terms = [mixing(weight) for mixing, weight in self.weights(batch)]
         return sum(terms[1:], terms[0]) if terms else None
 
 

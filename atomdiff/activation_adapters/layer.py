@@ -9,6 +9,7 @@ import torch
 from peft.tuners.tuners_utils import BaseTunerLayer, check_adapters_to_merge
 from torch import Tensor, nn
 
+from atomdiff.tuner import weight_access
 from atomdiff.tuner.adapter_scales import AdapterScales
 from atomdiff.tuner.mixed_batch import BatchLayout
 from atomdiff.utils.functional_call import is_autocast
@@ -71,7 +72,7 @@ class ActivationLayer(nn.Module, AdapterScales, BaseTunerLayer):
         total = None
         for adapter, weight in self.weights(len(x)):
             parameter = next(adapter.parameters())
-            if parameter.device != x.device:  # PEFT loads files into the memory of the CPU
+            if parameter.device != x.device and not _is_offloaded(adapter):  # PEFT loads files into the CPU's memory
                 adapter.to(x.device)
             added = adapter(x if is_autocast(x) else x.to(parameter.dtype))
             if isinstance(weight, Tensor):
@@ -115,6 +116,11 @@ class ActivationLayer(nn.Module, AdapterScales, BaseTunerLayer):
     def _move_adapter_to_device_of_base_layer(self, adapter_name: str, device: Any = None) -> None:
         if device is not None:
             self.adapters[adapter_name].to(device)
+
+
+def _is_offloaded(adapter: nn.Module) -> bool:
+    """Whether parameters come to where they are needed for the time of calls alone."""
+    return any(map(weight_access.is_offloaded, adapter.modules()))
 
 
 def _spread(layout: BatchLayout, weights: Tensor, batch: int) -> Tensor:

@@ -7,7 +7,8 @@ concerned. As with PyTorch's parametrizations, it has a subclass of its own clas
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache, wraps
+from functools import cache, partial, wraps
+from types import MethodType
 from typing import Any, cast
 
 from torch import nn
@@ -66,6 +67,11 @@ def replace_children(module: nn.Module, cls: type[nn.Module], **children: Any) -
     copied = object.__new__(cls)
     vars(copied).update(vars(module))
     vars(copied)["_modules"] = {**module._modules, **children}
+    if (
+        getattr(vars(module).get("_old_forward"), "__self__", None) is module
+    ):  # by accelerate, which calls it with hooks
+        vars(copied)["_old_forward"] = MethodType(cls.forward, copied)
+        vars(copied)["forward"] = partial(vars(module)["forward"].func, copied)
     return copied
 
 
@@ -75,6 +81,8 @@ def _with_slots(cls: Any, run: Callable[..., Any]) -> Any:
 
     @wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if _SLOTS not in vars(self):  # taken away since accelerate's hooks were added, which call this forward
+            return cls.forward(self, *args, **kwargs)
         return run(self, cls, *args, **kwargs)
 
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}

@@ -1,9 +1,13 @@
 """One table of promises, over the methods and all kinds of blocks that they adapt."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
+from accelerate import cpu_offload, disk_offload
+from accelerate.hooks import attach_execution_device_hook
+from diffusers.hooks import apply_group_offloading
 from peft import PeftModel, get_peft_model
 
 from atomdiff.activation_adapters.layer import ActivationLayer
@@ -19,6 +23,12 @@ def names(case):
 
 def layers_of(model):
     return [module for module in model.modules() if isinstance(module, ActivationLayer)]
+
+
+def _by_groups(kind, on_disk, model, folder):
+    options = {"num_blocks_per_group": 1} if kind == "block_level" else {}
+    options |= {"offload_to_disk_path": str(folder)} if on_disk else {}
+    apply_group_offloading(model, torch.device("cpu"), torch.device("cpu"), offload_type=kind, **options)
 
 
 def structure(model):
@@ -123,6 +133,39 @@ def test_half_precision_and_autocast_compute_in_their_dtype(method, name):
     for output in (mixed, trainable, half, inputs(torch.bfloat16)(below)):
         torch.testing.assert_close(output.float(), expected, atol=0.1 * float(expected.abs().max()), rtol=0)
     assert half.dtype == torch.bfloat16
+
+
+WAYS = {
+    "sequential": lambda model, folder: cpu_offload(model, torch.device("cpu")),
+    "disk": lambda model, folder: disk_offload(model, str(folder), torch.device("cpu")),
+    "hooks on blocks": lambda model, folder: attach_execution_device_hook(model, torch.device("cpu")),
+}
+BY_GROUPS = {
+    f"{kind} on {'disk' if on_disk else 'the CPU'}": partial(_by_groups, kind, on_disk)
+    for kind in ("leaf_level", "block_level")
+    for on_disk in (False, True)
+}
+
+
+@pytest.mark.parametrize(
+    ("method", "name", "way"),
+    [
+        (*case, way)
+        for case in [*SOME, ("mona", "unet of SDXL")]
+        for way in [*WAYS, *(BY_GROUPS if "unet" in case[1] else ())]  # groups are for models of diffusers
+    ],
+    ids=names,
+)
+def test_adapters_act_in_models_that_are_offloaded_afterwards(method, name, way, tmp_path):
+    model = make_model(name)
+    plain, wrapped = call(model), trained(method, model)
+    expected = call(model)
+    (WAYS | BY_GROUPS)[way](model, tmp_path)
+    assert sum(parameter.is_meta for parameter in model.parameters()) > 10 or way not in ("sequential", "disk")
+    for _ in range(2):
+        assert torch.equal(call(model), expected)
+    wrapped.unload()
+    assert torch.equal(call(model), plain)
 
 
 class _InDtype:
