@@ -77,7 +77,7 @@ def replace_children(module: nn.Module, cls: type[nn.Module], **children: Any) -
 
 @cache
 def _with_slots(cls: Any, run: Callable[..., Any]) -> Any:
-    """The subclass whose forward is `run`; its name is the same, which others go by."""
+    """The subclass whose forward is `run`; its name is the same, which others go by, and pickles name `cls`."""
 
     @wraps(cls.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
@@ -85,5 +85,14 @@ def _with_slots(cls: Any, run: Callable[..., Any]) -> Any:
             return cls.forward(self, *args, **kwargs)
         return run(self, cls, *args, **kwargs)
 
+    def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
+        _, _, *state = object.__reduce_ex__(self, max(protocol, 2))
+        return (_new_with_slots, (cls, run), *state)
+
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (cls,), {**names, "forward": forward, "without_slots": cls})
+    return type(cls.__name__, (cls,), {**names, "forward": forward, "__reduce_ex__": reduce, "without_slots": cls})
+
+
+def _new_with_slots(cls: Any, run: Callable[..., Any]) -> Any:
+    """A module with slots that has no state yet, for pickles and copies."""
+    return object.__new__(_with_slots(cls, run))

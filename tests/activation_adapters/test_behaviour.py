@@ -208,6 +208,18 @@ def test_compiled_models_compute_the_same(method):
     assert torch.equal(call(model), expected)
 
 
+@pytest.mark.parametrize(("method", "name"), CASES, ids=names)
+def test_a_pickled_model_is_the_same_model(method, name, tmp_path):
+    model = trained(method, make_model(name)).base_model.model
+    expected, shape = call(model), structure(model)
+    for protocol in (2, 5):
+        torch.save(model, tmp_path / "model.pt", pickle_protocol=protocol)
+        loaded = torch.load(tmp_path / "model.pt", weights_only=False)
+        assert torch.equal(call(loaded), expected) and structure(loaded) == shape
+    shake(loaded, seed=4)
+    assert torch.equal(call(model), expected) and not torch.equal(call(loaded), expected)
+
+
 @pytest.mark.parametrize(("method", "name"), SOME, ids=names)
 def test_a_copy_is_a_model_of_its_own(method, name):
     model = trained(method, make_model(name))

@@ -165,6 +165,16 @@ def test_a_folder_is_loaded_beside_atoms_and_unloaded_exactly(name, tiny_pipe, t
     assert torch.equal(predict(tiny_pipe), alone)
 
 
+def test_a_pickled_model_is_loaded_with_its_concepts(pipe, tmp_path):
+    expected = predict(pipe)
+    torch.save(pipe.unet, tmp_path / "unet.pt")
+    pipe.unet = torch.load(tmp_path / "unet.pt", weights_only=False)
+    assert torch.equal(predict(pipe), expected)
+    atomdiff.unload_atoms(pipe, "mona")
+    atomdiff.set_active(pipe, ["atoms", "branch", "heads"])
+    assert not torch.equal(predict(pipe), expected)
+
+
 def test_what_does_not_fit_is_left_out_when_it_may_be(tiny_pipe, tiny_sd2_pipe, tmp_path):
     add_adapter(tiny_pipe, "mona", MonaConfig(hidden_size=4))
     folder = atomdiff.save_atoms(tiny_pipe, tmp_path / "concept", "mona")
