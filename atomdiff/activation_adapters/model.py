@@ -29,6 +29,10 @@ class ActivationModel(BaseTuner):
         """Whether the preset means a module that the method can adapt."""
         return True
 
+    def has_place(self, config: Any, path: str, module: Any) -> bool:
+        """Whether a module that the method can adapt has a place for an adapter that is not excluded."""
+        return True
+
     def add_to(self, config: Any, adapter_name: str, path: str, module: Any, parent: nn.Module) -> list[Any]:
         """Add an adapter to a module, and return the layers that have it."""
         raise NotImplementedError
@@ -50,11 +54,13 @@ class ActivationModel(BaseTuner):
         targets = {path for path in candidates if config.match(path)}
         if wrong := sorted(path for path in targets if reasons[path]):
             raise TypeError(f"{config.METHOD} cannot adapt {wrong[0]}: {reasons[wrong[0]]}")
+        targets = {path for path in targets if self.has_place(config, path, modules[path])}
         if not targets:
+            excluded = f" but for exclude_modules={config.exclude_modules!r}" if config.exclude_modules else ""
             names = ", ".join(able[:_NAMED_SHOWN]) + (", ..." if len(able) > _NAMED_SHOWN else "")
             raise NoMatchingPeftModuleError(
-                f"target_modules={config.target_modules!r} matches nothing in this {type(model).__name__} that "
-                f"{config.METHOD} adapts; it could adapt: {names or 'nothing'}"
+                f"target_modules={config.target_modules!r}{excluded} matches nothing in this {type(model).__name__} "
+                f"that {config.METHOD} adapts; it could adapt: {names or 'nothing'}"
             )
         return targets
 

@@ -234,3 +234,18 @@ def test_it_is_counted_without_weights():
     counted = count_parameters("sd-1.5", MonaConfig())
     assert {kind for kind, _ in counted.groups} == {"mona_adapter"}
     assert counted.num_trainable_parameters > 1e6
+
+
+@pytest.mark.parametrize(
+    ("target", "excluded"),
+    [
+        (None, ["after_attention_0", "after_mlp_0", "after_block"]),
+        (["resnets.0"], ["after_block"]),
+        (None, r".*\.after_.*"),
+    ],
+)
+def test_leaving_every_place_out_is_refused(target, excluded):
+    model = make_model("unet")
+    with pytest.raises(ValueError, match="but for exclude_modules=.*after_.* matches nothing .* could adapt: down_bl"):
+        get_peft_model(model, MonaConfig(target_modules=target, exclude_modules=excluded))
+    assert not hasattr(model, "peft_config")

@@ -28,15 +28,17 @@ class MonaModel(ActivationModel):
             return "its model has no config with image_size and patch_size, by which tokens lie in an image"
         return block.why_not(module)
 
+    def has_place(self, config: MonaConfig, path: str, module: nn.Module) -> bool:
+        """Whether a slot of a block is not excluded."""
+        return bool(_places(config, path, module))
+
     def add_to(
         self, config: MonaConfig, adapter_name: str, path: str, module: nn.Module, parent: nn.Module
     ) -> list[MonaLayer]:
         """Add an adapter to each slot of a block."""
         block: Any = find_block(module)
         layers = []
-        for name, channels in block.slots(module).items():
-            if config.excludes(f"{path}.{name}"):
-                continue
+        for name, channels in _places(config, path, module).items():
             layer = add_slot(module, name, block.run)
             if not isinstance(layer, MonaLayer):
                 layer = MonaLayer(layer, block.layout(self.model))
@@ -44,3 +46,9 @@ class MonaModel(ActivationModel):
             layer.add_adapter(adapter_name, MonaAdapter(channels, config), device_of(module), config.inference_mode)
             layers.append(layer)
         return layers
+
+
+def _places(config: MonaConfig, path: str, module: nn.Module) -> dict[str, int]:
+    """The slots of a block that are not excluded, with their numbers of channels."""
+    block: Any = find_block(module)
+    return {name: size for name, size in block.slots(module).items() if not config.excludes(f"{path}.{name}")}
