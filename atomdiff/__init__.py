@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from atomdiff.utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
+    from atomdiff.activation_adapters import CoeffTuningConfig, ConvAdapterConfig, MonaConfig
     from atomdiff.concepts.library import ConceptLibrary
     from atomdiff.concepts.push import push_to_hub
     from atomdiff.pipelines.load import load_atoms, unload_atoms
@@ -23,7 +24,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "AtomConfig": "atomdiff.tuner",
     "AtomModel": "atomdiff.tuner",
+    "CoeffTuningConfig": "atomdiff.activation_adapters",
     "ConceptLibrary": "atomdiff.concepts.library",
+    "ConvAdapterConfig": "atomdiff.activation_adapters",
+    "MonaConfig": "atomdiff.activation_adapters",
     "list_atoms": "atomdiff.pipelines.loaded_concepts",
     "load_atoms": "atomdiff.pipelines.load",
     "locked": "atomdiff.pipelines.models",
@@ -39,7 +43,10 @@ _HOMES = {
 __all__ = [
     "AtomConfig",
     "AtomModel",
+    "CoeffTuningConfig",
     "ConceptLibrary",
+    "ConvAdapterConfig",
+    "MonaConfig",
     "list_atoms",
     "load_atoms",
     "locked",

@@ -12,6 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
+import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from then on
 from atomdiff.atoms.variants import variant_of
 from atomdiff.bases.find import BASES, find_base
 from atomdiff.concepts.compatibility import fingerprint
