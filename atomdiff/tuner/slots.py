@@ -86,7 +86,7 @@ def _with_slots(cls: Any, run: Callable[..., Any]) -> Any:
         return run(self, cls, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
-        _, _, *state = object.__reduce_ex__(self, max(protocol, 2))
+        _, _, *state = cast(tuple[Any, ...], object.__reduce_ex__(self, max(protocol, 2)))
         return (_new_with_slots, (cls, run), *state)
 
     names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
