@@ -100,7 +100,8 @@ def extract(
 
     For each layer the deltas minimize |W1 - adapted(W0)|, a linear least-squares problem that is solved in float64 by
     normal equations of the size of the atoms. Kernels and channels together (`channel_block` without `joint`) are
-    bilinear: they are solved for in turn, until the residual settles.
+    bilinear: they are solved for in turn, until the residual settles. So are the mixes and the directions of
+    `share="kind"`.
 
     Args:
         base: a diffusers pipeline, or a model such as its UNet, without adapters.

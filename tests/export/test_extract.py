@@ -18,7 +18,8 @@ from atomdiff.concepts.concept_file import write_concept_file
 from atomdiff.export import extract as extract_module
 from atomdiff.export.extract import ExtractConfig, extract, extract_concept
 from atomdiff.export.extraction import describe_extraction
-from atomdiff.export.least_squares import fit_layer, share_deltas
+from atomdiff.export.least_squares import fit_layer
+from atomdiff.export.shared_directions import improved_mixes, nearest_mixes
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.adapter_state import atom_layers
 from atomdiff.utils.errors import UserError
@@ -342,15 +343,55 @@ def test_shared_directions_are_found_again(tiny_pipe):
             )
 
 
-def test_fewer_shared_directions_are_the_nearest(tiny_pipe):
+def tuned_with(unet, config):
+    """A copy of a UNet with a random concept of these settings written into its weights."""
+    made = copy.deepcopy(unet)
+    made.add_adapter(config, "made")
     generator = torch.Generator().manual_seed(0)
-    layers = {f"layer{number}": {"atom_delta": torch.randn(3, 3, generator=generator)} for number in range(6)}
-    norms = {name: float(number + 1) for number, name in enumerate(layers)}
-    shared = share_deltas(layers, norms, 2)
-    rows = np.stack([norms[name] * deltas["atom_delta"].double().numpy().ravel() for name, deltas in layers.items()])
-    left, values, right = np.linalg.svd(rows, full_matrices=False)
+    with torch.no_grad():
+        for key, parameter in made.named_parameters():
+            if ".made" in key:
+                parameter.normal_(std=0.2, generator=generator)
+    return merged(made)
+
+
+@pytest.mark.parametrize("count", [1, 3])
+def test_shared_directions_of_kernels_and_channels_are_found_again(tiny_pipe, count):
+    config = AtomConfig(share="kind", share_count=count, basis="dct", channel_block=2, target_modules=["conv1"])
+    assert extract(tiny_pipe.unet, tuned_with(tiny_pipe.unet, config), config).explained > 0.9999
+
+
+def test_shared_directions_explain_weights_and_not_deltas(tiny_pipe):
+    """Kernels that are nearly constant hardly follow some deltas: those that they follow count."""
+    config = {"basis": "dct", "channel_block": 1, "target_modules": ["conv1", "conv2"]}
+    generator = torch.Generator().manual_seed(1)
+    with torch.no_grad():
+        for module in tiny_pipe.unet.modules():
+            if isinstance(module, nn.Conv2d) and module.kernel_size == (3, 3):
+                size = 3 * module.weight.std()
+                module.weight += size * torch.randn(*module.weight.shape[:2], 1, 1, generator=generator)
+    tuned = tuned_with(tiny_pipe.unet, AtomConfig(**config))
+    found = extract(tiny_pipe.unet, tuned, AtomConfig(**config, share="kind", share_count=4))
+    assert found.explained > 0.6  # 0.4 by the nearest deltas
+
+
+def test_shared_directions_are_at_a_minimum():
+    generator = torch.Generator().manual_seed(0)
+    factors = torch.randn(6, 20, 3, generator=generator, dtype=torch.float64)
+    missing = torch.randn(6, 20, 4, generator=generator, dtype=torch.float64)
+    start = torch.randn(6, 2, generator=generator, dtype=torch.float64)
+    equations = factors.mT @ factors, factors.mT @ missing
+    mixes, directions = (tensor.requires_grad_() for tensor in improved_mixes(start, *equations))
+    loss = (missing - factors @ (mixes @ directions).reshape(6, 3, 4)).square().sum()
+    loss.backward()
+    assert loss < missing.square().sum() and mixes.grad.norm() + directions.grad.norm() < 0.1
+    assert improved_mixes(torch.cat([start] * 4, 1), *equations)[0].shape == (6, 8)  # more directions than layers
+
+
+def test_fewer_shared_directions_are_the_nearest():
+    generator = torch.Generator().manual_seed(0)
+    rows, weights = torch.randn(6, 9, generator=generator, dtype=torch.float64), torch.arange(1.0, 7.0).double()
+    mixes, directions = nearest_mixes(rows, weights, 2)
+    left, values, right = np.linalg.svd(weights[:, None] * rows, full_matrices=False)
     nearest = (left[:, :2] * values[:2]) @ right[:2]
-    for number, name in enumerate(layers):
-        mix, directions = (shared[name][f"atom_{kind}"].double().numpy() for kind in ("mix", "shared"))
-        delta = sum(factor * direction for factor, direction in zip(mix, directions, strict=True))
-        np.testing.assert_allclose(norms[name] * delta.ravel(), nearest[number], atol=1e-5)
+    np.testing.assert_allclose(weights[:, None] * (mixes @ directions), nearest, atol=1e-12)
