@@ -61,7 +61,7 @@ class SheetsConfig:
     """Folder of the comparison's runs."""
     processes: int = 1
     """Training runs at a time."""
-    images: str = "samples/results"
+    images: str = "docs/images"
     """Folder of the sheets."""
     output: str = "benchmarks/results/sheets.json"
     """The result file."""
