@@ -194,7 +194,7 @@ def _quality_cells(method: str, content: Mapping[str, Any], reference: Mapping[s
 
 
 def _cost_cells(method: str, figures: Mapping[str, Any]) -> list[str]:
-    sizes = [_size(figures[name]) for name in ("tensor_bytes", "bytes", "peak_memory_bytes")]
+    sizes = [format_size(figures[name]) for name in ("tensor_bytes", "bytes", "peak_memory_bytes")]
     return [f"`{method}`", f"{figures['parameters']:,}", *sizes[:2], f"{figures['train_seconds']:.0f} s", sizes[2]]
 
 
@@ -207,7 +207,8 @@ def _number(value: float) -> str:
     return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"  # also of -0.5
 
 
-def _size(count: float) -> str:
+def format_size(count: float) -> str:
+    """Return bytes as people read them: 51,916 -> "51.9 KB"."""
     unit, name = next((each for each in ((1e9, "GB"), (1e6, "MB")) if count >= each[0]), (1e3, "KB"))
     return f"{count / unit:.1f} {name}"
 

@@ -26,6 +26,7 @@ from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks import trial_runner
 from benchmarks.experiments import chosen_rate, make_trial
+from benchmarks.methods_report import format_size
 from benchmarks.recognition import Gallery
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trials import Trial, concept_path
@@ -157,7 +158,8 @@ def main(config: SheetsConfig) -> None:
     pictured = {method: {name: picture(config, each) for name, each in by.items()} for method, by in trials.items()}
     own = {subject: pictured[config.method][subject] for subject in config.subjects}
     by_method = {m: {subject: pictured[m][subject] for subject in config.methods_subjects} for m in config.methods}
-    sizes = [f"{m}, {stored_bytes(concept_path(next(iter(trials[m].values())))) / 1e3:.0f} KB" for m in config.methods]
+    stored = {method: stored_bytes(concept_path(next(iter(trials[method].values())))) for method in config.methods}
+    sizes = [f"{method}, {format_size(count)}" for method, count in stored.items()]
     write_png(Path(config.images) / "subjects.png", draw_subjects(config, own))
     write_png(Path(config.images) / "methods.png", draw_methods(config, by_method, sizes))
 
