@@ -162,7 +162,6 @@ def test_files_of_atoms_on_the_toybox_have_the_size_that_they_are_for(method, li
     pipe = load_toybox()
     make_trainable(pipe.unet, read_adapter(str(EXPERIMENTS / "atoms" / method / "adapter.json")), seed=0)
     add_placeholder_token(pipe, "sks")
-    add_placeholder_token(pipe, "sks")
     set_token_embedding(pipe, "sks", {"text_encoder": pipe.text_encoder.get_input_embeddings().weight[5].detach()})
     training = {"config": train_config().snapshot()}
     assert atomdiff.save_atoms(pipe, tmp_path / "mug.atoms.safetensors", training=training).stat().st_size < limit
