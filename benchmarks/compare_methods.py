@@ -157,7 +157,8 @@ def photos_folder(config: CompareConfig) -> Path:
     if config.photos is None:
         return folder
     copy = Path(config.work_dir) / f"{folder.name}-{config.photos}-photos"
-    shutil.copytree(folder, copy, dirs_exist_ok=True)
+    shutil.rmtree(copy, ignore_errors=True)  # what the folder no longer has
+    shutil.copytree(folder, copy)
     for subject in (each for each in copy.iterdir() if each.is_dir()):
         found = list_images(subject)
         if not 1 <= config.photos <= len(found):

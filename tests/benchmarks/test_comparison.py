@@ -94,6 +94,8 @@ def test_fewer_photos_are_trained_on_and_the_unseen_ones_stay(world):
     files = {path: path.read_bytes() for path in (world.path / "subjects").rglob("*.png")}
     (world.path / "subjects" / "mug" / "0.txt").write_text("a mug")
     (world.path / "subjects" / "mug" / "1.txt").write_text("a mug")
+    (world.path / "work" / "subjects-1-photos" / "mug").mkdir(parents=True)
+    (world.path / "work" / "subjects-1-photos" / "mug" / "old.png").write_bytes(b"")
     folder = compare_methods.photos_folder(compare_config(world, photos=1))
     kept = {file.relative_to(folder) for file in (folder / "mug").rglob("*") if file.is_file()}
     unseen = {file.relative_to(world.path / "subjects") for file in files if file.parts[-3:-1] == ("mug", "unseen")}
