@@ -14,7 +14,7 @@ from benchmarks.experiments import EXPERIMENTS, own_rate, rates_around
 
 SEARCH_SEED = 100  # no other seed is as high
 _FACTOR = 3  # between learning rates
-_PROBE_RATE = 2.7e-2  # the best of benchmarks/discriminative.py
+_PROBE_RATE = 2.7e-2  # of a head alone
 
 
 @dataclass(frozen=True)

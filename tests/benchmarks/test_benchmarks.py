@@ -12,7 +12,6 @@ from PIL import Image
 
 from benchmarks import (
     classify_methods,
-    discriminative,
     keep,
     library,
     patching,
@@ -121,17 +120,6 @@ def test_what_a_run_survives(result, tmp_path, monkeypatch):
     figures = result("s.json")
     assert (figures["kills"], figures["kills_survived"], figures["faults"], figures["faults_survived"]) == (1, 1, 2, 2)
     assert (figures["faults_recovered"], figures["faults_errors"]) == (1, 1)
-
-
-@pytest.mark.slow
-def test_discriminative_tuning(result, tmp_path):
-    few = {"source_per_class": 3, "train_per_class": 1, "validation_per_class": 1, "test_per_class": 1}
-    steps = {"source_steps": 1, "max_train_steps": 1}
-    folders = {"work_dir": str(tmp_path / "work"), "output": str(tmp_path / "discriminative.json")}
-    discriminative.main(
-        discriminative.BenchmarkConfig(("linear", "conv"), seeds=(0,), trials=1, **few, **steps, **folders)
-    )
-    assert result("discriminative.json")["conv:trained_numbers"] > 0
 
 
 @pytest.fixture
