@@ -75,7 +75,7 @@ class Clients:
         with ThreadPoolExecutor(clients) as pool:
             for outcome in pool.map(self._send, numbers):
                 self.outcomes[outcome] += 1
-        while self.engine._jobs:
+        while self.engine.num_waiting or self.engine.num_running:
             time.sleep(0.05)
 
     def _send(self, number: int) -> str:
@@ -179,10 +179,12 @@ def running(config: BenchmarkConfig, folder: Path) -> Iterator[tuple[Any, Any]]:
     while not server.started:
         time.sleep(0.01)
     port = server.servers[0].sockets[0].getsockname()[1]
-    with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
-        yield client, engine
-    server.should_exit = True
-    thread.join()
+    try:
+        with httpx.Client(base_url=f"http://127.0.0.1:{port}") as client:
+            yield client, engine
+    finally:
+        server.should_exit = True
+        thread.join()
 
 
 def look(engine: Any) -> dict[str, float]:
