@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from atomdiff.utils.errors import UserError
 from benchmarks import (
     classify_methods,
     keep,
@@ -23,7 +24,7 @@ from benchmarks import (
 )
 from benchmarks.classifier_runs import Comparison
 from benchmarks.classifier_worlds import WORLDS, DigitImages
-from benchmarks.experiments import rates_around
+from benchmarks.experiments import EXPERIMENTS, rates_around
 from benchmarks.result_file import command_line
 from benchmarks.timing import take_turns
 
@@ -140,9 +141,16 @@ def test_patching(result, short, tmp_path):
     short("digits")
     folders = {"work_dir": str(tmp_path / "work"), "output": str(tmp_path / "patching.json")}
     few = {"seeds": (0,), "trials": 1, "max_train_steps": 2, "alphas": (0.0, 1.0)}
+    few["methods"] = ("full", "linear", "conv", "lora_conv_r1", "mona", "conv_adapter")
     patching.main(patching.BenchmarkConfig("digits", **few, **folders))
     figures = result("patching.json")
-    assert figures["patches_and_base_equal_to_the_bit"] is True and 0 < figures["switch_seconds"] < 1
+    for name in ("linear", "atoms", "lora_conv_r1", "mona", "conv_adapter"):
+        assert figures[f"{name}:equal_to_the_bit"] is True and 0 < figures[f"{name}:switch_seconds"] < 1
+        assert 0 < figures[f"{name}:bytes_share"] < 0.1 and 0 < figures[f"{name}:load_seconds"] < 10
+        assert figures[f"{name}:accuracy"] > 0 and figures[f"unseen:{name}:ink"] > 0
+    refused = json.loads((tmp_path / "patching.json").read_text())["not_in_one_model"]
+    assert refused.keys() == {"full"} and "weights of its own and shares none with a base" in refused["full"]
+    assert "full:equal_to_the_bit" not in figures and figures["full:bytes_share"] == 1
     assert figures["interpolation:0.0:base"] == figures["base:accuracy"] == figures["atoms:base_accuracy"]
     assert figures["interpolation:1.0:new"] == figures["full:accuracy"] > 0
     assert figures["interpolation:atoms:new"] == figures["atoms:accuracy"]
@@ -150,6 +158,15 @@ def test_patching(result, short, tmp_path):
     written = (tmp_path / "patching.json").stat().st_mtime_ns
     patching.main(patching.BenchmarkConfig("digits", **few, **folders))  # finished runs are read again
     assert (tmp_path / "patching.json").stat().st_mtime_ns > written
+
+
+def test_patches_are_compared_with_copies_and_atoms(tmp_path):
+    methods = patching.BenchmarkConfig().methods
+    assert all((EXPERIMENTS / "classify" / method / "adapter.json").is_file() for method in {*methods} - {"linear"})
+    for others in (("full", "mona"), ("conv", "mona")):
+        with pytest.raises(UserError, match=f"^methods: found {', '.join(others)}; expected full and conv among them"):
+            patching.main(patching.BenchmarkConfig(methods=others, work_dir=str(tmp_path)))
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.slow
