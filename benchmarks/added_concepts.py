@@ -24,17 +24,16 @@ from pathlib import Path
 from typing import Any, Literal
 
 from atomdiff.evaluate.encoders import ImageEncoder
-from atomdiff.evaluate.protocol import load_protocol
 from atomdiff.evaluate.similarity import similarities
-from atomdiff.evaluate.suite import PromptSuite, generate_images, read_subject
-from atomdiff.utils.assets import find_asset
+from atomdiff.evaluate.suite import generate_images, read_subject
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.experiments import chosen_rate, make_trial
+from benchmarks.loaded_concepts import load_concepts, open_base, phrase_of, places_suite
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import summarize
 from benchmarks.trial_runner import run_concepts
-from benchmarks.trials import Trial, concept_path
+from benchmarks.trials import Trial
 
 
 @dataclass(frozen=True)
@@ -83,48 +82,19 @@ def trial_of(config: AddedConceptsConfig, method: str, subject: str) -> Trial:
     return replace(trial, folder=folder, options={**trial.options, "preservation": config.preservation})
 
 
-def open_concepts(trials: Mapping[str, Trial]) -> Any:
-    """Return the base's pipeline with the concepts of all subjects loaded, each under its subject's name and word."""
-    from diffusers import StableDiffusionPipeline
-
-    import atomdiff
-    from atomdiff.utils.precision import compute_device
-
-    base = next(iter(trials.values())).config().pretrained_model_name_or_path
-    pipe = StableDiffusionPipeline.from_pretrained(find_asset(base)).to(compute_device())
-    pipe.set_progress_bar_config(disable=True)
-    for subject, trial in trials.items():
-        atomdiff.load_atoms(pipe, concept_path(trial), subject, trigger_word=trigger_word(subject))
-    return pipe
-
-
-def trigger_word(subject: str) -> str:
-    """Return the word of a subject's concept."""
-    return f"sks-{subject}"
-
-
 def similarity_by_count(config: AddedConceptsConfig, pipe: Any, trial: Trial, judge: ImageEncoder) -> dict[str, float]:
     """Return the mean similarity of a subject's images to its unseen photos, by the number of concepts."""
     import atomdiff
     from atomdiff.utils.precision import autocast, compute_device
 
-    run, photos = trial.config(), Path(config.subjects_dir)
-    prompts = load_protocol(config.protocols[0]).subject(trial.subject, None, photos, alone=False).prompts
-    suite = PromptSuite(
-        trial.subject,
-        tuple(prompt.text for prompt in prompts),
-        (),
-        images_per_prompt=config.images_per_prompt,
-        num_inference_steps=run.num_inference_steps,
-        guidance_scale=run.guidance_scale,
-    )
-    references = judge.embed(read_subject(photos / trial.subject)[1])
+    run, suite = trial.config(), places_suite(trial, config.images_per_prompt)
+    references = judge.embed(read_subject(Path(trial.photos))[1])
     found = {}
     for count in config.counts:
         atomdiff.set_active(pipe, beside(config.subjects, trial.subject, count))
         precision = autocast(compute_device(), run.mixed_precision)
-        name = f"{trigger_word(trial.subject)} {trial.subject}"
-        images = generate_images(suite, pipe, name, f"{trial.subject}, {count} concepts", precision).subject
+        progress = f"{trial.subject}, {count} concepts"
+        images = generate_images(suite, pipe, phrase_of(trial.subject), progress, precision).subject
         found[str(count)] = float(similarities(judge.embed(images), references).mean())
     return found
 
@@ -144,7 +114,8 @@ def main(config: AddedConceptsConfig) -> None:
     for method in config.methods:
         trials = {subject: trial_of(config, method, subject) for subject in config.subjects}
         run_concepts([*trials.values()], config.processes)
-        pipe = open_concepts(trials)
+        pipe = open_base(next(iter(trials.values())))
+        load_concepts(pipe, trials)
         by_subject = {
             subject: [with_kept(similarity_by_count(config, pipe, trial, judge))] for subject, trial in trials.items()
         }

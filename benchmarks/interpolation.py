@@ -1,8 +1,9 @@
-"""Weights between those of a base and of a copy tuned from it."""
+"""Weights between those of a base and of a copy tuned from it, and the curve that they draw."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
+from itertools import pairwise
 
 import torch
 from torch import Tensor
@@ -22,3 +23,13 @@ def interpolate(start: Mapping[str, Tensor], end: Mapping[str, Tensor], alpha: f
         path: torch.lerp(tensor, end[path], alpha) if tensor.is_floating_point() else tensor
         for path, tensor in start.items()
     }
+
+
+def similarity_at(curve: Sequence[Mapping[str, float]], drift: float) -> float | None:
+    """Return the similarity at which a curve first has a drift, on straight lines; None: it has none such."""
+    for first, second in pairwise(curve):
+        low, high = first["drift"], second["drift"]
+        if min(low, high) <= drift <= max(low, high):
+            share = (drift - low) / (high - low) if high != low else 0.0
+            return first["similarity"] + share * (second["similarity"] - first["similarity"])
+    return None

@@ -143,15 +143,17 @@ def _last_line(file: Path) -> str:
     return lines[-1][-300:] if lines else "it said nothing"
 
 
-def run_concepts(trials: Sequence[Trial], processes: int = 1) -> None:
-    """Run what is missing of trials whose concepts are needed.
+def run_concepts(trials: Sequence[Trial], processes: int = 1) -> list[dict[str, Any]]:
+    """Run what is missing of trials whose concepts are needed, and return the results of all, in their order.
 
     Raises:
         UserError: one has failed.
     """
-    for trial, result in zip(trials, Runner(processes, need_concepts=True).run(trials), strict=True):
+    results = Runner(processes, need_concepts=True).run(trials)
+    for trial, result in zip(trials, results, strict=True):
         if result["status"] == "failed":
             raise UserError(f"{trial.folder} failed: {result['message']}; leave out its method or subject, or mend it")
+    return results
 
 
 @contextmanager
