@@ -57,7 +57,7 @@ class BenchmarkConfig:
 
     world: Literal["toybox", "digits"] = "toybox"
     """The images: drawn things, or handwritten digits (needs scikit-learn)."""
-    methods: tuple[str, ...] = (FULL, "linear", ATOMS, "lora_conv_r1", "lora_conv_r4", "mona", "conv_adapter")
+    methods: tuple[str, ...] = (FULL, "linear", ATOMS, "lora_conv_r4", "mona", "conv_adapter")
     """Folders under configs/experiments/classify, "full" and "conv" among them, or "linear" for the head alone."""
     seeds: tuple[int, ...] = (0, 1, 2)
     """Seeds of the runs: images trained on, the head's first weights, batches."""

@@ -141,10 +141,10 @@ def test_patching(result, short, tmp_path):
     short("digits")
     folders = {"work_dir": str(tmp_path / "work"), "output": str(tmp_path / "patching.json")}
     few = {"seeds": (0,), "trials": 1, "max_train_steps": 2, "alphas": (0.0, 1.0)}
-    few["methods"] = ("full", "linear", "conv", "lora_conv_r1", "mona", "conv_adapter")
+    few["methods"] = ("full", "linear", "conv", "lora_conv_r4", "mona", "conv_adapter")
     patching.main(patching.BenchmarkConfig("digits", **few, **folders))
     figures = result("patching.json")
-    for name in ("linear", "atoms", "lora_conv_r1", "mona", "conv_adapter"):
+    for name in ("linear", "atoms", "lora_conv_r4", "mona", "conv_adapter"):
         assert figures[f"{name}:equal_to_the_bit"] is True and 0 < figures[f"{name}:switch_seconds"] < 1
         assert 0 < figures[f"{name}:bytes_share"] < 0.1 and 0 < figures[f"{name}:load_seconds"] < 10
         assert figures[f"{name}:accuracy"] > 0 and figures[f"unseen:{name}:ink"] > 0
