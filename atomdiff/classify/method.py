@@ -10,7 +10,6 @@ from peft.tuners.tuners_utils import BaseTunerLayer
 from atomdiff.classify.config import LINEAR, ClassifyConfig
 from atomdiff.classify.model import head_parameters, in_base
 from atomdiff.training.method import make_trainable
-from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter
 from atomdiff.utils.errors import UserError
 
@@ -24,9 +23,6 @@ def read_method(config: ClassifyConfig) -> PeftConfig | str | None:
     method = LINEAR if config.adapter == LINEAR else read_adapter(config.adapter)
     if isinstance(method, PeftConfig) and adapts_nothing(method):
         raise UserError(f'adapter={config.adapter!r}: expected adapter "linear", which trains the head alone')
-    if isinstance(method, AtomConfig) and method.budget is not None:
-        found = f"adapter={config.adapter!r} has select_budget={method.select_budget!r}"
-        raise UserError(f"{found}, which is the size of a concept file, and classifiers have none: leave it out")
     if config.from_scratch and method is not None:
         found = f"adapter={config.adapter!r}"
         raise UserError(f'{found}: from_scratch has random weights, which only adapter "full" trains and saves')

@@ -17,6 +17,7 @@ from torch.nn.modules.batchnorm import _BatchNorm
 
 from atomdiff.classify.config import ClassifyConfig
 from atomdiff.classify.data import Augmentation, ImageDataset, evaluation_batches, training_batches
+from atomdiff.classify.layer_budget import check_budget, keep_to_budget
 from atomdiff.classify.method import read_method
 from atomdiff.classify.model import head_parameters, norm_statistics
 from atomdiff.classify.run import Run, build_run, count, to_device
@@ -30,7 +31,13 @@ from atomdiff.training.method import ADAPTER_NAME
 from atomdiff.training.optimizers import current_rate
 from atomdiff.training.run_log import RunLog
 from atomdiff.tuner.read_config import describe_adapter
-from atomdiff.tuner.selection import acting_layers, layer_scores, selection_penalty
+from atomdiff.tuner.selection import (
+    acting_layers,
+    first_lasting_step,
+    frozen_scores,
+    layer_scores,
+    selection_penalty,
+)
 from atomdiff.utils.atomic import write_json, write_result
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.folder_lock import lock_folder
@@ -75,6 +82,7 @@ def run_training(
 ) -> dict[str, Any]:
     """Do what `train_classifier` says in a folder that is this run's alone."""
     run = build_run(config, method, accelerator)
+    check_budget(run)
     started = time.perf_counter()
     validations = training_loop(run)
     seconds = time.perf_counter() - started
@@ -104,7 +112,7 @@ def _report(run: Run, validations: list[dict[str, float]], seconds: float) -> di
         "num_base_parameters": run.num_base_parameters,
         "selected_layers": _selected_layers(run),
         "trainable_share": (trainable["adapter"] + trainable["statistics"]) / run.num_base_parameters,
-        "best_step": max(validations, key=_merit)["step"],
+        "best_step": _best(run, validations)["step"],
         "validations": validations,
         "train_seconds": round(seconds, 1),
         "config": run.config.snapshot(),
@@ -132,17 +140,21 @@ def training_loop(run: Run) -> list[dict[str, float]]:
     average, log_file = math.nan, Path(config.output_dir) / "training_log.jsonl"
     samples = config.train_batch_size * accelerator.num_processes
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
+    lasting = first_lasting_step(layer_scores(run.model, ADAPTER_NAME), config.max_train_steps)
     with closing(RunLog(accelerator, log_file, 0, config.max_train_steps, config.logging_steps, samples)) as log:
         for step, (pixels, labels) in enumerate(batches, start=1):
             started = time.perf_counter()
             loss = train_step(run, step, pixels, labels)
             average = update_average(average, loss)
             log.step(step, loss, average, current_rate(run.optimizer), time.perf_counter() - started)
+            keep_to_budget(run, step)
             if step % config.validation_steps and step < config.max_train_steps:
                 continue
             with averaged(trainable, run.optimizer, None):
                 validations.append({"step": step, **evaluate(run, run.splits.validation)})
-                best_validation = max(validations, key=_merit)
+                if step < lasting:
+                    continue
+                best_validation = _best(run, validations)
                 if best_validation is validations[-1]:
                     best = {name: tensor.detach().clone() for name, tensor in _changing(run.model).items()}
             patience = config.early_stopping_patience
@@ -167,8 +179,10 @@ def train_step(run: Run, step: int, pixels: Tensor, labels: Tensor) -> float:
     loss = F.cross_entropy(logits.float(), labels.to(accelerator.device))
     mean = mean_over_processes(accelerator, loss)
     _refuse_unless_finite(run, step, "loss", mean)
-    done = (step - 1) / run.config.max_train_steps
-    accelerator.backward(loss + selection_penalty(layer_scores(run.model, ADAPTER_NAME), done))
+    done, scores = (step - 1) / run.config.max_train_steps, layer_scores(run.model, ADAPTER_NAME)
+    accelerator.backward(loss + selection_penalty(scores, done))
+    for score in frozen_scores(scores):
+        score.grad = None  # no optimizer moves a parameter without one
     trainable = [parameter for parameter in run.model.parameters() if parameter.requires_grad]
     norm = clip_gradients(accelerator, trainable, run.config.max_grad_norm)
     if accelerator.scaler is None:  # which would skip such a step
@@ -203,6 +217,12 @@ def evaluate(run: Run, images: LabeledFiles) -> dict[str, float]:
         sums += torch.stack([correct.double(), F.cross_entropy(logits, labels, reduction="sum").double()])
     correct, loss = (accelerator.reduce(sums.float().to(accelerator.device)) / len(images)).tolist()
     return {"accuracy": correct, "loss": loss}
+
+
+def _best(run: Run, validations: list[dict[str, float]]) -> dict[str, float]:
+    """Return the best validation of those with no more layers than the classifier may have."""
+    lasting = first_lasting_step(layer_scores(run.model, ADAPTER_NAME), run.config.max_train_steps)
+    return max((found for found in validations if found["step"] >= lasting), key=_merit)
 
 
 def _merit(validation: dict[str, float]) -> tuple[float, float]:

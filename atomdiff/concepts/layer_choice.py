@@ -1,4 +1,4 @@
-"""The layers of a concept that its file gets, by the scores that were learned with it (`select="adaptive"`)."""
+"""The layers that files of a concept or a classifier get, by the scores learned with them (`select="adaptive"`)."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import copy
 import dataclasses
 import re
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 
 import torch
 from torch import Tensor
@@ -43,8 +43,33 @@ def choose_layers(
     def size(modules: list[str]) -> int:
         return len(concept_bytes(_with_layers(concept, modules), dtype))
 
-    ordered = sorted(scores, key=lambda module: -scores[module])
     others = [module for module in concept.layers if module not in scores]
+    return _with_layers(concept, [*others, *fitting_layers(scores, budget, size, others)])
+
+
+def fitting_layers(
+    scores: Mapping[str, float],
+    budget: int | None,
+    size: Callable[[list[str]], int],
+    others: Sequence[str] = (),
+    files: str = "the file has",
+) -> list[str]:
+    """Choose layers in the order of their scores: those above the threshold for which there is room.
+
+    Args:
+        scores: module -> score.
+        budget: bytes that are allowed; None: any number.
+        size: bytes of what is written with these layers.
+        others: layers without a score, which are written in any case.
+        files: what is written, for messages.
+
+    Warns:
+        UserWarning: no layer has a score of at least the threshold, or none; the best one is kept.
+
+    Raises:
+        UserError: there is no room for any layer that has a score.
+    """
+    ordered = sorted(scores, key=lambda module: -scores[module])
     if scores[ordered[0]] < SCORE_THRESHOLD:
         if others:
             ordered = []
@@ -59,12 +84,11 @@ def choose_layers(
             break
         if budget is None or size([*others, *kept, module]) <= budget:
             kept.append(module)
-    if budget is not None and not kept and (ordered or size(others) > budget):
-        without = "without the layers that may leave it" if others else "without any layer"
-        raise UserError(
-            f"select_budget={budget:,} bytes: the file has {size(others):,} {without}, and no room for one; allow more"
-        )
-    return _with_layers(concept, [*others, *kept])
+    if budget is not None and not kept and (ordered or size([*others]) > budget):
+        without = "without the layers that may leave" if others else "without any layer"
+        found = f"{files} {size([*others]):,} {without}"
+        raise UserError(f"select_budget={budget:,} bytes: {found}, and no room for one; allow more")
+    return kept
 
 
 def without_idle_layers(config: AtomConfig, tensors: Mapping[str, Tensor]) -> tuple[AtomConfig, dict[str, Tensor]]:
@@ -91,13 +115,29 @@ def without_idle_layers(config: AtomConfig, tensors: Mapping[str, Tensor]) -> tu
             "smaller select_penalty"
         )
     modules = [path.removeprefix(PEFT_PREFIX) for path in acting]
+    config, kept = with_chosen_layers(config, tensors, modules)
+    return config, kept if acting else {}
+
+
+def with_chosen_layers(
+    config: AtomConfig, tensors: Mapping[str, Tensor], modules: Collection[str]
+) -> tuple[AtomConfig, dict[str, Tensor]]:
+    """An adapter as PEFT saves it, with these of its layers, and without scores.
+
+    Args:
+        config: its settings.
+        tensors: by PEFT's keys.
+        modules: paths of the layers that stay.
+    """
     config = copy.deepcopy(config)
     config.target_modules = f"(?:{'|'.join(map(re.escape, modules))})"  # a list would mean all names that end so
     config.exclude_modules = config.layers_to_transform = config.layers_pattern = None
-    config.select, config.select_penalty = "all", type(config).select_penalty
-    idle = scores.keys() - set(acting)
+    config.select, config.select_penalty, config.select_budget = "all", type(config).select_penalty, None
+    ending = f".{attribute(SCORE_NAME)}"
+    scored = {key.removesuffix(ending) for key in tensors if key.endswith(ending)}
+    idle = scored - {f"{PEFT_PREFIX}{module}" for module in modules}
     kept = (key for key in tensors if key.rpartition(".")[0] not in idle and not key.endswith(ending))
-    return config, {key: tensors[key] for key in kept} if acting else {}
+    return config, {key: tensors[key] for key in kept}
 
 
 def count_by_block(modules: Iterable[str]) -> str:

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Collection, Iterable, Iterator, Mapping
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import Any, cast
 
 from peft import PeftConfig
@@ -15,7 +16,7 @@ from torch import Tensor
 
 import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from then on
 from atomdiff.concepts.concept_file import read_tensors, sort_header
-from atomdiff.concepts.layer_choice import without_idle_layers
+from atomdiff.concepts.layer_choice import with_chosen_layers, without_idle_layers
 from atomdiff.concepts.token_keys import check_words, split_token_key, token_tensors
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.removable import why_not_removable
@@ -54,21 +55,34 @@ def write(
                 config, tensors = without_idle_layers(config, tensors)
                 if not tensors:
                     continue
-            folder = _folder(unfinished, component, denoiser)
-            stored = copy.deepcopy(config)
-            stored.inference_mode = True
-            for key, value in vars(config).items():
-                if isinstance(value, set):
-                    setattr(stored, key, sorted(value))
-            stored.save_pretrained(str(folder))
-            if isinstance(config, AtomConfig):
-                tensors = stored_once(tensors)
-            tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # some methods share them between layers
-            data = sort_header(save(tensors, {"format": "pt", **(metadata or {})}))
-            (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
+            _write_adapter(_folder(unfinished, component, denoiser), config, tensors, metadata or {})
         if tokens:
             vectors = {key: vector.detach().cpu().contiguous() for key, vector in token_tensors(tokens).items()}
             save_file(vectors, unfinished / LEARNED_EMBEDS_NAME, metadata={"format": "pt"})
+
+
+def _write_adapter(
+    folder: Path, config: PeftConfig, tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
+) -> None:
+    """Write the two files of an adapter."""
+    stored = copy.deepcopy(config)
+    stored.inference_mode = True
+    for key, value in vars(config).items():
+        if isinstance(value, set):
+            setattr(stored, key, sorted(value))
+    stored.save_pretrained(str(folder))
+    if isinstance(config, AtomConfig):
+        tensors = stored_once(tensors)
+    tensors = {key: tensor.clone() for key, tensor in tensors.items()}  # some methods share them between layers
+    data = sort_header(save(tensors, {"format": "pt", **metadata}))
+    (folder / SAFETENSORS_WEIGHTS_NAME).write_bytes(data)
+
+
+def adapter_bytes(config: AtomConfig, tensors: Mapping[str, Tensor], modules: Collection[str]) -> int:
+    """Count the bytes of the two files that `write` makes of an adapter with these of its layers, without metadata."""
+    with TemporaryDirectory() as folder:
+        _write_adapter(Path(folder), *with_chosen_layers(config, tensors, modules), {})
+        return sum(file.stat().st_size for file in Path(folder).iterdir())
 
 
 def read(path: Path, components: Iterable[str] | None, denoiser: str) -> tuple[Adapters, Tokens, list[str]]:

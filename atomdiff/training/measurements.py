@@ -19,7 +19,7 @@ from atomdiff.training.config import TrainConfig
 from atomdiff.training.ema import averaged, restored
 from atomdiff.training.run_log import append_line, read_log
 from atomdiff.training.validation_loss import FixedSamples
-from atomdiff.tuner.selection import budget_step, has_budget
+from atomdiff.tuner.selection import first_lasting_step
 from atomdiff.utils.atomic import WriteError, write_text, writing
 from atomdiff.utils.progress import log
 
@@ -62,7 +62,7 @@ def first_best_step(run: Run, num_steps: int) -> int:
 
     Before layers leave for a budget, what is measured has layers that the file would lack.
     """
-    return budget_step(num_steps) if has_budget(run.model.layer_scores) else 1
+    return first_lasting_step(run.model.layer_scores, num_steps)
 
 
 def start_measuring(run: Run, done: int) -> None:

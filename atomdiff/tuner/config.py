@@ -61,8 +61,8 @@ class AtomConfig(AtomSettings, PeftConfig):
     select_budget: str | int | None = field(
         default=None,
         metadata={
-            "help": "With select='adaptive': bytes that the concept file may have, such as '8KB'. From half of the "
-            "steps on, only the layers with the highest scores that fit are trained."
+            "help": "With select='adaptive': bytes that the concept file, or a classifier's adapter, may have, such as "
+            "'8KB'. From half of the steps on, only the layers with the highest scores that fit are trained."
         },
     )
     modules_to_save: list[str] | None = field(
@@ -92,7 +92,7 @@ class AtomConfig(AtomSettings, PeftConfig):
 
     @property
     def budget(self) -> int | None:
-        """Bytes that a concept file may have; None: any number."""
+        """Bytes that a concept file, or a classifier's adapter, may have; None: any number."""
         return None if self.select_budget is None else parse_bytes(self.select_budget, "select_budget")
 
     def to_dict(self) -> dict[str, Any]:

@@ -61,6 +61,11 @@ def budget_step(num_steps: int) -> int:
     return max(1, num_steps // 2)
 
 
+def first_lasting_step(scores: Sequence[LayerScore], num_steps: int) -> int:
+    """The first step of a run after which no layer leaves for the size of the file any more."""
+    return budget_step(num_steps) if has_budget(scores) else 1
+
+
 @torch.no_grad()
 def leave_out(scores: Iterable[LayerScore], kept: Collection[str]) -> None:
     """Set the scores of all layers but those kept, by path, to 0; `frozen_scores` knows them by that from then on."""
@@ -78,7 +83,7 @@ def frozen_scores(scores: Sequence[LayerScore]) -> list[nn.Parameter]:
 
 
 def has_budget(scores: Sequence[LayerScore]) -> bool:
-    """Whether layers leave for the size of the file."""
+    """Whether layers leave for the size of what is written."""
     return any(score.config.budget is not None for score in scores)
 
 

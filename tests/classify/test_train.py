@@ -222,7 +222,6 @@ def test_mistakes_are_user_errors(config, fields, message):
         ({**LORA, "init_lora_weights": "pissa"}, "init_lora_weights='pissa' rewrites the base"),
         ({**LORA, "target_modules": ["nothing"]}, "the adapter does not fit the base"),
         ({"peft_type": "ATOMS", "target_modules": ["normalization"]}, "atoms adapt"),
-        ({"peft_type": "ATOMS", "select": "adaptive", "select_budget": "8KB"}, "classifiers have none: leave it out"),
     ],
 )
 def test_adapters_that_do_not_fit_are_user_errors(config, adapter, message, tmp_path):

@@ -68,7 +68,7 @@ def test_layers_without_a_score_stay_and_count_in_the_budget():
     assert one.layers.keys() == one.fingerprint.keys() == {LARGE} and one.training["selected_layers"] == "1 of 2"
     assert choose_layers(concept, {SMALL: 0.2}, size(both), torch.float16).layers.keys() == {LARGE, SMALL}
     for score, room in ((0.2, size(both) - 1), (0.05, size(one) - 1)):
-        with pytest.raises(UserError, match=rf"the file has {size(one):,} without the layers that may leave it"):
+        with pytest.raises(UserError, match=rf"the file has {size(one):,} without the layers that may leave,"):
             choose_layers(concept, {SMALL: score}, room, torch.float16)
 
 
