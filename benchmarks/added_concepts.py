@@ -19,7 +19,7 @@ beside one other .8 kept.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,7 +28,7 @@ from atomdiff.evaluate.similarity import similarities
 from atomdiff.evaluate.suite import generate_images, read_subject
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.experiments import chosen_rate, make_trial
+from benchmarks.experiments import chosen_rate, make_trial, vary_trial
 from benchmarks.loaded_concepts import load_concepts, open_base, phrase_of, places_suite
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import summarize
@@ -78,8 +78,8 @@ def trial_of(config: AddedConceptsConfig, method: str, subject: str) -> Trial:
     trial = make_trial(method, rate, photos, config.protocols, 0, config.run, config.work_dir)
     if config.preservation == "none":
         return trial
-    folder = f"{trial.folder}-preservation-{config.preservation}"
-    return replace(trial, folder=folder, options={**trial.options, "preservation": config.preservation})
+    name = f"preservation-{config.preservation}"
+    return vary_trial(trial, name, options={"preservation": config.preservation})
 
 
 def similarity_by_count(config: AddedConceptsConfig, pipe: Any, trial: Trial, judge: ImageEncoder) -> dict[str, float]:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -88,6 +90,18 @@ def make_trial(
         protocols,
         run,
         str(Path(work_dir) / "shared"),
+    )
+
+
+def vary_trial(
+    trial: Trial, name: str, adapter: Mapping[str, Any] | None = None, options: Mapping[str, Any] | None = None
+) -> Trial:
+    """Return a run with other fields of the adapter or other options, in a folder with a name beside it."""
+    return replace(
+        trial,
+        folder=f"{trial.folder}-{name}",
+        adapter={**trial.adapter, **(adapter or {})},
+        options={**trial.options, **(options or {})},
     )
 
 

@@ -172,14 +172,23 @@ def train_and_evaluate(trial: Trial) -> dict[str, Any]:
     if not has_concept(trial):
         write_json(trained_file, _train(config))
     trained: dict[str, Any] = json.loads(trained_file.read_text())
-    concept = Path(config.output_dir) / trained.pop("concept")
+    evaluated = evaluate_concept(trial, Path(config.output_dir) / trained.pop("concept"))
+    for leftover in Path(config.output_dir).glob("checkpoint-*"):
+        shutil.rmtree(leftover)
+    return {**trained, **evaluated}
+
+
+def evaluate_concept(trial: Trial, concept: Path) -> dict[str, Any]:
+    """Evaluate a concept, named like its subject, by all protocols of a trial; images that are there are kept.
+
+    Returns:
+        The subject's `kind`, `metrics` by protocol, and `top_1`.
+    """
+    config = trial.config()
     found = {Path(protocol).stem: _evaluate(trial, config, concept, protocol) for protocol in trial.protocols}
     metrics = {protocol: each["metrics"]["toybox"] for protocol, each in found.items()}
     kind = next(iter(found.values()))["kind"]
-    top_1 = _top_1(trial, config.trigger_phrase)
-    for leftover in Path(config.output_dir).glob("checkpoint-*"):
-        shutil.rmtree(leftover)
-    return {"kind": kind, **trained, "metrics": metrics, "top_1": top_1}
+    return {"kind": kind, "metrics": metrics, "top_1": _top_1(trial, config.trigger_phrase)}
 
 
 def _train(config: Any) -> dict[str, Any]:
