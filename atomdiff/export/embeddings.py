@@ -16,6 +16,8 @@ from atomdiff.pipelines.loaded_concepts import list_atoms
 from atomdiff.pipelines.placeholder_tokens import token_id, tokens_in
 from atomdiff.pipelines.token_names import group_placeholder_tokens
 from atomdiff.sampling.concept_source import ConceptSource
+from atomdiff.tuner.checks import check_in_reach
+from atomdiff.tuner.weight_access import read
 
 TokenEmbeddings = dict[str, dict[str, Tensor]]  # trigger word -> key in a file -> embeddings (n, hidden)
 
@@ -63,8 +65,9 @@ def _embedding(pipe: Any, token: str, encoder: str) -> Tensor:
     """Return a placeholder token's embedding (hidden,), not rounded to the dtype of the table where it was set."""
     if (vector := tokens_in(pipe)[token].vectors.get(encoder)) is not None:
         return vector
-    table: Tensor = getattr(pipe, encoder).get_input_embeddings().weight
-    return table[token_id(pipe, token, encoder)].detach().float()
+    model = getattr(pipe, encoder)
+    check_in_reach(model)
+    return read(model.get_input_embeddings())[token_id(pipe, token, encoder)].detach().float()
 
 
 def save_embeddings(folder: Path, prefix: str, words: TokenEmbeddings, dtype: torch.dtype) -> dict[str, Path]:

@@ -27,6 +27,7 @@ from atomdiff.tuner import adapter_state
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.model import find_targets
 from atomdiff.tuner.read_config import adapts_nothing, read_adapter
+from atomdiff.tuner.readable_copy import readable_copy
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.paths import PathText, check_writable, refuse_overlap
 from atomdiff.utils.text_files import read_yaml
@@ -116,12 +117,13 @@ def extract(
         The concept, for `atomdiff.concepts.concept_file.write_concept_file`, and how much it explains.
 
     Raises:
-        UserError: the models do not belong together, have adapters, or nothing that these atoms adapt differs.
+        UserError: the models do not belong together, have adapters or tensors out of reach, or nothing that these atoms
+            adapt differs.
     """
     config = config or AtomConfig()
     _check_config(config)
-    component, old = _denoiser(base)
-    _, new = _denoiser(tuned)
+    (component, old), (_, new) = _denoiser(base), _denoiser(tuned)
+    old, new = readable_copy(old), readable_copy(new)
     before, after = _parameters(old, "base"), _parameters(new, "tuned model")
     _check_same_architecture(before, after)
     differing = [name for name, tensor in before.items() if _norm_of_difference(tensor, after[name])]
@@ -262,7 +264,7 @@ def _other_models(base: Any, tuned: Any) -> dict[str, int]:
     counts = {}
     old, new = pipeline_models(base), pipeline_models(tuned)
     for part in (old.keys() & new.keys()) - {_denoiser(base)[0]}:
-        one, two = old[part].state_dict(), new[part].state_dict()
+        one, two = (readable_copy(each[part]).state_dict() for each in (old, new))
         counts[part] = sum(key not in two or _differs(value, two[key]) for key, value in one.items())
     return {part: count for part, count in sorted(counts.items()) if count}
 

@@ -13,9 +13,9 @@ from peft.utils import AuxiliaryTrainingWrapper
 from torch import Tensor, nn
 
 from atomdiff.pipelines.models import locked, pipeline_models
-from atomdiff.tuner import checks, merging, weight_access
+from atomdiff.tuner import checks, merging
 from atomdiff.tuner.base_weight import BaseWeight
-from atomdiff.tuner.dry_run import copy_structure
+from atomdiff.tuner.readable_copy import readable_copy
 from atomdiff.tuner.slots import remove_empty_slots
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.functional_call import PLAIN_LAYERS
@@ -44,13 +44,16 @@ def layer_differences(pipe: Any) -> Iterator[LayerDifference]:
     is, merged or not.
 
     Raises:
-        UserError: an adapter cannot be merged, replaces whole modules, or changes something else than Linear and
-            convolutions.
+        UserError: an adapter cannot be merged, replaces whole modules, changes something else than Linear and
+            convolutions, or is out of reach.
     """
     for component, model in pipeline_models(pipe).items():
         _refuse_whole_modules(component, model)
-        for path, layer in _outer_layers(model).items():
-            before, merged = _merge(f"{component}.{path}", copy_structure(layer), torch.float32)
+        layers = _outer_layers(model)
+        if layers:
+            checks.check_in_reach(model)
+        for path, layer in layers.items():
+            before, merged = _merge(f"{component}.{path}", readable_copy(layer), torch.float32)
             parameters = {name: merged.get_parameter(name).data - tensor for name, tensor in before.items()}
             if not any(difference.any() for difference in parameters.values()):
                 continue
@@ -68,14 +71,14 @@ def merged_copy(pipe: Any) -> Any:
     It shares all tensors but the merged ones with the pipeline, which stays as it is, also for other threads.
 
     Raises:
-        UserError: an adapter cannot be merged, or replaces whole modules.
+        UserError: an adapter cannot be merged, replaces whole modules, or is out of reach.
     """
     copied = copy.copy(pipe)
     with locked(pipe):
         for component, model in pipeline_models(pipe).items():
             _refuse_whole_modules(component, model)
             checks.check_writable(model)
-            made = copy_structure(model)
+            made = readable_copy(model)
             for path, layer in _outer_layers(made).items():
                 _, base = _merge(f"{component}.{path}", layer)
                 parent, _, child = path.rpartition(".")
@@ -106,10 +109,8 @@ def _merge(name: str, layer: Any, dtype: torch.dtype | None = None) -> tuple[dic
         The parameters of the base layer before, and the base layer after, both in `dtype`; None: that of its calls.
     """
     base = layer.get_base_layer()
-    for each in [each for each, _ in base.named_parameters(recurse=False)]:
-        value = weight_access.read(base, each).detach()
-        base._parameters[each] = nn.Parameter(value.to(dtype or value.dtype, copy=True), requires_grad=False)
-    weight_access.remove_offload_hooks(base)
+    for each, value in list(base.named_parameters(recurse=False)):
+        base._parameters[each] = nn.Parameter(value.detach().to(dtype or value.dtype, copy=True), requires_grad=False)
     try:
         merging.restore(layer)
         before = {each: value.detach().clone() for each, value in base.named_parameters(recurse=False)}

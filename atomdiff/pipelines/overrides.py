@@ -14,7 +14,7 @@ from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.pipelines.hooks import ReplacedMethod, replace_methods, restore_methods
 from atomdiff.pipelines.tokenizers import original_tokenizer
 from atomdiff.pipelines.vocabulary_link import strip_tokens
-from atomdiff.tuner import adapter_state, checks, merging
+from atomdiff.tuner import adapter_state, checks, merging, weight_access
 from atomdiff.tuner.removable import why_not_removable
 from atomdiff.utils.errors import UserError, warn
 
@@ -106,9 +106,10 @@ def bare(model: Any) -> Any:
     """A copy of a model that shares its tensors, without adapters, merged weights and trigger words.
 
     Raises:
-        UserError: weights are on the meta device.
+        UserError: weights are offloaded.
     """
-    if any(parameter.is_meta for parameter in model.parameters()):
+    on_disk = any(weight_access.group_on_disk(module) is not None for module in model.modules())
+    if on_disk or any(parameter.is_meta for parameter in model.parameters()):
         raise UserError(
             f"weights of this {type(model).__name__} are offloaded, and cannot be saved with concepts loaded: unload "
             "them before, or write a pipeline with them by `atomdiff export --to pipeline`"

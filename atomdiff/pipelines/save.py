@@ -21,7 +21,7 @@ from atomdiff.pipelines.loaded_concepts import has_adapter, name_concepts, refre
 from atomdiff.pipelines.models import locked, pipeline_models
 from atomdiff.pipelines.placeholder_tokens import tokens_in
 from atomdiff.tuner import adapter_state
-from atomdiff.tuner.checks import check_readable
+from atomdiff.tuner.checks import check_in_reach, check_readable
 from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.selection import file_budget, layer_scores
 from atomdiff.utils.errors import UserError
@@ -58,7 +58,7 @@ def save_atoms(
 
     Raises:
         UserError: there is no such adapter or token, its settings differ between components, a value is not finite, or
-            the dtype is no such floating-point one.
+            out of reach, or the dtype is no such floating-point one.
     """
     if dtype not in _DTYPES:
         raise UserError(f"dtype={dtype}: expected one of {', '.join(map(str, _DTYPES))}")
@@ -68,6 +68,8 @@ def save_atoms(
         models = pipeline_models(pipe)
         configs = _configs(models, adapter_name)
         if any(not isinstance(config, AtomConfig) for config in configs.values()):
+            for component in configs:
+                check_in_reach(models[component])
             adapters = {
                 component: (config, adapter_state.peft_tensors(models[component], adapter_name))
                 for component, config in configs.items()

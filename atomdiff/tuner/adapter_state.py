@@ -108,8 +108,17 @@ def atom_tensors(model: nn.Module, name: str) -> dict[str, dict[str, Tensor]]:
 
 
 def peft_tensors(model: nn.Module, name: str) -> dict[str, Tensor]:
-    """The tensors of an adapter of any PEFT method, under the keys that PEFT saves them with."""
-    state = peft_state_dict(model, name)
+    """The tensors of an adapter of any PEFT method, wherever they are kept, under the keys that PEFT saves them with.
+
+    What is out of reach has to be ruled out before (`checks.check_in_reach`).
+    """
+    wrapped = as_peft_model(model)
+    state: dict[str, Tensor] = wrapped.state_dict()
+    for key, tensor in state.items():
+        path, _, own = key.rpartition(".")
+        if name in key.split("."):
+            state[key] = weight_access.read(wrapped.get_submodule(path), own, tensor)
+    state = get_peft_model_state_dict(wrapped, state, name, save_embedding_layers=False)
     layout = torch.contiguous_format  # copies, as files have no tensors that share memory
     return {unwrapped_key(key): tensor.detach().cpu().clone(memory_format=layout) for key, tensor in state.items()}
 

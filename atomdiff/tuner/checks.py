@@ -11,7 +11,7 @@ from atomdiff.tuner import weight_access
 from atomdiff.tuner.adapter_state import adapter_layers, atom_layers, changes_weights, module_path
 from atomdiff.tuner.base_weight import BaseWeight
 from atomdiff.tuner.model import base_modules
-from atomdiff.tuner.weight_access import group_on_disk, walk, why_not_read, why_not_written
+from atomdiff.tuner.weight_access import group_on_disk, is_offloaded, walk, why_not_read, why_not_written
 from atomdiff.utils.errors import UserError
 
 
@@ -23,6 +23,23 @@ def check_readable(model: nn.Module, paths: Iterable[str]) -> None:
     """
     modules = dict(base_modules(model))
     _check(model, {path: modules[path] for path in paths if path in modules}, why_not_read, "adapt", "load")
+
+
+def check_in_reach(model: nn.Module) -> None:
+    """Check that all tensors of a model, those of adapters among them, can be read outside of calls.
+
+    Raises:
+        UserError: diffusers keeps some on disk, or some are on the meta device, without values.
+    """
+    for path, module in model.named_modules():
+        reason = "they are offloaded to disk" if group_on_disk(module) is not None else ""
+        if any(tensor is not None and tensor.is_meta for tensor in module._parameters.values()):
+            reason = reason or ("" if is_offloaded(module) else "they are on the meta device, without values")
+        if reason:
+            where = module_path(path) or type(model).__name__
+            raise UserError(
+                f"cannot read the weights of {where}: {reason}; load the pipeline again, in memory and in full"
+            )
 
 
 def check_writable(model: nn.Module) -> None:

@@ -141,10 +141,23 @@ def forget_buffer(module: nn.Module, name: str) -> None:
         hook.original_devices.pop(name, None)
 
 
-def remove_offload_hooks(module: nn.Module) -> None:
-    """Let a module whose parameters were replaced by some in memory be no longer taken for offloaded or cast."""
-    vars(module).pop("_hf_hook", None)
-    vars(module).pop("_diffusers_hook", None)
+def put_in_memory(copied: nn.Module) -> None:
+    """Give a copy of a model that shares its tensors those that `read` gives; no module is offloaded or cast any more.
+
+    What keeps tensors without values, or on a disk, has to be ruled out before (`checks.check_in_reach`).
+    """
+    for module in copied.modules():
+        if not _is_hooked(module):
+            continue
+        for name, tensor in list(module._parameters.items()):
+            if tensor is not None:
+                value = read(module, name, tensor).detach()
+                module._parameters[name] = nn.Parameter(value, tensor.requires_grad)
+        for name, buffer in list(module._buffers.items()):
+            if buffer is not None and buffer.is_meta:
+                module._buffers[name] = read(module, name, buffer)
+        for name in ("_hf_hook", "_diffusers_hook", "forward", "_old_forward"):
+            vars(module).pop(name, None)
 
 
 def comes_per_call(module: nn.Module) -> bool:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from accelerate import cpu_offload
 from safetensors.torch import load_file
 
 import atomdiff
@@ -16,6 +17,7 @@ from atomdiff.export.report import describe_export
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_tokens, set_token_embedding, tokens_in
 from tests.export.helpers import add_random_adapter, copy_of, generate_latents, load_textual_inversion
+from tests.helpers import assert_same_tensors
 
 
 def add_tokens(pipe, tokens):
@@ -53,6 +55,16 @@ def test_words_of_concepts_that_are_not_active_are_left_out(tiny_pipe, concepts)
     for active, words in (({one: 1, two: 1}, ["sks", "ohwx"]), ({two: 0.5}, ["ohwx"])):
         atomdiff.set_active(tiny_pipe, active)
         assert list(active_embeddings(tiny_pipe)) == words
+
+
+def test_an_embedding_that_was_never_set_is_read_where_it_is_offloaded(sdxl_template):
+    pipe = copy_of(sdxl_template)
+    add_placeholder_tokens(pipe, ["ohwx"])
+    set_token_embedding(pipe, "ohwx", {"text_encoder": torch.ones(pipe.text_encoder.config.hidden_size)})
+    expected = active_embeddings(pipe)["ohwx"]
+    cpu_offload(pipe.text_encoder_2, torch.device("cpu"))
+    assert pipe.text_encoder_2.get_input_embeddings().weight.is_meta
+    assert_same_tensors(active_embeddings(pipe)["ohwx"], expected)
 
 
 @pytest.mark.slow

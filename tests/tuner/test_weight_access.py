@@ -9,11 +9,15 @@ from accelerate.hooks import remove_hook_from_module
 from diffusers.hooks import apply_group_offloading
 from diffusers.hooks.layerwise_casting import apply_layerwise_casting_hook
 from diffusers.utils import convert_state_dict_to_diffusers
-from peft import LoraConfig, get_peft_model_state_dict
+from peft import IA3Config, LNTuningConfig, LoraConfig, get_peft_model_state_dict
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 import atomdiff
+from atomdiff.activation_adapters import CoeffTuningConfig, ConvAdapterConfig, MonaConfig
+from atomdiff.export.diff import export_diff
+from atomdiff.export.extract import extract
+from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, remove_placeholder_tokens, set_token_embedding
 from atomdiff.tuner import AtomConfig
 from atomdiff.tuner.base_weight import BaseWeight
@@ -353,6 +357,105 @@ def test_concepts_are_saved_and_kept_in_part_where_they_were_offloaded(pipe, fil
         for each in (plain, pipe):
             atomdiff.set_active(each, {"all": {"keep": 0.5}})
         torch.testing.assert_close(predict(pipe), predict(plain), atol=1e-5, rtol=0)
+
+
+METHODS = {
+    "mona": MonaConfig(hidden_size=4),
+    "conv_adapter": ConvAdapterConfig(),
+    "coeff_tuning": CoeffTuningConfig(),
+    "lora": LoraConfig(r=2, target_modules=["to_q", "conv1"]),
+    "dora": LoraConfig(r=2, target_modules=["to_q"], use_dora=True),
+    "ia3": IA3Config(target_modules=["to_q"], feedforward_modules=[]),
+    "ln_tuning": LNTuningConfig(target_modules=["norm1"]),
+}
+
+
+def offloaded_pair(pipe, name, way, folder):
+    """A pipeline with an adapter of these settings, and one of the same that is offloaded afterwards."""
+    add(pipe, name, METHODS[name])
+    pipe.unet.set_adapter(name)
+    offloaded = copy.deepcopy(pipe)
+    (IN_MEMORY | ON_DISK)[way](offloaded.unet, folder)
+    return pipe, offloaded
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", IN_MEMORY | ON_DISK)
+@pytest.mark.parametrize("name", METHODS)
+def test_adapters_of_any_method_are_saved_where_they_were_offloaded(pipe, tmp_path, way, name):
+    plain, offloaded = offloaded_pair(pipe, name, way, tmp_path / "offloaded")
+    if way in ("leaves on disk", "blocks on disk"):
+        with pytest.raises(UserError, match="cannot read the weights of .*: they are offloaded to disk; load the pipe"):
+            atomdiff.save_atoms(offloaded, tmp_path / "refused", name)
+        assert not (tmp_path / "refused").exists()
+        return
+    saved = [atomdiff.save_atoms(each, tmp_path / str(i), name) for i, each in enumerate((plain, offloaded))]
+    one, other = (load_file(folder / "adapter_model.safetensors") for folder in saved)
+    assert any(tensor.any() for tensor in one.values())
+    assert_same(other, one)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", IN_MEMORY | ON_DISK)
+@pytest.mark.parametrize("name", ["lora", "dora", "ia3"])
+def test_offloaded_adapters_are_exported(pipe, tmp_path, way, name):
+    plain, offloaded = offloaded_pair(pipe, name, way, tmp_path / "offloaded")
+
+    def exported(pipe, name):
+        diff = export_diff(pipe, tmp_path / f"{name}.safetensors", dtype=torch.float32).path
+        folder = export_pipeline(pipe, tmp_path / name).path if way in IN_MEMORY else None
+        whole = load_file(folder / "unet" / "diffusion_pytorch_model.safetensors") if folder else {}
+        return {f"diff.{key}": value for key, value in load_file(diff).items()} | whole
+
+    expected = exported(plain, "plain")
+    if way in ("leaves on disk", "blocks on disk"):
+        with pytest.raises(UserError, match="cannot read the weights of .*: they are offloaded to disk"):
+            exported(offloaded, "refused")
+        return
+    assert_same(exported(offloaded, "offloaded"), expected)
+    if way == "sequential":
+        assert all(parameter.is_meta for parameter in offloaded.unet.parameters())
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("way", IN_MEMORY | ON_DISK)
+def test_what_full_tuning_changed_is_found_in_offloaded_pipelines(pipe, tmp_path, way):
+    tuned = copy.deepcopy(pipe)
+    with torch.no_grad():
+        tuned.unet.conv_in.weight.add_(torch.randn(tuned.unet.conv_in.weight.shape) / 10)
+        tuned.text_encoder.get_input_embeddings().weight.mul_(2)
+    config = AtomConfig(channel_block=1)
+    expected = extract(pipe, tuned, config)
+    for number, each in enumerate((pipe, tuned)):
+        (IN_MEMORY | ON_DISK)[way](each.unet, tmp_path / str(number))
+    cpu_offload(tuned.text_encoder, torch.device("cpu"))
+    if way in ("leaves on disk", "blocks on disk"):
+        with pytest.raises(UserError, match="cannot read the weights of .*: they are offloaded to disk"):
+            extract(pipe, tuned, config)
+        return
+    found = extract(pipe, tuned, config)
+    assert found.explained == expected.explained and found.other_models == expected.other_models != {}
+    for module, tensors in expected.concept.layers.items():
+        assert_same(found.concept.layers[module], tensors)
+    assert found.concept.fingerprint == expected.concept.fingerprint
+
+
+def test_weights_without_values_are_named(pipe, tmp_path):
+    add(pipe, "lora", METHODS["lora"])
+    pipe.unet.mid_block.attentions[0].to("meta")
+    with pytest.raises(UserError, match=r"the weights of mid_block.attentions.0\S+: they are on the meta device, with"):
+        atomdiff.save_atoms(pipe, tmp_path / "refused", "lora")
+
+
+@pytest.mark.parametrize("way", ["sequential", "leaves on disk", "blocks on disk"])
+def test_offloaded_bases_with_concepts_are_not_saved_by_diffusers(pipe, files, tmp_path, way):
+    atomdiff.load_atoms(pipe, files["all"])
+    (IN_MEMORY | ON_DISK)[way](pipe.unet, tmp_path / "offloaded")
+    with (
+        pytest.warns(UserWarning, match="the folder has the base only"),
+        pytest.raises(UserError, match="weights of this UNet2DConditionModel are offloaded, and cannot be saved with"),
+    ):
+        pipe.unet.save_pretrained(tmp_path / "saved")
 
 
 @pytest.mark.parametrize("way", ["sequential", "groups of leaves"])
