@@ -101,9 +101,11 @@ def run_trial(
 def _train(trial: optuna.Trial, run: Run, max_base_drift: float | None, stop: StopSignals) -> None:
     """Train to the last step, or until the trial is pruned.
 
-    With `keep_best` an earlier measurement is saved, so that the drift of a later one does not matter.
+    With `keep_best` an earlier measurement is saved, so that the drift of a later one does not matter. What is measured
+    before layers leave for a budget does not either: the file will lack some of those layers.
     """
     config, average = run.config, float("nan")
+    first = first_best_step(run, config.max_train_steps)
     limit = float("inf") if max_base_drift is None or config.keep_best else max_base_drift
     start_measuring(run, 0)
     log_file, samples = Path(config.output_dir) / LOG_FILE, run.samples_per_step
@@ -119,7 +121,7 @@ def _train(trial: optuna.Trial, run: Run, max_base_drift: float | None, stop: St
             if stop.requested:
                 raise KeyboardInterrupt
             line = run.measurements.values[-1] if run.measurements.values else {}
-            if line.get("step") == step:
+            if line.get("step") == step >= first:
                 trial.report(line["validation_loss"], step)
                 drifted = line.get(DRIFT, 0.0) > limit
                 if step < config.max_train_steps and (drifted or trial.should_prune()):

@@ -283,6 +283,32 @@ def test_a_best_step_is_one_after_layers_have_left_for_the_budget(tune_config, m
     assert found.best.value == 0.4 and found.best.user_attrs["step"] == 3
 
 
+def test_no_trial_is_pruned_by_what_was_measured_before_layers_have_left_for_the_budget(
+    tune_config, monkeypatch, tmp_path
+):
+    better = [(0.5, 0.0), (0.4, 0.0), (0.4, 0.0), (0.4, 0.0)]
+    late = [(0.9, 0.3), (0.3, 0.0), (0.3, 0.0), (0.3, 0.0)]  # loss and drift of a first step that does not count
+    early = [(0.1, 0.0), (0.9, 0.0)]
+    far = [(0.1, 0.0), (0.3, 0.2)]
+    lines = iter([*better, *better, *better, *late, *early, *far])
+
+    def measure(run, step):
+        loss, drift = next(lines)
+        run.measurements.values.append({"step": step, "validation_loss": loss, "base_drift": drift})
+
+    monkeypatch.setattr(trial, "measure", measure)
+    monkeypatch.setattr(trial, "start_measuring", lambda *_: None)
+    (tmp_path / "budget.json").write_text('{"peft_type": "ATOMS", "select": "adaptive", "select_budget": "30KB"}')
+    space = {"learning_rate": {"low": 1e-4, "high": 1e-1, "log": True}}
+    config = tune_config(
+        space, num_trials=6, max_train_steps=4, max_base_drift=0.1, adapter=str(tmp_path / "budget.json")
+    )
+    assert tune(config).best.number == 3
+    assert states(config) == ["COMPLETE"] * 4 + ["PRUNED"] * 2 and next(lines, None) is None
+    assert [*trials_of(config)[3].intermediate_values] == [2, 3, 4]
+    assert trials_of(config)[4].intermediate_values == {2: 0.9}
+
+
 def test_a_trial_that_diverges_counts_as_a_bad_one(tune_config, monkeypatch, capsys):
     usual, calls = trial.train_step, []
 
