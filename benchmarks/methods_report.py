@@ -38,7 +38,7 @@ QUALITY = (
     "top-1",
     "seeds",
 )
-COSTS = ("method", "parameters", "tensors", "file", "training", "memory")
+COSTS = ("method", "parameters", "tensors", "file", "a step, over LoRA r16", "memory")
 MARKS: dict[str, tuple[Callable[[Mapping[str, Any]], bool], str]] = {
     "†": (
         lambda figures: bool(figures.get("at_end_of_search")),
@@ -57,6 +57,8 @@ PLOTS = {
 """File -> title, and what draws it."""
 Methods = dict[str, dict[str, Any]]
 """Method -> its result file."""
+Steps = Mapping[str, Any]
+"""The result file of `training_step_toybox.py`; empty: there is none."""
 
 
 @dataclass(frozen=True)
@@ -69,6 +71,8 @@ class ReportConfig:
     """Page that plots and table are written into, between its marks; none: the table is printed."""
     images: str = "docs/images"
     """Folder of the plots."""
+    steps: str = "benchmarks/results/training_step_toybox.json"
+    """Result file of a training step of each method; where there is none, its column stays empty."""
 
 
 def read_methods(folder: Path) -> Methods:
@@ -85,12 +89,18 @@ def read_methods(folder: Path) -> Methods:
         if (conditions := content.get("conditions")) is None:  # it failed before
             continue
         first = first or (method, conditions)
-        names = sorted({*conditions, *first[1]} - {"seeds"})
+        names = sorted({*conditions, *first[1]} - {"seeds", "trials"})
         if others := [name for name in names if conditions.get(name) != first[1].get(name)]:
             message = f"{folder}: {first[0]} and {method} were measured with other {', '.join(others)}"
             raise UserError(f"{message}; expected files of one comparison: run it again for one of them")
     order = [*ordered_methods(), *sorted(found)]
     return {method: found[method] for method in dict.fromkeys(order) if method in found}
+
+
+def read_steps(file: Path) -> Steps:
+    """Read the result file of a training step; empty: there is none."""
+    found: Steps = json.loads(file.read_text()) if file.is_file() else {}
+    return found
 
 
 def points_of(methods: Methods) -> list[Point]:
@@ -104,18 +114,17 @@ def points_of(methods: Methods) -> list[Point]:
     return points
 
 
-def make_table(methods: Methods) -> str:
+def make_table(methods: Methods, steps: Steps) -> str:
     """Return tables of quality and costs in Markdown, with what there is to know beside them."""
     done = {method: content for method, content in methods.items() if content["status"] == "done"}
     quality, costs = ([_line(columns), _line(["---"] * len(columns))] for columns in (QUALITY, COSTS))
     notes = []
     if done:
-        first = next(iter(done.values()))
-        quality += _reference_lines(first["summary"])
-        notes.append(_conditions(first["conditions"]))
+        quality += _reference_lines(next(iter(done.values()))["summary"])
+        notes.append(_conditions({method: content["conditions"] for method, content in done.items()}))
     reference = done.get(REFERENCE, {"runs": []})
     quality += [_line(_quality_cells(method, content, reference)) for method, content in done.items()]
-    costs += [_line(_cost_cells(method, content["figures"])) for method, content in done.items()]
+    costs += [_line(_cost_cells(method, content["figures"], steps)) for method, content in done.items()]
     if best := frontier(points_of(methods)):
         names = ", ".join(f"`{point.method}`" for point in best)
         notes.append(f"On the frontier of similarity and bytes: {names}.")
@@ -130,17 +139,28 @@ def make_table(methods: Methods) -> str:
     if missing := [f"`{method}`" for method in ordered_methods() if method not in methods]:
         notes.append(f"Not run: {', '.join(missing)}.")
     machines = dict.fromkeys(content["machine"] for content in done.values())
-    notes.append(f"Times and memory: {'; '.join(machines)}." if machines else "No method has succeeded.")
+    notes.append(f"Memory: {'; '.join(machines)}." if machines else "No method has succeeded.")
+    if steps:
+        notes.append(f"Steps: {steps['machine']}.")
     return "\n".join([*quality, "", *costs, "", *(f"- {note}" for note in notes)])
 
 
-def _conditions(conditions: Mapping[str, Any]) -> str:
-    trials = conditions["trials"]
-    rate = "its own learning rate, without a search"
-    if trials > 1:
-        allowance = f"that keep within a drift of {_number(conditions['max_drift'])} on the tuning subjects"
-        rate = f"the best of at most {trials} learning rates {allowance}"
-    return f"Subjects: {', '.join(conditions['subjects'])}. Every method has {rate}."
+def _conditions(by_method: Mapping[str, Mapping[str, Any]]) -> str:
+    """Say what all methods were measured with, and how the learning rate of each was found."""
+    rates: dict[str, list[str]] = {}
+    for method, conditions in by_method.items():
+        rates.setdefault(_rate(conditions), []).append(f"`{method}`")
+    usual = max(rates, key=lambda rate: len(rates[rate]))
+    others = [f"; {', '.join(methods)}: {rate}" for rate, methods in rates.items() if rate != usual]
+    subjects = next(iter(by_method.values()))["subjects"]
+    return f"Subjects: {', '.join(subjects)}. Every method has {usual}{''.join(others)}."
+
+
+def _rate(conditions: Mapping[str, Any]) -> str:
+    if conditions["trials"] == 1:
+        return "its own learning rate, without a search"
+    allowance = f"that keep within a drift of {_number(conditions['max_drift'])} on the tuning subjects"
+    return f"the best of at most {conditions['trials']} learning rates {allowance}"
 
 
 def _message(content: Mapping[str, Any]) -> str:
@@ -193,9 +213,17 @@ def _quality_cells(method: str, content: Mapping[str, Any], reference: Mapping[s
     return [f"`{method}`{_marks(content['figures'])}", *cells]
 
 
-def _cost_cells(method: str, figures: Mapping[str, Any]) -> list[str]:
-    sizes = [format_size(figures[name]) for name in ("tensor_bytes", "bytes", "peak_memory_bytes")]
-    return [f"`{method}`", f"{figures['parameters']:,}", *sizes[:2], f"{figures['train_seconds']:.0f} s", sizes[2]]
+def _cost_cells(method: str, figures: Mapping[str, Any], steps: Steps) -> list[str]:
+    tensors, file, memory = (format_size(figures[name]) for name in ("tensor_bytes", "bytes", "peak_memory_bytes"))
+    step = steps.get("figures", {}).get(f"{method}:over_lora")
+    return [
+        f"`{method}`",
+        f"{figures['parameters']:,}",
+        tensors,
+        file,
+        "" if step is None else _number(step, 2),
+        memory,
+    ]
 
 
 def _estimate(found: Mapping[str, Any]) -> str:
@@ -203,8 +231,9 @@ def _estimate(found: Mapping[str, Any]) -> str:
     return _number(found["mean"]) + error
 
 
-def _number(value: float) -> str:
-    return f"{value:.3f}".replace("0.", ".", 1) if abs(value) < 1 else f"{value:.3f}"
+def _number(value: float, digits: int = 3) -> str:
+    text = f"{value:.{digits}f}"
+    return text.replace("0.", ".", 1) if abs(value) < 1 else text
 
 
 def format_size(count: float) -> str:
@@ -239,7 +268,7 @@ def plots(page: Path, images: Path) -> str:
 def main(config: ReportConfig) -> None:
     """Make the table and the plots."""
     methods, images = read_methods(Path(config.results)), Path(config.images)
-    table, points = make_table(methods), points_of(methods)
+    table, points = make_table(methods, read_steps(Path(config.steps))), points_of(methods)
     for name, (_, draw) in PLOTS.items() if points else ():
         with new_file(images / f"{name}.png") as file:
             draw(points).savefig(file, dpi=160, format="png", transparent=True)

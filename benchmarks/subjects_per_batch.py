@@ -48,7 +48,7 @@ from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.result_file import command_line, write_result
 from benchmarks.timing import seconds, take_turns
-from benchmarks.training_step import PARTS, allocations
+from benchmarks.training_step import allocations
 
 ROOT = Path(__file__).parents[1]
 ALONE = "alone"
@@ -118,10 +118,9 @@ def measure_steps(config: BenchmarkConfig, batch_size: int, base: Any, device: s
         counts: dict[str, int] = {ALONE: 1} | {str(count): count for count in config.subjects_per_batch}
         joint = {str(count): join(started[:count]) for count in config.subjects_per_batch}
         works = {name: partial(joint.get(name, partial(step_alone, started[0])), 1) for name in counts}
-        part = dataclasses.replace(PARTS["tiny_cpu"], device=device)
         for name, work in works.items():
             work()
-            with allocations(part) as memory:
+            with allocations(device) as memory:
                 work()
             figures[f"memory_{name}"] = memory["peak"]
         for name, found in take_turns(works, config.repeats, device).items():

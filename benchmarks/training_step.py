@@ -195,11 +195,11 @@ def make_step(unet: Any, part: Part, config: BenchmarkConfig) -> Callable[[], No
 
 
 @contextmanager
-def allocations(part: Part) -> Iterator[dict[str, int]]:
-    """Count bytes: at the end of the block, `peak` above what there was before, and `left` by it."""
+def allocations(device: str) -> Iterator[dict[str, int]]:
+    """Count bytes on a device: at the end of the block, `peak` above what there was before, and `left` by it."""
     found: dict[str, int] = {}
     gc.collect()
-    if part.device == "cpu":
+    if device == "cpu":
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as record:
             yield found
             gc.collect()
@@ -260,7 +260,7 @@ def measure(methods: list[str], part: Part, config: BenchmarkConfig, weights: di
     idle: dict[str, int] = {}
     figures: dict[str, float] = {}
     for method in methods:
-        with allocations(part) as memory:
+        with allocations(part.device) as memory:
             unet = unets[method] = build(method, part, weights)
             step = steps[method] = make_step(unet, part, config)
             figures[f"saved_bytes_{method}"] = bytes_saved(step, unet)
@@ -271,7 +271,7 @@ def measure(methods: list[str], part: Part, config: BenchmarkConfig, weights: di
         mode = "_checkpointing" if checkpointing else ""
         for method, unet in unets.items():
             (unet.enable_gradient_checkpointing if checkpointing else unet.disable_gradient_checkpointing)()
-            with allocations(part) as memory:
+            with allocations(part.device) as memory:
                 steps[method]()
             figures[f"memory_bytes_{method}{mode}"] = idle[method] + memory["peak"]
             figures[f"above_idle_bytes_{method}{mode}"] = memory["peak"]

@@ -5,6 +5,7 @@ import json
 import re
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -20,6 +21,7 @@ from benchmarks import (
     subjects_per_batch,
     survival,
     training_step,
+    training_step_toybox,
     warm_start,
 )
 from benchmarks.classifier_runs import Comparison
@@ -53,6 +55,34 @@ def test_a_training_step(result, tmp_path):
     figures = result("training_step_tiny_cpu.json")
     assert figures["step_over_lora_attn_tiny_cpu"] > 0
     assert figures["trained_numbers_spatial_tiny_cpu"] < figures["trained_numbers_lora_attn_tiny_cpu"]
+
+
+@pytest.mark.slow
+def test_a_training_step_of_every_method(result, tmp_path):
+    run = tmp_path / "run.yaml"
+    tiny = CONCEPT.parent / "tiny-sd"
+    run.write_text(f"pretrained_model_name_or_path: {tiny}\ntrain_token: true\ntrain_batch_size: 1\n")
+    config = training_step_toybox.BenchmarkConfig(
+        ("token/default", "atoms/default"), 2, str(run), output=str(tmp_path / "steps.json")
+    )
+    training_step_toybox.main(config)
+    figures = result("steps.json")
+    names = {"lora/attention_r16", "atoms/default", "token/default", "again"}
+    assert {name.partition(":")[0] for name in figures} == names
+    assert figures["lora/attention_r16:over_lora"] == figures["atoms/default:over_atoms"] == 1
+    seconds = [figures[f"{name}:step_seconds"] for name in ("token/default", "atoms/default")]
+    assert figures["token/default:over_atoms"] == pytest.approx(seconds[0] / seconds[1], rel=1e-2)
+    memory = {name: figures[f"{name}:memory_bytes"] for name in names}
+    assert 0 < memory["token/default"] < memory["lora/attention_r16"] == pytest.approx(memory["again"], rel=0.05)
+
+
+def test_steps_go_on_in_a_run(monkeypatch):
+    calls = []
+    monkeypatch.setattr(training_step_toybox, "step_alone", lambda started, step: calls.append((started, step)))
+    one, other = (training_step_toybox.stepper(SimpleNamespace(done=done)) for done in (0, 4))
+    for step in (one, other, one):
+        step()
+    assert [step for _, step in calls] == [1, 5, 2]
 
 
 def test_a_library(tmp_path):

@@ -85,8 +85,8 @@ def test_methods_are_compared_and_reported(world, capsys):
     for name in ("methods_bytes", "methods_tradeoffs"):
         assert Image.open(world.path / "images" / f"{name}.png").mode == "RGBA"
 
-    compare_methods.main(dataclasses.replace(config, methods=("atoms/tiny",), trials=1))
-    with pytest.raises(UserError, match="measured with other trials; expected files of one comparison"):
+    compare_methods.main(dataclasses.replace(config, methods=("atoms/tiny",), max_drift=0.9))
+    with pytest.raises(UserError, match="measured with other max_drift; expected files of one comparison"):
         methods_report.main(report)
 
 
@@ -114,14 +114,17 @@ def test_a_method_that_fails_stays_in_the_comparison(world, monkeypatch):
     )
     compare_methods.main(compare_config(world, methods=("token/default", "lora/attention_r16")))
     compare_methods.main(compare_config(world, methods=("lora/attention_r1",), trials=2))  # fails in the search
-    methods = methods_report.read_methods(world.path / "results")
+    page = world.path / "page.md"
+    page.write_text(f"{methods_report.START}\n{methods_report.END}\n")
+    methods_report.main(methods_report.ReportConfig(str(world.path / "results"), str(page), str(world.path)))
+    methods, table = methods_report.read_methods(world.path / "results"), page.read_text()
     searched = methods["lora/attention_r1"]
     assert searched["figures"] == {} and "conditions" not in searched
     assert [each["failed"][0]["subject"] for each in searched["search"].values()] == ["cat", "cat"]
-    table = methods_report.make_table(methods)
     for method in ("lora/attention_r16", "lora/attention_r1"):
-        assert methods[method]["status"] == "failed"
-        assert f"`{method}` failed: " in table and "nowhere" in table and f"| `{method}`" not in table
+        assert methods[method]["status"] == "failed" and f"| `{method}`" not in table
+        (line,) = [line for line in table.splitlines() if line.startswith(f"- `{method}` failed: ")]
+        assert "nowhere" in line
 
 
 def test_what_a_comparison_cannot_measure_is_said_before_it_begins(world):
@@ -246,13 +249,50 @@ def test_methods_with_failed_runs_do_not_end_the_report():
         "full/default": none_done,
     }
     assert [found["status"] for found in methods.values()] == ["done", "failed"]
-    table = methods_report.make_table(methods)
+    table = methods_report.make_table(methods, {})
     assert "`atoms/tiny` failed in 1 runs (no memory); the subjects of these are left out." in table
     assert "`full/default` failed: no memory." in table
     assert [point.method for point in methods_report.points_of(methods)] == ["atoms/tiny"]
     assert "Subjects: cat, mug. Every method has its own learning rate, without a search." in table
-    assert "Times and memory: a GPU, float32, runs at a time: 2." in table
+    assert table.endswith("Memory: a GPU, float32, runs at a time: 2.")
     assert any(row.startswith("| `atoms/tiny`") and row.endswith("| 0 |") for row in table.splitlines())
+
+
+def write_method(folder, method, trials, **conditions):
+    """A result file of a comparison, as `compare_methods` writes it."""
+    figures = {"train_seconds": 9.0, "peak_memory_bytes": 5, "device": "a GPU", "precision": "float32", "processes": 2}
+    result = result_of("mug", 0.2, **figures)
+    half = {"base": {"mean": 0.5}, "concept": {"mean": 0.5}}
+    result["metrics"]["toybox"]["diversity"] = half
+    result["metrics"]["edits"] = {"color_accuracy": half, "pattern_accuracy": None}
+    found = {"method": method, "search": {}} | describe_runs([result], {"tensor_bytes": 9})
+    found["conditions"] = {"trials": trials, "max_drift": 0.1, "subjects": ["mug"], "seeds": [0]} | conditions
+    folder.mkdir(exist_ok=True)
+    (folder / f"{method.replace('/', '-')}.json").write_text(json.dumps(found))
+
+
+def test_each_method_has_its_number_of_trials_and_the_time_of_its_step(tmp_path, capsys):
+    for method, trials in {"atoms/default": 4, "token/default": 3, "full/default": 3, "atoms/tiny": 1}.items():
+        write_method(tmp_path / "results", method, trials)
+    steps = {"machine": "a quiet CPU", "figures": {"atoms/default:over_lora": 1.149, "token/default:over_lora": 0.751}}
+    (tmp_path / "steps.json").write_text(json.dumps(steps))
+    report = methods_report.ReportConfig(str(tmp_path / "results"), None, str(tmp_path), str(tmp_path / "steps.json"))
+    methods_report.main(report)
+    table = capsys.readouterr().out.splitlines()
+    allowed = "that keep within a drift of .100 on the tuning subjects"
+    assert (
+        f"- Subjects: mug. Every method has the best of at most 3 learning rates {allowed}; `atoms/default`: the best "
+        f"of at most 4 learning rates {allowed}; `atoms/tiny`: its own learning rate, without a search."
+    ) in table
+    (start,) = [number for number, line in enumerate(table) if "a step, over LoRA r16" in line]
+    cells = [[cell.strip() for cell in line.split("|")] for line in table[start + 2 : start + 6]]
+    assert {row[1]: row[5] for row in cells} == {
+        "`atoms/default`": "1.15",
+        "`atoms/tiny`": "",
+        "`token/default`": ".75",
+        "`full/default`": "",
+    }
+    assert table[-1] == "- Steps: a quiet CPU."
 
 
 def test_gains_are_compared_in_pairs_of_subject_and_seed():

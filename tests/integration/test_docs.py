@@ -313,7 +313,8 @@ def test_the_comparison_of_methods_is_that_of_its_result_files():
     if results.is_dir():
         methods = methods_report.read_methods(results)
         plots = methods_report.plots(page, page.parent / "images")
-        assert block == f"{plots}\n\n{methods_report.make_table(methods)}"
+        steps = methods_report.read_steps(results.parent / "training_step_toybox.json")
+        assert block == f"{plots}\n\n{methods_report.make_table(methods, steps)}"
     else:
         assert block.startswith("Not measured yet")
 
