@@ -79,7 +79,7 @@ def state_of(pipe):
         "modules": [id(module) for module in modules],
         "memory": [(p.data_ptr(), p.requires_grad) for model in models.values() for p in model.parameters()],
         "layers": [(each.active_adapters, each.disable_adapters, {**each.scaling}) for each in layers],
-        "scheduler": dict(pipe.scheduler.config),
+        "scheduler": {name: value for name, value in pipe.scheduler.config.items() if name[0] != "_"},
     }
 
 
