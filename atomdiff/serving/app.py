@@ -29,7 +29,6 @@ _STATUS: dict[type[Exception], int] = {
     UserError: 400,
     NotFoundError: 404,
     FileExistsError: 409,
-    BodyTooLargeError: 413,
     QueueFullError: 429,
     ClientLeftError: 499,  # nobody reads it; as nginx logs it
     EngineClosedError: 503,
@@ -106,8 +105,12 @@ def _describe(error: Exception) -> tuple[int, str]:
         if isinstance(error.body, bytes):
             return 400, "found a body that is not said to be JSON; send the header 'Content-Type: application/json'"
         return 400, "; ".join(map(_describe_field, error.errors()))
+    if isinstance(error, BodyTooLargeError):
+        return error.status_code, error.detail
     if isinstance(error, HTTPException):
-        return error.status_code, f"{error.detail}; /docs lists what this server answers"
+        if (cause := error.__cause__) is not None:  # as of text that is not in UTF-8
+            return error.status_code, f"the body cannot be read ({cause}); expected JSON in UTF-8"
+        return error.status_code, f"{error.detail.rstrip('.')}; /docs lists what this server answers"
     status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
     if status == 500:
         return 500, f"the image could not be made: {type(error).__name__}; the server's log says more"
@@ -115,6 +118,10 @@ def _describe(error: Exception) -> tuple[int, str]:
 
 
 def _describe_field(found: dict[str, Any]) -> str:
+    if found["type"] == "json_invalid":
+        return f"found a body that is no JSON: {found['ctx']['error']} at character {found['loc'][-1]}"
     place = ".".join(str(part) for part in found["loc"] if part != "body") or "the body"
+    if found["type"] == "missing":
+        return f"{place} is missing"
     value = repr(found.get("input"))[:100]
     return f"{place}={value}: {found['msg']}"

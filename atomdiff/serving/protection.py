@@ -9,6 +9,7 @@ from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
 from urllib.parse import urlsplit
 
+from fastapi import HTTPException
 from starlette.datastructures import Headers
 from starlette.responses import JSONResponse
 
@@ -75,11 +76,11 @@ class Protection:
         return None
 
 
-class BodyTooLargeError(Exception):
+class BodyTooLargeError(HTTPException):  # others FastAPI takes for errors of its parser
     """A body is larger than it may be."""
 
     def __init__(self, max_bytes: int) -> None:
-        super().__init__(f"found a body of more than {max_bytes} bytes, the most that is taken; send less")
+        super().__init__(413, f"found a body of more than {max_bytes} bytes, the most that is taken; send less")
 
 
 def _answer(status: int, message: str) -> JSONResponse:

@@ -167,14 +167,30 @@ def served(serve):
 
 
 def test_what_is_no_request_is_refused(served):
-    assert message_of(served.post(GENERATE, content=b"{", headers={"Content-Type": "application/json"}), 400)
+    bodies = {
+        b"{": "found a body that is no JSON: Expecting property name enclosed in double quotes at character 1",
+        b'{"prompt": "\xff"}': "the body cannot be read ('utf-8' codec can't decode byte 0xff in position 12: invalid",
+        b"[" * 100_000: "the body cannot be read (maximum recursion depth exceeded",
+        b"": "the body is missing",
+        b"{}": "prompt is missing",
+    }
+    for body, message in bodies.items():
+        answer = served.post(GENERATE, content=body, headers={"Content-Type": "application/json"})
+        assert message_of(answer, 400).startswith(message)
+    assert "file is missing" in message_of(served.post("/v1/concepts", data={"name": "x"}), 400)
     for header in ({}, {"Content-Type": "application/x-www-form-urlencoded"}):  # the latter as curl's --data has it
         answer = served.post(GENERATE, content=b'{"prompt": "a cat"}', headers=header)
         assert "send the header 'Content-Type: application/json'" in message_of(answer, 400)
     assert "/docs" in message_of(served.get("/nothing"), 404)
     assert message_of(served.get(GENERATE), 405)
-    chunks = (b"x" * 10**6 for _ in range(30))
-    assert served.post(GENERATE, content=chunks).status_code in (400, 413)
+
+
+def test_large_bodies_are_refused_also_where_their_size_is_not_told(served):
+    head = b'--q\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
+    for path, kind in ((GENERATE, "application/json"), ("/v1/concepts", "multipart/form-data; boundary=q")):
+        chunks = (head if number == 0 else b"x" * 10**6 for number in range(30))
+        answer = served.post(path, content=chunks, headers={"Content-Type": kind})
+        assert "found a body of more than 16065536 bytes" in message_of(answer, 413)
 
 
 def test_pages_of_other_sites_and_other_hosts_are_refused(served):
