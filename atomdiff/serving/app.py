@@ -62,11 +62,18 @@ def make_app(engine: Engine, config: EngineConfig, host: str = "127.0.0.1") -> F
     for router in (openai_api.router, concepts_api.router, webui_api.router):
         app.include_router(router)
     app.add_api_route("/health", _health, methods=["GET"], tags=["server"])
+    app.add_api_route("/health", _health, methods=["HEAD"], include_in_schema=False)  # as monitors ask
     app.add_api_route("/metrics", _metrics, methods=["GET"], tags=["server"], response_class=Response)
     for kind in (*_STATUS, RequestValidationError, HTTPException, Exception):
         app.add_exception_handler(kind, _answer_error)
     max_bytes = int(config.max_upload_mb * 1e6) + _FORM_BYTES
-    app.add_middleware(Protection, host=host, api_key=config.api_key, max_bytes=max_bytes)  # type: ignore[arg-type]
+    app.add_middleware(
+        Protection,  # type: ignore[arg-type]
+        host=host,
+        api_key=config.api_key,
+        max_bytes=max_bytes,
+        on_refusal=app.state.metrics.count_refusal,
+    )
     return app
 
 
@@ -92,8 +99,9 @@ async def _answer_error(http: Request, error: Exception) -> Response:
     status, message = _describe(error)
     if (concepts := http.app.state.engine.concepts) is not None:
         message = message.replace(str(concepts.library.folder), "the library")
-    http.app.state.metrics.answers.labels(str(status)).inc()
-    answer = JSONResponse(error_body(status, message), status)
+    http.app.state.metrics.count_refusal(status)
+    headers = error.headers if isinstance(error, HTTPException) else None  # such as Allow
+    answer = JSONResponse(error_body(status, message), status, headers)
     if isinstance(error, QueueFullError):
         answer.headers["Retry-After"] = str(error.retry_after)
     return answer

@@ -29,6 +29,10 @@ class Metrics:
         self._engine = engine
         self.registry.register(self)  # type: ignore[arg-type]  # it has the one method that is called
 
+    def count_refusal(self, status: int) -> None:
+        """Count a request that was answered with an error."""
+        self.answers.labels(str(status)).inc()
+
     def collect(self) -> Iterator[Any]:
         """Yield the engine's figures."""
         engine, stats = self._engine, self._engine.stats

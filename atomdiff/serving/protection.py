@@ -7,7 +7,7 @@ import hmac
 from binascii import Error as Base64Error
 from collections.abc import Awaitable, Callable, MutableMapping
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import SplitResult, urlsplit
 
 from fastapi import HTTPException
 from starlette.datastructures import Headers
@@ -31,10 +31,14 @@ class Protection:
         host: the address that the server listens on.
         api_key: the key; None: none is asked for.
         max_bytes: of a body.
+        on_refusal: called with the status of each refusal.
     """
 
-    def __init__(self, app: Any, host: str, api_key: str | None, max_bytes: int) -> None:
+    def __init__(
+        self, app: Any, host: str, api_key: str | None, max_bytes: int, on_refusal: Callable[[int], None]
+    ) -> None:
         self.app, self.host, self.api_key, self.max_bytes = app, host, api_key, max_bytes
+        self.on_refusal = on_refusal
 
     async def __call__(
         self, scope: Message, receive: Callable[[], Awaitable[Message]], send: Callable[[Message], Awaitable[None]]
@@ -45,6 +49,7 @@ class Protection:
             return
         headers = Headers(scope=scope)  # type: ignore[arg-type]
         if refusal := self._refuse(scope["path"], headers):
+            self.on_refusal(refusal.status_code)
             await refusal(scope, receive, send)
             return
         received = 0
@@ -61,9 +66,9 @@ class Protection:
 
     def _refuse(self, path: str, headers: Headers) -> JSONResponse | None:
         host, origin = headers.get("host", ""), headers.get("origin")
-        if origin is not None and urlsplit(origin).netloc != host:
+        if origin is not None and (not host or _split(origin).netloc != host):
             return _answer(403, f"found a request from the web site {origin!r}; expected none of another site's pages")
-        if self.api_key is None and self.host in _LOOPBACK and urlsplit(f"//{host}").hostname not in _LOOPBACK:
+        if self.api_key is None and self.host in _LOOPBACK and _split(f"//{host}").hostname not in _LOOPBACK:
             return _answer(403, f"found the host {host!r}; expected localhost: to serve others, set --api_key")
         length = headers.get("content-length", "0")
         if not length.isdecimal() or int(length) > self.max_bytes:
@@ -81,6 +86,14 @@ class BodyTooLargeError(HTTPException):  # others FastAPI takes for errors of it
 
     def __init__(self, max_bytes: int) -> None:
         super().__init__(413, f"found a body of more than {max_bytes} bytes, the most that is taken; send less")
+
+
+def _split(address: str) -> SplitResult:
+    """Return the parts of an address; none of one that is damaged."""
+    try:
+        return urlsplit(address)
+    except ValueError:  # such as half of a pair of brackets
+        return SplitResult("", "", "", "", "")
 
 
 def _answer(status: int, message: str) -> JSONResponse:

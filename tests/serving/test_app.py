@@ -182,7 +182,8 @@ def test_what_is_no_request_is_refused(served):
         answer = served.post(GENERATE, content=b'{"prompt": "a cat"}', headers=header)
         assert "send the header 'Content-Type: application/json'" in message_of(answer, 400)
     assert "/docs" in message_of(served.get("/nothing"), 404)
-    assert message_of(served.get(GENERATE), 405)
+    answer = served.get(GENERATE)
+    assert message_of(answer, 405) and answer.headers["Allow"] == "POST"
 
 
 def test_large_bodies_are_refused_also_where_their_size_is_not_told(served):
@@ -196,6 +197,8 @@ def test_large_bodies_are_refused_also_where_their_size_is_not_told(served):
 def test_pages_of_other_sites_and_other_hosts_are_refused(served):
     assert message_of(served.get("/health", headers={"Origin": "http://evil.example"}), 403)
     assert message_of(served.get("/health", headers={"Host": "evil.example"}), 403)
+    for name in ("Host", "Origin"):
+        assert message_of(served.get("/health", headers={name: "http://["}), 403)
     origin = str(served.base_url).rstrip("/")
     assert served.get("/health", headers={"Origin": origin}).status_code == 200
 
@@ -207,7 +210,9 @@ def test_key(serve):
         assert message_of(client.get("/v1/concepts", headers={"Authorization": wrong}), 401)
     assert client.get("/v1/concepts", headers={"Authorization": "Bearer secret"}).status_code == 200
     assert client.get("/sdapi/v1/loras", auth=("any", "secret")).status_code == 200
-    assert client.get("/health").status_code == 200
+    assert client.get("/health").status_code == client.head("/health").status_code == 200
+    figures = client.get("/metrics", auth=("any", "secret")).text
+    assert 'atomdiff_errors_total{status="401"} 5.0' in figures
 
 
 def test_documentation_needs_no_network(served):
