@@ -6,8 +6,9 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any
 
-from fastapi import FastAPI, Request
+from fastapi import FastAPI, Request, Security
 from fastapi.exceptions import RequestValidationError
+from fastapi.security import HTTPBearer
 from fastapi_offline import FastAPIOffline
 from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
@@ -56,6 +57,8 @@ def make_app(engine: Engine, config: EngineConfig, host: str = "127.0.0.1") -> F
         description="Images with concepts: many requests share the denoising steps.",
         redoc_url=None,
         lifespan=closing,
+        # For the page at /docs to ask for the key; it is checked before, by `Protection`.
+        dependencies=[] if config.api_key is None else [Security(HTTPBearer(auto_error=False))],
     )
     app.state.engine, app.state.metrics = engine, Metrics(engine)
     app.state.model_name = config.pretrained_model_name_or_path.rstrip("/").rpartition("/")[2]

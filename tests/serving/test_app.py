@@ -211,6 +211,9 @@ def test_key(serve):
     assert client.get("/v1/concepts", headers={"Authorization": "Bearer secret"}).status_code == 200
     assert client.get("/sdapi/v1/loras", auth=("any", "secret")).status_code == 200
     assert client.get("/health").status_code == client.head("/health").status_code == 200
+    described = client.get("/openapi.json").json()  # for its page to ask for the key
+    assert described["components"]["securitySchemes"] == {"HTTPBearer": {"type": "http", "scheme": "bearer"}}
+    assert described["paths"][GENERATE]["post"]["security"] == [{"HTTPBearer": []}]
     figures = client.get("/metrics", auth=("any", "secret")).text
     assert 'atomdiff_errors_total{status="401"} 5.0' in figures
 
