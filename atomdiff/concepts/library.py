@@ -104,6 +104,10 @@ class ConceptLibrary:
             return info
         raise UserError(self._unknown_name(name))
 
+    def infos(self) -> list[ConceptInfo]:
+        """Return what the headers of all concepts say, sorted by name, as of the last scan."""
+        return [*self._index.concepts.values()]
+
     def find(self, phrase: str) -> list[str]:
         """Return names of concepts with this trigger phrase, then of those with all of its words, whatever the case.
 
@@ -190,7 +194,7 @@ class ConceptLibrary:
         Files and subfolders that cannot be used are listed in `damaged`; a warning names the new ones.
 
         Raises:
-            UserError: the folder cannot be read; the library stays as it was.
+            LibraryFolderError: the folder cannot be read; the library stays as it was.
         """
         scans = self._scans
         with self._scanning:

@@ -47,6 +47,10 @@ class ConceptInfo:
     """Whether it is a LoRA file of another program, which is loaded by its path."""
 
 
+class LibraryFolderError(UserError):
+    """The folder of a library cannot be read or written to."""
+
+
 class LibraryIndex:
     """What a scan of the folder found; immutable."""
 
@@ -117,7 +121,9 @@ def _list_files(folder: Path) -> tuple[dict[str, _Stamp], dict[Path, str]]:
 
     def note(error: OSError) -> None:
         if error.filename == str(folder):
-            raise UserError(f"folder={error.filename!r} cannot be read as a folder of concepts: {error}") from error
+            raise LibraryFolderError(
+                f"folder={error.filename!r} cannot be read as a folder of concepts: {error}"
+            ) from error
         if not isinstance(error, FileNotFoundError):  # gone since it was listed
             unreadable[Path(error.filename)] = f"cannot read {error.filename}: {error}"
 

@@ -14,6 +14,7 @@ from starlette.concurrency import run_in_threadpool
 from starlette.exceptions import HTTPException
 from starlette.responses import JSONResponse, Response
 
+from atomdiff.concepts.library_index import LibraryFolderError
 from atomdiff.serving import concepts_api, openai_api, webui_api
 from atomdiff.serving.config import EngineConfig
 from atomdiff.serving.engine import Engine
@@ -27,6 +28,7 @@ from atomdiff.utils.versions import atomdiff_version
 _FORM_BYTES = 64 << 10  # of a body, beside a file
 
 _STATUS: dict[type[Exception], int] = {
+    LibraryFolderError: 500,
     UserError: 400,
     NotFoundError: 404,
     FileExistsError: 409,
@@ -122,10 +124,10 @@ def _describe(error: Exception) -> tuple[int, str]:
         if (cause := error.__cause__) is not None:  # as of text that is not in UTF-8
             return error.status_code, f"the body cannot be read ({cause}); expected JSON in UTF-8"
         return error.status_code, f"{error.detail.rstrip('.')}; /docs lists what this server answers"
-    status = next((status for kind, status in _STATUS.items() if isinstance(error, kind)), 500)
-    if status == 500:
-        return 500, f"the image could not be made: {type(error).__name__}; the server's log says more"
-    return status, str(error)
+    for kind, status in _STATUS.items():
+        if isinstance(error, kind):
+            return status, str(error)
+    return 500, f"the server failed: {type(error).__name__}; its log says more"
 
 
 def _describe_field(found: dict[str, Any]) -> str:

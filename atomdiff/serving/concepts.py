@@ -8,14 +8,15 @@ import shutil
 import tempfile
 import threading
 import weakref
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from atomdiff.concepts.concept_file import CONCEPT_SUFFIX, ConceptFile, read_concept_file
 from atomdiff.concepts.library import ConceptLibrary
-from atomdiff.concepts.library_index import ConceptInfo
+from atomdiff.concepts.library_index import ConceptInfo, LibraryFolderError
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.sampling.concept_source import ConceptSource, library_source
 from atomdiff.utils.errors import UserError
@@ -71,7 +72,7 @@ class ServedConcepts:
             info = self.library.info(name)
         return info
 
-    def add(self, name: str, data: bytes, check: Callable[[ConceptFile], object], *, overwrite: bool = False) -> None:
+    def add(self, name: str, data: bytes, check: Callable[[ConceptFile], object], *, overwrite: bool = False) -> str:
         """Put a concept file into the library, once all of it has been checked.
 
         Args:
@@ -80,44 +81,56 @@ class ServedConcepts:
             check: raises `UserError` for concepts that are not to be taken.
             overwrite: replace a concept of this name; requests that use it keep the old one.
 
+        Returns:
+            The name, without endings.
+
         Raises:
             UserError: the name cannot be one, or the file is no concept file, or damaged.
-            FileExistsError: there is a concept of this name.
+            FileExistsError: there is a concept of this name, or a LoRA file, which is not replaced.
+            LibraryFolderError: the folder cannot be written to.
         """
         name = normalize_name(name.removesuffix(CONCEPT_SUFFIX))
         if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_BYTES:
             raise UserError(f"found the name {printable(name)!r} for a concept; expected {_TAGS_NAMES}")
         target = self.library.folder / f"{name}{CONCEPT_SUFFIX}"
         exists = f"there is a concept {name!r} already: choose another name, or set overwrite"
-        if not overwrite and name in self.library:
-            raise FileExistsError(exists)
-        handle, temporary = tempfile.mkstemp(prefix=".upload-", dir=self.library.folder)
-        try:
-            with os.fdopen(handle, "wb") as file:
-                file.write(data)
+        if name in self.library:
+            if self.library.info(name).is_lora:
+                raise FileExistsError(f"there is a LoRA file {name!r} already: choose another name, or delete it first")
+            if not overwrite:
+                raise FileExistsError(exists)
+        with _writing():
+            handle, temporary = tempfile.mkstemp(prefix=".upload-", dir=self.library.folder)
             try:
-                check(read_concept_file(temporary))
-            except UserError as error:
-                raise UserError(str(error).replace(temporary, f"the concept {name!r}")) from error
-            os.chmod(temporary, 0o644)
-            if overwrite:
-                os.replace(temporary, target)
-            else:
+                with os.fdopen(handle, "wb") as file:
+                    file.write(data)
                 try:
-                    _name_new(temporary, target)
-                except FileExistsError as error:
-                    raise FileExistsError(exists) from error
-        finally:
-            Path(temporary).unlink(missing_ok=True)
+                    check(read_concept_file(temporary))
+                except UserError as error:
+                    raise UserError(str(error).replace(temporary, f"the concept {name!r}")) from error
+                os.chmod(temporary, 0o644)
+                if overwrite:
+                    os.replace(temporary, target)
+                else:
+                    try:
+                        _name_new(temporary, target)
+                    except FileExistsError as error:
+                        raise FileExistsError(exists) from error
+            finally:
+                Path(temporary).unlink(missing_ok=True)
         self.library.refresh()
+        return name
 
     def delete(self, name: str) -> None:
         """Delete the file of a concept; requests that use it are finished with it.
 
         Raises:
             UserError: there is no such concept.
+            LibraryFolderError: the folder cannot be written to.
         """
-        self.info(name).path.unlink(missing_ok=True)
+        path = self.info(name).path
+        with _writing():
+            path.unlink(missing_ok=True)
         self.library.refresh()
 
     def _source(self, name: str) -> ConceptSource:
@@ -127,6 +140,18 @@ class ServedConcepts:
             if source is None:
                 source = self._sources[info] = _keep(library_source(self.library, name))
             return source
+
+
+@contextmanager
+def _writing() -> Iterator[None]:
+    """Say what is wrong where a library's folder cannot be written to, as when the disk is full."""
+    try:
+        yield
+    except FileExistsError:
+        raise
+    except OSError as error:
+        reason = error.strerror or type(error).__name__
+        raise LibraryFolderError(f"the library cannot be written to ({reason}); tell who runs this server") from error
 
 
 def _name_new(file: str, target: Path) -> None:
@@ -145,8 +170,11 @@ def _name_new(file: str, target: Path) -> None:
 
 
 def thumbnail(info: ConceptInfo) -> str | None:
-    """Return the thumbnail in a concept's file, a data URL with an image; None: it has none."""
-    found = read_safetensors_header(info.path)[0].get("modelspec.thumbnail", "")
+    """Return the thumbnail in a concept's file, a data URL with an image; None: it has none, or is gone."""
+    try:
+        found = read_safetensors_header(info.path)[0].get("modelspec.thumbnail", "")
+    except UserError:
+        return None
     return found if found.startswith("data:image/") and len(found) <= _MAX_THUMBNAIL else None
 
 

@@ -47,12 +47,11 @@ def list_concepts(
     """List the concepts with their trigger words, and thumbnails where the files have them."""
     library = _concepts(http).library
     library.refresh()
-    found = [*library]
+    found = library.infos()
     if search:
         by_words = {*library.find(search)}
-        found = [name for name in found if search.lower() in name.lower() or name in by_words]
-    page = [_describe(library.info(name)) for name in found[offset : offset + limit]]
-    return ConceptList(total=len(found), data=page)
+        found = [info for info in found if search.lower() in info.name.lower() or info.name in by_words]
+    return ConceptList(total=len(found), data=[_describe(info) for info in found[offset : offset + limit]])
 
 
 @router.post("", status_code=201)
@@ -65,8 +64,8 @@ def upload_concept(
     """Add a concept file to the library, once it has been checked against the base."""
     concepts, engine = _concepts(http), http.app.state.engine
     name = (name or file.filename or "").removesuffix(".atoms.safetensors")
-    concepts.add(name, file.file.read(), engine.check_concept, overwrite=overwrite)
-    return _describe(concepts.info(name))
+    added = concepts.add(name, file.file.read(), engine.check_concept, overwrite=overwrite)
+    return _describe(concepts.info(added))
 
 
 @router.delete("/{name:path}", status_code=204)

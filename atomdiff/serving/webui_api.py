@@ -127,10 +127,9 @@ def loras(http: Request) -> list[dict[str, Any]]:
     if concepts is None:
         return []
     concepts.library.refresh()
-    infos = [concepts.library.info(name) for name in concepts.library]
     return [
         {"name": info.name, "alias": info.trigger_phrase or info.name, "path": info.path.name, "metadata": {}}
-        for info in infos
+        for info in concepts.library.infos()
     ]
 
 

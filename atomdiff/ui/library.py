@@ -42,8 +42,7 @@ def search(library: ConceptLibrary, text: str) -> list[ConceptInfo]:
     """Return the concepts whose name, trigger phrase or base have all words of a text in them; the newest first."""
     library.refresh()
     words = text.casefold().split()
-    infos = [library.info(name) for name in library]
-    found = [info for info in infos if all(word in _searched(info) for word in words)]
+    found = [info for info in library.infos() if all(word in _searched(info) for word in words)]
     return sorted(found, key=lambda info: info.mtime_ns, reverse=True)
 
 

@@ -6,9 +6,12 @@ import io
 import json
 import os
 import random
+import shutil
+import tempfile
 import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 
 import httpx
 import pytest
@@ -77,6 +80,8 @@ def test_concepts_are_uploaded_listed_and_deleted(serve, library, tmp_path, tiny
     assert (concept["trigger_phrase"], concept["trigger_words"]) == ("sks mug", ["sks"])
     assert client.get("/v1/concepts").json()["total"] == 4
     assert client.post(GENERATE, json={"prompt": "sks <atoms:new-1>", **QUICK}).status_code == 200
+    again = client.post("/v1/concepts", files={"file": ("new-2.atoms.safetensors.atoms.safetensors", data)})
+    assert again.status_code == 201 and client.delete(f"/v1/concepts/{again.json()['name']}").status_code == 204
     again = client.post("/v1/concepts", files={"file": ("new-1", data)})
     assert "'new-1' already" in message_of(again, 409)
     again = client.post("/v1/concepts", files={"file": ("x", data)}, data={"name": "new-1", "overwrite": "true"})
@@ -104,6 +109,53 @@ def test_uploads_need_no_hard_links(serve, library, monkeypatch):
     assert {path.name for path in library.iterdir()} == {
         f"{name}.atoms.safetensors" for name in ("ant", "bee", "cat", "dog", "eel")
     }
+
+
+def test_a_library_that_fails_is_no_fault_of_the_request(serve, library, monkeypatch):
+    client, file = serve(), (library / "ant.atoms.safetensors").read_bytes()
+
+    def fail(*_, **__):
+        raise OSError(errno.EROFS, "Read-only file system", str(library))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(tempfile, "mkstemp", fail)
+        patch.setattr(Path, "unlink", fail)
+        for answer in (
+            client.post("/v1/concepts", files={"file": ("dog", file)}),
+            client.delete("/v1/concepts/ant"),
+        ):
+            assert "the library cannot be written to (Read-only file system)" in message_of(answer, 500)
+    assert client.post(GENERATE, json={"prompt": "sks <atoms:ant>", **QUICK}).status_code == 200
+    shutil.rmtree(library)
+    for answer in (
+        client.get("/v1/concepts"),
+        client.get("/sdapi/v1/loras"),
+        client.post("/v1/concepts", files={"file": ("dog", file)}),
+        client.post(GENERATE, json={"prompt": "sks <atoms:ant>", **QUICK}),
+    ):
+        assert "the library" in message_of(answer, 500) and str(library) not in answer.text
+    assert client.post(GENERATE, json={"prompt": "a cat", **QUICK}).status_code == 200
+
+
+def test_a_concept_that_goes_while_the_library_is_listed_harms_no_other(serve, library, monkeypatch):
+    client, refresh = serve(), ConceptLibrary.refresh
+
+    def refresh_before_others_delete(self):
+        refresh(self)
+        (library / "ant.atoms.safetensors").unlink()
+
+    monkeypatch.setattr(ConceptLibrary, "refresh", refresh_before_others_delete)
+    listed = client.get("/v1/concepts").json()["data"]
+    assert [(each["name"], each["thumbnail"]) for each in listed] == [(name, None) for name in ("ant", "bee", "cat")]
+
+
+def test_uploads_never_hide_lora_files(serve, library):
+    save_file({"lora_unet_x.lora_down.weight": torch.ones(2, 2)}, library / "style.safetensors")
+    client, file = serve(), (library / "ant.atoms.safetensors").read_bytes()
+    for overwrite in ("false", "true"):
+        answer = client.post("/v1/concepts", files={"file": ("style", file)}, data={"overwrite": overwrite})
+        assert "there is a LoRA file 'style' already" in message_of(answer, 409)
+    assert [each["name"] for each in client.get("/v1/concepts", params={"search": "style"}).json()["data"]] == ["style"]
 
 
 def test_uploads_that_are_no_concepts_are_refused(serve, library, tmp_path):
