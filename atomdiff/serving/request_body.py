@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
@@ -15,6 +16,10 @@ class RequestBody(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_out_null(cls, fields: Any) -> Any:
-        return (
-            {name: value for name, value in fields.items() if value is not None} if isinstance(fields, dict) else fields
-        )
+        if not isinstance(fields, dict):
+            return fields
+        try:
+            json.dumps(fields, ensure_ascii=False).encode()
+        except UnicodeEncodeError as error:  # it could be neither read nor sent back
+            raise ValueError("found half of a character, as of an emoji that was cut; expected text") from error
+        return {name: value for name, value in fields.items() if value is not None}

@@ -21,6 +21,7 @@ router = APIRouter(prefix="/sdapi/v1", tags=["WebUI"])
 _MAX_IMAGES = 10
 _BY_WEBUI_NAME = {spec.webui_name.lower(): name for name, spec in SCHEDULERS.items()} | {n: n for n in SCHEDULERS}
 _AUTOMATIC = ("", "automatic")
+_NONE = ("", "None")  # as the WebUI's lists of styles and checkpoints have it
 _SETTINGS = ("sd_model_checkpoint", "CLIP_stop_at_last_layers")  # those that would change images; others are ignored
 
 
@@ -44,6 +45,12 @@ class TextToImage(RequestBody):
     enable_hr: bool = False
     alwayson_scripts: dict[str, Any] = {}
     script_name: str = ""
+    styles: list[str] = []
+    tiling: bool = False
+    subseed_strength: float = 0.0
+    seed_resize_from_w: int = 0
+    seed_resize_from_h: int = 0
+    refiner_checkpoint: str = ""
 
 
 class TextToImageAnswer(BaseModel):
@@ -57,15 +64,27 @@ class TextToImageAnswer(BaseModel):
 @router.post("/txt2img")
 async def txt2img(body: TextToImage, http: Request) -> TextToImageAnswer:
     """Generate images from a prompt; `<lora:NAME:WEIGHT>` names concepts of the library."""
-    for name in ("enable_hr", "alwayson_scripts", "script_name"):
-        if getattr(body, name):
-            raise UserError(f"{name}={getattr(body, name)!r}: this server has no such step; leave it out")
+    for name, value in _further_steps(body).items():
+        if value:
+            raise UserError(f"{name}={value!r}: this server has no such step; leave it out")
     _check_settings(body.override_settings, http.app.state.model_name)
     requests = _image_requests(body)
     files = await generate_png(http, requests)
     images = [base64.b64encode(file).decode() for file in files] if body.send_images else []
     info = _describe_images(body, [request.seed for request in requests], http)
     return TextToImageAnswer(images=images, parameters=body.model_dump(), info=json.dumps(info))
+
+
+def _further_steps(body: TextToImage) -> dict[str, Any]:
+    """Return what would change the image beside what is known here, as far as the WebUI would do anything about it."""
+    names = ("enable_hr", "alwayson_scripts", "script_name", "tiling", "subseed_strength")
+    resized_from = body.seed_resize_from_w, body.seed_resize_from_h
+    return {
+        **{name: getattr(body, name) for name in names},
+        "styles": [style for style in body.styles if style not in _NONE],
+        "seed_resize_from_w": body.seed_resize_from_w if min(resized_from) > 0 else 0,
+        "refiner_checkpoint": "" if body.refiner_checkpoint in _NONE else body.refiner_checkpoint,
+    }
 
 
 def _image_requests(body: TextToImage) -> list[ImageRequest]:
@@ -122,13 +141,21 @@ def _describe_images(body: TextToImage, seeds: list[int], http: Request) -> dict
 
 @router.get("/loras")
 def loras(http: Request) -> list[dict[str, Any]]:
-    """List the concepts of the library as LoRAs, which clients write into prompts as `<lora:NAME:WEIGHT>`."""
+    """List the concepts of the library as LoRAs, which clients write into prompts as `<lora:NAME:WEIGHT>`.
+
+    What to write besides is in their metadata.
+    """
     concepts = http.app.state.engine.concepts
     if concepts is None:
         return []
     concepts.library.refresh()
     return [
-        {"name": info.name, "alias": info.trigger_phrase or info.name, "path": info.path.name, "metadata": {}}
+        {
+            "name": info.name,
+            "alias": info.name,  # some clients write it into the tag
+            "path": info.path.name,
+            "metadata": {"modelspec.trigger_phrase": info.trigger_phrase} if info.trigger_phrase else {},
+        }
         for info in concepts.library.infos()
     ]
 

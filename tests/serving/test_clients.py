@@ -20,11 +20,11 @@ WEBUI = {  # what a client of the WebUI sends besides its own choices
     "hr_scale": 2,
     "hr_upscaler": None,
     "hr_second_pass_steps": 0,
-    "styles": [],
+    "styles": ["None"],
     "subseed": -1,
     "subseed_strength": 0,
-    "seed_resize_from_h": -1,
-    "seed_resize_from_w": -1,
+    "seed_resize_from_h": 0,
+    "seed_resize_from_w": 512,
     "restore_faces": False,
     "tiling": False,
     "do_not_save_samples": False,
@@ -144,3 +144,33 @@ def test_unknown_samplers_of_the_webui_are_refused(sampler, schedule):
 def test_settings_of_the_webui_that_would_change_the_image_are_refused(client, settings, message):
     for path, body in ((TXT2IMG, WEBUI | {"override_settings": settings}), ("/sdapi/v1/options", settings)):
         assert message in post(client, path, body, 400)["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("fields", "message"),
+    [
+        ({"tiling": True}, "tiling=True"),
+        ({"subseed_strength": 0.4}, "subseed_strength=0.4"),
+        ({"seed_resize_from_h": 512}, "seed_resize_from_w=512"),
+        ({"styles": ["None", "film"]}, "styles=['film']"),
+        ({"refiner_checkpoint": "xl-refiner"}, "refiner_checkpoint='xl-refiner'"),
+        ({"script_name": "x/y/z plot"}, "script_name='x/y/z plot'"),
+        ({"alwayson_scripts": {"controlnet": {}}}, "alwayson_scripts={'controlnet': {}}"),
+    ],
+)
+def test_steps_of_the_webui_that_would_change_the_image_are_refused(client, fields, message):
+    expected = f"{message}: this server has no such step; leave it out"
+    assert post(client, TXT2IMG, WEBUI | fields, 400)["error"]["message"] == expected
+
+
+def test_names_and_aliases_of_concepts_can_be_written_into_tags(client):
+    listed = client.get("/sdapi/v1/loras").json()
+    assert {each["metadata"]["modelspec.trigger_phrase"] for each in listed} == {"sks mug"}
+    for name in {each[key] for each in listed for key in ("name", "alias")}:
+        post(client, TXT2IMG, WEBUI | {"prompt": f"sks mug <lora:{name}:1>"})
+
+
+@pytest.mark.parametrize("fields", [{"prompt": "\ud83d"}, {"override_settings": {"x": ["\ud83d"]}}])
+def test_halves_of_characters_are_refused(client, fields):
+    answer = client.post(TXT2IMG, content=json.dumps(WEBUI | fields), headers={"Content-Type": "application/json"})
+    assert answer.status_code == 400 and "found half of a character" in answer.json()["error"]["message"]
