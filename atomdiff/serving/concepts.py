@@ -52,7 +52,7 @@ class ServedConcepts:
         Raises:
             UserError: there is no such concept, its file is damaged, or its weight cannot be used.
         """
-        read = {name: AdapterWeight.read(value) for name, value in weights.items()}
+        read = {name: _read_weight(name, value) for name, value in weights.items()}
         return [(self._source(name), weight) for name, weight in read.items()]
 
     def info(self, name: str) -> ConceptInfo:
@@ -142,6 +142,13 @@ class ServedConcepts:
             return source
 
 
+def _read_weight(name: str, value: Any) -> AdapterWeight:
+    try:
+        return AdapterWeight.read(value)
+    except UserError as error:
+        raise UserError(f"concepts: {printable(name)}: {error}") from error
+
+
 @contextmanager
 def _writing() -> Iterator[None]:
     """Say what is wrong where a library's folder cannot be written to, as when the disk is full."""
@@ -187,5 +194,5 @@ def _keep(source: ConceptSource) -> ConceptSource:
     else:
         contents = source.read()
         kept = replace(source, read=lambda: contents)
-    _ = kept.schedule  # read now, and kept
+    _ = kept.schedule, kept.sha256  # read now, and kept
     return kept

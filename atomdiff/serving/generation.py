@@ -5,7 +5,7 @@ from __future__ import annotations
 import asyncio
 import io
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from fastapi import Request
 from PIL.PngImagePlugin import PngInfo
@@ -14,6 +14,7 @@ from torch import Tensor
 
 from atomdiff.sampling.generate import to_pil
 from atomdiff.serving.image_request import ImageRequest
+from atomdiff.serving.job import Job
 from atomdiff.serving.metrics import Metrics
 
 _LOOK_SECONDS = 0.2  # between looks whether the client is still there
@@ -23,8 +24,15 @@ class ClientLeftError(Exception):
     """The client has closed the connection; nobody reads the answer."""
 
 
-async def generate_png(http: Request, requests: Sequence[ImageRequest]) -> list[bytes]:
+async def generate_png(
+    http: Request, requests: Sequence[ImageRequest], texts: Sequence[Mapping[str, str]] | None = None
+) -> list[bytes]:
     """Generate the images of one HTTP request, and return them as PNG files.
+
+    Args:
+        http: the HTTP request.
+        requests: one an image.
+        texts: what each file says of its image besides, by keyword.
 
     Raises:
         UserError: a request cannot be fulfilled.
@@ -48,7 +56,8 @@ async def generate_png(http: Request, requests: Sequence[ImageRequest]) -> list[
         for future in waiting:  # those that are done stay as they are
             future.cancel()
     _observe(metrics, requests, time.monotonic() - started)
-    return [await run_in_threadpool(_png, image, each) for image, each in zip(images, requests, strict=True)]
+    more = texts or [{}] * len(jobs)
+    return [await run_in_threadpool(_png, *each) for each in zip(images, jobs, more, strict=True)]
 
 
 def _observe(metrics: Metrics, requests: Sequence[ImageRequest], seconds: float) -> None:
@@ -56,12 +65,14 @@ def _observe(metrics: Metrics, requests: Sequence[ImageRequest], seconds: float)
     metrics.images.inc(len(requests))
 
 
-def _png(image: Tensor, request: ImageRequest) -> bytes:
+def _png(image: Tensor, job: Job, more: Mapping[str, str]) -> bytes:
     """Return an image (3, h, w) from 0 to 1 as a PNG file that says how it was made."""
     text = PngInfo()
-    for name in ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale"):
-        value = getattr(request, name)
+    for name in ("prompt", "negative_prompt", "seed", "num_inference_steps", "guidance_scale", "scheduler"):
+        value = getattr(job.request, name)
         text.add_itxt(name, "" if value is None else str(value))
+    for name, value in {"concepts": job.prompt.concepts_json, **more}.items():
+        text.add_itxt(name, value)
     file = io.BytesIO()
     to_pil(image).save(file, "PNG", pnginfo=text)
     return file.getvalue()

@@ -11,6 +11,9 @@ from atomdiff.serving.schedulers import SCHEDULERS
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.fields import ConfigGroup, Range
 
+MAX_PROMPT = 10_000
+"""Characters of a prompt with its tags; text encoders read a few hundred."""
+
 
 @dataclass(frozen=True)
 class ImageRequest(ConfigGroup):
@@ -40,6 +43,9 @@ class ImageRequest(ConfigGroup):
     """Scheduler, one of `SCHEDULERS`. Default: that of the base model, or as the concepts were trained."""
 
     def check(self) -> None:
-        """Check that the scheduler is known."""
+        """Check that the scheduler is known, and that reading the prompts does not keep others waiting."""
+        for name in ("prompt", "negative_prompt"):
+            if (length := len(getattr(self, name) or "")) > MAX_PROMPT:
+                raise UserError(f"{name}: found {length} characters; expected at most {MAX_PROMPT}")
         if self.scheduler is not None and self.scheduler not in SCHEDULERS:
             raise UserError(f"scheduler={self.scheduler!r}: expected one of {', '.join(SCHEDULERS)}, or none")

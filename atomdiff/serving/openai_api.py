@@ -10,11 +10,12 @@ from typing import Annotated, Any, Literal
 
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, Field
+from starlette.responses import Response
 
 from atomdiff.serving.errors import NotFoundError
 from atomdiff.serving.generation import generate_png
 from atomdiff.serving.image_request import ImageRequest
-from atomdiff.serving.request_body import RequestBody
+from atomdiff.serving.request_body import RequestBody, naming
 from atomdiff.utils.errors import UserError
 
 router = APIRouter(tags=["images"])
@@ -27,7 +28,7 @@ class ImageGeneration(RequestBody):
     prompt: str = Field(description="Prompt; `<atoms:NAME:0.8>` applies a concept with weight 0.8")
     n: Annotated[int, Field(ge=1, le=10, description="Images; their seeds count up")] = 1
     size: Annotated[str, Field(description='"512x512", width first; "auto": the base\'s own')] = "auto"
-    response_format: Annotated[str, Field(description='"b64_json" only')] = "b64_json"
+    response_format: Annotated[str, Field(description='"b64_json", or "png": the file itself')] = "b64_json"
     output_format: Literal["png"] = "png"
     stream: Annotated[bool, Field(description="false only")] = False
     seed: Annotated[int, Field(ge=-1, description="-1: a random one")] = -1
@@ -52,35 +53,45 @@ class GeneratedImages(BaseModel):
     data: list[GeneratedImage]
 
 
-@router.post("/v1/images/generations")
-async def generate_images(body: ImageGeneration, http: Request) -> GeneratedImages:
+@router.post("/v1/images/generations", response_model=GeneratedImages, responses={200: {"content": {"image/png": {}}}})
+async def generate_images(body: ImageGeneration, http: Request) -> GeneratedImages | Response:
     """Generate images from a prompt, with any number of concepts."""
-    if body.response_format != "b64_json":
-        raise UserError(f"response_format={body.response_format!r}: expected b64_json; no image is kept for a URL")
+    _check_response_format(body)
     if body.stream:
         raise UserError("stream=true: expected false; images are sent when they are done")
     width, height = read_size(body.size)
     first = first_seed(body.seed, body.n)
-    requests = [
-        ImageRequest(
-            body.prompt,
-            negative_prompt=body.negative_prompt,
-            seed=first + number,
-            num_inference_steps=body.steps,
-            guidance_scale=body.guidance_scale,
-            height=height,
-            width=width,
-            concepts=body.concepts,
-            scheduler=body.scheduler,
-        )
-        for number in range(body.n)
-    ]
+    with naming(num_inference_steps="steps"):
+        requests = [
+            ImageRequest(
+                body.prompt,
+                negative_prompt=body.negative_prompt,
+                seed=first + number,
+                num_inference_steps=body.steps,
+                guidance_scale=body.guidance_scale,
+                height=height,
+                width=width,
+                concepts=body.concepts,
+                scheduler=body.scheduler,
+            )
+            for number in range(body.n)
+        ]
     files = await generate_png(http, requests)
+    if body.response_format == "png":
+        return Response(files[0], media_type="image/png")
     images = [
         GeneratedImage(b64_json=base64.b64encode(file).decode(), seed=request.seed)
         for file, request in zip(files, requests, strict=True)
     ]
     return GeneratedImages(created=int(time.time()), data=images)
+
+
+def _check_response_format(body: ImageGeneration) -> None:
+    if body.response_format not in ("b64_json", "png"):
+        found = f"response_format={body.response_format!r}"
+        raise UserError(f"{found}: expected b64_json, or png for the file itself; no image is kept for a URL")
+    if body.response_format == "png" and body.n > 1:
+        raise UserError(f"n={body.n}: expected 1 with response_format='png', or b64_json for several images")
 
 
 @router.get("/v1/models")

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from pydantic import BaseModel, ConfigDict, model_validator
+
+from atomdiff.utils.errors import UserError
 
 
 class RequestBody(BaseModel):
@@ -23,3 +27,15 @@ class RequestBody(BaseModel):
         except UnicodeEncodeError as error:  # it could be neither read nor sent back
             raise ValueError("found half of a character, as of an emoji that was cut; expected text") from error
         return {name: value for name, value in fields.items() if value is not None}
+
+
+@contextmanager
+def naming(**names: str) -> Iterator[None]:
+    """Let errors of an `ImageRequest` name the fields that the client sent, field -> the client's name."""
+    try:
+        yield
+    except UserError as error:
+        field, _, rest = str(error).partition("=")
+        if field not in names:
+            raise
+        raise UserError(f"{names[field]}={rest}") from error

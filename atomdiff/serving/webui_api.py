@@ -13,7 +13,7 @@ from pydantic import BaseModel, Field
 from atomdiff.serving.generation import generate_png
 from atomdiff.serving.image_request import ImageRequest
 from atomdiff.serving.openai_api import first_seed
-from atomdiff.serving.request_body import RequestBody
+from atomdiff.serving.request_body import RequestBody, naming
 from atomdiff.serving.schedulers import SCHEDULERS
 from atomdiff.utils.errors import UserError
 
@@ -69,9 +69,9 @@ async def txt2img(body: TextToImage, http: Request) -> TextToImageAnswer:
             raise UserError(f"{name}={value!r}: this server has no such step; leave it out")
     _check_settings(body.override_settings, http.app.state.model_name)
     requests = _image_requests(body)
-    files = await generate_png(http, requests)
-    images = [base64.b64encode(file).decode() for file in files] if body.send_images else []
     info = _describe_images(body, [request.seed for request in requests], http)
+    files = await generate_png(http, requests, [{"parameters": text} for text in info["infotexts"]])
+    images = [base64.b64encode(file).decode() for file in files] if body.send_images else []
     return TextToImageAnswer(images=images, parameters=body.model_dump(), info=json.dumps(info))
 
 
@@ -92,19 +92,20 @@ def _image_requests(body: TextToImage) -> list[ImageRequest]:
     if count > _MAX_IMAGES:
         raise UserError(f"batch_size times n_iter is {count}; expected at most {_MAX_IMAGES}")
     first = first_seed(body.seed, count)
-    return [
-        ImageRequest(
-            body.prompt,
-            negative_prompt=body.negative_prompt or None,
-            seed=first + number,
-            num_inference_steps=body.steps,
-            guidance_scale=body.cfg_scale,
-            height=body.height,
-            width=body.width,
-            scheduler=_scheduler(body.sampler_name or body.sampler_index, body.scheduler),
-        )
-        for number in range(count)
-    ]
+    with naming(num_inference_steps="steps", guidance_scale="cfg_scale"):
+        return [
+            ImageRequest(
+                body.prompt,
+                negative_prompt=body.negative_prompt or None,
+                seed=first + number,
+                num_inference_steps=body.steps,
+                guidance_scale=body.cfg_scale,
+                height=body.height,
+                width=body.width,
+                scheduler=_scheduler(body.sampler_name or body.sampler_index, body.scheduler),
+            )
+            for number in range(count)
+        ]
 
 
 def _describe_images(body: TextToImage, seeds: list[int], http: Request) -> dict[str, Any]:

@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import httpx
+import numpy as np
 import pytest
 import torch
 from PIL import Image
@@ -48,7 +49,12 @@ def test_images_in_the_shape_of_openai(serve, alone):
         )
         assert abs(pixels_of(image["b64_json"]) - pixels(expected)).max() <= 1
     text = Image.open(io.BytesIO(base64.b64decode(images[0]["b64_json"]))).text
-    assert text["prompt"] == body["prompt"] and text["seed"] == "7"
+    assert text["prompt"] == body["prompt"] and text["seed"] == "7" and text["scheduler"] == ""
+    (used,) = json.loads(text["concepts"])
+    assert used["file"] == "ant.atoms.safetensors" and used["weight"] == 0.5
+    file = client.post(GENERATE, json=body | {"n": 1, "negative_prompt": "a cat", "response_format": "png"})
+    assert file.headers["Content-Type"] == "image/png"
+    assert abs(np.asarray(Image.open(io.BytesIO(file.content))) - pixels_of(images[0]["b64_json"])).max() <= 1
 
 
 def test_images_in_the_shape_of_the_webui(serve, alone):
@@ -56,6 +62,8 @@ def test_images_in_the_shape_of_the_webui(serve, alone):
     body = {"prompt": "sks mug <lora:bee:1>", "steps": 2, "cfg_scale": 3.0, "seed": 5, "sampler_name": "Euler"}
     answer = client.post("/sdapi/v1/txt2img", json=body | {"width": 32, "height": 32, "n_iter": 2})
     assert answer.status_code == 200, answer.text
+    text = Image.open(io.BytesIO(base64.b64decode(answer.json()["images"][0]))).text
+    assert text["parameters"] == json.loads(answer.json()["info"])["infotexts"][0]
     expected = alone(ask("sks mug <atoms:bee>", 2, seed=5, scheduler="euler"))
     assert abs(pixels_of(answer.json()["images"][0]) - pixels(expected)).max() <= 1
     assert json.loads(answer.json()["info"])["all_seeds"] == [5, 6]
@@ -63,6 +71,7 @@ def test_images_in_the_shape_of_the_webui(serve, alone):
     assert "Euler a" in {each["name"] for each in client.get("/sdapi/v1/samplers").json()}
     assert client.get("/sdapi/v1/sd-models").json()[0]["model_name"] == "tiny-sd"
     assert "enable_hr=True" in message_of(client.post("/sdapi/v1/txt2img", json={"enable_hr": True}), 400)
+    assert message_of(client.post("/sdapi/v1/txt2img", json={"cfg_scale": -1}), 400).startswith("cfg_scale=-1")
     assert "sampler_name='LMS'" in message_of(client.post("/sdapi/v1/txt2img", json={"sampler_name": "LMS"}), 400)
 
 
@@ -198,19 +207,23 @@ def test_uploads_that_are_no_concepts_are_refused(serve, library, tmp_path):
         ({"size": "big"}, "expected WIDTHxHEIGHT"),
         ({"size": "32x33"}, "height=33"),
         ({"size": "4096x4096"}, "at most 1024"),
-        ({"steps": 0}, "num_inference_steps=0"),
+        ({"steps": 0}, "steps=0"),
         ({"steps": 10**9}, "at most 500"),
         ({"guidance_scale": -1}, "guidance_scale=-1"),
         ({"response_format": "url"}, "expected b64_json"),
+        ({"response_format": "png", "n": 2}, "n=2: expected 1 with"),
+        ({"prompt": "a cat " * 2000}, "prompt: found 12000 characters; expected at most 10000"),
+        ({"negative_prompt": "a cat " * 2000}, "negative_prompt: found 12000 characters"),
         ({"seed": 2**70}, "seed="),
         ({"scheduler": "lms"}, "expected one of ddim"),
         ({"concepts": {"dog": 1}}, "there is no concept 'dog'"),
-        ({"concepts": {"ant": {"weight": []}}}, "adapter weight"),
+        ({"concepts": {"bee": 1, "ant": {"weight": []}}}, "concepts: ant: found the adapter weight"),
         ({"prompt": "<atoms:ant:x>"}, "the tag '<atoms:ant:x>'"),
     ],
 )
 def test_bad_requests_say_what_to_change(served, fields, message):
-    assert message in message_of(served.post(GENERATE, json={"prompt": "a cat", **QUICK, **fields}), 400)
+    found = message_of(served.post(GENERATE, json={"prompt": "a cat", **QUICK, **fields}), 400)
+    assert message in found and "num_inference_steps" not in found
 
 
 @pytest.fixture
