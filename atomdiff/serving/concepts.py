@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 import shutil
 import tempfile
 import threading
@@ -20,13 +19,10 @@ from atomdiff.concepts.library_index import ConceptInfo, LibraryFolderError
 from atomdiff.pipelines.adapter_weight import AdapterWeight
 from atomdiff.sampling.concept_source import ConceptSource, library_source
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.names import normalize_name
+from atomdiff.utils.names import check_concept_name, normalize_name
 from atomdiff.utils.untrusted import printable, read_safetensors_header
 
-_NAME = re.compile(r"\w[\w.-]{0,99}")
 _MAX_THUMBNAIL = 1 << 20  # characters of a data URL
-_MAX_BYTES = 200  # of a name in UTF-8: file systems take 255, with suffix
-_TAGS_NAMES = f"letters, digits, '_', '-' and '.', at most 100 and {_MAX_BYTES} bytes, a letter, digit or '_' first"
 
 
 class ServedConcepts:
@@ -90,8 +86,7 @@ class ServedConcepts:
             LibraryFolderError: the folder cannot be written to.
         """
         name = normalize_name(name.removesuffix(CONCEPT_SUFFIX))
-        if not _NAME.fullmatch(name) or len(name.encode()) > _MAX_BYTES:
-            raise UserError(f"found the name {printable(name)!r} for a concept; expected {_TAGS_NAMES}")
+        check_concept_name(name)
         target = self.library.folder / f"{name}{CONCEPT_SUFFIX}"
         exists = f"there is a concept {name!r} already: choose another name, or set overwrite"
         if name in self.library:

@@ -98,7 +98,7 @@ def choose_concepts(prompt: str, chosen: Iterable[str], known: Iterable[str]) ->
     """Return a prompt whose tags name the concepts that are chosen; other tags than those of known concepts stay.
 
     Raises:
-        UserError: the prompt's tags cannot be read.
+        UserError: the prompt's tags cannot be read, or cannot name a concept.
     """
     chosen, tagged = list(chosen), split_tags(prompt)[1]
     for name in known:
@@ -106,6 +106,8 @@ def choose_concepts(prompt: str, chosen: Iterable[str], known: Iterable[str]) ->
             prompt = set_tag(prompt, name, None)
     for name in chosen:
         if name not in tagged:
+            if {*name} & {*"<>:"} or name != name.strip():
+                raise UserError(f"no tag can name {name!r}, for its '<', '>', ':' or blanks; rename it under Library")
             prompt = set_tag(prompt, name, 1.0)
     return prompt
 

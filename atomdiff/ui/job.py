@@ -78,8 +78,12 @@ class Job:
 
     @cached_property
     def options(self) -> dict[str, Any]:
-        """The options in its config file."""
-        return dict(yaml.safe_load(self.config_file.read_text("utf-8")))
+        """The options in its config file; none where it cannot be read, which its run says, too."""
+        try:
+            options = yaml.safe_load(self.config_file.read_text("utf-8"))
+        except (OSError, ValueError, yaml.YAMLError):
+            return {}
+        return options if isinstance(options, dict) else {}
 
     @property
     def state(self) -> State:

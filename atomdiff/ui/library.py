@@ -7,7 +7,6 @@ import binascii
 import colorsys
 import filecmp
 import io
-import re
 import shutil
 import time
 import zlib
@@ -23,15 +22,14 @@ from atomdiff.concepts.library_index import ConceptInfo
 from atomdiff.concepts.model_card import summarize_file
 from atomdiff.concepts.push import push_to_hub
 from atomdiff.utils.errors import UserError
-from atomdiff.utils.names import normalize_name
-from atomdiff.utils.untrusted import printable, read_safetensors_header
+from atomdiff.utils.names import check_concept_name, normalize_name
+from atomdiff.utils.untrusted import read_safetensors_header
 
 PREVIEW_SUFFIX = ".preview.png"
 """Ending of the image beside a concept file, as other programs name it, too."""
 TRASH_FOLDER = ".trash"
 """Where files go that are deleted; hidden, so that a library passes it over."""
 
-_NAME = re.compile(r"\w[\w.-]{0,99}")
 _ENDINGS = (".atoms", ".safetensors")  # of files: a name that ends so would make another kind of file of it
 _SIDE = 256  # pixels of a thumbnail
 _MAX_THUMBNAIL = 1 << 21  # characters of a data URL
@@ -145,9 +143,7 @@ def rename(library: ConceptLibrary, name: str, new_name: str) -> str:
     """
     info = library.info(name)
     new_name = normalize_name(new_name.strip())
-    if not _NAME.fullmatch(new_name):
-        expected = "letters, digits, '_', '-' and '.', at most 100, a letter, digit or '_' first"
-        raise UserError(f"found the new name {printable(new_name)!r}; expected {expected}")
+    check_concept_name(new_name)
     if new_name.lower().endswith(_ENDINGS):
         raise UserError(f"found the new name {new_name!r}; expected it without {' or '.join(_ENDINGS)} at its end")
     ending = ".safetensors" if info.is_lora else CONCEPT_SUFFIX

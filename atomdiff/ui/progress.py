@@ -30,7 +30,7 @@ class RunProgress:
     images: Sequence[tuple[int, Path]]
     """Step and file of the validation images, in the order of time."""
     report: Mapping[str, Any] | None
-    """The report of a finished run, with findings."""
+    """The report of a finished run, with findings; None: there is none yet, or it is damaged."""
 
 
 def read_progress(folder: Path) -> RunProgress:
@@ -41,6 +41,8 @@ def read_progress(folder: Path) -> RunProgress:
     try:
         report = json.loads((folder / RECORD_FILE).read_text("utf-8"))
     except (OSError, ValueError):
+        report = None
+    if not (isinstance(report, dict) and "findings" in report):
         report = None
     step = log[-1]["step"] if log else 0
     return RunProgress(step, log, measured, list_row_files(folder), report)

@@ -139,6 +139,7 @@ def _build_results() -> _Results:
     return results
 
 
+@showing_errors
 def _describe(made: list[str], event: gr.SelectData) -> str:
     with Image.open(made[event.index]) as image:
         return render.table({str(key): value for key, value in image.info.items() if isinstance(value, str) and value})

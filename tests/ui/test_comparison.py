@@ -93,3 +93,9 @@ def test_phrases_are_added_once_before_the_tags():
     assert add_phrase("on the beach, <atoms:mug:0.5>", "sks mug") == "on the beach, sks mug <atoms:mug:0.5>"
     assert add_phrase("<atoms:mug:0.5>", "sks mug") == "a photo of sks mug <atoms:mug:0.5>"
     assert add_phrase("a SKS mug <atoms:mug>", "sks mug") == "a SKS mug <atoms:mug>"
+
+
+@pytest.mark.parametrize("name", ["red:mug", "a<b", " mug"])
+def test_names_that_no_tag_can_have_are_refused(name):
+    with pytest.raises(UserError, match="rename it under Library"):
+        choose_concepts("a mug", [name], [name])

@@ -96,7 +96,7 @@ def test_renaming_takes_the_image_along(library, mug):
     assert ui_library.thumbnail(library.info("cup")).getpixel((5, 5)) == RED
 
 
-@pytest.mark.parametrize("name", ["", "../cup", "a/b", ".cup", "x" * 101])
+@pytest.mark.parametrize("name", ["", "../cup", "a/b", ".cup", "x" * 101, "\u732b" * 100])
 def test_names_that_cannot_be_file_names_are_refused(library, mug, name):
     with pytest.raises(UserError, match="expected letters"):
         ui_library.rename(library, "mug", name)
