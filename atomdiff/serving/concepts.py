@@ -22,6 +22,7 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.names import check_concept_name, normalize_name
 from atomdiff.utils.untrusted import printable, read_safetensors_header
 
+_TRIES = 10  # to read a file that others replace
 _MAX_THUMBNAIL = 1 << 20  # characters of a data URL
 
 
@@ -58,12 +59,7 @@ class ServedConcepts:
             UserError: there is no such concept.
         """
         info = self.library.info(name)
-        try:
-            status = info.path.stat()
-            is_same = (status.st_size, status.st_mtime_ns, status.st_ino) == (info.size, info.mtime_ns, info.inode)
-        except OSError:
-            is_same = False
-        if not is_same:
+        if not _is_current(info):
             self.library.refresh()
             info = self.library.info(name)
         return info
@@ -130,11 +126,29 @@ class ServedConcepts:
 
     def _source(self, name: str) -> ConceptSource:
         with self._lock:
-            info = self.info(name)
-            source = self._sources.get(info)
-            if source is None:
-                source = self._sources[info] = _keep(library_source(self.library, name))
-            return source
+            for _ in range(_TRIES):
+                info = self.info(name)
+                if (source := self._sources.get(info)) is not None:
+                    return source
+                try:
+                    source = _keep(library_source(self.library, name))
+                except (OSError, UserError):
+                    if _is_current(info):
+                        raise
+                    continue  # it was replaced or deleted meanwhile
+                if _is_current(info):  # so all of it is of one file
+                    self._sources[info] = source
+                    return source
+        raise UserError(f"the concept {name!r} is replaced again and again while it is read: send the request later")
+
+
+def _is_current(info: ConceptInfo) -> bool:
+    """Tell whether the file is still that of which a header was read."""
+    try:
+        status = info.path.stat()
+    except OSError:
+        return False
+    return (status.st_size, status.st_mtime_ns, status.st_ino) == (info.size, info.mtime_ns, info.inode)
 
 
 def _read_weight(name: str, value: Any) -> AdapterWeight:

@@ -1,13 +1,15 @@
 """Images of the engine are those of lone requests, whatever shares their calls."""
 
+import hashlib
 import threading
 import time
+from dataclasses import replace
 
 import pytest
 import torch
 from diffusers import DPMSolverMultistepScheduler
 
-from atomdiff.serving import worker
+from atomdiff.serving import concepts, worker
 from atomdiff.serving.engine import Engine
 from atomdiff.serving.errors import EngineClosedError, QueueFullError, RequestTimeoutError
 from atomdiff.serving.schedulers import SCHEDULERS
@@ -260,6 +262,34 @@ def test_concepts_replaced_or_deleted_are_kept_by_what_uses_them(make_engine, al
     first, second = (job.future.result(60) for job in jobs)
     assert difference(first, before) < TOLERANCE
     assert difference(second, other) < TOLERANCE
+
+
+def test_a_concept_that_is_replaced_while_it_is_read_is_read_again(make_engine, alone, library, monkeypatch):
+    """Contents, schedule and hash are of one file, also where it is replaced or deleted between them."""
+    engine, request = make_engine(), ask("sks mug <atoms:ant>", 2, seed=9)
+    expected = alone(ask("sks mug <atoms:bee>", 2, seed=9))
+    digest = hashlib.sha256((library / "bee.atoms.safetensors").read_bytes()).hexdigest()
+    read = concepts.library_source
+
+    def replace_once(*args):
+        source = read(*args)
+        contents = source.read()
+        if (library / "bee.atoms.safetensors").exists():
+            (library / "bee.atoms.safetensors").replace(library / "ant.atoms.safetensors")
+        return replace(source, read=lambda: contents)
+
+    monkeypatch.setattr(concepts, "library_source", replace_once)
+    (job,) = engine.submit([request])
+    assert job.prompt.concepts[0][0].sha256 == digest
+    assert difference(job.future.result(60), expected) < TOLERANCE
+
+    def delete(*args):
+        (library / "cat.atoms.safetensors").unlink()
+        return read(*args)
+
+    monkeypatch.setattr(concepts, "library_source", delete)
+    with pytest.raises(UserError, match="there is no concept 'cat'"):
+        engine.submit([ask("sks mug <atoms:cat>")])
 
 
 def test_closing_finishes_what_was_taken(make_engine, calls):
