@@ -30,6 +30,8 @@ from atomdiff.serving.worker import Worker
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.names import normalize_name
 
+MAX_CONCEPTS = 32  # of one image: all are loaded at once, whatever else stays loaded
+
 
 class Engine:
     """Generates images for many callers; methods may be called in any thread.
@@ -155,6 +157,8 @@ class Engine:
             return PromptRequest(request.prompt, request.prompt)
         if self.concepts is None:
             raise UserError(f"found the concepts {', '.join(weights)}, but there is no library of concepts here")
+        if len(weights) > MAX_CONCEPTS:
+            raise UserError(f"found {len(weights)} concepts for one image; expected at most {MAX_CONCEPTS}")
         concepts = self.concepts.find(weights)
         return read_requests([request.prompt], concepts)[0]
 

@@ -48,7 +48,8 @@ class Protection:
             await self.app(scope, receive, send)
             return
         headers = Headers(scope=scope)  # type: ignore[arg-type]
-        if refusal := self._refuse(scope["path"], headers):
+        path = scope["path"].removeprefix(scope.get("root_path", ""))  # such as Ray's `route_prefix`
+        if refusal := self._refuse(path, headers):
             self.on_refusal(refusal.status_code)
             await refusal(scope, receive, send)
             return

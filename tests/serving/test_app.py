@@ -19,11 +19,14 @@ import pytest
 import torch
 from PIL import Image
 from safetensors.torch import load_file, save_file
+from starlette.testclient import TestClient
 
 from atomdiff.cli.main import main
 from atomdiff.concepts.concept_file import read_header
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.pipelines.loaded_concepts import list_atoms
+from atomdiff.serving.app import make_app
+from atomdiff.serving.config import ServeConfig
 from tests.serving.helpers import GENERATE, Alone, ask, message_of, pixels, pixels_of
 from tests.tiny_models import fresh_copy
 
@@ -219,6 +222,10 @@ def test_uploads_that_are_no_concepts_are_refused(serve, library, tmp_path):
         ({"concepts": {"dog": 1}}, "there is no concept 'dog'"),
         ({"concepts": {"bee": 1, "ant": {"weight": []}}}, "concepts: ant: found the adapter weight"),
         ({"prompt": "<atoms:ant:x>"}, "the tag '<atoms:ant:x>'"),
+        (
+            {"concepts": {f"c{number}": 1 for number in range(33)}},
+            "found 33 concepts for one image; expected at most 32",
+        ),
     ],
 )
 def test_bad_requests_say_what_to_change(served, fields, message):
@@ -281,6 +288,14 @@ def test_key(serve):
     assert described["paths"][GENERATE]["post"]["security"] == [{"HTTPBearer": []}]
     figures = client.get("/metrics", auth=("any", "secret")).text
     assert 'atomdiff_errors_total{status="401"} 5.0' in figures
+
+
+def test_paths_that_need_no_key_are_known_below_a_prefix(make_engine, tiny_pipe_folder):
+    config = ServeConfig(pretrained_model_name_or_path=str(tiny_pipe_folder), api_key="secret")
+    with TestClient(make_app(make_engine(), config), "http://localhost", root_path="/images") as client:
+        assert client.get("/images/health").status_code == client.get("/images/docs").status_code == 200
+        assert message_of(client.get("/images/v1/concepts"), 401)
+        assert message_of(client.get("/v1/concepts"), 401)
 
 
 def test_documentation_needs_no_network(served):
