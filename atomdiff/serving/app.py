@@ -26,6 +26,7 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.versions import atomdiff_version
 
 _FORM_BYTES = 64 << 10  # of a body, beside a file
+_MAX_MESSAGE = 2000  # characters of an error
 
 _STATUS: dict[type[Exception], int] = {
     LibraryFolderError: 500,
@@ -104,6 +105,8 @@ async def _answer_error(http: Request, error: Exception) -> Response:
     status, message = _describe(error)
     if (concepts := http.app.state.engine.concepts) is not None:
         message = message.replace(str(concepts.library.folder), "the library")
+    if len(message) > _MAX_MESSAGE:  # it quotes what was sent
+        message = f"{message[: _MAX_MESSAGE // 2]} ... {message[-_MAX_MESSAGE // 2 :]}"
     http.app.state.metrics.count_refusal(status)
     headers = error.headers if isinstance(error, HTTPException) else None  # such as Allow
     answer = JSONResponse(error_body(status, message), status, headers)

@@ -17,6 +17,7 @@ from atomdiff.serving.errors import error_body
 
 Message = MutableMapping[str, Any]
 _LOOPBACK = ("localhost", "127.0.0.1", "::1")
+MAX_JSON_BYTES = 1 << 20
 _OPEN_PATHS = ("/health", "/docs", "/openapi.json", "/static-offline-docs")
 
 
@@ -30,7 +31,7 @@ class Protection:
         app: the application.
         host: the address that the server listens on.
         api_key: the key; None: none is asked for.
-        max_bytes: of a body.
+        max_bytes: of a body with a file; others have at most `MAX_JSON_BYTES`.
         on_refusal: called with the status of each refusal.
     """
 
@@ -53,14 +54,14 @@ class Protection:
             self.on_refusal(refusal.status_code)
             await refusal(scope, receive, send)
             return
-        received = 0
+        received, most = 0, self._max_bytes(headers)
 
         async def receive_limited() -> Message:
             nonlocal received
             message = await receive()
             received += len(message.get("body", b""))
-            if received > self.max_bytes:
-                raise BodyTooLargeError(self.max_bytes)
+            if received > most:
+                raise BodyTooLargeError(most)
             return message
 
         await self.app(scope, receive_limited, send)
@@ -71,15 +72,19 @@ class Protection:
             return _answer(403, f"found a request from the web site {origin!r}; expected none of another site's pages")
         if self.api_key is None and self.host in _LOOPBACK and _split(f"//{host}").hostname not in _LOOPBACK:
             return _answer(403, f"found the host {host!r}; expected localhost: to serve others, set --api_key")
-        length = headers.get("content-length", "0")
-        if not length.isdecimal() or int(length) > self.max_bytes:
-            return _answer(413, f"found a body of {length} bytes; expected at most {self.max_bytes}")
+        length, most = headers.get("content-length", "0"), self._max_bytes(headers)
+        if not length.isdecimal() or int(length) > most:
+            return _answer(413, f"found a body of {length} bytes; expected at most {most}")
         if self.api_key is not None and not path.startswith(_OPEN_PATHS):
             if not hmac.compare_digest(_sent_key(headers).encode(), self.api_key.encode()):
                 answer = _answer(401, "found no valid key; send the header 'Authorization: Bearer KEY'")
                 answer.headers["WWW-Authenticate"] = "Bearer"
                 return answer
         return None
+
+    def _max_bytes(self, headers: Headers) -> int:
+        is_form = headers.get("content-type", "").lower().startswith("multipart/form-data")
+        return self.max_bytes if is_form else MAX_JSON_BYTES
 
 
 class BodyTooLargeError(HTTPException):  # others FastAPI takes for errors of its parser

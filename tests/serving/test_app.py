@@ -260,10 +260,18 @@ def test_what_is_no_request_is_refused(served):
 
 def test_large_bodies_are_refused_also_where_their_size_is_not_told(served):
     head = b'--q\r\nContent-Disposition: form-data; name="file"; filename="x"\r\n\r\n'
-    for path, kind in ((GENERATE, "application/json"), ("/v1/concepts", "multipart/form-data; boundary=q")):
+    form = "multipart/form-data; boundary=q"
+    for path, kind, most in ((GENERATE, "application/json", 1 << 20), ("/v1/concepts", form, 16_065_536)):
         chunks = (head if number == 0 else b"x" * 10**6 for number in range(30))
         answer = served.post(path, content=chunks, headers={"Content-Type": kind})
-        assert "found a body of more than 16065536 bytes" in message_of(answer, 413)
+        assert f"found a body of more than {most} bytes" in message_of(answer, 413)
+    answer = served.post(GENERATE, json={"prompt": "a" * (1 << 20)})
+    assert "expected at most 1048576" in message_of(answer, 413)
+
+
+def test_errors_are_short_whatever_they_quote(served):
+    message = message_of(served.post(GENERATE, json={"prompt": "a", "size": "x" * 100_000}), 400)
+    assert len(message) < 2100 and message.startswith("size='xxx") and message.endswith("such as 512x512, or auto")
 
 
 def test_pages_of_other_sites_and_other_hosts_are_refused(served):
