@@ -4,7 +4,8 @@ from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING
 from peft.utils import register_peft_method
 
 from atomdiff.activation_adapters.coeff_tuning import CoeffTuningConfig, CoeffTuningModel
-from atomdiff.activation_adapters.conv_adapter import ConvAdapterConfig, ConvAdapterModel
+from atomdiff.activation_adapters.conv_adapter.config import ConvAdapterConfig
+from atomdiff.activation_adapters.conv_adapter.model import ConvAdapterModel
 from atomdiff.activation_adapters.mona.config import MonaConfig
 from atomdiff.activation_adapters.mona.model import MonaModel
 from atomdiff.tuner.peft_type import add_member

@@ -69,7 +69,7 @@ class CoeffTuningModel(ActivationModel):
     prefix = "coeff_tuning_"
     tuner_layer_cls = CoeffTuningLayer
 
-    def why_not(self, module: nn.Module, model: nn.Module) -> str:
+    def why_not(self, config: CoeffTuningConfig, module: nn.Module, model: nn.Module) -> str:
         """Why a module is no attention whose maps can be mixed; empty: it is."""
         known = ", ".join(name.partition(".")[2] for name in _HEADS)
         return "" if _heads(module) else f"it is a {type(module).__name__}, expected an attention ({known})"

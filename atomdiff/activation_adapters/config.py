@@ -46,12 +46,17 @@ class ActivationConfig(PeftConfig):
                 setattr(self, name, sorted(value))
             elif not isinstance(value, (str, type(None))):
                 raise ValueError(f"{name}={value!r}: expected a name or a list of names")
-        self.target_modules = self.target_modules or self.PRESET
+        self.target_modules = self.target_modules or self.preset
+
+    @property
+    def preset(self) -> str:
+        """The `target_modules` that stands for all modules that these settings are meant for."""
+        return self.PRESET
 
     def match(self, name: str) -> bool:
         """Whether a module of this name is meant; all are by the preset, unless they are excluded."""
         config = self
-        if self.target_modules == self.PRESET:
+        if self.target_modules == self.preset:
             config = copy.copy(self)
             config.target_modules = [name.rpartition(".")[2]]
         return bool(check_target_module_exists(config, name)) and not self.excludes(name)

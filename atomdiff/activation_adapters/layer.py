@@ -67,14 +67,20 @@ class ActivationLayer(nn.Module, AdapterScales, BaseTunerLayer):
             return bool(self._mixed.value[1])
         return not self.disable_adapters and any(map(self.scaling.get, self.active_adapters))
 
-    def residual(self, x: Tensor) -> Tensor | None:
-        """What is added (batch, ...) because of an input (batch, ...); None: nothing."""
+    def residual(self, x: Tensor, output: Tensor | None = None) -> Tensor | None:
+        """What is added (batch, ...); None: nothing.
+
+        Args:
+            x: the input (batch, ...) of the module.
+            output: what it computes of that (batch, ...), where adapters say by `takes_output` which of both they take.
+        """
         total = None
         for adapter, weight in self.weights(len(x)):
             parameter = next(adapter.parameters())
             if parameter.device != x.device and not _is_offloaded(adapter):  # PEFT loads files into the CPU's memory
                 adapter.to(x.device)
-            added = adapter(x if is_autocast(x) else x.to(parameter.dtype))
+            taken = output if output is not None and adapter.takes_output else x
+            added = adapter(taken if is_autocast(taken) else taken.to(parameter.dtype))
             if isinstance(weight, Tensor):
                 weight = weight.to(added).reshape(-1, *[1] * (added.ndim - 1))
             total = weight * added if total is None else total + weight * added

@@ -21,11 +21,11 @@ class ActivationModel(BaseTuner):
 
     target_module_mapping: dict[str, list[str]] = {}
 
-    def why_not(self, module: nn.Module, model: nn.Module) -> str:
+    def why_not(self, config: Any, module: nn.Module, model: nn.Module) -> str:
         """Why the method cannot adapt a module; empty: it can."""
         raise NotImplementedError
 
-    def in_preset(self, module: nn.Module) -> bool:
+    def in_preset(self, config: Any, module: nn.Module) -> bool:
         """Whether the preset means a module that the method can adapt."""
         return True
 
@@ -47,10 +47,10 @@ class ActivationModel(BaseTuner):
 
     def _find_targets(self, config: ActivationConfig, model: nn.Module) -> set[str]:
         modules = dict(base_modules(model))
-        reasons = {path: self.why_not(module, model) for path, module in modules.items()}
+        reasons = {path: self.why_not(config, module, model) for path, module in modules.items()}
         able = [path for path, reason in reasons.items() if not reason]
-        preset = [path for path in able if self.in_preset(modules[path])]
-        candidates = preset if config.target_modules == config.PRESET else list(modules)
+        preset = [path for path in able if self.in_preset(config, modules[path])]
+        candidates = preset if config.target_modules == config.preset else list(modules)
         targets = {path for path in candidates if config.match(path)}
         if wrong := sorted(path for path in targets if reasons[path]):
             raise TypeError(f"{config.METHOD} cannot adapt {wrong[0]}: {reasons[wrong[0]]}")

@@ -6,7 +6,7 @@ concerned. As with PyTorch's parametrizations, it has a subclass of its own clas
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import cache, partial, wraps
 from types import MethodType
 from typing import Any, cast
@@ -14,10 +14,15 @@ from typing import Any, cast
 from torch import nn
 
 _SLOTS = "adapter_slots"
+Run = Callable[..., Any]
+"""A forward with slots, see `add_slot`."""
 
 
-def add_slot(module: nn.Module, name: str, run: Callable[..., Any]) -> nn.Module:
+def add_slot(module: nn.Module, name: str, run: Run) -> nn.Module:
     """Give a module a slot, which at first holds an `Identity`; it may have it already.
+
+    Several tuners may have slots in one module. Their forwards are nested, in an order that does not depend on which
+    came first.
 
     Args:
         module: is called with its slots from now on.
@@ -30,30 +35,26 @@ def add_slot(module: nn.Module, name: str, run: Callable[..., Any]) -> nn.Module
     Raises:
         ValueError: another library has replaced the module's forward, which would pass the slots by.
     """
-    if "forward" in vars(module):
+    slots: dict[str, Run] = vars(module).get(_SLOTS, {})
+    if "forward" in vars(module) and run not in slots.values():
         raise ValueError(
             f"another library has replaced the forward of this {type(module).__name__}, as offloading does: add the "
             "adapter before"
         )
-    if _SLOTS not in vars(module):
-        vars(module)[_SLOTS] = set()
-        module.__class__ = _with_slots(cast(Any, type(module)), run)
-    if name not in vars(module)[_SLOTS]:
-        vars(module)[_SLOTS].add(name)
+    if name not in slots:
+        _set_slots(module, {**slots, name: run})
         module.add_module(name, nn.Identity().train(module.training))
     return module.get_submodule(name)
 
 
 def remove_empty_slots(module: nn.Module) -> None:
     """Take the slots away in which there is no adapter; without any, a module is of its own class again."""
-    slots: set[str] = vars(module).get(_SLOTS, set())
-    for name in sorted(slots):
-        if type(module._modules[name]) is nn.Identity:
-            slots.remove(name)
-            del module._modules[name]
-    if _SLOTS in vars(module) and not slots:
-        del vars(module)[_SLOTS]
-        module.__class__ = cast(Any, type(module)).without_slots
+    slots: dict[str, Run] = vars(module).get(_SLOTS, {})
+    empty = sorted(name for name in slots if type(module._modules[name]) is nn.Identity)
+    for name in empty:
+        del module._modules[name]
+    if empty:
+        _set_slots(module, {name: run for name, run in slots.items() if name not in empty})
 
 
 def replace_children(module: nn.Module, cls: type[nn.Module], **children: Any) -> Any:
@@ -75,24 +76,42 @@ def replace_children(module: nn.Module, cls: type[nn.Module], **children: Any) -
     return copied
 
 
-@cache
-def _with_slots(cls: Any, run: Callable[..., Any]) -> Any:
-    """The subclass whose forward is `run`; its name is the same, which others go by, and pickles name `cls`."""
+def _set_slots(module: nn.Module, slots: dict[str, Run]) -> None:
+    """Note the slots of a module, and give it the class that goes with them."""
+    kind: Any = type(module)
+    own = kind.without_slots if _SLOTS in vars(module) else kind
+    vars(module).pop(_SLOTS, None)
+    if slots:
+        vars(module)[_SLOTS] = slots
+    module.__class__ = _with_slots(own, _ordered(slots.values()))
 
-    @wraps(cls.forward)
+
+def _ordered(runs: Iterable[Run]) -> tuple[Run, ...]:
+    return tuple(sorted(set(runs), key=lambda run: (run.__module__, run.__qualname__)))
+
+
+@cache
+def _with_slots(own: Any, runs: tuple[Run, ...]) -> Any:
+    """The subclass whose forward is the last of `runs` around the others; its name is that of `own`, as in pickles."""
+    if not runs:
+        return own
+    *inner, run = runs
+    cls = _with_slots(own, tuple(inner))
+
+    @wraps(own.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        if _SLOTS not in vars(self):  # taken away since accelerate's hooks were added, which call this forward
+        if run not in vars(self).get(_SLOTS, {}).values():  # taken away since accelerate's hooks came, which call this
             return cls.forward(self, *args, **kwargs)
         return run(self, cls, *args, **kwargs)
 
     def reduce(self: nn.Module, protocol: int) -> tuple[Any, ...]:
         _, _, *state = cast(tuple[Any, ...], object.__reduce_ex__(self, max(protocol, 2)))
-        return (_new_with_slots, (cls, run), *state)
+        return (_new_with_slots, (own, runs), *state)
 
-    names = {name: getattr(cls, name) for name in ("__module__", "__qualname__", "__doc__")}
-    return type(cls.__name__, (cls,), {**names, "forward": forward, "__reduce_ex__": reduce, "without_slots": cls})
+    names = {name: getattr(own, name) for name in ("__module__", "__qualname__", "__doc__")}
+    return type(own.__name__, (cls,), {**names, "forward": forward, "__reduce_ex__": reduce, "without_slots": own})
 
 
-def _new_with_slots(cls: Any, run: Callable[..., Any]) -> Any:
+def _new_with_slots(own: Any, runs: tuple[Run, ...]) -> Any:
     """A module with slots that has no state yet, for pickles and copies."""
-    return object.__new__(_with_slots(cls, run))
+    return object.__new__(_with_slots(own, runs))

@@ -1,5 +1,7 @@
 """Models with every kind of block that adapters of activations know, and random values for adapters."""
 
+from functools import partial
+
 import torch
 from peft import get_peft_model
 from transformers import (
@@ -18,6 +20,7 @@ from transformers import (
 )
 
 from atomdiff.activation_adapters import CoeffTuningConfig, ConvAdapterConfig, MonaConfig
+from atomdiff.activation_adapters.conv_adapter.config import PLACEMENTS
 from tests.tiny_models import make_unet
 
 SMALL = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
@@ -39,11 +42,17 @@ METHODS = {
     "mona": lambda: MonaConfig(hidden_size=6),
     "conv_adapter": lambda: ConvAdapterConfig(reduction=2),
     "coeff_tuning": lambda: CoeffTuningConfig(),
+    **{
+        f"conv_adapter, {placement}": partial(ConvAdapterConfig, reduction=2, placement=placement)
+        for placement in PLACEMENTS[1:]
+    },
 }
 CASES = [
     *(("mona", model) for model in MODELS),
     *(("conv_adapter", model) for model in MODELS),
     *(("coeff_tuning", model) for model in ("unet", "unet of SDXL", "vit", "deit")),
+    *(("conv_adapter, residual_parallel", model) for model in MODELS if model not in ("vit", "deit", "swin")),
+    *((f"conv_adapter, {way}_sequential", model) for way in ("conv", "residual") for model in ("unet", "resnet")),
 ]
 
 

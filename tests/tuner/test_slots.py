@@ -2,6 +2,7 @@
 
 import copy
 
+import pytest
 import torch
 from torch import nn
 
@@ -46,3 +47,45 @@ def test_children_are_replaced_in_a_copy_only():
     expected = block(x)
     changed = replace_children(block, Block, line=lambda x: x + 1)
     assert torch.equal(changed(x, 2), 2 * (x + 1)) and torch.equal(block(x), expected)
+
+
+def add_one(block, cls, *args, **kwargs):
+    return block.plus(cls.forward(block, *args, **kwargs) + 1)
+
+
+def double(block, cls, *args, **kwargs):
+    return block.twice(2 * cls.forward(replace_children(block, cls), *args, **kwargs))
+
+
+def test_slots_of_several_tuners_act_whichever_came_first(tmp_path):
+    x = torch.randn(2, 3)
+    block = Block().eval()
+    expected = block(x)
+    for slots in ({"plus": add_one, "twice": double}, {"twice": double, "plus": add_one}):
+        for name, run in slots.items():
+            add_slot(block, name, run)
+            block._modules[name] = nn.Sequential()
+        loaded = torch.load(_saved(block, tmp_path), weights_only=False)
+        for each in (block, copy.deepcopy(block), loaded):
+            assert torch.equal(each(x), 2 * (expected + 1))
+        forward = block.forward  # as accelerate keeps it
+        block.plus = nn.Identity()
+        remove_empty_slots(block)
+        assert torch.equal(block(x), 2 * expected) and torch.equal(forward(x), 2 * expected)
+        block.twice = nn.Identity()
+        remove_empty_slots(block)
+        assert type(block) is Block and torch.equal(block(x), expected) and torch.equal(forward(x), expected)
+
+
+def _saved(block, folder):
+    torch.save(block, folder / "block.pt")
+    return folder / "block.pt"
+
+
+def test_a_slot_that_would_be_passed_by_is_refused():
+    block = Block()
+    add_slot(block, "plus", add_one)
+    block.forward = block.forward
+    with pytest.raises(ValueError, match="another library has replaced the forward of this Block"):
+        add_slot(block, "twice", double)
+    assert add_slot(block, "another", add_one) is block.another

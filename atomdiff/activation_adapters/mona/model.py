@@ -19,7 +19,7 @@ class MonaModel(ActivationModel):
     prefix = "mona_"
     tuner_layer_cls = MonaLayer
 
-    def why_not(self, module: nn.Module, model: nn.Module) -> str:
+    def why_not(self, config: MonaConfig, module: nn.Module, model: nn.Module) -> str:
         """Why a module is no block that Mona can adapt; empty: it is."""
         block = find_block(module)
         if block is None:

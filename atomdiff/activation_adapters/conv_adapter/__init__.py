@@ -1,0 +1,1 @@
+"""Conv-Adapter: narrow convolutional branches beside or after convolutions, or residual blocks."""
