@@ -200,22 +200,18 @@ def test_patches_are_compared_with_copies_and_atoms(tmp_path):
 
 
 @pytest.mark.slow
-def test_methods_of_classifiers(result, short, tmp_path):
-    short("toybox")
+@pytest.mark.parametrize("world", ["toybox", "digits"])
+def test_methods_of_classifiers(world, result, short, tmp_path):
+    short(world)
     methods, output = ("full", "conv"), tmp_path / "methods.json"
-    classify_methods.main(
-        classify_methods.BenchmarkConfig(
-            methods,
-            (0,),
-            1,
-            max_train_steps=2,
-            repeats=1,
-            large=False,
-            work_dir=str(tmp_path / "work"),
-            output=str(output),
-        )
-    )
+    few = {"seeds": (0,), "trials": 1, "max_train_steps": 2, "repeats": 1, "large": False}
+    folders = {"work_dir": str(tmp_path / "work"), "output": str(output)}
+    classify_methods.main(classify_methods.BenchmarkConfig(world, methods, **few, **folders))
     figures = result("methods.json")
+    command = json.loads(output.read_text())["command"]
+    assert ("--world digits" in command) == (world == "digits")
+    images = {path.name for path in (tmp_path / "work" / world / "images").iterdir()}
+    assert images == {"base", "patterns" if world == "toybox" else "five to nine"}
     assert figures["full:parameters_share"] == 1 and 0 < figures["conv:parameters_share"] < 0.1
     assert all(figures[f"{method}:step_seconds"] > 0 for method in methods)
     assert figures["full:steps_to_95"] == 2 and figures["full:seconds_to_95"] > 0
@@ -224,13 +220,13 @@ def test_methods_of_classifiers(result, short, tmp_path):
 @pytest.mark.slow
 def test_time_and_memory_at_real_size(short, tmp_path):
     short("toybox")
-    comparison = Comparison("toybox", classify_methods.SIZES, tmp_path)
-    figures = classify_methods.measure_large(comparison, {"linear": 0.01}, repeats=1)
+    comparison = Comparison("toybox", classify_methods.SIZES["toybox"], tmp_path)
+    figures = classify_methods.measure_large(comparison, "patterns", {"linear": 0.01}, repeats=1)
     assert 0 < figures["linear:large_step_seconds"] < 60 and 1e7 < figures["linear:large_memory"] < 1e10
 
 
 def test_a_search_goes_on_while_the_best_rate_is_at_the_end(tmp_path, monkeypatch):
-    comparison = Comparison("toybox", classify_methods.SIZES, tmp_path)
+    comparison = Comparison("toybox", classify_methods.SIZES["toybox"], tmp_path)
     monkeypatch.setattr(comparison, "run", lambda _, __, rate, seed: {"accuracy": {"validation": -abs(rate - 0.8)}})
     found = {further: comparison.best_rate(["patterns"], "conv", 3, further=further) for further in (False, True)}
     assert found == {False: pytest.approx(0.27), True: pytest.approx(0.81)}
