@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 from atomdiff.utils.lazy_names import lazy_names
 
 if TYPE_CHECKING:
-    from atomdiff.activation_adapters import CoeffTuningConfig, ConvAdapterConfig, MonaConfig
+    from atomdiff.activation_adapters import CoeffTuningConfig, CombinedConfig, ConvAdapterConfig, MonaConfig
     from atomdiff.concepts.library import ConceptLibrary
     from atomdiff.concepts.push import push_to_hub
     from atomdiff.pipelines.load import load_atoms, unload_atoms
@@ -25,6 +25,7 @@ _HOMES = {
     "AtomConfig": "atomdiff.tuner",
     "AtomModel": "atomdiff.tuner",
     "CoeffTuningConfig": "atomdiff.activation_adapters",
+    "CombinedConfig": "atomdiff.activation_adapters",
     "ConceptLibrary": "atomdiff.concepts.library",
     "ConvAdapterConfig": "atomdiff.activation_adapters",
     "MonaConfig": "atomdiff.activation_adapters",
@@ -44,6 +45,7 @@ __all__ = [
     "AtomConfig",
     "AtomModel",
     "CoeffTuningConfig",
+    "CombinedConfig",
     "ConceptLibrary",
     "ConvAdapterConfig",
     "MonaConfig",

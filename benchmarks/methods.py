@@ -68,12 +68,13 @@ def try_out(method: str, pipe: Any) -> dict[str, bool | None]:
         elsewhere = copy.deepcopy(adapter)
         if hasattr(elsewhere, "feedforward_modules"):
             elsewhere.feedforward_modules = []
+        parts = elsewhere.parts() if isinstance(elsewhere, atomdiff.CombinedConfig) else [elsewhere]
 
-        def add(target: str) -> None:
-            elsewhere.target_modules = [target]
-            make_trainable(copy.deepcopy(model), elsewhere, seed=0)
+        def add(part: Any, target: str) -> None:
+            part.target_modules = [target]
+            make_trainable(copy.deepcopy(model), part, seed=0)
 
-        return any(works(partial(add, target)) for target in targets)
+        return any(works(partial(add, part, target)) for part in parts for target in targets)
 
     text_encoder = add_to(pipe.text_encoder, "q_proj", "self_attn")
     able = {"convolutions": add_to(pipe.unet, "conv1"), "text encoder": text_encoder}

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, ClassVar
 
@@ -37,19 +38,34 @@ class CoeffTuningConfig(ActivationConfig):
     METHOD: ClassVar[str] = "COEFF_TUNING"
     PRESET: ClassVar[str] = "attention"
 
+    scale: float = field(
+        default=1.0,
+        metadata={
+            "help": "Factor between the trained numbers and alpha. With AdamW it acts as one on their learning rate, "
+            "for adapters of several methods that are trained at the rate of one."
+        },
+    )
+
+    def __post_init__(self) -> None:
+        """Check the fields and bring them into the form that is stored."""
+        super().__post_init__()
+        if type(self.scale) not in (int, float) or not 0 < self.scale < math.inf:
+            raise ValueError(f"scale={self.scale!r:.100}: expected a number above 0")
+
 
 class HeadMixing(nn.Module):
-    """The trained alpha (heads, heads) of an attention; zero at first."""
+    """The trained alpha / scale (heads, heads) of an attention; zero at first."""
 
-    def __init__(self, heads: int) -> None:
+    def __init__(self, heads: int, scale: float = 1.0) -> None:
         super().__init__()
         self.alpha = nn.Parameter(torch.zeros(heads, heads))
+        self.scale = scale
 
     def forward(self, weight: float | Tensor) -> Tensor:
         """Alpha times a weight, or weights (batch,): (1 or batch, heads, heads), which offloading leaves as it is."""
         if isinstance(weight, Tensor):
-            return weight.to(self.alpha).reshape(-1, 1, 1) * self.alpha
-        return weight * self.alpha[None]
+            return self.scale * weight.to(self.alpha).reshape(-1, 1, 1) * self.alpha
+        return self.scale * weight * self.alpha[None]
 
 
 class CoeffTuningLayer(ActivationLayer):
@@ -82,7 +98,8 @@ class CoeffTuningModel(ActivationModel):
         if not isinstance(layer, CoeffTuningLayer):
             layer = CoeffTuningLayer(layer)
             module.add_module(_SLOT, layer)
-        layer.add_adapter(adapter_name, HeadMixing(_heads(module)), device_of(module), config.inference_mode)
+        mixing = HeadMixing(_heads(module), config.scale)
+        layer.add_adapter(adapter_name, mixing, device_of(module), config.inference_mode)
         return [layer]
 
 

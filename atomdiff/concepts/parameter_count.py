@@ -14,7 +14,6 @@ import atomdiff.activation_adapters  # noqa: F401 - PEFT knows its methods from 
 from atomdiff.atoms.variants import SCORE_NAME
 from atomdiff.bases.architectures import open_architecture
 from atomdiff.tuner.adapter_state import peft_state_dict
-from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.inject import inject
 from atomdiff.utils.errors import UserError
 
@@ -56,7 +55,7 @@ def count_parameters(base: str | nn.Module, adapter: PeftConfig | None) -> Adapt
     total = sum(parameter.numel() for parameter in model.parameters())
     if adapter is None:
         return AdapterCount(total, total, total * _HALF, {})
-    if isinstance(adapter, AtomConfig):
+    if hasattr(adapter, "filled_by_loader"):
         adapter = copy.copy(adapter)
         adapter.filled_by_loader = True  # there are no weights to fit atoms to
     model.requires_grad_(False)

@@ -185,5 +185,8 @@ def _patterns(values: dict[str, Any]) -> Iterator[str]:
             yield value
         elif isinstance(value, dict):
             yield from value
+        elif key == "methods" and isinstance(value, list):
+            for each in value:
+                yield from _patterns(each) if isinstance(each, dict) else ()
         elif key == "layers_pattern":
             yield from value if isinstance(value, list) else [str(value)]

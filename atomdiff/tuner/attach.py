@@ -94,6 +94,7 @@ def attach_peft(
     updates: dict[str, Any] = {}
     if is_atoms(config):
         tensors = {re.sub(r"\.channel_(delta|basis)$", r".atom_channel_\1", key): tensors[key] for key in tensors}
+    if hasattr(config, "filled_by_loader"):
         updates["filled_by_loader"] = True
     expected = _expected_tensors(model, _copy_config(config, **updates), name)
     misfits = _differing(tensors, expected)

@@ -37,7 +37,7 @@ def inject(model: Any, config: PeftConfig, name: str) -> None:
         # PEFT compares the settings of adapters as if all were of one method.
         alike = {each: other for each, other in configs.items() if type(other) is type(config)}
         with nullcontext() if is_atoms(config) else _base_weights(model):
-            tuner = _quiet_tuner(config)(model, alike, adapter_name=name)
+            tuner = quiet_tuner(config)(model, alike, adapter_name=name)
     except KeyError as error:
         if len(configs) == 1:
             raise
@@ -58,7 +58,7 @@ def _more_than_layers(config: Any) -> ValueError:
     return ValueError(f"{config.peft_type} adapters are more than layers: use peft.get_peft_model")
 
 
-def _quiet_tuner(config: Any) -> Any:
+def quiet_tuner(config: Any) -> Any:
     """The PEFT tuner of a method; it takes the settings of all adapters from its caller, not from the model."""
     tuner: Any = PEFT_TYPE_TO_TUNER_MAPPING.get(config.peft_type)
     if tuner is None or config.is_prompt_learning or config.is_adaption_prompt:

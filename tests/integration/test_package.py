@@ -25,7 +25,7 @@ def test_importing_it_is_cheap_and_loads_no_library():
 )
 def test_peft_knows_the_methods_wherever_configs_are_read(line):
     known = "from peft.mapping import PEFT_TYPE_TO_CONFIG_MAPPING as known"
-    code = f"{line}; {known}; assert {{'ATOMS', 'MONA', 'CONV_ADAPTER', 'COEFF_TUNING'}} <= set(known)"
+    code = f"{line}; {known}; assert {{'ATOMS', 'MONA', 'CONV_ADAPTER', 'COEFF_TUNING', 'COMBINED'}} <= set(known)"
     subprocess.run([sys.executable, "-c", code], check=True, capture_output=True)
 
 
