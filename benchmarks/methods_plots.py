@@ -84,6 +84,28 @@ def draw_tradeoffs(points: Sequence[Point]) -> Figure:
         return figure
 
 
+def draw_keep(summaries: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figure:
+    """Draw similarity, prompt match and drift over the share of the directions that is kept, with standard errors.
+
+    Args:
+        summaries: `summary` of the result file of `benchmarks/keep.py`: share -> figures.
+    """
+    shares = sorted(summaries, key=float)
+    names = [name for name in ("similarity", "prompt_match", "drift") if name in summaries[shares[0]]]
+    _, color, marker = _FAMILIES["atoms"]
+    with rc_context(_STYLE):
+        figure = Figure(figsize=(3.6 * len(names), 3.2), layout="constrained")
+        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
+            found = [summaries[share][name] for share in shares]
+            means, errors = [each["mean"] for each in found], [each["standard_error"] or 0.0 for each in found]
+            axes.errorbar([*map(float, shares)], means, errors, color=color, marker=marker, elinewidth=0.8)
+            axes.set_xlabel("share of the directions")
+            axes.set_ylabel(name.replace("_", " ") + (" (less is better)" if name == "drift" else ""))
+            axes.grid(alpha=0.25)
+            axes.patch.set_alpha(0)
+        return figure
+
+
 def _scatter(axes: Axes, points: Sequence[Point], x_of: Any, best: Sequence[Point]) -> None:
     """Draw the methods with the standard errors of both values, and the names of some."""
     seen = set()

@@ -73,8 +73,9 @@ def trial_figures(result: Result) -> dict[str, float]:
         "gain": similarity["normalized_gain"]["mean"],
         "drift": first["drift"]["mean"],
         "embedding_drift": first["embedding_drift"]["mean"],
-        "top_1": result["top_1"],
     }
+    if "top_1" in result:
+        figures["top_1"] = result["top_1"]
     for name, metric in (("scenes", "scene_accuracy"), ("diversity", "diversity"), ("prior", "prior_similarity")):
         if first[metric] is not None:
             figures[name] = first[metric]["concept"]["mean"]

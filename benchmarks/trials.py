@@ -236,13 +236,7 @@ def _evaluate(trial: Trial, config: Any, concept: Path, protocol: str) -> dict[s
 
     base = find_asset(config.pretrained_model_name_or_path)
     folder = Path(trial.folder) / Path(protocol).stem
-    link = folder / "images" / "base"
-    if not link.exists():  # those of the base, which all trials need
-        images = Path(trial.shared).resolve() / f"base-{_content_key(Path(base))[:12]}-images"
-        images.mkdir(parents=True, exist_ok=True)
-        link.parent.mkdir(parents=True, exist_ok=True)
-        link.unlink(missing_ok=True)  # one that leads nowhere, since the folders were moved
-        link.symlink_to(images)
+    share_base_images(folder, base, Path(trial.shared))
     evaluate_concepts(
         EvaluateConfig(
             pretrained_model_name_or_path=base,
@@ -261,6 +255,23 @@ def _evaluate(trial: Trial, config: Any, concept: Path, protocol: str) -> dict[s
     results = json.loads((folder / "results.json").read_text())
     found: dict[str, Any] = results["subjects"][trial.subject]
     return found
+
+
+def share_base_images(folder: Path, base: str, shared: Path) -> None:
+    """Let the base's images of an evaluation lie where others of the same base find them.
+
+    Args:
+        folder: of the evaluation.
+        base: the base model, a folder.
+        shared: where they lie.
+    """
+    link = folder / "images" / "base"
+    if not link.exists():
+        images = shared.resolve() / f"base-{_content_key(Path(base))[:12]}-images"
+        images.mkdir(parents=True, exist_ok=True)
+        link.parent.mkdir(parents=True, exist_ok=True)
+        link.unlink(missing_ok=True)  # one that leads nowhere, since the folders were moved
+        link.symlink_to(images)
 
 
 def _top_1(trial: Trial, trigger_phrase: str) -> float:

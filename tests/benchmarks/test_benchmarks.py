@@ -27,6 +27,7 @@ from benchmarks import (
 from benchmarks.classifier_runs import Comparison
 from benchmarks.classifier_worlds import WORLDS, DigitImages
 from benchmarks.experiments import EXPERIMENTS, rates_around
+from benchmarks.methods_plots import draw_keep
 from benchmarks.result_file import command_line
 from benchmarks.timing import take_turns
 
@@ -101,13 +102,25 @@ def test_similar_concepts_of_a_library(tmp_path):
 
 @pytest.mark.slow
 def test_concepts_kept_in_part(result, tmp_path):
-    assert keep.BenchmarkConfig(()).protocol == "toybox"  # whose words the base has
-    small = {"base": str(CONCEPT.parent / "tiny-sd"), "protocol": "quick", "num_prompts": 1, "num_inference_steps": 1}
+    run = tmp_path / "run.yaml"
+    run.write_text(f"pretrained_model_name_or_path: {CONCEPT.parent / 'tiny-sd'}\nnum_inference_steps: 1\n")
+    edits = tmp_path / "edits.yaml"
+    edits.write_text('images_per_prompt: 1\nprompts: [{prompt: "a red {subject}", color: red}]\n')
+    small = {"config": str(run), "protocols": ("quick", str(edits)), "num_prompts": 1}
     files = {"work_dir": str(tmp_path / "work"), "output": str(tmp_path / "keep.json")}
     keep.main(keep.BenchmarkConfig((str(CONCEPT),), (0.0, 0.3, 1.0), **small, **files))
     figures = result("keep.json")
     assert figures["0:file_bytes"] < figures["0.3:file_bytes"] < figures["1:file_bytes"] == CONCEPT.stat().st_size
-    assert {"similarity", "drift"} <= {name.partition(":")[2] for name in figures}
+    assert {"similarity", "drift", "prompt_match"} <= {name.partition(":")[2] for name in figures}
+    assert figures["0:drift"] == 0 < figures["1:drift"]  # prompts of others do not have the trigger word, which stays
+    settings = json.loads((tmp_path / "work" / "0.3" / "quick" / "results.json").read_text())["settings"]
+    assert settings["num_inference_steps"] == "1"
+    assert len({path.resolve() for path in (tmp_path / "work").glob("*/*/images/base")}) == 1
+    summary = json.loads((tmp_path / "keep.json").read_text())["summary"]
+    axes = draw_keep(summary).axes
+    assert [each.get_ylabel() for each in axes] == ["similarity", "prompt match", "drift (less is better)"]
+    assert [*axes[2].lines[0].get_xdata()] == [0, 0.3, 1]
+    assert [*axes[2].lines[0].get_ydata()] == [figures[f"{share}:drift"] for share in ("0", "0.3", "1")]
 
 
 @pytest.mark.slow
