@@ -9,7 +9,7 @@ from torch import nn
 from transformers import ViTConfig, ViTForImageClassification
 
 from atomdiff.activation_adapters import CoeffTuningConfig
-from atomdiff.activation_adapters.coeff_tuning import mixed_heads
+from atomdiff.activation_adapters.coeff_tuning import HeadMixing, mixed_heads
 from atomdiff.concepts.parameter_count import count_parameters
 from tests.activation_adapters.methods import PATCHES, SMALL, shake, trained
 from tests.tiny_models import make_unet
@@ -59,6 +59,16 @@ def test_an_attention_uses_combinations_of_its_maps():
     expected = model.to_out[0]((mixed @ value).transpose(1, 2).flatten(2))
     torch.testing.assert_close(model(x), expected, atol=1e-5, rtol=0)
     assert (expected - plain).abs().max() > 1e-3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("weight", [0.5, torch.tensor([0.5, 2.0])])
+def test_alpha_is_what_is_trained_times_the_scale(weight):
+    plain, scaled = HeadMixing(3), HeadMixing(3, scale=20)
+    assert not scaled.alpha.any()
+    plain.alpha.copy_(torch.randn(3, 3))
+    scaled.alpha.copy_(plain.alpha / 20)
+    torch.testing.assert_close(scaled(weight), plain(weight))
 
 
 def test_it_has_as_many_parameters_on_stable_diffusion_as_in_the_paper():
