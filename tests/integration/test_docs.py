@@ -284,7 +284,7 @@ def test_figures_stand_in_the_result_files():
     [
         ("libraries", "library", ["4.5 s", "22 MB", "10 ms", "1.2 µs"]),
         ("libraries", "library_similar", ["81 s", "14 ms", "1.4 µs", "162 MB", "8 s"]),
-        ("method", "decompose", ["1.1 s", "19.5 s"]),
+        ("method", "decompose", ["1.8 s", "18.4 s"]),
         ("method", "parameters", ["1,008 parameters", "0.0051"]),
         ("switching", "loading", ["1.08 GB"]),
     ],
