@@ -28,7 +28,7 @@ from atomdiff.utils.hashing import hash_values
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from atomdiff.utils.text_files import read_yaml
-from benchmarks.experiments import make_trial, ordered_methods, own_rate
+from benchmarks.experiments import make_trial, ordered_methods, own_rate, vary_trial
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import (
     Result,
@@ -44,6 +44,7 @@ from benchmarks.trials import OF_VALIDATION, Trial
 
 COSTS = ("parameters", "bytes", "train_seconds", "peak_memory_bytes")
 UNNAMED = ("work_dir", "output_dir", "processes", "retry_failed")  # options that say only where and how fast
+OF_EVALUATION = ("photos", "max_train_steps")  # options of the runs on evaluation subjects alone
 _QUICK_METHODS = 3
 
 
@@ -75,6 +76,8 @@ class CompareConfig:
     """A folder of photos for each evaluation subject."""
     photos: int | None = None
     """Photos of each evaluation subject that are trained on, the first ones. Default: all."""
+    max_train_steps: int | None = None
+    """Training steps on the evaluation subjects. Default: those of `run`."""
     tuning_dir: str = "samples/tuning_subjects"
     """A folder of photos for each tuning subject."""
     protocols: tuple[str, ...] = ("toybox", "toybox_edits")
@@ -124,6 +127,9 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         for seed in config.seeds
         for subject in subjects
     ]
+    if config.max_train_steps is not None:
+        steps = {"max_train_steps": config.max_train_steps}
+        trials = [vary_trial(trial, f"{config.max_train_steps}-steps", options=steps) for trial in trials]
     results = runner.run(trials)
     found["conditions"] = {
         "subjects": sorted(subjects),
@@ -132,7 +138,7 @@ def compare(config: CompareConfig, method: str, runner: Runner) -> dict[str, Any
         "max_drift": config.max_drift,
         "tuning": hash_values(repr(load_protocol(config.tuning_protocol)), *sorted(config.tuning_subjects))[:16],
         "run": run_key(config.run),
-        **({} if config.photos is None else {"photos": config.photos}),
+        **{name: value for name in OF_EVALUATION if (value := getattr(config, name)) is not None},
         **{name: results[0]["fingerprint"][name][:16] for name in ("base", "judge", "protocols", "sampling")},
     }
     found |= describe_runs(results, {"learning_rate": rate, **searched})

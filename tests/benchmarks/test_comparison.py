@@ -107,6 +107,19 @@ def test_fewer_photos_are_trained_on_and_the_unseen_ones_stay(world):
 
 
 @pytest.mark.slow
+def test_other_steps_are_those_of_the_evaluation_subjects(world):
+    config = compare_config(world, subjects=("mug",), trials=2, max_drift=1.0, photos=1)
+    compare_methods.main(config)
+    compare_methods.main(dataclasses.replace(config, max_train_steps=1, output_dir=str(world.path / "short")))
+    usual, short = (json.loads((world.path / name / "token-default.json").read_text()) for name in ("results", "short"))
+    assert len(world.started) == 2 + 1 + 1  # the search is the same
+    logs = [(Path(folder) / "run" / "training_log.jsonl").read_text() for folder in world.started]
+    assert [json.loads(log.splitlines()[-1])["step"] for log in logs] == [2, 2, 2, 1]
+    assert short["conditions"] == {**usual["conditions"], "max_train_steps": 1} and usual["conditions"]["photos"] == 1
+    assert "--photos 1 --max_train_steps 1 " in short["command"]
+
+
+@pytest.mark.slow
 def test_a_method_that_fails_stays_in_the_comparison(world, monkeypatch):
     broken = {"peft_type": "LORA", "target_modules": ["nowhere"]}
     monkeypatch.setattr(
