@@ -28,7 +28,7 @@ from atomdiff.evaluate.similarity import similarities
 from atomdiff.evaluate.suite import generate_images, read_subject
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.experiments import chosen_rate, make_trial, vary_trial
+from benchmarks.experiments import ComparedConcepts, vary_trial
 from benchmarks.loaded_concepts import load_concepts, open_base, phrase_of, places_suite
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import summarize
@@ -37,7 +37,7 @@ from benchmarks.trials import Trial
 
 
 @dataclass(frozen=True)
-class AddedConceptsConfig:
+class AddedConceptsConfig(ComparedConcepts):
     """Add concepts to each other, and measure what is left of each."""
 
     methods: tuple[str, ...] = ("atoms/default", "lora/attention_r16")
@@ -50,18 +50,6 @@ class AddedConceptsConfig:
     """Images of each prompt."""
     preservation: Literal["none", "class", "blank"] = "none"
     """Output preservation in the training runs, with weight 1."""
-    run: str = "configs/demo.yaml"
-    """Settings of the training runs and of sampling."""
-    protocols: tuple[str, ...] = ("toybox", "toybox_edits")
-    """Protocols of the comparison; the first one has the places."""
-    subjects_dir: str = "samples/subjects"
-    """A folder of photos for each subject."""
-    results: str = "benchmarks/results/methods"
-    """Folder of the comparison's result files, which have the learning rates."""
-    work_dir: str = "out/compare_methods"
-    """Folder of the comparison's runs."""
-    processes: int = 1
-    """Training runs at a time."""
     output: str = "benchmarks/results/added_concepts.json"
     """The result file."""
 
@@ -74,8 +62,7 @@ def beside(subjects: Sequence[str], subject: str, count: int) -> list[str]:
 
 def trial_of(config: AddedConceptsConfig, method: str, subject: str) -> Trial:
     """Return the training run of a subject's concept."""
-    rate, photos = chosen_rate(config.results, method), Path(config.subjects_dir) / subject
-    trial = make_trial(method, rate, photos, config.protocols, 0, config.run, config.work_dir)
+    trial = config.trial(method, subject)
     if config.preservation == "none":
         return trial
     name = f"preservation-{config.preservation}"

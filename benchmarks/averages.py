@@ -30,7 +30,7 @@ from typing import Any
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
-from benchmarks.experiments import chosen_rate, make_trial
+from benchmarks.experiments import ComparedConcepts
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import check_protocols, summarize, trial_figures
 from benchmarks.trial_runner import run_concepts
@@ -42,7 +42,7 @@ Figures = Mapping[str, float]
 
 
 @dataclass(frozen=True)
-class AveragesConfig:
+class AveragesConfig(ComparedConcepts):
     """Average runs that differ in their seed."""
 
     method: str = "atoms/default"
@@ -53,29 +53,13 @@ class AveragesConfig:
     """Seeds of the training runs."""
     counts: tuple[int, ...] = (2, 3)
     """Runs in a mean; all combinations of so many are evaluated."""
-    run: str = "configs/demo.yaml"
-    """Settings of the training runs and of sampling."""
-    protocols: tuple[str, ...] = ("toybox", "toybox_edits")
-    """Protocols of the evaluation."""
-    subjects_dir: str = "samples/subjects"
-    """A folder of photos for each subject."""
-    results: str = "benchmarks/results/methods"
-    """Folder of the comparison's result files, which have the learning rates."""
-    work_dir: str = "out/compare_methods"
-    """Folder of the comparison's runs; finished ones are not repeated."""
-    processes: int = 1
-    """Training runs at a time."""
     output: str = "benchmarks/results/averages.json"
     """The result file."""
 
 
 def trials_of(config: AveragesConfig, subject: str) -> list[Trial]:
     """Return the runs of a subject, one a seed."""
-    rate, photos = chosen_rate(config.results, config.method), Path(config.subjects_dir) / subject
-    return [
-        make_trial(config.method, rate, photos, config.protocols, seed, config.run, config.work_dir)
-        for seed in config.seeds
-    ]
+    return [config.trial(config.method, subject, seed) for seed in config.seeds]
 
 
 def average(trials: Sequence[Trial], folder: Path) -> tuple[Path, float]:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -91,6 +91,29 @@ def make_trial(
         run,
         str(Path(work_dir) / "shared"),
     )
+
+
+@dataclass(frozen=True)
+class ComparedConcepts:
+    """Concepts of `compare_methods.py`, at the learning rates of its result files; what is missing is trained."""
+
+    run: str = "configs/demo.yaml"
+    """Settings of the training runs and of sampling."""
+    protocols: tuple[str, ...] = ("toybox", "toybox_edits")
+    """Protocols of the comparison; the first one has the places and the unrelated prompts."""
+    subjects_dir: str = "samples/subjects"
+    """A folder of photos for each subject."""
+    results: str = "benchmarks/results/methods"
+    """Folder of the comparison's result files."""
+    work_dir: str = "out/compare_methods"
+    """Folder of the comparison's runs; finished ones are not repeated."""
+    processes: int = 1
+    """Training runs at a time."""
+
+    def trial(self, method: str, subject: str, seed: int = 0) -> Trial:
+        """Return the run of a method on a subject."""
+        rate, photos = chosen_rate(self.results, method), Path(self.subjects_dir) / subject
+        return make_trial(method, rate, photos, self.protocols, seed, self.run, self.work_dir)
 
 
 def vary_trial(

@@ -44,7 +44,7 @@ from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.compare_methods import tensor_bytes
-from benchmarks.experiments import chosen_rate, make_trial, read_adapter_fields
+from benchmarks.experiments import ComparedConcepts, read_adapter_fields
 from benchmarks.interpolation import interpolate, similarity_at
 from benchmarks.loaded_concepts import (
     Base,
@@ -70,7 +70,7 @@ Point = dict[str, float]
 
 
 @dataclass(frozen=True)
-class PatchingConfig:
+class PatchingConfig(ComparedConcepts):
     """Patch one base for many subjects."""
 
     patches: str = "atoms/default"
@@ -87,18 +87,6 @@ class PatchingConfig:
     """Images of each place."""
     repeats: int = 20
     """Switches that are timed."""
-    run: str = "configs/demo.yaml"
-    """Settings of the training runs and of sampling."""
-    protocols: tuple[str, ...] = ("toybox", "toybox_edits")
-    """Protocols of the comparison; the first one has the places and the unrelated prompts."""
-    subjects_dir: str = "samples/subjects"
-    """A folder of photos for each subject."""
-    results: str = "benchmarks/results/methods"
-    """Folder of the comparison's result files, which have the learning rates."""
-    work_dir: str = "out/compare_methods"
-    """Folder of the comparison's runs."""
-    processes: int = 1
-    """Training runs at a time."""
     output: str = "benchmarks/results/patching_subjects.json"
     """The result file."""
 
@@ -117,11 +105,7 @@ def check_methods(config: PatchingConfig) -> None:
 
 def trials_of(config: PatchingConfig, method: str) -> dict[str, Trial]:
     """Return the training run of each subject."""
-    rate, photos = chosen_rate(config.results, method), Path(config.subjects_dir)
-    return {
-        subject: make_trial(method, rate, photos / subject, config.protocols, 0, config.run, config.work_dir)
-        for subject in config.subjects
-    }
+    return {subject: config.trial(method, subject) for subject in config.subjects}
 
 
 def figures_of_runs(results: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:

@@ -25,7 +25,7 @@ from atomdiff.utils.image_grid import make_image_grid
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks import trial_runner
-from benchmarks.experiments import chosen_rate, make_trial
+from benchmarks.experiments import ComparedConcepts
 from benchmarks.methods_report import format_size
 from benchmarks.recognition import Gallery
 from benchmarks.result_file import command_line, write_result
@@ -35,7 +35,7 @@ PLACES = 3
 
 
 @dataclass(frozen=True)
-class SheetsConfig:
+class SheetsConfig(ComparedConcepts):
     """Draw the sheets."""
 
     method: str = "atoms/default"
@@ -48,20 +48,8 @@ class SheetsConfig:
     """Subjects of that sheet."""
     edit: str = "a photo of a green {subject}"
     """What is asked for besides the places."""
-    run: str = "configs/demo.yaml"
-    """Settings of the training runs and of sampling."""
     num_inference_steps: int = 40
     """Denoising steps of an image; those of `run` are chosen for speed."""
-    protocols: tuple[str, ...] = ("toybox", "toybox_edits")
-    """Protocols of the comparison; the first one has the places."""
-    subjects_dir: str = "samples/subjects"
-    """A folder of photos for each evaluation subject."""
-    results: str = "benchmarks/results/methods"
-    """Folder of the comparison's result files, which have the learning rates."""
-    work_dir: str = "out/compare_methods"
-    """Folder of the comparison's runs."""
-    processes: int = 1
-    """Training runs at a time."""
     images: str = "docs/images"
     """Folder of the sheets."""
     output: str = "benchmarks/results/sheets.json"
@@ -83,11 +71,7 @@ def run_concepts(config: SheetsConfig, method: str, subjects: Sequence[str]) -> 
     Raises:
         UserError: one has failed.
     """
-    rate, photos = chosen_rate(config.results, method), Path(config.subjects_dir)
-    trials = [
-        make_trial(method, rate, photos / subject, config.protocols, 0, config.run, config.work_dir)
-        for subject in subjects
-    ]
+    trials = [config.trial(method, subject) for subject in subjects]
     trial_runner.run_concepts(trials, config.processes)
     return dict(zip(subjects, trials, strict=True))
 
