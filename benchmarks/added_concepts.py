@@ -20,16 +20,15 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any, Literal
 
 from atomdiff.evaluate.encoders import ImageEncoder
 from atomdiff.evaluate.similarity import similarities
-from atomdiff.evaluate.suite import generate_images, read_subject
+from atomdiff.evaluate.suite import generate_images
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
 from benchmarks.experiments import ComparedConcepts, vary_trial
-from benchmarks.loaded_concepts import load_concepts, open_base, phrase_of, places_suite
+from benchmarks.loaded_concepts import load_concepts, open_base, phrase_of, places_suite, unseen_photos
 from benchmarks.result_file import command_line, write_result
 from benchmarks.trial_figures import summarize
 from benchmarks.trial_runner import run_concepts
@@ -75,7 +74,7 @@ def similarity_by_count(config: AddedConceptsConfig, pipe: Any, trial: Trial, ju
     from atomdiff.utils.precision import autocast, compute_device
 
     run, suite = trial.config(), places_suite(trial, config.images_per_prompt)
-    references = judge.embed(read_subject(Path(trial.photos))[1])
+    references = unseen_photos(trial, judge)
     found = {}
     for count in config.counts:
         atomdiff.set_active(pipe, beside(config.subjects, trial.subject, count))

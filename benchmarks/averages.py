@@ -57,11 +57,6 @@ class AveragesConfig(ComparedConcepts):
     """The result file."""
 
 
-def trials_of(config: AveragesConfig, subject: str) -> list[Trial]:
-    """Return the runs of a subject, one a seed."""
-    return [config.trial(config.method, subject, seed) for seed in config.seeds]
-
-
 def average(trials: Sequence[Trial], folder: Path) -> tuple[Path, float]:
     """Write the mean of the concepts of runs; return the file, named like its subject, and the seconds."""
     from atomdiff.concepts.average import AverageConfig, average_files
@@ -148,7 +143,9 @@ def main(config: AveragesConfig) -> None:
     """Train what is missing, average, evaluate, and write the result file."""
     quiet_libraries()
     check(config)
-    trials = {subject: trials_of(config, subject) for subject in config.subjects}
+    trials = {
+        subject: [config.trial(config.method, subject, seed) for seed in config.seeds] for subject in config.subjects
+    }
     results = iter(run_concepts([trial for each in trials.values() for trial in each], config.processes))
     by_subject = {
         subject: measure_subject(each, [*islice(results, len(each))], config.counts) for subject, each in trials.items()

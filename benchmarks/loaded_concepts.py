@@ -10,8 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from atomdiff.evaluate.encoders import ImageEncoder
 from atomdiff.evaluate.protocol import load_protocol
-from atomdiff.evaluate.suite import GeneratedImages, Images, PromptSuite, generate_images
+from atomdiff.evaluate.suite import GeneratedImages, Images, PromptSuite, generate_images, read_subject
 from atomdiff.utils.assets import find_asset
 from benchmarks.trials import Trial, concept_path
 
@@ -64,6 +65,11 @@ def unrelated_suite(trial: Trial) -> PromptSuite:
     """Return the unrelated prompts of a trial's first protocol alone, sampled as its run says."""
     unrelated = load_protocol(trial.protocols[0]).unrelated_prompts
     return replace(places_suite(trial, 1), prompts=(), unrelated_prompts=unrelated)
+
+
+def unseen_photos(trial: Trial, judge: ImageEncoder) -> Tensor:
+    """Return the embeddings of the photos of a trial's subject that it did not train on."""
+    return judge.embed(read_subject(Path(trial.photos))[1])
 
 
 def generate(suite: PromptSuite, pipe: Any, phrase: str | None, progress: str, trial: Trial) -> GeneratedImages:

@@ -31,15 +31,15 @@ import statistics
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from functools import partial
-from pathlib import Path
 from typing import Any
 
 from safetensors.torch import load_file
+from torch import Tensor
 
 from atomdiff.evaluate.drift import pixel_differences
 from atomdiff.evaluate.encoders import ImageEncoder
 from atomdiff.evaluate.similarity import similarities
-from atomdiff.evaluate.suite import open_adapted, read_subject
+from atomdiff.evaluate.suite import open_adapted
 from atomdiff.utils.errors import UserError
 from atomdiff.utils.options import parse_config
 from atomdiff.utils.quiet import quiet_libraries
@@ -55,6 +55,7 @@ from benchmarks.loaded_concepts import (
     places_suite,
     same_images,
     unrelated_suite,
+    unseen_photos,
 )
 from benchmarks.result_file import command_line, write_result
 from benchmarks.timing import take_turns
@@ -103,11 +104,6 @@ def check_methods(config: PatchingConfig) -> None:
             raise UserError(f"{option}: {method} saves {saves[found]}; give a method that saves {saves[is_full]}")
 
 
-def trials_of(config: PatchingConfig, method: str) -> dict[str, Trial]:
-    """Return the training run of each subject."""
-    return {subject: config.trial(method, subject) for subject in config.subjects}
-
-
 def figures_of_runs(results: Mapping[str, Mapping[str, Result]]) -> dict[str, Any]:
     """Return means and figures by subject of the evaluations of patches and copies, and by how much patches are better.
 
@@ -142,12 +138,11 @@ def size_figures(trials: Mapping[str, Trials], results: Mapping[str, Mapping[str
 
 
 def measure_point(
-    config: PatchingConfig, pipe: Any, trial: Trial, phrase: str, base: Base, judge: ImageEncoder
+    config: PatchingConfig, pipe: Any, trial: Trial, phrase: str, base: Base, judge: ImageEncoder, references: Tensor
 ) -> Point:
-    """Return similarity to a subject's unseen photos and drift of a pipeline as it is."""
+    """Return similarity to the references, embeddings of a subject's photos, and drift of a pipeline as it is."""
     suites = places_suite(trial, config.images_per_prompt), unrelated_suite(trial)
     places, unrelated = (generate(suite, pipe, phrase, trial.subject, trial) for suite in suites)
-    references = judge.embed(read_subject(Path(trial.photos))[1])
     return {
         "similarity": float(similarities(judge.embed(places.subject), references).mean()),
         "drift": float(pixel_differences(base.images, unrelated.unrelated).mean()),
@@ -180,9 +175,10 @@ def patch_points(
 
     found: dict[str, dict[float, Point]] = {}
     for subject, trial in trials.items():
+        references = unseen_photos(trial, judge)
         for weight in config.weights:
             atomdiff.set_active(base.pipe, {subject: weight})
-            point = measure_point(config, base.pipe, trial, phrase_of(subject), base, judge)
+            point = measure_point(config, base.pipe, trial, phrase_of(subject), base, judge, references)
             found.setdefault(subject, {})[weight] = point
     return found
 
@@ -195,9 +191,10 @@ def copy_points(
     for subject, trial in trials.items():
         pipe = open_copy(base, trial)
         end = {path: tensor.clone() for path, tensor in pipe.unet.state_dict().items()}
+        references = unseen_photos(trial, judge)
         for alpha in config.alphas:
             pipe.unet.load_state_dict(interpolate(base.unet, end, alpha))
-            point = measure_point(config, pipe, trial, trial.config().trigger_phrase, base, judge)
+            point = measure_point(config, pipe, trial, trial.config().trigger_phrase, base, judge, references)
             found.setdefault(subject, {})[alpha] = point
     return found
 
@@ -258,7 +255,11 @@ def main(config: PatchingConfig) -> None:
     import atomdiff
     from atomdiff.toybox.judge import load_judge
 
-    trials = {"patches": trials_of(config, config.patches), "copies": trials_of(config, config.copies)}
+    methods = {"patches": config.patches, "copies": config.copies}
+    trials = {
+        name: {subject: config.trial(method, subject) for subject in config.subjects}
+        for name, method in methods.items()
+    }
     results = {
         name: dict(zip(each, run_concepts([*each.values()], config.processes), strict=True))
         for name, each in trials.items()
