@@ -1,9 +1,12 @@
 """A server's engine under load: images a minute and latency, beside other ways to serve many concepts.
 
     python -m benchmarks.serving
+    python -m benchmarks.serving --architecture sd-1.5 --requests 8 --steps 2 --repeats 2
 
-The base is the toybox's, the concepts have random deltas. The ways take turns, so that what else the machine does meets
-all alike; medians count. All requests are there at once, but for `latency`, where they come at random times.
+The base is the toybox, or has a UNet of another architecture with random weights between the toybox's text encoder and
+autoencoder, and so its small latents; the concepts have random deltas. The ways take turns, so that what else the
+machine does meets all alike; medians count. All requests are there at once, but for `latency`, where they come at
+random times.
 
 - engine/N: the engine, with N different concepts (0: the base alone).
 - fixed/N: batches of `max_batch` with N concepts, by `atomdiff sample`'s way, of requests with equal numbers of steps.
@@ -34,6 +37,8 @@ class BenchmarkConfig:
 
     base: str = "samples/toybox-sd"
     """The base model."""
+    architecture: str | None = None
+    """A UNet of this architecture with random weights in place of the base's, as `atomdiff inspect --base` names it."""
     channel_block: int = 1
     """Of the concepts."""
     requests: int = 16
@@ -48,6 +53,19 @@ class BenchmarkConfig:
     """What else the machine did."""
     output: str = "benchmarks/results/serving.json"
     """The result file."""
+
+
+def open_base(config: BenchmarkConfig) -> Any:
+    """Return the base as a pipeline."""
+    from atomdiff.bases.architectures import open_architecture
+    from atomdiff.pipelines.open import open_pipeline
+
+    pipe = open_pipeline(config.base)
+    if config.architecture is not None:
+        unet: Any = open_architecture(config.architecture)
+        fitting = {name: pipe.unet.config[name] for name in ("in_channels", "out_channels", "cross_attention_dim")}
+        pipe.unet = type(unet).from_config({**unet.config, **fitting}).eval().requires_grad_(False)
+    return pipe
 
 
 def write_concepts(pipe: Any, folder: Path, count: int, channel_block: int) -> None:
@@ -103,7 +121,6 @@ def measure(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
     import torch
 
     from atomdiff.concepts.library import ConceptLibrary
-    from atomdiff.pipelines.open import open_pipeline
     from atomdiff.sampling.adapter_cache import AdapterCache
     from atomdiff.sampling.generate import generate
     from atomdiff.sampling.prompt_requests import read_requests
@@ -111,7 +128,7 @@ def measure(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
     from atomdiff.serving.engine import Engine
     from atomdiff.serving.image_request import ImageRequest
 
-    pipe, lora_pipe, engine_pipe = (open_pipeline(config.base) for _ in range(3))
+    pipe, lora_pipe, engine_pipe = (open_base(config) for _ in range(3))
     write_concepts(pipe, folder, 64, config.channel_block)
     library = ConceptLibrary(folder)
     engine = Engine(engine_pipe, ServedConcepts(library), max_batch=config.max_batch, max_queue=10_000)

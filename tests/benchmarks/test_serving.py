@@ -15,7 +15,8 @@ RESULTS = Path(__file__).parents[2] / "benchmarks" / "results"
 @pytest.mark.slow
 def test_a_server_beside_other_ways(tmp_path):
     pytest.importorskip("fastapi")
-    figures = serving.measure(serving.BenchmarkConfig(TINY, requests=2, steps=1, max_batch=2, repeats=1), tmp_path)
+    config = serving.BenchmarkConfig(TINY, TINY, requests=2, steps=1, max_batch=2, repeats=1)  # with random weights
+    figures = serving.measure(config, tmp_path)
     speeds, ratios = figures["images_per_minute"], figures["throughput_of_engine_over_fixed_batch"]
     assert len(speeds) == 9 and min(speeds.values()) > 0
     assert ratios["8"] == pytest.approx(speeds["engine/8"] / speeds["fixed/8"], rel=0.01)
