@@ -196,6 +196,9 @@ class SimulatedPool:
         self.lost += event.kind == "lost"
         return [event]
 
+    def kill(self, worker: int) -> None:
+        """Do nothing: no worker hangs."""
+
     def close(self) -> None:
         """Do nothing: there is nothing to end."""
 
