@@ -94,7 +94,7 @@ def measure(folder: Path, layers: str, dtype: str) -> dict[str, float]:
         str(folder / CHECKPOINT), output_vae=False, model_options=options
     )
     file = f"{layers}-{dtype}.atoms.safetensors"
-    found = {"file_bytes": (folder / "atoms" / file).stat().st_size}
+    found: dict[str, float] = {"file_bytes": (folder / "atoms" / file).stat().st_size}
     loaded: list[Any] = []
     for time in ("first", "next"):
         figures = _measured(lambda: loaded.append(node.load(model, clip, file, 1.0, 1.0)[0]))

@@ -125,7 +125,7 @@ def run_all(config: LayerChoiceConfig) -> list[Chosen]:
         for seed in config.seeds
         for way in METHODS
     ]
-    trials = [trial_of(config, *key) for _, *key in keys]
+    trials = [trial_of(config, subject, seed, way, budget) for _, subject, seed, way, budget in keys]
     found = []
     for key, trial, result in zip(keys, trials, run_concepts(trials, config.processes), strict=True):
         concept = read_concept_file(concept_path(trial))

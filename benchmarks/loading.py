@@ -112,7 +112,7 @@ def measure_copy_and_switch(kind: str, dtype: torch.dtype, device: str, config: 
     """Seconds of a copy of the adapted weights and of a switch, in both memory formats."""
     import atomdiff
 
-    found = {}
+    found: dict[str, float] = {}
     for layout in (torch.contiguous_format, torch.channels_last):
         pipe = build_pipe(dtype, device)
         pipe.unet.to(memory_format=layout)
@@ -125,7 +125,7 @@ def measure_copy_and_switch(kind: str, dtype: torch.dtype, device: str, config: 
             for weight, goal in zip(weights, copies, strict=True):
                 goal.copy_(weight)
 
-        things = {"copy": copy, "switch": alternate(lambda name, pipe=pipe: atomdiff.set_active(pipe, name))}
+        things = {"copy": copy, "switch": alternate(partial(atomdiff.set_active, pipe))}
         suffix = "" if layout is torch.contiguous_format else "_channels_last"
         found |= {
             f"{name}{suffix}": value for name, value in take_turns(things, config.repeats, device, warm_up=1).items()
@@ -188,9 +188,7 @@ def compare_many(dtype: torch.dtype, device: str, config: BenchmarkConfig) -> di
         for name, count in (("few", 2), ("many", config.many)):
             load = partial(atomdiff.load_atoms, pipes[name], file)
             loads[name] = [seconds(partial(load, f"c{number}"), device) for number in range(count)]
-    things = {
-        name: alternate(lambda c, pipe=pipe: atomdiff.set_active(pipe, c), ("c0", "c1")) for name, pipe in pipes.items()
-    }
+    things = {name: alternate(partial(atomdiff.set_active, pipe), ("c0", "c1")) for name, pipe in pipes.items()}
     switches = take_turns(things, config.repeats, device, warm_up=1)
     return {
         f"switch_{config.many}_over_2": switches["many"] / switches["few"],

@@ -77,7 +77,7 @@ def try_out(method: str, pipe: Any) -> dict[str, bool | None]:
         return any(works(partial(add, part, target)) for part in parts for target in targets)
 
     text_encoder = add_to(pipe.text_encoder, "q_proj", "self_attn")
-    able = {"convolutions": add_to(pipe.unet, "conv1"), "text encoder": text_encoder}
+    able: dict[str, bool | None] = {"convolutions": add_to(pipe.unet, "conv1"), "text encoder": text_encoder}
     make_trainable(pipe.unet, adapter, seed=0)
     return able | {"merge": works(lambda: atomdiff.merge(pipe))}
 

@@ -24,7 +24,7 @@ _FAMILIES = {  # colors that the color-blind can tell apart; markers for print
 }
 _OTHERS = ("other methods", "#8c8c8c", "D")
 _NAMED = 5  # methods whose names stand in the plots, besides those on the frontier
-_LABEL_PLACES = (((6, 4), {"ha": "left", "va": "bottom"}), ((-6, -4), {"ha": "right", "va": "top"}))
+_LABEL_PLACES = (((6, 4), "left", "bottom"), ((-6, -4), "right", "top"))
 
 
 @dataclass(frozen=True)
@@ -132,5 +132,5 @@ def _scatter(axes: Axes, points: Sequence[Point], x_of: Any, best: Sequence[Poin
     shown = sorted((point for point in points if point.method in named), key=lambda point: x_of(point)[0])
     for number, point in enumerate(shown):
         text = point.method.removesuffix("/default").replace("attention_", "")
-        at, (place, sides) = (x_of(point)[0], point.values["similarity"][0]), _LABEL_PLACES[number % 2]
-        axes.annotate(text, at, place, textcoords="offset points", fontsize=7, color=INK, **sides)
+        at, (place, ha, va) = (x_of(point)[0], point.values["similarity"][0]), _LABEL_PLACES[number % 2]
+        axes.annotate(text, at, place, textcoords="offset points", fontsize=7, color=INK, ha=ha, va=va)

@@ -77,7 +77,7 @@ def compare_patches(
     figures: dict[str, Any] = {}
     refused: dict[str, str] = {}
     models: dict[str, Any] = {}
-    switches: dict[tuple[str, str | None], Any] = {}
+    works: dict[tuple[str, str | None], Any] = {}
     for method, patches in folders.items():
         try:
             figures[f"{method}:equal_to_the_bit"] = answers_to_the_bit(base, patches, side)
@@ -86,14 +86,15 @@ def compare_patches(
             continue
         model, names = load_patches(base, patches)
         models[method] = model
-        switches |= {(method, name): partial(set_active, model, name) for name in (*names, None)}
+        works |= {(method, name): partial(set_active, model, name) for name in (*names, None)}
     copied = load_classifier(copy)
     state = {path: tensor.clone() for path, tensor in copied.state_dict().items()}
-    copying = ("", "copy")
-    seconds = take_turns({**switches, copying: partial(copied.load_state_dict, state)}, _ROUNDS, warm_up=3)
-    figures["copy_weights_seconds"] = seconds.pop(copying)
+    works["", "copy"] = partial(copied.load_state_dict, state)
+    seconds = take_turns(works, _ROUNDS, warm_up=3)
+    figures["copy_weights_seconds"] = seconds["", "copy"]
     loads = {method: partial(load_patch, model, folders[method][0], "again") for method, model in models.items()}
     for method, found in take_turns(loads, 1).items():
         figures[f"{method}:load_seconds"] = found
-        figures[f"{method}:switch_seconds"] = statistics.median(seconds[key] for key in switches if key[0] == method)
+        switches = [took for key, took in seconds.items() if key[0] == method]
+        figures[f"{method}:switch_seconds"] = statistics.median(switches)
     return figures, refused

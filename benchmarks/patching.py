@@ -171,7 +171,8 @@ class Patching:
         """Return base and new accuracy in % of interpolated copies, means over seeds and tasks, and those by task."""
         from atomdiff.classify import load_classifier, open_base
 
-        moved, rows = open_base(str(self.base_path)), []
+        moved = open_base(str(self.base_path))
+        rows: list[dict[str, Any]] = []
         start = {path: tensor.clone() for path, tensor in moved.state_dict().items() if path.startswith("resnet.")}
         for task in self.tasks:
             for seed in self.config.seeds:
@@ -183,10 +184,10 @@ class Patching:
                     rows.append({"task": task, "seed": seed, "alpha": alpha} | self._pair(moved, copy, images))
                 rows.append({"task": task, "seed": seed, "alpha": "atoms"} | self._pair(atoms, atoms, images))
         figures = {}
-        for alpha in (*self.config.alphas, "atoms"):
+        for point in (*self.config.alphas, "atoms"):
             for side in ("base", "new"):
-                found = [row[side] for row in rows if row["alpha"] == alpha]
-                figures[f"interpolation:{alpha}:{side}"] = self.mean(found)
+                found = [row[side] for row in rows if row["alpha"] == point]
+                figures[f"interpolation:{point}:{side}"] = self.mean(found)
         return figures, rows
 
     def _pair(self, network: Any, head: Any, images: Any) -> dict[str, float]:

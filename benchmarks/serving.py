@@ -133,7 +133,7 @@ def measure(config: BenchmarkConfig, folder: Path) -> dict[str, Any]:
     library = ConceptLibrary(folder)
     engine = Engine(engine_pipe, ServedConcepts(library), max_batch=config.max_batch, max_queue=10_000)
     cache = AdapterCache(pipe)
-    settings = {"num_inference_steps": config.steps, "guidance_scale": 4.0, "progress": False}
+    settings: dict[str, Any] = {"num_inference_steps": config.steps, "guidance_scale": 4.0, "progress": False}
 
     def engine_way(concepts: int) -> Callable[[], Any]:
         requests = [

@@ -229,8 +229,8 @@ def main(config: BenchmarkConfig) -> None:
     figures["kills_drawn_anew"] = survival.redrawn
     figures["not_possible_here"] = len(injected) - len(faults)
     figures["seconds"] = round(time.perf_counter() - started)
-    rows = {"kills": [asdict(each) for each in kills], "faults": [asdict(each) for each in faults]}
-    write_result(config.output, command_line("survival", config), figures, **rows)
+    command = command_line("survival", config)
+    write_result(config.output, command, figures, kills=[*map(asdict, kills)], faults=[*map(asdict, faults)])
 
 
 if __name__ == "__main__":

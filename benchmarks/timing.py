@@ -6,9 +6,11 @@ import random
 import statistics
 import time
 from collections.abc import Callable, Mapping
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
+
+Name = TypeVar("Name")
 
 
 def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
@@ -22,8 +24,8 @@ def seconds(work: Callable[[], Any], device: str = "cpu") -> float:
 
 
 def take_turns(
-    works: Mapping[str, Callable[[], Any]], repeats: int, device: str = "cpu", warm_up: int = 0
-) -> dict[str, float]:
+    works: Mapping[Name, Callable[[], Any]], repeats: int, device: str = "cpu", warm_up: int = 0
+) -> dict[Name, float]:
     """Return the median seconds of each of some calls, which take turns, in an order drawn anew for every round.
 
     So each finds memory and caches as any other left them, and what else the machine does meets all alike.
@@ -35,7 +37,7 @@ def take_turns(
         warm_up: rounds before those.
     """
     order = random.Random(0)
-    measured: dict[str, list[float]] = {name: [] for name in works}
+    measured: dict[Name, list[float]] = {name: [] for name in works}
     for _ in range(warm_up + repeats):
         for name in order.sample(list(works), len(works)):
             measured[name].append(seconds(works[name], device))

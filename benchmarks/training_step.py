@@ -99,6 +99,8 @@ def precision(config: BenchmarkConfig, part: Part) -> torch.dtype:
 class TwoConvolutions(nn.Module):
     """conv(x, W) + conv(x, A @ dD): the reference recipe, with frozen A (out * in, 9) and trained dD (9, 9)."""
 
+    coefficients: Tensor
+
     def __init__(self, base: nn.Conv2d) -> None:
         super().__init__()
         self.base = base

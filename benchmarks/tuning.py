@@ -148,9 +148,8 @@ def main(config: BenchmarkConfig) -> None:
         runs[arm].setdefault(subject, []).append(measure(config, *settings[arm], subject, seed))
         print(arm, subject, seed, runs[arm][subject][-1], flush=True)
     chosen = {arm: name for arm, (name, _) in settings.items()}
-    more = {"settings": chosen, "runs": runs, "trials": trials, "note": config.note}
     command = command_line("tuning", config, ignore=("output", "work_dir", "note"))
-    write_result(config.output, command, summary(runs), **more)
+    write_result(config.output, command, summary(runs), settings=chosen, runs=runs, trials=trials, note=config.note)
 
 
 if __name__ == "__main__":

@@ -63,7 +63,8 @@ def render_world(
         held_out: captions kept out of pretraining instead of those for it.
     """
     generator = torch.Generator().manual_seed(seed)
-    begin, masks, texts = time.perf_counter(), [], []
+    begin, masks = time.perf_counter(), []
+    texts: list[str] = []
     images = torch.empty(count, 3, IMAGE_SIZE, IMAGE_SIZE, dtype=torch.uint8, device=device)
     labels: dict[str, list[Tensor]] = {"class": [], "scene": [], "color": [], "pattern": []}
     while len(texts) < count and time.perf_counter() - begin < seconds:
@@ -118,7 +119,8 @@ def render_families(
     The four of a row are an individual and three that differ from it in shape, pattern or colors alone.
     """
     generator = torch.Generator().manual_seed(seed)
-    begin, rows = time.perf_counter(), []
+    begin = time.perf_counter()
+    rows: list[Tensor] = []
     while sum(map(len, rows)) < count and time.perf_counter() - begin < seconds:
         n = min(batch, count)
         classes = torch.randint(len(CLASSES), (n,), generator=generator)

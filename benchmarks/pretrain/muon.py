@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -39,9 +39,9 @@ def orthogonalize(matrices: Tensor, steps: int = 5) -> Tensor:
     return factor @ x
 
 
-def _bucket(rows: int, columns: int, padded: bool) -> tuple[int, int]:
+def _bucket(shape: Sequence[int], padded: bool) -> tuple[int, int]:
     """The size that a matrix is made orthogonal in, the smaller side first."""
-    low, high = sorted((rows, columns))
+    low, high = sorted(shape)
     if not padded:
         return low, high
     return -(-low // _ROW_STEP) * _ROW_STEP, -(-high // _COLUMN_STEP) * _COLUMN_STEP
@@ -82,7 +82,7 @@ class Muon(torch.optim.Optimizer):
             buckets = defaultdict(list)
             for index, update in enumerate(mixed):
                 matrix = update.flatten(1)
-                buckets[_bucket(*matrix.shape, padded=update.is_cuda)].append((index, matrix))
+                buckets[_bucket(matrix.shape, padded=update.is_cuda)].append((index, matrix))
             for (low, high), members in buckets.items():
                 wide = [m if m.shape[0] <= m.shape[1] else m.mT for _, m in members]
                 padded = torch.stack([F.pad(m, (0, high - m.shape[1], 0, low - m.shape[0])) for m in wide])
@@ -103,7 +103,8 @@ def make_optimizers(model: nn.Module, lr: float, weight_decay: float) -> list[to
     Their rates are tensors on the model's device, so that a CUDA graph of a step reads the rate of the moment.
     """
     outer = ("conv_in", "conv_out", "embedding", "quant_conv", "head")
-    inside, others = [], []
+    inside: list[nn.Parameter] = []
+    others: list[nn.Parameter] = []
     for name, p in model.named_parameters():
         if p.requires_grad:
             (inside if p.ndim > 1 and not any(part in name for part in outer) else others).append(p)

@@ -121,7 +121,7 @@ class Average:
     """Moving averages of a model's parameters, one a decay; early steps count less (as in EMA with warm-up)."""
 
     def __init__(self, model: nn.Module, decays: tuple[float, ...]) -> None:
-        self.parameters = list(model.parameters())
+        self.parameters: list[Tensor] = list(model.parameters())
         self.decays = decays
         self.copies = [[p.detach().clone() for p in self.parameters] for _ in decays]
         self._now = [torch.zeros((), device=self.parameters[0].device) for _ in decays]
@@ -243,13 +243,13 @@ def run_stage(
     model.train()
     elapsed = kept = checkpoints.load(stage, steps.parts)
     begin, progress = time.perf_counter() - elapsed, stage.progress(elapsed)
-    current, run = -1, partial(steps.take, phases[0].loss_of)
+    current = -1
     while progress < 1.0 or stage.steps < 2:
         steps.prepare(progress)
         wanted = next((i for i, phase in enumerate(phases) if progress < phase.until), len(phases) - 1)
         if wanted != current:
-            current, run = wanted, partial(steps.take, phases[wanted].loss_of)
-            run = captured(run) if phases[wanted].captured else run
+            current, step = wanted, partial(steps.take, phases[wanted].loss_of)
+            run = captured(step) if phases[wanted].captured else step
             steps.total.zero_()  # of the steps before the capture
         run()
         stage.steps += 1

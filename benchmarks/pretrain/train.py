@@ -207,9 +207,9 @@ class Run:
                     print(f"{part}: the search for its fastest way was stopped", flush=True)
                     self.warming[part].kill()
 
-    def stage(self, name: str, seconds: float, learning_rate: float, **others: float) -> Stage:
+    def stage(self, name: str, seconds: float, learning_rate: float, warmup: float = Stage.warmup) -> Stage:
         """A new stage, which the report will list."""
-        self.stages.append(Stage(name, seconds, learning_rate, total_steps=self.options.steps, **others))
+        self.stages.append(Stage(name, seconds, learning_rate, warmup=warmup, total_steps=self.options.steps))
         return self.stages[-1]
 
     def save(self) -> None:

@@ -72,7 +72,9 @@ class Denoiser(nn.Module):
         return best.endswith(CAPTURED)
 
 
-def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, batch: int) -> Callable[[], Tensor]:
+def make_loss(
+    denoiser: Callable[..., Tensor], latents: Tensor, masks: Tensor, ids: Tensor, batch: int
+) -> Callable[[], Tensor]:
     """The loss of a random batch: v-prediction, weighed by noise and by the object's mask.
 
     The error of the clean latents weighs min(SNR + 1, 10), which for v is min(SNR + 1, 10) / (SNR + 1): min-SNR (Hang
@@ -115,7 +117,7 @@ def make_loss(denoiser: Denoiser, latents: Tensor, masks: Tensor, ids: Tensor, b
 
 
 def train_denoiser(
-    denoiser: Denoiser, phase: Phase, stage: Stage, keep: Callable[[], None], checkpoints: Checkpoints
+    denoiser: nn.Module, phase: Phase, stage: Stage, keep: Callable[[], None], checkpoints: Checkpoints
 ) -> int:
     """Train, and leave the moving average with the lower loss in the model.
 
