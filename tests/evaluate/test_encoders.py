@@ -1,5 +1,8 @@
 """Vision models of transformers as encoders: which of their outputs is the embedding."""
 
+import json
+from pathlib import Path
+
 import numpy as np
 import pytest
 import torch
@@ -12,6 +15,8 @@ from transformers import (
     CLIPImageProcessor,
     CLIPModel,
     CLIPTokenizer,
+    CLIPVisionConfig,
+    CLIPVisionModelWithProjection,
     ConvNextConfig,
     ConvNextModel,
     Dinov2Config,
@@ -25,6 +30,7 @@ from transformers import (
 from atomdiff.evaluate.encoders import Recognizer, TextEncoder, VisionEncoder, check_encoder, open_encoders
 from atomdiff.toybox.judge import Judge
 from atomdiff.utils.errors import UserError
+from tests.helpers import change_tensors
 
 SMALL = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
 SQUARE = {"image_size": 32, "patch_size": 8}
@@ -94,6 +100,83 @@ def test_of_a_convolutional_network_the_pooled_output_is_compared(tmp_path):
     with torch.no_grad():
         pooled = encoder.model(pixel_values=pixels).pooler_output
     assert torch.allclose(encoder.embed(images(2)), torch.nn.functional.normalize(pooled), atol=1e-6)
+
+
+def test_of_the_vision_part_of_clip_the_projection_is_compared(tmp_path):
+    torch.manual_seed(0)
+    config = CLIPVisionConfig(**SMALL, **SQUARE, projection_dim=8)
+    encoder = VisionEncoder(save(tmp_path, CLIPVisionModelWithProjection(config)))
+    pixels = encoder.processor(images=images(2), return_tensors="pt")["pixel_values"]
+    with torch.no_grad():
+        projected = encoder.model(pixel_values=pixels).image_embeds
+    assert projected.shape == (2, 8)
+    assert torch.allclose(encoder.embed(images(2)), torch.nn.functional.normalize(projected), atol=1e-6)
+
+
+@pytest.fixture
+def tiny_vit(tmp_path):
+    torch.manual_seed(0)
+    return save(tmp_path, ViTModel(ViTConfig(**SMALL, **SQUARE)))
+
+
+def change_weights(folder, change):
+    change_tensors(Path(folder) / "model.safetensors", change)
+
+
+def test_weights_that_no_embedding_depends_on_may_be_missing(tiny_vit):
+    before = VisionEncoder(tiny_vit).embed(images(2))
+    change_weights(tiny_vit, lambda found: {key: each for key, each in found.items() if "pooler" not in key})
+    assert torch.equal(VisionEncoder(tiny_vit).embed(images(2)), before)  # as in facebook/dino-vits16
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda found: {f"module.{key}": each for key, each in found.items()},
+        lambda found: {key: each for key, each in found.items() if "layer.1." not in key},
+        lambda found: {key: each[:1].clone() if "layer.1." in key else each for key, each in found.items()},
+    ],
+    ids=["other names", "a layer less", "other shapes"],
+)
+def test_weights_that_are_missing_are_named_instead_of_random(tiny_vit, change):
+    change_weights(tiny_vit, change)
+    with pytest.raises(UserError, match=r"its files lack weights, .*\(.+ and \d+ more\); expected a complete"):
+        VisionEncoder(tiny_vit)
+
+
+def test_weights_that_are_not_finite_are_refused(tiny_vit):
+    change_weights(tiny_vit, lambda found: {key: each * torch.nan for key, each in found.items()})
+    with pytest.raises(UserError, match="its embeddings are not finite, .* expected the weights as published"):
+        VisionEncoder(tiny_vit)
+
+
+@pytest.mark.parametrize("file", ["model.safetensors", "config.json", "preprocessor_config.json"])
+def test_a_damaged_file_is_one_clear_line(tiny_vit, file):
+    damaged = Path(tiny_vit) / file
+    damaged.write_bytes(damaged.read_bytes()[:100])
+    with pytest.raises(UserError, match=r"cannot be loaded \(.+\); expected a vision model of transformers"):
+        VisionEncoder(tiny_vit)
+
+
+def test_a_model_of_another_size_than_its_config_says_is_refused(tiny_vit):
+    file = Path(tiny_vit) / "config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"intermediate_size": 24}))
+    with pytest.raises(UserError, match="or have them in other shapes than its config.json says"):
+        VisionEncoder(tiny_vit)
+
+
+def test_an_encoder_of_texts_without_its_vocabulary_is_refused(tiny_clip):
+    for file in Path(tiny_clip).iterdir():
+        if "token" in file.name or file.name in ("vocab.json", "merges.txt"):
+            file.unlink()
+    with pytest.raises(UserError, match=r"its tokenizer reads .* as the same; expected its vocabulary \(tokenizer\."):
+        VisionEncoder(tiny_clip)
+
+
+def test_weights_of_texts_that_are_missing_are_named(tiny_clip):
+    change_weights(tiny_clip, lambda found: {key: each for key, each in found.items() if "text_projection" not in key})
+    with pytest.raises(UserError, match=r"its files lack weights, .*\(text_projection.weight\)"):
+        VisionEncoder(tiny_clip)
 
 
 def test_a_model_that_masks_images_at_random_is_refused(tmp_path):
