@@ -138,7 +138,7 @@ def _subjects(file: Path, found: Any, prompts: Mapping[str, Sequence[Prompt]]) -
     for name, subject in found.items():
         entries = subject if isinstance(subject, dict) and subject.keys() <= {"class_name", "prompts", "seen"} else {}
         kind: Any = entries.get("prompts", next(iter(prompts), None))
-        if not isinstance(entries.get("class_name"), str) or kind not in prompts:
+        if not isinstance(entries.get("class_name"), str) or kind not in [*prompts]:  # kind may be a list
             expected = f"expected its class_name and which prompts it gets: {', '.join(prompts)}"
             raise UserError(f"{file}: the subject {name!r}: found {subject!r}; {expected}")
         labels = {label for prompt in prompts[kind] for label in prompt.labels.values()}
@@ -153,24 +153,35 @@ def _subjects(file: Path, found: Any, prompts: Mapping[str, Sequence[Prompt]]) -
 
 def _labeled_prompts(file: Path, what: str, found: Any) -> tuple[Prompt, ...]:
     """Read prompts, some of them with labels: {prompt: "{subject} in the snow", scene: snow}."""
-    entries = [each if isinstance(each, dict) else {"prompt": each} for each in found] if found else []
+    _check_list(file, what, found)
+    entries = [each if isinstance(each, dict) else {"prompt": each} for each in found]
     for entry in entries:
         if not entry.keys() <= {"prompt", *LABEL_KINDS} or not all(isinstance(each, str) for each in entry.values()):
             expected = f"expected a text, or a prompt with {', '.join(LABEL_KINDS)}"
             raise UserError(f"{file}: {what}: found {entry}; {expected}")
-    texts = _prompts(file, what, [entry.get("prompt") for entry in entries], True)
+        if "prompt" not in entry:
+            raise UserError(f"{file}: {what}: found {entry}, without a prompt; expected one beside the labels")
+    texts = _prompts(file, what, [entry["prompt"] for entry in entries], True)
     labels = {entry["prompt"]: {kind: entry[kind] for kind in LABEL_KINDS if kind in entry} for entry in entries}
     return tuple(Prompt(text, labels[text]) for text in texts)
 
 
 def _prompts(file: Path, what: str, found: Any, with_subject: bool) -> tuple[str, ...]:
-    if not isinstance(found, list) or not found or not all(isinstance(each, str) and each.strip() for each in found):
-        raise UserError(f"{file}: {what}: expected a list of prompts")
+    _check_list(file, what, found)
     for prompt in found:
+        if not isinstance(prompt, str) or not prompt.strip():
+            raise UserError(f"{file}: {what}: expected a list of prompts; found {prompt!r} in it")
         if (prompt.count(SUBJECT) > 0) != with_subject or set(re.findall(r"\{.*?\}", prompt)) - {SUBJECT}:
-            expected = f"expected it with {SUBJECT}" if with_subject else f"expected it without {SUBJECT}"
+            with_it = f"expected it with {SUBJECT}, and no other placeholder"
+            expected = with_it if with_subject else f"expected it without {SUBJECT}, or any other placeholder"
             raise UserError(f"{file}: {what}: {prompt!r}: {expected}")
     return tuple(dict.fromkeys(found))
+
+
+def _check_list(file: Path, what: str, found: Any) -> None:
+    if not isinstance(found, list) or not found:
+        is_missing = "none" if found is None or found == [] else repr(found)
+        raise UserError(f"{file}: {what}: expected a list of prompts; found {is_missing}")
 
 
 def _references(name: str, data_dir: Path, alone: bool) -> tuple[Path, ...]:
