@@ -12,12 +12,13 @@ def evaluate_concepts(config: EvaluateConfig) -> str | None:
     """Generate, measure, and return a summary; None on all but the main process.
 
     Raises:
-        UserError: as for `generate_images` and `open_encoders`.
+        UserError: as for `generate_images`, `open_encoders` and `check_labels`.
     """
     import torch
     from accelerate import Accelerator
 
     from atomdiff.evaluate.encoders import open_encoders
+    from atomdiff.evaluate.label_accuracy import check_labels
     from atomdiff.evaluate.protocol import load_protocol
     from atomdiff.evaluate.run import generate_images, measure_concepts
     from atomdiff.evaluate.subjects import open_subjects
@@ -25,8 +26,9 @@ def evaluate_concepts(config: EvaluateConfig) -> str | None:
 
     state = Accelerator(cpu=not torch.accelerator.is_available())
     subjects = open_subjects(config, load_protocol(config.protocol))
-    # Before the images: whoever names one that is not there need not wait for them.
+    # Before the images: whoever names one that is not there, or labels that it does not know, need not wait for them.
     encoders = open_encoders(config.encoders if state.is_main_process else (), compute_device())
+    check_labels(encoders.values(), [subject.suite for subject in subjects])
     generated = generate_images(config, subjects, state)
     if not state.is_main_process:
         return None

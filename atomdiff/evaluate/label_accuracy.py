@@ -5,13 +5,14 @@ The counterpart of CLIP-T (DreamBooth, arXiv 2208.12242, section 4.2) where a cl
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 
 import torch
+from PIL import Image
 from torch import Tensor
 
-from atomdiff.evaluate.encoders import Recognizer
-from atomdiff.evaluate.suite import Evaluation
+from atomdiff.evaluate.encoders import ImageEncoder, Recognizer
+from atomdiff.evaluate.suite import Evaluation, PromptSuite
 
 LABEL_KINDS = ("scene", "color", "pattern")
 
@@ -37,6 +38,21 @@ def label_accuracy(kind: str) -> Callable[[Evaluation], dict[str, Tensor] | None
         return found
 
     return accuracy
+
+
+def check_labels(encoders: Iterable[ImageEncoder], suites: Iterable[PromptSuite]) -> None:
+    """Let all encoders that recognize something look for the labels of the prompts in an empty image.
+
+    Raises:
+        UserError: one does not know them.
+    """
+    empty = [Image.new("RGB", (64, 64))]
+    labels = [each for suite in suites for each in suite.labels]
+    by_kind = [list(dict.fromkeys(each[kind] for each in labels if kind in each)) for kind in LABEL_KINDS]
+    for encoder in encoders:
+        if isinstance(encoder, Recognizer):
+            for of_kind in filter(None, by_kind):
+                encoder.recognize(empty, of_kind)
 
 
 def hits(predicted: Sequence[str | None], expected: Sequence[str | None]) -> Tensor:

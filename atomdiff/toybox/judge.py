@@ -17,6 +17,7 @@ from torch.nn import functional as F
 from atomdiff.toybox.world import CLASSES, COLORS, IMAGE_SIZE, PATTERNS, SCENES
 from atomdiff.utils.assets import ASSETS
 from atomdiff.utils.atomic import new_folder
+from atomdiff.utils.errors import UserError
 
 LABELS: dict[str, tuple[str, ...]] = {
     "class": CLASSES,
@@ -104,9 +105,18 @@ class Judge(nn.Module):
         return {kind: [words[i] for i in logits[kind].argmax(1).tolist()] for kind, words in LABELS.items()}
 
     def recognize(self, images: list[Image.Image], labels: Sequence[str]) -> list[str]:
-        """Return the most likely word for every image, of the kind that has all the labels."""
-        kind = next(kind for kind, words in LABELS.items() if set(labels) <= set(words))
-        return self.classify(images)[kind]
+        """Return the most likely word for every image, of the kind that has all the labels.
+
+        Raises:
+            UserError: no kind has all of them.
+        """
+        known = [kind for kind, words in LABELS.items() if set(labels) <= set(words)]
+        if not known:
+            words = "; ".join(f"{kind}: {', '.join(words)}" for kind, words in LABELS.items())
+            raise UserError(
+                f"the judge of the toybox: found the labels {', '.join(labels)}; expected of one of {words}"
+            )
+        return self.classify(images)[known[0]]
 
 
 def save_judge(judge: Judge, folder: Path) -> None:

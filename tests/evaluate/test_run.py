@@ -245,6 +245,20 @@ def test_a_folder_that_is_finished_is_scored_without_its_base(evaluate, tiny_pip
     assert "9 of 16 images are missing, or of another concept or weight" in capsys.readouterr().err
 
 
+def test_labels_that_an_encoder_does_not_know_are_named_before_images_are_generated(
+    evaluate, tiny_pipe, tmp_path, capsys
+):
+    concept, photos = write_concept(tiny_pipe, tmp_path / "mug.atoms.safetensors"), write_images(tmp_path / "photos")
+    scenes = {"snow": "in the snow", "mountain": "on a mountain"}
+    prompts = [{"prompt": f"a {{subject}} {phrase}", "scene": scene} for scene, phrase in scenes.items()]
+    (tmp_path / "scenes.yaml").write_text(json.dumps({"prompts": prompts, "images_per_prompt": 1}))
+    options = ("--protocol", str(tmp_path / "scenes.yaml"))
+    assert evaluate([concept], photos, *options, encoders=("toybox",))[0] == 2
+    assert "found the labels snow, mountain; expected of one of class: " in capsys.readouterr().err
+    assert not written(tmp_path / "out")
+    assert evaluate([concept], photos, *options, "--num_prompts", "1", encoders=("toybox",))[0] == 0
+
+
 @pytest.mark.parametrize("kind", ["atoms", "pipeline"])
 def test_the_base_is_compared_with_by_the_schedule_of_the_concept(evaluate, tiny_pipe, tmp_path, encoder, kind):
     photos, options = write_images(tmp_path / "photos"), ("--class_name", "mug", "--trigger_phrases", "mug")

@@ -20,6 +20,7 @@ from atomdiff.toybox.world import (
     subject_images,
     to_images,
 )
+from atomdiff.utils.errors import UserError
 from benchmarks.base_quality import accuracies
 from benchmarks.pretrain.data import render_families, render_world
 from benchmarks.pretrain.evaluate import measure_judge
@@ -73,6 +74,14 @@ def test_labels_of_any_kind_are_recognized(judge):
     images = to_images(render(individuals, sample_views(2, generator, scene_index=words[:, 1])).images)
     for kind, (first, second) in zip(LABELS, words.T.tolist(), strict=True):
         assert judge.recognize(images, [LABELS[kind][first]]) == [LABELS[kind][first], LABELS[kind][second]]
+
+
+@pytest.mark.parametrize("labels", [["mountain"], ["snow", "red"]])
+def test_labels_that_are_of_no_kind_are_refused(judge, labels):
+    with pytest.raises(
+        UserError, match=rf"found the labels {', '.join(labels)}; expected of one of class: .*; scene: "
+    ):
+        judge.recognize([Image.new("RGB", (128, 128))], labels)
 
 
 @pytest.mark.slow
