@@ -53,7 +53,7 @@ def evaluate_result(config: TrainConfig, path: Path, state: Any) -> None:
         for name, value in of_encoder.items()
         if value is not None
     }
-    extend_report(folder, metrics, {"Evaluation": folder / FOLDER / "contact_sheet.png"}, _note(subjects))
+    extend_report(folder, metrics, {"Evaluation": folder / FOLDER / "contact_sheet.png"}, _note(config, subjects))
 
 
 def _describe(found: Any) -> Any:
@@ -66,12 +66,25 @@ def _describe(found: Any) -> Any:
     return found["mean"] if error is None else f"{found['mean']:.4g} ± {error:.2g}"
 
 
-def _note(subjects: Sequence[EvaluatedSubject]) -> str:
-    """Say why similarity has no `real` and no gain, if no subject has several photos to compare with."""
-    if any(len(subject.references) > 1 for subject in subjects):
-        return ""
-    found = "The images are compared with a single photo, but real and normalized_gain need two or more"
-    return f"{found}: hold more out (a higher --validation_split), or name a folder with --validation_data_dir."
+def _note(config: TrainConfig, subjects: Sequence[EvaluatedSubject]) -> str:
+    """Say what the errors are over, what images are compared with, and why there may be no `real` and no gain."""
+    over = "subjects" if len(subjects) > 1 else "prompts"
+    notes = [f"Values are means ± standard errors over {over}."]
+    if not all(_holds_out(config, subject) for subject in config.subjects):
+        notes.append(
+            "Photos were not held out for every subject, so similarity is that to training photos, and highest for a "
+            "concept that repeats them: hold some out (--validation_split, --validation_data_dir)."
+        )
+    if not any(len(subject.references) > 1 for subject in subjects):
+        found = "The images are compared with a single photo, but real and normalized_gain need two or more"
+        notes.append(
+            f"{found}: hold more out (a higher --validation_split), or name a folder with --validation_data_dir."
+        )
+    return " ".join(notes)
+
+
+def _holds_out(config: TrainConfig, subject: Subject) -> bool:
+    return bool(config.validation_split or subject.validation_data_dir)
 
 
 def evaluation_config(config: TrainConfig, path: Path, mixed_precision: str) -> EvaluateConfig:

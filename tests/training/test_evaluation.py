@@ -33,6 +33,7 @@ def test_the_report_has_what_the_encoders_found(train_config, tiny_encoder_folde
     for name in ("report.md", "report.html"):
         text = (output / name).read_text()
         assert "need two or more: hold more out (a higher --validation_split)" in text and "± " in text
+        assert "Values are means ± standard errors over prompts." in text and "training photos" not in text
 
 
 @pytest.mark.slow
@@ -41,6 +42,7 @@ def test_several_photos_to_compare_with_need_no_note(train_config, tiny_encoder_
     train(config)
     page = (Path(config.output_dir) / "report.md").read_text()
     assert re.search(r"similarity, real \| 0\.\d+ \|", page) and "need two or more" not in page
+    assert "similarity is that to training photos, and highest for a concept that repeats them: hold some out" in page
 
 
 def test_the_judge_of_the_toybox_is_an_encoder_as_for_atomdiff_evaluate(train_config):
