@@ -7,7 +7,7 @@ from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, get_args
 
 from PIL import Image
 from torch import Tensor
@@ -108,6 +108,21 @@ class Evaluation:
     base: GeneratedImages
     concept: GeneratedImages
     _embedded: dict[str, Tensor] = field(default_factory=dict, init=False, repr=False, compare=False)
+
+    def __post_init__(self) -> None:
+        """Check the numbers of images.
+
+        Raises:
+            ValueError: the base's and the concept's do not fit the suite or each other, or there are no references.
+        """
+        if not self.references:
+            raise ValueError("references=[]: expected at least one image of the subject")
+        for kind in get_args(Kind):
+            base, concept = (len(getattr(generated, kind)) for generated in self.both.values())
+            expected = len(self.suite.prompts) * self.suite.images_per_prompt if kind == "subject" else base
+            if not base == concept == expected:
+                found = f"found {base} images by the base and {concept} with the concept"
+                raise ValueError(f"{kind}: {found}; expected {expected} of both, in the order of the suite")
 
     @property
     def both(self) -> dict[Model, GeneratedImages]:

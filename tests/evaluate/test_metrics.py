@@ -1,6 +1,7 @@
 """Fidelity, diversity, prompt match and drift: known values, ranges, invariances, refusals."""
 
 import math
+import re
 from dataclasses import replace
 
 import pytest
@@ -197,6 +198,23 @@ def test_values_that_are_not_finite_are_refused():
     broken = Evaluation(each.suite, Broken(), each.references, each.base, GeneratedImages([black], [BLUE]))
     with pytest.raises(ValueError, match="not finite"):
         measure(broken)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"references": []}, "references=[]: expected at least one image of the subject"),
+        ({"base": GeneratedImages([GREEN] * 3, [BLUE])}, "base and 4 with the concept; expected 4 of both"),
+        ({"concept": GeneratedImages([RED] * 4, [])}, "unrelated: found 1 images by the base and 0 with the concept"),
+        (
+            {"base": GeneratedImages([], [BLUE]), "concept": GeneratedImages([], [BLUE])},
+            "found 0 images by the base and 0 with the concept; expected 4 of both",
+        ),
+    ],
+)
+def test_numbers_of_images_that_do_not_fit_are_refused(changes, message):
+    with pytest.raises(ValueError, match=re.escape(message)):
+        replace(evaluation([GREEN] * 4, [RED] * 4), **changes)
 
 
 def test_without_unrelated_prompts_there_is_no_drift():
