@@ -20,12 +20,12 @@ def given_name(name: str, models: Iterable[nn.Module], taken: Collection[str]) -
     Raises:
         UserError: no adapter can have this name, or one has it.
     """
+    if name in taken:  # many methods have modules by the name of an adapter, so that it is a layer's, too
+        raise UserError(f"{name!r} is loaded already: choose another adapter_name, or unload it first")
     if not _can_be_name(name, _path_parts(models)):
         raise UserError(
             f"{name!r} cannot be an adapter name: use letters, digits, '_' and '-', and no name that a layer has"
         )
-    if name in taken:
-        raise UserError(f"{name!r} is loaded already: choose another adapter_name, or unload it first")
     return name
 
 
