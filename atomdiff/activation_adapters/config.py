@@ -35,12 +35,16 @@ class ActivationConfig(PeftConfig):
     exclude_modules: str | list[str] | None = field(
         default=None, metadata={"help": "Modules to leave out: a list of names or endings, or a regular expression."}
     )
+    modules_to_save: list[str] | None = field(
+        default=None,
+        metadata={"help": "Modules trained and saved whole beside the adapters, such as a new head."},
+    )
 
     def __post_init__(self) -> None:
         """Check the fields and bring them into the form that is stored."""
         super().__post_init__()  # type: ignore[no-untyped-call]
         self.peft_type = add_member(self.METHOD)
-        for name in ("target_modules", "exclude_modules"):
+        for name in ("target_modules", "exclude_modules", "modules_to_save"):
             value = getattr(self, name)
             if isinstance(value, (list, tuple, set)) and all(isinstance(each, str) for each in value):
                 setattr(self, name, sorted(value))

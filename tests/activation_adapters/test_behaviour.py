@@ -78,6 +78,28 @@ def test_saved_is_reloaded(method, name, low_cpu_mem_usage, tmp_path):
     torch.testing.assert_close(call(loaded), call(model), atol=1e-6, rtol=0)
 
 
+@pytest.mark.parametrize(("method", "name"), [case for case in SOME if case[1] != "unet"], ids=names)
+def test_a_head_is_trained_and_saved_beside_an_adapter(method, name, tmp_path):
+    base = make_model(name)
+    plain = call(base)
+    config = METHODS[method]()
+    config.modules_to_save = ["classifier"]
+    model = get_peft_model(base, config)
+    trainable = {key for key, parameter in model.named_parameters() if parameter.requires_grad}
+    head = {key for key in trainable if "classifier" in key}
+    assert head and len(head) < len(trainable)
+    shake(model)
+    with torch.no_grad():
+        for key in head:
+            model.get_parameter(key).add_(1)
+    model.save_pretrained(tmp_path)
+    loaded = PeftModel.from_pretrained(make_model(name), tmp_path)
+    torch.testing.assert_close(call(loaded), call(model.eval()), atol=1e-5, rtol=0)
+    assert (call(loaded) - plain).abs().max() > 0.5
+    with loaded.disable_adapter():
+        assert torch.equal(call(loaded), plain)
+
+
 @pytest.mark.parametrize(("method", "name"), SOME, ids=names)
 def test_two_adapters_with_weights(method, name):
     base = make_model(name)

@@ -209,6 +209,7 @@ def test_it_adapts_the_blocks_that_are_named():
         ({"kernel_sizes": [1] * 9}, "up to 8 odd numbers"),
         ({"dropout": 1}, "dropout=1: expected"),
         ({"target_modules": [1]}, "target_modules=.*expected a name"),
+        ({"modules_to_save": 1}, "modules_to_save=1: expected a name"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(settings, message):
