@@ -7,6 +7,7 @@ from typing import Any
 from peft import PeftConfig
 from peft.tuners.tuners_utils import BaseTunerLayer
 
+from atomdiff.activation_adapters import CombinedConfig
 from atomdiff.classify.config import LINEAR, ClassifyConfig
 from atomdiff.classify.model import head_parameters, in_base
 from atomdiff.training.method import make_trainable
@@ -30,11 +31,14 @@ def read_method(config: ClassifyConfig) -> PeftConfig | str | None:
 
 
 def exclude_head(method: PeftConfig | str | None, model: Any) -> PeftConfig | str | None:
-    """Exclude the head from an adapter; one that says itself what it excludes is left as it is."""
-    if not isinstance(method, PeftConfig) or getattr(method, "exclude_modules", "") is not None:
-        return method
-    adapter = copy.deepcopy(method)
-    adapter.exclude_modules = rf"(?!{re.escape(model.base_model_prefix)}\.).*"
+    """Exclude the head from an adapter, or each of a combined one; those that say what they exclude stay as they are."""
+    adapter, outside = copy.deepcopy(method), rf"(?!{re.escape(model.base_model_prefix)}\.).*"
+    if isinstance(adapter, CombinedConfig):
+        without = [fields for fields in adapter.methods if fields.get("exclude_modules") is None]
+        for fields in without:
+            fields["exclude_modules"] = outside
+    elif isinstance(adapter, PeftConfig) and getattr(adapter, "exclude_modules", "") is None:
+        adapter.exclude_modules = outside
     return adapter
 
 

@@ -116,6 +116,7 @@ METHODS = {
     "mona": {"peft_type": "MONA", "hidden_size": 4},
     "conv_adapter": {"peft_type": "CONV_ADAPTER"},
 }
+COMBINED = {"peft_type": "COMBINED", "methods": [{"peft_type": "ATOMS", "target_modules": "all"}, METHODS["mona"]]}
 
 
 @pytest.fixture(scope="module")
@@ -125,8 +126,9 @@ def patches(base, images, tmp_path_factory):
     for name in ("across", "down"):
         shutil.copytree(images / name, folder / "two" / name)
     trained = {}
-    for number, name in enumerate((*METHODS, "frozen", "linear", "followed")):
-        (folder / f"{name}.json").write_text(json.dumps(METHODS.get(name, METHODS["atoms"])))
+    for number, name in enumerate((*METHODS, "frozen", "linear", "followed", "combined")):
+        adapter = COMBINED if name == "combined" else METHODS.get(name, METHODS["atoms"])
+        (folder / f"{name}.json").write_text(json.dumps(adapter))
         probe = name in ("linear", "followed")
         train_classifier(
             ClassifyConfig(

@@ -60,9 +60,9 @@ def test_each_sample_has_its_own_patch(model, samples):
 
 
 def test_adapters_of_activations_mix_too(model, patches):
-    for name in ("mona", "conv_adapter"):
+    for name in ("mona", "conv_adapter", "combined"):
         load_patch(model, patches[name])
-    assert_mixes(model, ["mona", "atoms", "conv_adapter", None, "mona"])
+    assert_mixes(model, ["mona", "atoms", "conv_adapter", None, "mona", "combined"])
 
 
 def test_adapters_of_both_kinds_wrap_each_other_in_any_order(base, patches):

@@ -104,9 +104,20 @@ def test_some_layers_of_a_classifier_leave(config, tmp_path, monkeypatch, traine
     assert not any("select_score" in key for key in expected)
 
 
-@pytest.mark.parametrize("targets", ["all", "conv+proj"])
-def test_an_adapter_for_all_layers_excludes_the_head(config, targets, tmp_path):
-    (tmp_path / "adapter.json").write_text(json.dumps({"peft_type": "ATOMS", "target_modules": targets}))
+ALL = {"peft_type": "ATOMS", "target_modules": "all"}
+
+
+@pytest.mark.parametrize(
+    "adapter",
+    [
+        ALL,
+        ALL | {"target_modules": "conv+proj"},
+        {"peft_type": "COMBINED", "methods": [ALL, {"peft_type": "MONA", "hidden_size": 4}]},
+    ],
+    ids=["all", "conv+proj", "combined"],
+)
+def test_an_adapter_for_all_layers_excludes_the_head(config, adapter, tmp_path):
+    (tmp_path / "adapter.json").write_text(json.dumps(adapter))
     report = train_classifier(dataclasses.replace(config, adapter=str(tmp_path / "adapter.json")))
     assert report["num_trainable_parameters"]["head"] == 16 * 3 + 3
     assert not hasattr(load_classifier(classifier(config)).classifier[1], "base_layer")
