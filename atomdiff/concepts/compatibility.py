@@ -69,8 +69,8 @@ def check_weights(
     found = f"this base is at distance {distance:.3g} from the one that the concept was made on{base}"
     if distance > DERIVED_BASE and not allow_mismatch:
         raise UserError(
-            f"{found} (a fine-tuned copy stays below {DERIVED_BASE}): load it into that one, "
-            "or pass allow_base_mismatch=True"
+            f"{found} (a fine-tuned copy stays below {DERIVED_BASE}): use that one, or load_atoms with "
+            "allow_base_mismatch=True"
         )
     if distance > SAME_BASE:
         warn(f"{found} (0: the same): the concept may look different here")

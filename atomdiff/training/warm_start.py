@@ -18,7 +18,7 @@ from peft import PeftConfig
 from torch import Tensor, nn
 
 from atomdiff.concepts.atom_changes import trained_on
-from atomdiff.concepts.compatibility import check_base
+from atomdiff.concepts.compatibility import DERIVED_BASE, check_base, compare_base
 from atomdiff.concepts.concept_file import ConceptFile, read_concept_file
 from atomdiff.concepts.library import ConceptLibrary
 from atomdiff.concepts.sources import describe_source
@@ -62,8 +62,11 @@ def check_init_from(config: TrainConfig, adapter: PeftConfig | None) -> None:
         raise UserError(f"init_from={config.init_from!r}, adapter={config.adapter!r}: expected an adapter of atoms")
     if not path.is_dir():
         _fit(config, adapter, read_concept_file(path), config.init_from)
-    elif not len(ConceptLibrary(path)):
-        raise UserError(f"init_from={config.init_from!r}: found no concepts there; expected *.atoms.safetensors")
+        return
+    library = ConceptLibrary(path)
+    if all(library.info(name).is_lora for name in library):
+        loras = f"no concepts of atoms there, only {len(library)} LoRA" if len(library) else "no concepts there"
+        raise UserError(f"init_from={config.init_from!r}: found {loras}; expected *.atoms.safetensors")
 
 
 def warm_start(run: Run, take_step: Callable[[Run, int], float]) -> None:
@@ -217,6 +220,13 @@ def _read(run: Run, path: Path) -> ConceptFile:
     adapter = adapter_configs(next(iter(models.values())))[ADAPTER_NAME]
     layers = {f"{part}.{module}" for part, model in models.items() for module in atom_tensors(model, ADAPTER_NAME)}
     concept = _fit(run.config, adapter, read_concept_file(path), str(path), layers)
+    _, left_out, distance = compare_base(concept, models, allow_mismatch=True)
+    if left_out or distance > DERIVED_BASE:
+        how = f"{left_out[0]} do not fit" if left_out else f"at distance {distance:.3g}, not below {DERIVED_BASE}"
+        raise UserError(
+            f"init_from={run.config.init_from!r}: {path.name} was made on another base than the run's ({how}): "
+            "start from a concept of this base"
+        )
     return check_base(concept, models)[0]
 
 

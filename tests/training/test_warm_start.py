@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from atomdiff.atoms.variants import SharedAtoms
 from atomdiff.cli.summary import describe
@@ -252,6 +253,10 @@ def test_what_a_run_cannot_start_from_is_refused_before_it_begins(concept, train
     check_runs([config])
     empty = tmp_path / "empty"
     empty.mkdir()
+    loras = tmp_path / "loras"
+    loras.mkdir()
+    factors = {"unet.conv_in.lora_A.weight": torch.ones(1, 36), "unet.conv_in.lora_B.weight": torch.ones(32, 1)}
+    save_file(factors, loras / "lora.safetensors")
     blocks = {"adapter": adapter_file("atoms")}
     for fields, reason in (
         ({"adapter": adapter_file("lora")}, "expected an adapter of atoms"),
@@ -259,6 +264,7 @@ def test_what_a_run_cannot_start_from_is_refused_before_it_begins(concept, train
         ({"num_vectors": 2}, "has the trigger words sks of 1 vectors; the run trains sks of 2"),
         ({"train_token": False}, "the run trains none"),
         ({"init_from": str(empty)}, "found no concepts there"),
+        ({"init_from": str(loras)}, "found no concepts of atoms there, only 1 LoRA"),
     ):
         with pytest.raises(UserError, match=reason):
             check_runs([dataclasses.replace(config, **fields)])
@@ -284,11 +290,16 @@ def test_what_the_base_shows_not_to_fit_is_refused(concept, tmp_path):
     whole = read_concept_file(file)
     elsewhere = {module: [2 * value for value in values] for module, values in whole.fingerprint.items()}
     write_concept_file(file, dataclasses.replace(whole, fingerprint=elsewhere))
-    with pytest.raises(UserError, match="this base is at distance"):
+    with pytest.raises(UserError, match="first.* was made on another base .*distance 0.5, not below .*: start from"):
         warm_start(built(config), take_step)
     with pytest.raises(UserError, match="init_from=.*none of the 1 concepts"):
         warm_start(built(dataclasses.replace(config, init_from=str(file.parent))), take_step)
     assert len(ConceptLibrary(file.parent)) == 1
+    layers = {module: dict(tensors) for module, tensors in whole.layers.items()}
+    layers["unet.conv_in"] = {kind: tensor for kind, tensor in layers["unet.conv_out"].items() if "channel" not in kind}
+    write_concept_file(file, dataclasses.replace(whole, layers=layers))
+    with pytest.raises(UserError, match=r"first.* was made on another base .*conv_in.* do not fit\): start from"):
+        warm_start(built(config), take_step)
 
 
 def test_a_similar_concept_that_does_not_fit_is_passed_over(concept):
