@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 from abc import ABCMeta
 from dataclasses import dataclass, field
 from typing import Any, ClassVar, cast
@@ -25,6 +24,7 @@ from atomdiff.tuner.config import AtomConfig
 from atomdiff.tuner.inject import quiet_tuner
 from atomdiff.tuner.layer import AtomLayer
 from atomdiff.tuner.peft_type import add_member
+from atomdiff.tuner.read_config import unknown_fields
 from atomdiff.tuner.removable import why_not_removable
 
 _ALONE = {"select": "all", "share": None}  # fields of atoms that what is written of them depends on
@@ -78,8 +78,8 @@ def _read_part(number: int, fields: Any) -> PeftConfig:
     kind: Any = able.get(method) if isinstance(method, str) else None
     if kind is None:
         raise ValueError(f"{what}: found peft_type={method!r:.100}, expected one of {', '.join(sorted(able))}")
-    if unknown := sorted(fields.keys() - {each.name for each in dataclasses.fields(kind)}):
-        raise ValueError(f"{what}: {kind.__name__} has no field {', '.join(unknown)}")
+    if unknown := unknown_fields(kind, fields):
+        raise ValueError(f"{what}: {unknown}")
     try:
         part: PeftConfig = kind(**fields)
     except (TypeError, ValueError) as error:

@@ -48,7 +48,9 @@ def read_patch(folder: Path) -> PatchFolder:
             "load_classifier, or train one with another adapter"
         )
     if not (folder / METADATA_FILE).is_file():
-        raise UserError(f"{folder}: no classifier in it; expected {METADATA_FILE} or a model's config.json")
+        of_run = folder / "classifier"
+        hint = f"; give {of_run}, the classifier of this run" if (of_run / METADATA_FILE).is_file() else ""
+        raise UserError(f"{folder}: no classifier in it; expected {METADATA_FILE} or a model's config.json{hint}")
     metadata = _read_metadata(folder / METADATA_FILE)
     adapter = None
     if (folder / CONFIG_NAME).is_file():

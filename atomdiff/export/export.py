@@ -89,6 +89,7 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     for number, (concept, weight) in enumerate(given, start=1):
         name = f"concept{number}"
         load_concept(pipe, concept.path, name, trigger_word=concept.new_trigger_word)
+        _check_mergeable(pipe, name, concept.file)
         if not concept.is_atoms and _cast_to_float32(pipe, name):
             unload_atoms(pipe, name)
             load_concept(pipe, concept.path, name, trigger_word=concept.new_trigger_word)
@@ -103,6 +104,18 @@ def export_concepts(config: ExportConfig) -> ExportReport:
     if config.to == "diff":
         return export_diff(pipe, config.output, dtype=written, trigger_phrase=phrase)
     return export_lora(pipe, config.output, config.rank, dtype=written, trigger_phrase=phrase)
+
+
+def _check_mergeable(pipe: Any, name: str, file: str) -> None:
+    """Refuse an adapter of activations, by the file that it comes from, before anything is merged."""
+    for model in pipeline_models(pipe).values():
+        layers = adapter_state.adapter_layers(model, name).values()
+        if not all(map(adapter_state.changes_weights, layers)):
+            method = adapter_state.adapter_configs(model)[name].peft_type.value
+            raise UserError(
+                f"{file} is a {method} adapter, which cannot be exported: what it adds depends on its input, so that "
+                "no weight has its effect; use it as it is, by load_atoms or atomdiff sample"
+            )
 
 
 def _cast_to_float32(pipe: Any, name: str) -> bool:

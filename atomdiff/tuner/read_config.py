@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -45,11 +46,8 @@ def read_adapter(adapter: str) -> PeftConfig | None:
         methods = ", ".join([FULL, NONE, *sorted(kind.value for kind in PEFT_TYPE_TO_CONFIG_MAPPING)])
         raise UserError(f"{adapter}: peft_type={peft_type!r}; expected one of {methods}")
     kind = PEFT_TYPE_TO_CONFIG_MAPPING[peft_type]
-    unknown = fields.keys() - {field.name for field in dataclasses.fields(kind)}
-    if unknown:
-        raise UserError(
-            f"{adapter}: {kind.__name__} has no field {', '.join(sorted(unknown))}; see PEFT's documentation"
-        )
+    if unknown := unknown_fields(kind, fields):
+        raise UserError(f"{adapter}: {unknown}")
     try:
         config: PeftConfig = kind(**fields)
     except (TypeError, ValueError) as error:
@@ -57,6 +55,14 @@ def read_adapter(adapter: str) -> PeftConfig | None:
     if change := why_not_removable(config):
         raise UserError(f"{adapter}: {change}")
     return config
+
+
+def unknown_fields(kind: type[PeftConfig], fields: Mapping[str, Any]) -> str:
+    """Say which of some settings a method's config does not have, and which it has; empty: it has them all."""
+    own = {field.name for field in dataclasses.fields(kind)}
+    unknown = sorted(fields.keys() - own)
+    names = ", ".join(sorted(own - {field.name for field in dataclasses.fields(PeftConfig)}))
+    return f"{kind.__name__} has no field {', '.join(unknown)}; it has: {names}" if unknown else ""
 
 
 def adapts_nothing(adapter: PeftConfig | None) -> bool:

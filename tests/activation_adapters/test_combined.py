@@ -158,7 +158,7 @@ def test_where_one_does_not_fit_none_is_left():
         ([ATOMS, {}], r"methods\[1\]: found peft_type=None"),
         ([ATOMS, "heads"], r"methods\[1\]: found peft_type=None"),
         ([ATOMS, ATOMS], "found 2 of ATOMS, expected one of each method"),
-        ([ATOMS, HEADS | {"heads": 3}], r"methods\[1\]: CoeffTuningConfig has no field heads"),
+        ([ATOMS, HEADS | {"heads": 3}], r"methods\[1\]: CoeffTuningConfig has no field heads; it has: exclude_m"),
         ([HEADS | {"scale": 0}, ATOMS], r"methods\[0\]: scale=0: expected a number above 0"),
         ([ATOMS | {"select": "adaptive"}, HEADS], r"select='adaptive': expected 'all' beside other adapters"),
         ([ATOMS | {"share": "kind", "basis": "dct"}, HEADS], "share='kind': expected None beside other adapters"),

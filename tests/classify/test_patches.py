@@ -137,6 +137,8 @@ def test_a_load_that_fails_changes_nothing(model, patches, logits, everything, c
 
 
 def test_what_cannot_have_patches_is_refused(model, patches, base):
+    with pytest.raises(UserError, match="linear: no classifier in it; .*; give .*linear/classifier, the classifier of"):
+        load_patch(model, patches["linear"].parent)
     with pytest.raises(UserError, match="ResNetModel cannot be split into head and base"):
         load_patch(ResNetModel.from_pretrained(base), patches["linear"])
     with pytest.raises(UserError, match="weights are torch.bfloat16; .*load them first, then convert"):

@@ -16,6 +16,7 @@ from atomdiff.export.diff import export_diff
 from atomdiff.export.export import ExportConfig, export_concepts
 from atomdiff.export.kohya import layer_name
 from atomdiff.export.lora import export_lora
+from atomdiff.export.pipeline_folder import export_pipeline
 from atomdiff.pipelines.models import pipeline_models
 from atomdiff.pipelines.placeholder_tokens import add_placeholder_token, set_token_embedding
 from atomdiff.utils.errors import UserError
@@ -177,8 +178,11 @@ def test_other_methods_are_weighted_as_far_as_they_can(tiny_pipe, make_config, t
 def test_what_has_no_weight_to_be_merged_into_is_refused_in_words(tiny_pipe, make_config, tmp_path, to):
     add_adapter(tiny_pipe, "mona", MonaConfig(hidden_size=4))
     config = make_config([atomdiff.save_atoms(tiny_pipe, tmp_path / "mona", "mona")], to)
-    with pytest.raises(UserError, match="cannot be merged, and so not exported: what .* depends on its input"):
+    with pytest.raises(UserError, match="mona is a MONA adapter, which cannot be exported: .* depends on its input"):
         export_concepts(config)
+    atomdiff.load_atoms(tiny_pipe, *config.concepts, adapter_name="by_hand")
+    with pytest.raises(UserError, match="cannot be merged, and so not exported: what 'by_hand' adds depends on its"):
+        export_pipeline(tiny_pipe, tmp_path / "by hand")
 
 
 @pytest.mark.slow
