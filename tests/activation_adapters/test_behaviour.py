@@ -100,6 +100,21 @@ def test_a_head_is_trained_and_saved_beside_an_adapter(method, name, tmp_path):
         assert torch.equal(call(loaded), plain)
 
 
+@pytest.mark.parametrize(("method", "name"), [case for case in SOME if case[1] != "unet"], ids=names)
+def test_transformers_saves_and_loads_adapters(method, name, tmp_path):
+    model = make_model(name)
+    plain = call(model)
+    model.add_adapter(METHODS[method]())
+    shake(model)
+    model.save_pretrained(tmp_path)
+    loaded = make_model(name)
+    loaded.load_adapter(str(tmp_path), "again")
+    torch.testing.assert_close(call(loaded), call(model.eval()), atol=1e-5, rtol=0)
+    assert (call(loaded) - plain).abs().max() > 1e-4
+    loaded.delete_adapter("again")
+    assert torch.equal(call(loaded), plain)
+
+
 @pytest.mark.parametrize(("method", "name"), SOME, ids=names)
 def test_two_adapters_with_weights(method, name):
     base = make_model(name)
