@@ -31,7 +31,7 @@ def read_method(config: ClassifyConfig) -> PeftConfig | str | None:
 
 
 def exclude_head(method: PeftConfig | str | None, model: Any) -> PeftConfig | str | None:
-    """Exclude the head from an adapter, or each of a combined one; those that say what they exclude stay as they are."""
+    """Exclude the head from an adapter, or each of a combined one, unless it says itself what it excludes."""
     adapter, outside = copy.deepcopy(method), rf"(?!{re.escape(model.base_model_prefix)}\.).*"
     if isinstance(adapter, CombinedConfig):
         without = [fields for fields in adapter.methods if fields.get("exclude_modules") is None]
