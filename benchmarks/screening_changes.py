@@ -217,6 +217,23 @@ ADAPTER = {
                              adapter={"channel_block": 1, "recursion": 2}, rate=0.6),
     "recursion of 2, channel blocks of 4": Change("adds the mixes to the baseline", 0.01, 0.01,
                                                   adapter={"recursion": 2}, rate=0.6),
+    "3 atoms, recursion of 2": Change(
+        "with recursion 9 atoms bring .10 at the baseline's drift, and without it 3 are as good as 9: so a third of the "
+        "mixes", 0.08, 0.0, adapter={"channel_block": 1, "recursion": 2, "num_atoms": 3}, rate=0.84,
+    ),
+    "3 atoms, recursion of 1": Change(
+        "half of that again, as many parameters as atoms/default: each input channel scales one set of atoms", 0.03,
+        0.0, adapter={"channel_block": 1, "recursion": 1, "num_atoms": 3}, rate=0.84,
+    ),
+    "recursion of 1": Change(
+        "nine sets of scales in place of nine mixes of two", 0.05, 0.0,
+        adapter={"channel_block": 1, "recursion": 1}, rate=0.84,
+    ),
+    "1 atom, recursion of 1": Change(
+        "3 atoms with it do as well as 9 with recursion of 2, so channels count, not kernels: a scale for each input "
+        "channel along one atom, a third of the parameters", -0.03, -0.01,
+        adapter={"channel_block": 1, "recursion": 1, "num_atoms": 1}, rate=2.5,
+    ),
     "shared by kind": Change("four directions for all layers of a kind", -0.12, -0.02,
                              adapter={"basis": "dct", "share": "kind", "share_count": 4}, rate=4.0),
     "conv+proj": Change("projections around attention mix channels", 0.02, 0.01,
