@@ -218,8 +218,8 @@ ADAPTER = {
     "recursion of 2, channel blocks of 4": Change("adds the mixes to the baseline", 0.01, 0.01,
                                                   adapter={"recursion": 2}, rate=0.6),
     "3 atoms, recursion of 2": Change(
-        "with recursion 9 atoms bring .10 at the baseline's drift, and without it 3 are as good as 9: so a third of the "
-        "mixes", 0.08, 0.0, adapter={"channel_block": 1, "recursion": 2, "num_atoms": 3}, rate=0.84,
+        "with recursion 9 atoms bring .10 at the baseline's drift, and without it 3 are as good as 9: so a third of "
+        "the mixes", 0.08, 0.0, adapter={"channel_block": 1, "recursion": 2, "num_atoms": 3}, rate=0.84,
     ),
     "3 atoms, recursion of 1": Change(
         "half of that again, as many parameters as atoms/default: each input channel scales one set of atoms", 0.03,
