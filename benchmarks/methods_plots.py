@@ -9,6 +9,7 @@ from typing import Any
 from matplotlib import rc_context
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.transforms import Bbox
 
 INK = "#7a7a7b"  # readable on light and on dark
 _STYLE: dict[Any, Any] = {
@@ -23,8 +24,13 @@ _FAMILIES = {  # colors that the color-blind can tell apart; markers for print
     "token": ("token alone", "#009E73", "^"),
 }
 _OTHERS = ("other methods", "#8c8c8c", "D")
-_NAMED = 5  # methods whose names stand in the plots, besides those on the frontier
-_LABEL_PLACES = (((6, 4), "left", "bottom"), ((-6, -4), "right", "top"))
+_LABEL_PLACES = (
+    ((6, 4), "left", "bottom"),
+    ((-6, -4), "right", "top"),
+    ((6, -4), "left", "top"),
+    ((-6, 4), "right", "bottom"),
+)
+_MARKER_SIZE = 8  # points
 
 
 @dataclass(frozen=True)
@@ -59,10 +65,13 @@ def draw_frontier(points: Sequence[Point]) -> Figure:
         line.append((end, line[-1][1]))
         axes.step(*zip(*line, strict=True), where="post", color=INK, linewidth=1, linestyle="--", label="frontier")
         axes.set_xscale("log")
-        _scatter(axes, points, lambda point: (point.bytes, 0.0), best)
+        sizes = {point.method: (point.bytes, 0.0) for point in points}
+        _scatter(axes, points, sizes)
         axes.set_xlabel("bytes of the tensors, in float16")
         axes.set_ylabel("similarity to unseen photos")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+        figure.draw_without_rendering()
+        _name_points(axes, [*best, *points], sizes)
         return figure
 
 
@@ -74,13 +83,17 @@ def draw_tradeoffs(points: Sequence[Point]) -> Figure:
     names = [name for name in ("prompt_match", "drift", "diversity") if name in points[0].values]
     with rc_context(_STYLE):
         figure = Figure(figsize=(4.4 * len(names), 4.2), layout="constrained")
-        for axes, name in zip(figure.subplots(1, len(names), squeeze=False)[0], names, strict=True):
-            _scatter(axes, points, lambda point, name=name: point.values[name], frontier(points))
+        all_axes = figure.subplots(1, len(names), squeeze=False)[0]
+        for axes, name in zip(all_axes, names, strict=True):
+            _scatter(axes, points, {point.method: point.values[name] for point in points})
             if (of_base := points[0].values.get(f"{name}_base")) is not None:
                 axes.axvline(of_base[0], color=INK, linewidth=1, linestyle=":", label="the base")
             axes.set_xlabel(name.replace("_", " ") + (" (less is better)" if name == "drift" else ""))
             axes.set_ylabel("similarity to unseen photos")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
+        figure.draw_without_rendering()
+        for axes, name in zip(all_axes, names, strict=True):
+            _name_points(axes, [*frontier(points), *points], {point.method: point.values[name] for point in points})
         return figure
 
 
@@ -106,12 +119,12 @@ def draw_keep(summaries: Mapping[str, Mapping[str, Mapping[str, Any]]]) -> Figur
         return figure
 
 
-def _scatter(axes: Axes, points: Sequence[Point], x_of: Any, best: Sequence[Point]) -> None:
-    """Draw the methods with the standard errors of both values, and the names of some."""
+def _scatter(axes: Axes, points: Sequence[Point], values: Mapping[str, tuple[float, float]]) -> None:
+    """Draw similarity against other values by method, both with standard errors."""
     seen = set()
     for point in points:
         label, color, marker = _FAMILIES.get(point.method.partition("/")[0], _OTHERS)
-        (x, x_error), (y, y_error) = x_of(point), point.values["similarity"]
+        (x, x_error), (y, y_error) = values[point.method], point.values["similarity"]
         axes.errorbar(
             x,
             y,
@@ -128,9 +141,26 @@ def _scatter(axes: Axes, points: Sequence[Point], x_of: Any, best: Sequence[Poin
         seen.add(label)
     axes.grid(alpha=0.25)
     axes.patch.set_alpha(0)
-    named = {point.method for point in [*best, *points[:_NAMED]]}
-    shown = sorted((point for point in points if point.method in named), key=lambda point: x_of(point)[0])
-    for number, point in enumerate(shown):
-        text = point.method.removesuffix("/default").replace("attention_", "")
-        at, (place, ha, va) = (x_of(point)[0], point.values["similarity"][0]), _LABEL_PLACES[number % 2]
-        axes.annotate(text, at, place, textcoords="offset points", fontsize=7, color=INK, ha=ha, va=va)
+
+
+def _name_points(axes: Axes, points: Sequence[Point], values: Mapping[str, tuple[float, float]]) -> None:
+    """Write the names of methods beside their markers, where there is room; the first ones choose first.
+
+    Args:
+        axes: with what `_scatter` drew, and laid out.
+        points: the methods; that some stand there twice does not matter.
+        values: as for `_scatter`.
+    """
+    at = {point.method: (values[point.method][0], point.values["similarity"][0]) for point in points}
+    half = _MARKER_SIZE / 2 * axes.figure.dpi / 72  # pixels
+    markers = axes.transData.transform([*at.values()])
+    taken = [Bbox.from_extents(x - half, y - half, x + half, y + half) for x, y in markers]
+    for method, place in at.items():
+        text = method.removesuffix("/default").replace("attention_", "")
+        for offset, ha, va in _LABEL_PLACES:
+            label = axes.annotate(text, place, offset, textcoords="offset points", fontsize=7, color=INK, ha=ha, va=va)
+            box = label.get_window_extent()
+            if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and not box.count_overlaps(taken):
+                taken.append(box)
+                break
+            label.remove()
