@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -142,17 +142,12 @@ def _load_model(name: str, revision: str | None) -> tuple[Any, list[str]]:
     kind: Any = getattr(transformers, written_as) if has_projection else transformers.AutoModel
     options: dict[str, Any] = {"dtype": torch.float32, "ignore_mismatched_sizes": True, "output_loading_info": True}
     model, found = kind.from_pretrained(name, revision=revision, **options)
-    lacking = sorted({*found["missing_keys"], *_names(found["mismatched_keys"])})
+    lacking = sorted({*found["missing_keys"], *(name for name, *_ in found["mismatched_keys"])})
     state = model.state_dict()
     for each in lacking:
         if each in state and state[each].is_floating_point():
             state[each].fill_(torch.nan)
     return model, lacking
-
-
-def _names(mismatched: Collection[Any]) -> list[str]:
-    """Return the names of weights of other shapes, which transformers lists with these."""
-    return [each if isinstance(each, str) else each[0] for each in mismatched]
 
 
 def _why_not_finite(lacking: Sequence[str]) -> str:
