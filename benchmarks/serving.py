@@ -38,7 +38,7 @@ class BenchmarkConfig:
     base: str = "samples/toybox-sd"
     """The base model."""
     architecture: str | None = None
-    """A UNet of this architecture with random weights in place of the base's, as `atomdiff inspect --base` names it."""
+    """A UNet with random weights in place of the base's: sd-1.5, sd-2.1, or the folder of a pipeline like them."""
     channel_block: int = 1
     """Of the concepts."""
     requests: int = 16
