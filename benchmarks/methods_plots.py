@@ -83,17 +83,18 @@ def draw_tradeoffs(points: Sequence[Point]) -> Figure:
     names = [name for name in ("prompt_match", "drift", "diversity") if name in points[0].values]
     with rc_context(_STYLE):
         figure = Figure(figsize=(4.4 * len(names), 4.2), layout="constrained")
-        all_axes = figure.subplots(1, len(names), squeeze=False)[0]
-        for axes, name in zip(all_axes, names, strict=True):
-            _scatter(axes, points, {point.method: point.values[name] for point in points})
+        all_axes = dict(zip(names, figure.subplots(1, len(names), squeeze=False)[0], strict=True))
+        values = {name: {point.method: point.values[name] for point in points} for name in names}
+        for name, axes in all_axes.items():
+            _scatter(axes, points, values[name])
             if (of_base := points[0].values.get(f"{name}_base")) is not None:
                 axes.axvline(of_base[0], color=INK, linewidth=1, linestyle=":", label="the base")
             axes.set_xlabel(name.replace("_", " ") + (" (less is better)" if name == "drift" else ""))
             axes.set_ylabel("similarity to unseen photos")
         figure.legend(*axes.get_legend_handles_labels(), loc="outside lower center", ncols=6, fontsize=8)
         figure.draw_without_rendering()
-        for axes, name in zip(all_axes, names, strict=True):
-            _name_points(axes, [*frontier(points), *points], {point.method: point.values[name] for point in points})
+        for name, axes in all_axes.items():
+            _name_points(axes, [*frontier(points), *points], values[name])
         return figure
 
 
@@ -160,7 +161,7 @@ def _name_points(axes: Axes, points: Sequence[Point], values: Mapping[str, tuple
         for offset, ha, va in _LABEL_PLACES:
             label = axes.annotate(text, place, offset, textcoords="offset points", fontsize=7, color=INK, ha=ha, va=va)
             box = label.get_window_extent()
-            if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and not box.count_overlaps(taken):
+            if Bbox.union([axes.bbox, box]).bounds == axes.bbox.bounds and not box.count_overlaps(taken):
                 taken.append(box)
                 break
             label.remove()
