@@ -34,6 +34,7 @@ from benchmarks.trial_figures import (
     Result,
     Summary,
     check_protocols,
+    means_by_rate,
     search_rate,
     subject_of,
     summarize_kinds,
@@ -216,11 +217,9 @@ def search(config: CompareConfig, method: str, runner: Runner) -> tuple[float | 
 
     best, allowed, found = search_rate(own_rate(method), config.trials, config.max_drift, measure)
     at_end = len(found) > 2 and best in (min(found), max(found))
-    means = {
-        f"{rate:g}": {**{name: each["mean"] for name, each in (figures or {}).items()}, "failed": failures[rate]}
-        for rate, figures in found.items()
-    }
-    return best, {"within_allowance": allowed, "at_end_of_search": at_end}, means
+    means = zip(means_by_rate(found).items(), failures.values(), strict=True)
+    searched = {rate: {**figures, "failed": failed} for (rate, figures), failed in means}
+    return best, {"within_allowance": allowed, "at_end_of_search": at_end}, searched
 
 
 def describe_runs(results: Sequence[Result], figures: dict[str, Any]) -> dict[str, Any]:

@@ -27,6 +27,7 @@ from benchmarks.trial_figures import (
     Result,
     Summary,
     check_protocols,
+    means_by_rate,
     search_rate,
     subject_of,
     summarize,
@@ -78,10 +79,14 @@ class ScreeningConfig:
     """The result file. Default: benchmarks/results/screening_TABLE.json."""
 
 
-def run_change(config: ScreeningConfig, name: str, change: Change, runner: Runner) -> tuple[float, Sequence[Result]]:
-    """Run a change on all subjects; return its best learning rate with the results there.
+def run_change(
+    config: ScreeningConfig, name: str, change: Change, runner: Runner
+) -> tuple[dict[str, Any], Sequence[Result]]:
+    """Run a change on all subjects.
 
-    If trials fail at all rates, those are the results of the first one.
+    Returns:
+        Its best learning rate and the means at each, for the result file; and the results at the best. If trials fail
+        at all rates, those are the first one's.
     """
     method, _ = TABLES[config.table]
     folder = Path(config.work_dir) / config.table / name.replace(" ", "-")
@@ -104,21 +109,23 @@ def run_change(config: ScreeningConfig, name: str, change: Change, runner: Runne
         results[rate] = runner.run(trials)
         return None if _failures(results[rate]) else summarize_kinds(results[rate])["all"]
 
-    best, _, _ = search_rate(own_rate(method) * change.rate, config.trials, config.max_drift, measure)
+    best, _, found = search_rate(own_rate(method) * change.rate, config.trials, config.max_drift, measure)
     rate = next(iter(results)) if best is None else best
-    return rate, results[rate]
+    return {"learning_rate": rate, "search": means_by_rate(found)}, results[rate]
 
 
-def describe_change(change: Change | None, rate: float, results: Sequence[Result], baseline: Any) -> dict[str, Any]:
+def describe_change(
+    change: Change | None, searched: Mapping[str, Any], results: Sequence[Result], baseline: Sequence[Result]
+) -> dict[str, Any]:
     """Return what was predicted of a change and what was found, for the result file; None is the baseline.
 
     Args:
         change: the change.
-        rate: its learning rate.
+        searched: its learning rate, and what was found at each.
         results: its trials.
         baseline: those of the baseline, in the same order.
     """
-    described: dict[str, Any] = {"learning_rate": rate}
+    described = dict(searched)
     if change is not None:
         predicted = {"gain": change.gain, "drift": change.drift, "why": change.why}
         described |= {"predicted": predicted, "options": dict(change.options), "adapter": dict(change.adapter)}
@@ -175,17 +182,17 @@ def main(config: ScreeningConfig) -> None:
         raise UserError(f"changes: found {unknown[0]!r}; expected some of {', '.join(table)}")
     check_protocols((config.protocol,), config.subjects, Path(config.tuning_dir))
     runner = Runner(config.processes, config.retry_failed)
-    rate, baseline = run_change(config, BASELINE, Change("", 0.0, 0.0), runner)
+    searched, baseline = run_change(config, BASELINE, Change("", 0.0, 0.0), runner)
     if failures := _failures(baseline):
         raise UserError(
             f"the baseline failed: {failures[0]['message']}; expected it to succeed, or no difference can be"
         )
-    changes = {BASELINE: describe_change(None, rate, baseline, baseline)}
+    changes = {BASELINE: describe_change(None, searched, baseline, baseline)}
     output = config.output or f"benchmarks/results/screening_{config.table}.json"
     command = command_line("screening", config, ("work_dir", "output", "processes", "retry_failed"))
     for name in config.changes or table:
-        rate, results = run_change(config, name, table[name], runner)
-        changes[name] = describe_change(table[name], rate, results, baseline)
+        searched, results = run_change(config, name, table[name], runner)
+        changes[name] = describe_change(table[name], searched, results, baseline)
         shown = {each: changes[each].get("differences", {}).get("gain", {}).get("mean") for each in changes}
         write_result(output, command, shown, baseline=method, changes=changes)
     print(make_table(changes))

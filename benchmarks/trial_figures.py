@@ -166,6 +166,13 @@ def search_rate(
     return *choose_rate(found, max_drift), found
 
 
+def means_by_rate(found: Mapping[float, Summary | None]) -> dict[str, dict[str, float]]:
+    """Return the means of the figures that `search_rate` found, as result files have them; of failed trials none."""
+    return {
+        f"{rate:g}": {name: each["mean"] for name, each in (figures or {}).items()} for rate, figures in found.items()
+    }
+
+
 def _next_rate(by_rate: Mapping[float, Summary | None], max_drift: float) -> float:
     within = [rate for rate, found in by_rate.items() if is_allowed(found, max_drift)]
     if not within:

@@ -39,6 +39,12 @@ def test_changes_are_screened_beside_their_predictions(world, monkeypatch, capsy
     assert found["one step"]["differences"]["drift"]["mean"] < 0 and found["one step"]["options"] == {
         "max_train_steps": 1
     }
+    searched = found["none"]["search"]
+    assert searched == found["baseline"]["search"] and [*searched] == ["0.005", "0.015"]
+    best = searched[f"{found['none']['learning_rate']:g}"]
+    assert best == {name: each["mean"] for name, each in found["none"]["figures"].items()}
+    assert best["gain"] == max(each["gain"] for each in searched.values())
+    assert found["broken"]["search"] == {"0.005": {}, "0.00167": {}}
     table = capsys.readouterr().out
     assert "| one step | -0.500 | " in table and "| broken | failed: " in table
     started = len(world.started)
